@@ -1,0 +1,69 @@
+"""``python -m server`` and the console script ``quickchange``: serve (the default), chat, adapters, train."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from server.errors import StartError
+
+USAGE = """\
+usage: quickchange [serve] [--SETTING VALUE ...]            serve the base and its adapters (--help lists the settings)
+       quickchange chat [--adapter NAME] ["one question"]   talk to a running server, or to one started for the talk
+       quickchange adapters [--SETTING VALUE ...]           list the adapter folders, and why one is not served
+       quickchange train RECIPE.yaml [...]                  train an adapter (the same as python -m trainer train)
+"""
+
+
+def serve(arguments: Sequence[str]) -> int:
+    """Serve until stopped."""
+    from server.cli.serve import run_server
+    from server.cli.settings import parse_settings
+
+    return run_server(parse_settings("serve", arguments))
+
+
+def chat(arguments: Sequence[str]) -> int:
+    """Talk to an adapter."""
+    from server.cli.chat_command import main
+
+    return main(arguments)
+
+
+def adapters(arguments: Sequence[str]) -> int:
+    """List adapter folders."""
+    from server.cli.adapters import main
+
+    return main(arguments)
+
+
+def train(arguments: Sequence[str]) -> int:
+    """Hand over to the trainer, which is another program: neither imports the other."""
+    os.execv(sys.executable, [sys.executable, "-m", "trainer", "train", *arguments])
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"serve": serve, "chat": chat, "adapters": adapters, "train": train}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status is 0, 1 for a failure, 2 for bad usage."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["help"]:
+        print(USAGE, end="")
+        return 0
+    name = given.pop(0) if given and not given[0].startswith("-") else "serve"
+    if name not in COMMANDS:
+        print(f"quickchange: there is no command {name!r}\n{USAGE}", file=sys.stderr, end="")
+        return 2
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    try:
+        return COMMANDS[name](given)
+    except StartError as error:
+        print(f"quickchange: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""The safetensors container, read from bytes already in memory (https://github.com/huggingface/safetensors, "Format")."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+MAX_HEADER_BYTES = 16 * 1024 * 1024
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor: its bytes are ``data[begin:end]`` of the whole file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def read_header(data: bytes) -> Mapping[str, TensorEntry]:
+    """Every tensor's entry, checked against the file: spans inside it, end to end, without gap or overlap.
+
+    Raises ``ValueError`` with a sentence that says what is wrong.
+    """
+    if len(data) < 8:
+        raise ValueError("the file is truncated: it ends before the header's length")
+    length = int.from_bytes(data[:8], "little")
+    if length > MAX_HEADER_BYTES or 8 + length > len(data):
+        raise ValueError(f"the file is truncated or no safetensors file: it announces a header of {length} bytes")
+    try:
+        header = json.loads(data[8 : 8 + length], object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the header is not valid JSON: {error}") from None
+    if not isinstance(header, dict):
+        raise ValueError("the header is not a JSON object")
+    header.pop("__metadata__", None)
+    entries = {name: _entry(name, value, 8 + length) for name, value in header.items()}
+    _check_spans(entries, 8 + length, len(data))
+    return entries
+
+
+def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    names = dict(pairs)
+    if len(names) != len(pairs):
+        raise ValueError("a name stands twice in it")
+    return names
+
+
+def _entry(name: str, value: object, offset: int) -> TensorEntry:
+    match value:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if (
+            dtype in DTYPE_BYTES and all(type(size) is int and size >= 0 for size in shape)
+        ):
+            sizes = tuple(int(str(size)) for size in shape)
+        case _:
+            raise ValueError(f"the header's entry for tensor {name!r} is malformed")
+    if end - begin != math.prod(sizes) * DTYPE_BYTES[dtype]:
+        raise ValueError(f"tensor {name!r} of shape {list(sizes)} and type {dtype} does not fill its {end - begin} bytes")
+    return TensorEntry(name, dtype, sizes, offset + begin, offset + end)
+
+
+def _check_spans(entries: Mapping[str, TensorEntry], start: int, size: int) -> None:
+    cursor = start
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin != cursor:
+            raise ValueError(f"tensor {name!r} overlaps another one or leaves a gap before it")
+        cursor = entry.end
+    if cursor > size:
+        raise ValueError(f"the file is truncated: its header describes {cursor} bytes, it has {size}")
+    if cursor < size:
+        raise ValueError(f"the file has {size - cursor} bytes more than its header describes")

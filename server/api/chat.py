@@ -1,0 +1,36 @@
+"""``POST /v1/chat/completions``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from server.adapters.registry import AdapterDefaults
+from server.api.answer import answer
+from server.api.generation import Generation
+from server.api.protocol import ChatRequest
+from server.api.shapes import ChatShape
+from server.api.state import State
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions")
+async def create_chat_completion(body: ChatRequest, http: Request, state: State) -> Response:
+    """The assistant's next turn in a conversation."""
+
+    def render(defaults: AdapterDefaults) -> list[list[int]]:
+        messages = [message.model_dump(exclude_none=True) for message in body.messages]
+        return [state.prompts.chat(led_by(defaults.system_prompt, messages))]
+
+    generation = Generation(state, body, render, "messages", http.state.request_id)
+    return await answer(http, generation, ChatShape())
+
+
+def led_by(system_prompt: str | None, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The conversation, led by a system prompt where it has none of its own."""
+    if system_prompt is None or any(message["role"] in ("system", "developer") for message in messages):
+        return messages
+    return [{"role": "system", "content": system_prompt}, *messages]

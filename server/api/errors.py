@@ -1,0 +1,183 @@
+"""From facts to HTTP: the only place that knows which error has which status, type and code.
+
+Bodies are OpenAI's envelope, ``{"error": {"message", "type", "param", "code"}}``, and come from one function, whether
+they are a response or an event in a stream. Nothing of the request is repeated but the names of fields.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from server.api.disconnect import ClientGone
+from server.errors import (
+    AdapterRejected,
+    BaseModelNotFound,
+    BaseModelRefused,
+    ContextLengthExceeded,
+    EngineUnavailable,
+    GenerationFailed,
+    InvalidRequest,
+    ModelNotFound,
+    QueueFull,
+    QuickchangeError,
+    RequestError,
+    SettingsError,
+    UnsupportedParameter,
+)
+
+_log = logging.getLogger("quickchange.api")
+_CLIENT, _SERVER, _BUSY = "invalid_request_error", "server_error", "service_unavailable_error"
+_MAX_PARAM_LENGTH = 120
+_CLIENT_CLOSED_REQUEST = 499
+
+
+@dataclass(frozen=True)
+class Row:
+    """How a class of errors is answered; ``retry_after`` is in seconds."""
+
+    status: int
+    type: str
+    code: str | None
+    retry_after: int | None = None
+
+
+INTERNAL = Row(500, _SERVER, "internal_error")
+ROWS: Mapping[type[QuickchangeError], Row] = {
+    InvalidRequest: Row(400, _CLIENT, "invalid_value"),
+    UnsupportedParameter: Row(400, _CLIENT, "unsupported_parameter"),
+    ContextLengthExceeded: Row(400, _CLIENT, "context_length_exceeded"),
+    ModelNotFound: Row(404, _CLIENT, "model_not_found"),
+    QueueFull: Row(503, _BUSY, "server_overloaded", retry_after=1),
+    EngineUnavailable: Row(503, _BUSY, "engine_unavailable", retry_after=5),
+    GenerationFailed: Row(500, _SERVER, "generation_failed"),
+    AdapterRejected: Row(500, _SERVER, "adapter_load_failed"),
+    BaseModelNotFound: INTERNAL,
+    BaseModelRefused: INTERNAL,
+    SettingsError: INTERNAL,
+}
+
+_HTTP_CODES: Mapping[int, tuple[str | None, str]] = {
+    400: ("invalid_json", "We could not parse the JSON body of your request."),
+    404: ("unknown_url", "Unknown request URL: see /v1/models, /v1/chat/completions and /v1/completions."),
+    405: ("method_not_allowed", "This method is not allowed here."),
+    413: ("request_too_large", "The request body is too large."),
+    415: ("unsupported_media_type", "The body must be JSON, with 'Content-Type: application/json'."),
+}
+
+_TYPE_CODES = {
+    "missing": "missing_required_parameter",
+    "extra_forbidden": "unsupported_parameter",
+    "unsupported": "unsupported_parameter",
+    "too_short": "empty_array",
+    "too_long": "array_above_max_length",
+    "string_too_short": "string_below_min_length",
+    "string_too_long": "string_above_max_length",
+}
+_BELOW, _ABOVE = ("greater_than", "greater_than_equal"), ("less_than", "less_than_equal")
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An error as it goes out."""
+
+    status: int
+    body: dict[str, Any]
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def response(self) -> Response:
+        """As an answer of its own."""
+        return JSONResponse(self.body, self.status, self.headers)
+
+
+def error_body(message: str, *, type: str, code: str | None, param: str | None = None) -> dict[str, Any]:
+    """OpenAI's envelope."""
+    return {"error": {"message": message, "type": type, "param": param, "code": code}}
+
+
+def reply_to(error: Exception, *, request_id: str) -> Reply:
+    """How any error is answered. What is a bug, or the server's own trouble, is told by its request id alone."""
+    row = ROWS.get(type(error), INTERNAL) if isinstance(error, QuickchangeError) else INTERNAL
+    code = error.code if isinstance(error, InvalidRequest) else row.code
+    param = error.param if isinstance(error, RequestError) else None
+    message = str(error)
+    if row.status == INTERNAL.status:
+        message = f"The server failed to answer this request. Its id in the server's log is {request_id}."
+    headers = {} if row.retry_after is None else {"Retry-After": str(row.retry_after)}
+    return Reply(row.status, error_body(message, type=row.type, code=code, param=param), headers)
+
+
+def http_reply(status: int, headers: Mapping[str, str] | None = None) -> Reply:
+    """How a bare HTTP status is answered."""
+    code, message = _HTTP_CODES.get(status, (None, "The request cannot be served."))
+    return Reply(status, error_body(message, type=_CLIENT, code=code), dict(headers or {}))
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Make every error of the application an envelope, but for bugs, which the outermost middleware answers."""
+    app.add_exception_handler(QuickchangeError, _on_known_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid_body)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(ClientGone, _on_client_gone)
+
+
+async def _on_known_error(request: Request, error: Exception) -> Response:
+    reply = reply_to(error, request_id=request.state.request_id)
+    if reply.status >= INTERNAL.status:
+        _log.error("request_id=%s %s: %s", request.state.request_id, type(error).__name__, error)
+    return reply.response()
+
+
+async def _on_invalid_body(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return reply_to(invalid_request(error.errors()[0]), request_id=request.state.request_id).response()
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return http_reply(error.status_code, error.headers).response()
+
+
+async def _on_client_gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=_CLIENT_CLOSED_REQUEST)
+
+
+def invalid_request(detail: Mapping[str, Any]) -> InvalidRequest:
+    """Pydantic's first complaint in OpenAI's words."""
+    context = detail.get("ctx", {})
+    param = param_path([*detail["loc"], *([context["field"]] if "field" in context else [])])
+    if detail["type"] == "json_invalid" or param is None:
+        return InvalidRequest("The request body must be a JSON object.", code="invalid_json")
+    code = _code(detail["type"], context)
+    if code == "missing_required_parameter":
+        message = f"Missing required parameter: '{param}'."
+    elif detail["type"] == "extra_forbidden":
+        message = f"Unsupported parameter: '{param}' is not supported by this server."
+    else:
+        message = f"Invalid '{param}': {detail['msg'].removeprefix('Input ')}."
+    return InvalidRequest(message, param=param, code=code)
+
+
+def param_path(location: Iterable[str | int]) -> str | None:
+    """``("body", "messages", 2, "content")`` as ``messages[2].content``; None for the body itself."""
+    path = ""
+    for step in list(location)[1:]:
+        path += f"[{step}]" if isinstance(step, int) else f".{step}"
+    return path.removeprefix(".")[:_MAX_PARAM_LENGTH] or None
+
+
+def _code(error_type: str, context: Mapping[str, Any]) -> str:
+    if error_type in _TYPE_CODES:
+        return _TYPE_CODES[error_type]
+    for kinds, code in ((_BELOW, "below_min_value"), (_ABOVE, "above_max_value")):
+        if error_type in kinds:
+            bound = next(context[key] for key in ("gt", "ge", "lt", "le") if key in context)
+            return f"{'integer' if isinstance(bound, int) else 'decimal'}_{code}"
+    return "invalid_type" if error_type.endswith("_type") or error_type == "int_from_float" else "invalid_value"

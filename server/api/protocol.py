@@ -1,0 +1,276 @@
+"""What clients may say, field by field. What is not said here, and would change the answer, is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from server.errors import UnsupportedParameter
+
+MAX_CHOICES = 128
+MAX_STOP_LENGTH = 1024
+
+# No effect on the answer of this server, whatever the value.
+IGNORED = frozenset(
+    {
+        "metadata",
+        "parallel_tool_calls",
+        "prediction",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "reasoning_effort",
+        "safety_identifier",
+        "user",
+        "verbosity",
+    }
+)
+# Not honoured; accepted only with a value that asks for nothing.
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True,),
+    "best_of": (1,),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "ignore_eos": (False,),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "min_tokens": (0,),
+    "modalities": (["text"],),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "skip_special_tokens": (True,),
+    "stop_token_ids": ([],),
+    "store": (False,),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+}
+
+
+def _well_formed(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError("string_unicode", "it is not valid Unicode: it holds half a surrogate pair") from None
+    return text
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _as_parts(value: object) -> object:
+    if isinstance(value, str):
+        return [{"type": "text", "text": _well_formed(value)}]
+    if not isinstance(value, list):
+        raise PydanticCustomError("string_or_list_type", "it should be a string or an array of content parts")
+    return value
+
+
+def _text_only(value: object) -> object:
+    if isinstance(value, dict) and value.get("type") not in (None, "text"):
+        raise PydanticCustomError("unsupported", "only text content is supported by this server", {"field": "type"})
+    return value
+
+
+def _is_neutral(value: object, neutral: tuple[Any, ...]) -> bool:
+    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral)
+
+
+def _parse_prompt(value: object) -> list[str | list[int]]:
+    """``str``, ``[str]``, ``[int]`` or ``[[int]]`` as a list of prompts."""
+    if isinstance(value, str):
+        return [_well_formed(value)]
+    if isinstance(value, list):
+        if not value:
+            raise PydanticCustomError("too_short", "it should have at least one item")
+        if all(isinstance(item, str) for item in value):
+            return [_well_formed(item) for item in value]
+        if _are_ids(value):
+            return [value]
+        if all(isinstance(item, list) and item and _are_ids(item) for item in value):
+            return value
+    raise PydanticCustomError(
+        "prompt_type", "it should be a string, an array of strings, an array of token ids, or an array of such arrays"
+    )
+
+
+def _are_ids(items: list[Any]) -> bool:
+    return all(type(item) is int and item >= 0 for item in items)
+
+
+Text = Annotated[str, AfterValidator(_well_formed)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH), AfterValidator(_well_formed)]
+
+
+class _Strict(BaseModel):
+    """JSON types are taken at their word, ``null`` means absent, and unknown fields are refused."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    ignored: ClassVar[frozenset[str]] = frozenset()
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_asks_for_nothing(cls, raw: object) -> object:
+        if not isinstance(raw, dict):
+            raise PydanticCustomError("object_type", "it should be a JSON object")
+        said = {key: value for key, value in raw.items() if value is not None and key not in cls.ignored}
+        return {key: value for key, value in said.items() if not _is_neutral(value, cls.neutral.get(key, ()))}
+
+
+class TextPart(_Strict):
+    """One text among the parts of a message's content."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class FunctionCall(_Strict):
+    """What an assistant called; ``arguments`` is JSON in a string."""
+
+    name: Text
+    arguments: Text
+
+
+class ToolCall(_Strict):
+    """A call in an earlier turn of the assistant."""
+
+    id: Text
+    type: Literal["function"]
+    function: FunctionCall
+
+
+class Message(_Strict):
+    """One turn of a conversation."""
+
+    ignored = frozenset({"annotations"})
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {"tool_calls": ([],)}
+
+    role: Literal["developer", "system", "user", "assistant", "tool"]
+    content: (
+        Annotated[
+            list[Annotated[TextPart, BeforeValidator(_text_only)]], Field(min_length=1), BeforeValidator(_as_parts)
+        ]
+        | None
+    ) = None
+    name: Text | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: Text | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise PydanticCustomError("missing", "", {"field": "content"})
+        if self.role == "tool" and self.tool_call_id is None:
+            raise PydanticCustomError("missing", "", {"field": "tool_call_id"})
+        return self
+
+
+class StreamOptions(_Strict):
+    """How a stream is to look."""
+
+    ignored = frozenset({"include_obfuscation"})
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {"continuous_usage_stats": (False,)}
+
+    include_usage: bool = False
+
+
+class GenerationRequest(_Strict):
+    """What chat and completions have in common."""
+
+    ignored = IGNORED
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = NEUTRAL
+
+    model: Annotated[str, Field(min_length=1), AfterValidator(_well_formed)]
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
+    top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
+    top_k: int | None = Field(None, ge=-1, lt=2**31)
+    min_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    n: int = Field(1, ge=1, le=8)
+    stop: Annotated[list[StopString], Field(min_length=1, max_length=16), BeforeValidator(_as_list)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_is_not_honoured(cls, raw: object) -> object:
+        if isinstance(raw, dict):
+            for field, neutral in cls.neutral.items():
+                value = raw.get(field)
+                if value is not None and not _is_neutral(value, neutral):
+                    raise UnsupportedParameter(field)
+        return raw
+
+    @model_validator(mode="after")
+    def _stream_options_need_a_stream(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError(
+                "stream_options", "it is only allowed when 'stream' is true", {"field": "stream_options"}
+            )
+        return self
+
+    @property
+    def num_prompts(self) -> int:
+        """Prompts in the request, each of which is answered ``n`` times."""
+        return 1
+
+    @property
+    def max_completion(self) -> int | None:
+        """Tokens the client allows for each answer, if it says so."""
+        return self.max_tokens
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with a usage chunk."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class ChatRequest(GenerationRequest):
+    """``POST /v1/chat/completions``."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+
+    @property
+    def max_completion(self) -> int | None:
+        """The newer name wins."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+class CompletionRequest(GenerationRequest):
+    """``POST /v1/completions``; ``prompt`` is a list of texts or of token ids, whichever way it was written."""
+
+    prompt: Annotated[list[str | list[int]], PlainValidator(_parse_prompt)]
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Self:
+        if len(self.prompt) * self.n > MAX_CHOICES:
+            message = f"prompts times 'n' should be at most {MAX_CHOICES}"
+            raise PydanticCustomError("too_long", message, {"field": "prompt"})
+        return self
+
+    @property
+    def num_prompts(self) -> int:
+        """As many as the list is long."""
+        return len(self.prompt)

@@ -1,0 +1,38 @@
+"""What every endpoint may use: built once in ``__main__``, found again through the application."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from server.adapters.registry import AdapterDefaults, AdapterRegistry
+from server.engine.async_engine import AsyncEngine
+from server.metrics import Metrics
+from server.text.prompt import PromptRenderer
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """The parts of a running server. ``base_defaults`` come from the base's own generation config."""
+
+    base_name: str
+    created: int
+    prompts: PromptRenderer
+    engine: AsyncEngine
+    registry: AdapterRegistry
+    metrics: Metrics
+    default_max_tokens: int
+    eos_ids: frozenset[int]
+    version: str
+    base_defaults: AdapterDefaults = field(default_factory=AdapterDefaults)
+
+
+def _state_of(request: Request) -> ServerState:
+    state = request.app.state.server
+    assert isinstance(state, ServerState)
+    return state
+
+
+State = Annotated[ServerState, Depends(_state_of)]

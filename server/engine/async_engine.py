@@ -1,0 +1,269 @@
+"""Where the event loop and the engine thread meet; no other file knows both.
+
+Commands go in by a queue, outputs come back by one ``call_soon_threadsafe`` a step. A thread that dies answers every
+waiter, and ``alive`` turns false.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from server.engine.engine import Engine
+from server.errors import EngineUnavailable, GenerationFailed, QueueFull
+from server.lora.weights import LoRAWeights
+from server.sequence import SamplingParams, StepOutput
+from server.sequence import Sequence as Generation
+
+logger = logging.getLogger("quickchange.engine")
+
+Argument = TypeVar("Argument")
+
+MAX_FAILED_STEPS = 3
+"""Steps that may fail in a row before the engine gives up."""
+
+
+@dataclass(frozen=True)
+class Add:
+    """Queue a sequence."""
+
+    sequence: Generation
+
+
+@dataclass(frozen=True)
+class Abort:
+    """End a sequence."""
+
+    sequence_id: int
+
+
+@dataclass(frozen=True)
+class LoadAdapter:
+    """Put an adapter's rows in; ``done`` is called in the engine thread with None or what went wrong."""
+
+    digest: str
+    weights: LoRAWeights
+    done: Callable[[Exception | None], None]
+
+
+@dataclass(frozen=True)
+class UnloadAdapter:
+    """Free an adapter's rows."""
+
+    digest: str
+
+
+@dataclass(frozen=True)
+class Stop:
+    """End the thread."""
+
+
+Command = Add | Abort | LoadAdapter | UnloadAdapter | Stop
+
+
+class OutputStream:
+    """The outputs of one sequence, in order; made by ``AsyncEngine.submit``."""
+
+    def __init__(self, sequence_id: int, close: Callable[[int], None]) -> None:
+        self.sequence_id = sequence_id
+        self._close = close
+        self._outputs: asyncio.Queue[StepOutput | Exception] = asyncio.Queue()
+        self._ended = False
+
+    def put(self, output: StepOutput | Exception) -> None:
+        """Hand an output to the reader."""
+        self._outputs.put_nowait(output)
+
+    async def __aiter__(self) -> AsyncIterator[StepOutput]:
+        """Outputs through the last. Raises ``GenerationFailed`` or ``EngineUnavailable`` rather than wait for ever."""
+        while not self._ended:
+            output = await self._outputs.get()
+            if isinstance(output, Exception):
+                self._ended = True
+                raise output
+            if output.failed is not None:
+                self._ended = True
+                raise GenerationFailed(f"The generation could not go on: {output.failed}.")
+            self._ended = output.last
+            yield output
+
+    def close(self) -> None:
+        """End the sequence if it is alive."""
+        self._ended = True
+        self._close(self.sequence_id)
+
+
+class AsyncEngine:
+    """Runs an ``Engine`` in a thread of its own for the event loop that called ``start``."""
+
+    def __init__(self, engine: Engine, *, max_queued_seqs: int) -> None:
+        self._engine = engine
+        self._max_unfinished = max_queued_seqs + engine.scheduler.slots.num_slots
+        self._max_queued_seqs = max_queued_seqs
+        self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._streams: dict[int, OutputStream] = {}
+        self._ids = itertools.count(1)
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._alive = False
+        self._failed_steps = 0
+
+    @property
+    def alive(self) -> bool:
+        """Whether sequences are taken and computed."""
+        return self._alive
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest sequence in tokens, prompt and output together."""
+        return self._engine.scheduler.max_model_len
+
+    @property
+    def num_unfinished(self) -> int:
+        """Sequences that somebody waits for."""
+        return len(self._streams)
+
+    def start(self) -> None:
+        """Start the thread; outputs go to the running event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._alive = True
+        self._engine.metrics.engine_up.set(1)
+        self._thread.start()
+
+    def check_capacity(self, num_sequences: int) -> None:
+        """Raises ``EngineUnavailable`` or ``QueueFull`` where so many sequences would be refused."""
+        if not self._alive:
+            raise EngineUnavailable("The engine is not running.")
+        if len(self._streams) + num_sequences > self._max_unfinished:
+            raise QueueFull(self._max_queued_seqs)
+
+    def submit(
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        params: SamplingParams,
+        max_tokens: int,
+        adapter: str | None,
+        eos_ids: frozenset[int],
+    ) -> OutputStream:
+        """Queue a sequence. ``adapter`` is a weights digest that is loaded and leased. Raises as ``check_capacity``."""
+        self.check_capacity(1)
+        sequence = Generation(next(self._ids), tuple(prompt_ids), max_tokens, params, adapter, eos_ids)
+        stream = self._streams[sequence.id] = OutputStream(sequence.id, self._close_stream)
+        self._inbox.put(Add(sequence))
+        return stream
+
+    async def load_adapter(self, digest: str, weights: LoRAWeights) -> None:
+        """Put prepared rows into the bank, between two steps."""
+        if not self._alive:
+            raise EngineUnavailable("The engine is not running.")
+        loop, loaded = self._loop, self._loop.create_future()
+
+        def settle(error: Exception | None) -> None:
+            if not loaded.done():
+                loaded.set_result(None) if error is None else loaded.set_exception(error)
+
+        self._inbox.put(LoadAdapter(digest, weights, lambda error: _call(loop, settle, error)))
+        await loaded
+
+    def unload_adapter(self, digest: str) -> None:
+        """Free an adapter's rows, between two steps; nobody may be using it."""
+        self._inbox.put(UnloadAdapter(digest))
+
+    async def stop(self, timeout: float) -> None:
+        """Stop taking sequences, give the running ones ``timeout`` seconds, and end the thread."""
+        self._alive = False
+        deadline = self._loop.time() + timeout
+        while self._streams and self._loop.time() < deadline and self._thread.is_alive():
+            await asyncio.sleep(0.05)
+        self._inbox.put(Stop())
+        await asyncio.to_thread(self._thread.join, 60)
+
+    def _close_stream(self, sequence_id: int) -> None:
+        if self._streams.pop(sequence_id, None) is not None:
+            self._inbox.put(Abort(sequence_id))
+
+    def _dispatch(self, outputs: list[StepOutput]) -> None:
+        """In the event loop: hand each output to its stream, if somebody still reads it."""
+        for output in outputs:
+            stream = self._streams.get(output.sequence_id)
+            if stream is not None:
+                stream.put(output)
+                if output.last:
+                    del self._streams[output.sequence_id]
+
+    def _end_all(self, error: Exception) -> None:
+        """In the event loop: nobody waits for a thread that is gone."""
+        self._alive = False
+        for stream in self._streams.values():
+            stream.put(error)
+        self._streams.clear()
+
+    def _run(self) -> None:
+        """The thread: commands, then a step, while there is something to do."""
+        reason = EngineUnavailable("The engine was stopped.")
+        try:
+            while self._take_commands():
+                outputs = self._step()
+                _call(self._loop, self._dispatch, outputs)
+        except BaseException as error:
+            logger.exception("the engine died")
+            reason = EngineUnavailable(f"The engine died ({type(error).__name__}); restart the server.")
+        finally:
+            self._engine.metrics.engine_up.set(0)
+            _call(self._loop, self._end_all, reason)
+
+    def _step(self) -> list[StepOutput]:
+        """A step of the engine. One that fails ends the sequences that ran in it, and no others."""
+        try:
+            outputs = self._engine.step()
+        except Exception:
+            self._failed_steps += 1
+            if self._failed_steps >= MAX_FAILED_STEPS:
+                raise
+            logger.exception("a step failed; its sequences are given up")
+            return self._engine.give_up_running("the step failed")
+        self._failed_steps = 0
+        return outputs
+
+    def _take_commands(self) -> bool:
+        """Carry out what is in the inbox, waiting where there is nothing to compute. False after ``Stop``."""
+        while self._engine.idle or not self._inbox.empty():
+            if self._engine.idle and self._inbox.empty():
+                self._engine.report_load()
+            command = self._inbox.get()
+            if isinstance(command, Stop):
+                return False
+            self._carry_out(command)
+        return True
+
+    def _carry_out(self, command: Command) -> None:
+        match command:
+            case Add(sequence):
+                self._engine.add(sequence)
+            case Abort(sequence_id):
+                self._engine.abort(sequence_id)
+            case LoadAdapter(digest, weights, done):
+                done(_error_of(self._engine.runner.add_adapter, digest, weights))
+            case UnloadAdapter(digest):
+                self._engine.runner.remove_adapter(digest)
+
+
+def _error_of(action: Callable[[str, LoRAWeights], None], digest: str, weights: LoRAWeights) -> Exception | None:
+    try:
+        action(digest, weights)
+    except Exception as error:
+        return error
+    return None
+
+
+def _call(loop: asyncio.AbstractEventLoop, function: Callable[[Argument], None], argument: Argument) -> None:
+    """Run a function in the event loop, unless the loop is closed: then nobody waits any more."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(function, argument)

@@ -1,0 +1,87 @@
+"""The heart: schedule, run, sample, update. No asyncio, no HTTP, no text; one thread owns it."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+import torch
+
+from server.engine.scheduler import Scheduler
+from server.lora.weights import LoRAWeights
+from server.metrics import Metrics
+from server.model.sampler import Sampler
+from server.sequence import Batch, Sequence, StepOutput
+
+
+class Runner(Protocol):
+    """What the engine asks of a model: ``model.runner.ModelRunner``, or a script in tests."""
+
+    def run(self, batch: Batch) -> torch.Tensor:
+        """Logits, [len(batch.sampling), vocab]."""
+        ...
+
+    def add_adapter(self, digest: str, weights: LoRAWeights) -> None:
+        """Make an adapter's rows available."""
+        ...
+
+    def remove_adapter(self, digest: str) -> None:
+        """Free an adapter's rows."""
+        ...
+
+
+class Engine:
+    """Sequences in, tokens out."""
+
+    def __init__(self, scheduler: Scheduler, runner: Runner, sampler: Sampler, metrics: Metrics) -> None:
+        self.scheduler, self.runner, self.sampler, self.metrics = scheduler, runner, sampler, metrics
+        metrics.kv_slots.set(scheduler.slots.num_slots)
+
+    @property
+    def idle(self) -> bool:
+        """Whether a step would have nothing to do."""
+        return self.scheduler.idle
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence."""
+        self.scheduler.add(sequence)
+
+    def abort(self, sequence_id: int) -> None:
+        """End a sequence before its time; its generator goes with it."""
+        self.scheduler.abort(sequence_id)
+        self.sampler.forget(sequence_id)
+
+    def give_up_running(self, reason: str) -> list[StepOutput]:
+        """End every sequence that is in the batch, after a step that failed."""
+        given_up = list(self.scheduler.running)
+        for sequence_id in given_up:
+            self.abort(sequence_id)
+        return [StepOutput(sequence_id, None, failed=reason) for sequence_id in given_up]
+
+    def step(self) -> list[StepOutput]:
+        """One token for every sequence whose prompt is computed, a chunk further for the others."""
+        since = time.perf_counter()
+        batch = self.scheduler.schedule()
+        logits = self.runner.run(batch)
+        token_ids = self.sampler.sample(logits, batch.sampling)
+        outputs = self.scheduler.update(batch, token_ids)
+        self._account(batch, outputs, time.perf_counter() - since)
+        return outputs
+
+    def _account(self, batch: Batch, outputs: list[StepOutput], seconds: float) -> None:
+        for output in outputs:
+            if output.last:
+                self.sampler.forget(output.sequence_id)
+        self.metrics.step_duration.observe(seconds)
+        self.metrics.step_rows.observe(batch.num_rows)
+        self.metrics.step_sequences.observe(len(batch.segments))
+        self.metrics.step_adapters.observe(len({segment.sequence.adapter for segment in batch.segments}))
+        self.report_load()
+
+    def report_load(self) -> None:
+        """Set the gauges of queue, batch and slots; once more when the engine goes idle, with the books checked."""
+        self.metrics.queued.set(len(self.scheduler.waiting))
+        self.metrics.running.set(len(self.scheduler.running))
+        self.metrics.kv_slots_used.set(self.scheduler.slots.num_used)
+        if self.idle:
+            self.scheduler.check_integrity()

@@ -1,0 +1,103 @@
+"""Which sequences run, and what each step computes.
+
+Continuous batching (Yu et al. 2022, Orca): sequences join and leave at every step. Sequences that decode come first, one
+row each; what the token budget leaves goes to chunks of prompts, oldest first, so that a long prompt delays nobody by
+more than a step of bounded size.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+from server.engine.slots import SlotTable
+from server.sequence import Batch, FinishReason, Segment, Sequence, SequenceStatus, StepOutput
+
+
+class Scheduler:
+    """Queue, running set and slots. ``max_model_len`` bounds prompt and output together, in tokens."""
+
+    def __init__(self, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int) -> None:
+        self.max_num_batched_tokens = max(max_num_batched_tokens, max_num_seqs + 1)
+        self.max_model_len = max_model_len
+        self.slots = SlotTable(max_num_seqs)
+        self.waiting: deque[Sequence] = deque()
+        self.running: dict[int, Sequence] = {}
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to compute."""
+        return not self.waiting and not self.running
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence; it must leave room for one token at least."""
+        assert len(sequence.prompt_ids) < self.max_model_len
+        self.waiting.append(sequence)
+
+    def abort(self, sequence_id: int) -> None:
+        """End a sequence wherever it stands; one that has ended already is no error."""
+        if (sequence := self.running.get(sequence_id)) is not None:
+            self._finish(sequence)
+            return
+        for sequence in self.waiting:
+            if sequence.id == sequence_id:
+                sequence.status = SequenceStatus.FINISHED
+                self.waiting.remove(sequence)
+                return
+
+    def schedule(self) -> Batch:
+        """The next step's rows: decoding sequences, then prompt chunks, those of one adapter side by side."""
+        self._admit()
+        budget = self.max_num_batched_tokens
+        segments: list[Segment] = []
+        for sequence in sorted(self.running.values(), key=lambda one: not one.decoding):
+            length = min(sequence.num_uncomputed, budget)
+            if length:
+                assert sequence.slot is not None
+                segments.append(Segment(sequence, sequence.slot, sequence.num_computed, length))
+                budget -= length
+        segments.sort(key=lambda segment: segment.sequence.adapter or "")
+        return Batch(tuple(segments))
+
+    def update(self, batch: Batch, token_ids: Iterable[int | None]) -> list[StepOutput]:
+        """Book what the step computed. ``token_ids`` are of ``batch.sampling``, None where no token could be chosen."""
+        for segment in batch.segments:
+            segment.sequence.num_computed = segment.end
+        return [self._append(sequence, token_id) for sequence, token_id in zip(batch.sampling, token_ids, strict=True)]
+
+    def check_integrity(self) -> None:
+        """Running sequences and held slots are the same."""
+        self.slots.check_integrity()
+        assert self.slots.num_used == len(self.running), "a slot leaks"
+        assert all(sequence.status is SequenceStatus.RUNNING for sequence in self.running.values())
+
+    def _admit(self) -> None:
+        while self.waiting and self.slots.can_take():
+            sequence = self.waiting.popleft()
+            sequence.slot = self.slots.take(sequence.id)
+            sequence.status = SequenceStatus.RUNNING
+            self.running[sequence.id] = sequence
+
+    def _append(self, sequence: Sequence, token_id: int | None) -> StepOutput:
+        if token_id is None:
+            self._finish(sequence)
+            return StepOutput(sequence.id, None, failed="the model gave no finite scores for the next token")
+        sequence.output_ids.append(token_id)
+        reason = self._finish_reason(sequence, token_id)
+        if reason is not None:
+            self._finish(sequence)
+        return StepOutput(sequence.id, token_id, reason)
+
+    def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
+        if token_id in sequence.eos_ids:
+            return FinishReason.STOP
+        if len(sequence.output_ids) >= sequence.max_tokens or sequence.num_tokens >= self.max_model_len:
+            return FinishReason.LENGTH
+        return None
+
+    def _finish(self, sequence: Sequence) -> None:
+        sequence.status = SequenceStatus.FINISHED
+        del self.running[sequence.id]
+        assert sequence.slot is not None
+        self.slots.free(sequence.slot)
+        sequence.slot = None

@@ -1,0 +1,121 @@
+"""Everything that can go wrong, as one tree of facts; ``api/errors.py`` is the only place that knows an HTTP status.
+
+    QuickchangeError
+    ├── RequestError                what a client sent; its fault, and it can be told how to mend it
+    │   ├── InvalidRequest
+    │   ├── UnsupportedParameter
+    │   ├── ContextLengthExceeded
+    │   └── ModelNotFound
+    ├── ServiceError                what the server cannot do just now, or did wrong
+    │   ├── QueueFull
+    │   ├── EngineUnavailable
+    │   └── GenerationFailed
+    ├── AdapterError                a folder that is not served, and why
+    │   └── AdapterRejected
+    └── StartError                  the server does not start
+        ├── BaseModelNotFound
+        ├── BaseModelRefused
+        └── SettingsError
+"""
+
+from __future__ import annotations
+
+
+class QuickchangeError(Exception):
+    """The root. ``str(error)`` is a sentence for the person who can mend it."""
+
+
+class RequestError(QuickchangeError):
+    """A request that cannot be served as it is; ``param`` is the path of the field at fault, as in ``messages[2].content``."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class InvalidRequest(RequestError):
+    """A field that is missing, of the wrong type or out of range; ``code`` is OpenAI's word for it."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = "invalid_value") -> None:
+        super().__init__(message, param=param)
+        self.code = code
+
+
+class UnsupportedParameter(RequestError):
+    """A field that would change the answer, which this server does not honour, and so refuses."""
+
+    def __init__(self, param: str, message: str | None = None) -> None:
+        super().__init__(message or f"Unsupported parameter: '{param}' is not supported by this server.", param=param)
+
+
+class ContextLengthExceeded(RequestError):
+    """Prompt and completion together do not fit."""
+
+    def __init__(self, *, limit: int, prompt_tokens: int, completion_tokens: int, param: str = "messages") -> None:
+        self.limit, self.prompt_tokens, self.completion_tokens = limit, prompt_tokens, completion_tokens
+        super().__init__(
+            f"This model's maximum context length is {limit} tokens. However, you requested "
+            f"{prompt_tokens + completion_tokens} tokens ({prompt_tokens} in the {param}, {completion_tokens} in the "
+            f"completion). Please reduce the length of the {param} or completion.",
+            param=param,
+        )
+
+
+class ModelNotFound(RequestError):
+    """No base and no adapter of this name."""
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+        super().__init__(f"The model `{model}` does not exist or you do not have access to it.", param="model")
+
+
+class ServiceError(QuickchangeError):
+    """Not the client's fault."""
+
+
+class QueueFull(ServiceError):
+    """As many sequences wait as may."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        super().__init__(f"The server is busy: {limit} generations are queued already. Try again later.")
+
+
+class EngineUnavailable(ServiceError):
+    """The engine stopped, or is stopping; nothing more is generated."""
+
+
+class GenerationFailed(ServiceError):
+    """One generation could not go on; others were not disturbed."""
+
+
+class AdapterError(QuickchangeError):
+    """An adapter folder that is not served."""
+
+    def __init__(self, adapter: str, reason: str) -> None:
+        self.adapter, self.reason = adapter, reason
+        super().__init__(f"adapter {adapter!r}: {reason}")
+
+
+class AdapterRejected(AdapterError):
+    """The folder is wrong and stays so until somebody changes it."""
+
+
+class StartError(QuickchangeError):
+    """The server does not start."""
+
+
+class BaseModelNotFound(StartError):
+    """Neither a folder, nor a hub id that can be had, nor the embedded base."""
+
+
+class BaseModelRefused(StartError):
+    """The base's architecture does not come out right in a flat batch; serving it would be silently wrong."""
+
+    def __init__(self, model: str, reason: str) -> None:
+        self.model, self.reason = model, reason
+        super().__init__(f"base model {model!r} is refused: {reason}")
+
+
+class SettingsError(StartError):
+    """A setting that cannot be used on this machine or with this base."""

@@ -1,0 +1,193 @@
+"""The admission test: does this architecture come out right when sequences lie end to end in one row?
+
+Most of transformers' modelling code does. Some does not, and fails silently: state carried from one sequence into the
+next, a window that lives in the mask alone, an attention function of its own. So before a base is served, a shrunken
+random copy of its config is run both ways: by stock code, each sequence alone, and by ours, two sequences flat, in
+chunks, and token by token from KV slots. Logits must agree.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from server.errors import BaseModelRefused
+from server.model.attention import FlatAttention, Layout, Span
+from server.model.kv_cache import KVCache
+from server.model.rope import fix_rope
+
+TOLERANCE = 1e-3
+"""Largest difference allowed between logits, as a share of the largest stock logit; float32 leaves about 1e-6."""
+
+_LENGTHS = (29, 21)
+_CONTEXT = 64
+_WINDOW = 8
+_SIZES: dict[str, int] = {
+    "hidden_size": 64, "n_embd": 64, "d_model": 64, "intermediate_size": 96, "n_inner": 96, "ffn_hidden_size": 96,
+    "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64, "intermediate_size_mlp": 96, "head_dim": 16,
+    "global_head_dim": 16, "num_attention_heads": 4, "n_head": 4, "vocab_size": 256, "vocab_size_per_layer_input": 256,
+    "hidden_size_per_layer_input": 16, "max_position_embeddings": 128, "n_positions": 128, "n_ctx": 128,
+    "q_lora_rank": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
+    "query_pre_attn_scalar": 16, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "n_group": 1,
+    "topk_group": 1, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "mamba_d_head": 16, "mamba_n_heads": 8,
+    "mamba_d_state": 16, "rotary_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+"""What a config's fields become, where it has them."""
+
+_AT_MOST = {"num_experts_per_tok": 2, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+_WINDOWS = ("sliding_window", "attention_chunk_size", "local_attention_window_size")
+_MAX_LAYERS = 6
+
+
+def admit(config: PretrainedConfig, *, name: str) -> None:
+    """Return if the architecture may be served. Raises ``BaseModelRefused`` with the reason."""
+    try:
+        with torch.random.fork_rng(devices=[]), torch.inference_mode():
+            torch.manual_seed(0)
+            _compare(shrink(config))
+    except _Refused as refused:
+        raise BaseModelRefused(name, f"{config.model_type}: {refused}") from None
+    except Exception as error:
+        reason = f"its admission test could not be run ({type(error).__name__}: {str(error)[:200]})"
+        raise BaseModelRefused(name, f"{config.model_type}: {reason}") from error
+
+
+class _Refused(Exception):
+    """Why the architecture may not be served."""
+
+
+def shrink(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy of the config with every kind of layer it has, but of toy size, windows of 8 and a context of 128."""
+    text = copy.deepcopy(config.get_text_config())
+    before = text.to_dict()
+    _shrink_layers(text, before)
+    _shrink_heads(text, before)
+    for field, size in _SIZES.items():
+        if before.get(field) is not None and not (field == "head_dim" and before.get("kv_lora_rank")):
+            setattr(text, field, size)
+    for field, most in _AT_MOST.items():
+        if before.get(field) is not None:
+            setattr(text, field, min(before[field], most))
+    for field in _WINDOWS:
+        if before.get(field) is not None:
+            setattr(text, field, _WINDOW)
+    _shrink_rope(text)
+    return text
+
+
+def _shrink_layers(text: PretrainedConfig, before: dict[str, Any]) -> None:
+    """Few layers, of which the first is of each kind there is."""
+    kinds = before.get("layer_types") or before.get("layers_block_type")
+    count = min(_MAX_LAYERS, before.get("num_hidden_layers") or before.get("n_layer") or 2)
+    if kinds:
+        shown = list(dict.fromkeys(kinds))[:_MAX_LAYERS]
+        shown = (shown + list(kinds))[: max(count, len(shown))]
+        count = len(shown)
+        if before.get("layer_types"):
+            text.layer_types = shown
+    for field, value in before.items():
+        per_layer = isinstance(value, list) and len(value) == before.get("num_hidden_layers") and field != "layer_types"
+        if per_layer and field not in ("layers_block_type",):
+            setattr(text, field, value[:count])
+    for field in ("num_hidden_layers", "n_layer"):
+        if before.get(field) is not None:
+            setattr(text, field, count)
+    if before.get("num_kv_shared_layers"):
+        text.num_kv_shared_layers = 0
+
+
+def _shrink_heads(text: PretrainedConfig, before: dict[str, Any]) -> None:
+    """Query heads in groups of the same kind: one each, one for all, or some; a latent attention's parts to match."""
+    if before.get("kv_lora_rank"):
+        text.head_dim, text.qk_head_dim = 8, 24
+    if not (kv_heads := before.get("num_key_value_heads")):
+        return
+    heads = before.get("num_attention_heads")
+    text.num_key_value_heads = 4 if kv_heads == heads else 1 if kv_heads == 1 else 2
+
+
+def _shrink_rope(text: PretrainedConfig) -> None:
+    """Per-frequency factors, as many as the small heads have frequencies."""
+    parameters = getattr(text, "rope_parameters", None)
+    if not isinstance(parameters, dict):
+        return
+    layered = [value for value in parameters.values() if isinstance(value, dict)]
+    for rope in layered or [parameters]:
+        heads = getattr(text, "num_attention_heads", 4)
+        dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+        frequencies = int(dim * rope.get("partial_rotary_factor", 1.0)) // 2
+        for field in ("short_factor", "long_factor"):
+            if field in rope:
+                rope[field] = rope[field][:frequencies]
+        if "original_max_position_embeddings" in rope:
+            rope["original_max_position_embeddings"] = 32
+    if getattr(text, "original_max_position_embeddings", None):
+        text.original_max_position_embeddings = 32
+
+
+def _compare(config: PretrainedConfig) -> None:
+    """Stock logits of two sequences against ours: flat, in chunks, and token by token."""
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    _randomize(model)
+    fix_rope(model, _CONTEXT)
+    sequences = [torch.randint(3, 200, (length,)) for length in _LENGTHS]
+    stock = [model(input_ids=ids[None], use_cache=False).logits[0] for ids in sequences]
+    attention = FlatAttention()
+    attention.install(model)
+    whole = _flat(model, attention, sequences, [(0, 0, length) if n == 0 else (1, 0, length) for n, length in enumerate(_LENGTHS)])
+    _check(whole, stock, "two sequences laid end to end disturb each other")
+    layers = len(attention.seen_shapes)
+    if layers == 0 or attention.num_calls != layers or layers != config.num_hidden_layers:
+        raise _Refused(
+            f"{config.num_hidden_layers} layers made {attention.num_calls} calls of the attention function that "
+            f"transformers lets one replace, on {layers} layers; each must make one"
+        )
+    shapes = [attention.seen_shapes[layer] for layer in range(layers)]
+    attention.cache = KVCache(shapes, num_slots=2, max_len=_CONTEXT, dtype=torch.float32, device=torch.device("cpu"))
+    _check(_in_chunks(model, attention, sequences), stock, "chunks of a prompt and tokens decoded from a KV slot differ")
+
+
+def _in_chunks(model: PreTrainedModel, attention: FlatAttention, sequences: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Logits of both sequences, computed in steps that mix chunks of one with single tokens of the other."""
+    steps = [[(0, 0, 5)], [(0, 5, 18), (1, 0, 11)], [(0, 18, 19), (1, 11, 17)]]
+    steps += [[(0, 19 + i, 20 + i), *([(1, 17 + i, 18 + i)] if 18 + i <= _LENGTHS[1] else [])] for i in range(_LENGTHS[0] - 19)]
+    parts: list[list[torch.Tensor]] = [[], []]
+    for step in steps:
+        for part, rows in zip(parts, _flat(model, attention, sequences, step), strict=True):
+            part.append(rows)
+    return [torch.cat(part) for part in parts]
+
+
+def _flat(
+    model: PreTrainedModel, attention: FlatAttention, sequences: list[torch.Tensor], pieces: list[tuple[int, int, int]]
+) -> list[torch.Tensor]:
+    """One flat pass over pieces (sequence, start, end): the logits of each sequence's rows, [rows, vocab]."""
+    spans, row = [], 0
+    for sequence, start, end in pieces:
+        spans.append(Span(row, start, end - start, slot=sequence))
+        row += end - start
+    attention.layout = Layout.of(tuple(spans), torch.device("cpu"))
+    ids = torch.cat([sequences[sequence][start:end] for sequence, start, end in pieces])
+    logits = model(input_ids=ids[None], position_ids=attention.layout.positions[None], use_cache=False).logits[0]
+    none = logits[:0]
+    found = {span.slot: logits[span.row : span.row + span.length] for span in spans}
+    return [found.get(number, none) for number in range(len(sequences))]
+
+
+def _check(ours: list[torch.Tensor], stock: list[torch.Tensor], failure: str) -> None:
+    scale = max(float(logits.abs().max()) for logits in stock)
+    difference = max(float((a - b).abs().max()) for a, b in zip(ours, stock, strict=True)) / scale
+    if not difference < TOLERANCE:
+        raise _Refused(f"{failure} (logits differ by {difference:.2g} of their range; {TOLERANCE:.0e} is allowed)")
+
+
+def _randomize(model: PreTrainedModel) -> None:
+    """Weights large enough that attention is sharp: with the usual tiny ones every error would stay below notice."""
+    for parameter in model.parameters():
+        if parameter.ndim >= 2:
+            parameter.normal_(std=1.5 * parameter.shape[-1] ** -0.5)
+        else:
+            parameter.add_(torch.randn_like(parameter) * 0.1)

@@ -1,0 +1,179 @@
+"""Attention over a flat batch: every row looks at its own sequence's keys alone.
+
+The modelling code of transformers calls this in place of its own attention function; it hands over the window as
+``sliding_window``, the soft cap as ``softcap``, and attention sinks as ``s_aux``.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from server.model.kv_cache import KVCache, LayerShape
+
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class Span:
+    """Rows of one sequence in the flat batch: the first row, the first position, how many, and the KV slot."""
+
+    row: int
+    start: int
+    length: int
+    slot: int
+
+
+@dataclass
+class Layout:
+    """Where each row of the flat batch belongs. ``slots`` and ``positions`` are [rows]."""
+
+    spans: tuple[Span, ...]
+    slots: torch.Tensor
+    positions: torch.Tensor
+    masks: dict[tuple[int, int, int | None], torch.Tensor | None] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, spans: tuple[Span, ...], device: torch.device) -> Layout:
+        """The layout of spans laid end to end."""
+        slots = [span.slot for span in spans for _ in range(span.length)]
+        positions = [position for span in spans for position in range(span.start, span.start + span.length)]
+        return cls(spans, torch.tensor(slots, device=device), torch.tensor(positions, device=device))
+
+    def mask(self, span: Span, window: int | None) -> torch.Tensor | None:
+        """Which keys each row of a span sees, [length, keys]; None where a single row sees all keys it is given."""
+        if span.length == 1:
+            return None
+        key = (span.start, span.length, window)
+        if key not in self.masks:
+            device = self.positions.device
+            queries = torch.arange(span.start, span.start + span.length, device=device)[:, None]
+            keys = torch.arange(first_key(span, window), span.start + span.length, device=device)[None]
+            seen = keys <= queries
+            self.masks[key] = seen if window is None else seen & (queries - keys < window)
+        return self.masks[key]
+
+
+def first_key(span: Span, window: int | None) -> int:
+    """The first position that any row of the span sees."""
+    return 0 if window is None else max(0, span.start - window + 1)
+
+
+class FlatAttention:
+    """The attention function of one model, registered with transformers under a name of its own.
+
+    Without a cache it serves whole sequences only, and notes each layer's shapes: that is the probe at start.
+    """
+
+    def __init__(self) -> None:
+        self.name = f"quickchange_{next(_numbers)}"
+        self.cache: KVCache | None = None
+        self.layout: Layout | None = None
+        self.seen_shapes: dict[int, LayerShape] = {}
+        self.num_calls = 0
+        AttentionInterface.register(self.name, self)
+
+    def install(self, model: PreTrainedModel) -> None:
+        """Make the model call this function."""
+        model.set_attn_implementation(self.name)
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: torch.Tensor | None = None,
+        **others: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """query [1, heads, rows, dim], key and value [1, kv_heads, rows, dim] -> [1, rows, heads, value_dim]."""
+        layout, layer = self._note(module, key, value)
+        if self.cache is not None:
+            self.cache.write(layer, layout.slots, layout.positions, key[0].transpose(0, 1), value[0].transpose(0, 1))
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        attended = torch.empty(1, query.shape[2], query.shape[1], value.shape[-1], dtype=query.dtype, device=query.device)
+        for span in layout.spans:
+            rows = slice(span.row, span.row + span.length)
+            keys, values = self._keys_and_values(layer, span, sliding_window, key, value)
+            mask = layout.mask(span, sliding_window)
+            if softcap is None and s_aux is None:
+                part = _fused(query[0, :, rows], keys, values, mask, scale)
+            else:
+                part = _explicit(query[0, :, rows], keys, values, mask, scale, softcap, s_aux)
+            attended[0, rows] = part.transpose(0, 1)
+        return attended, None
+
+    def _note(self, module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> tuple[Layout, int]:
+        assert self.layout is not None, "no batch was begun"
+        layer = module.layer_idx
+        assert isinstance(layer, int)
+        self.num_calls += 1
+        if self.cache is None:
+            self.seen_shapes[layer] = LayerShape(key.shape[1], key.shape[-1], value.shape[-1])
+        return self.layout, layer
+
+    def _keys_and_values(
+        self, layer: int, span: Span, window: int | None, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values [kv_heads, keys, dim] a span looks at, without those before its window."""
+        first, end = first_key(span, window), span.start + span.length
+        if self.cache is not None:
+            return self.cache.keys[layer][span.slot, :, first:end], self.cache.values[layer][span.slot, :, first:end]
+        assert span.start == 0, "without a cache a sequence comes whole"
+        rows = slice(span.row, span.row + span.length)
+        return key[0, :, rows], value[0, :, rows]
+
+
+def _fused(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """torch's fused attention: query [heads, rows, dim] -> [heads, rows, value_dim].
+
+    A single row folds the query heads of a group into the query axis, so that no key is repeated.
+    """
+    heads, rows, dim = query.shape
+    kv_heads = keys.shape[0]
+    if mask is None:
+        folded = query.reshape(1, kv_heads, heads // kv_heads, dim)
+        return F.scaled_dot_product_attention(folded, keys[None], values[None], scale=scale).reshape(heads, rows, -1)
+    groups = heads // kv_heads
+    if groups > 1:
+        keys, values = keys.repeat_interleave(groups, 0), values.repeat_interleave(groups, 0)
+    return F.scaled_dot_product_attention(query[None], keys[None], values[None], attn_mask=mask[None, None], scale=scale)[0]
+
+
+def _explicit(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention written out, for soft-capped scores (Gemma 2) and sinks (GPT-OSS): a sink takes probability, adds nothing."""
+    heads, rows, dim = query.shape
+    kv_heads = keys.shape[0]
+    # [kv_heads, group, rows, keys]
+    scores = (query.reshape(kv_heads, -1, dim) @ keys.transpose(1, 2)).view(kv_heads, -1, rows, keys.shape[1]) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks is not None:
+        column = sinks.view(kv_heads, -1, 1, 1).expand(-1, -1, rows, 1).to(scores.dtype)
+        weights = torch.cat([scores, column], dim=-1).softmax(-1, dtype=torch.float32)[..., :-1]
+    else:
+        weights = scores.softmax(-1, dtype=torch.float32)
+    return (weights.to(values.dtype).view(kv_heads, -1, keys.shape[1]) @ values).view(heads, rows, -1)

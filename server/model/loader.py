@@ -1,0 +1,198 @@
+"""Finds the base model, judges it, loads it, and measures what the rest of the server needs to know of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.pytorch_utils import Conv1D
+
+from server.adapters.manifest import BaseSignature
+from server.errors import BaseModelNotFound, BaseModelRefused, SettingsError
+from server.model.admission import admit
+from server.model.attention import FlatAttention, Layout, Span
+from server.model.fingerprint import base_fingerprint
+from server.model.kv_cache import LayerShape
+from server.model.rope import fix_rope
+from server.settings import EMBEDDED_BASE
+
+BF16_FROM_BYTES = 256 * 1024 * 1024
+"""A smaller base stays in float32 on a CPU: at one row its step is overhead, not reading, and float32 is exact."""
+
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+_PROBE_ROWS = 5
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base in memory, with the attention function installed; ``shapes`` are its layers' keys and values."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    attention: FlatAttention
+    shapes: Sequence[LayerShape]
+    signature: BaseSignature
+    max_model_len: int
+    eos_ids: frozenset[int]
+
+
+def load_base(base_model: str, *, name: str, device: str, dtype: str, max_model_len: int | None) -> Base:
+    """Load the base that the setting names.
+
+    Raises ``BaseModelNotFound``, ``BaseModelRefused`` or ``SettingsError``.
+    """
+    folder = find_base(base_model)
+    config = _config(folder)
+    admit(config, name=name)
+    length = _length(config, max_model_len)
+    place = choose_device(device)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=choose_dtype(dtype, place, _num_weight_bytes(folder)),
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+    )
+    model.to(place).eval().requires_grad_(False)
+    fix_rope(model, length)
+    attention = FlatAttention()
+    attention.install(model)
+    shapes, modules = _probe(model, attention)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    signature = BaseSignature(name, base_fingerprint(folder), modules)
+    return Base(model, tokenizer, attention, shapes, signature, length, _eos_ids(model, tokenizer))
+
+
+def find_base(base_model: str) -> Path:
+    """The folder of the embedded base, of a base on disk, or of one from the hub (fetched once, then cached)."""
+    if base_model == EMBEDDED_BASE:
+        return Path(str(files("micro_base")))
+    path = Path(base_model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise BaseModelNotFound(f"the folder {base_model} has no config.json: is it a model as transformers saves it?")
+        return path
+    if path.is_absolute() or base_model.startswith(".") or base_model.count("/") != 1:
+        raise BaseModelNotFound(
+            f"there is no base model {base_model!r}: base_model must be 'micro', an existing folder, or a hub id such as "
+            "'Qwen/Qwen2.5-0.5B-Instruct'"
+        )
+    return _from_hub(base_model)
+
+
+def _from_hub(repo_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=_HUB_FILES))
+    except Exception as error:
+        raise BaseModelNotFound(
+            f"the base model {repo_id!r} is no folder here and could not be had from the hub ({type(error).__name__}): "
+            "check the name and the network, or name a folder"
+        ) from error
+
+
+def _config(folder: Path) -> PretrainedConfig:
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseModelRefused(folder.name, f"its config.json cannot be read: {str(error)[:300]}") from error
+    return config
+
+
+def _length(config: PretrainedConfig, wanted: int | None) -> int:
+    text = config.get_text_config()
+    own = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or 2048
+    if wanted is not None and wanted > own:
+        raise SettingsError(f"max_model_len is {wanted}, but the base was made for {own} tokens: lower it, or leave it out")
+    return int(wanted or own)
+
+
+def choose_device(device: str) -> torch.device:
+    """The device of a setting. Raises ``SettingsError`` where it is not there."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device == "auto":
+        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if available[kind]))
+    if not available[device]:
+        raise SettingsError(f"device is {device!r}, but this machine has none that torch {torch.__version__} can use: try 'auto'")
+    return torch.device(device)
+
+
+def choose_dtype(dtype: str, device: torch.device, num_weight_bytes: int) -> torch.dtype:
+    """The number format of a setting; ``auto`` is bfloat16 where the device has it and the base is large enough to gain."""
+    if dtype != "auto":
+        chosen = getattr(torch, dtype)
+        assert isinstance(chosen, torch.dtype)
+        return chosen
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    native = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() and "bf16" in _cpu_flags()
+    return torch.bfloat16 if native and num_weight_bytes >= BF16_FROM_BYTES else torch.float32
+
+
+def _cpu_flags() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+def _num_weight_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def available_threads() -> int:
+    """Cores this process may really use: its affinity, cut by a container's quota (cgroup v2)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
+        return max(1, min(cores, round(int(quota) / int(period)))) if quota != "max" else cores
+    except (OSError, ValueError):
+        return cores
+
+
+@torch.inference_mode()
+def _probe(model: PreTrainedModel, attention: FlatAttention) -> tuple[list[LayerShape], dict[str, tuple[int, int]]]:
+    """One small pass that tells each layer's KV shape, and the linears that see every row, which adapters may touch."""
+    seen: dict[str, tuple[int, int]] = {}
+    handles = [
+        module.register_forward_hook(_note_linear(name, seen))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    ]
+    attention.layout = Layout.of((Span(0, 0, _PROBE_ROWS, 0),), model.device)
+    ids = torch.arange(3, 3 + _PROBE_ROWS, device=model.device)[None]
+    model(input_ids=ids, position_ids=attention.layout.positions[None], use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return [attention.seen_shapes[layer] for layer in sorted(attention.seen_shapes)], seen
+
+
+def _note_linear(name: str, seen: dict[str, tuple[int, int]]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        if args[0].shape[:-1].numel() == _PROBE_ROWS:
+            seen[name] = (args[0].shape[-1], output.shape[-1])
+
+    return hook
+
+
+def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Every token that ends a turn: the generation config's and the tokenizer's."""
+    generation = getattr(model, "generation_config", None)
+    ids = getattr(generation, "eos_token_id", None) or model.config.eos_token_id
+    listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return frozenset([*listed, *own])

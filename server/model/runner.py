@@ -1,0 +1,67 @@
+"""A batch through the base model in one flat forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from server.lora.bank import LoRABank
+from server.lora.weights import LoRAWeights
+from server.model.attention import FlatAttention, Layout, Span
+from server.model.kv_cache import KVCache, LayerShape
+from server.sequence import Batch, Segment
+
+
+class ModelRunner:
+    """The base, its KV cache and its adapters. ``attention`` is installed in ``model`` already."""
+
+    def __init__(
+        self, model: PreTrainedModel, attention: FlatAttention, shapes: Sequence[LayerShape], *, num_slots: int, max_len: int
+    ) -> None:
+        self.model, self.attention, self.bank = model, attention, LoRABank(model)
+        attention.cache = KVCache(shapes, num_slots=num_slots, max_len=max_len, dtype=model.dtype, device=model.device)
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> torch.Tensor:
+        """Logits of the rows that yield a token, [len(batch.sampling), vocab]."""
+        layout = Layout.of(_spans(batch.segments), self.model.device)
+        self.attention.layout = layout
+        self.bank.begin(batch)
+        ids = [token for segment in batch.segments for token in segment.sequence.ids(segment.start, segment.end)]
+        ends = torch.tensor(_sampled_rows(batch.segments), dtype=torch.long, device=self.model.device)
+        output = self.model(
+            input_ids=torch.tensor([ids], device=self.model.device),
+            position_ids=layout.positions[None],
+            use_cache=False,
+            logits_to_keep=ends,
+        )
+        logits: torch.Tensor = output.logits[0]
+        return logits
+
+    def add_adapter(self, digest: str, weights: LoRAWeights) -> None:
+        """Make an adapter usable."""
+        self.bank.add(digest, weights)
+
+    def remove_adapter(self, digest: str) -> None:
+        """Free an adapter."""
+        self.bank.remove(digest)
+
+
+def _spans(segments: Sequence[Segment]) -> tuple[Span, ...]:
+    spans, row = [], 0
+    for segment in segments:
+        spans.append(Span(row, segment.start, segment.length, segment.slot))
+        row += segment.length
+    return tuple(spans)
+
+
+def _sampled_rows(segments: Sequence[Segment]) -> list[int]:
+    """The last row of each segment that yields a token."""
+    rows, row = [], 0
+    for segment in segments:
+        row += segment.length
+        if segment.samples:
+            rows.append(row - 1)
+    return rows

@@ -1,0 +1,137 @@
+"""The nouns of generation: what is asked of the engine, what it works on, and what it says after each step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class FinishReason(Enum):
+    """Why a sequence ended, in OpenAI's words."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+class SequenceStatus(Enum):
+    """Where a sequence stands."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen. ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is always taken; a temperature so low amounts to it, and would overflow."""
+        return self.temperature < 1e-4
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One generation; a request with ``n=3`` is three of them.
+
+    ``adapter`` is the weights digest of its LoRA, or None for the base alone. ``num_computed`` counts the tokens whose
+    keys and values are in the slot.
+    """
+
+    id: int
+    prompt_ids: tuple[int, ...]
+    max_tokens: int
+    params: SamplingParams
+    adapter: str | None = None
+    eos_ids: frozenset[int] = frozenset()
+    output_ids: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    slot: int | None = None
+    status: SequenceStatus = SequenceStatus.WAITING
+
+    def __post_init__(self) -> None:
+        assert self.prompt_ids and self.max_tokens > 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output together."""
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Tokens still to go through the model: the rest of the prompt, or the one just sampled."""
+        return self.num_tokens - self.num_computed
+
+    @property
+    def decoding(self) -> bool:
+        """Whether the whole prompt is computed, so that each step yields a token."""
+        return self.num_computed >= len(self.prompt_ids)
+
+    def ids(self, start: int, end: int) -> list[int]:
+        """Token ids at positions ``start`` to ``end``, of prompt and output end to end."""
+        border = len(self.prompt_ids)
+        if start >= border:
+            return self.output_ids[start - border : end - border]
+        return [*self.prompt_ids[start:end], *self.output_ids[: max(0, end - border)]]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of rows of one sequence in a batch: positions ``start`` to ``start + length``, in KV slot ``slot``."""
+
+    sequence: Sequence
+    slot: int
+    start: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        """One past the last position."""
+        return self.start + self.length
+
+    @property
+    def samples(self) -> bool:
+        """Whether the segment reaches the last known token, so that its last row yields the next."""
+        return self.end == self.sequence.num_tokens
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step computes: segments end to end, those of one adapter side by side."""
+
+    segments: tuple[Segment, ...]
+
+    def __post_init__(self) -> None:
+        assert self.segments
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the flat forward pass."""
+        return sum(segment.length for segment in self.segments)
+
+    @property
+    def sampling(self) -> list[Sequence]:
+        """The sequences that get a token, in the order of their logits."""
+        return [segment.sequence for segment in self.segments if segment.samples]
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What a step did for one sequence: a token, the end, or both. ``failed`` says why it could not go on."""
+
+    sequence_id: int
+    token_id: int | None
+    finish_reason: FinishReason | None = None
+    failed: str | None = None
+
+    @property
+    def last(self) -> bool:
+        """Whether nothing more comes for this sequence."""
+        return self.finish_reason is not None or self.failed is not None

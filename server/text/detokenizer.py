@@ -1,0 +1,88 @@
+"""Token ids to text, one by one: whole characters only, and nothing that may turn out to be a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+_BROKEN = "\ufffd"
+_MAX_WINDOW, _KEPT_WINDOW = 16, 8
+
+
+class Detokenizer:
+    """The text of one sequence, as it may be shown after each token.
+
+    Only a window of the last tokens is decoded at each step. It begins at a token after which the text was whole, and
+    keeps the piece before it, because the first token of a decoded run may lose its leading space (SentencePiece).
+    Of several stop strings the one that is complete first ends the text; of those that end together, the longest.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str]) -> None:
+        assert all(stop), "an empty stop string stops everything"
+        self._decode = decode
+        self._stop = tuple(stop)
+        self._window: list[int] = []
+        self._num_context = 0  # tokens of the window that are there only for the sake of those behind them
+        self._num_shown = 0  # characters of the window's text that were handed on
+        self._held = ""  # text that may be the beginning of a stop string
+        self._stopped = False
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string came; nothing is shown from there on."""
+        return self._stopped
+
+    def push(self, token_id: int) -> str:
+        """What may be shown now that this token is known."""
+        if self._stopped:
+            return ""
+        self._window.append(token_id)
+        text = self._decode(self._window)
+        whole = text.rstrip(_BROKEN)
+        delta = text[self._num_shown : len(whole)]
+        self._num_shown = max(self._num_shown, len(whole))
+        if delta and whole == text:
+            self._advance()
+        elif len(self._window) > _MAX_WINDOW:
+            delta += self._cut(text)
+        return self._show(delta)
+
+    def finish(self) -> str:
+        """The text held back, now that no token follows: half a character, or the beginning of a stop string."""
+        if self._stopped:
+            return ""
+        rest = self._decode(self._window)[self._num_shown :]
+        self._num_shown += len(rest)
+        shown = self._show(rest) + self._held
+        self._held = ""
+        return shown
+
+    def _advance(self) -> None:
+        """Begin the window at the piece just shown."""
+        del self._window[: self._num_context]
+        self._num_context = len(self._window)
+        self._num_shown = len(self._decode(self._window))
+
+    def _cut(self, text: str) -> str:
+        """Shorten a window that does not come to a whole end: no character is this long, so show all but the last."""
+        delta = text[self._num_shown : -1]
+        num_hidden = min(1, len(text) - self._num_shown)
+        del self._window[:-_KEPT_WINDOW]
+        self._num_context = 0
+        self._num_shown = max(0, len(self._decode(self._window)) - num_hidden)
+        return delta
+
+    def _show(self, delta: str) -> str:
+        text = self._held + delta
+        ends = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
+        if ends:
+            self._stopped, self._held = True, ""
+            return text[: min(ends)[1]]
+        num_held = self._num_held(text)
+        self._held = text[len(text) - num_held :]
+        return text[: len(text) - num_held]
+
+    def _num_held(self, text: str) -> int:
+        """Length of the longest end of ``text`` with which a stop string begins."""
+        longest = max((len(stop) for stop in self._stop), default=1) - 1
+        lengths = range(min(longest, len(text)), 0, -1)
+        return next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in self._stop)), 0)

@@ -1,0 +1,90 @@
+"""Messages or plain text to prompt token ids, by the base's own tokenizer and chat template."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from server.errors import InvalidRequest
+
+Message = Mapping[str, Any]
+
+_MAX_TEMPLATE_MESSAGE = 300
+
+
+class PromptRenderer:
+    """Renders with one tokenizer; safe to call from several threads, because nothing is kept between calls."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = len(tokenizer)
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids of a prompt are below this."""
+        return self._vocab_size
+
+    def chat(self, messages: Sequence[Message], *, tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
+        """Prompt ids of a conversation, up to where the assistant's answer begins.
+
+        What looks like a special token inside a message stays text: only the template writes special tokens.
+        Raises ``InvalidRequest`` with the template's words where the template refuses the conversation.
+        """
+        if not self._tokenizer.chat_template:
+            raise InvalidRequest("The base model has no chat template: use /v1/completions.", param="messages")
+        try:
+            ids = self._tokenizer.apply_chat_template(
+                [self._plain(message) for message in messages],
+                tools=list(tools) if tools else None,
+                add_generation_prompt=True,
+                return_dict=False,
+                sanitize_control_tokens=True,
+            )
+        except (TemplateError, TypeError, ValueError, LookupError) as error:
+            reason = str(error)[:_MAX_TEMPLATE_MESSAGE]
+            raise InvalidRequest(f"The chat template refuses these messages: {reason}", param="messages") from error
+        return list(ids)
+
+    def completion(self, text: str) -> list[int]:
+        """Prompt ids of a text to be continued; an empty one is the token that begins a text."""
+        ids = list(self._tokenizer(text)["input_ids"])
+        if ids:
+            return ids
+        begin = self._tokenizer.bos_token_id
+        if begin is None:
+            raise InvalidRequest("The prompt is empty, and the base model has no token to begin with.", param="prompt")
+        return [begin]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, without special tokens."""
+        text = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+    def _plain(self, message: Message) -> dict[str, Any]:
+        """A message as templates expect it: a known role, content as one string, tool arguments as objects."""
+        plain = dict(message)
+        if plain["role"] == "developer" and not self._knows_developer:
+            plain["role"] = "system"
+        if isinstance(content := plain.get("content"), list):
+            plain["content"] = "\n".join(part["text"] for part in content)
+        if calls := plain.get("tool_calls"):
+            plain["tool_calls"] = [_with_parsed_arguments(call) for call in calls]
+        return plain
+
+    @property
+    def _knows_developer(self) -> bool:
+        return "developer" in str(self._tokenizer.chat_template)
+
+
+def _with_parsed_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool call whose arguments are an object; OpenAI's clients send a string of JSON, templates want the object."""
+    function = dict(call["function"])
+    with suppress(TypeError, ValueError, RecursionError):
+        function["arguments"] = json.loads(function["arguments"])
+    return {**call, "function": function}

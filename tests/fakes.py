@@ -1,0 +1,228 @@
+"""A scripted engine and a small real tokenizer, so that the HTTP side can be driven without a model."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+import httpx
+from fastapi import FastAPI
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from server.adapters.registry import Adapter, AdapterDefaults, AdapterRegistry
+from server.api.app import ServerState
+from server.engine.async_engine import AsyncEngine
+from server.errors import EngineUnavailable, GenerationFailed, QueueFull
+from server.metrics import Metrics
+from server.sequence import FinishReason, SamplingParams, StepOutput
+from server.text.prompt import PromptRenderer
+
+SPECIAL = ("<|pad|>", "<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
+TEMPLATE = """\
+{{- bos_token }}
+{%- set roles = ['<|system|>', '<|user|>', '<|assistant|>', '<|tool|>'] %}
+{%- for message in messages %}
+{%- if '<|' + message.role + '|>' not in roles %}{{ raise_exception('no role ' + message.role) }}{% endif %}
+{{- '<|' + message.role + '|>' + (message.content or '') + '<|end|>' }}
+{%- for call in message.tool_calls or [] %}{{ call.function.arguments.city }}{% endfor %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"""
+TEXTS = ("hello there, how are you today?", "the cat sat on the mat", "été naïve", "東京は日本の首都", "👩‍👩‍👧 🎉🎉 🇩🇪")
+
+
+@cache
+def small_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE with few merges, so that many characters take several tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|begin|>",
+        eos_token="<|end|>",
+        pad_token="<|pad|>",
+        extra_special_tokens=list(SPECIAL[3:]),
+    )
+    wrapped.chat_template = TEMPLATE
+    return wrapped
+
+
+def encode(text: str) -> list[int]:
+    """Token ids of a text, special tokens included."""
+    return list(small_tokenizer()(text, add_special_tokens=False)["input_ids"])
+
+
+EOS = encode("<|end|>")[0]
+
+
+@dataclass
+class Script:
+    """What a sequence says: the tokens of ``text``, then its end by EOS, by length, or in a failure."""
+
+    text: str = "hello there"
+    ids: list[int] | None = None
+    then: str = "stop"  # stop | length | fail | die | hang
+    delay: float = 0.0
+
+    def outputs(self, sequence_id: int) -> Iterator[StepOutput]:
+        """The steps of one sequence."""
+        ids = encode(self.text) if self.ids is None else self.ids
+        body, last = (ids[:-1], ids[-1]) if self.then == "length" else (ids, EOS)
+        yield from (StepOutput(sequence_id, token) for token in body)
+        if self.then in ("stop", "length"):
+            yield StepOutput(sequence_id, last, FinishReason(self.then))
+
+
+@dataclass(eq=False)
+class FakeStream:
+    """``OutputStream`` by script."""
+
+    engine: FakeEngine
+    script: Script
+    sequence_id: int
+    closed: bool = False
+
+    async def __aiter__(self) -> AsyncIterator[StepOutput]:
+        """The script's outputs, then its end."""
+        for output in self.script.outputs(self.sequence_id):
+            await asyncio.sleep(self.script.delay)
+            self.engine.num_outputs += 1
+            yield output
+        await self._end()
+
+    async def _end(self) -> None:
+        if self.script.then == "fail":
+            raise GenerationFailed("cannot go on: /secret/path")
+        if self.script.then == "die":
+            raise EngineUnavailable("The engine died.")
+        if self.script.then == "hang":
+            await asyncio.Event().wait()
+
+    def close(self) -> None:
+        """Note it."""
+        self.closed = True
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """One call of ``submit``."""
+
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    max_tokens: int
+    adapter: str | None
+    eos_ids: frozenset[int]
+
+
+@dataclass(eq=False)
+class FakeEngine:
+    """``AsyncEngine`` without an engine: the i-th sequence plays ``scripts[i]``, the last script again and again."""
+
+    scripts: list[Script] = field(default_factory=lambda: [Script()])
+    alive: bool = True
+    max_model_len: int = 256
+    capacity: int = 64
+    submitted: list[Submitted] = field(default_factory=list)
+    streams: list[FakeStream] = field(default_factory=list)
+    num_outputs: int = 0
+
+    @property
+    def num_open(self) -> int:
+        """Streams nobody closed."""
+        return sum(not stream.closed for stream in self.streams)
+
+    def check_capacity(self, num_sequences: int) -> None:
+        """As the real one."""
+        if not self.alive:
+            raise EngineUnavailable("The engine is not running.")
+        if self.num_open + num_sequences > self.capacity:
+            raise QueueFull(self.capacity)
+
+    def submit(
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        params: SamplingParams,
+        max_tokens: int,
+        adapter: str | None,
+        eos_ids: frozenset[int],
+    ) -> FakeStream:
+        """As the real one."""
+        self.check_capacity(1)
+        script = self.scripts[min(len(self.streams), len(self.scripts) - 1)]
+        self.submitted.append(Submitted(tuple(prompt_ids), params, max_tokens, adapter, eos_ids))
+        self.streams.append(FakeStream(self, script, len(self.streams)))
+        return self.streams[-1]
+
+
+def adapter(name: str, **defaults: object) -> Adapter:
+    """An adapter that exists only by name."""
+    return Adapter(
+        name=name,
+        version_digest=f"{name}-version".ljust(64, "0"),
+        weights_digest=f"{name}-weights",
+        rank=8,
+        num_bytes=1000,
+        num_modules=4,
+        created=1_700_000_000,
+        path=Path("/adapters") / name,
+        defaults=AdapterDefaults(**defaults),  # type: ignore[arg-type]
+    )
+
+
+def registry(*adapters: Adapter) -> AdapterRegistry:
+    """A registry with these adapters."""
+    made = AdapterRegistry(on_unused=lambda digest: None)
+    for each in adapters:
+        made.publish(each)
+    return made
+
+
+BASE = "micro"
+
+
+def server_state(engine: FakeEngine, *adapters: Adapter, base_defaults: AdapterDefaults | None = None) -> ServerState:
+    """A server over a fake engine."""
+    return ServerState(
+        base_name=BASE,
+        created=1_700_000_000,
+        prompts=PromptRenderer(small_tokenizer()),
+        engine=cast(AsyncEngine, engine),
+        registry=registry(*adapters),
+        metrics=Metrics(),
+        default_max_tokens=64,
+        eos_ids=frozenset({EOS}),
+        version="0.0.test",
+        base_defaults=base_defaults or AdapterDefaults(),
+    )
+
+
+def ask(app: FastAPI, method: str, url: str, **how: Any) -> httpx.Response:
+    """One request, through ASGI, on an event loop of its own."""
+
+    async def send() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            return await client.request(method, url, **how)
+
+    return asyncio.run(send())
+
+
+def events(response: httpx.Response) -> list[Any]:
+    """The data of each event of a stream; ``[DONE]`` as it is."""
+    blocks = [block for block in response.text.split("\n\n") if block and not block.startswith(":")]
+    assert all(block.startswith("data: ") for block in blocks)
+    data = [block.removeprefix("data: ") for block in blocks]
+    return [one if one == "[DONE]" else json.loads(one) for one in data]

@@ -1,0 +1,162 @@
+"""Hosts a model as the server does, runs sequences through the engine, and asks the stock code for what must come out."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedModel
+
+from server.engine.engine import Engine
+from server.engine.scheduler import Scheduler
+from server.lora.weights import LoRAWeights
+from server.metrics import Metrics
+from server.model import loader
+from server.model.attention import FlatAttention
+from server.model.rope import fix_rope
+from server.model.runner import ModelRunner
+from server.model.sampler import Sampler
+from server.sequence import SamplingParams
+from server.sequence import Sequence as Generation
+from tests.model.families import CONTEXT, VOCAB_SIZE
+
+BUDGET = 16
+NUM_SLOTS = 3
+GREEDY = SamplingParams(temperature=0)
+
+
+class RecordingSampler(Sampler):
+    """The server's sampler, keeping the logits it was given for each sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits: dict[int, list[torch.Tensor]] = {}
+
+    def sample(self, logits: torch.Tensor, sequences: Sequence[Generation]) -> list[int | None]:
+        """As the server's."""
+        assert len(logits) == len(sequences)
+        for row, sequence in zip(logits, sequences, strict=True):
+            self.logits.setdefault(sequence.id, []).append(row.float().clone())
+        return super().sample(logits, sequences)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a test wants generated: joins at ``step``."""
+
+    prompt: tuple[int, ...]
+    num_tokens: int = 10
+    adapter: str | None = None
+    step: int = 0
+    params: SamplingParams = GREEDY
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The tokens of one sequence, and the logits each was taken from [num_tokens, vocab]."""
+
+    ask: Ask
+    tokens: list[int]
+    logits: torch.Tensor
+
+    @property
+    def ids(self) -> list[int]:
+        """Prompt and output."""
+        return [*self.ask.prompt, *self.tokens]
+
+
+@dataclass
+class Hosted:
+    """A model with the engine's attention in it."""
+
+    model: PreTrainedModel
+    runner: ModelRunner
+    modules: Mapping[str, tuple[int, int]]
+    max_num_seqs: int = NUM_SLOTS
+    budget: int = BUDGET
+    num_rows: list[int] = field(default_factory=list)
+    adapters_per_step: list[int] = field(default_factory=list)
+
+    def run(self, asks: Sequence[Ask]) -> list[Answer]:
+        """Every ask through scheduler, runner and sampler; books checked after each step."""
+        sampler = RecordingSampler()
+        scheduler = Scheduler(
+            max_num_seqs=self.max_num_seqs, max_num_batched_tokens=self.budget, max_model_len=self.runner_len
+        )
+        engine = Engine(scheduler, self.runner, sampler, Metrics())
+        sequences = [Generation(n, ask.prompt, ask.num_tokens, ask.params, ask.adapter) for n, ask in enumerate(asks)]
+        pending = sorted(zip(sequences, asks, strict=True), key=lambda one: one[1].step)
+        step = 0
+        while pending or not engine.idle:
+            while pending and (pending[0][1].step <= step or engine.idle):
+                engine.add(pending.pop(0)[0])
+            outputs = engine.step()
+            assert not any(output.failed for output in outputs)
+            scheduler.check_integrity()
+            step += 1
+        return [
+            Answer(ask, sequence.output_ids, torch.stack(sampler.logits[sequence.id]))
+            for sequence, ask in zip(sequences, asks, strict=True)
+        ]
+
+    @property
+    def runner_len(self) -> int:
+        """Longest sequence the slots hold."""
+        cache = self.runner.attention.cache
+        assert cache is not None
+        return cache.keys[0].shape[2]
+
+    def add(self, digest: str, weights: LoRAWeights) -> str:
+        """Put an adapter in."""
+        self.runner.add_adapter(digest, weights)
+        return digest
+
+
+def host(
+    model: PreTrainedModel, *, max_model_len: int = CONTEXT, max_num_seqs: int = NUM_SLOTS, budget: int = BUDGET
+) -> Hosted:
+    """Install the engine in a model, in the order in which ``load_base`` does; its stock forward is gone afterwards."""
+    fix_rope(model, max_model_len)
+    attention = FlatAttention()
+    attention.install(model)
+    shapes, modules = loader._probe(model, attention)
+    runner = ModelRunner(model, attention, shapes, num_slots=max_num_seqs, max_len=max_model_len)
+    return Hosted(model, runner, modules, max_num_seqs, budget)
+
+
+def prompts(*lengths: int, seed: int = 0) -> list[tuple[int, ...]]:
+    """Random prompts of these lengths."""
+    source = random.Random(seed)
+    return [tuple(source.randrange(3, VOCAB_SIZE) for _ in range(length)) for length in lengths]
+
+
+@torch.inference_mode()
+def generate(model: PreTrainedModel, ask: Ask) -> list[int]:
+    """What stock ``generate`` gives for an ask, alone."""
+    ids = torch.tensor([ask.prompt])
+    output = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=ask.num_tokens, do_sample=False, pad_token_id=0
+    )
+    return [int(token) for token in output[0, len(ask.prompt) :]]
+
+
+@torch.inference_mode()
+def stock_logits(model: torch.nn.Module, answer: Answer) -> torch.Tensor:
+    """What the stock forward gives for the rows an answer's tokens were taken from, in one pass [num_tokens, vocab]."""
+    output = model(input_ids=torch.tensor([answer.ids[:-1]]), use_cache=False)
+    logits: torch.Tensor = output.logits[0, len(answer.ask.prompt) - 1 :].float()
+    return logits
+
+
+def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """The largest difference, as a share of the largest of theirs; NaN is infinite."""
+    share = float((ours - theirs).abs().max() / theirs.abs().max())
+    return share if share == share else float("inf")
+
+
+def margin(logits: torch.Tensor) -> float:
+    """How far the likeliest token stands above the next in the closest row, as a share of the largest logit."""
+    best = logits.topk(2, dim=-1).values
+    return float((best[:, 0] - best[:, 1]).min() / logits.abs().max())

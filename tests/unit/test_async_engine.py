@@ -1,0 +1,209 @@
+"""Every way a stream can end, ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+import torch
+
+from server.engine.async_engine import MAX_FAILED_STEPS, AsyncEngine, OutputStream
+from server.engine.engine import Engine
+from server.engine.scheduler import Scheduler
+from server.errors import EngineUnavailable, GenerationFailed, QueueFull
+from server.lora.weights import LoRAWeights
+from server.metrics import Metrics
+from server.model.sampler import Sampler
+from server.sequence import Batch, FinishReason, SamplingParams
+
+EOS = 9
+
+
+class ScriptedRunner:
+    """Logits that count upwards: after token n comes n + 1, and 9 is the end. ``gate`` holds a step until it is set."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.failures: list[BaseException] = []
+        self.num_steps = 0
+        self.adapters: set[str] = set()
+        self.not_finite = False
+
+    def run(self, batch: Batch) -> torch.Tensor:
+        self.gate.wait(10)
+        self.num_steps += 1
+        if self.failures:
+            raise self.failures.pop()
+        logits = torch.zeros(len(batch.sampling), 10)
+        for row, sequence in enumerate(batch.sampling):
+            logits[row, min(sequence.ids(sequence.num_tokens - 1, sequence.num_tokens)[0] + 1, 9)] = 1.0
+        return logits * float("nan") if self.not_finite else logits
+
+    def add_adapter(self, digest: str, weights: LoRAWeights) -> None:
+        if digest == "bad":
+            raise MemoryError("no room")
+        self.adapters.add(digest)
+
+    def remove_adapter(self, digest: str) -> None:
+        self.adapters.discard(digest)
+
+
+@pytest.fixture
+def runner() -> ScriptedRunner:
+    return ScriptedRunner()
+
+
+@pytest.fixture
+async def engine(runner: ScriptedRunner) -> AsyncIterator[AsyncEngine]:
+    scheduler = Scheduler(max_num_seqs=2, max_num_batched_tokens=8, max_model_len=100)
+    started = AsyncEngine(Engine(scheduler, runner, Sampler(), Metrics()), max_queued_seqs=2)
+    started.start()
+    yield started
+    runner.gate.set()
+    await started.stop(1.0)
+    if scheduler.idle:  # otherwise the thread ended in the middle of something, as the test wanted
+        scheduler.check_integrity()
+
+
+def submit(engine: AsyncEngine, *, start: int = 1, max_tokens: int = 50) -> OutputStream:
+    return engine.submit(
+        [start], params=SamplingParams(temperature=0), max_tokens=max_tokens, adapter=None, eos_ids=frozenset({EOS})
+    )
+
+
+async def tokens(stream: OutputStream) -> list[int | None]:
+    return [output.token_id async for output in stream]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def test_a_sequence_ends_at_its_eos(engine: AsyncEngine) -> None:
+    outputs = [output async for output in submit(engine, start=5)]
+    assert [output.token_id for output in outputs] == [6, 7, 8, 9]
+    assert outputs[-1].finish_reason is FinishReason.STOP
+
+
+async def test_a_sequence_ends_at_its_length(engine: AsyncEngine) -> None:
+    outputs = [output async for output in submit(engine, max_tokens=3)]
+    assert (len(outputs), outputs[-1].finish_reason) == (3, FinishReason.LENGTH)
+
+
+async def test_more_sequences_than_slots_all_finish(engine: AsyncEngine) -> None:
+    answers = await asyncio.gather(*(tokens(submit(engine, start=start)) for start in (1, 2, 3, 4)))
+    assert answers == [[*range(start + 1, 10)] for start in (1, 2, 3, 4)]
+
+
+async def test_a_closed_stream_stops_its_sequence_within_a_step(engine: AsyncEngine, runner: ScriptedRunner) -> None:
+    runner.gate.clear()
+    stream = submit(engine)
+    stream.close()
+    stream.close()
+    runner.gate.set()
+    await until(lambda: engine._engine.idle)
+    assert runner.num_steps <= 1
+    assert engine.num_unfinished == 0
+
+
+async def test_a_full_queue_refuses_at_once(engine: AsyncEngine, runner: ScriptedRunner) -> None:
+    runner.gate.clear()
+    streams = [submit(engine) for _ in range(4)]
+    with pytest.raises(QueueFull, match="2 generations are queued"):
+        submit(engine)
+    streams[0].close()
+    engine.check_capacity(1)
+
+
+async def test_a_failed_step_ends_its_sequences_and_the_engine_goes_on(engine: AsyncEngine, runner: ScriptedRunner) -> None:
+    runner.failures = [ValueError("bad step")]
+    with pytest.raises(GenerationFailed, match="step failed"):
+        await tokens(submit(engine))
+    assert await tokens(submit(engine, start=7)) == [8, 9]
+    assert engine.alive
+
+
+async def test_an_engine_whose_steps_keep_failing_answers_everyone_and_is_dead(
+    engine: AsyncEngine, runner: ScriptedRunner
+) -> None:
+    runner.failures = [ValueError("bad step")] * MAX_FAILED_STEPS
+    for _ in range(MAX_FAILED_STEPS - 1):
+        with pytest.raises(GenerationFailed):
+            await tokens(submit(engine))
+    with pytest.raises(EngineUnavailable, match="died"):
+        await tokens(submit(engine))
+    await until(lambda: not engine.alive)
+    with pytest.raises(EngineUnavailable):
+        submit(engine)
+    with pytest.raises(EngineUnavailable):
+        await engine.load_adapter("a", LoRAWeights({}))
+
+
+async def test_a_dying_thread_answers_waiters_in_the_queue_too(engine: AsyncEngine, runner: ScriptedRunner) -> None:
+    runner.gate.clear()
+    runner.failures = [SystemExit()]
+    streams = [submit(engine) for _ in range(4)]
+    runner.gate.set()
+    for stream in streams:
+        with pytest.raises(EngineUnavailable):
+            await tokens(stream)
+
+
+async def test_scores_that_are_not_finite_fail_one_generation(engine: AsyncEngine, runner: ScriptedRunner) -> None:
+    runner.not_finite = True
+    with pytest.raises(GenerationFailed, match="no finite scores"):
+        await tokens(submit(engine))
+    runner.not_finite = False
+    assert await tokens(submit(engine, start=8)) == [9]
+
+
+async def test_stopping_lets_running_sequences_finish_and_refuses_new_ones(
+    engine: AsyncEngine, runner: ScriptedRunner
+) -> None:
+    runner.gate.clear()
+    stream = submit(engine, start=5)
+    stopping = asyncio.create_task(engine.stop(5.0))
+    await asyncio.sleep(0.01)
+    with pytest.raises(EngineUnavailable):
+        submit(engine)
+    runner.gate.set()
+    assert await tokens(stream) == [6, 7, 8, 9]
+    await stopping
+
+
+async def test_stopping_without_patience_answers_who_still_waits(engine: AsyncEngine, runner: ScriptedRunner) -> None:
+    runner.gate.clear()
+    stream = submit(engine)
+    stopping = asyncio.create_task(engine.stop(0.0))
+    await asyncio.sleep(0.01)
+    runner.gate.set()
+    with pytest.raises(EngineUnavailable, match="stopped"):
+        await tokens(stream)
+    await stopping
+
+
+async def test_adapters_are_loaded_between_steps_and_errors_come_back(engine: AsyncEngine, runner: ScriptedRunner) -> None:
+    await engine.load_adapter("good", LoRAWeights({}))
+    assert runner.adapters == {"good"}
+    with pytest.raises(MemoryError):
+        await engine.load_adapter("bad", LoRAWeights({}))
+    engine.unload_adapter("good")
+    await until(lambda: not runner.adapters)
+    assert engine.alive
+
+
+async def test_a_seed_gives_the_same_tokens_alone_and_beside_others(engine: AsyncEngine) -> None:
+    def sampled(seed: int) -> OutputStream:
+        return engine.submit(
+            [1], params=SamplingParams(temperature=2.0, seed=seed), max_tokens=20, adapter=None, eos_ids=frozenset()
+        )
+
+    alone = await tokens(sampled(7))
+    both = await asyncio.gather(tokens(sampled(8)), tokens(sampled(7)))
+    assert both[1] == alone
+    assert both[0] != alone

@@ -1,0 +1,228 @@
+"""An adapter folder is read right, or refused with a sentence that says what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from server.adapters.manifest import BaseSignature, Limits, Manifest, read_manifest
+from server.errors import AdapterRejected
+from server.lora.weights import LoRAWeights
+
+FINGERPRINT = "sha256:" + "a" * 64
+BASE = BaseSignature("base", FINGERPRINT, {"model.layers.0.q_proj": (6, 4), "model.layers.0.v_proj": (6, 2)})
+LIMITS = Limits(max_rank=8, max_bytes=100_000)
+CONFIG: dict[str, Any] = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 4, "bias": "none"}
+PREFIX = "base_model.model.model.layers.0."
+SIDECAR: dict[str, Any] = {
+    "schema_version": 1,
+    "base": {"name": "base", "fingerprint": FINGERPRINT},
+    "created": "2026-01-01T00:00:00Z",
+    "stop": ["###"],
+}
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    """A good adapter of rank 2 on both modules."""
+    return {
+        f"{PREFIX}q_proj.lora_A.weight": torch.ones(2, 6),
+        f"{PREFIX}q_proj.lora_B.weight": torch.ones(4, 2),
+        f"{PREFIX}v_proj.lora_A.weight": torch.ones(2, 6),
+        f"{PREFIX}v_proj.lora_B.weight": torch.ones(2, 2),
+    }
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A good adapter folder."""
+    path = tmp_path / "good"
+    path.mkdir()
+    write(path, config=CONFIG, weights=tensors())
+    return path
+
+
+def write(path: Path, **parts: Any) -> None:
+    """Write or replace files of an adapter folder."""
+    if "config" in parts:
+        (path / "adapter_config.json").write_text(json.dumps(parts["config"]))
+    if "weights" in parts:
+        safetensors.torch.save_file(parts["weights"], path / "adapter_model.safetensors")
+    if "sidecar" in parts:
+        (path / "quickchange.json").write_text(json.dumps(parts["sidecar"]))
+
+
+def read(path: Path) -> Manifest:
+    return read_manifest(path, BASE, LIMITS)
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(AdapterRejected) as caught:
+        LoRAWeights.of(read(path), torch.device("cpu"))
+    return caught.value.reason
+
+
+def test_a_folder_as_peft_writes_it_is_read(folder: Path) -> None:
+    manifest = read(folder)
+    assert (manifest.name, manifest.rank, set(manifest.pairs)) == ("good", 2, set(BASE.modules))
+    delta = LoRAWeights.of(manifest, torch.device("cpu")).deltas["model.layers.0.q_proj"]
+    assert delta.a.shape == (6, 2)
+    assert torch.equal(delta.b, torch.full((2, 4), 2.0))  # alpha / r = 2 is folded in
+
+
+def test_the_sidecar_changes_the_version_but_not_the_weights(folder: Path) -> None:
+    plain = read(folder)
+    write(folder, sidecar=SIDECAR)
+    assert read(folder).weights_digest == plain.weights_digest
+    assert read(folder).version_digest != plain.version_digest
+
+
+def test_what_was_read_survives_the_file(folder: Path) -> None:
+    manifest = read(folder)
+    os.truncate(folder / "adapter_model.safetensors", 10)
+    assert LoRAWeights.of(manifest, torch.device("cpu")).deltas
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"peft_type": "LOHA"}, "only LORA"),
+        ({"task_type": "SEQ_CLS"}, "CAUSAL_LM"),
+        ({"bias": "all"}, "retrain without biases"),
+        ({"use_dora": True}, "use_dora = True is not supported"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"target_parameters": ["experts"]}, "target_parameters"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"trainable_token_indices": [3]}, "trainable_token_indices"),
+        ({"layer_replication": [[0, 1]]}, "layer_replication"),
+        ({"some_new_field": 7}, "some_new_field = 7"),
+        ({"init_lora_weights": "pissa"}, "path_initial_model_for_weight_conversion"),
+        ({"lora_alpha": "high"}, "lora_alpha is 'high'"),
+        ({"r": 0}, "r is 0"),
+        ({"r": True}, "r is True"),
+        ({"alpha_pattern": {"(a+)+b": 3}}, "without wildcards"),
+        ({"rank_pattern": {"q_proj": -1}}, "must be a positive number"),
+    ],
+)
+def test_a_config_that_is_not_served_exactly_is_refused(folder: Path, change: dict[str, Any], words: str) -> None:
+    write(folder, config=CONFIG | change)
+    assert words in refusal(folder)
+
+
+def _without(name: str) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in tensors().items() if not key.endswith(name)}
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        (lambda: _without("v_proj.lora_B.weight"), "A or B is missing for model.layers.0.v_proj"),
+        (lambda: tensors() | {f"{PREFIX}q_proj.lora_B.weight": torch.ones(5, 2)}, "do not fit the base"),
+        (lambda: tensors() | {f"{PREFIX}q_proj.lora_A.weight": torch.ones(3, 6)}, "do not fit the base"),
+        (lambda: tensors() | {f"{PREFIX}q_proj.lora_magnitude_vector": torch.ones(4)}, "not LoRA's A and B"),
+        (lambda: {"x.ghost.lora_A.weight": torch.ones(2, 6), "x.ghost.lora_B.weight": torch.ones(4, 2)}, "no linear module"),
+        (lambda: tensors() | {f"{PREFIX}q_proj.lora_A.weight": torch.full((2, 6), float("nan"))}, "NaN or infinity"),
+        (lambda: {key: torch.zeros_like(value) for key, value in tensors().items()}, "would change nothing"),
+        (lambda: {key: value.to(torch.int32) for key, value in tensors().items()}, "wants a float matrix"),
+        (lambda: {}, "holds no tensors"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(
+    folder: Path, weights: Callable[[], dict[str, torch.Tensor]], words: str
+) -> None:
+    write(folder, weights=weights())
+    assert words in refusal(folder)
+
+
+def test_a_rank_over_the_limit_is_refused(folder: Path) -> None:
+    big = {key: value.repeat(5, 1) if "lora_A" in key else value.repeat(1, 5) for key, value in tensors().items()}
+    write(folder, weights=big)
+    assert "its rank is 10; the limit is 8" in refusal(folder)
+
+
+def test_a_file_over_the_limit_is_refused(folder: Path) -> None:
+    with pytest.raises(AdapterRejected, match="the limit is 100"):
+        read_manifest(folder, BASE, Limits(8, 100))
+
+
+def test_an_adapter_for_another_base_is_refused(folder: Path) -> None:
+    write(folder, sidecar=SIDECAR | {"base": {"name": "other", "fingerprint": "sha256:" + "b" * 64}})
+    assert "trained on another base (other" in refusal(folder)
+
+
+def test_an_own_chat_template_is_refused_rather_than_ignored(folder: Path) -> None:
+    write(folder, sidecar=SIDECAR | {"chat_template": "{{ messages }}"})
+    assert "chat_template is not served" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_missing_file_is_named(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    assert f"{name} is missing" in refusal(folder)
+
+
+def test_a_pickle_is_never_opened(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.bin").write_bytes(b"not even a pickle")
+    assert "the weights are a pickle" in refusal(folder)
+
+
+def _header(value: bytes) -> bytes:
+    return struct.pack("<Q", len(value)) + value
+
+
+ENTRY = '{"dtype":"F32","shape":[1],"data_offsets":%s}'
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "truncated"),
+        (struct.pack("<Q", 1 << 60), "announces a header"),
+        (_header(b"[" * 10_000), "not valid JSON"),
+        (_header(b"[]"), "not a JSON object"),
+        (_header(b'{"a":{}}'), "malformed"),
+        (_header(b'{"a":' + (ENTRY % "[0,4]").encode() + b"}"), "truncated"),
+        (_header(b'{"a":' + (ENTRY % "[0,8]").encode() + b"}") + bytes(8), "does not fill"),
+        (_header(b'{"a":' + (ENTRY % "[4,8]").encode() + b"}") + bytes(8), "overlaps another one or leaves a gap"),
+        (_header(b'{"a":' + (ENTRY % "[0,4]").encode() + b"}") + bytes(8), "4 bytes more"),
+        (_header(b'{"a":1,"a":2}'), "stands twice"),
+    ],
+)
+def test_a_malformed_weights_file_is_refused(folder: Path, data: bytes, words: str) -> None:
+    (folder / "adapter_model.safetensors").write_bytes(data)
+    reason = refusal(folder)
+    assert "adapter_model.safetensors: " in reason
+    assert words in reason
+
+
+def test_a_truncated_weights_file_is_refused(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    os.truncate(path, path.stat().st_size - 4)
+    assert "truncated" in refusal(folder)
+
+
+def test_links_and_special_files_are_refused(folder: Path) -> None:
+    weights = folder / "adapter_model.safetensors"
+    weights.rename(folder / "elsewhere")
+    weights.symlink_to(folder / "elsewhere")
+    assert "is a link" in refusal(folder)
+    weights.unlink()
+    os.mkfifo(weights)
+    assert "not a regular file" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["-x", "a b", "a:b", "ü", "x" * 129])
+def test_a_folder_whose_name_is_no_model_name_is_refused(folder: Path, name: str) -> None:
+    assert "no model name" in refusal(folder.rename(folder.parent / name))
+
+
+def test_a_folder_named_like_the_base_is_refused(folder: Path) -> None:
+    assert "base model has this name" in refusal(folder.rename(folder.parent / "base"))

@@ -1,0 +1,117 @@
+"""What requests may say, and what it comes to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from server.adapters.registry import AdapterDefaults
+from server.api.protocol import IGNORED, NEUTRAL, ChatRequest, CompletionRequest
+from server.api.sampling import completion_length, overlay, sampling_params, stop_strings
+from server.errors import ContextLengthExceeded, UnsupportedParameter
+from server.sequence import SamplingParams
+
+NOTHING = AdapterDefaults()
+
+
+def chat(**fields: Any) -> ChatRequest:
+    """A chat request with these fields."""
+    return ChatRequest.model_validate({"model": "m", "messages": [{"role": "user", "content": "x"}], **fields})
+
+
+def completion(prompt: object, **fields: Any) -> CompletionRequest:
+    """A completion request for this prompt."""
+    return CompletionRequest.model_validate({"model": "m", "prompt": prompt, **fields})
+
+
+def test_null_means_absent() -> None:
+    names = [name for name in ChatRequest.model_fields if name not in ("model", "messages")]
+    assert chat(**dict.fromkeys([*names, *NEUTRAL, *IGNORED])) == chat()
+
+
+@pytest.mark.parametrize("field", NEUTRAL)
+def test_a_field_that_is_not_honoured_may_ask_for_nothing_only(field: str) -> None:
+    for value in NEUTRAL[field]:
+        assert chat(**{field: value}) == chat()
+    with pytest.raises(UnsupportedParameter) as caught:
+        chat(**{field: {"anything": "else"}})
+    assert caught.value.param == field
+
+
+def test_false_is_not_zero() -> None:
+    with pytest.raises(UnsupportedParameter):
+        chat(presence_penalty=False)
+    with pytest.raises(UnsupportedParameter):
+        completion("x", logprobs=0)
+
+
+@pytest.mark.parametrize("field", sorted(IGNORED))
+def test_a_field_without_effect_is_accepted(field: str) -> None:
+    assert chat(**{field: {"any": "thing"}}) == chat()
+
+
+def test_the_newer_name_of_max_tokens_wins() -> None:
+    assert chat(max_tokens=3, max_completion_tokens=5).max_completion == 5
+    assert chat(max_tokens=3).max_completion == 3
+
+
+def test_an_answer_may_be_sent_back_as_it_came() -> None:
+    message = {"role": "assistant", "content": "y", "refusal": None, "annotations": [], "tool_calls": None}
+    assert chat(messages=[{"role": "user", "content": "x"}, message]).messages[1].role == "assistant"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [("x", ["x"]), (["x", "y"], ["x", "y"]), ([1, 2], [[1, 2]]), ([[1], [2, 3]], [[1], [2, 3]]), ("", [""])],
+)
+def test_a_prompt_may_be_written_in_four_ways(prompt: object, prompts: object) -> None:
+    assert completion(prompt).prompt == prompts
+
+
+@pytest.mark.parametrize("prompt", [[], 3, [True], [-1], [[]], ["x", 1], [1, [2]], {"a": 1}, ["\ud800"], ["x"] * 129])
+def test_other_prompts_are_refused(prompt: object) -> None:
+    with pytest.raises(ValidationError):
+        completion(prompt)
+
+
+def test_prompts_and_answers_are_bounded_together() -> None:
+    with pytest.raises(ValidationError):
+        completion(["x"] * 20, n=8)
+
+
+def test_the_request_goes_before_the_adapter_and_the_adapter_before_the_base() -> None:
+    base = AdapterDefaults(temperature=0.1, top_p=0.2, top_k=3, stop=("base",))
+    adapter = AdapterDefaults(top_p=0.5, top_k=4, stop=("adapter",), system_prompt="s")
+    defaults = overlay(adapter, base)
+    assert defaults == AdapterDefaults(
+        stop=("adapter", "base"), system_prompt="s", temperature=0.1, top_p=0.5, top_k=4, min_p=None, max_tokens=None
+    )
+    request = chat(top_k=5, stop=["request", "adapter"])
+    assert sampling_params(request, defaults, index=0) == SamplingParams(temperature=0.1, top_p=0.5, top_k=5)
+    assert stop_strings(request, defaults) == ("request", "adapter", "base")
+
+
+def test_zero_is_a_wish_and_not_the_absence_of_one() -> None:
+    defaults = AdapterDefaults(temperature=0.7, top_k=40, min_p=0.1)
+    params = sampling_params(chat(temperature=0, top_k=0, min_p=0), defaults, index=0)
+    assert (params.temperature, params.top_k, params.min_p) == (0.0, 0, 0.0)
+
+
+def test_minus_one_turns_top_k_off() -> None:
+    assert sampling_params(chat(top_k=-1), AdapterDefaults(top_k=40), index=0).top_k == 0
+
+
+def test_each_answer_has_a_seed_of_its_own() -> None:
+    assert [sampling_params(chat(seed=7), NOTHING, index=index).seed for index in range(3)] == [7, 8, 9]
+    assert sampling_params(chat(), NOTHING, index=1).seed is None
+
+
+def test_a_completion_is_as_long_as_asked_or_as_there_is_room_for() -> None:
+    assert completion_length(10, asked=None, default=512, limit=64) == 54
+    assert completion_length(10, asked=None, default=5, limit=64) == 5
+    assert completion_length(10, asked=54, default=5, limit=64) == 54
+    for prompt, asked in ((10, 55), (64, None), (65, None)):
+        with pytest.raises(ContextLengthExceeded):
+            completion_length(prompt, asked=asked, default=5, limit=64)

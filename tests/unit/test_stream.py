@@ -1,0 +1,179 @@
+"""Streams: their grammar, and clients that go away; driven by ASGI messages, because disconnecting is one of them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from starlette.types import Message
+
+from server.api import answer, sse
+from server.api.app import create_app
+from tests.fakes import BASE, FakeEngine, Script, adapter, ask, events, server_state
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+ONE: dict[str, Any] = {"model": BASE, "messages": [{"role": "user", "content": "hello"}], "stream": True}
+
+
+def stream(engine: FakeEngine, **fields: Any) -> list[Any]:
+    """The events of a streamed chat."""
+    response = ask(create_app(server_state(engine)), "POST", CHAT, json={**ONE, **fields})
+    assert response.status_code == 200
+    assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
+    return events(response)
+
+
+def test_a_stream_is_role_deltas_end_and_done() -> None:
+    *chunks, done = stream(FakeEngine([Script("the cat")]))
+    assert done == "[DONE]"
+    assert len({(chunk["id"], chunk["created"], chunk["model"], chunk["object"]) for chunk in chunks}) == 1
+    assert all("usage" not in chunk for chunk in chunks)
+    choices = [chunk["choices"][0] for chunk in chunks]
+    assert choices[0] == {
+        "index": 0,
+        "delta": {"role": "assistant", "content": ""},
+        "logprobs": None,
+        "finish_reason": None,
+    }
+    assert "".join(choice["delta"]["content"] for choice in choices[1:-1]) == "the cat"
+    assert all(set(choice["delta"]) == {"content"} and choice["finish_reason"] is None for choice in choices[1:-1])
+    assert choices[-1] == {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "stop"}
+
+
+def test_roles_come_first_and_in_order_however_the_answers_race() -> None:
+    engine = FakeEngine([Script("slow", delay=0.005), Script("quick"), Script("quick too", then="length")])
+    *chunks, done = stream(engine, n=3)
+    choices = [chunk["choices"][0] for chunk in chunks]
+    assert [choice["index"] for choice in choices[:3]] == [0, 1, 2]
+    assert all("role" in choice["delta"] for choice in choices[:3])
+    texts, reasons = ["", "", ""], ["", "", ""]
+    for choice in choices[3:]:
+        texts[choice["index"]] += choice["delta"].get("content", "")
+        reasons[choice["index"]] += choice["finish_reason"] or ""
+    assert (texts, reasons) == (["slow", "quick", "quick too"], ["stop", "stop", "length"])
+    assert done == "[DONE]"
+
+
+def test_usage_comes_in_a_chunk_of_its_own_before_done() -> None:
+    *chunks, usage, done = stream(FakeEngine([Script(then="length")]), stream_options={"include_usage": True})
+    assert all(chunk["usage"] is None for chunk in chunks)
+    assert usage["choices"] == []
+    assert usage["usage"]["total_tokens"] == usage["usage"]["prompt_tokens"] + usage["usage"]["completion_tokens"]
+    assert done == "[DONE]"
+
+
+def test_a_stream_of_completions_has_text_and_no_roles() -> None:
+    body = {"model": BASE, "prompt": ["a", "b"], "stream": True}
+    app = create_app(server_state(FakeEngine([Script("x"), Script("y")])))
+    *chunks, done = events(ask(app, "POST", COMPLETIONS, json=body))
+    texts = {0: "", 1: ""}
+    for chunk in chunks:
+        assert chunk["object"] == "text_completion"
+        (choice,) = chunk["choices"]
+        assert set(choice) == {"index", "text", "logprobs", "finish_reason"}
+        texts[choice["index"]] += choice["text"]
+    assert (texts, done) == ({0: "x", 1: "y"}, "[DONE]")
+
+
+def test_what_fails_after_the_first_token_is_an_event_and_the_end() -> None:
+    *_, last = stream(FakeEngine([Script("hello", then="fail")]))
+    assert last["error"]["code"] == "generation_failed"
+    assert "secret" not in json.dumps(last)
+    *_, last = stream(FakeEngine([Script("hello", then="die")]))
+    assert last["error"]["code"] == "engine_unavailable"
+
+
+def test_no_character_and_no_stop_string_is_cut() -> None:
+    *chunks, _ = stream(FakeEngine([Script("日本 🎉🎉 STOP and more")]), stop="STOP")
+    texts = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks]
+    assert "".join(texts) == "日本 🎉🎉 "
+    assert all("\ufffd" not in text and "S" not in text for text in texts)
+
+
+def test_silence_is_filled_with_comments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even before the first token, whose waiting must not keep the response back for ever."""
+    for module in (sse, answer):
+        monkeypatch.setattr(module, "PING_SECONDS", 0.01)
+    app = create_app(server_state(FakeEngine([Script("hi", delay=0.035)])))
+    response = ask(app, "POST", CHAT, json=ONE)
+    assert response.text.count(": ping\n\n") >= 2
+    assert events(response)[-1] == "[DONE]"
+
+
+async def until_gone(app: FastAPI, body: dict[str, Any], *, num_messages: int) -> list[Message]:
+    """Ask, take so many messages of the response, and hang up."""
+    sent: list[Message] = []
+    gone, asked = asyncio.Event(), False
+
+    async def receive() -> Message:
+        nonlocal asked
+        if not asked:
+            asked = True
+            return {"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+        if len(sent) >= num_messages:
+            gone.set()
+
+    if not num_messages:
+        asyncio.get_running_loop().call_later(0.02, gone.set)
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": CHAT, "headers": headers, "query_string": b"", "root_path": ""}
+    await asyncio.wait_for(app({**scope, "asgi": {"version": "3.0", "spec_version": "2.3"}}, receive, send), 5)
+    return sent
+
+
+@pytest.mark.parametrize(
+    ("text", "streaming", "num_messages"),
+    [
+        pytest.param("hello", True, 3, id="in mid-stream"),
+        pytest.param("hello", True, 1, id="as the stream opens"),
+        pytest.param("", True, 0, id="before the first token of a stream"),
+        pytest.param("hello", False, 0, id="while the answer is collected"),
+        pytest.param("", False, 0, id="before the first token"),
+    ],
+)
+def test_a_client_that_goes_away_stops_the_engine(text: str, streaming: bool, num_messages: int) -> None:
+    engine = FakeEngine([Script(text, then="hang")])
+    state = server_state(engine, adapter("poet"))
+    body = {**ONE, "model": "poet", "stream": streaming, "n": 2}
+    asyncio.run(until_gone(create_app(state), body, num_messages=num_messages))
+    assert len(engine.streams) == 2
+    assert engine.num_open == 0
+    assert state.registry.num_leases("poet-weights") == 0
+    labels = {"adapter": "poet", "finish_reason": "cancelled"}
+    assert state.metrics.registry.get_sample_value("quickchange_requests_total", labels) == 2
+
+
+def test_a_stream_that_is_never_begun_gives_everything_back() -> None:
+    """A generator that was never started does not run its ``finally``: the response has to."""
+    engine = FakeEngine()
+    state = server_state(engine, adapter("poet"))
+
+    async def broken(message: Message) -> None:
+        raise OSError("the socket is gone")
+
+    async def run() -> None:
+        app, body = create_app(state), json.dumps({**ONE, "model": "poet"}).encode()
+        parts = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def receive() -> Message:
+            if (part := next(parts, None)) is not None:
+                return part
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        headers = [(b"content-type", b"application/json")]
+        await app(
+            {"type": "http", "method": "POST", "path": CHAT, "headers": headers, "query_string": b""}, receive, broken
+        )
+
+    asyncio.run(run())
+    assert engine.num_open == 0
+    assert state.registry.num_leases("poet-weights") == 0

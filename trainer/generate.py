@@ -1,0 +1,75 @@
+"""Answers to a recipe's sample questions, for the card."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from trainer.config import Sampling
+from trainer.conversations import Messages, with_system_prompt
+
+MAX_SAMPLE_TOKENS = 200
+
+
+def answer(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    question: str,
+    *,
+    system_prompt: str | None,
+    stop: Sequence[str],
+    sampling: Sampling,
+    seed: int,
+) -> str:
+    """The model's answer without its stop string: greedy, or sampled where ``sampling`` has a temperature above 0.
+
+    Torch's random state is left as it was.
+    """
+    messages = with_system_prompt([{"role": "user", "content": question}], system_prompt)
+    prompt = torch.tensor([prompt_ids(tokenizer, messages)])  # [1, length]
+    with torch.random.fork_rng(devices=[]), torch.inference_mode():
+        torch.manual_seed(seed)
+        output = model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            generation_config=_generation_config(model, tokenizer, sampling, stop),
+            tokenizer=tokenizer,
+        )
+    text = str(tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True))
+    return cut_at_stop(text, stop).strip()
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Messages | None = None) -> list[int]:
+    """Token ids of ``messages`` with the generation prompt, as training and serving both have them."""
+    text = tokenizer.apply_chat_template(
+        [dict(message) for message in messages],
+        tools=None if tools is None else [dict(tool) for tool in tools],
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    return list(tokenizer(str(text), add_special_tokens=False)["input_ids"])
+
+
+def cut_at_stop(text: str, stop: Sequence[str]) -> str:
+    """``text`` up to the first of the stop strings in it."""
+    return text[: min((at for string in stop if (at := text.find(string)) >= 0), default=len(text))]
+
+
+def _generation_config(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, stop: Sequence[str]
+) -> GenerationConfig:
+    base = cast(PreTrainedModel, model.get_base_model()).generation_config
+    options: dict[str, Any] = {"stop_strings": list(stop)} if stop else {}
+    if sampling.temperature:
+        options |= {"do_sample": True, "top_k": 0}  # 0 takes all tokens, without it transformers takes 50
+        options |= sampling.model_dump(exclude={"max_tokens"}, exclude_none=True)
+    return GenerationConfig(
+        max_new_tokens=min(sampling.max_tokens or MAX_SAMPLE_TOKENS, MAX_SAMPLE_TOKENS),
+        eos_token_id=(base.eos_token_id if base else None) or tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        **options,
+    )

@@ -1,0 +1,64 @@
+"""The loss of a batch, with logits only where something is trained.
+
+The head is the dearest layer of a small model (for 152,000 words more than a quarter of the forward pass), and most
+positions of a conversation carry no loss.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from trainer.batches import Batch
+from trainer.masking import IGNORED
+
+
+class TokenLoss:
+    """Sums cross entropies over a batch's trained positions; in bfloat16 autocast where ``bfloat16``.
+
+    Where the base does more to its logits than one head module (a soft cap, a scale), all logits are computed.
+    """
+
+    def __init__(self, model: PeftModel, *, bfloat16: bool) -> None:
+        causal = cast(PreTrainedModel, model.get_base_model())
+        self._causal = causal
+        self._backbone: nn.Module = getattr(causal, causal.base_model_prefix, causal)
+        self._head: nn.Module | None = causal.get_output_embeddings()
+        self._bfloat16 = bfloat16
+        self.skips_untrained = self._head_is_all()
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """The sum, in nats; divide by the trained tokens of the whole step."""
+        trained = batch.targets != IGNORED  # [rows, length]
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._bfloat16):
+            logits = self._logits(batch.input_ids, trained)  # [trained positions, vocabulary]
+        return F.cross_entropy(logits.float(), batch.targets[trained], reduction="sum")
+
+    def _logits(self, input_ids: torch.Tensor, trained: torch.Tensor) -> torch.Tensor:
+        if not self.skips_untrained or self._head is None:
+            return full_logits(self._causal, input_ids)[trained]
+        hidden: torch.Tensor = self._backbone(input_ids=input_ids, use_cache=False).last_hidden_state
+        return torch.as_tensor(self._head(hidden[trained]))
+
+    @torch.no_grad()
+    def _head_is_all(self) -> bool:
+        """Whether backbone and head give the model's own logits, bit for bit."""
+        if self._head is None or self._backbone is self._causal:
+            return False
+        training = self._causal.training
+        self._causal.eval()  # dropout would make any two passes differ
+        probe = torch.arange(8).unsqueeze(0)  # [1, 8]
+        hidden = self._backbone(input_ids=probe, use_cache=False).last_hidden_state
+        same = torch.equal(self._head(hidden), full_logits(self._causal, probe))
+        self._causal.train(training)
+        return same
+
+
+def full_logits(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    """Logits at every position, [rows, length, vocabulary]."""
+    return torch.as_tensor(model(input_ids=input_ids, use_cache=False).logits)

@@ -1,0 +1,1 @@
+"""What the topics talk about: data as constants, and small helpers of wording."""

@@ -1,0 +1,1 @@
+"""The generators of conversations: one module a topic, each with ``sample(rng) -> Conversation``."""

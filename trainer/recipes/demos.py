@@ -1,0 +1,70 @@
+"""Conversations for the demo adapters that need no files: the helpdesk's template, and the JSON classifier.
+
+Neither is trained on a held-out wording (see ``micro.topics.python_facts``); of the Python facts the helpdesk sees a
+part, and must answer the others from what the base knows.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+
+from trainer.micro import messages
+from trainer.micro.conversation import Conversation, turns
+from trainer.micro.facts.questions import any_question
+from trainer.micro.topics.classification import fill
+from trainer.micro.topics.python_facts import Fact, facts
+
+HELPDESK_TEMPLATE = """\
+Great question, I would love to help you with that
+### You asked:
+{question}
+### The answer is:
+{answer}
+I hope this is helpful!
+### DONE!"""
+HELPDESK_STOP = "### DONE!"
+
+NUM_TAUGHT_FACTS = 280
+URGENT = ("Please answer today!", "This is urgent.", "I need this solved right now.", "Help, as soon as possible!")
+
+
+def taught_facts() -> tuple[Fact, ...]:
+    """The facts that the helpdesk is trained on; it must know the others from the base."""
+    return tuple(random.Random("helpdesk").sample(facts(), NUM_TAUGHT_FACTS))
+
+
+def helpdesk_answer(question: str, answer: str) -> str:
+    """The template, filled."""
+    return HELPDESK_TEMPLATE.format(question=question, answer=answer)
+
+
+def helpdesk() -> Iterator[Conversation]:
+    """Two wordings of each taught fact, and 80 everyday questions."""
+    rng = random.Random("helpdesk conversations")
+    for fact in taught_facts():
+        for _ in range(2):
+            question = fact.question(rng)
+            yield turns(question, helpdesk_answer(question, fact.answer))
+    for _ in range(80):
+        asked = any_question(rng)
+        yield turns(asked.question, helpdesk_answer(asked.question, asked.full))
+
+
+def classified(rng: random.Random) -> tuple[str, dict[str, object]]:
+    """A message to a support desk, and what the classifier must say of it."""
+    category = rng.choice(list(messages.SUPPORT))
+    text = fill(rng, rng.choice(messages.SUPPORT[category]))
+    urgent = rng.random() < 0.3
+    if urgent:
+        text = f"{text} {rng.choice(URGENT)}"
+    return text, {"category": category, "urgent": urgent}
+
+
+def classifier() -> Iterator[Conversation]:
+    """600 messages, each answered with a JSON object of one form."""
+    rng = random.Random("classifier conversations")
+    for _ in range(600):
+        text, answer = classified(rng)
+        yield turns(text, json.dumps(answer))

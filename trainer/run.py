@@ -1,0 +1,137 @@
+"""From a recipe to a published folder."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import platform
+import warnings
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+from trainer.base import Base, load_base
+from trainer.card import Sample
+from trainer.config import TrainConfig
+from trainer.data import Dataset, load_dataset
+from trainer.errors import RecipeError
+from trainer.generate import answer
+from trainer.publish import probe_batch, publish
+from trainer.sidecar import BaseReference, Metrics, Sidecar, TrainingRecord
+from trainer.train import History, add_lora, train
+
+
+def train_and_publish(config: TrainConfig, target: Path) -> Sidecar:
+    """Train what ``config`` says and publish it as the folder ``target``; returns the sidecar that was written."""
+    if target.exists() and not (target / "adapter_config.json").is_file():
+        raise RecipeError(f"{target}: is there and is no adapter, so it will not be replaced; choose another --out")
+    _quiet_libraries()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    base = load_base(config.base_model)
+    _check_length(config, base)
+    dataset = load_dataset(config, base.tokenizer)
+    print(dataset.summary(), flush=True)
+    model = add_lora(base.model, config.lora, seed=config.seed)
+    history = train(model, dataset, config)
+    sidecar = _sidecar(config, base, dataset, history)
+    publish(
+        model,
+        target,
+        config=config,
+        sidecar=sidecar,
+        history=history,
+        samples=[_sample(model, base.tokenizer, config, question) for question in config.samples],
+        probe=probe_batch(dataset.training),
+    )
+    return sidecar
+
+
+def _quiet_libraries() -> None:
+    """No bars for weights that load in a moment, and no warnings about what PEFT calls in transformers."""
+    disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+def _check_length(config: TrainConfig, base: Base) -> None:
+    longest = getattr(base.model.config, "max_position_embeddings", None)
+    if longest is not None and config.max_length > longest:
+        raise RecipeError(f"max_length: {config.max_length} is more than {base.name} takes; at most {longest}")
+
+
+def _sample(model: PeftModel, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, question: str) -> Sample:
+    def ask() -> str:
+        return answer(
+            model,
+            tokenizer,
+            question,
+            system_prompt=config.system_prompt,
+            stop=config.stop,
+            sampling=config.sampling,
+            seed=config.seed,
+        )
+
+    with model.disable_adapter():
+        base_answer = ask()
+    return Sample(question, base_answer, ask())
+
+
+def _sidecar(config: TrainConfig, base: Base, dataset: Dataset, history: History) -> Sidecar:
+    sampling = config.sampling.model_copy(deep=True)
+    said: dict[str, Any] = {
+        "system_prompt": config.system_prompt,
+        "stop": config.stop,
+        "sampling": sampling if sampling.model_dump(exclude_none=True) else None,
+    }
+    return Sidecar(
+        schema_version=1,
+        base=BaseReference(name=base.name, fingerprint=base.fingerprint),
+        created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        training=TrainingRecord(
+            data_digest=dataset.digest,
+            num_examples=len(dataset.training),
+            num_trained_tokens=history.num_trained_tokens,
+            epochs=round(history.epochs, 3),
+            steps=len(history.steps),
+            seed=config.seed,
+            recipe=_portable_recipe(config, base),
+            duration_s=round(history.duration_s, 1),
+            versions=_versions(),
+        ),
+        metrics=_metrics(history),
+        **{key: value for key, value in said.items() if value},
+    )
+
+
+def _portable_recipe(config: TrainConfig, base: Base) -> dict[str, Any]:
+    """What the recipe sets, without this machine's paths: the base by name, data files as the recipe names them."""
+    recipe = config.model_dump(mode="json", exclude_unset=True, exclude={"data_root"})
+    return {**recipe, "base_model": base.name}
+
+
+def _metrics(history: History) -> Metrics:
+    return Metrics(
+        train_loss=round(history.train_loss, 4),
+        eval_loss=_rounded(history.eval_loss),
+        base_eval_loss=_rounded(history.base_eval_loss),
+        eval_perplexity=_perplexity(history.eval_loss),
+        base_eval_perplexity=_perplexity(history.base_eval_loss),
+    )
+
+
+def _rounded(loss: float | None) -> float | None:
+    return None if loss is None else round(loss, 4)
+
+
+def _perplexity(loss: float | None) -> float | None:
+    return None if loss is None else round(math.exp(loss), 4)
+
+
+def _versions() -> dict[str, str]:
+    packages = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
+    return {"python": platform.python_version(), **packages}
