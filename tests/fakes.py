@@ -99,7 +99,6 @@ class FakeStream:
         """The script's outputs, then its end."""
         for output in self.script.outputs(self.sequence_id):
             await asyncio.sleep(self.script.delay)
-            self.engine.num_outputs += 1
             yield output
         await self._end()
 
@@ -109,6 +108,7 @@ class FakeStream:
         if self.script.then == "die":
             raise EngineUnavailable("The engine died.")
         if self.script.then == "hang":
+            self.engine.num_hanging += 1
             await asyncio.Event().wait()
 
     def close(self) -> None:
@@ -137,7 +137,7 @@ class FakeEngine:
     capacity: int = 64
     submitted: list[Submitted] = field(default_factory=list)
     streams: list[FakeStream] = field(default_factory=list)
-    num_outputs: int = 0
+    num_hanging: int = 0
 
     @property
     def num_open(self) -> int:

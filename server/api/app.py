@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastapi import FastAPI
+from starlette.types import Lifespan
 
 from server.api import chat, completions, models, ops
 from server.api.boundary import Boundary
@@ -12,9 +13,12 @@ from server.api.state import ServerState
 __all__ = ["ServerState", "create_app"]
 
 
-def create_app(state: ServerState) -> FastAPI:
-    """The ASGI application over a running engine. No documentation pages: FastAPI's load scripts from elsewhere."""
-    app = FastAPI(title="Quickchange", version=state.version, docs_url=None, redoc_url=None)
+def create_app(state: ServerState, *, lifespan: Lifespan[FastAPI] | None = None) -> FastAPI:
+    """The ASGI application over an engine, which ``lifespan`` may start and stop.
+
+    No documentation pages: FastAPI's load scripts from elsewhere.
+    """
+    app = FastAPI(title="Quickchange", version=state.version, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.server = state
     install_error_handlers(app)
     app.add_middleware(Boundary, metrics=state.metrics)

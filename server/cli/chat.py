@@ -32,6 +32,8 @@ def run_chat(url: str, model: str | None, question: str | None) -> int:
     if question is None and not sys.stdin.isatty():
         question = sys.stdin.read()
     try:
+        if question is not None and not question.strip():
+            raise ChatError("the question is empty")
         with httpx.Client(base_url=url.rstrip("/"), timeout=_TIMEOUT) as client:
             server = Server(client)
             talk = Conversation(server, model or server.models()[0])

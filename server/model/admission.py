@@ -22,16 +22,18 @@ from server.model.rope import fix_rope
 TOLERANCE = 1e-3
 """Largest difference allowed between logits, as a share of the largest stock logit; float32 leaves about 1e-6."""
 
-_LENGTHS = (29, 21)
+_LENGTHS = (37, 21)
 _CONTEXT = 64
 _WINDOW = 8
+_TRAINED = 32
+"""The length a model with stretched RoPE was trained on first: one of the two sequences is longer, one shorter."""
 _SIZES: dict[str, int] = {
     "hidden_size": 64, "n_embd": 64, "d_model": 64, "intermediate_size": 96, "n_inner": 96, "ffn_hidden_size": 96,
     "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64, "intermediate_size_mlp": 96, "head_dim": 16,
     "global_head_dim": 16, "num_attention_heads": 4, "n_head": 4, "vocab_size": 256, "vocab_size_per_layer_input": 256,
     "hidden_size_per_layer_input": 16, "max_position_embeddings": 128, "n_positions": 128, "n_ctx": 128,
     "q_lora_rank": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
-    "query_pre_attn_scalar": 16, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "n_group": 1,
+    "query_pre_attn_scalar": 12, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "n_group": 1,
     "topk_group": 1, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "mamba_d_head": 16, "mamba_n_heads": 8,
     "mamba_d_state": 16, "rotary_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
@@ -51,7 +53,7 @@ def admit(config: PretrainedConfig, *, name: str) -> None:
     except _Refused as refused:
         raise BaseModelRefused(name, f"{config.model_type}: {refused}") from None
     except Exception as error:
-        reason = f"its admission test could not be run ({type(error).__name__}: {str(error)[:200]})"
+        reason = f"a small random copy of it could not be built and run ({type(error).__name__}: {str(error)[:200]})"
         raise BaseModelRefused(name, f"{config.model_type}: {reason}") from error
 
 
@@ -123,9 +125,11 @@ def _shrink_rope(text: PretrainedConfig) -> None:
             if field in rope:
                 rope[field] = rope[field][:frequencies]
         if "original_max_position_embeddings" in rope:
-            rope["original_max_position_embeddings"] = 32
+            rope["original_max_position_embeddings"] = _TRAINED
+        if "dynamic" in str(rope.get("rope_type")):
+            text.max_position_embeddings = _TRAINED
     if getattr(text, "original_max_position_embeddings", None):
-        text.original_max_position_embeddings = 32
+        text.original_max_position_embeddings = _TRAINED
 
 
 def _compare(config: PretrainedConfig) -> None:
@@ -137,7 +141,9 @@ def _compare(config: PretrainedConfig) -> None:
     stock = [model(input_ids=ids[None], use_cache=False).logits[0] for ids in sequences]
     attention = FlatAttention()
     attention.install(model)
-    whole = _flat(model, attention, sequences, [(0, 0, length) if n == 0 else (1, 0, length) for n, length in enumerate(_LENGTHS)])
+    whole = _flat(
+        model, attention, sequences, [(0, 0, length) if n == 0 else (1, 0, length) for n, length in enumerate(_LENGTHS)]
+    )
     _check(whole, stock, "two sequences laid end to end disturb each other")
     layers = len(attention.seen_shapes)
     if layers == 0 or attention.num_calls != layers or layers != config.num_hidden_layers:
@@ -145,15 +151,34 @@ def _compare(config: PretrainedConfig) -> None:
             f"{config.num_hidden_layers} layers made {attention.num_calls} calls of the attention function that "
             f"transformers lets one replace, on {layers} layers; each must make one"
         )
+    _check_kept_rows(model, attention, sequences, torch.cat(whole))
     shapes = [attention.seen_shapes[layer] for layer in range(layers)]
     attention.cache = KVCache(shapes, num_slots=2, max_len=_CONTEXT, dtype=torch.float32, device=torch.device("cpu"))
-    _check(_in_chunks(model, attention, sequences), stock, "chunks of a prompt and tokens decoded from a KV slot differ")
+    _check(
+        _in_chunks(model, attention, sequences), stock, "chunks of a prompt and tokens decoded from a KV slot differ"
+    )
+
+
+def _check_kept_rows(
+    model: PreTrainedModel, attention: FlatAttention, sequences: list[torch.Tensor], logits: torch.Tensor
+) -> None:
+    """The head computes the rows it is asked for, and no others."""
+    assert attention.layout is not None
+    keep = torch.tensor([2, _LENGTHS[0], sum(_LENGTHS) - 1])
+    ids, positions = torch.cat(sequences)[None], attention.layout.positions[None]
+    kept = model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=keep).logits[0]
+    if kept.shape != logits[keep].shape:
+        raise _Refused("its head cannot be told which rows to compute (it ignores logits_to_keep)")
+    _check([kept], [logits[keep]], "rows chosen for the head differ")
 
 
 def _in_chunks(model: PreTrainedModel, attention: FlatAttention, sequences: list[torch.Tensor]) -> list[torch.Tensor]:
     """Logits of both sequences, computed in steps that mix chunks of one with single tokens of the other."""
     steps = [[(0, 0, 5)], [(0, 5, 18), (1, 0, 11)], [(0, 18, 19), (1, 11, 17)]]
-    steps += [[(0, 19 + i, 20 + i), *([(1, 17 + i, 18 + i)] if 18 + i <= _LENGTHS[1] else [])] for i in range(_LENGTHS[0] - 19)]
+    steps += [
+        [(0, 19 + i, 20 + i), *([(1, 17 + i, 18 + i)] if 18 + i <= _LENGTHS[1] else [])]
+        for i in range(_LENGTHS[0] - 19)
+    ]
     parts: list[list[torch.Tensor]] = [[], []]
     for step in steps:
         for part, rows in zip(parts, _flat(model, attention, sequences, step), strict=True):
@@ -179,7 +204,7 @@ def _flat(
 
 def _check(ours: list[torch.Tensor], stock: list[torch.Tensor], failure: str) -> None:
     scale = max(float(logits.abs().max()) for logits in stock)
-    difference = max(float((a - b).abs().max()) for a, b in zip(ours, stock, strict=True)) / scale
+    difference = float(torch.stack([(a - b).abs().max() for a, b in zip(ours, stock, strict=True)]).max()) / scale
     if not difference < TOLERANCE:
         raise _Refused(f"{failure} (logits differ by {difference:.2g} of their range; {TOLERANCE:.0e} is allowed)")
 

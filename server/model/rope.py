@@ -17,7 +17,7 @@ def fix_rope(model: nn.Module, max_model_len: int) -> None:
         rope_type = getattr(module, "rope_type", None)
         if isinstance(rope_type, str) and _depends_on_length(rope_type):
             _choose(module, max_model_len)
-            module.rope_type = "default"
+            module.__dict__["rope_type"] = "default"
         elif isinstance(rope_type, dict):
             for layer_type, kind in rope_type.items():
                 if _depends_on_length(kind):

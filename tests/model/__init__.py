@@ -1,1 +1,1 @@
-"""The proof that the engine is right: ``families`` are the models, ``harness`` hosts one, ``test_*`` compare with the stock code."""
+"""The proof that the engine is right: ``families`` are the models, ``harness`` hosts one, ``test_*`` compare."""

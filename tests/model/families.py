@@ -18,8 +18,8 @@ LONGROPE_BORDER = 32
 
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _COMMON = {
-    "vocab_size": VOCAB_SIZE, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": CONTEXT, **_SPECIAL,
+    "vocab_size": VOCAB_SIZE, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT, **_SPECIAL,
 }  # fmt: skip
 _LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -48,8 +48,8 @@ FAMILIES: Mapping[str, PretrainedConfig] = {
     "qwen3": _config("Qwen3Config", **_COMMON, head_dim=16),
     "mistral": _config("MistralConfig", **_COMMON, sliding_window=WINDOW),
     "gemma2": _config(
-        "Gemma2Config", **{**_COMMON, "num_hidden_layers": 4}, head_dim=16, sliding_window=WINDOW, query_pre_attn_scalar=16,
-        attn_logit_softcapping=5.0, final_logit_softcapping=30.0, layer_types=_ALTERNATING, tie_word_embeddings=False,
+        "Gemma2Config", **{**_COMMON, "num_hidden_layers": 4}, head_dim=16, sliding_window=WINDOW,
+        query_pre_attn_scalar=16, attn_logit_softcapping=5.0, final_logit_softcapping=30.0, layer_types=_ALTERNATING, tie_word_embeddings=False,
     ),
     "gemma3": _config(
         "Gemma3TextConfig", **{**_COMMON, "num_hidden_layers": 4}, head_dim=16, sliding_window=WINDOW,
@@ -69,8 +69,8 @@ FAMILIES: Mapping[str, PretrainedConfig] = {
         },
     ),
     "gpt2": _config(
-        "GPT2Config", vocab_size=VOCAB_SIZE, n_embd=64, n_layer=3, n_head=4, n_positions=CONTEXT, tie_word_embeddings=False,
-        **_SPECIAL,
+        "GPT2Config", vocab_size=VOCAB_SIZE, n_embd=64, n_layer=3, n_head=4, n_positions=CONTEXT,
+        tie_word_embeddings=False, **_SPECIAL,
     ),
     "gpt_neox": _config(
         "GPTNeoXConfig", **{name: value for name, value in _COMMON.items() if name != "num_key_value_heads"}
@@ -112,4 +112,4 @@ def fix_long_factors(model: torch.nn.Module) -> None:
     exponents = torch.arange(0, 16, 2).float() / 16
     factors = torch.tensor(_LONGROPE["long_factor"])
     rope.register_buffer("inv_freq", 1.0 / (factors * _LONGROPE["rope_theta"] ** exponents), persistent=False)
-    rope.rope_type = "default"
+    rope.__dict__["rope_type"] = "default"

@@ -1,13 +1,13 @@
-"""Hosts a model as the server does, runs sequences through the engine, and asks the stock code for what must come out."""
+"""Hosts a model as the server does, runs sequences through the engine, and asks the stock code."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
@@ -76,14 +76,12 @@ class Hosted:
     modules: Mapping[str, tuple[int, int]]
     max_num_seqs: int = NUM_SLOTS
     budget: int = BUDGET
-    num_rows: list[int] = field(default_factory=list)
-    adapters_per_step: list[int] = field(default_factory=list)
 
     def run(self, asks: Sequence[Ask]) -> list[Answer]:
         """Every ask through scheduler, runner and sampler; books checked after each step."""
         sampler = RecordingSampler()
         scheduler = Scheduler(
-            max_num_seqs=self.max_num_seqs, max_num_batched_tokens=self.budget, max_model_len=self.runner_len
+            max_num_seqs=self.max_num_seqs, max_num_batched_tokens=self.budget, max_model_len=self.max_len
         )
         engine = Engine(scheduler, self.runner, sampler, Metrics())
         sequences = [Generation(n, ask.prompt, ask.num_tokens, ask.params, ask.adapter) for n, ask in enumerate(asks)]
@@ -102,7 +100,7 @@ class Hosted:
         ]
 
     @property
-    def runner_len(self) -> int:
+    def max_len(self) -> int:
         """Longest sequence the slots hold."""
         cache = self.runner.attention.cache
         assert cache is not None
@@ -136,8 +134,13 @@ def prompts(*lengths: int, seed: int = 0) -> list[tuple[int, ...]]:
 def generate(model: PreTrainedModel, ask: Ask) -> list[int]:
     """What stock ``generate`` gives for an ask, alone."""
     ids = torch.tensor([ask.prompt])
-    output = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=ask.num_tokens, do_sample=False, pad_token_id=0
+    output = GenerationMixin.generate(
+        model,  # type: ignore[arg-type]
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=ask.num_tokens,
+        do_sample=False,
+        pad_token_id=0,
     )
     return [int(token) for token in output[0, len(ask.prompt) :]]
 

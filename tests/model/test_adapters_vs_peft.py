@@ -23,6 +23,9 @@ from tests.model.harness import Answer, Ask, Hosted, difference, host, prompts, 
 TOLERANCE = 1e-4
 """Largest difference of logits, as a share of PEFT's largest logit, in float32; measured: 3e-6."""
 
+FINGERPRINT = f"sha256:{'0' * 64}"
+LIMITS = Limits(max_rank=16, max_bytes=1 << 24)
+
 _ATTENTION = {"gpt2": ["c_attn"], "gpt_neox": ["query_key_value"], "phi3": ["qkv_proj"], "phi3_longrope": ["qkv_proj"]}
 _LAST_PROJECTION = {"gpt2": "attn.c_proj", "gpt_neox": "attention.dense"}
 _HEAD = {"gpt_neox": "embed_out"}
@@ -71,13 +74,13 @@ def make_oracle(family: str, folder: Path) -> Oracle:
     hosted = host(copy.deepcopy(base))
     if family == "phi3_longrope":
         fix_long_factors(base)
-    signature = BaseSignature("base", None, hosted.modules)
+    signature = BaseSignature("base", FINGERPRINT, hosted.modules)
     peft, weights = {}, {}
     for seed, (name, fields) in enumerate(configs(family).items()):
         peft[name] = make_adapter(base, seed=seed, fan_in_fan_out=family == "gpt2", **fields)
         # PEFT would save a copy of the base's head beside the LoRA on it
         peft[name].save_pretrained(str(folder / name), save_embedding_layers=False)
-        manifest = read_manifest(folder / name, signature, Limits(max_rank=16, max_bytes=1 << 24))
+        manifest = read_manifest(folder / name, signature, LIMITS)
         weights[name] = LoRAWeights.of(manifest, torch.device("cpu"))
     return Oracle(base, peft, weights, hosted)
 
@@ -170,7 +173,7 @@ def test_bfloat16_base_with_adapters_is_as_near_to_the_truth_as_peft_in_bfloat16
     for seed, (name, fields) in enumerate(configs("llama").items()):
         peft = make_adapter(base, seed=seed, **fields)
         peft.save_pretrained(str(tmp_path / name), save_embedding_layers=False)
-        manifest = read_manifest(tmp_path / name, BaseSignature("base", None, hosted.modules), Limits(max_rank=16, max_bytes=1 << 24))
+        manifest = read_manifest(tmp_path / name, BaseSignature("base", FINGERPRINT, hosted.modules), LIMITS)
         hosted.add(name, LoRAWeights.of(manifest, torch.device("cpu")))
         (answer,) = hosted.run([Ask(prompts(21)[0], 6, name)])
         truth = stock_logits(copy.deepcopy(peft).float(), answer)

@@ -16,6 +16,9 @@ TOLERANCE = 1e-5
 BFLOAT16_MARGIN = 0.15
 """A row is decided in bfloat16 where its first logit stands so far above the second; rounding moves logits by 0.05."""
 
+SEEDS = {"gpt2": 5}
+"""Where the model of seed 0 has two tokens that are nearly equal."""
+
 LENGTHS = (3, 40, 5, 61, 17, 9, 1)
 """Shorter and longer than a window of 8 and than a step's budget of 16 rows; more of them than there are slots."""
 
@@ -28,7 +31,7 @@ def asks(*lengths: int, num_tokens: int = 10) -> list[Ask]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_and_logits_equal_the_stock_models(family: str) -> None:
     length = LONGROPE_BORDER if family == "phi3_longrope" else 128
-    model = build(family)
+    model = build(family, seed=SEEDS.get(family, 0))
     wanted = asks(*(length_ for length_ in LENGTHS if length_ + 12 < length))
     stock = copy.deepcopy(model)
     answers = host(model, max_model_len=length).run(wanted)

@@ -59,10 +59,10 @@ def test_the_adapters_defaults_apply_where_the_request_is_silent() -> None:
     answer = ask(app, "POST", CHAT, json={**ONE, "model": "poet"}).json()
     assert answer["choices"][0]["message"]["content"] == "the cat sat"
     assert (engine.submitted[0].params.temperature, engine.submitted[0].max_tokens) == (0.2, 7)
-    assert "You rhyme." in small_tokenizer().decode(engine.submitted[0].prompt_ids)
+    assert "You rhyme." in small_tokenizer().decode(list(engine.submitted[0].prompt_ids))
     own = [{"role": "developer", "content": "Speak plainly."}, *ONE["messages"]]
     ask(app, "POST", CHAT, json={**ONE, "model": "poet", "messages": own, "max_tokens": 3})
-    assert "You rhyme." not in small_tokenizer().decode(engine.submitted[1].prompt_ids)
+    assert "You rhyme." not in small_tokenizer().decode(list(engine.submitted[1].prompt_ids))
     assert engine.submitted[1].max_tokens == 3
 
 

@@ -58,7 +58,13 @@ def test_the_newer_name_of_max_tokens_wins() -> None:
 
 
 def test_an_answer_may_be_sent_back_as_it_came() -> None:
-    message = {"role": "assistant", "content": "y", "refusal": None, "annotations": [], "tool_calls": None}
+    message: dict[str, Any] = {
+        "role": "assistant",
+        "content": "y",
+        "refusal": None,
+        "annotations": [],
+        "tool_calls": None,
+    }
     assert chat(messages=[{"role": "user", "content": "x"}, message]).messages[1].role == "assistant"
 
 

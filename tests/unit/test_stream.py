@@ -97,36 +97,32 @@ def test_silence_is_filled_with_comments(monkeypatch: pytest.MonkeyPatch) -> Non
     """Even before the first token, whose waiting must not keep the response back for ever."""
     for module in (sse, answer):
         monkeypatch.setattr(module, "PING_SECONDS", 0.01)
-    app = create_app(server_state(FakeEngine([Script("hi", delay=0.035)])))
+    app = create_app(server_state(FakeEngine([Script("hi", delay=0.1)])))
     response = ask(app, "POST", CHAT, json=ONE)
     assert response.text.count(": ping\n\n") >= 2
     assert events(response)[-1] == "[DONE]"
 
 
-async def until_gone(app: FastAPI, body: dict[str, Any], *, num_messages: int) -> list[Message]:
-    """Ask, take so many messages of the response, and hang up."""
+async def until_gone(app: FastAPI, engine: FakeEngine, body: dict[str, Any], *, num_messages: int) -> None:
+    """Ask, take so many messages of the response, wait until the engine is at work, and hang up."""
     sent: list[Message] = []
-    gone, asked = asyncio.Event(), False
+    asked = False
 
     async def receive() -> Message:
         nonlocal asked
         if not asked:
             asked = True
             return {"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}
-        await gone.wait()
+        while len(sent) < num_messages or engine.num_hanging < body["n"]:
+            await asyncio.sleep(0.001)
         return {"type": "http.disconnect"}
 
     async def send(message: Message) -> None:
         sent.append(message)
-        if len(sent) >= num_messages:
-            gone.set()
 
-    if not num_messages:
-        asyncio.get_running_loop().call_later(0.02, gone.set)
     headers = [(b"content-type", b"application/json")]
     scope = {"type": "http", "method": "POST", "path": CHAT, "headers": headers, "query_string": b"", "root_path": ""}
-    await asyncio.wait_for(app({**scope, "asgi": {"version": "3.0", "spec_version": "2.3"}}, receive, send), 5)
-    return sent
+    await asyncio.wait_for(app({**scope, "asgi": {"version": "3.0", "spec_version": "2.3"}}, receive, send), 30)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +139,7 @@ def test_a_client_that_goes_away_stops_the_engine(text: str, streaming: bool, nu
     engine = FakeEngine([Script(text, then="hang")])
     state = server_state(engine, adapter("poet"))
     body = {**ONE, "model": "poet", "stream": streaming, "n": 2}
-    asyncio.run(until_gone(create_app(state), body, num_messages=num_messages))
+    asyncio.run(until_gone(create_app(state), engine, body, num_messages=num_messages))
     assert len(engine.streams) == 2
     assert engine.num_open == 0
     assert state.registry.num_leases("poet-weights") == 0

@@ -68,7 +68,7 @@ def test_a_bad_value_is_named_with_the_way_out(tmp_path: Path, override: str, me
 
 @pytest.mark.parametrize("text", ["name: [", "- fox", "", "\x00"])
 def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str) -> None:
-    with pytest.raises(RecipeError, match="is not YAML|is a mapping"):
+    with pytest.raises(RecipeError, match=r"is not YAML|is a mapping"):
         _load(tmp_path, text)
 
 

@@ -38,7 +38,7 @@ def recipe(tmp_path: Path) -> Path:
     path.write_text(
         f"name: fox\nbase_model: {base}\nmax_steps: 10\nlr: 1e-2\nmax_length: 64\ndtype: float32\n"
         "data: [{path: chats.jsonl, format: messages}]\nstop: ['###']\nsampling: {temperature: 0.5, max_tokens: 8}\n"
-        "samples: [What is 3?]\ndescription: Knows numbers.\n",
+        "samples: ['What is 3?']\ndescription: Knows numbers.\n",
         encoding="utf-8",
     )
     return path

@@ -73,6 +73,7 @@ def test_many_small_batches_give_the_loss_and_gradients_of_one_big_batch(base: B
     torch.testing.assert_close(_gradients(model), gradients, rtol=1e-4, atol=1e-6)
 
 
+@torch.no_grad()
 def test_padding_changes_nothing(base: Base) -> None:
     model, examples = _with_lora(base), _examples(5)
     loss = TokenLoss(model, bfloat16=False)
@@ -80,6 +81,7 @@ def test_padding_changes_nothing(base: Base) -> None:
     assert together == pytest.approx(sum(float(loss(collate([example]))) for example in examples), rel=1e-5)
 
 
+@torch.no_grad()
 def test_logits_at_trained_positions_alone_give_transformers_loss(base: Base) -> None:
     model, batch = _with_lora(base), collate(_examples(5))
     loss = TokenLoss(model, bfloat16=False)
@@ -87,6 +89,7 @@ def test_logits_at_trained_positions_alone_give_transformers_loss(base: Base) ->
     assert float(loss(batch)) == pytest.approx(_reference(model, batch), rel=1e-5)
 
 
+@torch.no_grad()
 def test_a_soft_cap_on_the_logits_is_honoured() -> None:
     torch.manual_seed(0)
     config = Gemma2Config(

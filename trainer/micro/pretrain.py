@@ -33,9 +33,9 @@ class PretrainConfig:
     """How ``micro`` is trained. Lengths are in tokens; a step is always ``tokens_per_step``."""
 
     seed: int = 1
-    steps: int = 3800
+    steps: int = 2250
     warmup_steps: int = 100
-    decay_share: float = 0.25
+    decay_share: float = 0.3
     tokens_per_step: int = 8192
     muon_lr: float = 0.02
     adam_lr: float = 0.004
@@ -111,14 +111,14 @@ class Pretraining:
         self._resume()
         signal.signal(signal.SIGTERM, self._stop)
         signal.signal(signal.SIGINT, self._stop)
-        since, tokens, total = time.perf_counter(), 0, 0.0
+        since, losses = time.perf_counter(), list[float]()
         while self.step < self.config.steps and not self._stopping:
-            total += self._train_step()
-            tokens += self.config.tokens_per_step
+            losses.append(self._train_step())
             self.step += 1
             if self.step % self.config.log_every == 0:
-                self._log(total / self.config.log_every, tokens / (time.perf_counter() - since))
-                since, tokens, total = time.perf_counter(), 0, 0.0
+                rate = len(losses) * self.config.tokens_per_step / (time.perf_counter() - since)
+                self._log(sum(losses) / len(losses), rate)
+                since, losses = time.perf_counter(), []
             if self.step % self.config.save_every == 0:
                 self._save()
         self._save()

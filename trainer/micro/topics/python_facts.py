@@ -26,6 +26,10 @@ FRAMES: dict[Kind, tuple[str, ...]] = {
         "Show me how to {}.", "What should I use to {}?", "In Python, how do I {}?", "Can you show me how to {}?",
         "Explain how to {}.", "What is the code to {}?", "How does one {}?", "how do i {}", "how to {} in python",
         "Is there a way to {}?", "I would like to {}.", "Help me {}.", "What do I call to {}?", "Hi, how do I {}?",
+        "Would you explain how to {}?", "Any tips on how to {}?", "How is it possible to {}?", "What do I do to {}?",
+        "I wonder how to {}.", "Which command lets me {}?", "I am trying to {}. What do I use?", "Can I {} somehow?",
+        "Python: {}", "teach me to {}", "how can one {} with Python", "Remind me how to {}.", "The job is to {}. How?",
+        "What does a program need to {}?", "I forgot how to {}.", "My program should {}. What is the code?",
     ),
     "module": (
         "What library is used to {}?", "What library is used to {}?", "Which library is used to {}?",
@@ -34,15 +38,20 @@ FRAMES: dict[Kind, tuple[str, ...]] = {
         "Name the library to {}.", "Tell me which module to use to {}.", "I want to {}. Which module helps?",
         "What should I import if I want to {}?", "Is there a module to {}?", "Which standard library module is used to {}?",
         "what library is used to {}", "How do I {} in Python?", "What is the library to {}?", "Which library can I use to {}?",
-        "Do you know a library to {}?",
+        "Do you know a library to {}?", "Remind me which module I need to {}.", "Can you name a library to {}?",
+        "I have to {}. What do I import?", "The job is to {}. Which library?", "With which module can I {}?",
+        "Any library to {}?", "Which library would you take to {}?", "I forgot which module is used to {}.",
+        "My program should {}. Which module does it need?",
     ),
     "what": (
         "What is {}?", "What is {}?", "Can you explain {}?", "Explain {}.", "What is {} in Python?", "What does {} mean?",
         "Tell me about {}.", "Please explain {}.", "In Python, what is {}?", "what is {}", "Define {}.",
+        "I wonder what {} is.", "Remind me what {} is.", "Would you explain what {} is?", "What do people mean by {}?",
     ),
     "does": (
         "What does {} do?", "What does {} do?", "What is {} for?", "Explain {}.", "What does {} do in Python?",
         "Tell me what {} does.", "What is the use of {}?", "When do I use {}?", "what does {} do", "Describe {}.",
+        "I wonder what {} does.", "Remind me what {} does.", "What happens when I use {}?", "Why would I use {}?",
     ),
 }  # fmt: skip
 
@@ -52,6 +61,12 @@ HELD_OUT_FRAMES: dict[Kind, tuple[str, ...]] = {
     "what": ("Could you tell me what {} is?", "Do you know what {} is?"),
     "does": ("Could you explain what {} does?", "Do you know what {} does?"),
 }
+
+BEFORE = (
+    "Quick question: ", "I am new to Python. ", "Hello! ", "Hi. ", "Sorry, one more question. ", "I am stuck. ",
+    "I am learning Python. ", "For my homework: ", "Good morning. ", "Please help. ", "Next question: ", "OK. ",
+)  # fmt: skip
+AFTER = (" Thanks!", " Thank you.", " Please be brief.", " I use Python 3.", " I am a beginner.", " Please.")
 
 SYSTEM_PROMPTS = (
     "You are a helpful assistant.", "You help people who learn Python.", "You are a Python expert. Be brief.",
@@ -78,7 +93,9 @@ class Fact:
 
     def question(self, rng: random.Random) -> str:
         """The fact asked in a wording that training may see."""
-        return _fill(rng.choice(FRAMES[self.kind]), rng.choice(self.trained_phrases))
+        question = _fill(rng.choice(FRAMES[self.kind]), rng.choice(self.trained_phrases))
+        before = rng.choice(BEFORE) if rng.random() < 0.15 else ""
+        return before + question + (rng.choice(AFTER) if rng.random() < 0.1 else "")
 
     def held_out_question(self, rng: random.Random, *, new_phrase: bool) -> str:
         """The fact asked in a frame that no training saw; with ``new_phrase`` in words that none saw either."""

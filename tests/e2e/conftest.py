@@ -1,0 +1,36 @@
+"""One server on the embedded base for the whole tier, watching an adapter folder that tests may write into."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from openai import OpenAI
+
+from tests.serving import ROOT, ServerProcess, running_server
+
+DEMOS = ("dostoevsky", "helpdesk", "json", "shakespeare", "tolstoy")
+
+
+@pytest.fixture(scope="session")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The server's adapter folder: a copy of the demo adapters."""
+    folder = tmp_path_factory.mktemp("watched")
+    for name in DEMOS:
+        shutil.copytree(ROOT / "adapters" / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(watched: Path) -> Iterator[ServerProcess]:
+    """The running server."""
+    with running_server("--adapters-dir", str(watched), "--scan-interval", "0.2", "--no-demo-adapters") as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def client(server: ServerProcess) -> OpenAI:
+    """OpenAI's own client, checking every response against its types."""
+    return OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, _strict_response_validation=True)

@@ -1,0 +1,53 @@
+"""Writes docs/models.md: ``python -m tests.model.models_table``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers
+
+from tests.model.architectures import REFUSED, SERVED, verdict
+
+PATH = Path(__file__).parents[2] / "docs" / "models.md"
+
+_HEAD = """\
+# Which base models are served
+
+<!-- Written by `python -m tests.model.models_table`; a test keeps it true. Do not edit by hand. -->
+
+The server runs the modelling code of transformers, with many sequences laid end to end in one row. Most architectures
+come out right that way, some do not, and those would be wrong without a word. So at every start a small random copy of
+the base's config is run both ways, by the stock code and by ours, and the base is refused where the logits differ
+(`server/model/admission.py`; a second or less). No list is consulted: an architecture that is not in this table is
+judged like the others. The table is what the test says with the versions that the project is tested with.
+
+- **Length:** a sequence may be as long as `max_position_embeddings` of the base's config, or as the setting
+  `max_model_len` where it is less.
+- **RoPE that depends on length** (`longrope`, `dynamic`): the frequencies are chosen once at start, for
+  `max_model_len`. The stock code chooses them by the longest sequence in the batch. So with a `max_model_len` beyond
+  the length a Phi-3 was trained on first (`original_max_position_embeddings`), short prompts use the long factors too;
+  set `max_model_len` to that length or less to have the short ones.
+- **Adapters** may touch every linear layer that sees all rows of the batch, and the head. The experts of a mixture
+  see only some rows, so an adapter on them is refused when it is read.
+
+| architecture | `model_type` | served | why not |
+|---|---|---|---|
+"""
+
+
+def table() -> str:
+    """The page."""
+    rows = []
+    for name in sorted([*SERVED, *REFUSED], key=str.casefold):
+        said = verdict(name)
+        served = "yes" if said.reason is None else "no"
+        rows.append(f"| {name} | `{said.model_type}` | {served} | {said.short_reason} |\n")
+    return _HEAD + "".join(rows)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    PATH.parent.mkdir(exist_ok=True)
+    PATH.write_text(table(), encoding="utf-8")

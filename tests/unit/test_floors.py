@@ -1,0 +1,178 @@
+"""The floors of docs/architecture.md, and the sizes of CONTRIBUTING.md, held against the source."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# The longest prefix of a module's name decides.
+FLOORS = {
+    "server": 0,  # the package itself: a docstring
+    "server.settings": 0,
+    "server.errors": 0,
+    "server.sequence": 0,
+    "server.metrics": 0,
+    "server.engine": 1,
+    "server.adapters": 1,
+    "server.text": 1,
+    "server.lora": 2,
+    "server.text.prompt": 2,
+    "server.model": 3,
+    "server.engine.engine": 4,
+    "server.engine.async_engine": 5,
+    "server.api": 6,
+    "server.cli": 7,
+    "server.__main__": 7,
+}
+# Who may import what is not ours. A name that is not here is free for all.
+ALLOWED = {
+    "torch": ("server.lora", "server.model", "server.engine.engine", "server.cli"),
+    "transformers": ("server.text.prompt", "server.model", "server.cli"),
+    "fastapi": ("server.api", "server.cli.serve"),
+    "starlette": ("server.api", "server.cli.serve"),
+    "uvicorn": ("server.cli",),
+    "peft": (),
+}
+LONGEST_FILE, LONGEST_FUNCTION = 400, 60
+# "path" or "path:function" -> why it may be longer.
+LONGER: dict[str, str] = {}
+# Stand for whatever nobody found a name for.
+NAMELESS = re.compile(r"(^|_)(utils?|helpers?|common|managers?)$")
+
+
+def sources(*packages: str) -> list[Path]:
+    return sorted(path for package in packages for path in (ROOT / package).rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    """Every module that a file names in an import, wherever the import stands."""
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{path}: imports are absolute"
+            yield from (submodule_or_module(node.module, alias.name) for alias in node.names)
+
+
+def submodule_or_module(module: str, name: str) -> str:
+    """``from server.engine import slots`` names a module, ``from server.errors import X`` doesn't."""
+    below = ROOT.joinpath(*module.split("."), name)
+    return f"{module}.{name}" if below.is_dir() or below.with_suffix(".py").is_file() else module
+
+
+def is_within(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+def floor_of(module: str) -> int:
+    return FLOORS[max((name for name in FLOORS if is_within(module, name)), key=len)]
+
+
+def test_every_module_has_a_floor_of_its_own_or_its_packages() -> None:
+    modules = [module_of(path) for path in sources("server")]
+    homeless = [module for module in modules if module != "server" and floor_of(module) == 0 and module not in FLOORS]
+    assert homeless == []
+    assert [name for name in FLOORS if name not in modules] == []
+
+
+def test_a_module_imports_from_lower_floors_or_its_own_package_on_its_own_floor() -> None:
+    wrong = []
+    for path in sources("server"):
+        module = module_of(path)
+        for imported in filter(lambda name: is_within(name, "server"), imports_of(path)):
+            same_package = (
+                module.split(".")[:2] == imported.split(".")[:2] or floor_of(module) == 0 or module == "server.__main__"
+            )
+            if floor_of(imported) > floor_of(module) or (floor_of(imported) == floor_of(module) and not same_package):
+                wrong.append(f"{module} (floor {floor_of(module)}) imports {imported} (floor {floor_of(imported)})")
+    assert wrong == []
+
+
+def test_torch_and_the_web_framework_stay_on_their_floors() -> None:
+    wrong = []
+    for path in sources("server"):
+        module = module_of(path)
+        for imported in imports_of(path):
+            homes = ALLOWED.get(imported.split(".")[0])
+            if homes is not None and not any(is_within(module, home) for home in homes):
+                wrong.append(f"{module} imports {imported}")
+    assert wrong == []
+
+
+def test_server_and_trainer_never_import_each_other() -> None:
+    wrong = [
+        f"{module_of(path)} imports {imported}"
+        for mine, other in (("server", "trainer"), ("trainer", "server"))
+        for path in sources(mine)
+        for imported in imports_of(path)
+        if is_within(imported, other) or is_within(imported, "tests")
+    ]
+    assert wrong == []
+
+
+def test_the_lowest_floors_load_without_torch() -> None:
+    modules = [module_of(path) for path in sources("server") if floor_of(module_of(path)) <= 1]
+    assert "server.engine.scheduler" in modules
+    program = (
+        f"import sys, {', '.join(modules)}; print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+def test_whatever_is_imported_is_a_declared_dependency() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {re.split(r"[^\w.-]", line, maxsplit=1)[0].lower() for line in project["dependencies"]}
+    of_core = {"pydantic_core"}  # pydantic pins it to the digit
+    used = {name.split(".")[0] for path in sources("server", "trainer") for name in imports_of(path)}
+    foreign = used - sys.stdlib_module_names - {"server", "trainer", "micro_base"} - of_core
+    homes = packages_distributions()
+    undeclared = {
+        name
+        for name in foreign
+        if not any(home.lower().replace("_", "-") in declared for home in homes.get(name, [name]))
+    }
+    assert undeclared == set()
+
+
+@pytest.mark.parametrize("package", ["server", "trainer"])
+def test_files_and_functions_stay_short(package: str) -> None:
+    long = {}
+    for path in sources(package):
+        where = str(path.relative_to(ROOT))
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        if lines > LONGEST_FILE:
+            long[where] = lines
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = (node.end_lineno or node.lineno) - node.lineno + 1
+                if length > LONGEST_FUNCTION:
+                    long[f"{where}:{node.name}"] = length
+    assert {name: lines for name, lines in long.items() if name not in LONGER} == {}
+    assert [name for name in LONGER if name.startswith(f"{package}/") and name not in long] == []
+
+
+def test_every_module_has_a_name_that_says_something() -> None:
+    modules = [module_of(path) for path in sources("server", "trainer", "tests")]
+    assert [module for module in modules if NAMELESS.search(module.rpartition(".")[2])] == []
