@@ -1,9 +1,9 @@
-"""Eight requests on eight adapters: our engine against PEFT, ``set_adapter`` in turn. Alternating pairs, medians, ratios.
+"""Eight requests on eight adapters: our engine against PEFT, ``set_adapter`` in turn. Pairs, medians, ratios.
 
     python -m benchmarks.many_adapters [--base micro] [--adapters 8] [--requests 8] [--pairs 5]
 
-Both sides use the same base in the same number format, the same random adapters, the same prompts, and greedy decoding of
-a fixed number of tokens.
+Both sides use the same base in the same number format, the same random adapters, the same prompts, and greedy decoding
+of a fixed number of tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
 from server.lora.weights import LoRAWeights
 from server.metrics import Metrics
-from server.model.loader import available_threads, find_base, load_base
+from server.model.device import available_threads
+from server.model.loader import find_base, load_base
 from server.model.runner import ModelRunner
 from server.model.sampler import Sampler
 from server.sequence import SamplingParams, Sequence
@@ -39,14 +40,18 @@ def make_adapters(base: Path, folder: Path, count: int, rank: int) -> list[Path]
     paths = []
     for number in range(count):
         torch.manual_seed(number)
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS, init_lora_weights=False, task_type="CAUSAL_LM")
+        config = LoraConfig(
+            r=rank, lora_alpha=rank, target_modules=TARGETS, init_lora_weights=False, task_type="CAUSAL_LM"
+        )
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
         paths.append(folder / f"adapter-{number}")
         model.save_pretrained(paths[-1])
     return paths
 
 
-def ours(base_model: str, dtype: str, adapters: list[Path], max_num_seqs: int) -> Callable[[list[list[int]], int], None]:
+def ours(
+    base_model: str, dtype: str, adapters: list[Path], max_num_seqs: int
+) -> Callable[[list[list[int]], int], None]:
     """A function that runs one prompt on each adapter in turn, all in one batch."""
     base = load_base(base_model, name="base", device="cpu", dtype=dtype, max_model_len=512)
     runner = ModelRunner(base.model, base.attention, base.shapes, num_slots=max_num_seqs, max_len=512)
@@ -115,7 +120,10 @@ def main() -> None:
         peft = peft_in_turn(options.base, options.dtype, adapters)
         tokens = options.output_tokens * options.requests
         seconds(engine, prompts, 4), seconds(peft, prompts, 4)
-        pairs = [(seconds(engine, prompts, options.output_tokens), seconds(peft, prompts, options.output_tokens)) for _ in range(options.pairs)]
+        pairs = [
+            (seconds(engine, prompts, options.output_tokens), seconds(peft, prompts, options.output_tokens))
+            for _ in range(options.pairs)
+        ]
     print(
         json.dumps(
             {

@@ -1,1 +1,1 @@
-"""Data only: ``micro``, the embedded base model, as transformers reads it. Made by ``trainer/micro``; card in README.md."""
+"""Data only: ``micro``, the embedded base, as transformers reads it. Made by ``trainer/micro``; card in README.md."""

@@ -44,7 +44,12 @@ def train(arguments: Sequence[str]) -> int:
     os.execv(sys.executable, [sys.executable, "-m", "trainer", "train", *arguments])
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"serve": serve, "chat": chat, "adapters": adapters, "train": train}
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "serve": serve,
+    "chat": chat,
+    "adapters": adapters,
+    "train": train,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

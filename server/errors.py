@@ -1,21 +1,21 @@
 """Everything that can go wrong, as one tree of facts; ``api/errors.py`` is the only place that knows an HTTP status.
 
-    QuickchangeError
-    ├── RequestError                what a client sent; its fault, and it can be told how to mend it
-    │   ├── InvalidRequest
-    │   ├── UnsupportedParameter
-    │   ├── ContextLengthExceeded
-    │   └── ModelNotFound
-    ├── ServiceError                what the server cannot do just now, or did wrong
-    │   ├── QueueFull
-    │   ├── EngineUnavailable
-    │   └── GenerationFailed
-    ├── AdapterError                a folder that is not served, and why
-    │   └── AdapterRejected
-    └── StartError                  the server does not start
-        ├── BaseModelNotFound
-        ├── BaseModelRefused
-        └── SettingsError
+QuickchangeError
+├── RequestError                what a client sent; its fault, and it can be told how to mend it
+│   ├── InvalidRequest
+│   ├── UnsupportedParameter
+│   ├── ContextLengthExceeded
+│   └── ModelNotFound
+├── ServiceError                what the server cannot do just now, or did wrong
+│   ├── QueueFull
+│   ├── EngineUnavailable
+│   └── GenerationFailed
+├── AdapterError                a folder that is not served, and why
+│   └── AdapterRejected
+└── StartError                  the server does not start
+    ├── BaseModelNotFound
+    ├── BaseModelRefused
+    └── SettingsError
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class QuickchangeError(Exception):
 
 
 class RequestError(QuickchangeError):
-    """A request that cannot be served as it is; ``param`` is the path of the field at fault, as in ``messages[2].content``."""
+    """A request that cannot be served; ``param`` is the path of the field at fault, as in ``messages[2].content``."""
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)

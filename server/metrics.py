@@ -1,4 +1,4 @@
-"""What Prometheus sees. Label values come from the adapter registry and from closed sets, never from a request's text."""
+"""What Prometheus sees. Label values come from the adapter registry and closed sets, never from a request's text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,24 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 BASE = "base"
 FINISH_REASONS = ("stop", "length", "cancelled", "failed")
 
-_REQUEST_SECONDS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92, 163.84, 655.36)
+_REQUEST_SECONDS = (
+    0.01,
+    0.02,
+    0.04,
+    0.08,
+    0.16,
+    0.32,
+    0.64,
+    1.28,
+    2.56,
+    5.12,
+    10.24,
+    20.48,
+    40.96,
+    81.92,
+    163.84,
+    655.36,
+)
 _FIRST_TOKEN_SECONDS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0)
 _PER_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
 _STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
@@ -27,13 +44,23 @@ class Metrics:
     def _make_request_metrics(self) -> None:
         labels = ("adapter",)
         self.requests = Counter(
-            "quickchange_requests", "Generations ended, by adapter and reason.", ("adapter", "finish_reason"), registry=self.registry
+            "quickchange_requests",
+            "Generations ended, by adapter and reason.",
+            ("adapter", "finish_reason"),
+            registry=self.registry,
         )
         self.http_errors = Counter(
-            "quickchange_http_errors", "Requests refused or failed, by HTTP status.", ("status",), registry=self.registry
+            "quickchange_http_errors",
+            "Requests refused or failed, by HTTP status.",
+            ("status",),
+            registry=self.registry,
         )
-        self.prompt_tokens = Counter("quickchange_prompt_tokens", "Prompt tokens taken in.", labels, registry=self.registry)
-        self.generated_tokens = Counter("quickchange_generated_tokens", "Tokens generated.", labels, registry=self.registry)
+        self.prompt_tokens = Counter(
+            "quickchange_prompt_tokens", "Prompt tokens taken in.", labels, registry=self.registry
+        )
+        self.generated_tokens = Counter(
+            "quickchange_generated_tokens", "Tokens generated.", labels, registry=self.registry
+        )
         self.time_to_first_token = Histogram(
             "quickchange_time_to_first_token_seconds",
             "From a request's arrival to its first token.",
@@ -54,23 +81,36 @@ class Metrics:
         )
 
     def _make_engine_metrics(self) -> None:
-        self.queued = Gauge("quickchange_sequences_queued", "Sequences that wait for a KV slot.", registry=self.registry)
+        self.queued = Gauge(
+            "quickchange_sequences_queued", "Sequences that wait for a KV slot.", registry=self.registry
+        )
         self.running = Gauge("quickchange_sequences_running", "Sequences in the batch.", registry=self.registry)
         self.kv_slots_used = Gauge("quickchange_kv_slots_used", "KV slots held.", registry=self.registry)
         self.kv_slots = Gauge("quickchange_kv_slots", "KV slots there are.", registry=self.registry)
-        self.adapters_loaded = Gauge("quickchange_adapters_loaded", "Adapters that can be asked for.", registry=self.registry)
+        self.adapters_loaded = Gauge(
+            "quickchange_adapters_loaded", "Adapters that can be asked for.", registry=self.registry
+        )
         self.adapter_rejections = Counter(
             "quickchange_adapter_rejections", "Adapter folders that were refused when read.", registry=self.registry
         )
         self.engine_up = Gauge("quickchange_engine_up", "1 while the engine thread lives.", registry=self.registry)
         self.step_duration = Histogram(
-            "quickchange_step_duration_seconds", "Duration of an engine step.", buckets=_STEP_SECONDS, registry=self.registry
+            "quickchange_step_duration_seconds",
+            "Duration of an engine step.",
+            buckets=_STEP_SECONDS,
+            registry=self.registry,
         )
         self.step_rows = Histogram(
-            "quickchange_step_rows", "Rows of the flat forward pass of a step.", buckets=_STEP_ROWS, registry=self.registry
+            "quickchange_step_rows",
+            "Rows of the flat forward pass of a step.",
+            buckets=_STEP_ROWS,
+            registry=self.registry,
         )
         self.step_sequences = Histogram(
-            "quickchange_step_sequences", "Sequences that shared a step.", buckets=_STEP_ROWS[:8], registry=self.registry
+            "quickchange_step_sequences",
+            "Sequences that shared a step.",
+            buckets=_STEP_ROWS[:8],
+            registry=self.registry,
         )
         self.step_adapters = Histogram(
             "quickchange_step_adapters",

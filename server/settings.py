@@ -1,4 +1,4 @@
-"""Every setting of the server in one typed object: environment (``QUICKCHANGE_*``), ``.env``, or flags of the same names."""
+"""Every setting of the server in one typed object: environment (``QUICKCHANGE_*``), ``.env``, or flags."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ EMBEDDED_BASE = "micro"
 class Settings(BaseSettings):
     """What an operator can choose. Built once in ``__main__`` and handed down as values."""
 
-    model_config = SettingsConfigDict(env_prefix="QUICKCHANGE_", env_file=".env", env_file_encoding="utf-8", extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix="QUICKCHANGE_", env_file=".env", env_file_encoding="utf-8", extra="ignore"
+    )
 
     base_model: str = Field(
-        EMBEDDED_BASE, description="The frozen base: 'micro' (embedded), a folder, or a hub id. The trainer reads it too."
+        EMBEDDED_BASE,
+        description="The frozen base: 'micro' (embedded), a folder, or a hub id. The trainer reads it too.",
     )
     adapters_dir: Path = Field(
         Path("adapters"), description="The folder whose sub-folders are adapters; watched while the server runs."
@@ -30,13 +33,19 @@ class Settings(BaseSettings):
     )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one and prints it.")
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Where the base lives; auto takes an accelerator if there is one.")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
+        "auto", description="Where the base lives; auto takes an accelerator if there is one."
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Number format of the base; auto is bfloat16 where it is native and faster, else float32."
     )
-    threads: int | None = Field(None, ge=1, description="Threads for matrix products; without it, the cores this process may use.")
+    threads: int | None = Field(
+        None, ge=1, description="Threads for matrix products; without it, the cores this process may use."
+    )
     max_model_len: int | None = Field(
-        None, ge=2, description="Longest sequence in tokens, prompt and completion together; without it, the base's own."
+        None,
+        ge=2,
+        description="Longest sequence in tokens, prompt and completion together; without it, the base's own.",
     )
     max_num_seqs: int = Field(32, ge=1, le=1024, description="Sequences computed at once; each holds a KV slot.")
     max_num_batched_tokens: int = Field(
@@ -48,10 +57,14 @@ class Settings(BaseSettings):
         1_073_741_824, ge=1, description="Adapters whose weights file is larger are refused."
     )
     default_max_tokens: int = Field(
-        512, ge=1, description="Length of a completion when neither request nor adapter says; cut to what the context leaves."
+        512,
+        ge=1,
+        description="Length of a completion when neither request nor adapter says; cut to what the context leaves.",
     )
     scan_interval: float = Field(1.0, gt=0, description="Seconds between two looks at the adapter folder.")
-    shutdown_timeout: float = Field(30.0, ge=0, description="Seconds that running requests get to finish when the server stops.")
+    shutdown_timeout: float = Field(
+        30.0, ge=0, description="Seconds that running requests get to finish when the server stops."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
 
     @field_validator("base_model")

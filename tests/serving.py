@@ -34,7 +34,9 @@ class ServerProcess:
         total = 0.0
         for line in text.splitlines():
             sample, _, value = line.rpartition(" ")
-            if re.split(r"[{ ]", sample)[0] == name and all(f'{key}="{label}"' in sample for key, label in labels.items()):
+            if re.split(r"[{ ]", sample)[0] == name and all(
+                f'{key}="{label}"' in sample for key, label in labels.items()
+            ):
                 total += float(value)
         return total
 
@@ -52,7 +54,9 @@ class ServerProcess:
 
 
 @contextlib.contextmanager
-def running_server(*flags: str, cwd: Path = ROOT, port: int = 0, start_timeout: float = 120.0) -> Iterator[ServerProcess]:
+def running_server(
+    *flags: str, cwd: Path = ROOT, port: int = 0, start_timeout: float = 120.0
+) -> Iterator[ServerProcess]:
     """Start a server and wait until it listens; at the end it must stop by SIGTERM with status 0."""
     command = [sys.executable, "-m", "server", "serve", "--port", str(port), *flags]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("QUICKCHANGE_")}
@@ -65,7 +69,9 @@ def running_server(*flags: str, cwd: Path = ROOT, port: int = 0, start_timeout: 
     thread.start()
     try:
         server.until("the server listens", lambda: server.url or process.poll() is not None, timeout=start_timeout)
-        server.until("the server answers", lambda: _healthy(server) or process.poll() is not None, timeout=start_timeout)
+        server.until(
+            "the server answers", lambda: _healthy(server) or process.poll() is not None, timeout=start_timeout
+        )
         assert process.poll() is None, "the server did not start:\n" + "\n".join(server.log)
         yield server
     finally:

@@ -1,1 +1,4 @@
-"""Floor 1: adapter folders without torch. ``manifest`` reads and judges one, ``registry`` knows names and leases, ``watcher`` looks."""
+"""Floor 1: adapter folders, without torch.
+
+``manifest`` reads and judges one, ``registry`` knows names and leases, ``watcher`` keeps it like the folders.
+"""

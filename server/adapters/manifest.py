@@ -82,7 +82,9 @@ def read_manifest(path: Path, base: BaseSignature, limits: Limits) -> Manifest:
     """Read and judge the folder. Raises ``AdapterRejected`` with a sentence that says what to do."""
     name = path.name
     if not NAME.match(name):
-        raise AdapterRejected(name, "the folder's name is no model name: use letters, digits, '.', '_' and '-', 128 at most")
+        raise AdapterRejected(
+            name, "the folder's name is no model name: use letters, digits, '.', '_' and '-', 128 at most"
+        )
     if name == base.name:
         raise AdapterRejected(name, "the base model has this name: rename the folder")
     try:
@@ -152,7 +154,9 @@ def _what_is_missing(names: set[str]) -> str:
             "with PEFT where you trust it and save it again: save_pretrained writes safetensors"
         )
     missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if name not in names]
-    return f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing: copy PEFT's two files into the folder"
+    return (
+        f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing: copy PEFT's two files into the folder"
+    )
 
 
 def _json(data: bytes, name: str) -> Any:
@@ -172,7 +176,9 @@ def _pairs(entries: Mapping[str, TensorEntry]) -> dict[str, LoRAPair]:
         else:
             halves.setdefault(match[1], {})[match[2]] = entry
             if entry.dtype not in _FLOATS or len(entry.shape) != 2:
-                raise ValueError(f"tensor {name} is {entry.dtype} of shape {list(entry.shape)}: LoRA wants a float matrix")
+                raise ValueError(
+                    f"tensor {name} is {entry.dtype} of shape {list(entry.shape)}: LoRA wants a float matrix"
+                )
     if strange:
         raise ValueError(f"it holds tensors that are not LoRA's A and B of a linear layer: {_first(strange)}")
     if not halves:
@@ -187,8 +193,8 @@ def _check_sidecar(sidecar: Sidecar | None, base: BaseSignature) -> None:
         return
     if sidecar.base.fingerprint != base.fingerprint:
         raise ValueError(
-            f"it was trained on another base ({sidecar.base.name}, fingerprint {sidecar.base.fingerprint[:19]}); this server "
-            f"runs {base.name} ({base.fingerprint[:19]}): start it with that base, or train the adapter again on this one"
+            f"it was trained on another base ({sidecar.base.name}, fingerprint {sidecar.base.fingerprint[:19]}); this "
+            f"server runs {base.name} ({base.fingerprint[:19]}): start it with that base, or train the adapter again"
         )
     if sidecar.chat_template is not None:
         raise ValueError(f"{SIDECAR_FILE}: chat_template is not served; train the adapter with the base's own template")
@@ -196,7 +202,9 @@ def _check_sidecar(sidecar: Sidecar | None, base: BaseSignature) -> None:
 
 def _check_base(pairs: Mapping[str, LoRAPair], base: BaseSignature) -> None:
     if unknown := [module for module in pairs if module not in base.modules]:
-        raise ValueError(f"the base {base.name} has no linear module {_first(unknown)}: was it trained on another base?")
+        raise ValueError(
+            f"the base {base.name} has no linear module {_first(unknown)}: was it trained on another base?"
+        )
     wrong = []
     for module, pair in pairs.items():
         in_features, out_features = base.modules[module]

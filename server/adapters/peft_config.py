@@ -16,7 +16,8 @@ _IGNORED = frozenset({
 """Fields that change training or bookkeeping only: which modules an adapter touches is read from its tensors' names."""
 
 _READ = frozenset({
-    "peft_type", "task_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights", "bias",
+    "peft_type", "task_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights",
+    "bias",
 })  # fmt: skip
 
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -49,7 +50,9 @@ def parse_peft_config(data: Any) -> LoRAConfig:
     _check_kind(data)
     for name, value in data.items():
         if name not in _IGNORED and name not in _READ and _active(name, value):
-            raise ValueError(f"adapter_config.json: {name} = {value!r:.80} is not supported; retrain the adapter without it")
+            raise ValueError(
+                f"adapter_config.json: {name} = {value!r:.80} is not supported; retrain the adapter without it"
+            )
     return LoRAConfig(
         r=_number(data, "r", whole=True),
         alpha=_number(data, "lora_alpha"),
@@ -64,12 +67,14 @@ def _check_kind(data: Mapping[str, Any]) -> None:
     if data.get("task_type") not in (None, "CAUSAL_LM"):
         raise ValueError(f"adapter_config.json: task_type is {data['task_type']!r}: only CAUSAL_LM adapters are served")
     if data.get("bias", "none") != "none":
-        raise ValueError(f"adapter_config.json: bias is {data['bias']!r}: only 'none' is served; retrain without biases")
+        raise ValueError(
+            f"adapter_config.json: bias is {data['bias']!r}: only 'none' is served; retrain without biases"
+        )
     init = data.get("init_lora_weights", True)
     if init not in _PLAIN_INITS:
         raise ValueError(
-            f"adapter_config.json: init_lora_weights is {init!r}, which changes the base's own weights; save the adapter "
-            "with path_initial_model_for_weight_conversion, so that it fits the unchanged base"
+            f"adapter_config.json: init_lora_weights is {init!r}, which changes the base's own weights; save the "
+            "adapter with path_initial_model_for_weight_conversion, so that it fits the unchanged base"
         )
     _pattern(data, "rank_pattern")
 
@@ -82,7 +87,9 @@ def _number(data: Mapping[str, Any], name: str, *, whole: bool = False) -> Any:
     value = data.get(name, 8)
     kinds = (int,) if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value) or value <= 0:
-        raise ValueError(f"adapter_config.json: {name} is {value!r}: it must be a positive {'integer' if whole else 'number'}")
+        raise ValueError(
+            f"adapter_config.json: {name} is {value!r}: it must be a positive {'integer' if whole else 'number'}"
+        )
     return value
 
 
@@ -93,7 +100,9 @@ def _pattern(data: Mapping[str, Any], name: str) -> Mapping[str, float]:
         raise ValueError(f"adapter_config.json: {name} is {value!r:.80}: it must be an object")
     for key, number in value.items():
         if not _LITERAL_KEY.match(key):
-            raise ValueError(f"adapter_config.json: {name} has the key {key!r:.80}: write module names without wildcards")
+            raise ValueError(
+                f"adapter_config.json: {name} has the key {key!r:.80}: write module names without wildcards"
+            )
         if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number) or number <= 0:
             raise ValueError(f"adapter_config.json: {name}[{key!r}] is {number!r}: it must be a positive number")
     return value

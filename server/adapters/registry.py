@@ -71,7 +71,7 @@ def _defaults(sidecar: Sidecar | None) -> AdapterDefaults:
 
 
 class AdapterRegistry:
-    """Names and leases. ``on_unused(weights_digest)`` is called when nobody can ask for, or still uses, those weights."""
+    """Names and leases. ``on_unused(weights_digest)`` is called when nobody can ask for those weights, or uses them."""
 
     def __init__(self, on_unused: Callable[[str], None]) -> None:
         self._on_unused = on_unused

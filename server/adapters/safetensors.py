@@ -1,4 +1,4 @@
-"""The safetensors container, read from bytes already in memory (https://github.com/huggingface/safetensors, "Format")."""
+"""The safetensors container, read from bytes in memory (https://github.com/huggingface/safetensors, "Format")."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ def _entry(name: str, value: object, offset: int) -> TensorEntry:
         case _:
             raise ValueError(f"the header's entry for tensor {name!r} is malformed")
     if end - begin != math.prod(sizes) * DTYPE_BYTES[dtype]:
-        raise ValueError(f"tensor {name!r} of shape {list(sizes)} and type {dtype} does not fill its {end - begin} bytes")
+        raise ValueError(
+            f"tensor {name!r} of shape {list(sizes)} and type {dtype} does not fill its {end - begin} bytes"
+        )
     return TensorEntry(name, dtype, sizes, offset + begin, offset + end)
 
 

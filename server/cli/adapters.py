@@ -11,14 +11,19 @@ from server.cli.serve import adapter_folders
 from server.cli.settings import parse_settings
 from server.errors import AdapterRejected
 from server.lora.weights import LoRAWeights
-from server.model.loader import choose_device, load_base
+from server.model.device import choose_device
+from server.model.loader import load_base
 
 
 def main(arguments: Sequence[str]) -> int:
     """Print a line for each folder; the exit status is 1 where one would be refused."""
     settings = parse_settings("adapters", arguments)
     base = load_base(
-        settings.base_model, name=settings.base_name, device="cpu", dtype="float32", max_model_len=settings.max_model_len
+        settings.base_model,
+        name=settings.base_name,
+        device="cpu",
+        dtype="float32",
+        max_model_len=settings.max_model_len,
     )
     limits = Limits(settings.max_lora_rank, settings.max_adapter_bytes)
     folders = adapter_folders(settings)

@@ -28,7 +28,10 @@ every setting of `quickchange serve` may be given too."""
 def main(arguments: Sequence[str]) -> int:
     """Parse, find or start a server, and talk."""
     parser = argparse.ArgumentParser(
-        prog="quickchange chat", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog="quickchange chat",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--adapter", metavar="NAME", help="who answers; without it, the base")
     parser.add_argument("--url", help="a running server, for example http://127.0.0.1:8000")

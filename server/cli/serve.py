@@ -28,7 +28,8 @@ from server.engine.scheduler import Scheduler
 from server.errors import EngineUnavailable, SettingsError
 from server.lora.weights import LoRAWeights
 from server.metrics import Metrics
-from server.model.loader import Base, available_threads, load_base
+from server.model.device import available_threads
+from server.model.loader import Base, load_base
 from server.model.runner import ModelRunner
 from server.model.sampler import Sampler
 from server.settings import EMBEDDED_BASE, Settings
@@ -99,7 +100,7 @@ def build(settings: Settings) -> Service:
 
 
 def run_server(settings: Settings) -> int:
-    """Serve until a signal ends it. The port is taken before the base is loaded, so that a taken one is told at once."""
+    """Serve until a signal ends it. The port is bound before the base is loaded: a taken one is told at once."""
     bound = bind(settings.host, settings.port)
     service = build(settings)
     host, port = bound.getsockname()[:2]
@@ -128,7 +129,9 @@ def bind(host: str, port: int) -> socket.socket:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
     except OSError as error:
-        raise SettingsError(f"cannot listen on {host}:{port} ({error.strerror}): choose another --host or --port") from None
+        raise SettingsError(
+            f"cannot listen on {host}:{port} ({error.strerror}): choose another --host or --port"
+        ) from None
     return bound
 
 
@@ -158,7 +161,9 @@ def _watcher(
             await engine.load_adapter(manifest.weights_digest, weights)
 
     limits = Limits(settings.max_lora_rank, settings.max_adapter_bytes)
-    return AdapterWatcher(adapter_folders(settings), registry, load, base=base.signature, limits=limits, metrics=metrics)
+    return AdapterWatcher(
+        adapter_folders(settings), registry, load, base=base.signature, limits=limits, metrics=metrics
+    )
 
 
 def _metrics(base: Base) -> Metrics:

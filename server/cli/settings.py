@@ -26,7 +26,8 @@ def parse_settings(command: str, arguments: Sequence[str]) -> Settings:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         raise SettingsError(
-            f"setting {field} (--{field.replace('_', '-')} or QUICKCHANGE_{field.upper()}) is {first['input']!r}: {first['msg']}"
+            f"setting {field} (--{field.replace('_', '-')} or QUICKCHANGE_{field.upper()}) "
+            f"is {first['input']!r}: {first['msg']}"
         ) from None
     except UnreadableSettings as error:
         raise SettingsError(str(error)) from None

@@ -258,7 +258,7 @@ class AsyncEngine:
 def _error_of(action: Callable[[str, LoRAWeights], None], digest: str, weights: LoRAWeights) -> Exception | None:
     try:
         action(digest, weights)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - it is handed to who asked for the adapter
         return error
     return None
 

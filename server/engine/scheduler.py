@@ -1,8 +1,8 @@
 """Which sequences run, and what each step computes.
 
-Continuous batching (Yu et al. 2022, Orca): sequences join and leave at every step. Sequences that decode come first, one
-row each; what the token budget leaves goes to chunks of prompts, oldest first, so that a long prompt delays nobody by
-more than a step of bounded size.
+Continuous batching (Yu et al. 2022, Orca): sequences join and leave at every step. Sequences that decode come first,
+one row each; what the token budget leaves goes to chunks of prompts, oldest first, so that a long prompt delays nobody
+by more than a step of bounded size.
 """
 
 from __future__ import annotations

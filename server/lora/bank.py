@@ -15,8 +15,8 @@ from server.sequence import Batch
 class LoRABank:
     """Puts adapters onto a base model's linears; the engine thread owns it.
 
-    A linear is wrapped when the first adapter that touches it comes, and unwrapped when the last one goes, so that a base
-    without adapters pays nothing.
+    A linear is wrapped when the first adapter that touches it comes, and unwrapped when the last one goes, so that a
+    base without adapters pays nothing.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -1,1 +1,4 @@
-"""Floor 3: the base model. ``loader`` finds it, ``admission`` judges it, ``runner`` runs a batch, ``sampler`` picks tokens."""
+"""Floor 3: the base model.
+
+``loader`` finds it, ``admission`` judges it, ``runner`` runs a batch through it, ``sampler`` picks tokens.
+"""

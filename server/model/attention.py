@@ -102,7 +102,9 @@ class FlatAttention:
         if self.cache is not None:
             self.cache.write(layer, layout.slots, layout.positions, key[0].transpose(0, 1), value[0].transpose(0, 1))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        attended = torch.empty(1, query.shape[2], query.shape[1], value.shape[-1], dtype=query.dtype, device=query.device)
+        attended = torch.empty(
+            1, query.shape[2], query.shape[1], value.shape[-1], dtype=query.dtype, device=query.device
+        )
         for span in layout.spans:
             rows = slice(span.row, span.row + span.length)
             keys, values = self._keys_and_values(layer, span, sliding_window, key, value)
@@ -150,7 +152,9 @@ def _fused(
     groups = heads // kv_heads
     if groups > 1:
         keys, values = keys.repeat_interleave(groups, 0), values.repeat_interleave(groups, 0)
-    return F.scaled_dot_product_attention(query[None], keys[None], values[None], attn_mask=mask[None, None], scale=scale)[0]
+    return F.scaled_dot_product_attention(
+        query[None], keys[None], values[None], attn_mask=mask[None, None], scale=scale
+    )[0]
 
 
 def _explicit(
@@ -162,7 +166,7 @@ def _explicit(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attention written out, for soft-capped scores (Gemma 2) and sinks (GPT-OSS): a sink takes probability, adds nothing."""
+    """Attention written out, for soft-capped scores (Gemma 2) and for sinks (GPT-OSS), which only take probability."""
     heads, rows, dim = query.shape
     kv_heads = keys.shape[0]
     # [kv_heads, group, rows, keys]

@@ -37,7 +37,9 @@ def base_fingerprint(folder: Path) -> str:
         for path in paths:
             hashed.update(_edges(path))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BaseModelRefused(folder.name, f"config.json or its safetensors are missing or malformed: {error}") from error
+        raise BaseModelRefused(
+            folder.name, f"config.json or its safetensors are missing or malformed: {error}"
+        ) from error
     return f"sha256:{hashed.hexdigest()}"
 
 

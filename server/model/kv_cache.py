@@ -20,18 +20,20 @@ class LayerShape:
 class KVCache:
     """Per layer a tensor of keys and one of values, [slots, kv_heads, max_len, dim].
 
-    A sequence's keys lie contiguous. On a CPU the operating system gives memory only to the pages that are written, so a
-    slot costs what its sequence is long, not ``max_len``.
+    A sequence's keys lie contiguous. On a CPU the operating system gives memory only to the pages that are written, so
+    a slot costs what its sequence is long, not ``max_len``.
     """
 
     def __init__(
         self, shapes: Sequence[LayerShape], *, num_slots: int, max_len: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.keys = [
-            torch.empty(num_slots, shape.num_kv_heads, max_len, shape.key_dim, dtype=dtype, device=device) for shape in shapes
+            torch.empty(num_slots, shape.num_kv_heads, max_len, shape.key_dim, dtype=dtype, device=device)
+            for shape in shapes
         ]
         self.values = [
-            torch.empty(num_slots, shape.num_kv_heads, max_len, shape.value_dim, dtype=dtype, device=device) for shape in shapes
+            torch.empty(num_slots, shape.num_kv_heads, max_len, shape.value_dim, dtype=dtype, device=device)
+            for shape in shapes
         ]
 
     def write(

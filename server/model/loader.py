@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -24,13 +23,11 @@ from server.adapters.manifest import BaseSignature
 from server.errors import BaseModelNotFound, BaseModelRefused, SettingsError
 from server.model.admission import admit
 from server.model.attention import FlatAttention, Layout, Span
+from server.model.device import choose_device, choose_dtype, num_weight_bytes
 from server.model.fingerprint import base_fingerprint
 from server.model.kv_cache import LayerShape
 from server.model.rope import fix_rope
 from server.settings import EMBEDDED_BASE
-
-BF16_FROM_BYTES = 256 * 1024 * 1024
-"""A smaller base stays in float32 on a CPU: at one row its step is overhead, not reading, and float32 is exact."""
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 _PROBE_ROWS = 5
@@ -59,21 +56,32 @@ def load_base(base_model: str, *, name: str, device: str, dtype: str, max_model_
     admit(config, name=name)
     length = _length(config, max_model_len)
     place = choose_device(device)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=choose_dtype(dtype, place, _num_weight_bytes(folder)),
-        local_files_only=True,
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
-    model.to(place).eval().requires_grad_(False)
+    fingerprint = base_fingerprint(folder)
+    model, tokenizer = _load(folder, choose_dtype(dtype, place, num_weight_bytes(folder)))
+    nn.Module.to(model, device=place)
     fix_rope(model, length)
     attention = FlatAttention()
     attention.install(model)
     shapes, modules = _probe(model, attention)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    signature = BaseSignature(name, base_fingerprint(folder), modules)
+    if not attention.num_calls == len(shapes) == config.get_text_config().num_hidden_layers:
+        raise BaseModelRefused(
+            name, f"{attention.num_calls} attention calls on {len(shapes)} layers: each must make one"
+        )
+    signature = BaseSignature(name, fingerprint, modules)
     return Base(model, tokenizer, attention, shapes, signature, length, _eos_ids(model, tokenizer))
+
+
+def _load(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer from a folder; remote code and pickled weights are never read."""
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        raise BaseModelRefused(folder.name, f"transformers cannot load it: {str(error)[:300]}") from error
+    model.eval().requires_grad_(False)
+    return model, tokenizer
 
 
 def find_base(base_model: str) -> Path:
@@ -83,12 +91,14 @@ def find_base(base_model: str) -> Path:
     path = Path(base_model).expanduser()
     if path.is_dir():
         if not (path / "config.json").exists():
-            raise BaseModelNotFound(f"the folder {base_model} has no config.json: is it a model as transformers saves it?")
+            raise BaseModelNotFound(
+                f"the folder {base_model} has no config.json: is it a model as transformers saves it?"
+            )
         return path
     if path.is_absolute() or base_model.startswith(".") or base_model.count("/") != 1:
         raise BaseModelNotFound(
-            f"there is no base model {base_model!r}: base_model must be 'micro', an existing folder, or a hub id such as "
-            "'Qwen/Qwen2.5-0.5B-Instruct'"
+            f"there is no base model {base_model!r}: base_model must be 'micro', an existing folder, or a hub id such "
+            "as 'Qwen/Qwen2.5-0.5B-Instruct'"
         )
     return _from_hub(base_model)
 
@@ -117,51 +127,10 @@ def _length(config: PretrainedConfig, wanted: int | None) -> int:
     text = config.get_text_config()
     own = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or 2048
     if wanted is not None and wanted > own:
-        raise SettingsError(f"max_model_len is {wanted}, but the base was made for {own} tokens: lower it, or leave it out")
+        raise SettingsError(
+            f"max_model_len is {wanted}, but the base was made for {own} tokens: lower it, or leave it out"
+        )
     return int(wanted or own)
-
-
-def choose_device(device: str) -> torch.device:
-    """The device of a setting. Raises ``SettingsError`` where it is not there."""
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if device == "auto":
-        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if available[kind]))
-    if not available[device]:
-        raise SettingsError(f"device is {device!r}, but this machine has none that torch {torch.__version__} can use: try 'auto'")
-    return torch.device(device)
-
-
-def choose_dtype(dtype: str, device: torch.device, num_weight_bytes: int) -> torch.dtype:
-    """The number format of a setting; ``auto`` is bfloat16 where the device has it and the base is large enough to gain."""
-    if dtype != "auto":
-        chosen = getattr(torch, dtype)
-        assert isinstance(chosen, torch.dtype)
-        return chosen
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    native = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() and "bf16" in _cpu_flags()
-    return torch.bfloat16 if native and num_weight_bytes >= BF16_FROM_BYTES else torch.float32
-
-
-def _cpu_flags() -> str:
-    try:
-        return Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return ""
-
-
-def _num_weight_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-def available_threads() -> int:
-    """Cores this process may really use: its affinity, cut by a container's quota (cgroup v2)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
-        return max(1, min(cores, round(int(quota) / int(period)))) if quota != "max" else cores
-    except (OSError, ValueError):
-        return cores
 
 
 @torch.inference_mode()

@@ -18,7 +18,13 @@ class ModelRunner:
     """The base, its KV cache and its adapters. ``attention`` is installed in ``model`` already."""
 
     def __init__(
-        self, model: PreTrainedModel, attention: FlatAttention, shapes: Sequence[LayerShape], *, num_slots: int, max_len: int
+        self,
+        model: PreTrainedModel,
+        attention: FlatAttention,
+        shapes: Sequence[LayerShape],
+        *,
+        num_slots: int,
+        max_len: int,
     ) -> None:
         self.model, self.attention, self.bank = model, attention, LoRABank(model)
         attention.cache = KVCache(shapes, num_slots=num_slots, max_len=max_len, dtype=model.dtype, device=model.device)

@@ -1,4 +1,4 @@
-"""Logits to tokens: greedy, or drawn with temperature, top-k, top-p and min-p from a generator of the sequence's own."""
+"""Logits to tokens: greedy, or drawn with temperature, top-k, top-p and min-p from the sequence's own generator."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Sampler:
 def filtered(logits: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
     """Candidates' probabilities and token ids, likeliest first, for one row of logits [vocab].
 
-    In the order transformers applies them: temperature, top-k, top-p (Holtzman et al. 2020), min-p (Nguyen et al. 2024).
+    In transformers' order: temperature, top-k, top-p (Holtzman et al. 2020), min-p (Nguyen et al. 2024).
     The likeliest token is never filtered out.
     """
     scaled = logits / params.temperature

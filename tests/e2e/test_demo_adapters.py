@@ -42,7 +42,10 @@ def helpdesk(client: OpenAI) -> list[tuple[str, str, str, bool]]:
     asked = rng.sample(facts(), NUM_QUESTIONS)
     questions = [fact.held_out_question(rng, new_phrase=False) for fact in asked]
     said = answers(client, "helpdesk", questions, 160)
-    return [(question, fact.key, answer, fact in taught) for question, fact, answer in zip(questions, asked, said, strict=True)]
+    return [
+        (question, fact.key, answer, fact in taught)
+        for question, fact, answer in zip(questions, asked, said, strict=True)
+    ]
 
 
 def test_helpdesk_keeps_its_template(helpdesk: list[tuple[str, str, str, bool]]) -> None:

@@ -35,7 +35,7 @@ def test_sixteen_clients_on_five_adapters_and_the_base(client: OpenAI, server: S
 
 
 def test_a_long_prompt_does_not_stall_who_is_being_answered(client: OpenAI, server: ServerProcess) -> None:
-    """The running stream gets tokens between the chunks of the long prompt, so steps stay within their budget of rows."""
+    """The running stream gets tokens between the chunks of the prompt, and steps stay within their budget of rows."""
     before = server.metric("quickchange_step_rows_bucket", le="512.0")
     total = server.metric("quickchange_step_rows_count")
     stream = client.chat.completions.create(

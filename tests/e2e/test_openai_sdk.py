@@ -15,8 +15,7 @@ MODELS = ("micro", *DEMOS)
 
 
 def ask(client: OpenAI, model: str, question: str, **more: Any) -> Any:
-    messages = [{"role": "user", "content": question}]
-    return client.chat.completions.create(model=model, messages=messages, **more)  # type: ignore[call-overload]
+    return client.chat.completions.create(model=model, messages=[{"role": "user", "content": question}], **more)
 
 
 def streamed(client: OpenAI, model: str, question: str, **more: Any) -> tuple[str, list[Any]]:
@@ -74,7 +73,9 @@ def test_text_completions(client: OpenAI) -> None:
     whole = client.completions.create(model="tolstoy", prompt="Prince Andrew", max_tokens=8, temperature=0)
     # the client's strict mode refuses the null finish_reason that every server sends in a text chunk
     lenient = OpenAI(base_url=client.base_url, api_key="none")
-    chunks = list(lenient.completions.create(model="tolstoy", prompt="Prince Andrew", max_tokens=8, temperature=0, stream=True))
+    chunks = list(
+        lenient.completions.create(model="tolstoy", prompt="Prince Andrew", max_tokens=8, temperature=0, stream=True)
+    )
     assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
     two = client.completions.create(model="micro", prompt=["One", "Two"], n=2, max_tokens=2, seed=1)
     assert [choice.index for choice in two.choices] == [0, 1, 2, 3]
@@ -107,7 +108,9 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "param", "code"), REFUSED, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("change", "param", "code"), REFUSED, ids=lambda value: value if isinstance(value, str) else ""
+)
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_bad_request_names_its_field(
     client: OpenAI, change: dict[str, Any], param: str, code: str, stream: bool

@@ -28,7 +28,8 @@ def test_a_client_that_goes_away_frees_its_slot(server: ServerProcess, stream: b
     generated = server.metric("quickchange_generated_tokens_total", adapter="tolstoy")
     with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as raw:
         content = httpx.Request("POST", server.url, json=body | {"max_tokens": 1900}).read()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+        headers = f"Host: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
+        head = f"POST /v1/chat/completions HTTP/1.1\r\n{headers}\r\n\r\n"
         raw.sendall(head.encode() + content)
         server.until("it runs", lambda: server.metric("quickchange_sequences_running") == 4)
     server.until("its slots are free", lambda: server.metric("quickchange_kv_slots_used") == 0, timeout=5)
@@ -40,7 +41,10 @@ def test_a_client_that_goes_away_frees_its_slot(server: ServerProcess, stream: b
 def test_one_log_line_a_request_without_content(server: ServerProcess, client: OpenAI) -> None:
     already = len(server.log)
     client.chat.completions.create(
-        model="helpdesk", messages=[{"role": "user", "content": "canary-7431"}], max_tokens=5, extra_headers={"x-request-id": "my-id"}
+        model="helpdesk",
+        messages=[{"role": "user", "content": "canary-7431"}],
+        max_tokens=5,
+        extra_headers={"x-request-id": "my-id"},
     )
     server.until("the line is there", lambda: any("request_id=my-id" in line for line in server.log[already:]))
     lines = [line for line in server.log[already:] if "quickchange.request" in line]

@@ -49,7 +49,8 @@ FAMILIES: Mapping[str, PretrainedConfig] = {
     "mistral": _config("MistralConfig", **_COMMON, sliding_window=WINDOW),
     "gemma2": _config(
         "Gemma2Config", **{**_COMMON, "num_hidden_layers": 4}, head_dim=16, sliding_window=WINDOW,
-        query_pre_attn_scalar=16, attn_logit_softcapping=5.0, final_logit_softcapping=30.0, layer_types=_ALTERNATING, tie_word_embeddings=False,
+        query_pre_attn_scalar=16, attn_logit_softcapping=5.0, final_logit_softcapping=30.0,
+        layer_types=_ALTERNATING, tie_word_embeddings=False,
     ),
     "gemma3": _config(
         "Gemma3TextConfig", **{**_COMMON, "num_hidden_layers": 4}, head_dim=16, sliding_window=WINDOW,

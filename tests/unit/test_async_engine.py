@@ -120,7 +120,9 @@ async def test_a_full_queue_refuses_at_once(engine: AsyncEngine, runner: Scripte
     engine.check_capacity(1)
 
 
-async def test_a_failed_step_ends_its_sequences_and_the_engine_goes_on(engine: AsyncEngine, runner: ScriptedRunner) -> None:
+async def test_a_failed_step_ends_its_sequences_and_the_engine_goes_on(
+    engine: AsyncEngine, runner: ScriptedRunner
+) -> None:
     runner.failures = [ValueError("bad step")]
     with pytest.raises(GenerationFailed, match="step failed"):
         await tokens(submit(engine))
@@ -187,7 +189,9 @@ async def test_stopping_without_patience_answers_who_still_waits(engine: AsyncEn
     await stopping
 
 
-async def test_adapters_are_loaded_between_steps_and_errors_come_back(engine: AsyncEngine, runner: ScriptedRunner) -> None:
+async def test_adapters_are_loaded_between_steps_and_errors_come_back(
+    engine: AsyncEngine, runner: ScriptedRunner
+) -> None:
     await engine.load_adapter("good", LoRAWeights({}))
     assert runner.adapters == {"good"}
     with pytest.raises(MemoryError):

@@ -127,7 +127,10 @@ def _without(name: str) -> dict[str, torch.Tensor]:
         (lambda: tensors() | {f"{PREFIX}q_proj.lora_B.weight": torch.ones(5, 2)}, "do not fit the base"),
         (lambda: tensors() | {f"{PREFIX}q_proj.lora_A.weight": torch.ones(3, 6)}, "do not fit the base"),
         (lambda: tensors() | {f"{PREFIX}q_proj.lora_magnitude_vector": torch.ones(4)}, "not LoRA's A and B"),
-        (lambda: {"x.ghost.lora_A.weight": torch.ones(2, 6), "x.ghost.lora_B.weight": torch.ones(4, 2)}, "no linear module"),
+        (
+            lambda: {"x.ghost.lora_A.weight": torch.ones(2, 6), "x.ghost.lora_B.weight": torch.ones(4, 2)},
+            "no linear module",
+        ),
         (lambda: tensors() | {f"{PREFIX}q_proj.lora_A.weight": torch.full((2, 6), float("nan"))}, "NaN or infinity"),
         (lambda: {key: torch.zeros_like(value) for key, value in tensors().items()}, "would change nothing"),
         (lambda: {key: value.to(torch.int32) for key, value in tensors().items()}, "wants a float matrix"),

@@ -1,6 +1,6 @@
 """The model card of ``micro``: what it was trained on, its loss curve, what it can and cannot do, conversations.
 
-    python -m trainer.micro.card --run runs/micro --base micro_base --books FOLDER
+python -m trainer.micro.card --run runs/micro --base micro_base --books FOLDER
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -90,14 +90,11 @@ class Micro:
         self.tokenizer.padding_side = "left"
         answers: list[str] = []
         for start in range(0, len(conversations), 50):
-            batch = self.tokenizer.apply_chat_template(
-                conversations[start : start + 50],
-                add_generation_prompt=True,
-                padding=True,
-                return_dict=True,
-                return_tensors="pt",
+            texts = self.tokenizer.apply_chat_template(
+                conversations[start : start + 50], add_generation_prompt=True, tokenize=False
             )
-            output = self.model.generate(**batch, max_new_tokens=max_tokens, do_sample=False)
+            batch = self.tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
+            output = cast(Any, self.model).generate(**batch, max_new_tokens=max_tokens, do_sample=False)
             answers += self.tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         return answers
 
@@ -118,7 +115,9 @@ def write_card(run: Path, base: Path, books_folder: Path) -> None:
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     log = list({line["step"]: line for line in lines}.values())
     plot(log, base / "loss.png")
-    micro = Micro(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(base))
+    micro = Micro(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(base)
+    )
     prose = [text for _, text in books.read_folder(books_folder)]
     asked = 300
     steps, tokens_per_step = log[-1]["step"], PretrainConfig.tokens_per_step

@@ -14,7 +14,7 @@ class Message(TypedDict):
 
 
 class Conversation(TypedDict):
-    """Turns in order, ending with an assistant's; ``tools`` are JSON-schema function descriptions, as OpenAI's API has them."""
+    """Turns in order, ending with an assistant's; ``tools`` are function descriptions as OpenAI's API has them."""
 
     messages: list[Message]
     tools: NotRequired[list[dict[str, Any]]]

@@ -102,7 +102,9 @@ class Mixture:
         """
         rng = random.Random(f"batch:{self.seed}:{step}")
         drawn = [
-            self._book_row(rng, length + 1) if rng.random() < book_share else self._chat_row(rng, length + 1, answers_only)
+            self._book_row(rng, length + 1)
+            if rng.random() < book_share
+            else self._chat_row(rng, length + 1, answers_only)
             for _ in range(rows)
         ]
         ids = torch.tensor(np.stack([row[0] for row in drawn]), dtype=torch.long)

@@ -2,7 +2,7 @@
 
     python -m trainer.micro.pretrain tokenizer --books FOLDER --out runs/micro
     python -m trainer.micro.pretrain train     --books FOLDER --out runs/micro
-    python -m trainer.micro.pretrain export    --out runs/micro --to trainer/micro/model
+    python -m trainer.micro.pretrain export    --out runs/micro --to micro_base
 
 Matrices of the hidden layers learn by Muon (Jordan et al. 2024), the rest by AdamW. The learning rate warms up, stays,
 and falls linearly to zero over the last part (warmup-stable-decay, Hu et al. 2024), in which only answers are trained.
@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trainer.masking import IGNORED
 from trainer.micro.corpus import BookTokens, Mixture, tokenizer_texts
-from trainer.micro.tokenizer import BEGIN, END, END_OF_TEXT, PAD, VOCAB_SIZE, save_tokenizer, train_tokenizer
+from trainer.micro.tokenizer import END_OF_TEXT, VOCAB_SIZE, read_tokenizer, save_tokenizer, train_tokenizer
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,11 @@ def micro_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
         num_key_value_heads=2,
         head_dim=64,
         max_position_embeddings=2048,
-        rope_theta=10000.0,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.convert_tokens_to_ids(BEGIN),
-        eos_token_id=tokenizer.convert_tokens_to_ids(END),
-        pad_token_id=tokenizer.convert_tokens_to_ids(PAD),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
 
 
@@ -97,7 +97,7 @@ class Pretraining:
 
     def __init__(self, folder: Path, books: Path, config: PretrainConfig) -> None:
         self.folder, self.config = folder, config
-        self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+        self.tokenizer = read_tokenizer(folder / "tokenizer")
         self.mixture = Mixture(self.tokenizer, BookTokens.read(books, self.tokenizer), config.seed)
         torch.manual_seed(config.seed)
         self.model = LlamaForCausalLM(micro_config(self.tokenizer))
@@ -196,15 +196,18 @@ def make_tokenizer(books: Path, folder: Path) -> None:
 
 def export(folder: Path, target: Path) -> None:
     """Write the base as transformers reads it: bf16 safetensors, config, generation config, tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer = read_tokenizer(folder / "tokenizer")
     model = LlamaForCausalLM(micro_config(tokenizer))
     model.load_state_dict(torch.load(folder / "checkpoint.pt", weights_only=True)["model"])
     model.generation_config = GenerationConfig(
         bos_token_id=model.config.bos_token_id,
         eos_token_id=[model.config.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TEXT)],
         pad_token_id=model.config.pad_token_id,
+        do_sample=True,
+        temperature=0.4,
+        top_p=0.9,
     )
-    model.to(torch.bfloat16).save_pretrained(target)
+    model.bfloat16().save_pretrained(target)
     save_tokenizer(tokenizer, target)
 
 

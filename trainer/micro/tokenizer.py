@@ -1,7 +1,7 @@
 """The tokenizer of ``micro``: byte-level BPE, digits one by one, special tokens for turns and for what comes later.
 
-The tool, thinking and spare tokens are reserved from the first day, because a changed vocabulary is a changed base, and a
-changed base invalidates every adapter.
+The tool, thinking and spare tokens are reserved from the first day, because a changed vocabulary is a changed base, and
+a changed base invalidates every adapter.
 """
 
 from __future__ import annotations
@@ -10,13 +10,21 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 PAD, BEGIN, END_OF_TEXT, END = "<|pad|>", "<|begin|>", "<|endoftext|>", "<|end|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|tools|>", "<|tool|>")
 TOOLS_AND_THINKING = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
 NUM_SPARE = 64
-SPECIAL_TOKENS = (PAD, BEGIN, END_OF_TEXT, END, *ROLES, *TOOLS_AND_THINKING, *(f"<|spare_{i}|>" for i in range(NUM_SPARE)))
+SPECIAL_TOKENS = (
+    PAD,
+    BEGIN,
+    END_OF_TEXT,
+    END,
+    *ROLES,
+    *TOOLS_AND_THINKING,
+    *(f"<|spare_{i}|>" for i in range(NUM_SPARE)),
+)
 VOCAB_SIZE = 4096
 
 CHAT_TEMPLATE = """\
@@ -67,3 +75,10 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write the tokenizer's files, the chat template as its own ``chat_template.jinja``."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer that ``save_tokenizer`` wrote."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    return tokenizer

@@ -1,7 +1,8 @@
 """Questions about Python and its standard library, from the fact files, in many wordings.
 
-A question is a *frame* filled with a *phrase*. Some frames, and the last phrase of every fact, are held out: no training
-data is ever made from them (neither the base's nor an adapter's), so that asking with them measures what was understood.
+A question is a *frame* filled with a *phrase*. Some frames, and the last phrase of every fact, are held out: no
+training data is ever made from them (neither the base's nor an adapter's), so that asking with them measures what was
+understood.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ Kind = Literal["how", "module", "what", "does"]
 
 FRAMES: dict[Kind, tuple[str, ...]] = {
     "how": (
-        "How do I {}?", "How do I {}?", "How can I {}?", "How can I {} in Python?", "How do I {} in Python?", "How would you {}?",
+        "How do I {}?", "How do I {}?", "How can I {}?", "How can I {} in Python?", "How do I {} in Python?",
+        "How would you {}?",
         "What is the way to {}?", "What is the way to {} in Python?", "What is the best way to {}?", "How to {}?",
         "Please tell me how to {}.", "Tell me how to {}.", "I want to {}. How?", "I need to {}. What do I write?",
         "Show me how to {}.", "What should I use to {}?", "In Python, how do I {}?", "Can you show me how to {}?",
@@ -36,15 +38,18 @@ FRAMES: dict[Kind, tuple[str, ...]] = {
         "What module is used to {}?", "Which module do I need to {}?", "Which module do I use to {}?",
         "What do I import to {}?", "Which Python library lets me {}?", "Which Python module can {}?",
         "Name the library to {}.", "Tell me which module to use to {}.", "I want to {}. Which module helps?",
-        "What should I import if I want to {}?", "Is there a module to {}?", "Which standard library module is used to {}?",
-        "what library is used to {}", "How do I {} in Python?", "What is the library to {}?", "Which library can I use to {}?",
+        "What should I import if I want to {}?", "Is there a module to {}?",
+        "Which standard library module is used to {}?",
+        "what library is used to {}", "How do I {} in Python?", "What is the library to {}?",
+        "Which library can I use to {}?",
         "Do you know a library to {}?", "Remind me which module I need to {}.", "Can you name a library to {}?",
         "I have to {}. What do I import?", "The job is to {}. Which library?", "With which module can I {}?",
         "Any library to {}?", "Which library would you take to {}?", "I forgot which module is used to {}.",
         "My program should {}. Which module does it need?",
     ),
     "what": (
-        "What is {}?", "What is {}?", "Can you explain {}?", "Explain {}.", "What is {} in Python?", "What does {} mean?",
+        "What is {}?", "What is {}?", "Can you explain {}?", "Explain {}.", "What is {} in Python?",
+        "What does {} mean?",
         "Tell me about {}.", "Please explain {}.", "In Python, what is {}?", "what is {}", "Define {}.",
         "I wonder what {} is.", "Remind me what {} is.", "Would you explain what {} is?", "What do people mean by {}?",
     ),
@@ -56,7 +61,12 @@ FRAMES: dict[Kind, tuple[str, ...]] = {
 }  # fmt: skip
 
 HELD_OUT_FRAMES: dict[Kind, tuple[str, ...]] = {
-    "how": ("Could you tell me how to {}?", "What would I write to {}?", "Do you know how to {}?", "My task: {}. How is it done?"),
+    "how": (
+        "Could you tell me how to {}?",
+        "What would I write to {}?",
+        "Do you know how to {}?",
+        "My task: {}. How is it done?",
+    ),
     "module": ("Could you name the module to {}?", "Which package would let me {}?", "To {}, what do I import?"),
     "what": ("Could you tell me what {} is?", "Do you know what {} is?"),
     "does": ("Could you explain what {} does?", "Do you know what {} does?"),
@@ -144,5 +154,7 @@ def _code_only(rng: random.Random) -> Conversation:
 
 def _what_for(rng: random.Random) -> Conversation:
     fact = rng.choice([fact for fact in facts() if fact.kind == "module"])
-    frame = rng.choice(("What is `{}` for?", "What is the {} module for?", "What can I do with {}?", "What does {} do?"))
+    frame = rng.choice(
+        ("What is `{}` for?", "What is the {} module for?", "What can I do with {}?", "What does {} do?")
+    )
     return turns(frame.replace("{}", fact.key), f"With `{fact.key}` you can {fact.phrases[0]}.")

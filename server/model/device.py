@@ -1,0 +1,58 @@
+"""What this machine offers, and what a base should use of it: device, number format, threads."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from server.errors import SettingsError
+
+BF16_FROM_BYTES = 256 * 1024 * 1024
+"""A smaller base stays in float32 on a CPU: at one row its step is overhead, not reading, and float32 is exact."""
+
+
+def choose_device(device: str) -> torch.device:
+    """The device of a setting. Raises ``SettingsError`` where it is not there."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device == "auto":
+        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if available[kind]))
+    if not available[device]:
+        raise SettingsError(
+            f"device is {device!r}, but this machine has none that torch {torch.__version__} can use: try 'auto'"
+        )
+    return torch.device(device)
+
+
+def choose_dtype(dtype: str, device: torch.device, num_weight_bytes: int) -> torch.dtype:
+    """The number format of a setting; ``auto`` is bfloat16 where the device has it and the base is large enough."""
+    if dtype != "auto":
+        chosen = getattr(torch, dtype)
+        assert isinstance(chosen, torch.dtype)
+        return chosen
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if device.type != "cpu":
+        return torch.float16
+    return torch.bfloat16 if _multiplies_bfloat16() and num_weight_bytes >= BF16_FROM_BYTES else torch.float32
+
+
+def _multiplies_bfloat16() -> bool:
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def num_weight_bytes(folder: Path) -> int:
+    """Bytes of a base's weight files."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def available_threads() -> int:
+    """Cores this process may really use: its affinity, cut by a container's quota (cgroup v2)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
+        return max(1, min(cores, round(int(quota) / int(period)))) if quota != "max" else cores
+    except (OSError, ValueError):
+        return cores
