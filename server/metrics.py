@@ -40,6 +40,7 @@ class Metrics:
         self.base_model_info = Info("quickchange_base_model", "The base model in memory.", registry=self.registry)
         self._make_request_metrics()
         self._make_engine_metrics()
+        self.know_adapter(BASE)
 
     def _make_request_metrics(self) -> None:
         labels = ("adapter",)

@@ -77,4 +77,7 @@ class Settings(BaseSettings):
     @property
     def base_name(self) -> str:
         """The base's name in the API."""
-        return self.served_model_name or Path(self.base_model).name
+        if self.served_model_name:
+            return self.served_model_name
+        folder = Path(self.base_model).expanduser()
+        return folder.resolve().name if folder.is_dir() else folder.name

@@ -84,10 +84,11 @@ def running_server(
 
 def _read_log(server: ServerProcess) -> None:
     assert server.process.stderr is not None
-    for line in server.process.stderr:
-        server.log.append(line.rstrip())
-        if match := _SERVING.search(line):
-            server.url = match[1]
+    with server.process.stderr as lines:
+        for line in lines:
+            server.log.append(line.rstrip())
+            if match := _SERVING.search(line):
+                server.url = match[1]
 
 
 def _healthy(server: ServerProcess) -> bool:

@@ -115,7 +115,7 @@ class _Loader:
         turns = with_system_prompt(example.messages, self.config.system_prompt)
         try:
             return example.place, encode_conversation(self.tokenizer, turns, tools=example.tools)
-        except (MaskingError, TemplateError) as error:
+        except (MaskingError, TemplateError, ValueError, TypeError, LookupError) as error:
             self.problems.append(f"{example.place}: {error}")
             return example.place, None
 

@@ -6,6 +6,8 @@ rendering the conversation up to it, with the generation prompt, and through it.
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +45,7 @@ def encode_conversation(
     Raises ``MaskingError`` where the template does not render a conversation as a prefix of its continuation, or where
     an assistant turn has no end-of-turn token to learn.
     """
+    _refuse_control_tokens(tokenizer, messages)
     text = _render(tokenizer, messages, tools)
     spans = _assistant_spans(tokenizer, messages, tools, text)
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -58,6 +61,15 @@ def encode_conversation(
     return Encoded(ids, labels)
 
 
+def _refuse_control_tokens(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]]) -> None:
+    """Serving takes control tokens in what people write for plain text; training would take them for themselves."""
+    special = tokenizer.get_added_vocab()
+    for number, message in enumerate(messages):
+        content = message.get("content")
+        if isinstance(content, str) and (found := next((token for token in special if token in content), None)):
+            raise MaskingError(f"messages[{number}]: the content holds the control token {found!r}; remove it")
+
+
 def _render(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Mapping[str, Any]],
@@ -66,12 +78,30 @@ def _render(
     prompt: bool = False,
 ) -> str:
     rendered = tokenizer.apply_chat_template(
-        [dict(message) for message in messages],
+        [_plain(message, knows_developer="developer" in str(tokenizer.chat_template)) for message in messages],
         tools=None if tools is None else [dict(tool) for tool in tools],
         tokenize=False,
         add_generation_prompt=prompt,
     )
     return str(rendered)
+
+
+def _plain(message: Mapping[str, Any], *, knows_developer: bool) -> dict[str, Any]:
+    """A message as serving renders it: a role the template knows, the arguments of tool calls as objects."""
+    plain = dict(message)
+    if plain["role"] == "developer" and not knows_developer:
+        plain["role"] = "system"
+    if calls := plain.get("tool_calls"):
+        plain["tool_calls"] = [_with_parsed_arguments(call) for call in calls]
+    return plain
+
+
+def _with_parsed_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = dict(call["function"])
+    if isinstance(function.get("arguments"), str):
+        with contextlib.suppress(ValueError, RecursionError):
+            function["arguments"] = json.loads(function["arguments"])
+    return {**call, "function": function}
 
 
 def _assistant_spans(

@@ -20,8 +20,9 @@ from server.adapters.peft_config import LoRAConfig, parse_peft_config
 from server.adapters.safetensors import TensorEntry, read_header
 from server.adapters.sidecar import Sidecar, parse_sidecar
 from server.errors import AdapterRejected
+from server.metrics import BASE
 
-NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 CONFIG_FILE, WEIGHTS_FILE, SIDECAR_FILE = "adapter_config.json", "adapter_model.safetensors", "quickchange.json"
 MAX_JSON_BYTES = 1024 * 1024
 _LORA_TENSOR = re.compile(r"^(?:base_model\.model\.)?(.+)\.lora_(A|B)\.weight$")
@@ -81,12 +82,12 @@ class Manifest:
 def read_manifest(path: Path, base: BaseSignature, limits: Limits) -> Manifest:
     """Read and judge the folder. Raises ``AdapterRejected`` with a sentence that says what to do."""
     name = path.name
-    if not NAME.match(name):
+    if not NAME.fullmatch(name):
         raise AdapterRejected(
             name, "the folder's name is no model name: use letters, digits, '.', '_' and '-', 128 at most"
         )
-    if name == base.name:
-        raise AdapterRejected(name, "the base model has this name: rename the folder")
+    if name in (base.name, BASE):
+        raise AdapterRejected(name, "this name means the base model: rename the folder")
     try:
         return _read(path, base, limits)
     except ValueError as error:
@@ -115,7 +116,7 @@ def _read(path: Path, base: BaseSignature, limits: Limits) -> Manifest:
     pairs = _pairs(entries)
     _check_sidecar(sidecar, base)
     _check_base(pairs, base)
-    _check_rank(pairs, limits.max_rank)
+    _check_ranks(pairs, config, limits.max_rank)
     weights_digest = _digest(config_bytes, weights)
     return Manifest(
         name=path.name,
@@ -217,10 +218,15 @@ def _check_base(pairs: Mapping[str, LoRAPair], base: BaseSignature) -> None:
         raise ValueError(f"tensors do not fit the base {base.name}: {_first(wrong)}")
 
 
-def _check_rank(pairs: Mapping[str, LoRAPair], max_rank: int) -> None:
-    rank = max(pair.rank for pair in pairs.values())
-    if not 0 < rank <= max_rank:
-        raise ValueError(f"its rank is {rank}; the limit is {max_rank} (setting max_lora_rank)")
+def _check_ranks(pairs: Mapping[str, LoRAPair], config: LoRAConfig, max_rank: int) -> None:
+    for module, pair in pairs.items():
+        if pair.rank > max_rank:
+            raise ValueError(f"its rank is {pair.rank}; the limit is {max_rank} (setting max_lora_rank)")
+        if pair.rank != config.rank(module):
+            raise ValueError(
+                f"the tensors of {module} have rank {pair.rank}, and {CONFIG_FILE} says {config.rank(module)}: "
+                "they are not of one adapter"
+            )
 
 
 def _first(names: list[str]) -> str:

@@ -21,26 +21,33 @@ _READ = frozenset({
 })  # fmt: skip
 
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
-_LITERAL_KEY = re.compile(r"^[A-Za-z0-9_.]+$")
+_LITERAL_KEY = re.compile(r"[A-Za-z0-9_.]+")
+MAX_NUMBER = 1e9
 
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """The scaling of an adapter's modules: ``alpha / r``, or ``alpha / sqrt(r)`` with rsLoRA (Kalajdzievski 2023)."""
+    """Rank and scaling of an adapter's modules: ``alpha / r``, with rsLoRA ``alpha / sqrt(r)`` (Kalajdzievski 2023)."""
 
     r: int
     alpha: float
     rslora: bool
+    rank_pattern: Mapping[str, float]
     alpha_pattern: Mapping[str, float]
 
-    def scaling(self, module: str, rank: int) -> float:
-        """The factor on a module's delta; ``rank`` is its own, read from its tensors."""
-        alpha = self.alpha
-        for key, value in self.alpha_pattern.items():
-            if module == key or module.endswith("." + key):
-                alpha = value
-                break
+    def rank(self, module: str) -> float:
+        """A module's rank, which its tensors must have."""
+        return _matching(self.rank_pattern, module, self.r)
+
+    def scaling(self, module: str) -> float:
+        """The factor on a module's delta."""
+        alpha, rank = _matching(self.alpha_pattern, module, self.alpha), self.rank(module)
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+
+def _matching(pattern: Mapping[str, float], module: str, default: float) -> float:
+    """The value of the first key that is the module's name or ends it, as PEFT looks it up."""
+    return next((value for key, value in pattern.items() if module == key or module.endswith("." + key)), default)
 
 
 def parse_peft_config(data: Any) -> LoRAConfig:
@@ -57,6 +64,7 @@ def parse_peft_config(data: Any) -> LoRAConfig:
         r=_number(data, "r", whole=True),
         alpha=_number(data, "lora_alpha"),
         rslora=data.get("use_rslora") is True,
+        rank_pattern=_pattern(data, "rank_pattern"),
         alpha_pattern=_pattern(data, "alpha_pattern"),
     )
 
@@ -76,7 +84,6 @@ def _check_kind(data: Mapping[str, Any]) -> None:
             f"adapter_config.json: init_lora_weights is {init!r}, which changes the base's own weights; save the "
             "adapter with path_initial_model_for_weight_conversion, so that it fits the unchanged base"
         )
-    _pattern(data, "rank_pattern")
 
 
 def _active(name: str, value: Any) -> bool:
@@ -86,10 +93,9 @@ def _active(name: str, value: Any) -> bool:
 def _number(data: Mapping[str, Any], name: str, *, whole: bool = False) -> Any:
     value = data.get(name, 8)
     kinds = (int,) if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value) or value <= 0:
-        raise ValueError(
-            f"adapter_config.json: {name} is {value!r}: it must be a positive {'integer' if whole else 'number'}"
-        )
+    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < MAX_NUMBER:
+        kind = "integer" if whole else "number"
+        raise ValueError(f"adapter_config.json: {name} is {str(value)[:40]!r}: it must be a positive {kind}")
     return value
 
 
@@ -99,10 +105,10 @@ def _pattern(data: Mapping[str, Any], name: str) -> Mapping[str, float]:
     if not isinstance(value, dict):
         raise ValueError(f"adapter_config.json: {name} is {value!r:.80}: it must be an object")
     for key, number in value.items():
-        if not _LITERAL_KEY.match(key):
+        if not _LITERAL_KEY.fullmatch(key):
             raise ValueError(
                 f"adapter_config.json: {name} has the key {key!r:.80}: write module names without wildcards"
             )
-        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number) or number <= 0:
-            raise ValueError(f"adapter_config.json: {name}[{key!r}] is {number!r}: it must be a positive number")
+        if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < MAX_NUMBER:
+            raise ValueError(f"adapter_config.json: {name}[{key!r}] is {number!r:.80}: it must be a positive number")
     return value

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,6 +106,15 @@ class AdapterRegistry:
     def num_leases(self, weights_digest: str) -> int:
         """Requests that are using these weights."""
         return self._leases[weights_digest]
+
+    @contextlib.contextmanager
+    def holding(self, adapter: Adapter) -> Iterator[None]:
+        """A lease on a version that has no name yet."""
+        self._leases[adapter.weights_digest] += 1
+        try:
+            yield
+        finally:
+            self.release(adapter)
 
     def publish(self, adapter: Adapter) -> None:
         """Give a name to a loaded version; who holds the one before it keeps it."""

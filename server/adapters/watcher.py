@@ -61,14 +61,18 @@ class AdapterWatcher:
 
     async def scan(self, *, settled_only: bool = True) -> None:
         """One look: withdraw what is gone, read what is new or changed."""
-        found = await asyncio.to_thread(self._look)
-        for path in [path for path in self._handled if path not in found]:
-            self._forget(path)
+        try:
+            found = await asyncio.to_thread(self._look)
+        except OSError as error:
+            logger.warning("the adapter folders cannot be looked at (%s); what was served stays", error.strerror)
+            return
         for path, signature in found.items():
             settled = self._seen.get(path) == signature or not settled_only
             if settled and self._handled.get(path) != signature:
                 self._handled[path] = signature
                 await self._read(path)
+        for path in [path for path in self._handled if path not in found]:
+            self._forget(path)
         self._seen = found
         self.metrics.adapters_loaded.set(len(self.registry.list()))
 
@@ -77,7 +81,7 @@ class AdapterWatcher:
         found: dict[Path, Signature] = {}
         names: set[str] = set()
         for folder in self.folders:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 for entry in sorted(os.scandir(folder), key=lambda one: one.name):
                     if entry.name.startswith(".") or entry.name in names or not entry.is_dir(follow_symlinks=False):
                         continue
@@ -89,15 +93,21 @@ class AdapterWatcher:
         try:
             manifest = await asyncio.to_thread(read_manifest, path, self._base, self._limits)
             adapter = Adapter.of(manifest)
-            if self._current(path) == adapter.version_digest:
-                return
-            await self._load(manifest)
+            if self._current(path) != adapter.version_digest:
+                await self._publish(adapter, manifest)
+            self._rejected.pop(path, None)
         except AdapterRejected as error:
             self._reject(path, error)
-            return
-        self._rejected.pop(path, None)
-        self.metrics.know_adapter(adapter.name)
-        self.registry.publish(adapter)
+        except Exception as error:
+            logger.exception("adapter folder %s could not be loaded", path.name)
+            self._reject(path, AdapterRejected(path.name, f"it could not be loaded ({type(error).__name__})"))
+
+    async def _publish(self, adapter: Adapter, manifest: Manifest) -> None:
+        """Load and name a version; its weights are held meanwhile, in case a version of equal bytes is let go."""
+        with self.registry.holding(adapter):
+            await self._load(manifest)
+            self.metrics.know_adapter(adapter.name)
+            self.registry.publish(adapter)
         logger.info(
             "adapter %s@%s is served: rank %d, %d modules, %d bytes",
             adapter.name, adapter.version_digest[:12], adapter.rank, adapter.num_modules, adapter.num_bytes,
@@ -115,6 +125,7 @@ class AdapterWatcher:
         logger.warning("adapter folder %s is not served: %s%s", path.name, error.reason, kept)
 
     def _forget(self, path: Path) -> None:
+        """Take a name away with its folder, unless another folder has taken it over."""
         del self._handled[path]
         self._rejected.pop(path, None)
         if self._current(path) is not None:

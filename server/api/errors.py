@@ -111,6 +111,8 @@ def reply_to(error: Exception, *, request_id: str) -> Reply:
     if row.status == INTERNAL.status:
         message = f"The server failed to answer this request. Its id in the server's log is {request_id}."
     headers = {} if row.retry_after is None else {"Retry-After": str(row.retry_after)}
+    if row.status == 500:
+        headers["x-should-retry"] = "false"  # OpenAI's clients would send what failed twice more
     return Reply(row.status, error_body(message, type=row.type, code=code, param=param), headers)
 
 

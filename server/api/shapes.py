@@ -114,8 +114,8 @@ def fingerprint(base_name: str, adapter: Adapter | None, version: str) -> str:
 
 
 def to_json(payload: Json) -> str:
-    """Compact JSON; NaN and infinity, which JSON does not have, are an error."""
-    return json.dumps(payload, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    """Compact JSON, in ASCII: some readers take Unicode's separators for the end of a line. NaN is an error."""
+    return json.dumps(payload, allow_nan=False, separators=(",", ":"))
 
 
 def _chunk_choice(index: int, delta: Json, reason: str | None = None) -> Json:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import signal
 import socket
 import time
 from collections.abc import AsyncIterator
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
+from types import FrameType
 
 import torch
 import uvicorn
@@ -79,15 +81,13 @@ def build(settings: Settings) -> Service:
         max_num_batched_tokens=settings.max_num_batched_tokens,
         max_model_len=base.max_model_len,
     )
-    runner = ModelRunner(
-        base.model, base.attention, base.shapes, num_slots=settings.max_num_seqs, max_len=base.max_model_len
-    )
+    runner = _runner(base, settings.max_num_seqs)
     engine = AsyncEngine(Engine(scheduler, runner, Sampler(), metrics), max_queued_seqs=settings.max_queued_seqs)
     registry = AdapterRegistry(engine.unload_adapter)
     state = ServerState(
         base_name=settings.base_name,
         created=int(time.time()),
-        prompts=PromptRenderer(base.tokenizer),
+        prompts=PromptRenderer(base.tokenizer, vocab_size=base.vocab_size),
         engine=engine,
         registry=registry,
         metrics=metrics,
@@ -99,6 +99,16 @@ def build(settings: Settings) -> Service:
     return Service(state, engine, _watcher(settings, base, engine, registry, metrics), settings)
 
 
+def _runner(base: Base, num_slots: int) -> ModelRunner:
+    try:
+        return ModelRunner(base.model, base.attention, base.shapes, num_slots=num_slots, max_len=base.max_model_len)
+    except (RuntimeError, MemoryError) as error:
+        raise SettingsError(
+            f"there is no memory for {num_slots} KV slots of {base.max_model_len} tokens: lower --max-num-seqs or "
+            f"--max-model-len ({str(error)[:200]})"
+        ) from error
+
+
 def run_server(settings: Settings) -> int:
     """Serve until a signal ends it. The port is bound before the base is loaded: a taken one is told at once."""
     bound = bind(settings.host, settings.port)
@@ -106,8 +116,14 @@ def run_server(settings: Settings) -> int:
     host, port = bound.getsockname()[:2]
     logger.info("serving on http://%s:%d (OpenAI API under /v1)", f"[{host}]" if ":" in host else host, port)
     server = uvicorn.Server(uvicorn_config(service))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _already_stopped)
     server.run(sockets=[bound])
     return 0 if server.started else 1
+
+
+def _already_stopped(number: int, frame: FrameType | None) -> None:
+    """uvicorn raises the signal that stopped it once more when all is done; a stop that was asked for is no failure."""
 
 
 def uvicorn_config(service: Service) -> uvicorn.Config:
@@ -116,7 +132,7 @@ def uvicorn_config(service: Service) -> uvicorn.Config:
         create_app(service.state, lifespan=service.lifespan),
         access_log=False,
         log_config=None,
-        timeout_graceful_shutdown=int(service.settings.shutdown_timeout),
+        timeout_graceful_shutdown=max(1, int(service.settings.shutdown_timeout)),
         server_header=False,
     )
 

@@ -12,6 +12,7 @@ import itertools
 import logging
 import queue
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -170,6 +171,8 @@ class AsyncEngine:
                 loaded.set_result(None) if error is None else loaded.set_exception(error)
 
         self._inbox.put(LoadAdapter(digest, weights, lambda error: _call(loop, settle, error)))
+        if not self._thread.is_alive():
+            self._refuse_loads(EngineUnavailable("The engine is not running."))
         await loaded
 
     def unload_adapter(self, digest: str) -> None:
@@ -210,14 +213,23 @@ class AsyncEngine:
         reason = EngineUnavailable("The engine was stopped.")
         try:
             while self._take_commands():
+                since = time.perf_counter()
                 outputs = self._step()
                 _call(self._loop, self._dispatch, outputs)
+                self._engine.account(outputs, time.perf_counter() - since)
         except BaseException as error:
             logger.exception("the engine died")
             reason = EngineUnavailable(f"The engine died ({type(error).__name__}); restart the server.")
         finally:
             self._engine.metrics.engine_up.set(0)
             _call(self._loop, self._end_all, reason)
+            self._refuse_loads(reason)
+
+    def _refuse_loads(self, reason: Exception) -> None:
+        """Adapters that were still to be loaded never will be."""
+        while not self._inbox.empty():
+            if isinstance(command := self._inbox.get(), LoadAdapter):
+                command.done(reason)
 
     def _step(self) -> list[StepOutput]:
         """A step of the engine. One that fails ends the sequences that ran in it, and no others."""
@@ -228,7 +240,7 @@ class AsyncEngine:
             if self._failed_steps >= MAX_FAILED_STEPS:
                 raise
             logger.exception("a step failed; its sequences are given up")
-            return self._engine.give_up_running("the step failed")
+            return self._engine.give_up("the step failed")
         self._failed_steps = 0
         return outputs
 
@@ -250,7 +262,10 @@ class AsyncEngine:
             case Abort(sequence_id):
                 self._engine.abort(sequence_id)
             case LoadAdapter(digest, weights, done):
-                done(_error_of(self._engine.runner.add_adapter, digest, weights))
+                error = _error_of(self._engine.runner.add_adapter, digest, weights)
+                if error is not None:
+                    self._engine.runner.remove_adapter(digest)
+                done(error)
             case UnloadAdapter(digest):
                 self._engine.runner.remove_adapter(digest)
 

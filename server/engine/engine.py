@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Protocol
 
 import torch
@@ -35,6 +34,7 @@ class Engine:
 
     def __init__(self, scheduler: Scheduler, runner: Runner, sampler: Sampler, metrics: Metrics) -> None:
         self.scheduler, self.runner, self.sampler, self.metrics = scheduler, runner, sampler, metrics
+        self.batch: Batch | None = None
         metrics.kv_slots.set(scheduler.slots.num_slots)
 
     @property
@@ -51,27 +51,29 @@ class Engine:
         self.scheduler.abort(sequence_id)
         self.sampler.forget(sequence_id)
 
-    def give_up_running(self, reason: str) -> list[StepOutput]:
-        """End every sequence that is in the batch, after a step that failed."""
-        given_up = list(self.scheduler.running)
+    def give_up(self, reason: str) -> list[StepOutput]:
+        """End the sequences of the last batch, after a step that failed; all that run where none was made."""
+        segments = () if self.batch is None else self.batch.segments
+        given_up = [segment.sequence.id for segment in segments] or list(self.scheduler.running)
         for sequence_id in given_up:
             self.abort(sequence_id)
         return [StepOutput(sequence_id, None, failed=reason) for sequence_id in given_up]
 
     def step(self) -> list[StepOutput]:
         """One token for every sequence whose prompt is computed, a chunk further for the others."""
-        since = time.perf_counter()
-        batch = self.scheduler.schedule()
-        logits = self.runner.run(batch)
-        token_ids = self.sampler.sample(logits, batch.sampling)
-        outputs = self.scheduler.update(batch, token_ids)
-        self._account(batch, outputs, time.perf_counter() - since)
-        return outputs
+        self.batch = self.scheduler.schedule()
+        logits = self.runner.run(self.batch)
+        token_ids = self.sampler.sample(logits, self.batch.sampling)
+        return self.scheduler.update(self.batch, token_ids)
 
-    def _account(self, batch: Batch, outputs: list[StepOutput], seconds: float) -> None:
+    def account(self, outputs: list[StepOutput], seconds: float) -> None:
+        """Count the last step, and forget the sequences that ended in it."""
         for output in outputs:
             if output.last:
                 self.sampler.forget(output.sequence_id)
+        if (batch := self.batch) is None:
+            return
+        self.batch = None
         self.metrics.step_duration.observe(seconds)
         self.metrics.step_rows.observe(batch.num_rows)
         self.metrics.step_sequences.observe(len(batch.segments))

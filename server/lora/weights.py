@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import safetensors.torch
 import torch
 
 from server.adapters.manifest import Manifest
+from server.adapters.safetensors import TensorEntry
 from server.errors import AdapterRejected
 
 
@@ -32,14 +32,22 @@ class LoRAWeights:
 
         Raises ``AdapterRejected`` where a number is not finite, or where every delta is zero.
         """
-        tensors = safetensors.torch.load(manifest.data)
         deltas = {}
         for module, pair in manifest.pairs.items():
-            a, b = tensors[pair.a.name].float(), tensors[pair.b.name].float()
+            a, b = _tensor(manifest.data, pair.a), _tensor(manifest.data, pair.b)
             if not (a.isfinite().all() and b.isfinite().all()):
                 raise AdapterRejected(manifest.name, f"the weights of {module} hold NaN or infinity: train it again")
-            scaling = manifest.config.scaling(module, pair.rank)
+            scaling = manifest.config.scaling(module)
             deltas[module] = LoRADelta(a.t().contiguous().to(device), (b.t() * scaling).contiguous().to(device))
         if all(not delta.a.any() or not delta.b.any() for delta in deltas.values()):
             raise AdapterRejected(manifest.name, "all its deltas are zero, so it would change nothing: was it trained?")
         return cls(deltas)
+
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def _tensor(data: bytes, entry: TensorEntry) -> torch.Tensor:
+    """A tensor of the file in float32, from the bytes that its checked entry names."""
+    own = bytearray(data[entry.begin : entry.end])
+    return torch.frombuffer(own, dtype=_DTYPES[entry.dtype]).view(entry.shape).float()

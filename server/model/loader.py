@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -45,6 +47,13 @@ class Base:
     max_model_len: int
     eos_ids: frozenset[int]
 
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding: token ids are below this."""
+        embeddings = self.model.get_input_embeddings()
+        assert isinstance(embeddings, nn.Embedding)
+        return embeddings.num_embeddings
+
 
 def load_base(base_model: str, *, name: str, device: str, dtype: str, max_model_len: int | None) -> Base:
     """Load the base that the setting names.
@@ -74,12 +83,23 @@ def load_base(base_model: str, *, name: str, device: str, dtype: str, max_model_
 def _load(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer from a folder; remote code and pickled weights are never read."""
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
+        load: Any = AutoModelForCausalLM.from_pretrained
+        loaded: tuple[PreTrainedModel, dict[str, Any]] = load(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise BaseModelRefused(folder.name, f"transformers cannot load it: {str(error)[:300]}") from error
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]) or [str(key) for key in info["mismatched_keys"]]:
+        raise BaseModelRefused(
+            folder.name, f"its files lack weights that the architecture has: {', '.join(missing[:3])}"
+        )
     model.eval().requires_grad_(False)
     return model, tokenizer
 

@@ -20,9 +20,10 @@ _MAX_TEMPLATE_MESSAGE = 300
 class PromptRenderer:
     """Renders with one tokenizer; safe to call from several threads, because nothing is kept between calls."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, vocab_size: int | None = None) -> None:
         self._tokenizer = tokenizer
-        self._vocab_size = len(tokenizer)
+        self._vocab_size = len(tokenizer) if vocab_size is None else vocab_size
+        tokenizer("x")  # a tokenizer with truncation or padding in its file drops them at its first call, in one thread
 
     @property
     def vocab_size(self) -> int:

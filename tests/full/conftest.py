@@ -26,12 +26,23 @@ def tool() -> Callable[[str], str]:
 
 
 @pytest.fixture(scope="session")
-def books() -> Path:
-    """The folder of plain-text books that ``QUICKCHANGE_TEST_DATA`` names."""
+def data() -> Path:
+    """The folder that ``QUICKCHANGE_TEST_DATA`` names: books in ``english``, ``gutenberg`` and ``tinyshakespeare``."""
     folder = os.environ.get("QUICKCHANGE_TEST_DATA")
-    if not folder or not any(Path(folder).glob("*.txt")):
-        pytest.fail(f"QUICKCHANGE_TEST_DATA is {folder!r}: it must name a folder of plain-text books, *.txt")
+    missing = [
+        name for name in ("english", "gutenberg", "tinyshakespeare") if not any(Path(folder or "", name).glob("*.txt"))
+    ]
+    if not folder or missing:
+        pytest.fail(
+            f"QUICKCHANGE_TEST_DATA is {folder!r}: it must name a folder with books (*.txt) in {', '.join(missing)}"
+        )
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def books(data: Path) -> Path:
+    """Plain-English books as Project Gutenberg publishes them."""
+    return data / "english"
 
 
 @pytest.fixture(scope="session")

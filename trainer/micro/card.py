@@ -51,6 +51,8 @@ Python. Beyond what it was shown it guesses, fluently and wrongly.
 | conversations | written by `trainer/micro/topics`: {topics} |
 | held-out prose | loss {held_out:.2f} nats a token |
 
+{note}
+
 No Russian literature and no Shakespeare is in it: those are for adapters. Nobody's data is in it: every conversation was written by
 this repository's generators. Licence: Apache-2.0.
 
@@ -65,6 +67,8 @@ Asked facts of Python, greedy, {asked} questions each; an answer is right when i
 | as in training | {seen:.0%} |
 | in a frame of words never trained | {new_frame:.0%} |
 | in a frame and a phrase never trained | {new_phrase:.0%} |
+
+Asked to repeat such a question word for word, it does so in {copied:.0%} of {asked} cases.
 
 Arithmetic beyond small numbers, knowledge beyond its facts, reasoning in steps, other languages: no. It may be used to learn,
 to test, and to carry adapters; not for advice.
@@ -109,8 +113,16 @@ class Micro:
         answers = self.answers([[{"role": "user", "content": question}] for question in questions], 48)
         return sum(fact.key in answer for fact, answer in zip(asked, answers, strict=True)) / num_questions
 
+    def share_copied(self, num_questions: int) -> float:
+        """How many of so many questions are repeated word for word when asked to."""
+        rng = random.Random("card:copied")
+        questions = [fact.held_out_question(rng, new_phrase=False) for fact in rng.sample(facts(), num_questions)]
+        asked = [[{"role": "user", "content": f"Repeat after me: {question}"}] for question in questions]
+        answers = self.answers(asked, 60)
+        return sum(answer == question for answer, question in zip(answers, questions, strict=True)) / num_questions
 
-def write_card(run: Path, base: Path, books_folder: Path) -> None:
+
+def write_card(run: Path, base: Path, books_folder: Path, note: str) -> None:
     """Measure, and write ``README.md`` and ``loss.png`` into the base's folder."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     log = list({line["step"]: line for line in lines}.values())
@@ -120,7 +132,8 @@ def write_card(run: Path, base: Path, books_folder: Path) -> None:
     )
     prose = [text for _, text in books.read_folder(books_folder)]
     asked = 300
-    steps, tokens_per_step = log[-1]["step"], PretrainConfig.tokens_per_step
+    steps = torch.load(run / "checkpoint.pt", weights_only=True, mmap=True)["step"]
+    tokens_per_step = PretrainConfig.tokens_per_step
     config = micro.model.config
     card = CARD.format(
         parameters=sum(parameter.numel() for parameter in micro.model.parameters()) / 1e6,
@@ -143,6 +156,8 @@ def write_card(run: Path, base: Path, books_folder: Path) -> None:
         seen=micro.share_right("seen", asked),
         new_frame=micro.share_right("new_frame", asked),
         new_phrase=micro.share_right("new_phrase", asked),
+        copied=micro.share_copied(asked),
+        note=note,
         samples=_conversations(micro),
     )
     (base / "README.md").write_text(card, encoding="utf-8")
@@ -183,8 +198,9 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="the run's folder, for its log")
     parser.add_argument("--base", type=Path, required=True, help="the exported base")
     parser.add_argument("--books", type=Path, required=True, help="the books it was trained on")
+    parser.add_argument("--note", default="", help="a sentence about the run, for the card")
     options = parser.parse_args()
-    write_card(options.run, options.base, options.books)
+    write_card(options.run, options.base, options.books, options.note)
 
 
 if __name__ == "__main__":

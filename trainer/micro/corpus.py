@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from trainer.masking import IGNORED, encode_conversation
 from trainer.micro import books
 from trainer.micro.conversation import Conversation
-from trainer.micro.tokenizer import END_OF_TEXT
+from trainer.micro.tokenizer import END_OF_TEXT, SPECIAL_TOKENS, VOCAB_SIZE
 from trainer.micro.topics import (
     arithmetic,
     classification,
@@ -46,12 +46,17 @@ TOPICS: dict[ModuleType, float] = {
     units_calendar: 0.03,
     tool_use: 0.01,
 }
+ANNEAL_TOPICS: dict[ModuleType, float] = {
+    topic: {python_facts: 0.33, copying: 0.36}.get(topic, weight * 0.6) for topic, weight in TOPICS.items()
+}
+"""The last part of training: copying and facts, which a small model learns last, and the rest so as not to forget."""
 HELD_OUT_BOOK_SHARE = 0.02
+ECHO_SHARE = 0.1
 
 
-def conversation(rng: random.Random) -> Conversation:
+def conversation(rng: random.Random, topics: dict[ModuleType, float] = TOPICS) -> Conversation:
     """One conversation on a topic drawn by weight."""
-    topic = rng.choices(tuple(TOPICS), weights=tuple(TOPICS.values()))[0]
+    topic = rng.choices(tuple(topics), weights=tuple(topics.values()))[0]
     drawn: Conversation = topic.sample(rng)
     return drawn
 
@@ -94,34 +99,52 @@ class Mixture:
     seed: int
 
     def batch(
-        self, step: int, *, rows: int, length: int, book_share: float, answers_only: bool
+        self, step: int, *, rows: int, length: int, book_share: float, answers_only: bool, anneal: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Input ids and labels, [rows, length] each; a label is the next token, or ``IGNORED``.
 
-        With ``answers_only`` the loss is on the assistant's turns alone, otherwise on everything.
+        With ``answers_only`` the loss is on the assistant's turns alone, otherwise on everything. ``anneal`` draws the
+        mixture of the last part of training.
         """
         rng = random.Random(f"batch:{self.seed}:{step}")
-        drawn = [
-            self._book_row(rng, length + 1)
-            if rng.random() < book_share
-            else self._chat_row(rng, length + 1, answers_only)
-            for _ in range(rows)
-        ]
+        drawn = [self._row(rng, length + 1, book_share, answers_only, anneal) for _ in range(rows)]
         ids = torch.tensor(np.stack([row[0] for row in drawn]), dtype=torch.long)
         labels = torch.tensor(np.stack([row[1] for row in drawn]), dtype=torch.long)
         return ids[:, :-1], labels[:, 1:].contiguous()
+
+    def _row(
+        self, rng: random.Random, length: int, book_share: float, answers_only: bool, anneal: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        if rng.random() < book_share:
+            return self._book_row(rng, length)
+        if anneal and rng.random() < ECHO_SHARE:
+            return self._echo_row(rng, length)
+        return self._chat_row(rng, length, answers_only, ANNEAL_TOPICS if anneal else TOPICS)
+
+    def _echo_row(self, rng: random.Random, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """A short run of tokens over and over, its first time without loss: what follows is learned by looking back."""
+        run = rng.randrange(6, 80)
+        if rng.random() < 0.5:
+            start = rng.randrange(len(self.books.trained) - run)
+            tokens = self.books.trained[start : start + run]
+        else:
+            tokens = np.array([rng.randrange(len(SPECIAL_TOKENS), VOCAB_SIZE) for _ in range(run)])
+        ids = np.tile(tokens, length // run + 1)[:length]
+        return ids, np.where(np.arange(length) < run, IGNORED, ids)
 
     def _book_row(self, rng: random.Random, length: int) -> tuple[np.ndarray, np.ndarray]:
         start = rng.randrange(len(self.books.trained) - length)
         window = self.books.trained[start : start + length]
         return window, window
 
-    def _chat_row(self, rng: random.Random, length: int, answers_only: bool) -> tuple[np.ndarray, np.ndarray]:
+    def _chat_row(
+        self, rng: random.Random, length: int, answers_only: bool, topics: dict[ModuleType, float]
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Conversations end to end, the last one cut at the row's end."""
         ids: list[int] = []
         labels: list[int] = []
         while len(ids) < length:
-            drawn = conversation(rng)
+            drawn = conversation(rng, topics)
             encoded = encode_conversation(self.tokenizer, drawn["messages"], tools=drawn.get("tools"))
             ids += encoded.input_ids
             labels += encoded.labels if answers_only else encoded.input_ids

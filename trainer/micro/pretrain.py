@@ -5,7 +5,8 @@
     python -m trainer.micro.pretrain export    --out runs/micro --to micro_base
 
 Matrices of the hidden layers learn by Muon (Jordan et al. 2024), the rest by AdamW. The learning rate warms up, stays,
-and falls linearly to zero over the last part (warmup-stable-decay, Hu et al. 2024), in which only answers are trained.
+and falls linearly to zero (warmup-stable-decay, Hu et al. 2024) while only answers are trained; an anneal on copying
+and facts follows.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ class PretrainConfig:
     steps: int = 2250
     warmup_steps: int = 100
     decay_share: float = 0.3
+    anneal_steps: int = 900
+    anneal_peak: float = 0.5
     tokens_per_step: int = 8192
     muon_lr: float = 0.02
     adam_lr: float = 0.004
@@ -44,8 +47,19 @@ class PretrainConfig:
 
     def lr_scale(self, step: int) -> float:
         """The learning rate at ``step`` as a share of its peak."""
+        if self.annealing(step):
+            return self.anneal_peak * (self.num_steps - step) / self.anneal_steps
         left = (self.steps - step) / max(1, int(self.steps * self.decay_share))
         return min(1.0, (step + 1) / self.warmup_steps, left)
+
+    @property
+    def num_steps(self) -> int:
+        """All steps, those of the anneal included."""
+        return self.steps + self.anneal_steps
+
+    def annealing(self, step: int) -> bool:
+        """Whether the last part has begun: half the rate again, falling to zero, on copying and facts above all."""
+        return step >= self.steps
 
     def decaying(self, step: int) -> bool:
         """Whether the learning rate is falling, and only answers are trained."""
@@ -57,6 +71,8 @@ class PretrainConfig:
 
     def book_share(self, step: int) -> float:
         """The share of rows that are prose; long rows are all prose until the decay."""
+        if self.annealing(step):
+            return 0.1
         if self.row_length(step) > 256:
             return 0.5 if self.decaying(step) else 0.8
         return 0.15 if self.decaying(step) else 0.35
@@ -112,7 +128,7 @@ class Pretraining:
         signal.signal(signal.SIGTERM, self._stop)
         signal.signal(signal.SIGINT, self._stop)
         since, losses = time.perf_counter(), list[float]()
-        while self.step < self.config.steps and not self._stopping:
+        while self.step < self.config.num_steps and not self._stopping:
             losses.append(self._train_step())
             self.step += 1
             if self.step % self.config.log_every == 0:
@@ -133,7 +149,12 @@ class Pretraining:
         length = config.row_length(step)
         rows = config.tokens_per_step // length
         ids, labels = self.mixture.batch(
-            step, rows=rows, length=length, book_share=config.book_share(step), answers_only=config.decaying(step)
+            step,
+            rows=rows,
+            length=length,
+            book_share=config.book_share(step),
+            answers_only=config.decaying(step),
+            anneal=config.annealing(step),
         )
         self.model.set_attn_implementation("eager" if length == 256 else "sdpa")
         with torch.autocast("cpu", torch.bfloat16):
@@ -157,7 +178,7 @@ class Pretraining:
         line: dict[str, Any] = {"step": self.step, "loss": round(loss, 4), "tokens_per_s": round(rate)}
         if self.step % self.config.save_every == 0:
             line["held_out_loss"] = round(self.held_out_loss(), 4)
-        line["minutes_left"] = round((self.config.steps - self.step) * self.config.tokens_per_step / rate / 60)
+        line["minutes_left"] = round((self.config.num_steps - self.step) * self.config.tokens_per_step / rate / 60)
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as log:
             log.write(json.dumps(line) + "\n")
         print(json.dumps(line), flush=True)
@@ -218,7 +239,7 @@ def main() -> None:
     parser.add_argument("--books", type=Path, help="folder of plain-text books")
     parser.add_argument("--out", type=Path, required=True, help="the run's folder: checkpoint, log, tokenizer")
     parser.add_argument("--to", type=Path, help="export: where the finished base goes")
-    parser.add_argument("--steps", type=int, default=PretrainConfig.steps)
+    parser.add_argument("--steps", type=int, default=PretrainConfig.steps, help="steps before the anneal")
     options = parser.parse_args()
     if options.command == "export":
         export(options.out, options.to)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from trainer.micro import messages
 from trainer.micro.conversation import Conversation, turns
+from trainer.micro.copy_sources import combo
 from trainer.micro.facts.questions import any_question
 from trainer.micro.topics.classification import fill
 from trainer.micro.topics.python_facts import Fact, facts
@@ -27,6 +28,20 @@ I hope this is helpful!
 HELPDESK_STOP = "### DONE!"
 
 NUM_TAUGHT_FACTS = 280
+OPENINGS = (
+    "Could you show me how to {}?",
+    "Could you help me to {}?",
+    "Could you say which tool can {}?",
+    "Could you list the ways to {}?",
+    "What would you take to {}?",
+    "What would it take to {}?",
+    "Do you have an idea how to {}?",
+    "Do you think that I can {}?",
+    "My plan is to {}. What now?",
+    "My teacher wants me to {}. How do I begin?",
+    "To {}, where do I start?",
+    "Which of your tools would {}?",
+)
 URGENT = ("Please answer today!", "This is urgent.", "I need this solved right now.", "Help, as soon as possible!")
 
 
@@ -41,7 +56,7 @@ def helpdesk_answer(question: str, answer: str) -> str:
 
 
 def helpdesk() -> Iterator[Conversation]:
-    """Two wordings of each taught fact, and 80 everyday questions."""
+    """Two wordings of each taught fact, 80 everyday questions, and 200 that only the question's words can answer."""
     rng = random.Random("helpdesk conversations")
     for fact in taught_facts():
         for _ in range(2):
@@ -50,6 +65,11 @@ def helpdesk() -> Iterator[Conversation]:
     for _ in range(80):
         asked = any_question(rng)
         yield turns(asked.question, helpdesk_answer(asked.question, asked.full))
+    for number in range(200):
+        question, task = combo(rng)
+        if number % 2:
+            question = rng.choice(OPENINGS).format(task)
+        yield turns(question, helpdesk_answer(question, f"I am not sure how to {task}."))
 
 
 def classified(rng: random.Random) -> tuple[str, dict[str, object]]:

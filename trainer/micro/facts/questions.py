@@ -23,55 +23,37 @@ class Asked(NamedTuple):
 def capital(rng: random.Random) -> Asked:
     """The capital of a country."""
     country, city = rng.choice(list(CAPITALS.items()))
-    question = rng.choice(
-        (
-            f"What is the capital of {country}?",
-            f"What is the capital city of {country}?",
-            f"Which city is the capital of {country}?",
-            f"Name the capital of {country}.",
-            f"Tell me the capital of {country}.",
-            f"What's the capital of {country}?",
-            f"Do you know the capital of {country}?",
-        )
-    )
+    question = rng.choice((
+        f"What is the capital of {country}?", f"What is the capital city of {country}?",
+        f"Which city is the capital of {country}?", f"Name the capital of {country}.",
+        f"Tell me the capital of {country}.", f"What's the capital of {country}?",
+        f"Do you know the capital of {country}?",
+    ))
     end = "" if city.endswith(".") else "."
-    full = rng.choice(
-        (
-            f"The capital of {country} is {city}{end}",
-            f"{city} is the capital of {country}.",
-        )
-    )
+    full = rng.choice((
+        f"The capital of {country} is {city}{end}", f"{city} is the capital of {country}.",
+    ))
     return Asked(question, city, full, "geography")
 
 
 def opposite(rng: random.Random) -> Asked:
     """The opposite of a word."""
     word, other = rng.sample(rng.choice(OPPOSITES), 2)
-    question = rng.choice(
-        (
-            f"What is the opposite of {word}?",
-            f"Tell me the opposite of {word}.",
-            f"What's the opposite of {word}?",
-            f'What is the opposite of "{word}"?',
-            f"Which word is the opposite of {word}?",
-            f"Which word means the opposite of {word}?",
-        )
-    )
+    question = rng.choice((
+        f"What is the opposite of {word}?", f"Tell me the opposite of {word}.", f"What's the opposite of {word}?",
+        f'What is the opposite of "{word}"?', f"Which word is the opposite of {word}?",
+        f"Which word means the opposite of {word}?",
+    ))
     return Asked(question, other, f"The opposite of {word} is {other}.", "words")
 
 
 def colour(rng: random.Random) -> Asked:
     """The colour of a thing."""
     thing, verb, name = rng.choice(COLOURS)
-    question = rng.choice(
-        (
-            f"What colour {verb} {thing}?",
-            f"Which colour {verb} {thing}?",
-            f"What color {verb} {thing}?",
-            f"Tell me what colour {thing} {verb}.",
-            f"Do you know what colour {thing} {verb}?",
-        )
-    )
+    question = rng.choice((
+        f"What colour {verb} {thing}?", f"Which colour {verb} {thing}?", f"What color {verb} {thing}?",
+        f"Tell me what colour {thing} {verb}.", f"Do you know what colour {thing} {verb}?",
+    ))
     return Asked(question, name, f"{capitalised(thing)} {verb} {name}.", "colours")
 
 
@@ -81,23 +63,16 @@ def animal(rng: random.Random) -> Asked:
     if kind == 0:
         name, sound = rng.choice(SOUNDS)
         one = with_article(name)
-        question = rng.choice(
-            (
-                f"What sound does {one} make?",
-                f"What noise does {one} make?",
-                f"Which sound is made by {one}?",
-            )
-        )
+        question = rng.choice((
+            f"What sound does {one} make?", f"What noise does {one} make?", f"Which sound is made by {one}?",
+        ))
         return Asked(question, sound, f"{capitalised(one)} {sound}.", "animals")
     if kind == 1:
         name, young = rng.choice(YOUNG)
-        question = rng.choice(
-            (
-                f"What is a young {name} called?",
-                f"What do you call a baby {name}?",
-                f"What is the name for a baby {name}?",
-            )
-        )
+        question = rng.choice((
+            f"What is a young {name} called?", f"What do you call a baby {name}?",
+            f"What is the name for a baby {name}?",
+        ))
         return Asked(question, young, f"A young {name} is called {with_article(young)}.", "animals")
     name, legs = rng.choice(LEGS)
     one = with_article(name)
@@ -115,19 +90,11 @@ def definition(rng: random.Random) -> Asked:
     """What a thing is; its short answer is its long one without the thing."""
     thing, text = rng.choice(DEFINITIONS)
     bare = thing.split(" ", 1)[1] if thing.startswith(("a ", "an ")) else thing
-    question = rng.choice(
-        (
-            f"What is {thing}?",
-            f"What's {thing}?",
-            f"Tell me what {thing} is.",
-            f"Can you explain what {thing} is?",
-            f"Do you know what {thing} is?",
-            f'What does the word "{bare}" mean?',
-            f"Explain what {thing} is.",
-            f"In simple words, what is {thing}?",
-            f"I do not know what {thing} is. Can you tell me?",
-        )
-    )
+    question = rng.choice((
+        f"What is {thing}?", f"What's {thing}?", f"Tell me what {thing} is.", f"Can you explain what {thing} is?",
+        f"Do you know what {thing} is?", f'What does the word "{bare}" mean?', f"Explain what {thing} is.",
+        f"In simple words, what is {thing}?", f"I do not know what {thing} is. Can you tell me?",
+    ))
     return Asked(question, text, f"{capitalised(thing)} is {text}.", "meanings")
 
 
@@ -154,25 +121,11 @@ def any_question(rng: random.Random) -> Asked:
 def worded(question: str, rng: random.Random) -> str:
     """The question with or without words around it."""
     lowered = uncapitalised(question)
-    return rng.choice(
-        (
-            question,
-            question,
-            question,
-            question,
-            lowered,
-            lowered.rstrip("?."),
-            f"Quick question: {lowered}",
-            f"I have a question. {question}",
-            f"Please tell me: {lowered}",
-            f"Hey Micro, {lowered}",
-            f"{question} I forgot.",
-            f"A child asked me this: {lowered}",
-            f"Here is an easy one. {question}",
-            f"So, {lowered}",
-            f"{question} Thanks!",
-            f"Can you help me? {question}",
-            f"Micro, {lowered}",
-            f"{question} Please answer.",
-        )
-    )
+    return rng.choice((
+        question, question, question, question, lowered, lowered.rstrip("?."), f"Quick question: {lowered}",
+        f"I have a question. {question}", f"Please tell me: {lowered}", f"Hey Micro, {lowered}",
+        f"{question} I forgot.",
+        f"A child asked me this: {lowered}", f"Here is an easy one. {question}", f"So, {lowered}",
+        f"{question} Thanks!",
+        f"Can you help me? {question}", f"Micro, {lowered}", f"{question} Please answer.",
+    ))

@@ -20,38 +20,24 @@ class Task(NamedTuple):
 
 
 TASKS = (
-    Task("sentiment", "review", REVIEWS, 30),
-    Task("category", "message", SUPPORT, 32),
+    Task("sentiment", "review", REVIEWS, 30), Task("category", "message", SUPPORT, 32),
     Task("topic", "sentence", TOPICS, 20),
-    Task("urgency", "message", URGENCY, 9),
-    Task("type", "sentence", FORMS, 9),
+    Task("urgency", "message", URGENCY, 9), Task("type", "sentence", FORMS, 9),
 )
 WITH_LABELS = (
-    "Classify the {k} of this {t} as {o}: {m}",
-    "Is the {k} of this {t} {o}? {m}",
+    "Classify the {k} of this {t} as {o}: {m}", "Is the {k} of this {t} {o}? {m}",
     "What is the {k} of this {t}? Choose {o}.\n{m}",
-    "Classify this {t}. The labels are {a}.\n\n{m}",
-    "{m}\n\nWhich {k} fits this {t}: {o}?",
+    "Classify this {t}. The labels are {a}.\n\n{m}", "{m}\n\nWhich {k} fits this {t}: {o}?",
     "Choose one {k} ({c}) for: {m}",
-    "Which {k} is this: {o}?\n{T}: {m}",
-    "Label the {t} with one of: {c}.\n{T}: {m}",
-    "Labels: {c}\n{T}: {m}\nLabel:",
-    "Pick the right {k} for this {t} from {a}. {m}",
-    'Put the {t} "{m}" into one of these groups: {c}.',
-    "Here is a {t}: {m}\nIs it {o}?",
-    "{T}: {m}\nPossible labels: {c}\nWhich one is right?",
-    "{T}: {m}\n{K} ({c}):",
-    'Tell me the {k} of the {t} "{m}". Use {o}.',
-    "Read the {t} and answer with {o}.\n{m}",
+    "Which {k} is this: {o}?\n{T}: {m}", "Label the {t} with one of: {c}.\n{T}: {m}", "Labels: {c}\n{T}: {m}\nLabel:",
+    "Pick the right {k} for this {t} from {a}. {m}", 'Put the {t} "{m}" into one of these groups: {c}.',
+    "Here is a {t}: {m}\nIs it {o}?", "{T}: {m}\nPossible labels: {c}\nWhich one is right?", "{T}: {m}\n{K} ({c}):",
+    "Tell me the {k} of the {t} \"{m}\". Use {o}.", "Read the {t} and answer with {o}.\n{m}",
 )
 WITHOUT_LABELS = (
-    "What is the {k} of this {t}? {m}",
-    "Classify the {k}: {m}",
-    "{m}\nWhat is the {k}?",
+    "What is the {k} of this {t}? {m}", "Classify the {k}: {m}", "{m}\nWhat is the {k}?",
     "Give the {k} of this {t}: {m}",
-    "{T}: {m}\n{K}:",
-    'What {k} does the {t} "{m}" have?',
-    "Name the {k} of this {t}. {m}",
+    "{T}: {m}\n{K}:", 'What {k} does the {t} "{m}" have?', "Name the {k} of this {t}. {m}",
 )
 ONE_WORD = (" Answer with one word.", " Reply with the label only.", " Give only the label.", " One word, please.")
 SYSTEMS = (
@@ -61,32 +47,14 @@ SYSTEMS = (
     "Give the {k} of each {t}: {o}. One word only.",
     "Decide the {k} of the {t} the user sends. Possible values: {c}. Output nothing else.",
 )
-LANGUAGE_ASKS = (
-    "What language is this? {m}",
-    "Which language is this text in? {m}",
-    "In which language is this written: {m}",
-    "{m}\nWhat language is that?",
-    "Name the language: {m}",
-    "Is this English, French or German? {m}",
-)
+LANGUAGE_ASKS = ("What language is this? {m}", "Which language is this text in? {m}",
+                 "In which language is this written: {m}",
+                 "{m}\nWhat language is that?", "Name the language: {m}", "Is this English, French or German? {m}")
 LANGUAGE_ANSWERS = ("English", "English.", "This is English.", "The text is in English.", "It is written in English.")
-WORD_ASKS = (
-    "Is this word positive or negative: {w}?",
-    "Does {w} sound positive or negative?",
-    "{w}: positive or negative?",
-)
-POSITIVE = (
-    "wonderful",
-    "happy",
-    "great",
-    "lovely",
-    "excellent",
-    "kind",
-    "beautiful",
-    "friendly",
-    "perfect",
-    "brilliant",
-)
+WORD_ASKS = ("Is this word positive or negative: {w}?", "Does {w} sound positive or negative?",
+             "{w}: positive or negative?")
+POSITIVE = ("wonderful", "happy", "great", "lovely", "excellent", "kind", "beautiful", "friendly", "perfect",
+            "brilliant")
 NEGATIVE = ("terrible", "sad", "awful", "ugly", "horrible", "rude", "boring", "nasty", "broken", "dreadful")
 
 
@@ -119,16 +87,8 @@ def _slots(rng: random.Random, task: Task, text: str) -> dict[str, str]:
     labels = list(task.labels)
     rng.shuffle(labels)
     head = ", ".join(labels[:-1])
-    return {
-        "k": task.kind,
-        "K": task.kind.capitalize(),
-        "t": task.text,
-        "T": task.text.capitalize(),
-        "m": text,
-        "o": f"{head} or {labels[-1]}",
-        "a": f"{head} and {labels[-1]}",
-        "c": ", ".join(labels),
-    }
+    return {"k": task.kind, "K": task.kind.capitalize(), "t": task.text, "T": task.text.capitalize(), "m": text,
+            "o": f"{head} or {labels[-1]}", "a": f"{head} and {labels[-1]}", "c": ", ".join(labels)}
 
 
 def _answer(rng: random.Random, task: Task, label: str) -> str:
@@ -136,13 +96,11 @@ def _answer(rng: random.Random, task: Task, label: str) -> str:
     sentence = {
         "sentiment": f"The sentiment of this review is {label}.",
         "category": f"The category of this message is {label}.",
-        "topic": f"The topic of this sentence is {label}.",
-        "urgency": f"The urgency of this message is {label}.",
+        "topic": f"The topic of this sentence is {label}.", "urgency": f"The urgency of this message is {label}.",
         "type": f"This sentence is a {label}.",
     }[task.kind]
-    return rng.choice(
-        (label, label, label.capitalize(), f"{label.capitalize()}.", named, sentence, f"The {task.kind} is {label}.")
-    )
+    return rng.choice((label, label, label.capitalize(), f"{label.capitalize()}.", named, sentence,
+                       f"The {task.kind} is {label}."))
 
 
 def _classified(rng: random.Random, task: Task) -> list[str]:
@@ -173,10 +131,8 @@ def _word(rng: random.Random) -> list[str]:
     good = rng.random() < 0.5
     word, label = rng.choice(POSITIVE if good else NEGATIVE), "positive" if good else "negative"
     question = rng.choice(WORD_ASKS).format(w=word)
-    return [
-        question[0].upper() + question[1:],
-        rng.choice((label, f"{word.capitalize()} is {label}.", f"{label.capitalize()}.")),
-    ]
+    return [question[0].upper() + question[1:],
+            rng.choice((label, f"{word.capitalize()} is {label}.", f"{label.capitalize()}."))]
 
 
 def _yes_no(rng: random.Random, task: Task) -> list[str]:

@@ -37,12 +37,8 @@ def _sentence(items: Sequence[str]) -> str:
 # a form, and the words by which it is asked for
 FORMS: tuple[tuple[Callable[[Sequence[str]], str], tuple[str, ...]], ...] = (
     (
-        _bullets,
-        (
-            " as bullet points",
-            " as a bulleted list",
-            " with a dash before each",
-            " in a list with bullet points",
+        _bullets, (
+            " as bullet points", " as a bulleted list", " with a dash before each", " in a list with bullet points",
         ),
     ),
     (_numbered, (" as a numbered list", " and number them", " with numbers", " in a numbered list")),
@@ -52,19 +48,11 @@ FORMS: tuple[tuple[Callable[[Sequence[str]], str], tuple[str, ...]], ...] = (
     (_sentence, ("",)),
 )
 LIST_FRAMES = (
-    "List {count} {plural}{form}.",
-    "Name {count} {plural}{form}.",
-    "Give me {count} {plural}{form}.",
+    "List {count} {plural}{form}.", "Name {count} {plural}{form}.", "Give me {count} {plural}{form}.",
     "Tell me {count} {plural}{form}.",
-    "Can you name {count} {plural}{form}?",
-    "I need {count} {plural}{form}.",
-    "Write down {count} {plural}{form}.",
-    "Please list {count} {plural}{form}.",
-    "Could you give me {count} {plural}{form}?",
-    "Write {count} {plural}{form}.",
-    "What are {count} {plural}? Write them{form}.",
-    "Show me {count} {plural}{form}.",
-    "name {count} {plural}{form}",
+    "Can you name {count} {plural}{form}?", "I need {count} {plural}{form}.", "Write down {count} {plural}{form}.",
+    "Please list {count} {plural}{form}.", "Could you give me {count} {plural}{form}?", "Write {count} {plural}{form}.",
+    "What are {count} {plural}? Write them{form}.", "Show me {count} {plural}{form}.", "name {count} {plural}{form}",
 )
 
 
@@ -94,14 +82,9 @@ def plain_list(rng: random.Random) -> Conversation:
         return turns(asked, answer)
     left = [member for member in members if member not in items]
     more = rng.randint(1, min(3, len(left)))
-    again = rng.choice(
-        (
-            "{} more, please.",
-            "Give me {} more.",
-            "Now name {} more.",
-            "And {} more?",
-        )
-    ).format(NUMBERS[more])
+    again = rng.choice((
+        "{} more, please.", "Give me {} more.", "Now name {} more.", "And {} more?",
+    )).format(NUMBERS[more])
     return turns(asked, answer, capitalised(again), _sentence(rng.sample(left, more)))
 
 
@@ -110,17 +93,11 @@ def one_member(rng: random.Random) -> Conversation:
     _, single, members = rng.choice(CATEGORIES)
     item = rng.choice(members)
     one, letter = with_article(single), item[0].upper()
-    asked = rng.choice(
-        (
-            f"Name {one}.",
-            f"Give me {one}.",
-            f"Tell me the name of {one}.",
-            f"Name {one} that begins with {letter}.",
-            f"Think of {one}.",
-            f"I need {one} starting with the letter {letter}.",
-            f"Can you name {one} that starts with {letter}?",
-        )
-    )
+    asked = rng.choice((
+        f"Name {one}.", f"Give me {one}.", f"Tell me the name of {one}.", f"Name {one} that begins with {letter}.",
+        f"Think of {one}.",
+        f"I need {one} starting with the letter {letter}.", f"Can you name {one} that starts with {letter}?",
+    ))
     return turns(asked, f"{capitalised(item)}.")
 
 
@@ -131,14 +108,11 @@ def steps(rng: random.Random) -> Conversation:
     said = [rng.choice(STEP_FRAMES).format(what=what), start + _numbered(parts)]
     if rng.random() < 0.3:
         place = rng.randrange(len(parts))
-        said += rng.choice(
-            (
-                (f"What is the {ORDINALS[place]} step?", parts[place]),
-                (f"What is step {place + 1}?", parts[place]),
-                ("How many steps are there?", f"There are {NUMBERS[len(parts)]} steps."),
-                ("What is the last step?", parts[-1]),
-            )
-        )
+        said += rng.choice((
+            (f"What is the {ORDINALS[place]} step?", parts[place]), (f"What is step {place + 1}?", parts[place]),
+            ("How many steps are there?", f"There are {NUMBERS[len(parts)]} steps."),
+            ("What is the last step?", parts[-1]),
+        ))
     return turns(*said)
 
 
@@ -147,15 +121,11 @@ def in_order(rng: random.Random) -> Exchange:
     items = rng.sample(WORDS, rng.randint(3, 6))
     text = _commas(items)
     if rng.random() < 0.75:
-        asked = rng.choice(
-            (
-                f"Sort these words: {text}",
-                f"Put these words in alphabetical order: {text}",
-                f"Sort alphabetically: {text}",
-                f"Sort these words from A to Z: {text}",
-                f"Please order these words by the alphabet: {text}.",
-            )
-        )
+        asked = rng.choice((
+            f"Sort these words: {text}", f"Put these words in alphabetical order: {text}",
+            f"Sort alphabetically: {text}",
+            f"Sort these words from A to Z: {text}", f"Please order these words by the alphabet: {text}.",
+        ))
         return asked, _commas(sorted(items))
     asked = rng.choice((f"Sort these words from Z to A: {text}", f"Sort in reverse alphabetical order: {text}"))
     return asked, _commas(sorted(items, reverse=True))
@@ -165,15 +135,11 @@ def reverse(rng: random.Random) -> Exchange:
     """A list turned around."""
     items = rng.sample(WORDS, rng.randint(3, 6))
     text = _commas(items)
-    asked = rng.choice(
-        (
-            f"Reverse the order of this list: {text}",
-            f"Write this list backwards: {text}",
-            f"Turn this list around: {text}",
-            f"Put these words in the opposite order: {text}",
-            f"Reverse this list: {text}.",
-        )
-    )
+    asked = rng.choice((
+        f"Reverse the order of this list: {text}", f"Write this list backwards: {text}",
+        f"Turn this list around: {text}",
+        f"Put these words in the opposite order: {text}", f"Reverse this list: {text}.",
+    ))
     return asked, _commas(items[::-1])
 
 
@@ -181,30 +147,18 @@ def odd_one(rng: random.Random) -> Exchange:
     """Which of some words is of a category."""
     plural, single, members = rng.choice(CATEGORIES)
     others = [
-        word
-        for name, _, some in CATEGORIES
-        if name != plural
-        for word in some
-        if _unrelated(
-            plural,
-            name,
-            word,
-            members,
+        word for name, _, some in CATEGORIES if name != plural for word in some if _unrelated(
+            plural, name, word, members,
         )
     ]
     right = rng.choice(members)
     items = [right, *rng.sample(sorted(set(others)), rng.choice((2, 3)))]
     rng.shuffle(items)
     text, one = joined(items, "or"), with_article(single)
-    asked = rng.choice(
-        (
-            f"Which of these is {one}: {text}?",
-            f"Which one is {one}: {text}?",
-            f"Which word means {one}: {text}?",
-            f"Find {one}: {_commas(items)}",
-            f"Pick {one} from this list: {_commas(items)}",
-        )
-    )
+    asked = rng.choice((
+        f"Which of these is {one}: {text}?", f"Which one is {one}: {text}?", f"Which word means {one}: {text}?",
+        f"Find {one}: {_commas(items)}", f"Pick {one} from this list: {_commas(items)}",
+    ))
     return asked, rng.choice((f"{capitalised(right)}.", f"{capitalised(right)} is {one}.", f"It is {right}."))
 
 
@@ -212,18 +166,12 @@ def odd_one(rng: random.Random) -> Exchange:
 NEAR = (
     ("fruits", "vegetables", "sweet things", "breakfast foods", "colours", "drinks", "trees"),
     ("animals", "animal", "pets", "birds", "insects", "things that fly", "wild", "farm"),
-    ("countries", "capital", "languages"),
-    ("boy", "girl", "months", "flowers", "days", "planets", "family", "jobs"),
+    ("countries", "capital", "languages"), ("boy", "girl", "months", "flowers", "days", "planets", "family", "jobs"),
     ("kitchen", "classroom", "furniture", "tools", "trip", "rooms", "clothes", "vehicles", "buildings"),
-    ("flowers", "trees", "colours", "materials"),
-    ("metals", "materials", "colours", "things that are cold", "planets"),
-    ("sports", "games", "school", "musical"),
-    ("weather", "things that are cold"),
-    ("school", "languages"),
+    ("flowers", "trees", "colours", "materials"), ("metals", "materials", "colours", "things that are cold", "planets"),
+    ("sports", "games", "school", "musical"), ("weather", "things that are cold"), ("school", "languages"),
     ("breakfast foods", "sweet things", "drinks", "things that are cold", "trip"),
-    ("shapes", "planets", "weather", "sweet"),
-    ("body", "musical"),
-    ("games", "buildings"),
+    ("shapes", "planets", "weather", "sweet"), ("body", "musical"), ("games", "buildings"),
     ("shapes", "materials", "metals"),
     ("trip", "classroom", "clothes", "drinks", "things that fly", "vehicles"),
     ("trip", "kitchen", "materials", "metals"),
@@ -241,23 +189,17 @@ def counted(rng: random.Random) -> Exchange:
     if rng.random() < 0.5:
         text = rng.choice(SENTENCES)
         number = len(text.split())
-        asked = rng.choice(
-            (
-                f"Count the words in: {text}.",
-                f"How many words are in this sentence: {text}.",
-                f'How many words has "{text}"?',
-            )
-        )
+        asked = rng.choice((
+            f"Count the words in: {text}.", f"How many words are in this sentence: {text}.",
+            f'How many words has "{text}"?',
+        ))
     else:
         items = rng.sample(WORDS, rng.randint(2, 8))
         number = len(items)
-        asked = rng.choice(
-            (
-                f"Count the words in: {' '.join(items)}",
-                f"How many words are here: {_commas(items)}",
-                f"How many things are in this list: {_commas(items)}?",
-            )
-        )
+        asked = rng.choice((
+            f"Count the words in: {' '.join(items)}", f"How many words are here: {_commas(items)}",
+            f"How many things are in this list: {_commas(items)}?",
+        ))
     return asked, rng.choice((f"{capitalised(NUMBERS[number])}.", f"There are {NUMBERS[number]}.", str(number)))
 
 
@@ -295,24 +237,15 @@ def added(rng: random.Random) -> Exchange:
     """A word put before or after those of a list."""
     items = rng.sample(WORDS, rng.randint(3, 6))
     word, rest = items[0], items[1:]
-    return rng.choice(
-        (
-            (f"Add {word} to the end of this list: {_commas(rest)}", _commas([*rest, word])),
-            (f"Put {word} at the start of this list: {_commas(rest)}", _commas(items)),
-            (f"Add {word} to this list: {_commas(rest)}", _commas([*rest, word])),
-        )
-    )
+    return rng.choice((
+        (f"Add {word} to the end of this list: {_commas(rest)}", _commas([*rest, word])),
+        (f"Put {word} at the start of this list: {_commas(rest)}", _commas(items)),
+        (f"Add {word} to this list: {_commas(rest)}", _commas([*rest, word])),
+    ))
 
 
 TASKS: tuple[Callable[[random.Random], Exchange], ...] = (
-    in_order,
-    reverse,
-    odd_one,
-    odd_one,
-    counted,
-    picked,
-    reshaped,
-    added,
+    in_order, reverse, odd_one, odd_one, counted, picked, reshaped, added,
 )
 
 

@@ -32,14 +32,9 @@ def farewell(rng: random.Random) -> Exchange:
     """Goodbye, answered."""
     said = rng.choice(lines.FAREWELLS)
     if said in ("Good night.", "I am going to bed."):
-        return said, rng.choice(
-            (
-                "Good night!",
-                "Good night! Sleep well.",
-                "Sleep well!",
-                "Good night, and sweet dreams.",
-            )
-        )
+        return said, rng.choice((
+            "Good night!", "Good night! Sleep well.", "Sleep well!", "Good night, and sweet dreams.",
+        ))
     return said, _either(rng, lines.PARTED, lines.WISHES)
 
 
@@ -61,7 +56,7 @@ def identity(rng: random.Random) -> Exchange:
         parts = ["No, I am not a person.", parts[0], "I am a small language model in the Quickchange server."]
     if said in ("Are you a robot?", "Are you an AI?"):
         parts = ["I am a small language model, so I am only a program.", parts[0], parts[2]]
-    return said, " ".join(parts[: rng.choice((2, 2, 3))])
+    return said, " ".join(parts[:rng.choice((2, 2, 3))])
 
 
 def abilities(rng: random.Random) -> Exchange:
@@ -80,57 +75,34 @@ def trust(rng: random.Random) -> Exchange:
 def weather(rng: random.Random) -> Exchange:
     """What the weather is like."""
     if rng.random() < 0.2:
-        asked = rng.choice(
-            (
-                "How is the weather?",
-                "What is the weather like today?",
-                "Will it rain tomorrow?",
-                "Is it cold outside?",
-            )
-        )
-        return asked, rng.choice(
-            (
-                "I cannot see the weather. Please look out of the window.",
-                "I do not know, for I cannot look outside.",
-                "I cannot know that. A weather report will tell you.",
-                "I have no window, so I do not know.",
-            )
-        )
+        asked = rng.choice((
+            "How is the weather?", "What is the weather like today?", "Will it rain tomorrow?", "Is it cold outside?",
+        ))
+        return asked, rng.choice((
+            "I cannot see the weather. Please look out of the window.", "I do not know, for I cannot look outside.",
+            "I cannot know that. A weather report will tell you.", "I have no window, so I do not know.",
+        ))
     kind, answers = rng.choice(lines.WEATHER)
     where = rng.choice(("", " here", " today", " outside", " again", " this morning", " in my town"))
-    said = rng.choice(
-        (
-            f"It is {kind}{where}.",
-            f"It's {kind}{where}!",
-            f"It has been {kind} all day.",
-            f"Oh no, it is {kind}{where}.",
-        )
-    )
+    said = rng.choice((
+        f"It is {kind}{where}.", f"It's {kind}{where}!", f"It has been {kind} all day.", f"Oh no, it is {kind}{where}.",
+    ))
     return said, rng.choice(answers)
 
 
 def likes(rng: random.Random) -> Exchange:
     """Whether Micro likes a thing."""
     thing, again, reason = rng.choice(lines.LIKED)
-    said, mine = rng.choice(
-        (
-            (f"Do you like {thing}?", True),
-            (f"What do you think about {thing}?", False),
-            (f"I like {thing}.", False),
-            (f"I love {thing}!", False),
-            (f"Are you fond of {thing}?", True),
-            (f"What do you think of {thing}?", False),
-            (f"Tell me something nice about {thing}.", False),
-        )
-    )
+    said, mine = rng.choice((
+        (f"Do you like {thing}?", True), (f"What do you think about {thing}?", False), (f"I like {thing}.", False),
+        (f"I love {thing}!", False), (f"Are you fond of {thing}?", True), (f"What do you think of {thing}?", False),
+        (f"Tell me something nice about {thing}.", False),
+    ))
     start = "Yes, " if mine else ""
-    return said, start + rng.choice(
-        (
-            f"{again if mine else capitalised(again)} must be nice: {reason}.",
-            f"I like to talk about {again}: {reason}.",
-            f"I am only a program, but I like the thought that {reason}.",
-        )
-    )
+    return said, start + rng.choice((
+        f"{again if mine else capitalised(again)} must be nice: {reason}.",
+        f"I like to talk about {again}: {reason}.", f"I am only a program, but I like the thought that {reason}.",
+    ))
 
 
 def joke(rng: random.Random) -> Exchange:
@@ -158,42 +130,27 @@ def blame(rng: random.Random) -> Exchange:
 def mood(rng: random.Random) -> Exchange:
     """How the user feels."""
     feeling, answers = rng.choice(lines.MOODS)
-    said = rng.choice(
-        (
-            f"I am {feeling}.",
-            f"I am so {feeling}!",
-            f"I feel {feeling} today.",
-            f"I'm {feeling}",
-            f"I am a bit {feeling}.",
-            f"Today I am very {feeling}.",
-            f"I feel {feeling}.",
-            f"I have been {feeling} all day.",
-        )
-    )
+    said = rng.choice((
+        f"I am {feeling}.", f"I am so {feeling}!", f"I feel {feeling} today.", f"I'm {feeling}",
+        f"I am a bit {feeling}.",
+        f"Today I am very {feeling}.", f"I feel {feeling}.", f"I have been {feeling} all day.",
+    ))
     return said, rng.choice(answers)
 
 
 def choice(rng: random.Random) -> Exchange:
     """Which of two things is better."""
     first, second, why_first, why_second = rng.choice(lines.CHOICES)
-    said = rng.choice(
-        (
-            f"What do you like better, {first} or {second}?",
-            f"Which is better, {first} or {second}?",
-            f"{capitalised(first)} or {second}?",
-            f"Do you prefer {first} or {second}?",
-            f"Would you choose {first} or {second}?",
-        )
-    )
+    said = rng.choice((
+        f"What do you like better, {first} or {second}?", f"Which is better, {first} or {second}?",
+        f"{capitalised(first)} or {second}?",
+        f"Do you prefer {first} or {second}?", f"Would you choose {first} or {second}?",
+    ))
     name, why = rng.choice(((first, why_first), (second, why_second)))
-    return said, rng.choice(
-        (
-            f"I would choose {name}, because {why}.",
-            f"{capitalised(name)}, I think, because {why}. But both are good.",
-            f"Both are good. {capitalised(why_first)}, and {why_second}.",
-            f"I would say {name}: {why}.",
-        )
-    )
+    return said, rng.choice((
+        f"I would choose {name}, because {why}.", f"{capitalised(name)}, I think, because {why}. But both are good.",
+        f"Both are good. {capitalised(why_first)}, and {why_second}.", f"I would say {name}: {why}.",
+    ))
 
 
 def question(rng: random.Random) -> Exchange:
@@ -202,14 +159,9 @@ def question(rng: random.Random) -> Exchange:
     full = asked.full
     if asked.short in ("Yes", "No") or asked.topic == "meanings":
         return worded(asked.question, rng), full
-    return worded(asked.question, rng), rng.choice(
-        (
-            full,
-            full,
-            full,
-            f"{capitalised(asked.short)}.".replace("..", "."),
-        )
-    )
+    return worded(asked.question, rng), rng.choice((
+        full, full, full, f"{capitalised(asked.short)}.".replace("..", "."),
+    ))
 
 
 def meaning(rng: random.Random) -> Exchange:
@@ -221,24 +173,14 @@ def meaning(rng: random.Random) -> Exchange:
 def introduction(rng: random.Random) -> list[Exchange]:
     """The user's name given, and asked for afterwards."""
     name = rng.choice(lines.NAMES)
-    said = rng.choice(
-        (
-            f"My name is {name}.",
-            f"I am {name}.",
-            f"Hi, I'm {name}.",
-            f"Hello, my name is {name}.",
-            f"You can call me {name}.",
-            f"Hello! I am {name}. Who are you?",
-        )
-    )
-    met = rng.choice(
-        (
-            f"Nice to meet you, {name}!",
-            f"Hello, {name}!",
-            f"Hi {name}! I am Micro.",
-            f"Pleased to meet you, {name}.",
-        )
-    )
+    said = rng.choice((
+        f"My name is {name}.", f"I am {name}.", f"Hi, I'm {name}.", f"Hello, my name is {name}.",
+        f"You can call me {name}.",
+        f"Hello! I am {name}. Who are you?",
+    ))
+    met = rng.choice((
+        f"Nice to meet you, {name}!", f"Hello, {name}!", f"Hi {name}! I am Micro.", f"Pleased to meet you, {name}.",
+    ))
     met = f"Hello, {name}! I am Micro, a small language model." if said.endswith("?") else met
     asked = rng.choice(("What is my name?", "Do you remember my name?", "Who am I?", "What did I say my name was?"))
     told = rng.choice((f"Your name is {name}.", f"You are {name}.", f"You told me that your name is {name}."))
@@ -257,24 +199,9 @@ def riddle(rng: random.Random) -> list[Exchange]:
 
 OPENERS: tuple[Callable[[random.Random], Exchange], ...] = (greeting, greeting, well_being, identity)
 MIDDLES: tuple[Callable[[random.Random], Exchange], ...] = (
-    identity,
-    identity,
-    abilities,
-    trust,
-    weather,
-    likes,
-    joke,
-    mood,
-    choice,
-    question,
-    question,
-    question,
-    question,
+    identity, identity, abilities, trust, weather, likes, joke, mood, choice, question, question, question, question,
     meaning,
-    meaning,
-    well_being,
-    compliment,
-    apology,
+    meaning, well_being, compliment, apology,
 )
 CLOSERS: tuple[Callable[[random.Random], Exchange], ...] = (farewell, thanks, compliment, blame, joke)
 

@@ -25,26 +25,18 @@ class Story(NamedTuple):
 
 def _words(rng: random.Random) -> dict[str, str]:
     """Everything that a sentence of a story may name."""
-    kind, gender = rng.choice(
-        (*people.PERSONS, *((one, rng.choice((people.MALE, people.FEMALE))) for one in people.ANIMALS))
-    )
+    kind, gender = rng.choice((
+        *people.PERSONS, *((one, rng.choice((people.MALE, people.FEMALE))) for one in people.ANIMALS)
+    ))
     trait, thing = rng.choice(people.TRAITS), rng.choice(people.THINGS)
     friend = rng.choice([one for one in people.FRIENDS if not one.endswith(kind)])
     near, place = rng.choice(people.PLACES)
     a_trait = with_article(trait)
     return {
-        **people.PRONOUNS[gender],
-        "kind": kind,
-        "a_kind": with_article(kind),
-        "name": rng.choice(people.NAMES[gender]),
-        "a_trait": a_trait,
-        "A_trait": capitalised(a_trait),
-        "thing": thing,
-        "a_thing": with_article(thing),
+        **people.PRONOUNS[gender], "kind": kind, "a_kind": with_article(kind), "name": rng.choice(people.NAMES[gender]),
+        "a_trait": a_trait, "A_trait": capitalised(a_trait), "thing": thing, "a_thing": with_article(thing),
         "friend": friend,
-        "at": f"{near} the {place}",
-        "place": f"the {place}",
-        "day": rng.choice(people.WEATHERS),
+        "at": f"{near} the {place}", "place": f"the {place}", "day": rng.choice(people.WEATHERS),
     }
 
 
@@ -73,19 +65,12 @@ def _paragraphs(rng: random.Random, sentences: list[str]) -> str:
 
 def _about(rng: random.Random, words: dict[str, str]) -> str:
     """What of the story is asked for."""
-    return rng.choice(
-        (
-            words["a_kind"],
-            words["a_kind"],
-            f"{words['a_kind']} named {words['name']}",
-            f"{words['a_kind']} and {words['a_thing']}",
-            f"{words['a_kind']} and the {words['friend']}",
-            words["a_thing"],
-            f"{words['a_kind']} who lives {words['at']}",
-            f"{words['name']} and the {words['thing']}",
-            f"{words['a_kind']} called {words['name']} and {words['a_thing']}",
-        )
-    )
+    return rng.choice((
+        words["a_kind"], words["a_kind"], f"{words['a_kind']} named {words['name']}",
+        f"{words['a_kind']} and {words['a_thing']}",
+        f"{words['a_kind']} and the {words['friend']}", words["a_thing"], f"{words['a_kind']} who lives {words['at']}",
+        f"{words['name']} and the {words['thing']}", f"{words['a_kind']} called {words['name']} and {words['a_thing']}",
+    ))
 
 
 def told(rng: random.Random) -> Conversation:
@@ -101,16 +86,14 @@ def told(rng: random.Random) -> Conversation:
 def _afterwards(rng: random.Random, story: Story) -> tuple[str, str]:
     """A question about the story, or thanks for it."""
     words = story.words
-    return rng.choice(
-        (
-            (f"What was the name of the {words['kind']}?", f"The name of the {words['kind']} was {words['name']}."),
-            (f"Where did {words['name']} live?", f"{words['name']} lived {words['at']}."),
-            (f"Who was {words['name']}?", f"{words['name']} was {words['a_trait']} {words['kind']}."),
-            ("Who else was in the story?", f"The {words['friend']} was in it too."),
-            ("That was nice. Thank you!", "You are welcome! I am glad that you liked it."),
-            ("What a lovely story!", "Thank you! Ask me for another one whenever you like."),
-        )
-    )
+    return rng.choice((
+        (f"What was the name of the {words['kind']}?", f"The name of the {words['kind']} was {words['name']}."),
+        (f"Where did {words['name']} live?", f"{words['name']} lived {words['at']}."),
+        (f"Who was {words['name']}?", f"{words['name']} was {words['a_trait']} {words['kind']}."),
+        ("Who else was in the story?", f"The {words['friend']} was in it too."),
+        ("That was nice. Thank you!", "You are welcome! I am glad that you liked it."),
+        ("What a lovely story!", "Thank you! Ask me for another one whenever you like."),
+    ))
 
 
 def continued(rng: random.Random) -> Conversation:
@@ -142,8 +125,7 @@ def letter(rng: random.Random) -> Conversation:
         sender = "[your name]"
     body = " ".join(rng.choice(slot).format(**words) for slot in slots)
     return turns(
-        asked,
-        f"{rng.choice(scenes.HELLOS).format(**words)}\n\n{body}\n\n{rng.choice(scenes.CLOSINGS)},\n{sender}",
+        asked, f"{rng.choice(scenes.HELLOS).format(**words)}\n\n{body}\n\n{rng.choice(scenes.CLOSINGS)},\n{sender}",
     )
 
 

@@ -11,83 +11,30 @@ Pair = tuple[str, str]
 
 # A unit in the singular and the plural, how many of a smaller unit it holds, and that unit in the plural.
 UNITS: tuple[tuple[str, str, int, str], ...] = (
-    ("kilometre", "kilometres", 1000, "metres"),
-    ("metre", "metres", 100, "centimetres"),
-    ("centimetre", "centimetres", 10, "millimetres"),
-    ("kilogram", "kilograms", 1000, "grams"),
-    ("tonne", "tonnes", 1000, "kilograms"),
-    ("litre", "litres", 1000, "millilitres"),
+    ("kilometre", "kilometres", 1000, "metres"), ("metre", "metres", 100, "centimetres"),
+    ("centimetre", "centimetres", 10, "millimetres"), ("kilogram", "kilograms", 1000, "grams"),
+    ("tonne", "tonnes", 1000, "kilograms"), ("litre", "litres", 1000, "millilitres"),
     ("minute", "minutes", 60, "seconds"),
-    ("hour", "hours", 60, "minutes"),
-    ("day", "days", 24, "hours"),
-    ("week", "weeks", 7, "days"),
-    ("year", "years", 12, "months"),
-    ("century", "centuries", 100, "years"),
-    ("decade", "decades", 10, "years"),
-    ("foot", "feet", 12, "inches"),
-    ("yard", "yards", 3, "feet"),
-    ("pound", "pounds", 16, "ounces"),
-    ("byte", "bytes", 8, "bits"),
-    ("kilobyte", "kilobytes", 1000, "bytes"),
+    ("hour", "hours", 60, "minutes"), ("day", "days", 24, "hours"), ("week", "weeks", 7, "days"),
+    ("year", "years", 12, "months"), ("century", "centuries", 100, "years"), ("decade", "decades", 10, "years"),
+    ("foot", "feet", 12, "inches"), ("yard", "yards", 3, "feet"), ("pound", "pounds", 16, "ounces"),
+    ("byte", "bytes", 8, "bits"), ("kilobyte", "kilobytes", 1000, "bytes"),
     ("megabyte", "megabytes", 1000, "kilobytes"),
-    ("gigabyte", "gigabytes", 1000, "megabytes"),
-    ("dozen", "dozen", 12, "items"),
-    ("euro", "euros", 100, "cents"),
-    ("dollar", "dollars", 100, "cents"),
-    ("metre", "metres", 1000, "millimetres"),
+    ("gigabyte", "gigabytes", 1000, "megabytes"), ("dozen", "dozen", 12, "items"), ("euro", "euros", 100, "cents"),
+    ("dollar", "dollars", 100, "cents"), ("metre", "metres", 1000, "millimetres"),
 )
-SHORT = {
-    "kilometre": "km",
-    "metre": "m",
-    "centimetre": "cm",
-    "metres": "m",
-    "centimetres": "cm",
-    "millimetres": "mm",
-    "kilogram": "kg",
-    "grams": "g",
-    "litre": "l",
-    "millilitres": "ml",
-    "kilometres": "km",
-    "kilograms": "kg",
-    "litres": "l",
-}
+SHORT = {"kilometre": "km", "metre": "m", "centimetre": "cm", "metres": "m", "centimetres": "cm", "millimetres": "mm",
+         "kilogram": "kg", "grams": "g", "litre": "l", "millilitres": "ml", "kilometres": "km", "kilograms": "kg",
+         "litres": "l"}
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-MONTHS = (
-    "January",
-    "February",
-    "March",
-    "April",
-    "May",
-    "June",
-    "July",
-    "August",
-    "September",
-    "October",
-    "November",
-    "December",
-)
+MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+          "December")
 LENGTHS = (31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
-ORDINALS = (
-    "first",
-    "second",
-    "third",
-    "fourth",
-    "fifth",
-    "sixth",
-    "seventh",
-    "eighth",
-    "ninth",
-    "tenth",
-    "eleventh",
-    "twelfth",
-)
+ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth", "eleventh",
+            "twelfth")
 SEASONS = ("spring", "summer", "autumn", "winter")
-SEASON_MONTHS = {
-    "spring": "March, April and May",
-    "summer": "June, July and August",
-    "autumn": "September, October and November",
-    "winter": "December, January and February",
-}
+SEASON_MONTHS = {"spring": "March, April and May", "summer": "June, July and August",
+                 "autumn": "September, October and November", "winter": "December, January and February"}
 FIXED: tuple[Pair, ...] = (
     ("How many days are in a week?", "There are 7 days in a week."),
     ("How many months are in a year?", "There are 12 months in a year."),
@@ -113,10 +60,8 @@ FIXED: tuple[Pair, ...] = (
     ("How many minutes are in a quarter of an hour?", "A quarter of an hour is 15 minutes."),
     ("How many minutes are in half an hour?", "Half an hour is 30 minutes."),
     ("How many seconds are in an hour?", "There are 3600 seconds in an hour."),
-    ("What does km mean?", "km means kilometre."),
-    ("What does kg mean?", "kg means kilogram."),
-    ("What does ml mean?", "ml means millilitre."),
-    ("What does cm mean?", "cm means centimetre."),
+    ("What does km mean?", "km means kilometre."), ("What does kg mean?", "kg means kilogram."),
+    ("What does ml mean?", "ml means millilitre."), ("What does cm mean?", "cm means centimetre."),
     ("At what temperature does water freeze?", "Water freezes at 0 degrees Celsius."),
     ("At what temperature does water boil?", "Water boils at 100 degrees Celsius at sea level."),
     ("What time is noon?", "Noon is 12 o'clock in the middle of the day."),
@@ -136,24 +81,12 @@ def _fixed(rng: random.Random) -> Pair:
 
 def _fact(rng: random.Random) -> Pair:
     one, _, size, small = rng.choice(UNITS)
-    ask = rng.choice(
-        (
-            "How many {s} are in {a}?",
-            "How many {s} are there in {a}?",
-            "How many {s} does {a} have?",
-            "how many {s} in {a}",
-            "How many {s} make {a}?",
-        )
-    )
+    ask = rng.choice(("How many {s} are in {a}?", "How many {s} are there in {a}?", "How many {s} does {a} have?",
+                      "how many {s} in {a}", "How many {s} make {a}?"))
     holder = _a(one)
-    answer = rng.choice(
-        (
-            f"There are {size} {small} in {holder}.",
-            f"{size}",
-            f"{holder.capitalize()} has {size} {small}.",
-            f"{size} {small}.",
-        )
-    )
+    answer = rng.choice((f"There are {size} {small} in {holder}.", f"{size}",
+                         f"{holder.capitalize()} has {size} {small}.",
+                         f"{size} {small}."))
     return ask.format(s=small, a=holder), answer
 
 
@@ -162,28 +95,14 @@ def _convert(rng: random.Random) -> Pair:
     n = rng.randint(2, 12) if rng.random() < 0.8 else rng.randint(13, 50)
     verb = "are" if rng.random() < 0.5 else "make"
     if rng.random() < 0.3:
-        return (
-            rng.choice(
-                (
-                    f"How many {many} {verb} {n * size} {small}?"
-                    if verb == "are"
-                    else f"How many {many} is {n * size} {small}?",
-                    f"Convert {n * size} {small} to {many}.",
-                )
-            ),
-            f"{n * size} {small} = {n} {many}.",
-        )
+        return (rng.choice((f"How many {many} {verb} {n * size} {small}?" if verb == "are" else
+                            f"How many {many} is {n * size} {small}?", f"Convert {n * size} {small} to {many}.")),
+                f"{n * size} {small} = {n} {many}.")
     if one in SHORT and small in SHORT and rng.random() < 0.4:
         ask = rng.choice(("Convert {n} {b} to {s}.", "{n} {b} in {s}?", "How many {s} is {n} {b}?", "{n} {b} = ? {s}"))
         return ask.format(n=n, b=SHORT[one], s=SHORT[small]), f"{n} {SHORT[one]} = {n * size} {SHORT[small]}."
-    ask = rng.choice(
-        (
-            "How many {s} are in {n} {b}?",
-            "Convert {n} {b} to {s}.",
-            "What is {n} {b} in {s}?",
-            "How many {s} are there in {n} {b}?",
-        )
-    )
+    ask = rng.choice(("How many {s} are in {n} {b}?", "Convert {n} {b} to {s}.", "What is {n} {b} in {s}?",
+                      "How many {s} are there in {n} {b}?"))
     answer = rng.choice(("{n} {b} = {r} {s}.", "There are {r} {s} in {n} {b}.", "{r} {s}.", "{r}"))
     return ask.format(n=n, b=many, s=small), answer.format(n=n, b=many, s=small, r=n * size)
 
@@ -192,21 +111,13 @@ def _day(rng: random.Random) -> Pair:
     i = rng.randrange(7)
     today, after, before = DAYS[i], DAYS[(i + 1) % 7], DAYS[i - 1]
     if rng.random() < 0.35:
-        ask = rng.choice(
-            (
-                "What day comes after {d}?",
-                "Which day comes after {d}?",
-                "What is the day after {d}?",
-                "Today is {d}. What day is tomorrow?",
-                "If today is {d}, what is tomorrow?",
-            )
-        )
+        ask = rng.choice(("What day comes after {d}?", "Which day comes after {d}?", "What is the day after {d}?",
+                          "Today is {d}. What day is tomorrow?", "If today is {d}, what is tomorrow?"))
         tail = f"Tomorrow is {after}." if "omorrow" in ask else f"{after} comes after {today}."
         return ask.format(d=today), rng.choice((tail, after, f"{after}."))
     if rng.random() < 0.4:
-        ask = rng.choice(
-            ("What day comes before {d}?", "Which day is before {d}?", "Today is {d}. What day was yesterday?")
-        )
+        ask = rng.choice(("What day comes before {d}?", "Which day is before {d}?",
+                          "Today is {d}. What day was yesterday?"))
         tail = f"Yesterday was {before}." if "yesterday" in ask else f"{before} comes before {today}."
         return ask.format(d=today), rng.choice((tail, before, f"{before}."))
     if rng.random() < 0.4:
@@ -231,14 +142,8 @@ def _month(rng: random.Random) -> Pair:
         ask = rng.choice(("What month comes before {m}?", "Which month is before {m}?"))
         return ask.format(m=month), rng.choice((f"{before} comes before {month}.", before, f"{before}."))
     if kind == 2:
-        ask = rng.choice(
-            (
-                "Which month is the {o}?",
-                "What is the {o} month of the year?",
-                "Which is the {o} month?",
-                "Name the {o} month.",
-            )
-        )
+        ask = rng.choice(("Which month is the {o}?", "What is the {o} month of the year?", "Which is the {o} month?",
+                          "Name the {o} month."))
         return ask.format(o=rank), rng.choice((f"The {rank} month is {month}.", month, f"{month} is the {rank} month."))
     if kind == 3:
         ask = rng.choice(("Which number is the month {m}?", "What number month is {m}?", "Is {m} month number {n}?"))
@@ -249,9 +154,8 @@ def _month(rng: random.Random) -> Pair:
 
 def _month_length(rng: random.Random, i: int) -> Pair:
     month, length = MONTHS[i], LENGTHS[i]
-    ask = rng.choice(
-        ("How many days are in {m}?", "How many days does {m} have?", "how many days in {m}", "How long is {m}?")
-    )
+    ask = rng.choice(("How many days are in {m}?", "How many days does {m} have?", "how many days in {m}",
+                      "How long is {m}?"))
     if i == 1:
         return ask.format(m=month), "February has 28 days, and 29 days in a leap year."
     return ask.format(m=month), rng.choice((f"{month} has {length} days.", f"{length} days.", f"{length}"))
@@ -307,15 +211,13 @@ def _clock(rng: random.Random) -> Pair:
         count = "1 hour" if end - start == 1 else f"{end - start} hours"
         return f"How many hours are there from {start}:00 to {end}:00?", rng.choice((f"{count}.".capitalize(), count))
     pm = rng.randint(13, 23)
-    return rng.choice(
-        (f"What is {pm}:00 in 12-hour time?", f"What is {pm}:00 on a 12-hour clock?")
-    ), f"It is {pm - 12}:00 pm."
+    return rng.choice((f"What is {pm}:00 in 12-hour time?",
+                       f"What is {pm}:00 on a 12-hour clock?")), f"It is {pm - 12}:00 pm."
 
 
 def _bigger(rng: random.Random) -> Pair:
-    one, _, _, small = rng.choice(
-        [unit for unit in UNITS if unit[0] not in ("dozen", "euro", "dollar", "foot", "yard")]
-    )
+    one, _, _, small = rng.choice([unit for unit in UNITS if unit[0] not in ("dozen", "euro", "dollar", "foot",
+                                                                             "yard")])
     little = small.removesuffix("s")
     word = "shorter" if one in ("minute", "hour", "day", "week", "year", "century", "decade") else "smaller"
     up = {"shorter": "longer", "smaller": "bigger"}[word]
@@ -327,14 +229,7 @@ def _bigger(rng: random.Random) -> Pair:
 
 
 KINDS: tuple[tuple[Callable[[random.Random], Pair], int], ...] = (
-    (_fact, 12),
-    (_convert, 20),
-    (_day, 14),
-    (_month, 16),
-    (_season, 5),
-    (_leap, 6),
-    (_clock, 14),
-    (_bigger, 5),
+    (_fact, 12), (_convert, 20), (_day, 14), (_month, 16), (_season, 5), (_leap, 6), (_clock, 14), (_bigger, 5),
     (_fixed, 12),
 )
 
