@@ -95,7 +95,7 @@ def _number(data: Mapping[str, Any], name: str, *, whole: bool = False) -> Any:
     kinds = (int,) if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < MAX_NUMBER:
         kind = "integer" if whole else "number"
-        raise ValueError(f"adapter_config.json: {name} is {str(value)[:40]!r}: it must be a positive {kind}")
+        raise ValueError(f"adapter_config.json: {name} is {value!r:.40}: it must be a positive {kind}")
     return value
 
 

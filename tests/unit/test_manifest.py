@@ -144,6 +144,14 @@ def test_weights_that_do_not_fit_are_refused(
     assert words in refusal(folder)
 
 
+def test_a_config_and_tensors_of_different_ranks_are_refused(folder: Path) -> None:
+    """The scaling is alpha by rank: served with the tensors' rank, the adapter would not be what PEFT plays."""
+    write(folder, config=CONFIG | {"r": 4})
+    assert "have rank 2, and adapter_config.json says 4" in refusal(folder)
+    write(folder, config=CONFIG | {"r": 4, "rank_pattern": {"q_proj": 2, "v_proj": 2}})
+    assert read(folder).rank == 2
+
+
 def test_a_rank_over_the_limit_is_refused(folder: Path) -> None:
     big = {key: value.repeat(5, 1) if "lora_A" in key else value.repeat(1, 5) for key, value in tensors().items()}
     write(folder, weights=big)
@@ -222,10 +230,10 @@ def test_links_and_special_files_are_refused(folder: Path) -> None:
     assert "not a regular file" in refusal(folder)
 
 
-@pytest.mark.parametrize("name", ["-x", "a b", "a:b", "ü", "x" * 129])
+@pytest.mark.parametrize("name", ["-x", "a b", "a:b", "ü", "a\n", "x" * 129])
 def test_a_folder_whose_name_is_no_model_name_is_refused(folder: Path, name: str) -> None:
     assert "no model name" in refusal(folder.rename(folder.parent / name))
 
 
 def test_a_folder_named_like_the_base_is_refused(folder: Path) -> None:
-    assert "base model has this name" in refusal(folder.rename(folder.parent / "base"))
+    assert "this name means the base model" in refusal(folder.rename(folder.parent / "base"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ class Setting:
         self.second.mkdir()
         self.loaded: list[str] = []
         self.freed: list[str] = []
+        self.while_loading: Callable[[], None] = lambda: None
         self.metrics = Metrics()
         self.registry = AdapterRegistry(self.freed.append)
         self.watcher = AdapterWatcher(
@@ -34,6 +36,9 @@ class Setting:
     async def _load(self, manifest: Manifest) -> None:
         if manifest.name == "unloadable":
             raise AdapterRejected(manifest.name, "no")
+        if manifest.name == "explosive":
+            raise MemoryError
+        self.while_loading()
         self.loaded.append(manifest.name)
 
     @property
@@ -160,6 +165,28 @@ async def test_a_missing_adapter_folder_is_waited_for(setting: Setting) -> None:
     make(setting.first, "a")
     await setting.watcher.scan(settled_only=False)
     assert setting.names == ["a"]
+
+
+async def test_a_fault_in_one_folder_stops_neither_the_others_nor_the_watcher(setting: Setting) -> None:
+    """Only refusals were caught once: any other error ended the look, and at start the server."""
+    make(setting.first, "explosive")
+    make(setting.first, "good")
+    await setting.watcher.scan(settled_only=False)
+    assert setting.names == ["good"]
+    assert "could not be loaded (MemoryError)" in setting.watcher.rejected[setting.first / "explosive"]
+
+
+async def test_weights_let_go_while_equal_ones_are_loaded_stay(setting: Setting) -> None:
+    """Once the last lease of a withdrawn version freed the rows that a version of equal bytes had just loaded."""
+    old = make(setting.first, "old")
+    await setting.watcher.scan(settled_only=False)
+    lease = setting.registry.acquire("old")
+    setting.while_loading = lambda: setting.registry.release(lease)
+    old.rename(setting.first / "new")
+    setting.registry.withdraw("old")
+    await setting.watcher.scan(settled_only=False)
+    assert setting.names == ["new"]
+    assert setting.freed == []
 
 
 async def test_weights_that_do_not_load_are_a_refusal(setting: Setting) -> None:

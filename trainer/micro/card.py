@@ -47,7 +47,7 @@ Python. Beyond what it was shown it guesses, fluently and wrongly.
 | tokenizer | byte-level BPE of {vocab} tokens, digits one by one; tokens for turns, tool calls, thinking, and {spare} spare ones |
 | context | 2,048 tokens (rows of 256 mostly, every tenth step of 1,024 or 2,048) |
 | training | {steps} steps of {tokens_per_step} tokens, {tokens:.1f}M tokens in all, bf16 autocast on two CPU cores, {hours:.1f} hours |
-| prose | {books} public-domain books, {book_chars:.1f}M characters, about a third of the tokens |
+| prose | {books} public-domain books, {book_chars:.1f}M characters, about a quarter of the tokens |
 | conversations | written by `trainer/micro/topics`: {topics} |
 | held-out prose | loss {held_out:.2f} nats a token |
 
@@ -70,8 +70,9 @@ Asked facts of Python, greedy, {asked} questions each; an answer is right when i
 
 Asked to repeat such a question word for word, it does so in {copied:.0%} of {asked} cases.
 
-Arithmetic beyond small numbers, knowledge beyond its facts, reasoning in steps, other languages: no. It may be used to learn,
-to test, and to carry adapters; not for advice.
+Arithmetic even of small numbers, lists that do not repeat themselves, a system prompt that changes its manner, knowledge beyond
+its facts, reasoning in steps, other languages: no, or not to be relied on. It may be used to learn, to test, and to carry
+adapters; not for advice.
 
 ## Conversations
 
