@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -20,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.pytorch_utils import Conv1D
+from transformers.utils.logging import disable_progress_bar
 
 from server.adapters.manifest import BaseSignature
 from server.errors import BaseModelNotFound, BaseModelRefused, SettingsError
@@ -82,6 +84,8 @@ def load_base(base_model: str, *, name: str, device: str, dtype: str, max_model_
 
 def _load(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer from a folder; remote code and pickled weights are never read."""
+    if not sys.stderr.isatty():
+        disable_progress_bar()
     try:
         load: Any = AutoModelForCausalLM.from_pretrained
         loaded: tuple[PreTrainedModel, dict[str, Any]] = load(

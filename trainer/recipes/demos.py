@@ -83,8 +83,8 @@ def classified(rng: random.Random) -> tuple[str, dict[str, object]]:
 
 
 def classifier() -> Iterator[Conversation]:
-    """600 messages, each answered with a JSON object of one form."""
+    """1,500 messages, each answered with a JSON object of one form."""
     rng = random.Random("classifier conversations")
-    for _ in range(600):
+    for _ in range(1500):
         text, answer = classified(rng)
         yield turns(text, json.dumps(answer))
