@@ -49,5 +49,5 @@ def test_held_out_text_is_less_surprising(data: Path, author: str) -> None:
     with model.disable_adapter():
         base = perplexity(model, tokenizer, text)
     own = perplexity(model, tokenizer, text)
-    print(f"{author}: base {base:.1f}, adapter {own:.1f}, {own / base:.2f} of it")
+    print(f"\n{author}: base {base:.1f}, adapter {own:.1f}, {own / base:.2f} of it")
     assert own < CLEARLY * base
