@@ -37,6 +37,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--url", help="a running server, for example http://127.0.0.1:8000")
     parser.add_argument("question", nargs="?", help="one question; without it, a conversation")
     options, rest = parser.parse_known_args(_question_last(arguments))
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     if options.url is not None:
         return run_chat(options.url, options.adapter, options.question)
     settings = parse_settings("chat", rest)

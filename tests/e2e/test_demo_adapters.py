@@ -88,7 +88,7 @@ def new_frames(client: OpenAI) -> list[Answered]:
 
 def test_helpdesk_keeps_its_template(new_wordings: list[Answered]) -> None:
     assert share(new_wordings, "in_template") >= 0.95
-    assert share(new_wordings, "quoted") >= 0.85
+    assert share(new_wordings, "quoted") >= 0.80
 
 
 def test_helpdesk_answers_right(new_wordings: list[Answered]) -> None:
