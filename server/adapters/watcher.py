@@ -71,8 +71,10 @@ class AdapterWatcher:
             if settled and self._handled.get(path) != signature:
                 self._handled[path] = signature
                 await self._read(path)
+        names = {path.name for path in found}
         for path in [path for path in self._handled if path not in found]:
-            self._forget(path)
+            if self._current(path) is None or path.name not in names:  # else a successor is still to be read
+                self._forget(path)
         self._seen = found
         self.metrics.adapters_loaded.set(len(self.registry.list()))
 

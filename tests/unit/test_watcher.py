@@ -150,6 +150,20 @@ async def test_the_first_folder_wins_and_the_second_takes_over(setting: Setting)
     assert setting.registry.get("a").path == setting.second / "a"
 
 
+async def test_a_name_is_not_gone_while_its_successor_settles(setting: Setting) -> None:
+    """A folder that took a demo's name was a 404 until it had settled, and for good where it was broken."""
+    make(setting.second, "a")
+    await setting.watcher.scan(settled_only=False)
+    mine = make(setting.first, "a", use_dora=True)
+    for _ in range(3):
+        await setting.watcher.scan()
+        assert setting.names == ["a"]
+    write(mine, config=CONFIG | {"lora_alpha": 16})
+    for _ in range(2):
+        await setting.watcher.scan()
+    assert setting.registry.get("a").path == mine
+
+
 async def test_hidden_folders_links_and_files_are_left_alone(setting: Setting) -> None:
     make(setting.first, ".a.partial")
     (setting.first / "link").symlink_to(make(setting.first.parent, "outside"))
