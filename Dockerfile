@@ -16,7 +16,7 @@ COPY server server
 RUN /opt/venv/bin/pip install --no-cache-dir --disable-pip-version-check -c constraints.txt .
 
 FROM python:3.11-slim
-RUN useradd --uid 10001 --create-home quickchange && install --directory --owner=quickchange /adapters /cache
+RUN useradd --uid 10001 --create-home quickchange && install --directory --owner=quickchange /adapters /cache /state
 COPY --from=build /opt/venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
@@ -25,7 +25,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     QUICKCHANGE_ADAPTERS_DIR=/adapters
 USER quickchange
 WORKDIR /home/quickchange
-VOLUME ["/adapters", "/cache"]
+VOLUME ["/adapters", "/cache", "/state"]
 EXPOSE 8000
 HEALTHCHECK --interval=15s --timeout=5s --start-period=120s \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=4)"]

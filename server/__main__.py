@@ -12,7 +12,8 @@ from server.errors import StartError
 USAGE = """\
 usage: quickchange [serve] [--SETTING VALUE ...]            serve the base and its adapters (--help lists the settings)
        quickchange chat [--adapter NAME] ["one question"]   talk to a running server, or to one started for the talk
-       quickchange adapters [--SETTING VALUE ...]           list the adapter folders, and why one is not served
+       quickchange adapters [list|check|pin|unpin|rollback|add|convert]
+                                                            what there is and why one is not served (--help says more)
        quickchange train RECIPE.yaml [...]                  train an adapter (the same as python -m trainer train)
 """
 
@@ -33,7 +34,7 @@ def chat(arguments: Sequence[str]) -> int:
 
 
 def adapters(arguments: Sequence[str]) -> int:
-    """List adapter folders."""
+    """List, judge, pin and fetch adapters."""
     from server.cli.adapters import main
 
     return main(arguments)

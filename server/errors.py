@@ -5,7 +5,9 @@ QuickchangeError
 │   ├── InvalidRequest
 │   ├── UnsupportedParameter
 │   ├── ContextLengthExceeded
-│   └── ModelNotFound
+│   ├── ModelNotFound
+│   ├── InvalidKey
+│   └── AdminOff
 ├── ServiceError                what the server cannot do just now, or did wrong
 │   ├── QueueFull
 │   ├── EngineUnavailable
@@ -67,6 +69,20 @@ class ModelNotFound(RequestError):
     def __init__(self, model: str) -> None:
         self.model = model
         super().__init__(f"The model `{model}` does not exist or you do not have access to it.", param="model")
+
+
+class InvalidKey(RequestError):
+    """No key, or a wrong one, where one is wanted."""
+
+    def __init__(self) -> None:
+        super().__init__("This needs the server's admin key: send it as 'Authorization: Bearer KEY'.")
+
+
+class AdminOff(RequestError):
+    """The server takes no changes over HTTP."""
+
+    def __init__(self) -> None:
+        super().__init__("Changing adapters over HTTP is off: start the server with QUICKCHANGE_ADMIN_KEY set.")
 
 
 class ServiceError(QuickchangeError):

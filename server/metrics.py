@@ -5,6 +5,8 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 BASE = "base"
+COMPOSITION = "_composition"
+"""The adapter label of requests that add several adapters up; no adapter can have this name."""
 FINISH_REASONS = ("stop", "length", "cancelled", "failed")
 
 _REQUEST_SECONDS = (
@@ -28,6 +30,7 @@ _REQUEST_SECONDS = (
 _FIRST_TOKEN_SECONDS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0)
 _PER_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
 _STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+_LOAD_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _STEP_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
 
@@ -38,9 +41,12 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.build_info = Info("quickchange_build", "Version of the server.", registry=self.registry)
         self.base_model_info = Info("quickchange_base_model", "The base model in memory.", registry=self.registry)
+        self._known: set[str] = set()
+        self._versions: dict[str, str] = {}
         self._make_request_metrics()
         self._make_engine_metrics()
         self.know_adapter(BASE)
+        self.know_adapter(COMPOSITION)
 
     def _make_request_metrics(self) -> None:
         labels = ("adapter",)
@@ -94,6 +100,27 @@ class Metrics:
         self.adapter_rejections = Counter(
             "quickchange_adapter_rejections", "Adapter folders that were refused when read.", registry=self.registry
         )
+        self.adapter_version = Gauge(
+            "quickchange_adapter_info",
+            "1 for the version that an adapter's name means; adapters that were asked for.",
+            ("adapter", "version"),
+            registry=self.registry,
+        )
+        self.adapters_resident = Gauge(
+            "quickchange_adapters_resident", "Adapters whose weights are in memory.", registry=self.registry
+        )
+        self.adapter_memory = Gauge(
+            "quickchange_adapter_memory_bytes", "Memory that adapters' weights take.", registry=self.registry
+        )
+        self.adapter_memory_limit = Gauge(
+            "quickchange_adapter_memory_limit_bytes", "Memory that adapters' weights may take.", registry=self.registry
+        )
+        self.adapter_load_seconds = Histogram(
+            "quickchange_adapter_load_seconds",
+            "From reading an adapter's file to its weights in the engine.",
+            buckets=_LOAD_SECONDS,
+            registry=self.registry,
+        )
         self.engine_up = Gauge("quickchange_engine_up", "1 while the engine thread lives.", registry=self.registry)
         self.step_duration = Histogram(
             "quickchange_step_duration_seconds",
@@ -121,14 +148,29 @@ class Metrics:
         )
 
     def forget_adapter(self, adapter: str) -> None:
-        """Drop the series of an adapter that is gone."""
+        """Drop the series of an adapter that is gone; one that has none is no error."""
+        if adapter not in self._known:
+            return
+        self._known.discard(adapter)
+        self.show_version(adapter, None)
         self.prompt_tokens.remove(adapter)
         self.generated_tokens.remove(adapter)
         for reason in FINISH_REASONS:
             self.requests.remove(adapter, reason)
 
+    def show_version(self, adapter: str, version: str | None) -> None:
+        """Name the version that an adapter's name means now, or none any more; of adapters that have series."""
+        if (before := self._versions.pop(adapter, None)) is not None:
+            self.adapter_version.remove(adapter, before)
+        if version is not None and adapter in self._known:
+            self._versions[adapter] = version
+            self.adapter_version.labels(adapter, version).set(1)
+
     def know_adapter(self, adapter: str) -> None:
         """Create the series of an adapter at zero, so that rates are right from its first request."""
+        if adapter in self._known:
+            return
+        self._known.add(adapter)
         self.prompt_tokens.labels(adapter)
         self.generated_tokens.labels(adapter)
         for reason in FINISH_REASONS:

@@ -37,19 +37,27 @@ class SamplingParams:
         return self.temperature < 1e-4
 
 
+@dataclass(frozen=True, order=True)
+class AdapterUse:
+    """An adapter's part in a sequence: its weights digest, and the factor on its delta."""
+
+    digest: str
+    scale: float = 1.0
+
+
 @dataclass(eq=False)
 class Sequence:
     """One generation; a request with ``n=3`` is three of them.
 
-    ``adapter`` is the weights digest of its LoRA, or None for the base alone. ``num_computed`` counts the tokens whose
-    keys and values are in the slot.
+    ``adapters`` are those whose deltas are added to the base, none for the base alone. ``num_computed`` counts the
+    tokens whose keys and values are in the slot.
     """
 
     id: int
     prompt_ids: tuple[int, ...]
     max_tokens: int
     params: SamplingParams
-    adapter: str | None = None
+    adapters: tuple[AdapterUse, ...] = ()
     eos_ids: frozenset[int] = frozenset()
     output_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
@@ -104,7 +112,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step computes: segments end to end, those of one adapter side by side."""
+    """What one step computes: segments end to end, those of the same adapters side by side."""
 
     segments: tuple[Segment, ...]
 

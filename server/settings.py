@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 EMBEDDED_BASE = "micro"
@@ -56,12 +56,35 @@ class Settings(BaseSettings):
     max_adapter_bytes: int = Field(
         1_073_741_824, ge=1, description="Adapters whose weights file is larger are refused."
     )
+    adapter_memory: int = Field(
+        2_147_483_648,
+        ge=1,
+        description="Bytes of memory for adapters' weights; what was used longest ago makes room.",
+    )
+    state_dir: Path | None = Field(
+        None,
+        description="Where versions of adapters and pins are kept; without it, versions live in memory only.",
+    )
+    keep_versions: int = Field(3, ge=1, le=1000, description="Versions kept of each adapter in the state directory.")
+    removal_grace: float = Field(
+        2.0, ge=0, description="Seconds that an adapter's folder may be missing before its name is gone."
+    )
+    trust_chat_templates: bool = Field(
+        False,
+        description="Use chat templates that adapters bring from other trainers or a hub (in a sandbox).",
+    )
+    admin_key: SecretStr | None = Field(
+        None,
+        description="Key for loading, pinning and deleting adapters over HTTP; without it, that is off.",
+    )
     default_max_tokens: int = Field(
         512,
         ge=1,
         description="Length of a completion when neither request nor adapter says; cut to what the context leaves.",
     )
-    scan_interval: float = Field(1.0, gt=0, description="Seconds between two looks at the adapter folder.")
+    scan_interval: float = Field(
+        1.0, gt=0, description="Seconds in which nothing in an adapter's folder may change before it is read."
+    )
     shutdown_timeout: float = Field(
         30.0, ge=0, description="Seconds that running requests get to finish when the server stops."
     )
@@ -72,6 +95,13 @@ class Settings(BaseSettings):
     def _not_empty(cls, value: str) -> str:
         if not value.strip():
             raise ValueError("base_model is empty: use 'micro', a folder or a hub id")
+        return value
+
+    @field_validator("admin_key")
+    @classmethod
+    def _long_enough(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and len(value.get_secret_value()) < 16:
+            raise ValueError("a key must have 16 characters or more")
         return value
 
     @property

@@ -15,12 +15,20 @@ from fastapi import FastAPI
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from server.adapters.registry import Adapter, AdapterDefaults, AdapterRegistry
+from server.adapters.intake import Intake
+from server.adapters.library import AdapterLibrary
+from server.adapters.manifest import Listing, Manifest
+from server.adapters.manners import AdapterDefaults
+from server.adapters.peft_config import LoRAConfig
+from server.adapters.plan import Plan
+from server.adapters.reader import AdapterReader
+from server.adapters.registry import Adapter, AdapterRegistry
+from server.adapters.residency import Residency
 from server.api.app import ServerState
 from server.engine.async_engine import AsyncEngine
 from server.errors import EngineUnavailable, GenerationFailed, QueueFull
 from server.metrics import Metrics
-from server.sequence import FinishReason, SamplingParams, StepOutput
+from server.sequence import AdapterUse, FinishReason, SamplingParams, StepOutput
 from server.text.prompt import PromptRenderer
 
 SPECIAL = ("<|pad|>", "<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
@@ -123,7 +131,7 @@ class Submitted:
     prompt_ids: tuple[int, ...]
     params: SamplingParams
     max_tokens: int
-    adapter: str | None
+    adapters: tuple[AdapterUse, ...]
     eos_ids: frozenset[int]
 
 
@@ -157,13 +165,13 @@ class FakeEngine:
         *,
         params: SamplingParams,
         max_tokens: int,
-        adapter: str | None,
+        adapters: tuple[AdapterUse, ...],
         eos_ids: frozenset[int],
     ) -> FakeStream:
         """As the real one."""
         self.check_capacity(1)
         script = self.scripts[min(len(self.streams), len(self.scripts) - 1)]
-        self.submitted.append(Submitted(tuple(prompt_ids), params, max_tokens, adapter, eos_ids))
+        self.submitted.append(Submitted(tuple(prompt_ids), params, max_tokens, adapters, eos_ids))
         self.streams.append(FakeStream(self, script, len(self.streams)))
         return self.streams[-1]
 
@@ -176,19 +184,43 @@ def adapter(name: str, **defaults: object) -> Adapter:
         weights_digest=f"{name}-weights",
         rank=8,
         num_bytes=1000,
-        num_modules=4,
+        modules=("q_proj", "v_proj"),
         created=1_700_000_000,
         path=Path("/adapters") / name,
         defaults=AdapterDefaults(**defaults),  # type: ignore[arg-type]
     )
 
 
-def registry(*adapters: Adapter) -> AdapterRegistry:
-    """A registry with these adapters."""
-    made = AdapterRegistry(on_unused=lambda digest: None)
+@dataclass
+class FakeReader:
+    """``AdapterReader`` without folders: every adapter's bytes are where they were."""
+
+    registry: AdapterRegistry
+
+    async def manifest(self, path: Path, signature: object, name: str) -> Manifest:
+        """What names the current version."""
+        current = self.registry.get(name).current
+        assert current is not None
+        return cast(Manifest, current)
+
+    async def find_kept(self, name: str, prefix: str) -> list[str]:
+        """None."""
+        return []
+
+
+def library(*adapters: Adapter) -> AdapterLibrary:
+    """A library of these adapters, whose weights load at once."""
+
+    async def load(manifest: Manifest) -> float:
+        return 1.0
+
+    metrics, registry = Metrics(), AdapterRegistry()
     for each in adapters:
-        made.publish(each)
-    return made
+        config = LoRAConfig(r=8, alpha=8)
+        registry.publish(each, Listing(each.name, each.path, config, None, each.defaults, Plan({}), each.created), ())
+    reader = cast(AdapterReader, FakeReader(registry))
+    residency = Residency(1_000_000, unload=lambda digest: None, is_wanted=registry.is_wanted)
+    return AdapterLibrary(registry, residency, Intake(registry, reader, metrics=metrics), reader, load, max_waiting=8)
 
 
 BASE = "micro"
@@ -196,13 +228,14 @@ BASE = "micro"
 
 def server_state(engine: FakeEngine, *adapters: Adapter, base_defaults: AdapterDefaults | None = None) -> ServerState:
     """A server over a fake engine."""
+    shelf = library(*adapters)
     return ServerState(
         base_name=BASE,
         created=1_700_000_000,
         prompts=PromptRenderer(small_tokenizer()),
         engine=cast(AsyncEngine, engine),
-        registry=registry(*adapters),
-        metrics=Metrics(),
+        adapters=shelf,
+        metrics=shelf.metrics,
         default_max_tokens=64,
         eos_ids=frozenset({EOS}),
         version="0.0.test",

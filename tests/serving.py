@@ -1,8 +1,9 @@
-"""A real server process for tests: ``python -m server`` on a free loopback port."""
+"""A real server process for tests, ``python -m server`` on a free loopback port, and adapters for it to serve."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -13,11 +14,24 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
+import safetensors.torch
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 _SERVING = re.compile(r"serving on (http://\S+)")
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a process holds: ``rss`` in bytes, ``files`` are open descriptors."""
+
+    rss: int
+    threads: int
+    files: int
+    cpu_seconds: float
 
 
 @dataclass
@@ -43,6 +57,23 @@ class ServerProcess:
     def models(self) -> list[str]:
         """The names in the model list."""
         return [model["id"] for model in httpx.get(f"{self.url}/v1/models").json()["data"]]
+
+    def series(self) -> set[str]:
+        """The names and labels of all samples."""
+        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
+        return {line.rpartition(" ")[0] for line in lines if not line.startswith("#")}
+
+    def usage(self) -> Usage:
+        """What the process holds now, as Linux tells it."""
+        proc = Path("/proc", str(self.process.pid))
+        status = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
+        times = (proc / "stat").read_text().rpartition(")")[2].split()[11:13]
+        return Usage(
+            rss=1024 * int(status["VmRSS"].split()[0]),
+            threads=int(status["Threads"]),
+            files=len(list((proc / "fd").iterdir())),
+            cpu_seconds=sum(map(int, times)) / os.sysconf("SC_CLK_TCK"),
+        )
 
     def until(self, description: str, condition: object, *, timeout: float = 30.0) -> None:
         """Wait until ``condition()`` holds; fails with the description and the end of the log."""
@@ -95,3 +126,28 @@ def _healthy(server: ServerProcess) -> bool:
     with contextlib.suppress(httpx.HTTPError):
         return httpx.get(f"{server.url}/health", timeout=1.0).status_code == 200
     return False
+
+
+def vary(
+    source: Path, target: Path, *, factor: float = 1.0, rank: int | None = None, seed: int | None = None, **sidecar: Any
+) -> Path:
+    """Write another adapter than the one it is made of.
+
+    Its delta is taken ``factor`` times and cut to ``rank``, with some noise where there is a ``seed``; its manners
+    are what ``sidecar`` says.
+    """
+    config = json.loads((source / "adapter_config.json").read_text())
+    scaling, rank = config["lora_alpha"] / config["r"], rank or config["r"]
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, tensor in safetensors.torch.load_file(source / "adapter_model.safetensors").items():
+        cut = tensor[:rank] if "lora_A" in name else factor * tensor[:, :rank]
+        noise = 0.0 if generator is None else 0.4 * cut.std() * torch.randn(cut.shape, generator=generator)
+        tensors[name] = (cut + noise).contiguous()
+    said = json.loads((source / "quickchange.json").read_text())
+    said = {key: said[key] for key in ("schema_version", "base", "created")} | sidecar
+    target.mkdir(parents=True)
+    (target / "adapter_config.json").write_text(json.dumps(config | {"r": rank, "lora_alpha": scaling * rank}))
+    safetensors.torch.save_file(tensors, target / "adapter_model.safetensors")
+    (target / "quickchange.json").write_text(json.dumps(said))
+    return target

@@ -3,51 +3,104 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-_IGNORED = frozenset({
-    "auto_mapping", "base_model_name_or_path", "enable_lora", "ensure_weight_tying", "eva_config", "exclude_modules",
-    "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "lora_dropout", "loftq_config",
-    "megatron_core", "merge_weights", "peft_version", "qalora_group_size", "revision", "target_modules",
-})  # fmt: skip
-"""Fields that change training or bookkeeping only: which modules an adapter touches is read from its tensors' names."""
+from server.adapters.patterns import NO_PATTERN, Pattern
 
-_READ = frozenset({
-    "peft_type", "task_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights",
-    "bias",
-})  # fmt: skip
+READ, NO_EFFECT = "read", "has no effect when serving"
+_CONVERT = "convert it to plain LoRA: quickchange adapters convert FOLDER"
 
-_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
-_LITERAL_KEY = re.compile(r"[A-Za-z0-9_.]+")
+FIELDS: Mapping[str, str] = {
+    "alora_invocation_tokens": "it would act only from its invocation tokens on; train it again without them",
+    "alpha_pattern": READ,
+    "arrow_config": "it chooses among other adapters for every token; serve those adapters themselves",
+    "auto_mapping": NO_EFFECT,
+    "base_model_name_or_path": NO_EFFECT,
+    "bias": READ,
+    "corda_config": NO_EFFECT,
+    "ensure_weight_tying": READ,
+    "eva_config": NO_EFFECT,
+    "exclude_modules": READ,
+    "fan_in_fan_out": NO_EFFECT,
+    "inference_mode": NO_EFFECT,
+    "init_lora_weights": READ,
+    "kasa_config": "it cuts the base's own weights; train it again without it",
+    "layer_replication": "it makes a deeper model of the base's layers; train it again without it",
+    "layers_pattern": NO_EFFECT,
+    "layers_to_transform": READ,
+    "loftq_config": NO_EFFECT,
+    "lora_alpha": READ,
+    "lora_bias": READ,
+    "lora_dropout": NO_EFFECT,
+    "lora_ga_config": NO_EFFECT,
+    "megatron_config": "it was trained on Megatron's parallel layers; train it again on transformers' model",
+    "megatron_core": NO_EFFECT,
+    "modules_to_save": READ,
+    "monteclora_config": f"it adds random samples to the weights; {_CONVERT}",
+    "peft_type": READ,
+    "peft_version": NO_EFFECT,
+    "qalora_group_size": NO_EFFECT,
+    "r": READ,
+    "rank_pattern": READ,
+    "revision": NO_EFFECT,
+    "runtime_config": NO_EFFECT,
+    "target_modules": READ,
+    "target_parameters": READ,
+    "task_type": READ,
+    "trainable_token_indices": READ,
+    "use_bdlora": f"its matrices are block-diagonal; {_CONVERT}",
+    "use_dora": READ,
+    "use_qalora": "it averages groups of inputs of a quantized base; train it again without it",
+    "use_rslora": READ,
+    "velora_config": NO_EFFECT,
+}
+"""Every field of PEFT's ``LoraConfig``: read here, without effect when serving, or why it is refused when active."""
+
+_OLD_FIELDS = frozenset({"enable_lora", "merge_weights"})
+"""Fields of early PEFT versions that did not change what an adapter computes."""
+
+_PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 MAX_NUMBER = 1e9
+MAX_TOKENS = 1 << 20
 
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """Rank and scaling of an adapter's modules: ``alpha / r``, with rsLoRA ``alpha / sqrt(r)`` (Kalajdzievski 2023)."""
+    """What an adapter's config says of its tensors.
+
+    A module's scaling is ``alpha / r``, with rsLoRA ``alpha / sqrt(r)`` (Kalajdzievski 2023). ``target_modules`` is
+    empty where it is a regular expression, which is never evaluated. ``token_indices`` are by the end of a module's
+    name, the key "" standing for every module. What ``bias`` and ``tied`` did is in the tensors.
+    """
 
     r: int
     alpha: float
-    rslora: bool
-    rank_pattern: Mapping[str, float]
-    alpha_pattern: Mapping[str, float]
+    rslora: bool = False
+    rank_pattern: Pattern = NO_PATTERN
+    alpha_pattern: Pattern = NO_PATTERN
+    dora: bool = False
+    lora_bias: bool = False
+    bias: Literal["none", "all", "lora_only"] = "none"
+    tied: bool = False
+    target_modules: tuple[str, ...] = ()
+    target_parameters: tuple[str, ...] = ()
+    modules_to_save: tuple[str, ...] = ()
+    token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def rank(self, module: str) -> float:
         """A module's rank, which its tensors must have."""
-        return _matching(self.rank_pattern, module, self.r)
+        return self.rank_pattern.get(module, self.r)
 
     def scaling(self, module: str) -> float:
         """The factor on a module's delta."""
-        alpha, rank = _matching(self.alpha_pattern, module, self.alpha), self.rank(module)
+        alpha, rank = self.alpha_pattern.get(module, self.alpha), self.rank(module)
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
-
-def _matching(pattern: Mapping[str, float], module: str, default: float) -> float:
-    """The value of the first key that is the module's name or ends it, as PEFT looks it up."""
-    return next((value for key, value in pattern.items() if module == key or module.endswith("." + key)), default)
+    def tokens_of(self, module: str) -> tuple[int, ...]:
+        """The tokens whose rows of an embedding or head were trained."""
+        return next((indices for end, indices in self.token_indices.items() if module.endswith(end)), ())
 
 
 def parse_peft_config(data: Any) -> LoRAConfig:
@@ -55,43 +108,82 @@ def parse_peft_config(data: Any) -> LoRAConfig:
     if not isinstance(data, dict):
         raise ValueError("adapter_config.json is not a JSON object")
     _check_kind(data)
+    _check_init(data)
     for name, value in data.items():
-        if name not in _IGNORED and name not in _READ and _active(name, value):
-            raise ValueError(
-                f"adapter_config.json: {name} = {value!r:.80} is not supported; retrain the adapter without it"
-            )
+        if name not in _OLD_FIELDS and (why := _refusal(name, value)):
+            raise ValueError(f"adapter_config.json: {name} = {value!r:.80} is not supported: {why}")
+    if data.get("use_dora") and data.get("lora_bias"):
+        raise ValueError("adapter_config.json: use_dora and lora_bias exclude each other in PEFT: it is damaged")
     return LoRAConfig(
         r=_number(data, "r", whole=True),
         alpha=_number(data, "lora_alpha"),
-        rslora=data.get("use_rslora") is True,
-        rank_pattern=_pattern(data, "rank_pattern"),
+        rslora=_flag(data, "use_rslora"),
+        rank_pattern=_pattern(data, "rank_pattern", whole=True),
         alpha_pattern=_pattern(data, "alpha_pattern"),
+        dora=_flag(data, "use_dora"),
+        lora_bias=_flag(data, "lora_bias"),
+        bias=_bias(data),
+        tied=_flag(data, "ensure_weight_tying"),
+        target_modules=_expected_modules(data),
+        target_parameters=_names(data, "target_parameters"),
+        modules_to_save=_names(data, "modules_to_save"),
+        token_indices=_token_indices(data),
     )
 
 
 def _check_kind(data: Mapping[str, Any]) -> None:
     if data.get("peft_type") != "LORA":
-        raise ValueError(f"adapter_config.json: peft_type is {data.get('peft_type')!r}: only LORA adapters are served")
+        raise ValueError(
+            f"adapter_config.json: peft_type is {data.get('peft_type')!r:.40}: only LORA is served; {_CONVERT}"
+        )
     if data.get("task_type") not in (None, "CAUSAL_LM"):
-        raise ValueError(f"adapter_config.json: task_type is {data['task_type']!r}: only CAUSAL_LM adapters are served")
-    if data.get("bias", "none") != "none":
         raise ValueError(
-            f"adapter_config.json: bias is {data['bias']!r}: only 'none' is served; retrain without biases"
+            f"adapter_config.json: task_type is {data['task_type']!r:.40}: only CAUSAL_LM adapters are served"
         )
+
+
+def _check_init(data: Mapping[str, Any]) -> None:
     init = data.get("init_lora_weights", True)
-    if init not in _PLAIN_INITS:
-        raise ValueError(
-            f"adapter_config.json: init_lora_weights is {init!r}, which changes the base's own weights; save the "
-            "adapter with path_initial_model_for_weight_conversion, so that it fits the unchanged base"
-        )
+    if init is None or isinstance(init, bool) or (isinstance(init, str) and init.lower() in _PLAIN_INITS):
+        return
+    if isinstance(init, str) and init.lower() == "loftq":
+        way = "train it again with another init_lora_weights"
+    else:
+        way = "save the adapter with path_initial_model_for_weight_conversion, so that it fits the unchanged base"
+    raise ValueError(
+        f"adapter_config.json: init_lora_weights is {init!r:.40}, which changes the base's own weights; {way}"
+    )
 
 
-def _active(name: str, value: Any) -> bool:
+def _refusal(name: str, value: Any) -> str | None:
+    """Why this value is refused, if it is; a field that is not in the table is refused when active."""
+    said = FIELDS.get(name, "this version does not know what it asks for; train it again without it")
+    return said if said not in (READ, NO_EFFECT) and _active(value) else None
+
+
+def _active(value: Any) -> bool:
     return value not in (None, False, "none") and value != {} and value != []
 
 
+def _flag(data: Mapping[str, Any], name: str) -> bool:
+    value = data.get(name)
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    raise ValueError(f"adapter_config.json: {name} is {value!r:.40}: it must be true or false")
+
+
+def _bias(data: Mapping[str, Any]) -> Any:
+    value = data.get("bias", "none")
+    if value not in ("none", "all", "lora_only"):
+        raise ValueError(f"adapter_config.json: bias is {value!r:.40}: it must be 'none', 'all' or 'lora_only'")
+    return value
+
+
 def _number(data: Mapping[str, Any], name: str, *, whole: bool = False) -> Any:
-    value = data.get(name, 8)
+    return _checked(data.get(name, 8), name, whole=whole)
+
+
+def _checked(value: Any, name: str, *, whole: bool) -> Any:
     kinds = (int,) if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < MAX_NUMBER:
         kind = "integer" if whole else "number"
@@ -99,16 +191,49 @@ def _number(data: Mapping[str, Any], name: str, *, whole: bool = False) -> Any:
     return value
 
 
-def _pattern(data: Mapping[str, Any], name: str) -> Mapping[str, float]:
-    """A pattern whose keys are literal module names or suffixes; regular expressions are not evaluated."""
+def _pattern(data: Mapping[str, Any], name: str, *, whole: bool = False) -> Pattern:
     value = data.get(name) or {}
     if not isinstance(value, dict):
         raise ValueError(f"adapter_config.json: {name} is {value!r:.80}: it must be an object")
+    try:
+        pattern = Pattern.of(value)
+    except ValueError as error:
+        raise ValueError(f"adapter_config.json: {name}: {error}") from None
     for key, number in value.items():
-        if not _LITERAL_KEY.fullmatch(key):
-            raise ValueError(
-                f"adapter_config.json: {name} has the key {key!r:.80}: write module names without wildcards"
-            )
-        if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < MAX_NUMBER:
-            raise ValueError(f"adapter_config.json: {name}[{key!r}] is {number!r:.80}: it must be a positive number")
-    return value
+        _checked(number, f"{name}[{key!r:.80}]", whole=whole)
+    return pattern
+
+
+def _names(data: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    value = data.get(name)
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(one, str) and one for one in value):
+        raise ValueError(f"adapter_config.json: {name} is {value!r:.80}: it must be a list of names")
+    return tuple(value)
+
+
+def _expected_modules(data: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names that must have tensors: a list says so, unless other fields take modules out of it again."""
+    value = data.get("target_modules")
+    if value is None or isinstance(value, str):
+        return ()
+    names = _names(data, "target_modules")
+    return () if _active(data.get("exclude_modules")) or data.get("layers_to_transform") is not None else names
+
+
+def _token_indices(data: Mapping[str, Any]) -> Mapping[str, tuple[int, ...]]:
+    value = data.get("trainable_token_indices")
+    if value is None:
+        return {}
+    by_module = value if isinstance(value, dict) else {"": value}
+    return {module: _indices(indices) for module, indices in by_module.items()}
+
+
+def _indices(value: Any) -> tuple[int, ...]:
+    good = isinstance(value, Sequence) and not isinstance(value, str) and 0 < len(value) <= MAX_TOKENS
+    if not good or not all(type(one) is int and one >= 0 for one in value) or len(set(value)) != len(value):
+        raise ValueError(
+            f"adapter_config.json: trainable_token_indices has {value!r:.80}: it must be a list of different token ids"
+        )
+    return tuple(value)

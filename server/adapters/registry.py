@@ -1,29 +1,19 @@
-"""Which adapters can be asked for, and who is using which. The event loop owns it, so there are no locks."""
+"""Which adapters can be asked for, and at which version each name stands. The event loop owns it: no locks."""
 
 from __future__ import annotations
 
-import contextlib
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from server.adapters.manifest import Manifest
-from server.adapters.sidecar import Sidecar, SidecarSampling
+from server.adapters.folder import Signature
+from server.adapters.manifest import Listing, Manifest
+from server.adapters.manners import AdapterDefaults
+from server.adapters.versions import Pin
 from server.errors import ModelNotFound
 
-
-@dataclass(frozen=True)
-class AdapterDefaults:
-    """What applies where a request says nothing; ``stop`` is added to the request's own."""
-
-    stop: tuple[str, ...] = ()
-    system_prompt: str | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    max_tokens: int | None = None
+DIGITS = 12
+"""Digits of a version's digest in headers, logs and lists."""
 
 
 @dataclass(frozen=True)
@@ -35,105 +25,167 @@ class Adapter:
     weights_digest: str
     rank: int
     num_bytes: int
-    num_modules: int
+    modules: tuple[str, ...]
     created: int
     path: Path
     defaults: AdapterDefaults
+    composable: bool = True
+    fingerprinted: bool = False
 
     @classmethod
-    def of(cls, manifest: Manifest) -> Adapter:
-        """The adapter of a folder that was read."""
+    def of(cls, listing: Listing, *, weights_digest: str, version_digest: str) -> Adapter:
+        """The version of a folder whose digests are known."""
         return cls(
-            name=manifest.name,
-            version_digest=manifest.version_digest,
-            weights_digest=manifest.weights_digest,
-            rank=manifest.rank,
-            num_bytes=len(manifest.data),
-            num_modules=len(manifest.pairs),
-            created=manifest.created,
-            path=manifest.path,
-            defaults=_defaults(manifest.sidecar),
+            name=listing.name,
+            version_digest=version_digest,
+            weights_digest=weights_digest,
+            rank=listing.plan.rank,
+            num_bytes=listing.plan.num_bytes,
+            modules=listing.plan.modules,
+            created=listing.created,
+            path=listing.path,
+            defaults=listing.defaults,
+            composable=listing.plan.composable,
+            fingerprinted=listing.sidecar is not None,
         )
 
+    @classmethod
+    def read(cls, manifest: Manifest) -> Adapter:
+        """The version of a folder that was read whole."""
+        return cls.of(manifest, weights_digest=manifest.weights_digest, version_digest=manifest.version_digest)
 
-def _defaults(sidecar: Sidecar | None) -> AdapterDefaults:
-    if sidecar is None:
-        return AdapterDefaults()
-    sampling = sidecar.sampling or SidecarSampling()
-    return AdapterDefaults(
-        stop=tuple(sidecar.stop or ()),
-        system_prompt=sidecar.system_prompt,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        max_tokens=sampling.max_tokens,
-    )
+    @property
+    def label(self) -> str:
+        """``name@digest``, which can be asked for as a model."""
+        return f"{self.name}@{self.version_digest[:DIGITS]}"
+
+
+@dataclass(eq=False)
+class Entry:
+    """A name: the folder behind it, and its versions.
+
+    ``current`` is None until the folder's bytes were hashed. ``older`` are versions it had before, newest last.
+    ``asked`` are those of them that were asked for by their digest. ``refused`` says why what the folder holds now is
+    not served, while an earlier version is.
+    """
+
+    listing: Listing
+    signature: Signature
+    current: Adapter | None = None
+    pin: Pin = field(default_factory=Pin)
+    refused: str | None = None
+    older: dict[str, Adapter] = field(default_factory=dict)
+    asked: set[str] = field(default_factory=set)
+
+    @property
+    def name(self) -> str:
+        """What the adapter is asked for by."""
+        return self.listing.name
+
+    @property
+    def served(self) -> Adapter | None:
+        """The version that the bare name means, if it is known: the pinned one, else the folder's."""
+        return self.current if self.pin.version is None else self.known(self.pin.version)
+
+    def known(self, prefix: str) -> Adapter | None:
+        """A version by the beginning of its digest, if it was read before and no other begins so."""
+        found = [one for one in self.versions if one.version_digest.startswith(prefix)]
+        return found[0] if len(found) == 1 else None
+
+    @property
+    def versions(self) -> list[Adapter]:
+        """Every version that was read, oldest first."""
+        return [*self.older.values(), *([] if self.current is None else [self.current])]
 
 
 class AdapterRegistry:
-    """Names and leases. ``on_unused(weights_digest)`` is called when nobody can ask for those weights, or uses them."""
+    """Names and their versions.
 
-    def __init__(self, on_unused: Callable[[str], None]) -> None:
-        self._on_unused = on_unused
-        self._published: dict[str, Adapter] = {}
-        self._leases: Counter[str] = Counter()
+    ``keep`` versions of a name are remembered. With ``retain`` the weights of versions that were replaced stay wanted
+    in memory, because they are nowhere else.
+    """
 
-    def list(self) -> list[Adapter]:
-        """The adapters that can be asked for, by name."""
-        return [self._published[name] for name in sorted(self._published)]
+    def __init__(self, *, keep: int = 3, retain: bool = True) -> None:
+        self._keep, self._retain = keep, retain
+        self._entries: dict[str, Entry] = {}
+        self._names: dict[str, set[str]] = {}
+        self._pins: Mapping[str, Pin] = {}
 
-    def get(self, name: str) -> Adapter:
-        """The current version of an adapter. Raises ``ModelNotFound``."""
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter([self._entries[name] for name in sorted(self._entries)])
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, name: str) -> Entry:
+        """A name's entry. Raises ``ModelNotFound``."""
         try:
-            return self._published[name]
+            return self._entries[name]
         except KeyError:
             raise ModelNotFound(name) from None
 
-    def acquire(self, name: str) -> Adapter:
-        """The current version, which stays in memory until it is released. Raises ``ModelNotFound``."""
-        adapter = self.get(name)
-        self._leases[adapter.weights_digest] += 1
-        return adapter
+    @property
+    def pins(self) -> Mapping[str, Pin]:
+        """What operators want of names, whether they are listed or not."""
+        return self._pins
 
-    def release(self, adapter: Adapter) -> None:
-        """Give a lease back."""
-        digest = adapter.weights_digest
-        assert self._leases[digest] > 0, "released more often than acquired"
-        self._leases[digest] -= 1
-        self._free_if_unused(digest)
+    @pins.setter
+    def pins(self, pins: Mapping[str, Pin]) -> None:
+        self._pins = dict(pins)
+        for entry in self._entries.values():
+            entry.pin = self._pins.get(entry.name, Pin())
 
-    def num_leases(self, weights_digest: str) -> int:
-        """Requests that are using these weights."""
-        return self._leases[weights_digest]
+    def add(self, listing: Listing, signature: Signature) -> Entry:
+        """List a name whose bytes are still to be hashed."""
+        entry = self._entries[listing.name] = Entry(listing, signature, pin=self._pins.get(listing.name, Pin()))
+        return entry
 
-    @contextlib.contextmanager
-    def holding(self, adapter: Adapter) -> Iterator[None]:
-        """A lease on a version that has no name yet."""
-        self._leases[adapter.weights_digest] += 1
-        try:
-            yield
-        finally:
-            self.release(adapter)
+    def publish(self, adapter: Adapter, listing: Listing, signature: Signature) -> None:
+        """Move a name, known or new, to a version in one step."""
+        entry = self._entries.get(adapter.name) or self.add(listing, signature)
+        before, entry.listing, entry.signature, entry.refused = entry.current, listing, signature, None
+        if before is None or before.version_digest != adapter.version_digest:
+            if before is not None:
+                self._remember(entry, before)
+            entry.older.pop(adapter.version_digest, None)
+            entry.current = adapter
+            self._names.setdefault(adapter.weights_digest, set()).add(adapter.name)
 
-    def publish(self, adapter: Adapter) -> None:
-        """Give a name to a loaded version; who holds the one before it keeps it."""
-        before = self._published.get(adapter.name)
-        self._published[adapter.name] = adapter
-        if before is not None:
-            self._free_if_unused(before.weights_digest)
+    def remember(self, entry: Entry, adapter: Adapter) -> None:
+        """Note a version of a name that was found among those kept."""
+        if entry.known(adapter.version_digest) is None:
+            entry.older = {adapter.version_digest: adapter, **entry.older}
+            self._names.setdefault(adapter.weights_digest, set()).add(adapter.name)
 
-    def withdraw(self, name: str) -> None:
-        """Take a name away; who holds the adapter keeps it."""
-        self._free_if_unused(self._published.pop(name).weights_digest)
+    def withdraw(self, name: str) -> Entry:
+        """Take a name away; who holds one of its versions keeps it."""
+        return self._entries.pop(name)
 
-    def check_integrity(self) -> None:
-        """No lease is negative."""
-        assert all(count >= 0 for count in self._leases.values())
+    def is_wanted(self, weights_digest: str) -> bool:
+        """Whether somebody could ask for these weights again without reading a file."""
+        entries = [self._entries[name] for name in self._names.get(weights_digest, ()) if name in self._entries]
+        if any(weights_digest == one.weights_digest for entry in entries for one in self._in_memory(entry)):
+            return True
+        self._names.pop(weights_digest, None)
+        return False
 
-    def _free_if_unused(self, digest: str) -> None:
-        if self._leases[digest]:
-            return
-        del self._leases[digest]
-        if all(adapter.weights_digest != digest for adapter in self._published.values()):
-            self._on_unused(digest)
+    def _in_memory(self, entry: Entry) -> list[Adapter]:
+        if self._retain:
+            return entry.versions
+        asked = [one for digest, one in entry.older.items() if digest in entry.asked]
+        return [*asked, *[one for one in (entry.current, entry.served) if one is not None]]
+
+    def _remember(self, entry: Entry, adapter: Adapter) -> None:
+        entry.older.pop(adapter.version_digest, None)
+        entry.older[adapter.version_digest] = adapter
+        spare = [digest for digest in entry.older if not _is_pinned(entry, digest)]
+        for digest in spare[: max(0, len(entry.older) - self._keep)]:
+            del entry.older[digest]
+            entry.asked.discard(digest)
+
+
+def _is_pinned(entry: Entry, digest: str) -> bool:
+    return entry.pin.version is not None and digest.startswith(entry.pin.version)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 MAX_HEADER_BYTES = 16 * 1024 * 1024
+MAX_NAME_CHARS = 512
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
@@ -22,8 +23,10 @@ class TensorEntry:
     end: int
 
 
-def read_header(data: bytes) -> Mapping[str, TensorEntry]:
+def read_header(data: bytes, size: int | None = None) -> Mapping[str, TensorEntry]:
     """Every tensor's entry, checked against the file: spans inside it, end to end, without gap or overlap.
+
+    ``data`` is the file, or its header alone; then ``size`` says how long the file is.
 
     Raises ``ValueError`` with a sentence that says what is wrong.
     """
@@ -40,7 +43,7 @@ def read_header(data: bytes) -> Mapping[str, TensorEntry]:
         raise ValueError("the header is not a JSON object")
     header.pop("__metadata__", None)
     entries = {name: _entry(name, value, 8 + length) for name, value in header.items()}
-    _check_spans(entries, 8 + length, len(data))
+    _check_spans(entries, 8 + length, len(data) if size is None else size)
     return entries
 
 
@@ -52,18 +55,24 @@ def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _entry(name: str, value: object, offset: int) -> TensorEntry:
+    if len(name) > MAX_NAME_CHARS or not name.isprintable():
+        raise ValueError(f"the name {name!r:.80} is no tensor's: it is longer than {MAX_NAME_CHARS} or no plain text")
     match value:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if (
-            dtype in DTYPE_BYTES and all(type(size) is int and size >= 0 for size in shape)
+            dtype in DTYPE_BYTES and all(_is_size(size) for size in (*shape, begin, end))
         ):
             sizes = tuple(int(str(size)) for size in shape)
         case _:
             raise ValueError(f"the header's entry for tensor {name!r} is malformed")
     if end - begin != math.prod(sizes) * DTYPE_BYTES[dtype]:
         raise ValueError(
-            f"tensor {name!r} of shape {list(sizes)} and type {dtype} does not fill its {end - begin} bytes"
+            f"tensor {name!r} of shape {list(sizes)!s:.80} and type {dtype} does not fill its {end - begin} bytes"
         )
     return TensorEntry(name, dtype, sizes, offset + begin, offset + end)
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
 
 
 def _check_spans(entries: Mapping[str, TensorEntry], start: int, size: int) -> None:

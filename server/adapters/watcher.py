@@ -1,7 +1,8 @@
-"""Looks at the adapter folders and keeps the registry like them: what appears is served, what goes is gone.
+"""Looks at the adapter folders and tells the intake what appeared, changed and went.
 
-A folder is read when two looks in a row found it the same, so that one still being copied is left alone; at start every
-folder is read at once. A folder that is refused is reported once, and read again when it changes.
+A folder counts when nothing in it has changed for ``settle`` seconds, so that one still being copied is left alone; a
+name is gone when its folder has been missing for ``grace`` seconds, so that one removed and put back is an update.
+Events of the file system bring a look forward; where there are none, looks are taken every ``settle`` seconds.
 """
 
 from __future__ import annotations
@@ -10,137 +11,209 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Awaitable, Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from server.adapters.manifest import BaseSignature, Limits, Manifest, read_manifest
-from server.adapters.registry import Adapter, AdapterRegistry
-from server.errors import AdapterRejected
-from server.metrics import Metrics
+from watchfiles import awatch
+
+from server.adapters.aliases import ALIASES_FILE, Alias, parse_aliases
+from server.adapters.folder import Signature, signature_of
+from server.adapters.intake import Intake
+from server.adapters.versions import Pin, VersionStore
 
 logger = logging.getLogger("quickchange.adapters")
 
-Signature = tuple[tuple[str, int, int, int], ...]
+_MOST_OF_THE_TIME = 20
+"""Looks may take one part in so many of the time, however many folders there are."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A folder as it was found; ``changed`` is when anything in it last did, in seconds since the epoch."""
+
+    path: Path
+    signature: Signature
+    changed: float
 
 
 class AdapterWatcher:
     """Watches ``folders``, the first of which wins where two hold the same name; the first need not exist yet.
 
-    ``load`` puts an adapter's weights into the engine and raises ``AdapterRejected`` where they cannot be served.
+    ``on_aliases`` and ``on_pins`` are told when those change, on disk or by hand.
     """
 
     def __init__(
         self,
         folders: Sequence[Path],
-        registry: AdapterRegistry,
-        load: Callable[[Manifest], Awaitable[None]],
+        intake: Intake,
         *,
-        base: BaseSignature,
-        limits: Limits,
-        metrics: Metrics,
+        settle: float,
+        grace: float,
+        store: VersionStore | None = None,
+        on_aliases: Callable[[Mapping[str, Alias]], None] = lambda aliases: None,
+        on_pins: Callable[[Mapping[str, Pin]], None] = lambda pins: None,
     ) -> None:
-        self.folders, self.registry, self.metrics = tuple(folders), registry, metrics
-        self._load, self._base, self._limits = load, base, limits
-        self._seen: dict[Path, Signature] = {}
-        self._handled: dict[Path, Signature] = {}
-        self._rejected: dict[Path, str] = {}
+        self.folders, self.intake, self.settle, self.grace = tuple(folders), intake, settle, grace
+        self._store, self._on_aliases, self._on_pins = store, on_aliases, on_pins
+        self._seen: dict[str, tuple[Found, float]] = {}
+        self._handled: dict[str, tuple[Path, Signature]] = {}
+        self._missing: dict[str, float] = {}
+        self._hidden: dict[str, Signature] = {}
+        self._mounted: dict[str, Path] = {}
+        self._aliases_signature: Signature | None = None
+        self._pins_signature: object = None
+        self._stirred = asyncio.Event()
+        self._scanning = asyncio.Lock()
 
-    @property
-    def rejected(self) -> dict[Path, str]:
-        """Folders that are not served, and why."""
-        return dict(self._rejected)
+    async def start(self) -> None:
+        """Take in what is there. A folder that is just being copied gets a moment to settle."""
+        await self.intake.reader.load_digests()
+        deadline = time.monotonic() + 2 * self.settle
+        while not await self.scan() and time.monotonic() < deadline:
+            await asyncio.sleep(self.settle / 4)
 
-    async def run(self, interval: float) -> None:
-        """Look every ``interval`` seconds until cancelled."""
-        while True:
-            await asyncio.sleep(interval)
-            try:
-                await self.scan()
-            except Exception:
-                logger.exception("looking at the adapter folders failed; trying again")
-
-    async def scan(self, *, settled_only: bool = True) -> None:
-        """One look: withdraw what is gone, read what is new or changed."""
+    async def run(self) -> None:
+        """Look again and again, until cancelled."""
+        listening = asyncio.create_task(self._listen())
         try:
-            found = await asyncio.to_thread(self._look)
-        except OSError as error:
-            logger.warning("the adapter folders cannot be looked at (%s); what was served stays", error.strerror)
-            return
-        for path, signature in found.items():
-            settled = self._seen.get(path) == signature or not settled_only
-            if settled and self._handled.get(path) != signature:
-                self._handled[path] = signature
-                await self._read(path)
-        names = {path.name for path in found}
-        for path in [path for path in self._handled if path not in found]:
-            if self._current(path) is None or path.name not in names:  # else a successor is still to be read
-                self._forget(path)
-        self._seen = found
-        self.metrics.adapters_loaded.set(len(self.registry.list()))
+            while True:
+                since = time.monotonic()
+                settled = await self._scan_and_report()
+                pause = self.settle if listening.done() or not settled else 10 * self.settle
+                pause = max(pause, _MOST_OF_THE_TIME * (time.monotonic() - since))
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._stirred.wait(), pause)
+                    await asyncio.sleep(self.settle / 4)  # a stir is seldom alone
+                self._stirred.clear()
+        finally:
+            listening.cancel()
 
-    def _look(self) -> dict[Path, Signature]:
-        """Each adapter folder with the names, inodes, sizes and times of its files."""
-        found: dict[Path, Signature] = {}
-        names: set[str] = set()
+    async def scan(self) -> bool:
+        """One look. True where every folder had settled."""
+        async with self._scanning:
+            now = time.monotonic()
+            try:
+                found = await asyncio.to_thread(self._look)
+            except OSError as error:
+                logger.warning("the adapter folders cannot be looked at (%s); what was served stays", error.strerror)
+                return False
+            waiting = [name for name, one in found.items() if not await self._take(name, one, now)]
+            gone = [name for name in self._handled if name not in found]
+            for name in gone:
+                if now - self._missing.setdefault(name, now) >= self.grace:
+                    self._forget(name)
+            self._missing = {name: since for name, since in self._missing.items() if name not in found}
+            self._hidden = {name: signature for name, signature in self._hidden.items() if name in found}
+            await self._look_at_small_files()
+            self._seen = {name: self._sighting(name, one, now) for name, one in found.items()}
+            return not waiting and not self._missing
+
+    def mount(self, name: str, path: Path) -> None:
+        """Serve a folder inside the adapter folders under a name of its own, from the next look on."""
+        self._hidden.pop(name, None)
+        self._mounted[name] = path
+        self._handled.pop(name, None)
+
+    async def hide(self, name: str) -> None:
+        """Serve a name no more, until its folder changes or it is mounted."""
+        async with self._scanning:
+            if name in self._handled:
+                self._hidden[name] = self._handled[name][1]
+            self._forget(name)
+
+    def is_current(self, name: str) -> bool:
+        """Whether what the last look found of a name was taken in, for better or worse."""
+        return name in self._handled and name not in self._missing
+
+    async def _scan_and_report(self) -> bool:
+        try:
+            return await self.scan()
+        except Exception:
+            logger.exception("looking at the adapter folders failed; trying again")
+            return False
+
+    async def _listen(self) -> None:
+        """Set ``_stirred`` at every event in the folders, as long as the system tells of them."""
+        paths = [folder for folder in self.folders if folder.is_dir()]
+        if self._store is not None:
+            paths.append(self._store.state_dir)
+        if not paths or paths[0] != self.folders[0]:
+            return  # the folder is still to be made: only looking finds it
+        try:
+            async for _ in awatch(*paths, debounce=200, step=50, watch_filter=None, rust_timeout=5_000):
+                self._stirred.set()
+        except (OSError, RuntimeError) as error:
+            logger.info("no events from the adapter folders (%s); looking every %g s", error, self.settle)
+
+    async def _take(self, name: str, found: Found, now: float) -> bool:
+        """Tell the intake of a folder that is new or changed. False where it has not settled."""
+        if self._handled.get(name) == (found.path, found.signature) or self._hidden.get(name) == found.signature:
+            return True
+        if not self._has_settled(name, found, now):
+            return False
+        self._hidden.pop(name, None)
+        if name in self.intake.registry:
+            taken = await self.intake.change(name, found.path, found.signature)
+        else:
+            taken = await self.intake.appear(name, found.path, found.signature)
+        if taken:
+            self._handled[name] = (found.path, found.signature)
+        return taken
+
+    def _has_settled(self, name: str, found: Found, now: float) -> bool:
+        seen, since = self._seen.get(name, (None, now))
+        unchanged = seen == found and now - since >= self.settle
+        return unchanged or self.settle <= time.time() - found.changed
+
+    def _sighting(self, name: str, found: Found, now: float) -> tuple[Found, float]:
+        """The folder, and since when it has looked like this."""
+        seen, since = self._seen.get(name, (None, now))
+        return (found, since if seen == found else now)
+
+    def _forget(self, name: str) -> None:
+        self._handled.pop(name, None)
+        self._missing.pop(name, None)
+        self._mounted.pop(name, None)
+        self.intake.vanish(name)
+
+    def _look(self) -> dict[str, Found]:
+        """Each adapter folder by name, with its files' names, inodes, sizes and times."""
+        found: dict[str, Found] = {}
+        for name, path in [*self._mounted.items(), *self._sub_folders()]:
+            if name not in found:
+                with contextlib.suppress(OSError):
+                    changed = os.stat(path, follow_symlinks=False).st_ctime
+                    signature = signature_of(path)
+                    found[name] = Found(path, signature, max([changed, *(one[4] / 1e9 for one in signature)]))
+        return found
+
+    def _sub_folders(self) -> Iterator[tuple[str, Path]]:
         for folder in self.folders:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 for entry in sorted(os.scandir(folder), key=lambda one: one.name):
-                    if entry.name.startswith(".") or entry.name in names or not entry.is_dir(follow_symlinks=False):
-                        continue
-                    names.add(entry.name)
-                    found[folder / entry.name] = _signature(entry.path)
-        return found
+                    if not entry.name.startswith(".") and entry.is_dir(follow_symlinks=False):
+                        yield entry.name, folder / entry.name
 
-    async def _read(self, path: Path) -> None:
-        try:
-            manifest = await asyncio.to_thread(read_manifest, path, self._base, self._limits)
-            adapter = Adapter.of(manifest)
-            if self._current(path) != adapter.version_digest:
-                await self._publish(adapter, manifest)
-            self._rejected.pop(path, None)
-        except AdapterRejected as error:
-            self._reject(path, error)
-        except Exception as error:
-            logger.exception("adapter folder %s could not be loaded", path.name)
-            self._reject(path, AdapterRejected(path.name, f"it could not be loaded ({type(error).__name__})"))
-
-    async def _publish(self, adapter: Adapter, manifest: Manifest) -> None:
-        """Load and name a version; its weights are held meanwhile, in case a version of equal bytes is let go."""
-        with self.registry.holding(adapter):
-            await self._load(manifest)
-            self.metrics.know_adapter(adapter.name)
-            self.registry.publish(adapter)
-        logger.info(
-            "adapter %s@%s is served: rank %d, %d modules, %d bytes",
-            adapter.name, adapter.version_digest[:12], adapter.rank, adapter.num_modules, adapter.num_bytes,
-        )  # fmt: skip
-
-    def _current(self, path: Path) -> str | None:
-        """The version served from this folder."""
-        return next((one.version_digest for one in self.registry.list() if one.path == path), None)
-
-    def _reject(self, path: Path, error: AdapterRejected) -> None:
-        """Report a folder that is not served; the version read from it before, if any, stays."""
-        self._rejected[path] = error.reason
-        self.metrics.adapter_rejections.inc()
-        kept = "; the version read before is still served" if self._current(path) else ""
-        logger.warning("adapter folder %s is not served: %s%s", path.name, error.reason, kept)
-
-    def _forget(self, path: Path) -> None:
-        """Take a name away with its folder, unless another folder has taken it over."""
-        del self._handled[path]
-        self._rejected.pop(path, None)
-        if self._current(path) is not None:
-            self.registry.withdraw(path.name)
-            self.metrics.forget_adapter(path.name)
-            logger.info("adapter %s is gone", path.name)
+    async def _look_at_small_files(self) -> None:
+        """Read the aliases and the pins again where they changed."""
+        path = self.folders[0] / ALIASES_FILE
+        signature = await asyncio.to_thread(_file_signature, path)
+        if signature != self._aliases_signature:
+            self._aliases_signature = signature
+            try:
+                data = await asyncio.to_thread(path.read_bytes) if signature else b""
+                self._on_aliases(parse_aliases(data))
+            except (OSError, ValueError) as error:
+                logger.error("%s is not used, the aliases before it stay: %s", ALIASES_FILE, error)
+        if self._store is None:
+            return
+        pins = await asyncio.to_thread(self._store.pins_signature)
+        if pins != self._pins_signature:
+            self._pins_signature = pins
+            self._on_pins(await asyncio.to_thread(self._store.pins))
 
 
-def _signature(folder: str) -> Signature:
-    files = []
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
-            with contextlib.suppress(OSError):
-                status = entry.stat(follow_symlinks=False)
-                files.append((entry.name, status.st_ino, status.st_size, status.st_mtime_ns))
-    return tuple(sorted(files))
+def _file_signature(path: Path) -> Signature:
+    return tuple(one for one in signature_of(path.parent) if one[0] == path.name)

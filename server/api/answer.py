@@ -40,10 +40,9 @@ async def _collect(generation: Generation, shape: Shape, envelope: Envelope) -> 
 
 def _envelope(generation: Generation, shape: Shape) -> Envelope:
     state = generation.state
-    mark = fingerprint(state.base_name, generation.adapter, state.version)
+    mark = fingerprint(state.base_name, generation.lease, state.version)
     return Envelope.new(shape, model=generation.request.model, fingerprint=mark)
 
 
 def _headers(generation: Generation) -> dict[str, str]:
-    adapter = generation.adapter
-    return {} if adapter is None else {"x-quickchange-adapter": f"{adapter.name}@{adapter.version_digest[:12]}"}
+    return {} if generation.lease is None else {"x-quickchange-adapter": generation.lease.label}

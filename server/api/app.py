@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 from starlette.types import Lifespan
 
-from server.api import chat, completions, models, ops
+from server.api import admin, chat, completions, models, ops
 from server.api.boundary import Boundary
 from server.api.errors import install_error_handlers
 from server.api.state import ServerState
@@ -22,6 +22,6 @@ def create_app(state: ServerState, *, lifespan: Lifespan[FastAPI] | None = None)
     app.state.server = state
     install_error_handlers(app)
     app.add_middleware(Boundary, metrics=state.metrics)
-    for part in (chat, completions, models, ops):
+    for part in (chat, completions, models, admin, ops):
         app.include_router(part.router)
     return app

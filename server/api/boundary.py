@@ -53,7 +53,8 @@ class Boundary:
         if length.isdecimal() and int(length[:20]) > self._max_body_bytes:
             return 413
         media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if scope["method"] == "POST" and media_type != "application/json":
+        has_body = headers.get("content-length", "") not in ("", "0") or "transfer-encoding" in headers
+        if scope["method"] == "POST" and has_body and media_type != "application/json":
             return 415
         return None
 

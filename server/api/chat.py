@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from server.adapters.registry import AdapterDefaults
+from server.adapters.manners import AdapterDefaults
 from server.api.answer import answer
 from server.api.generation import Generation
 from server.api.protocol import ChatRequest
@@ -23,7 +23,7 @@ async def create_chat_completion(body: ChatRequest, http: Request, state: State)
 
     def render(defaults: AdapterDefaults) -> list[list[int]]:
         messages = [message.model_dump(exclude_none=True) for message in body.messages]
-        return [state.prompts.chat(led_by(defaults.system_prompt, messages))]
+        return [state.prompts.chat(led_by(defaults.system_prompt, messages), template=defaults.chat_template)]
 
     generation = Generation(state, body, render, "messages", http.state.request_id)
     return await answer(http, generation, ChatShape())

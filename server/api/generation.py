@@ -8,11 +8,13 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 
-from server.adapters.registry import Adapter, AdapterDefaults
+from server.adapters.library import Lease
+from server.adapters.manners import AdapterDefaults
 from server.api.protocol import GenerationRequest
-from server.api.sampling import completion_length, overlay, sampling_params, stop_strings
+from server.api.sampling import completion_length, end_ids, overlay, sampling_params, stop_strings
 from server.api.state import ServerState
 from server.engine.async_engine import OutputStream
+from server.errors import InvalidRequest
 from server.metrics import BASE
 from server.sequence import FinishReason, StepOutput
 from server.text.detokenizer import Detokenizer
@@ -87,7 +89,7 @@ _Output = tuple[Choice, StepOutput]
 class Generation:
     """A request from its admission to its last token.
 
-    ``start`` takes the adapter's lease and queues the sequences, ``deltas`` are what they say, ``close`` aborts those
+    ``start`` leases the adapters and queues the sequences, ``deltas`` are what they say, ``close`` aborts those
     alive, releases the lease, and counts. ``render`` makes the prompts' ids; ``prompt_field`` is where they came from.
     """
 
@@ -96,7 +98,7 @@ class Generation:
     render: Render
     prompt_field: str
     request_id: str
-    adapter: Adapter | None = None
+    lease: Lease | None = None
     _choices: list[Choice] = field(default_factory=list)
     _pumps: list[asyncio.Task[None]] = field(default_factory=list)
     _outputs: asyncio.Queue[_Output | Exception] = field(default_factory=asyncio.Queue)
@@ -121,9 +123,8 @@ class Generation:
 
         Raises every error that is known by then, so that it can be answered with a status of its own.
         """
-        if self.request.model != self.state.base_name:
-            self.adapter = self.state.registry.acquire(self.request.model)
         self.state.engine.check_capacity(self.num_choices)
+        self.lease = await self._acquire()
         defaults = self._defaults()
         self._submit(await asyncio.to_thread(self.render, defaults), defaults)
         self._pumps = [asyncio.create_task(self._pump(choice)) for choice in self._choices]
@@ -150,30 +151,41 @@ class Generation:
             pump.cancel()
         for choice in self._choices:
             choice.stream.close()
-        if self.adapter is not None:
-            self.state.registry.release(self.adapter)
         if self._pumps:
             self._record()
+        if self.lease is not None:
+            self.lease.release()
 
     def _defaults(self) -> AdapterDefaults:
         base = self.state.base_defaults
-        return base if self.adapter is None else overlay(self.adapter.defaults, base)
+        return base if self.lease is None else overlay(self.lease.defaults, base)
+
+    async def _acquire(self) -> Lease | None:
+        request = self.request
+        if request.model != self.state.base_name:
+            return await self.state.adapters.acquire(request.model, user=request.user, scale=request.lora_scale)
+        if request.lora_scale is not None:
+            raise InvalidRequest(
+                "Invalid 'lora_scale': the base has no adapter to scale; name one in 'model'.", param="lora_scale"
+            )
+        return None
 
     def _submit(self, prompts: list[list[int]], defaults: AdapterDefaults) -> None:
         self._prompt_tokens = sum(map(len, prompts))
         lengths = [self._completion_length(len(prompt), defaults) for prompt in prompts]
         stop = stop_strings(self.request, defaults)
+        eos_ids = self.state.eos_ids | end_ids(defaults, stop, self.state.prompts)
         for prompt, max_tokens in zip(prompts, lengths, strict=True):
             for index in range(self.request.n):
                 stream = self.state.engine.submit(
                     prompt,
                     params=sampling_params(self.request, defaults, index=index),
                     max_tokens=max_tokens,
-                    adapter=None if self.adapter is None else self.adapter.weights_digest,
-                    eos_ids=self.state.eos_ids,
+                    adapters=() if self.lease is None else self.lease.uses,
+                    eos_ids=eos_ids,
                 )
                 detokenizer = Detokenizer(self.state.prompts.decode, stop)
-                self._choices.append(Choice(len(self._choices), stream, detokenizer, self.state.eos_ids))
+                self._choices.append(Choice(len(self._choices), stream, detokenizer, eos_ids))
 
     def _completion_length(self, prompt_tokens: int, defaults: AdapterDefaults) -> int:
         return completion_length(
@@ -225,13 +237,11 @@ class Generation:
         self._write_log_line(reasons, duration, first)
 
     def _write_log_line(self, reasons: list[str], duration: float, first: float | None) -> None:
-        version = "" if self.adapter is None else "@" + self.adapter.version_digest[:12]
         _log.info(
-            "request_id=%s adapter=%s%s finish=%s prompt_tokens=%d completion_tokens=%d "
+            "request_id=%s adapter=%s finish=%s prompt_tokens=%d completion_tokens=%d "
             "first_token_ms=%s duration_ms=%.0f",
             self.request_id,
-            self._label,
-            version,
+            BASE if self.lease is None else self.lease.label,
             ",".join(reasons),
             self.usage.prompt_tokens,
             self.usage.completion_tokens,
@@ -241,7 +251,7 @@ class Generation:
 
     @property
     def _label(self) -> str:
-        return BASE if self.adapter is None else self.adapter.name
+        return BASE if self.lease is None else self.lease.metrics_label
 
     def _finish_reasons(self) -> Iterator[str]:
         for choice in self._choices:

@@ -1,36 +1,92 @@
-"""``GET /v1/models``: the base and its adapters; ``root`` and ``parent`` tell them apart, as in vLLM."""
+"""``/v1/models``: the base, its adapters and aliases; ``root`` and ``parent`` tell them apart, as in vLLM."""
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from fastapi import APIRouter
 
-from server.adapters.registry import Adapter
+from server.adapters.manners import AdapterDefaults
+from server.adapters.registry import DIGITS, Adapter, Entry
 from server.api.state import ServerState, State
+from server.errors import ModelNotFound
 
 router = APIRouter()
 
 
 @router.get("/v1/models")
 async def list_models(state: State) -> dict[str, Any]:
-    """The base first, then the adapters by name."""
-    adapters = [_adapter(adapter, state) for adapter in state.registry.list()]
-    return {"object": "list", "data": [_base(state), *adapters]}
+    """The base first, then the adapters by name, then the aliases."""
+    adapters = [_adapter(entry, state) for entry in state.adapters.registry]
+    aliases = [_alias(name, state) for name in sorted(state.adapters.aliases)]
+    return {"object": "list", "data": [_base(state), *adapters, *[one for one in aliases if one is not None]]}
 
 
 @router.get("/v1/models/{model:path}")
 async def get_model(model: str, state: State) -> dict[str, Any]:
-    """One of them."""
-    return _base(state) if model == state.base_name else _adapter(state.registry.get(model), state)
+    """One of them, with all that is known of it."""
+    if model == state.base_name:
+        return _base(state)
+    if model in state.adapters.registry:
+        entry = state.adapters.registry.get(model)
+        return _adapter(entry, state) | _details(entry, state)
+    if (alias := _alias(model, state)) is not None:
+        return alias
+    raise ModelNotFound(model[:200])
+
+
+def state_of(adapter: Adapter | None, state: ServerState) -> str:
+    """``unverified`` until its bytes were hashed, then ``ready``, ``loading`` or ``resident``."""
+    if adapter is None:
+        return "unverified"
+    return state.adapters.residency.state(adapter.weights_digest) or "ready"
 
 
 def _base(state: ServerState) -> dict[str, Any]:
     return _model(state.base_name, created=state.created, root=state.base_name, parent=None)
 
 
-def _adapter(adapter: Adapter, state: ServerState) -> dict[str, Any]:
-    return _model(adapter.name, created=adapter.created, root=adapter.path.name, parent=state.base_name)
+def _adapter(entry: Entry, state: ServerState) -> dict[str, Any]:
+    known = _model(entry.name, created=entry.listing.created, root=entry.listing.path.name, parent=state.base_name)
+    served = entry.served
+    return known | {"digest": None if served is None else served.version_digest, "state": state_of(served, state)}
+
+
+def _alias(name: str, state: ServerState) -> dict[str, Any] | None:
+    """An alias, unless an adapter or the base has its name."""
+    alias = state.adapters.aliases.get(name)
+    if alias is None or name in state.adapters.registry or name == state.base_name:
+        return None
+    targets = {target.model: target.share for target in alias.targets}
+    return _model(name, created=state.created, root=next(iter(targets)), parent=state.base_name) | {"alias_of": targets}
+
+
+def _details(entry: Entry, state: ServerState) -> dict[str, Any]:
+    served, residency, listing = entry.served, state.adapters.residency, entry.listing
+    digest = None if served is None else served.weights_digest
+    return {
+        "weights_digest": digest,
+        "versions": [one.version_digest[:DIGITS] for one in entry.versions],
+        "pinned": {"version": entry.pin.version, "resident": entry.pin.resident},
+        "refused": entry.refused,
+        "rank": listing.plan.rank,
+        "targets": sorted({name.rpartition(".")[2] for name in listing.plan.modules}),
+        "num_modules": len(listing.plan.modules),
+        "num_bytes": listing.plan.num_bytes,
+        "delta_norm": None if digest is None else state.adapters.delta_norm(digest),
+        "leases": 0 if digest is None else residency.num_leases(digest),
+        "base_check": "shapes" if listing.sidecar is None else "fingerprint",
+        "composable": listing.plan.composable,
+        "defaults": _said(listing.defaults),
+    }
+
+
+def _said(defaults: AdapterDefaults) -> dict[str, Any]:
+    """What an adapter says of its manners; of its chat template only that it has one."""
+    said = {item.name: getattr(defaults, item.name) for item in fields(defaults)}
+    said["chat_template"] = "its own" if defaults.chat_template is not None else None
+    return {name: value for name, value in said.items() if value not in (None, ())}
 
 
 def _model(name: str, *, created: int, root: str, parent: str | None) -> dict[str, Any]:

@@ -32,7 +32,6 @@ IGNORED = frozenset(
         "prompt_cache_retention",
         "reasoning_effort",
         "safety_identifier",
-        "user",
         "verbosity",
     }
 )
@@ -209,6 +208,8 @@ class GenerationRequest(_Strict):
     top_k: int | None = Field(None, ge=-1, lt=2**31)
     min_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    lora_scale: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
+    user: Text | None = None
     n: int = Field(1, ge=1, le=8)
     stop: Annotated[list[StopString], Field(min_length=1, max_length=16), BeforeValidator(_as_list)] | None = None
 

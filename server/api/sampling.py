@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import TypeVar
 
-from server.adapters.registry import AdapterDefaults
+from server.adapters.manners import AdapterDefaults
 from server.api.protocol import GenerationRequest
 from server.errors import ContextLengthExceeded
 from server.sequence import SamplingParams
+from server.text.prompt import PromptRenderer
 
 Number = TypeVar("Number", int, float)
 
 
 def overlay(defaults: AdapterDefaults, below: AdapterDefaults) -> AdapterDefaults:
-    """``defaults``, and ``below`` where they say nothing; stop strings of both."""
+    """``defaults``, and ``below`` where they say nothing; what ends an answer of both."""
     chosen = {item.name: getattr(defaults, item.name) for item in fields(AdapterDefaults)}
     filled = {name: getattr(below, name) if value is None else value for name, value in chosen.items()}
-    return AdapterDefaults(**{**filled, "stop": (*defaults.stop, *below.stop)})
+    ends = {"stop": (*defaults.stop, *below.stop), "eos": (*defaults.eos, *below.eos)}
+    return AdapterDefaults(**{**filled, **ends})
 
 
 def sampling_params(request: GenerationRequest, defaults: AdapterDefaults, *, index: int) -> SamplingParams:
@@ -35,6 +38,17 @@ def sampling_params(request: GenerationRequest, defaults: AdapterDefaults, *, in
 def stop_strings(request: GenerationRequest, defaults: AdapterDefaults) -> tuple[str, ...]:
     """The request's stop strings and the adapter's, each once."""
     return tuple(dict.fromkeys([*(request.stop or ()), *defaults.stop]))
+
+
+def end_ids(defaults: AdapterDefaults, stop: Iterable[str], prompts: PromptRenderer) -> frozenset[int]:
+    """Tokens that end an answer beside the base's: the adapter's, and stop strings that are special tokens.
+
+    A special token has no text in an answer, so that as a stop string it would never be seen.
+    """
+    texts = [*stop, *[token for token in defaults.eos if isinstance(token, str)]]
+    ids = [prompts.token_id(text) for text in texts]
+    numbers = [token for token in defaults.eos if isinstance(token, int) and token < prompts.vocab_size]
+    return frozenset([*numbers, *[one for one in ids if one is not None]])
 
 
 def completion_length(

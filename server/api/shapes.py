@@ -9,7 +9,7 @@ import uuid
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from server.adapters.registry import Adapter
+from server.adapters.library import Lease
 from server.sequence import FinishReason
 
 Json = dict[str, Any]
@@ -107,9 +107,10 @@ class Envelope:
         }
 
 
-def fingerprint(base_name: str, adapter: Adapter | None, version: str) -> str:
-    """Changes when the base, the adapter's version or the server does, and so the answer to the same seed may."""
-    parts = [version, base_name, "" if adapter is None else adapter.version_digest]
+def fingerprint(base_name: str, lease: Lease | None, version: str) -> str:
+    """Changes when the base, an adapter's version or the server does, and so the answer to the same seed may."""
+    held = () if lease is None else lease.held
+    parts = [version, base_name, *(f"{one.adapter.version_digest}:{one.scale}" for one in held)]
     return "fp_" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 

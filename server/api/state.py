@@ -7,7 +7,9 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from server.adapters.registry import AdapterDefaults, AdapterRegistry
+from server.adapters.library import AdapterLibrary
+from server.adapters.manners import AdapterDefaults
+from server.adapters.operator import AdapterOperator
 from server.engine.async_engine import AsyncEngine
 from server.metrics import Metrics
 from server.text.prompt import PromptRenderer
@@ -15,18 +17,23 @@ from server.text.prompt import PromptRenderer
 
 @dataclass(frozen=True)
 class ServerState:
-    """The parts of a running server. ``base_defaults`` come from the base's own generation config."""
+    """The parts of a running server.
+
+    ``base_defaults`` come from the base's own generation config; ``operator`` is there where an admin key is set.
+    """
 
     base_name: str
     created: int
     prompts: PromptRenderer
     engine: AsyncEngine
-    registry: AdapterRegistry
+    adapters: AdapterLibrary
     metrics: Metrics
     default_max_tokens: int
     eos_ids: frozenset[int]
     version: str
     base_defaults: AdapterDefaults = field(default_factory=AdapterDefaults)
+    operator: AdapterOperator | None = None
+    admin_key_digest: bytes | None = field(default=None, repr=False)
 
 
 def _state_of(request: Request) -> ServerState:

@@ -1,55 +1,91 @@
-"""``quickchange adapters``: the adapter folders, what is in them, and why one is not served."""
+"""``quickchange adapters``: what an operator does with adapters from a terminal, one sub-command each."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+import sys
+from collections.abc import Callable, Sequence
 
-from server.adapters.manifest import BaseSignature, Limits, read_manifest
-from server.adapters.registry import Adapter
-from server.cli.serve import adapter_folders
-from server.cli.settings import parse_settings
-from server.errors import AdapterRejected
-from server.lora.weights import LoRAWeights
-from server.model.device import choose_device
-from server.model.loader import load_base
+USAGE = """\
+usage: quickchange adapters [list] [--SETTING VALUE ...]   every adapter: served or not and why, pins, kept versions
+       quickchange adapters check DIR|NAME [--no-probe]    everything about one, and whether it answers as under PEFT
+       quickchange adapters add REPO_ID[@REVISION]         fetch one from the Hugging Face hub
+       quickchange adapters convert FOLDER                 write another kind of PEFT adapter as LoRA
+       quickchange adapters pin NAME[@VERSION]             keep one in memory, or hold its name at a kept version
+       quickchange adapters unpin NAME                     let a name follow its folder again
+       quickchange adapters rollback NAME                  hold a name at the version before
+
+Each takes --help, and every setting of `quickchange serve`. VERSION is the beginning of a version's digest.
+"""
+
+
+def list_adapters(arguments: Sequence[str]) -> int:
+    """Print every adapter."""
+    from server.cli.adapters_list import main
+
+    return main(arguments)
+
+
+def check(arguments: Sequence[str]) -> int:
+    """Print everything about one adapter."""
+    from server.cli.adapters_check import main
+
+    return main(arguments)
+
+
+def add(arguments: Sequence[str]) -> int:
+    """Fetch an adapter from the hub."""
+    from server.cli.adapters_add import main
+
+    return main(arguments)
+
+
+def convert(arguments: Sequence[str]) -> int:
+    """Write an adapter of another kind as LoRA."""
+    from server.cli.adapters_convert import main
+
+    return main(arguments)
+
+
+def pin(arguments: Sequence[str]) -> int:
+    """Keep an adapter in memory, or at a version."""
+    from server.cli.adapters_pins import run_pin
+
+    return run_pin(arguments)
+
+
+def unpin(arguments: Sequence[str]) -> int:
+    """Take a pin away."""
+    from server.cli.adapters_pins import run_unpin
+
+    return run_unpin(arguments)
+
+
+def rollback(arguments: Sequence[str]) -> int:
+    """Hold a name at the version before."""
+    from server.cli.adapters_pins import run_rollback
+
+    return run_rollback(arguments)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "list": list_adapters,
+    "check": check,
+    "add": add,
+    "convert": convert,
+    "pin": pin,
+    "unpin": unpin,
+    "rollback": rollback,
+}
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print a line for each folder; the exit status is 1 where one would be refused."""
-    settings = parse_settings("adapters", arguments)
-    base = load_base(
-        settings.base_model,
-        name=settings.base_name,
-        device="cpu",
-        dtype="float32",
-        max_model_len=settings.max_model_len,
-    )
-    limits = Limits(settings.max_lora_rank, settings.max_adapter_bytes)
-    folders = adapter_folders(settings)
-    paths = {path.name: path for folder in reversed(folders) for path in _sub_folders(folder)}
-    if not paths:
-        print(f"no adapters in {', '.join(str(folder) for folder in folders)}")
+    """Run a sub-command, ``list`` where none is named; the exit status is 2 for one that there is not."""
+    given = list(arguments)
+    if given[:1] in (["help"], ["--help"], ["-h"]):
+        print(USAGE, end="")
         return 0
-    return max(_report(path, base.signature, limits) for _, path in sorted(paths.items()))
-
-
-def _report(path: Path, base: BaseSignature, limits: Limits) -> int:
-    try:
-        manifest = read_manifest(path, base, limits)
-        LoRAWeights.of(manifest, choose_device("cpu"))
-    except AdapterRejected as error:
-        print(f"{path.name}: NOT SERVED: {error.reason}")
-        return 1
-    adapter = Adapter.of(manifest)
-    print(
-        f"{adapter.name}@{adapter.version_digest[:12]}: rank {adapter.rank}, {adapter.num_modules} modules, "
-        f"{adapter.num_bytes / 1e6:.1f} MB, {path}"
-    )
-    return 0
-
-
-def _sub_folders(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    name = given.pop(0) if given and not given[0].startswith("-") else "list"
+    if name not in COMMANDS:
+        print(f"quickchange adapters: there is no command {name!r}\n{USAGE}", file=sys.stderr, end="")
+        return 2
+    return COMMANDS[name](given)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import signal
 import socket
@@ -11,8 +12,6 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from importlib.resources import files
-from pathlib import Path
 from types import FrameType
 
 import torch
@@ -20,24 +19,26 @@ import uvicorn
 from fastapi import FastAPI
 from transformers import GenerationConfig
 
-from server.adapters.manifest import Limits, Manifest
-from server.adapters.registry import AdapterDefaults, AdapterRegistry
+from server.adapters.manners import AdapterDefaults
 from server.adapters.watcher import AdapterWatcher
 from server.api.app import ServerState, create_app
+from server.cli.shelf import build_shelf
 from server.engine.async_engine import AsyncEngine
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
-from server.errors import EngineUnavailable, SettingsError
-from server.lora.weights import LoRAWeights
+from server.errors import SettingsError
 from server.metrics import Metrics
 from server.model.device import available_threads
 from server.model.loader import Base, load_base
 from server.model.runner import ModelRunner
 from server.model.sampler import Sampler
-from server.settings import EMBEDDED_BASE, Settings
+from server.settings import Settings
 from server.text.prompt import PromptRenderer
 
 logger = logging.getLogger("quickchange")
+
+MOST_NAMES = 20
+"""Adapters named in the log at start."""
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,31 @@ class Service:
     @contextlib.asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         """Start the engine and read the adapters before the first request; stop both after the last."""
+        await self._quieten_reader()
         self.engine.start()
-        await self.watcher.scan(settled_only=False)
-        logger.info("models: %s", ", ".join([self.state.base_name, *(one.name for one in self.state.registry.list())]))
-        watching = asyncio.create_task(self.watcher.run(self.settings.scan_interval))
+        await self.watcher.start()
+        self.watcher.intake.level = logging.INFO
+        names = [entry.name for entry in self.state.adapters.registry]
+        shown = ", ".join([self.state.base_name, *names[:MOST_NAMES]])
+        more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+        logger.info("models: %s%s", shown, more)
+        working = [asyncio.create_task(work) for work in (self.watcher.run(), self.watcher.intake.hash_all())]
         try:
             yield
         finally:
-            watching.cancel()
+            for task in working:
+                task.cancel()
             await self.engine.stop(self.settings.shutdown_timeout)
+            self.state.adapters.reader.close()
+
+    async def _quieten_reader(self) -> None:
+        """Adapters are prepared with one thread, so that the engine's threads need not wait for theirs.
+
+        The number is a thread's own, but a thread that has none yet takes the one that was set last, by whomever.
+        """
+        num_threads = torch.get_num_threads()
+        await self.state.adapters.reader.run(torch.set_num_threads, 1)
+        torch.set_num_threads(num_threads)
 
 
 def build(settings: Settings) -> Service:
@@ -83,20 +100,24 @@ def build(settings: Settings) -> Service:
     )
     runner = _runner(base, settings.max_num_seqs)
     engine = AsyncEngine(Engine(scheduler, runner, Sampler(), metrics), max_queued_seqs=settings.max_queued_seqs)
-    registry = AdapterRegistry(engine.unload_adapter)
+    prompts = PromptRenderer(base.tokenizer, vocab_size=base.vocab_size)
+    shelf = build_shelf(settings, base, runner, engine, prompts, metrics)
+    key = settings.admin_key
     state = ServerState(
         base_name=settings.base_name,
         created=int(time.time()),
-        prompts=PromptRenderer(base.tokenizer, vocab_size=base.vocab_size),
+        prompts=prompts,
         engine=engine,
-        registry=registry,
+        adapters=shelf.library,
+        operator=None if key is None else shelf.operator,
+        admin_key_digest=None if key is None else hashlib.sha256(key.get_secret_value().encode()).digest(),
         metrics=metrics,
         default_max_tokens=settings.default_max_tokens,
         eos_ids=base.eos_ids,
         base_defaults=_base_defaults(base),
         version=_version(),
     )
-    return Service(state, engine, _watcher(settings, base, engine, registry, metrics), settings)
+    return Service(state, engine, shelf.watcher, settings)
 
 
 def _runner(base: Base, num_slots: int) -> ModelRunner:
@@ -149,37 +170,6 @@ def bind(host: str, port: int) -> socket.socket:
             f"cannot listen on {host}:{port} ({error.strerror}): choose another --host or --port"
         ) from None
     return bound
-
-
-def demo_adapters() -> Path | None:
-    """The adapters that come with the package; in a source checkout, its ``adapters`` folder."""
-    package = Path(str(files("micro_base")))
-    for folder in (package / "adapters", package.parent / "adapters"):
-        if folder.is_dir():
-            return folder
-    return None
-
-
-def adapter_folders(settings: Settings) -> list[Path]:
-    """The operator's folder, then the demo adapters where the base is theirs."""
-    demos = demo_adapters() if settings.demo_adapters and settings.base_model == EMBEDDED_BASE else None
-    if demos is None or demos.resolve() == settings.adapters_dir.resolve():
-        return [settings.adapters_dir]
-    return [settings.adapters_dir, demos]
-
-
-def _watcher(
-    settings: Settings, base: Base, engine: AsyncEngine, registry: AdapterRegistry, metrics: Metrics
-) -> AdapterWatcher:
-    async def load(manifest: Manifest) -> None:
-        weights = await asyncio.to_thread(LoRAWeights.of, manifest, base.model.device)
-        with contextlib.suppress(EngineUnavailable):
-            await engine.load_adapter(manifest.weights_digest, weights)
-
-    limits = Limits(settings.max_lora_rank, settings.max_adapter_bytes)
-    return AdapterWatcher(
-        adapter_folders(settings), registry, load, base=base.signature, limits=limits, metrics=metrics
-    )
 
 
 def _metrics(base: Base) -> Metrics:

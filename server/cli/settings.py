@@ -25,9 +25,9 @@ def parse_settings(command: str, arguments: Sequence[str]) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
+        value = "hidden here" if "key" in field else repr(first["input"])
         raise SettingsError(
-            f"setting {field} (--{field.replace('_', '-')} or QUICKCHANGE_{field.upper()}) "
-            f"is {first['input']!r}: {first['msg']}"
+            f"setting {field} (--{field.replace('_', '-')} or QUICKCHANGE_{field.upper()}) is {value}: {first['msg']}"
         ) from None
     except UnreadableSettings as error:
         raise SettingsError(str(error)) from None

@@ -20,7 +20,7 @@ from typing import TypeVar
 from server.engine.engine import Engine
 from server.errors import EngineUnavailable, GenerationFailed, QueueFull
 from server.lora.weights import LoRAWeights
-from server.sequence import SamplingParams, StepOutput
+from server.sequence import AdapterUse, SamplingParams, StepOutput
 from server.sequence import Sequence as Generation
 
 logger = logging.getLogger("quickchange.engine")
@@ -150,12 +150,12 @@ class AsyncEngine:
         *,
         params: SamplingParams,
         max_tokens: int,
-        adapter: str | None,
+        adapters: tuple[AdapterUse, ...],
         eos_ids: frozenset[int],
     ) -> OutputStream:
-        """Queue a sequence. ``adapter`` is a weights digest that is loaded and leased. Raises as ``check_capacity``."""
+        """Queue a sequence. ``adapters`` are loaded and leased. Raises as ``check_capacity``."""
         self.check_capacity(1)
-        sequence = Generation(next(self._ids), tuple(prompt_ids), max_tokens, params, adapter, eos_ids)
+        sequence = Generation(next(self._ids), tuple(prompt_ids), max_tokens, params, adapters, eos_ids)
         stream = self._streams[sequence.id] = OutputStream(sequence.id, self._close_stream)
         self._inbox.put(Add(sequence))
         return stream

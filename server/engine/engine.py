@@ -77,7 +77,7 @@ class Engine:
         self.metrics.step_duration.observe(seconds)
         self.metrics.step_rows.observe(batch.num_rows)
         self.metrics.step_sequences.observe(len(batch.segments))
-        self.metrics.step_adapters.observe(len({segment.sequence.adapter for segment in batch.segments}))
+        self.metrics.step_adapters.observe(len({segment.sequence.adapters for segment in batch.segments}))
         self.report_load()
 
     def report_load(self) -> None:

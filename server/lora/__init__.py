@@ -1,1 +1,5 @@
-"""Floor 2: LoRA in tensors. ``weights`` are one adapter's, ``bank`` holds all, ``layer`` adds them to a linear."""
+"""Floor 2: adapters as tensors.
+
+``delta`` is what one adapter does to one module, ``weights`` to all, made by ``prepare`` (and ``dora``) from the file's
+bytes; ``layer`` stands in a module's place and applies it to the ``rows`` of each adapter; ``bank`` holds all.
+"""

@@ -1,31 +1,38 @@
-"""All adapters in memory, and which rows of the current batch use which."""
+"""All adapters in memory, on the modules they change."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import groupby
+from collections.abc import Mapping
 
 from torch import nn
 
-from server.lora.layer import LoRALinear, Run
+from server.adapters.signature import Kind
+from server.lora.layer import AdaptedModule, LoRAEmbedding, LoRALinear, LoRARows
+from server.lora.rows import Rows
 from server.lora.weights import LoRAWeights
 from server.sequence import Batch
 
+_WRAPPERS: Mapping[Kind, type[AdaptedModule]] = {
+    "linear": LoRALinear,
+    "embedding": LoRAEmbedding,
+    "rows": LoRARows,
+}
+
 
 class LoRABank:
-    """Puts adapters onto a base model's linears; the engine thread owns it.
+    """Puts adapters onto a base model's modules; the engine thread owns it.
 
-    A linear is wrapped when the first adapter that touches it comes, and unwrapped when the last one goes, so that a
-    base without adapters pays nothing.
+    A module is wrapped when the first adapter that touches it comes, and unwrapped when the last one goes, so that a
+    base without adapters pays nothing. ``base_modules`` are the base's own, wrapped or not: they are never changed, and
+    any thread may read them.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self.base_modules: Mapping[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
         self._model = model
-        self._layers: dict[str, LoRALinear] = {}
+        self._layers: dict[str, AdaptedModule] = {}
         self._digests: set[str] = set()
-        self._runs: Sequence[Run] = ()
-        self._sampled_runs: Sequence[Run] = ()
-        self._num_rows = self._num_sampled = 0
+        self._rows = Rows()
 
     def add(self, digest: str, weights: LoRAWeights) -> None:
         """Make an adapter usable; one that is there already is no error."""
@@ -33,7 +40,7 @@ class LoRABank:
             return
         for module, delta in weights.deltas.items():
             if module not in self._layers:
-                self._layers[module] = LoRALinear(self._model.get_submodule(module), self._runs_of)
+                self._layers[module] = _WRAPPERS[delta.kind](self.base_modules[module], self._rows)
                 self._replace(module, self._layers[module])
             self._layers[module].deltas[digest] = delta
         self._digests.add(digest)
@@ -49,30 +56,10 @@ class LoRABank:
 
     def begin(self, batch: Batch) -> None:
         """Note the rows of each adapter for the forward pass that follows."""
-        missing = {segment.sequence.adapter for segment in batch.segments} - self._digests - {None}
-        assert not missing, f"sequences run on adapters that are not in memory: {missing}"
-        self._num_rows, self._num_sampled = batch.num_rows, len(batch.sampling)
-        self._runs = _runs((segment.sequence.adapter, segment.length) for segment in batch.segments)
-        self._sampled_runs = _runs((sequence.adapter, 1) for sequence in batch.sampling)
-
-    def _runs_of(self, num_rows: int) -> Sequence[Run]:
-        """The runs over all rows; the head sees only the rows that are sampled."""
-        if num_rows == self._num_rows:
-            return self._runs
-        assert num_rows == self._num_sampled, f"a linear got {num_rows} rows of a batch of {self._num_rows}"
-        return self._sampled_runs
+        used = {use.digest for segment in batch.segments for use in segment.sequence.adapters}
+        assert used <= self._digests, f"sequences run on adapters that are not in memory: {used - self._digests}"
+        self._rows.begin(batch)
 
     def _replace(self, name: str, module: nn.Module) -> None:
         parent, _, attribute = name.rpartition(".")
         setattr(self._model.get_submodule(parent), attribute, module)
-
-
-def _runs(lengths: Iterable[tuple[str | None, int]]) -> Sequence[Run]:
-    runs: list[Run] = []
-    start = 0
-    for digest, group in groupby(lengths, key=lambda one: one[0]):
-        end = start + sum(length for _, length in group)
-        if digest is not None:
-            runs.append((start, end, digest))
-        start = end
-    return runs

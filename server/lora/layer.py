@@ -1,49 +1,170 @@
-"""A linear layer whose rows may each get another adapter's delta."""
+"""Modules of the base whose rows may each get another adapter's change. The base's module stays as it is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
-from server.lora.weights import LoRADelta
-
-Run = tuple[int, int, str]
-"""Rows ``start`` to ``end`` of a batch that all use the adapter of this digest."""
+from server.lora.delta import Delta
+from server.lora.rows import Rows
 
 
-class LoRALinear(nn.Module):
-    """Wraps a linear of the base, which stays as it is: ``base(x) + x @ a @ b`` on the rows of each adapter.
+class AdaptedModule(nn.Module):
+    """Stands in the place of ``base``, whose result rows of no adapter get untouched; ``deltas`` are by digest.
 
-    ``runs(num_rows)`` says which rows those are; rows in no run get the base's result untouched.
+    Whatever else modelling code reads of it is the base's.
     """
 
-    def __init__(self, base: nn.Module, runs: Callable[[int], Sequence[Run]]) -> None:
+    def __init__(self, base: nn.Module, rows: Rows) -> None:
         super().__init__()
         self.base = base
-        self.deltas: dict[str, LoRADelta] = {}
-        self._runs = runs
+        self.deltas: dict[str, Delta] = {}
+        self._rows = rows
+        self._compute = base.__call__  # found faster than a submodule
 
-    @property
-    def weight(self) -> torch.Tensor:
-        """The base's weight, for modelling code that looks at it."""
-        weight = self.base.weight
-        assert isinstance(weight, torch.Tensor)
-        return weight
+    def __getattr__(self, name: str) -> Any:
+        """The base's attribute."""
+        if name in ("base", "_modules"):
+            return super().__getattr__(name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.base, name)
+
+    def _parts(self, num_rows: int) -> list[tuple[slice, Delta, float]]:
+        """The rows of each adapter that changes this module, its change, and the factor on it."""
+        deltas = self.deltas
+        return [
+            (slice(start, end), deltas[use.digest], use.scale)
+            for start, end, uses in self._rows.runs(num_rows)
+            for use in uses
+            if use.digest in deltas
+        ]
+
+
+class LoRALinear(AdaptedModule):
+    """A linear: ``base(x) + x @ a @ b`` on the rows of a plain adapter."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., rows, in] -> [..., rows, out]; dimensions before the rows are of size 1."""
-        y: torch.Tensor = self.base(x)
+        y: torch.Tensor = self._compute(x)
         flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        for start, end, digest in self._runs(len(flat_x)):
-            delta = self.deltas.get(digest)
-            if delta is None:
-                continue
-            # [end - start, rank], in float32 whatever the base's format
-            low = flat_x[start:end].float() @ delta.a
-            if flat_y.dtype == torch.float32:
-                flat_y[start:end].addmm_(low, delta.b)
+        for rows, delta, scale in self._parts(len(flat_x)):
+            if not delta.plain:
+                assert scale == 1.0
+                flat_y[rows] = _linear(flat_x[rows], flat_y[rows], delta)
             else:
-                flat_y[start:end] += (low @ delta.b).to(flat_y.dtype)
+                assert delta.a is not None
+                # [rows, rank], in float32 whatever the base's format
+                _add(flat_y[rows], flat_x[rows].float() @ delta.a, delta.b, scale)
         return y
+
+
+class LoRAEmbedding(AdaptedModule):
+    """An embedding: ``base(ids) + a[ids] @ b`` on the rows of a plain adapter."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids [1, rows] -> [1, rows, dim]."""
+        y: torch.Tensor = self._compute(ids)
+        flat_ids, flat_y = ids.reshape(-1), y.view(-1, y.shape[-1])
+        for rows, delta, scale in self._parts(len(flat_ids)):
+            if not delta.plain:
+                assert scale == 1.0
+                flat_y[rows] = _embedding(flat_ids[rows], flat_y[rows], delta)
+            else:
+                assert delta.a is not None
+                _add(flat_y[rows], delta.a[flat_ids[rows]], delta.b, scale * delta.embed_scale)
+        return y
+
+
+class LoRARows(AdaptedModule):
+    """Any other module that computes each row by itself: an adapter's rows go through the adapter's own parameters."""
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """Inputs and results all have the rows in the same axis, as [rows, ...], [1, rows, ...] or [1, heads, rows]."""
+        axis = next(iter(self.deltas.values())).axis
+        num_rows = first_tensor(inputs, named).shape[axis]
+        parts = self._parts(num_rows)
+        if len(parts) == 1 and parts[0][0] == slice(0, num_rows):
+            return changed(parts[0][1], inputs, named)
+        result = self._compute(*inputs, **named)
+        for rows, delta, _ in parts:
+            at = (slice(None),) * axis + (rows,)
+            cut_named = {name: _cut(one, axis, at, num_rows) for name, one in named.items()}
+            own = changed(delta, tuple(_cut(one, axis, at, num_rows) for one in inputs), cut_named)
+            for target, source in zip(_as_tuple(result), _as_tuple(own), strict=True):
+                target[at] = source
+        return result
+
+
+def changed(delta: Delta, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
+    """The module's result with the adapter's parameters; those that have a delta exist only meanwhile."""
+    assert delta.own is not None
+    parameters = delta.own._parameters
+    before = {name: parameters[name] for name in delta.parameters}
+    try:
+        for name, one in delta.parameters.items():
+            whole = parameters[name]
+            assert whole is not None
+            parameters[name] = nn.Parameter(one.added_to(whole), requires_grad=False)
+        return delta.own(*inputs, **named)
+    finally:
+        parameters.update(before)
+
+
+def first_tensor(inputs: tuple[Any, ...], named: Mapping[str, Any]) -> torch.Tensor:
+    """The input that tells the rows."""
+    return next(one for one in (*inputs, *named.values()) if isinstance(one, torch.Tensor))
+
+
+def _cut(one: Any, axis: int, at: tuple[slice, ...], num_rows: int) -> Any:
+    by_row = isinstance(one, torch.Tensor) and one.ndim > axis and one.shape[axis] == num_rows
+    return one[at] if by_row else one
+
+
+def _as_tuple(result: Any) -> tuple[torch.Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def _add(y: torch.Tensor, low: torch.Tensor, b: torch.Tensor | None, scale: float) -> None:
+    """``y += scale * low @ b`` in place, rounded once: y [rows, out], low [rows, rank], b [rank, out]."""
+    assert b is not None
+    if y.dtype == torch.float32 and scale == 1.0:
+        y.addmm_(low, b)  # a keyword more costs a third of the call
+    elif y.dtype == torch.float32:
+        y.addmm_(low, b, alpha=scale)
+    else:
+        y += (low @ b * scale).to(y.dtype)
+
+
+def _linear(x: torch.Tensor, y: torch.Tensor, delta: Delta) -> torch.Tensor:
+    """Rows of an adapter that does more than add a delta: x [rows, in], the base's y [rows, out] -> [rows, out]."""
+    z = _rescaled(y if delta.own is None else delta.own(x), delta)
+    if delta.a is not None and delta.b is not None:
+        z = torch.addmm(z, x.float() @ delta.a, delta.b)
+    if delta.tokens is not None:
+        z = z.index_copy(1, delta.tokens.indices, x.float() @ delta.tokens.rows.t())
+    return z.to(y.dtype)
+
+
+def _embedding(ids: torch.Tensor, y: torch.Tensor, delta: Delta) -> torch.Tensor:
+    """As ``_linear``: ids [rows], y [rows, dim]."""
+    z = _rescaled(y if delta.own is None else delta.own(ids), delta)
+    if delta.a is not None and delta.b is not None:
+        z = torch.addmm(z, delta.a[ids], delta.b, alpha=delta.embed_scale)
+    if delta.tokens is not None:
+        place = torch.searchsorted(delta.tokens.indices, ids).clamp(max=len(delta.tokens.indices) - 1)
+        new = delta.tokens.indices[place] == ids
+        z = torch.where(new[:, None], delta.tokens.rows[place] * delta.embed_scale, z)
+    return z.to(y.dtype)
+
+
+def _rescaled(y: torch.Tensor, delta: Delta) -> torch.Tensor:
+    """In float32, with DoRA's scale and another bias."""
+    z = y.float()
+    if delta.scale is not None:
+        z = z * delta.scale
+    return z if delta.shift is None else z + delta.shift

@@ -1,53 +1,53 @@
-"""One adapter's LoRA weights as tensors, scaling folded in (Hu et al. 2021)."""
+"""One adapter's weights as tensors, scaling folded in (Hu et al. 2021)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from server.adapters.manifest import Manifest
-from server.adapters.safetensors import TensorEntry
 from server.errors import AdapterRejected
-
-
-@dataclass(frozen=True)
-class LoRADelta:
-    """One module's delta: ``x @ a @ b`` with a [in, rank] and b [rank, out], float32, the scaling in b."""
-
-    a: torch.Tensor
-    b: torch.Tensor
+from server.lora.delta import Delta
+from server.lora.prepare import Preparation
 
 
 @dataclass(frozen=True)
 class LoRAWeights:
-    """The deltas of every module an adapter touches."""
+    """The changes of every module an adapter touches, and how far they are from the base: ``delta_norm`` is the
+    Frobenius norm of all low-rank deltas, other biases, other rows and other weights together."""
 
-    deltas: Mapping[str, LoRADelta]
+    deltas: Mapping[str, Delta]
+    delta_norm: float = 0.0
 
     @classmethod
-    def of(cls, manifest: Manifest, device: torch.device) -> LoRAWeights:
-        """Tensors from the manifest's bytes, copied to ``device``.
+    @torch.inference_mode()
+    def of(cls, manifest: Manifest, base_modules: Mapping[str, nn.Module]) -> LoRAWeights:
+        """Tensors from the manifest's bytes, on the base's device; any thread may do it.
 
-        Raises ``AdapterRejected`` where a number is not finite, or where every delta is zero.
+        Raises ``AdapterRejected`` where they would change nothing, or overflow with their scaling.
         """
-        deltas = {}
-        for module, pair in manifest.pairs.items():
-            a, b = _tensor(manifest.data, pair.a), _tensor(manifest.data, pair.b)
-            if not (a.isfinite().all() and b.isfinite().all()):
-                raise AdapterRejected(manifest.name, f"the weights of {module} hold NaN or infinity: train it again")
-            scaling = manifest.config.scaling(module)
-            deltas[module] = LoRADelta(a.t().contiguous().to(device), (b.t() * scaling).contiguous().to(device))
-        if all(not delta.a.any() or not delta.b.any() for delta in deltas.values()):
+        preparation = Preparation(manifest.data)
+        prepared = {
+            module: preparation.delta(part, base_modules[module]) for module, part in manifest.plan.parts.items()
+        }
+        deltas = {module: delta for module, delta in prepared.items() if delta is not None}
+        if vast := [module for module, delta in deltas.items() if not delta.finite]:
+            raise AdapterRejected(manifest.name, f"the weights of {vast[0]} are too large to compute with")
+        if not deltas:
             raise AdapterRejected(manifest.name, "all its deltas are zero, so it would change nothing: was it trained?")
-        return cls(deltas)
+        return cls(deltas, math.sqrt(preparation.squares))
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in memory, a tensor that two modules share counted once."""
+        tensors = {tensor.data_ptr(): tensor for delta in self.deltas.values() for tensor in delta.tensors()}
+        return sum(tensor.nbytes for tensor in tensors.values())
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def _tensor(data: bytes, entry: TensorEntry) -> torch.Tensor:
-    """A tensor of the file in float32, from the bytes that its checked entry names."""
-    own = bytearray(data[entry.begin : entry.end])
-    return torch.frombuffer(own, dtype=_DTYPES[entry.dtype]).view(entry.shape).float()
+    @property
+    def composable(self) -> bool:
+        """Whether it is plain low-rank deltas, which can be scaled and added up."""
+        return all(delta.plain for delta in self.deltas.values())

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import disable_progress_bar
 
-from server.adapters.manifest import BaseSignature
+from server.adapters.signature import BaseSignature, ModuleShape
 from server.errors import BaseModelNotFound, BaseModelRefused, SettingsError
 from server.model.admission import admit
 from server.model.attention import FlatAttention, Layout, Span
@@ -31,10 +30,10 @@ from server.model.device import choose_device, choose_dtype, num_weight_bytes
 from server.model.fingerprint import base_fingerprint
 from server.model.kv_cache import LayerShape
 from server.model.rope import fix_rope
+from server.model.shapes import PROBE_ROWS, noting_shapes, signature_of
 from server.settings import EMBEDDED_BASE
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-_PROBE_ROWS = 5
 
 
 @dataclass(frozen=True)
@@ -52,9 +51,7 @@ class Base:
     @property
     def vocab_size(self) -> int:
         """Rows of the embedding: token ids are below this."""
-        embeddings = self.model.get_input_embeddings()
-        assert isinstance(embeddings, nn.Embedding)
-        return embeddings.num_embeddings
+        return self.signature.vocab_size
 
 
 def load_base(base_model: str, *, name: str, device: str, dtype: str, max_model_len: int | None) -> Base:
@@ -78,7 +75,8 @@ def load_base(base_model: str, *, name: str, device: str, dtype: str, max_model_
         raise BaseModelRefused(
             name, f"{attention.num_calls} attention calls on {len(shapes)} layers: each must make one"
         )
-    signature = BaseSignature(name, fingerprint, modules)
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
+    signature = replace(signature_of(name, fingerprint, model, modules), chat_template=template)
     return Base(model, tokenizer, attention, shapes, signature, length, _eos_ids(model, tokenizer))
 
 
@@ -158,28 +156,13 @@ def _length(config: PretrainedConfig, wanted: int | None) -> int:
 
 
 @torch.inference_mode()
-def _probe(model: PreTrainedModel, attention: FlatAttention) -> tuple[list[LayerShape], dict[str, tuple[int, int]]]:
-    """One small pass that tells each layer's KV shape, and the linears that see every row, which adapters may touch."""
-    seen: dict[str, tuple[int, int]] = {}
-    handles = [
-        module.register_forward_hook(_note_linear(name, seen))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-    ]
-    attention.layout = Layout.of((Span(0, 0, _PROBE_ROWS, 0),), model.device)
-    ids = torch.arange(3, 3 + _PROBE_ROWS, device=model.device)[None]
-    model(input_ids=ids, position_ids=attention.layout.positions[None], use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return [attention.seen_shapes[layer] for layer in sorted(attention.seen_shapes)], seen
-
-
-def _note_linear(name: str, seen: dict[str, tuple[int, int]]) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        if args[0].shape[:-1].numel() == _PROBE_ROWS:
-            seen[name] = (args[0].shape[-1], output.shape[-1])
-
-    return hook
+def _probe(model: PreTrainedModel, attention: FlatAttention) -> tuple[list[LayerShape], dict[str, ModuleShape]]:
+    """One small pass that tells each layer's KV shape, and the modules that see every row, which adapters may touch."""
+    attention.layout = Layout.of((Span(0, 0, PROBE_ROWS, 0),), model.device)
+    ids = torch.arange(3, 3 + PROBE_ROWS, device=model.device)[None] % model.config.get_text_config().vocab_size
+    with noting_shapes(model) as modules:
+        model(input_ids=ids, position_ids=attention.layout.positions[None], use_cache=False)
+    return [attention.seen_shapes[layer] for layer in sorted(attention.seen_shapes)], modules
 
 
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
+from server.adapters.manifest import Manifest
 from server.lora.bank import LoRABank
 from server.lora.weights import LoRAWeights
 from server.model.attention import FlatAttention, Layout, Span
@@ -45,6 +46,13 @@ class ModelRunner:
         )
         logits: torch.Tensor = output.logits[0]
         return logits
+
+    def prepare(self, manifest: Manifest) -> LoRAWeights:
+        """An adapter's tensors, for ``add_adapter``; any thread may call this, while steps run.
+
+        Raises ``AdapterRejected`` where they would change nothing.
+        """
+        return LoRAWeights.of(manifest, self.bank.base_modules)
 
     def add_adapter(self, digest: str, weights: LoRAWeights) -> None:
         """Make an adapter usable."""

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from server.errors import InvalidRequest
+from server.text.deadline import DeadlineExceeded, deadline
 
 Message = Mapping[str, Any]
 
 _MAX_TEMPLATE_MESSAGE = 300
+_MAX_TEMPLATE_SECONDS = 2.0
 
 
 class PromptRenderer:
@@ -23,6 +25,7 @@ class PromptRenderer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, vocab_size: int | None = None) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = len(tokenizer) if vocab_size is None else vocab_size
+        self._special_ids = frozenset(tokenizer.all_special_ids)
         tokenizer("x")  # a tokenizer with truncation or padding in its file drops them at its first call, in one thread
 
     @property
@@ -30,22 +33,52 @@ class PromptRenderer:
         """Token ids of a prompt are below this."""
         return self._vocab_size
 
-    def chat(self, messages: Sequence[Message], *, tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
-        """Prompt ids of a conversation, up to where the assistant's answer begins.
+    @property
+    def chat_template(self) -> str | None:
+        """The base's own."""
+        template = self._tokenizer.chat_template
+        return template if isinstance(template, str) else None
+
+    def token_id(self, text: str) -> int | None:
+        """The id of a text that is one special token, which never shows in an answer."""
+        found = self._tokenizer.added_tokens_encoder.get(text)
+        return found if found in self._special_ids else None
+
+    def check_template(self, template: str) -> None:
+        """Raises ``ValueError`` where a chat template is wrong, or does not render the simplest conversation."""
+        try:
+            self.chat([{"role": "user", "content": "Hello"}], template=template)
+        except InvalidRequest as error:
+            raise ValueError(f"its chat template does not work: {error}") from None
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        template: str | None = None,
+    ) -> list[int]:
+        """Prompt ids of a conversation, up to where the assistant's answer begins, by the base's template or another.
 
         What looks like a special token inside a message stays text: only the template writes special tokens.
         Raises ``InvalidRequest`` with the template's words where the template refuses the conversation.
         """
-        if not self._tokenizer.chat_template:
+        chosen = template or self._tokenizer.chat_template
+        if not chosen:
             raise InvalidRequest("The base model has no chat template: use /v1/completions.", param="messages")
+        plain = [_plain(message, knows_developer="developer" in str(chosen)) for message in messages]
         try:
-            ids = self._tokenizer.apply_chat_template(
-                [self._plain(message) for message in messages],
-                tools=list(tools) if tools else None,
-                add_generation_prompt=True,
-                return_dict=False,
-                sanitize_control_tokens=True,
-            )
+            with nullcontext() if template is None else deadline(_MAX_TEMPLATE_SECONDS):
+                ids = self._tokenizer.apply_chat_template(
+                    plain,
+                    chat_template=template,
+                    tools=list(tools) if tools else None,
+                    add_generation_prompt=True,
+                    return_dict=False,
+                    sanitize_control_tokens=True,
+                )
+        except DeadlineExceeded:
+            raise InvalidRequest("The chat template takes too long with these messages.", param="messages") from None
         except (TemplateError, TypeError, ValueError, LookupError) as error:
             reason = str(error)[:_MAX_TEMPLATE_MESSAGE]
             raise InvalidRequest(f"The chat template refuses these messages: {reason}", param="messages") from error
@@ -67,20 +100,17 @@ class PromptRenderer:
         assert isinstance(text, str)
         return text
 
-    def _plain(self, message: Message) -> dict[str, Any]:
-        """A message as templates expect it: a known role, content as one string, tool arguments as objects."""
-        plain = dict(message)
-        if plain["role"] == "developer" and not self._knows_developer:
-            plain["role"] = "system"
-        if isinstance(content := plain.get("content"), list):
-            plain["content"] = "\n".join(part["text"] for part in content)
-        if calls := plain.get("tool_calls"):
-            plain["tool_calls"] = [_with_parsed_arguments(call) for call in calls]
-        return plain
 
-    @property
-    def _knows_developer(self) -> bool:
-        return "developer" in str(self._tokenizer.chat_template)
+def _plain(message: Message, *, knows_developer: bool) -> dict[str, Any]:
+    """A message as templates expect it: a known role, content as one string, tool arguments as objects."""
+    plain = dict(message)
+    if plain["role"] == "developer" and not knows_developer:
+        plain["role"] = "system"
+    if isinstance(content := plain.get("content"), list):
+        plain["content"] = "\n".join(part["text"] for part in content)
+    if calls := plain.get("tool_calls"):
+        plain["tool_calls"] = [_with_parsed_arguments(call) for call in calls]
+    return plain
 
 
 def _with_parsed_arguments(call: Mapping[str, Any]) -> dict[str, Any]:

@@ -52,6 +52,14 @@ def test_the_python_example(on_port_8000: ServerProcess) -> None:
     json.loads(answers["json"])
 
 
+def test_the_composition_example(on_port_8000: ServerProcess) -> None:
+    done = subprocess.run(
+        ["bash", "-c", example("composition")], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert json.loads(done.stdout)["choices"][0]["message"]["content"]
+    assert re.search(r"x-quickchange-adapter: tolstoy@[0-9a-f]{12}:0\.7\+shakespeare@[0-9a-f]{12}:0\.3", done.stderr)
+
+
 def test_the_file_tree_has_what_the_readme_links_to() -> None:
     links = re.findall(r"\]\(([^)#:]+)\)", README)
     assert links

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationMixin, PreTrainedModel
 
+from server.adapters.signature import ModuleShape
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
 from server.lora.weights import LoRAWeights
@@ -18,7 +19,7 @@ from server.model.attention import FlatAttention
 from server.model.rope import fix_rope
 from server.model.runner import ModelRunner
 from server.model.sampler import Sampler
-from server.sequence import SamplingParams
+from server.sequence import AdapterUse, SamplingParams
 from server.sequence import Sequence as Generation
 from tests.model.families import CONTEXT, VOCAB_SIZE
 
@@ -48,9 +49,14 @@ class Ask:
 
     prompt: tuple[int, ...]
     num_tokens: int = 10
-    adapter: str | None = None
+    adapter: str | tuple[AdapterUse, ...] | None = None
     step: int = 0
     params: SamplingParams = GREEDY
+
+    @property
+    def adapters(self) -> tuple[AdapterUse, ...]:
+        """One adapter's name, several uses, or none, as the engine takes them."""
+        return (AdapterUse(self.adapter),) if isinstance(self.adapter, str) else self.adapter or ()
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ class Hosted:
 
     model: PreTrainedModel
     runner: ModelRunner
-    modules: Mapping[str, tuple[int, int]]
+    modules: Mapping[str, ModuleShape]
     max_num_seqs: int = NUM_SLOTS
     budget: int = BUDGET
 
@@ -84,7 +90,7 @@ class Hosted:
             max_num_seqs=self.max_num_seqs, max_num_batched_tokens=self.budget, max_model_len=self.max_len
         )
         engine = Engine(scheduler, self.runner, sampler, Metrics())
-        sequences = [Generation(n, ask.prompt, ask.num_tokens, ask.params, ask.adapter) for n, ask in enumerate(asks)]
+        sequences = [Generation(n, ask.prompt, ask.num_tokens, ask.params, ask.adapters) for n, ask in enumerate(asks)]
         pending = sorted(zip(sequences, asks, strict=True), key=lambda one: one[1].step)
         step = 0
         while pending or not engine.idle:

@@ -28,8 +28,8 @@ judged like the others. The table is what the test says with the versions that t
   `max_model_len`. The stock code chooses them by the longest sequence in the batch. So with a `max_model_len` beyond
   the length a Phi-3 was trained on first (`original_max_position_embeddings`), short prompts use the long factors too;
   set `max_model_len` to that length or less to have the short ones.
-- **Adapters** may touch every linear layer that sees all rows of the batch, and the head. The experts of a mixture
-  see only some rows, so an adapter on them is refused when it is read.
+- **Adapters** may touch every linear layer, norm and router that sees all rows of the batch, the embedding, the head,
+  and the parameters of a mixture's experts. Linears inside an expert see only some rows: an adapter on them is refused.
 
 | architecture | `model_type` | served | why not |
 |---|---|---|---|

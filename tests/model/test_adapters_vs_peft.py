@@ -15,8 +15,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from server.adapters.manifest import BaseSignature, Limits, read_manifest
+from server.adapters.manifest import Limits, read_manifest
 from server.lora.weights import LoRAWeights
+from server.model.shapes import signature_of
 from tests.model.families import FAMILIES, build, fix_long_factors
 from tests.model.harness import Answer, Ask, Hosted, difference, host, prompts, stock_logits
 
@@ -43,6 +44,7 @@ class Oracle:
     def expect(self, answer: Answer) -> torch.Tensor:
         """Logits by PEFT, or by the stock base where no adapter was asked for."""
         adapter = answer.ask.adapter
+        assert not isinstance(adapter, tuple)
         return stock_logits(self.base if adapter is None else self.peft[adapter], answer)
 
     def check(self, answers: list[Answer]) -> None:
@@ -74,14 +76,13 @@ def make_oracle(family: str, folder: Path) -> Oracle:
     hosted = host(copy.deepcopy(base))
     if family == "phi3_longrope":
         fix_long_factors(base)
-    signature = BaseSignature("base", FINGERPRINT, hosted.modules)
+    signature = signature_of("base", FINGERPRINT, hosted.model, hosted.modules)
     peft, weights = {}, {}
     for seed, (name, fields) in enumerate(configs(family).items()):
         peft[name] = make_adapter(base, seed=seed, fan_in_fan_out=family == "gpt2", **fields)
-        # PEFT would save a copy of the base's head beside the LoRA on it
+        # beside a LoRA on the head PEFT would save a copy of the base's head, and say so in a warning
         peft[name].save_pretrained(str(folder / name), save_embedding_layers=False)
-        manifest = read_manifest(folder / name, signature, LIMITS)
-        weights[name] = LoRAWeights.of(manifest, torch.device("cpu"))
+        weights[name] = hosted.runner.prepare(read_manifest(folder / name, signature, LIMITS))
     return Oracle(base, peft, weights, hosted)
 
 
@@ -173,8 +174,8 @@ def test_bfloat16_base_with_adapters_is_as_near_to_the_truth_as_peft_in_bfloat16
     for seed, (name, fields) in enumerate(configs("llama").items()):
         peft = make_adapter(base, seed=seed, **fields)
         peft.save_pretrained(str(tmp_path / name), save_embedding_layers=False)
-        manifest = read_manifest(tmp_path / name, BaseSignature("base", FINGERPRINT, hosted.modules), LIMITS)
-        hosted.add(name, LoRAWeights.of(manifest, torch.device("cpu")))
+        signature = signature_of("base", FINGERPRINT, hosted.model, hosted.modules)
+        hosted.add(name, hosted.runner.prepare(read_manifest(tmp_path / name, signature, LIMITS)))
         (answer,) = hosted.run([Ask(prompts(21)[0], 6, name)])
         truth = stock_logits(copy.deepcopy(peft).float(), answer)
         ours += float((answer.logits - truth).abs().mean())

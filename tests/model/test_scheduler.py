@@ -15,7 +15,7 @@ from server.engine.slots import SlotTable
 from server.lora.weights import LoRAWeights
 from server.metrics import Metrics
 from server.model.sampler import Sampler
-from server.sequence import Batch, FinishReason, SamplingParams, Sequence, SequenceStatus, StepOutput
+from server.sequence import AdapterUse, Batch, FinishReason, SamplingParams, Sequence, SequenceStatus, StepOutput
 
 VOCAB = 50
 GREEDY = SamplingParams(temperature=0)
@@ -81,7 +81,8 @@ def _books_are_right() -> Iterator[None]:
 def ask(number: int, length: int, *, tokens: int = 4, adapter: str | None = None, eos: int | None = None) -> Sequence:
     """A sequence with a prompt of this length."""
     eos_ids = frozenset() if eos is None else frozenset({eos})
-    return Sequence(number, tuple(range(1, length + 1)), tokens, GREEDY, adapter, eos_ids)
+    adapters = () if adapter is None else (AdapterUse(adapter),)
+    return Sequence(number, tuple(range(1, length + 1)), tokens, GREEDY, adapters, eos_ids)
 
 
 def finish(engine: Engine, *, most: int = 500) -> list[StepOutput]:
@@ -147,7 +148,7 @@ def test_rows_of_one_adapter_lie_side_by_side() -> None:
         engine.add(ask(number, 3, adapter=adapter))
     finish(engine)
     for batch in runner.batches:
-        adapters = [segment.sequence.adapter for segment in batch.segments]
+        adapters = [segment.sequence.adapters for segment in batch.segments]
         changes = sum(one != other for one, other in itertools.pairwise(adapters))
         assert changes == len(set(adapters)) - 1
 

@@ -70,7 +70,7 @@ async def engine(runner: ScriptedRunner) -> AsyncIterator[AsyncEngine]:
 
 def submit(engine: AsyncEngine, *, start: int = 1, max_tokens: int = 50) -> OutputStream:
     return engine.submit(
-        [start], params=SamplingParams(temperature=0), max_tokens=max_tokens, adapter=None, eos_ids=frozenset({EOS})
+        [start], params=SamplingParams(temperature=0), max_tokens=max_tokens, adapters=(), eos_ids=frozenset({EOS})
     )
 
 
@@ -204,7 +204,7 @@ async def test_adapters_are_loaded_between_steps_and_errors_come_back(
 async def test_a_seed_gives_the_same_tokens_alone_and_beside_others(engine: AsyncEngine) -> None:
     def sampled(seed: int) -> OutputStream:
         return engine.submit(
-            [1], params=SamplingParams(temperature=2.0, seed=seed), max_tokens=20, adapter=None, eos_ids=frozenset()
+            [1], params=SamplingParams(temperature=2.0, seed=seed), max_tokens=20, adapters=(), eos_ids=frozenset()
         )
 
     alone = await tokens(sampled(7))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from server.api.app import create_app
+from server.sequence import AdapterUse
 from tests.fakes import BASE, EOS, FakeEngine, Script, adapter, ask, encode, server_state, small_tokenizer
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -39,7 +40,7 @@ def test_an_answer_has_every_required_key() -> None:
 def test_an_adapter_is_asked_by_its_weights_and_shown_by_its_version() -> None:
     engine = FakeEngine()
     response = ask(create_app(server_state(engine, adapter("poet"))), "POST", CHAT, json={**ONE, "model": "poet"})
-    assert engine.submitted[0].adapter == "poet-weights"
+    assert engine.submitted[0].adapters == (AdapterUse("poet-weights"),)
     assert engine.submitted[0].eos_ids == {EOS}
     assert response.headers["x-quickchange-adapter"] == "poet@poet-version"
     assert response.json()["model"] == "poet"
@@ -48,7 +49,7 @@ def test_an_adapter_is_asked_by_its_weights_and_shown_by_its_version() -> None:
 def test_the_base_has_no_adapter() -> None:
     engine = FakeEngine()
     response = ask(create_app(server_state(engine)), "POST", CHAT, json=ONE)
-    assert engine.submitted[0].adapter is None
+    assert engine.submitted[0].adapters == ()
     assert "x-quickchange-adapter" not in response.headers
 
 
@@ -134,7 +135,7 @@ def test_on_every_way_out_leases_and_sequences_are_given_back(
     state = server_state(engine, adapter("poet"))
     response = ask(create_app(state), "POST", CHAT, json={**ONE, "model": "poet", "stream": stream, **change})
     assert status is None or response.status_code == status
-    assert state.registry.num_leases("poet-weights") == 0
+    assert state.adapters.residency.num_leases("poet-weights") == 0
     assert engine.num_open == 0
 
 
@@ -147,7 +148,7 @@ def test_a_submission_that_fails_half_way_leaves_nothing_behind() -> None:
     assert response.status_code == 503
     assert response.headers["retry-after"] == "1"
     assert (len(engine.submitted), engine.num_open) == (2, 0)
-    assert state.registry.num_leases("poet-weights") == 0
+    assert state.adapters.residency.num_leases("poet-weights") == 0
 
 
 def test_a_full_queue_is_found_before_the_prompt_is_rendered() -> None:
@@ -186,7 +187,9 @@ def test_models_are_the_base_and_its_adapters() -> None:
         ("clerk", "clerk", BASE),
         ("poet", "poet", BASE),
     ]
-    assert ask(app, "GET", "/v1/models/poet").json() == listed["data"][2]
+    poet = ask(app, "GET", "/v1/models/poet").json()
+    assert poet.items() >= listed["data"][2].items()
+    assert (poet["state"], poet["leases"], poet["base_check"]) == ("ready", 0, "shapes")
     for unknown in ("nobody", "no%2Fbody", "..%2Fpoet"):
         error = ask(app, "GET", f"/v1/models/{unknown}").json()["error"]
         assert error["code"] == "model_not_found"

@@ -42,7 +42,7 @@ ALLOWED = {
     "fastapi": ("server.api", "server.cli.serve"),
     "starlette": ("server.api", "server.cli.serve"),
     "uvicorn": ("server.cli",),
-    "peft": (),
+    "peft": ("server.cli.adapters_convert", "server.cli.parity"),
 }
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60
 # "path" or "path:function" -> why it may be longer.

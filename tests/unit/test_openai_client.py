@@ -16,6 +16,7 @@ from openai import OpenAI
 
 from server.api.app import create_app
 from server.cli.chat import run_chat
+from server.sequence import AdapterUse
 from tests.fakes import BASE, FakeEngine, Script, adapter, server_state
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -155,7 +156,8 @@ def test_a_conversation_keeps_its_history_across_adapters(
     captured = capsys.readouterr()
     assert f"* {BASE}\n  poet\n" in captured.out
     assert "there is no 'nobody'" in captured.err
-    assert [each.adapter for each in engine.submitted] == [None, "poet-weights", "poet-weights"]
+    poet = (AdapterUse("poet-weights"),)
+    assert [each.adapters for each in engine.submitted] == [(), poet, poet]
     first, second, third = (len(each.prompt_ids) for each in engine.submitted)
     assert second > first > third
 

@@ -1,210 +1,249 @@
-"""What happens to a folder happens to the registry, and to nobody else."""
+"""What happens to a folder happens to its name, and to nobody else."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from server.adapters.manifest import Manifest
-from server.adapters.registry import AdapterRegistry
 from server.adapters.watcher import AdapterWatcher
-from server.errors import AdapterRejected
-from server.metrics import Metrics
-from tests.unit.test_manifest import BASE, CONFIG, LIMITS, tensors, write
-
-
-class Setting:
-    """A watcher on two folders, and what it loaded and freed."""
-
-    def __init__(self, root: Path) -> None:
-        self.first, self.second = root / "first", root / "second"
-        self.first.mkdir()
-        self.second.mkdir()
-        self.loaded: list[str] = []
-        self.freed: list[str] = []
-        self.while_loading: Callable[[], None] = lambda: None
-        self.metrics = Metrics()
-        self.registry = AdapterRegistry(self.freed.append)
-        self.watcher = AdapterWatcher(
-            [self.first, self.second], self.registry, self._load, base=BASE, limits=LIMITS, metrics=self.metrics
-        )
-
-    async def _load(self, manifest: Manifest) -> None:
-        if manifest.name == "unloadable":
-            raise AdapterRejected(manifest.name, "no")
-        if manifest.name == "explosive":
-            raise MemoryError
-        self.while_loading()
-        self.loaded.append(manifest.name)
-
-    @property
-    def names(self) -> list[str]:
-        return [adapter.name for adapter in self.registry.list()]
+from tests.adapter_folders import CONFIG, Shelf, make, tensors, write
 
 
 @pytest.fixture
-def setting(tmp_path: Path) -> Setting:
-    return Setting(tmp_path)
+async def shelf(tmp_path: Path) -> Shelf:
+    return Shelf(tmp_path)
 
 
-def make(folder: Path, name: str, **config: object) -> Path:
-    path = folder / name
-    path.mkdir()
-    write(path, config=CONFIG | config, weights=tensors())
-    return path
+async def test_adapters_there_at_start_are_listed_unread(shelf: Shelf) -> None:
+    make(shelf.first, "a")
+    await shelf.watcher.start()
+    assert shelf.names == ["a"]
+    assert shelf.registry.get("a").current is None
 
 
-async def test_adapters_there_at_start_are_served_at_once(setting: Setting) -> None:
-    make(setting.first, "a")
-    await setting.watcher.scan(settled_only=False)
-    assert setting.names == ["a"]
-
-
-async def test_a_folder_that_appears_is_served_when_it_has_settled(setting: Setting) -> None:
-    await setting.watcher.scan()
-    path = setting.first / "a"
+async def test_a_folder_counts_when_it_has_settled(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path, settle=0.2)
+    path = shelf.first / "a"
     path.mkdir()
     write(path, config=CONFIG)
-    await setting.watcher.scan()
+    assert not await shelf.watcher.scan()
     write(path, weights=tensors())
-    await setting.watcher.scan()
-    assert setting.names == []
-    await setting.watcher.scan()
-    assert setting.names == ["a"]
-    assert setting.metrics.registry.get_sample_value("quickchange_adapter_rejections_total") == 0
+    for _ in range(3):
+        assert not await shelf.watcher.scan()
+        assert shelf.names == []
+    await asyncio.sleep(0.25)
+    assert await shelf.watcher.scan()
+    assert shelf.names == ["a"]
+    assert shelf.metrics.registry.get_sample_value("quickchange_adapter_rejections_total") == 0
 
 
-async def test_a_folder_that_disappears_is_gone(setting: Setting) -> None:
-    path = make(setting.first, "a")
-    await setting.watcher.scan(settled_only=False)
+async def test_a_file_whose_time_was_set_back_counts_as_changed(tmp_path: Path) -> None:
+    """``cp -p`` and ``rsync -t`` give a file its old time before it is whole; the inode's own time tells."""
+    shelf = Shelf(tmp_path, settle=0.2)
+    path = make(shelf.first, "a")
+    for file in path.iterdir():
+        os.utime(file, (1, 1))
+    os.utime(path, (1, 1))
+    await shelf.watcher.scan()
+    assert shelf.names == []
+
+
+async def test_a_start_waits_a_moment_for_what_is_just_being_copied(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path, settle=0.2)
+    make(shelf.first, "a")
+    await shelf.watcher.start()
+    assert shelf.names == ["a"]
+
+
+async def test_a_folder_that_disappears_is_gone(shelf: Shelf) -> None:
+    path = make(shelf.first, "a")
+    await shelf.watcher.scan()
+    await shelf.use("a")
     shutil.rmtree(path)
-    await setting.watcher.scan()
-    assert setting.names == []
-    assert len(setting.freed) == 1
+    await shelf.watcher.scan()
+    assert (shelf.names, len(shelf.freed)) == ([], 1)
+
+
+async def test_a_folder_put_back_within_the_grace_is_an_update(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path, grace=60)
+    path = make(shelf.first, "a")
+    await shelf.watcher.scan()
+    before = await shelf.version("a")
+    shutil.rmtree(path)
+    await shelf.watcher.scan()
+    assert shelf.names == ["a"]
+    make(shelf.first, "a", lora_alpha=16)
+    await shelf.watcher.scan()
+    assert await shelf.version("a") != before
 
 
 async def test_a_broken_folder_is_reported_once_and_disturbs_nobody(
-    setting: Setting, caplog: pytest.LogCaptureFixture
+    shelf: Shelf, caplog: pytest.LogCaptureFixture
 ) -> None:
-    make(setting.first, "a")
-    make(setting.first, "b", use_dora=True)
+    make(shelf.first, "a")
+    make(shelf.first, "b", layer_replication=[[0, 2]])
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            await setting.watcher.scan(settled_only=False)
-    assert setting.names == ["a"]
+            await shelf.watcher.scan()
+    assert shelf.names == ["a"]
     assert len(caplog.records) == 1
-    assert "use_dora" in caplog.text
-    assert "use_dora" in setting.watcher.rejected[setting.first / "b"]
+    assert "layer_replication" in caplog.text
+    assert "layer_replication" in shelf.intake.refusals["b"][1]
 
 
-async def test_a_mended_folder_is_served(setting: Setting) -> None:
-    path = make(setting.first, "a", use_dora=True)
-    await setting.watcher.scan(settled_only=False)
+async def test_a_mended_folder_is_served(shelf: Shelf) -> None:
+    path = make(shelf.first, "a", layer_replication=[[0, 2]])
+    await shelf.watcher.scan()
     write(path, config=CONFIG)
-    await setting.watcher.scan()
-    await setting.watcher.scan()
-    assert setting.names == ["a"]
-    assert setting.watcher.rejected == {}
+    await shelf.watcher.scan()
+    assert (shelf.names, shelf.intake.refusals) == (["a"], {})
 
 
-async def test_an_adapter_replaced_by_a_broken_one_stays(setting: Setting) -> None:
-    path = make(setting.first, "a")
-    await setting.watcher.scan(settled_only=False)
-    served = setting.registry.get("a")
-    write(path, config=CONFIG | {"use_dora": True})
-    await setting.watcher.scan(settled_only=False)
-    assert setting.registry.get("a") is served
+async def test_an_adapter_replaced_by_a_broken_one_stays(shelf: Shelf) -> None:
+    path = make(shelf.first, "a")
+    await shelf.watcher.scan()
+    label = await shelf.use("a")
+    write(path, config=CONFIG | {"layer_replication": [[0, 2]]})
+    await shelf.watcher.scan()
+    assert await shelf.use("a") == label
+    assert "layer_replication" in str(shelf.registry.get("a").refused)
 
 
-async def test_a_changed_folder_is_a_new_version(setting: Setting) -> None:
-    path = make(setting.first, "a")
-    await setting.watcher.scan(settled_only=False)
-    before = setting.registry.acquire("a")
+async def test_a_changed_folder_is_loaded_before_its_name_moves(shelf: Shelf) -> None:
+    path = make(shelf.first, "a")
+    await shelf.watcher.scan()
+    old = await shelf.library.acquire("a")
     write(path, config=CONFIG | {"lora_alpha": 16})
-    await setting.watcher.scan(settled_only=False)
-    assert setting.registry.get("a").version_digest != before.version_digest
-    assert setting.freed == []
-    setting.registry.release(before)
-    assert setting.freed == [before.weights_digest]
+    shelf.gate.clear()
+    scanning = asyncio.ensure_future(shelf.watcher.scan())
+    await asyncio.sleep(0.1)
+    assert await shelf.version("a") == old.held[0].adapter.version_digest
+    shelf.gate.set()
+    await scanning
+    assert await shelf.version("a") != old.held[0].adapter.version_digest
+    assert shelf.loaded == ["a", "a"]
+    old.release()
 
 
-async def test_a_touched_but_equal_folder_is_not_loaded_again(setting: Setting) -> None:
-    path = make(setting.first, "a")
-    await setting.watcher.scan(settled_only=False)
+async def test_a_touched_but_equal_folder_is_not_loaded_again(shelf: Shelf) -> None:
+    path = make(shelf.first, "a")
+    await shelf.watcher.scan()
+    await shelf.use("a")
     write(path, config=CONFIG)
-    await setting.watcher.scan(settled_only=False)
-    assert setting.loaded == ["a"]
+    await shelf.watcher.scan()
+    await shelf.use("a")
+    assert shelf.loaded == ["a"]
 
 
-async def test_the_first_folder_wins_and_the_second_takes_over(setting: Setting) -> None:
-    mine = make(setting.first, "a")
-    make(setting.second, "a", lora_alpha=16)
-    await setting.watcher.scan(settled_only=False)
-    assert setting.registry.get("a").path == mine
+async def test_the_first_folder_wins_and_the_second_takes_over(shelf: Shelf) -> None:
+    mine = make(shelf.first, "a")
+    make(shelf.second, "a", lora_alpha=16)
+    await shelf.watcher.scan()
+    assert (await shelf.library.served("a")).path == mine
     shutil.rmtree(mine)
-    await setting.watcher.scan(settled_only=False)
-    assert setting.registry.get("a").path == setting.second / "a"
+    await shelf.watcher.scan()
+    assert (await shelf.library.served("a")).path == shelf.second / "a"
 
 
-async def test_a_name_is_not_gone_while_its_successor_settles(setting: Setting) -> None:
+async def test_a_name_is_not_gone_while_its_successor_is_broken(shelf: Shelf) -> None:
     """A folder that took a demo's name was a 404 until it had settled, and for good where it was broken."""
-    make(setting.second, "a")
-    await setting.watcher.scan(settled_only=False)
-    mine = make(setting.first, "a", use_dora=True)
+    make(shelf.second, "a")
+    await shelf.watcher.scan()
+    label = await shelf.use("a")
+    mine = make(shelf.first, "a", layer_replication=[[0, 2]])
     for _ in range(3):
-        await setting.watcher.scan()
-        assert setting.names == ["a"]
+        await shelf.watcher.scan()
+        assert await shelf.use("a") == label
     write(mine, config=CONFIG | {"lora_alpha": 16})
-    for _ in range(2):
-        await setting.watcher.scan()
-    assert setting.registry.get("a").path == mine
+    await shelf.watcher.scan()
+    assert (await shelf.library.served("a")).path == mine
 
 
-async def test_hidden_folders_links_and_files_are_left_alone(setting: Setting) -> None:
-    make(setting.first, ".a.partial")
-    (setting.first / "link").symlink_to(make(setting.first.parent, "outside"))
-    (setting.first / "README.md").write_text("no adapter")
-    await setting.watcher.scan(settled_only=False)
-    assert (setting.names, setting.watcher.rejected) == ([], {})
+async def test_hidden_folders_links_and_files_are_left_alone(shelf: Shelf) -> None:
+    make(shelf.first, ".a.partial")
+    (shelf.first / "link").symlink_to(make(shelf.first.parent, "outside"))
+    (shelf.first / "README.md").write_text("no adapter")
+    await shelf.watcher.scan()
+    assert (shelf.names, shelf.intake.refusals) == ([], {})
 
 
-async def test_a_missing_adapter_folder_is_waited_for(setting: Setting) -> None:
-    setting.first.rmdir()
-    await setting.watcher.scan(settled_only=False)
-    setting.first.mkdir()
-    make(setting.first, "a")
-    await setting.watcher.scan(settled_only=False)
-    assert setting.names == ["a"]
+async def test_a_missing_adapter_folder_is_waited_for(shelf: Shelf) -> None:
+    shelf.first.rmdir()
+    await shelf.watcher.scan()
+    shelf.first.mkdir()
+    make(shelf.first, "a")
+    await shelf.watcher.scan()
+    assert shelf.names == ["a"]
 
 
-async def test_a_fault_in_one_folder_stops_neither_the_others_nor_the_watcher(setting: Setting) -> None:
+async def test_a_fault_in_one_folder_stops_neither_the_others_nor_the_watcher(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Only refusals were caught once: any other error ended the look, and at start the server."""
-    make(setting.first, "explosive")
-    make(setting.first, "good")
-    await setting.watcher.scan(settled_only=False)
-    assert setting.names == ["good"]
-    assert "could not be loaded (MemoryError)" in setting.watcher.rejected[setting.first / "explosive"]
+    listing = shelf.reader.listing
+
+    async def explode(path: Path, name: str) -> object:
+        if name == "explosive":
+            raise MemoryError
+        return await listing(path, name)
+
+    monkeypatch.setattr(shelf.reader, "listing", explode)
+    make(shelf.first, "explosive")
+    make(shelf.first, "good")
+    await shelf.watcher.scan()
+    assert shelf.names == ["good"]
+    assert "could not be read (MemoryError)" in shelf.intake.refusals["explosive"][1]
 
 
-async def test_weights_let_go_while_equal_ones_are_loaded_stay(setting: Setting) -> None:
-    """Once the last lease of a withdrawn version freed the rows that a version of equal bytes had just loaded."""
-    old = make(setting.first, "old")
-    await setting.watcher.scan(settled_only=False)
-    lease = setting.registry.acquire("old")
-    setting.while_loading = lambda: setting.registry.release(lease)
-    old.rename(setting.first / "new")
-    setting.registry.withdraw("old")
-    await setting.watcher.scan(settled_only=False)
-    assert setting.names == ["new"]
-    assert setting.freed == []
+async def test_events_bring_a_look_forward(tmp_path: Path) -> None:
+    """Without them the next look would come after ten seconds."""
+    shelf = Shelf(tmp_path, settle=1.0)
+    await shelf.watcher.start()
+    watching = asyncio.create_task(shelf.watcher.run())
+    await asyncio.sleep(0.5)
+    make(shelf.first, "a")
+    for _ in range(60):
+        await asyncio.sleep(0.1)
+        if shelf.names:
+            break
+    watching.cancel()
+    assert shelf.names == ["a"]
 
 
-async def test_weights_that_do_not_load_are_a_refusal(setting: Setting) -> None:
-    make(setting.first, "unloadable")
-    await setting.watcher.scan(settled_only=False)
-    assert setting.names == []
-    assert setting.metrics.registry.get_sample_value("quickchange_adapter_rejections_total") == 1
+async def test_without_events_the_folders_are_looked_at_in_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def deaf(self: AdapterWatcher) -> None:
+        return
+
+    monkeypatch.setattr(AdapterWatcher, "_listen", deaf)
+    shelf = Shelf(tmp_path, settle=0.05)
+    watching = asyncio.create_task(shelf.watcher.run())
+    make(shelf.first, "a")
+    for _ in range(100):
+        await asyncio.sleep(0.05)
+        if shelf.names:
+            break
+    watching.cancel()
+    assert shelf.names == ["a"]
+
+
+async def test_aliases_follow_their_file_and_a_wrong_file_changes_nothing(
+    shelf: Shelf, caplog: pytest.LogCaptureFixture
+) -> None:
+    make(shelf.first, "a")
+    (shelf.first / "aliases.toml").write_text('support = "a"\n')
+    await shelf.watcher.scan()
+    assert await shelf.use("support") == await shelf.use("a")
+    (shelf.first / "aliases.toml").write_text("support = [\n")
+    await shelf.watcher.scan()
+    assert "support" in shelf.library.aliases
+    assert "aliases.toml is not used" in caplog.text
+    (shelf.first / "aliases.toml").unlink()
+    await shelf.watcher.scan()
+    assert shelf.library.aliases == {}

@@ -1,0 +1,135 @@
+"""Whether the plans of modules fit the base and the config, as sentences that say what does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from server.adapters.module_plan import LowRank, ModulePlan
+from server.adapters.parts import num_experts
+from server.adapters.peft_config import LoRAConfig
+from server.adapters.signature import BaseSignature, ModuleShape, Shape
+from server.adapters.words import first
+
+
+def problems_of(
+    parts: Mapping[str, ModulePlan], config: LoRAConfig, base: BaseSignature, *, max_rank: int
+) -> Iterator[str]:
+    """Everything that does not fit."""
+    for module, part in parts.items():
+        yield from _size_problems(module, part)
+        yield from _token_problems(module, part, base)
+    wrong = [problem for module, part in parts.items() for problem in _shape_problems(module, part)]
+    if wrong:
+        yield f"tensors do not fit the base {base.name}: {first(wrong, '; ')}"
+    yield from _rank_problems(parts, config, max_rank)
+    yield from _config_problems(parts, config)
+
+
+def _shape_problems(module: str, part: ModulePlan) -> Iterator[str]:
+    out = part.shape.size[1]
+    if part.low_rank is not None:
+        rows, columns = part.shape.size
+        inside, outside = (columns, rows) if part.low_rank.swapped else (rows, columns)
+        yield from _pair_problem(module, part.low_rank, part.low_rank.rank, inside, outside)
+    for name, one in part.parameters.items():
+        inside, outside = _in_out(part.shape, name)
+        yield from _pair_problem(f"{module}.{name}", one, one.rank * num_experts(part.shape, name), inside, outside)
+    for what, vector in (("magnitude", part.magnitude), ("bias of B", part.lora_bias)):
+        if vector is not None and vector.shape != (out,):
+            yield f"{module} ({what} {list(vector.shape)}; the base needs [{out}])"
+    for name, entry in part.own.items():
+        expected = part.shape.parameters.get(name)
+        if expected is not None and entry.shape != expected and not _is_vocabulary(part.shape, entry.shape, expected):
+            yield f"{module}.{name} {list(entry.shape)}; the base needs {list(expected)}"
+
+
+def _pair_problem(name: str, one: LowRank, rows: int, inside: int, outside: int) -> Iterator[str]:
+    if one.rank < 1 or one.a.shape != (rows, inside) or one.b.shape != (outside, rows):
+        yield (
+            f"{name} (A {list(one.a.shape)}, B {list(one.b.shape)}; "
+            f"the base needs [{rows}, {inside}] and [{outside}, {rows}])"
+        )
+
+
+def _in_out(shape: ModuleShape, parameter: str) -> tuple[int, int]:
+    size = shape.parameters[parameter]
+    return (size[-2], size[-1]) if len(size) == 3 and shape.transposed else (size[-1], size[-2])
+
+
+def _is_vocabulary(shape: ModuleShape, found: Shape, expected: Shape) -> bool:
+    """Whether two weights differ in the number of tokens alone."""
+    return shape.kind != "rows" and len(found) == len(expected) == 2 and found[1] == expected[1]
+
+
+def _size_problems(module: str, part: ModulePlan) -> Iterator[str]:
+    for name, entry in part.own.items():
+        expected = part.shape.parameters.get(name)
+        if expected is None:
+            yield f"it brings {module}.{name}, which the base does not have: was it trained on another?"
+        elif entry.shape != expected and _is_vocabulary(part.shape, entry.shape, expected):
+            size = "larger" if entry.shape[0] > expected[0] else "smaller"
+            yield (
+                f"it brings {module}.{name} of {entry.shape[0]} tokens, a vocabulary {size} than the base's "
+                f"{expected[0]}: serve a base of that size, or train it again without new tokens"
+            )
+
+
+def _token_problems(module: str, part: ModulePlan, base: BaseSignature) -> Iterator[str]:
+    if part.tokens is None:
+        return
+    indices, rows = part.tokens.indices, part.tokens.rows.shape
+    tokens, dim = part.shape.parameters.get("weight", (0, 0))[:2] if part.shape.kind != "rows" else (0, 0)
+    if tokens == 0 or part.shape.transposed or "bias" in part.shape.parameters:
+        yield f"it brings rows for tokens of {module}, which is no embedding and no head without a bias"
+    elif rows != (len(indices), dim):
+        yield (
+            f"it brings {list(rows)} rows for tokens of {module}, and trainable_token_indices in adapter_config.json "
+            f"names {len(indices)} tokens of {dim} numbers"
+        )
+    elif indices and max(indices) >= tokens:
+        yield f"trainable_token_indices names token {max(indices)}; {module} has {tokens}"
+    heads = [head for head, embedding in base.tied.items() if embedding == module]
+    if part != ModulePlan(part.shape, tokens=part.tokens):
+        yield f"it brings rows for tokens of {module} and another change of it, which PEFT does not combine"
+    for head in heads:
+        if base.modules[head].parameters.keys() != {"weight"}:
+            yield f"it brings rows for tokens of {module}, whose head {head} has a bias, which PEFT leaves out"
+
+
+def _rank_problems(parts: Mapping[str, ModulePlan], config: LoRAConfig, max_rank: int) -> Iterator[str]:
+    largest = max((rank for part in parts.values() for rank in part.ranks), default=0)
+    if largest > max_rank:
+        yield f"its rank is {largest}; the limit is {max_rank} (setting max_lora_rank)"
+    for module, part in parts.items():
+        named = {f"{module}.{name}": one for name, one in part.parameters.items()}
+        if part.low_rank is not None:
+            key = f"{module}.weight" if part.low_rank.swapped else module
+            named[key] = part.low_rank
+        for name, one in named.items():
+            if one.rank != config.rank(name):
+                yield (
+                    f"the tensors of {name} have rank {one.rank}, and adapter_config.json says {config.rank(name):g}: "
+                    "they are not of one adapter"
+                )
+
+
+def _config_problems(parts: Mapping[str, ModulePlan], config: LoRAConfig) -> Iterator[str]:
+    """Where PEFT would make up a tensor that is missing, or pass over one that is there."""
+    scaled = {module: part for module, part in parts.items() if part.low_rank is not None}
+    linears = {module: part for module, part in scaled.items() if part.shape.kind == "linear"}
+    magnitudes = {module: part.magnitude is not None for module, part in scaled.items()}
+    biases = {module: part.lora_bias is not None for module, part in linears.items()}
+    yield from _agreement("use_dora", config.dora, "magnitude", magnitudes)
+    yield from _agreement("lora_bias", config.lora_bias, "bias of B", biases)
+    if alone := [module for module, part in parts.items() if module not in scaled and _has_vector(part)]:
+        yield f"it brings a magnitude or a bias of B without A and B for {first(alone)}"
+
+
+def _has_vector(part: ModulePlan) -> bool:
+    return part.magnitude is not None or part.lora_bias is not None
+
+
+def _agreement(flag: str, active: bool, what: str, present: Mapping[str, bool]) -> Iterator[str]:
+    if odd := [module for module, there in present.items() if there != active]:
+        there = "no" if active else "a"
+        yield f"{flag} in adapter_config.json is {str(active).lower()}, and there is {there} {what} for {first(odd)}"

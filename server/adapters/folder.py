@@ -1,0 +1,114 @@
+"""The files of one adapter folder, each read once from one descriptor into private memory.
+
+Files are opened relative to the folder's descriptor, without following links, so that nothing that happens to the
+folder afterwards reaches a running model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from server.adapters.safetensors import MAX_HEADER_BYTES
+
+CONFIG_FILE, WEIGHTS_FILE, SIDECAR_FILE = "adapter_config.json", "adapter_model.safetensors", "quickchange.json"
+TEMPLATE_FILE, TOKENIZER_FILE = "chat_template.jinja", "tokenizer_config.json"
+GENERATION_FILE, SOURCE_FILE = "generation_config.json", "source.json"
+MAX_JSON_BYTES = 1024 * 1024
+_OPTIONAL = {
+    SIDECAR_FILE: MAX_JSON_BYTES,
+    TEMPLATE_FILE: MAX_JSON_BYTES,
+    TOKENIZER_FILE: 16 * MAX_JSON_BYTES,
+    GENERATION_FILE: MAX_JSON_BYTES,
+    SOURCE_FILE: MAX_JSON_BYTES,
+}
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """The bytes of a folder. ``weights`` is the whole file, or only its header where no more was asked for."""
+
+    config: bytes
+    weights: bytes = field(repr=False)
+    weights_size: int
+    others: Mapping[str, bytes] = field(repr=False)
+    created: int
+
+    @property
+    def whole(self) -> bool:
+        """Whether the weights are all there."""
+        return len(self.weights) == self.weights_size
+
+    def by_name(self) -> dict[str, bytes]:
+        """Every file, as it is to be kept."""
+        assert self.whole
+        return {CONFIG_FILE: self.config, WEIGHTS_FILE: self.weights, **self.others}
+
+
+def read_files(path: Path, *, max_bytes: int, whole: bool = True) -> AdapterFiles:
+    """Read the folder. Raises ``ValueError`` or ``OSError`` where it holds no adapter, links or special files."""
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        config = _read_file(folder, CONFIG_FILE, MAX_JSON_BYTES)
+        weights = _read_file(folder, WEIGHTS_FILE, max_bytes, header_only=not whole)
+        others = {name: _read_file(folder, name, limit) for name, limit in _OPTIONAL.items()}
+        if config is None or weights is None:
+            raise ValueError(_what_is_missing(set(os.listdir(folder))))
+        created = int(os.fstat(folder).st_mtime)
+    finally:
+        os.close(folder)
+    present = {name: found[0] for name, found in others.items() if found is not None}
+    return AdapterFiles(config[0], weights[0], weights[1], present, created)
+
+
+def _read_file(folder: int, name: str, limit: int, *, header_only: bool = False) -> tuple[bytes, int] | None:
+    """The file's bytes and its size, or None where there is none; links and special files are refused unread."""
+    try:
+        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+    except FileNotFoundError:
+        return None
+    except OSError:
+        raise ValueError(f"{name} is a link or cannot be opened: put the file itself there") from None
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)  # open() below would not, where it is a directory
+        raise ValueError(f"{name} is not a regular file")
+    with open(descriptor, "rb") as file:
+        if status.st_size > limit:
+            raise ValueError(f"{name} has {status.st_size} bytes; the limit is {limit}")
+        data = file.read(8 if header_only else status.st_size)
+        if header_only:
+            data += file.read(min(int.from_bytes(data, "little"), MAX_HEADER_BYTES))
+            return data, max(status.st_size, len(data))
+        return data, len(data)
+
+
+def _what_is_missing(names: set[str]) -> str:
+    if WEIGHTS_FILE not in names and any(name.endswith((".bin", ".pt", ".pth", ".pkl")) for name in names):
+        return (
+            f"{WEIGHTS_FILE} is missing and the weights are a pickle, which can run code when opened; load the adapter "
+            "with PEFT where you trust it and save it again: save_pretrained writes safetensors"
+        )
+    missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if name not in names]
+    return (
+        f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing: copy PEFT's two files into the folder"
+    )
+
+
+Signature = tuple[tuple[str, int, int, int, int], ...]
+"""The files of a folder by name, with inode, size, and times of content and of inode in nanoseconds."""
+
+
+def signature_of(path: Path) -> Signature:
+    """The folder's signature now; empty where it is gone. The inode's time cannot be set back, so no change hides."""
+    files = []
+    with contextlib.suppress(OSError), os.scandir(path) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):
+                status = entry.stat(follow_symlinks=False)
+                files.append((entry.name, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+    return tuple(sorted(files))

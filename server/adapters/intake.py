@@ -1,0 +1,197 @@
+"""What happens to a folder happens to its name: listed, hashed, moved to a new version, withdrawn, or refused."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+
+from server.adapters.folder import Signature
+from server.adapters.manifest import Manifest
+from server.adapters.reader import AdapterReader, FolderMoved
+from server.adapters.registry import Adapter, AdapterRegistry, Entry
+from server.errors import AdapterRejected
+from server.metrics import Metrics
+
+logger = logging.getLogger("quickchange.adapters")
+
+
+class Intake:
+    """Keeps the registry like the folders.
+
+    ``level`` is how loud an adapter that appears is logged: at start there may be thousands.
+    ``moving_in(entry, adapter, manifest)`` surrounds the move of a name to another version; ``arrived(entry)`` and
+    ``left(entry)`` are told of names that come and go.
+    """
+
+    def __init__(self, registry: AdapterRegistry, reader: AdapterReader, *, metrics: Metrics) -> None:
+        self.registry, self.reader, self.metrics = registry, reader, metrics
+        self.refusals: dict[str, tuple[Path, str]] = {}
+        self.level = logging.DEBUG
+        self.moving_in: Callable[[Entry, Adapter, Manifest], AbstractAsyncContextManager[None]] = _plainly
+        self.arrived: Callable[[Entry], None] = lambda entry: None
+        self.left: Callable[[Entry], None] = lambda entry: None
+        self._hashing: dict[Entry, asyncio.Task[Adapter]] = {}
+        self._unhashed: asyncio.Queue[Entry] = asyncio.Queue()
+
+    async def appear(self, name: str, path: Path, signature: Signature) -> bool:
+        """List a folder by its headers; its bytes are hashed later, or when somebody asks for it."""
+        try:
+            listing = await self.reader.listing(path, name)
+        except AdapterRejected as error:
+            await self._fall_back(name, path, signature, error.reason)
+            return True
+        except Exception as error:
+            logger.exception("adapter folder %s could not be read", name)
+            self._refuse(name, path, f"it could not be read ({type(error).__name__})")
+            return True
+        self.refusals.pop(name, None)
+        entry = self.registry.add(listing, signature)
+        if (known := self.reader.known_digests(listing, signature)) is None:
+            self._unhashed.put_nowait(entry)
+        else:
+            digests = {"weights_digest": known.weights_digest, "version_digest": known.version_digest}
+            self.registry.publish(Adapter.of(listing, **digests), listing, signature)
+        self._report()
+        self.arrived(entry)
+        logger.log(self.level, "adapter %s: %d modules of rank %d", name, len(listing.plan.modules), listing.plan.rank)
+        return True
+
+    async def change(self, name: str, path: Path, signature: Signature) -> bool:
+        """Read a folder anew, load it beside the version before where that is in use, then move the name.
+
+        False where it changed again meanwhile.
+        """
+        entry = self.registry.get(name)
+        if entry.current is None:
+            self._withdraw(name)
+            return await self.appear(name, path, signature)
+        try:
+            await self._move(entry, await self.reader.manifest(path, signature, name), signature)
+        except AdapterRejected as error:
+            entry.refused = error.reason
+            self._refuse(name, path, error.reason)
+        except FolderMoved:
+            return False
+        except Exception as error:
+            logger.exception("adapter folder %s could not be read", name)
+            entry.refused = f"it could not be read ({type(error).__name__})"
+            self._refuse(name, path, entry.refused)
+        return True
+
+    def vanish(self, name: str) -> None:
+        """Take a name away with its folder."""
+        self.refusals.pop(name, None)
+        if name in self.registry:
+            self._withdraw(name)
+            logger.info("adapter %s is gone", name)
+
+    async def hash(self, entry: Entry) -> Adapter:
+        """The version of a name that was listed by its headers alone. Raises ``AdapterRejected`` or ``FolderMoved``."""
+        if entry.current is not None:
+            return entry.current
+        if entry not in self._hashing:
+            task = self._hashing[entry] = asyncio.ensure_future(self._hash(entry))
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return await asyncio.shield(self._hashing[entry])
+
+    async def hash_all(self) -> None:
+        """Hash what was only listed, one folder after the other, until cancelled."""
+        num_hashed, since = 0, time.perf_counter()
+        while True:
+            if self._unhashed.empty() and num_hashed:
+                logger.info("%d adapters hashed in %.1f s", num_hashed, time.perf_counter() - since)
+                await self._save_digests()
+                num_hashed = 0
+            entry = await self._unhashed.get()
+            since = since if num_hashed else time.perf_counter()
+            try:
+                if entry.name in self.registry and self.registry.get(entry.name) is entry:
+                    await self.hash(entry)
+                    num_hashed += 1
+            except (AdapterRejected, FolderMoved):
+                continue  # reported, or read again when it has settled
+            except Exception:
+                logger.exception("adapter folder %s could not be read", entry.name)
+
+    async def _fall_back(self, name: str, path: Path, signature: Signature, reason: str) -> None:
+        """Refuse a folder; the version that was kept of it last, or that it is pinned at, is served on."""
+        pin = self.registry.pins.get(name)
+        versions = await self.reader.find_kept(name, (pin and pin.version) or "")
+        try:
+            kept = await self.reader.kept(name, versions[-1]) if versions else None
+        except AdapterRejected:
+            kept = None
+        if kept is not None:
+            self.registry.publish(Adapter.read(kept), kept.listing, signature)
+            self.registry.get(name).refused = reason
+        self._refuse(name, path, reason)
+
+    async def _hash(self, entry: Entry) -> Adapter:
+        try:
+            manifest = await self.reader.manifest(entry.listing.path, entry.signature, entry.name)
+        except AdapterRejected as error:
+            self.refuse(entry, error.reason)
+            raise
+        finally:
+            del self._hashing[entry]
+        adapter = Adapter.read(manifest)
+        await self._keep(manifest, entry.signature)
+        if entry.name in self.registry and self.registry.get(entry.name) is entry:
+            self.registry.publish(adapter, manifest.listing, entry.signature)
+        return adapter
+
+    async def _move(self, entry: Entry, manifest: Manifest, signature: Signature) -> None:
+        adapter = Adapter.read(manifest)
+        self.refusals.pop(entry.name, None)
+        if entry.current is not None and entry.current.version_digest == adapter.version_digest:
+            entry.signature, entry.refused = signature, None
+            return
+        await self._keep(manifest, signature)
+        async with self.moving_in(entry, adapter, manifest):
+            self.registry.publish(adapter, manifest.listing, signature)
+        logger.info(
+            "adapter %s: a new version, %d modules of rank %d", adapter.label, len(adapter.modules), adapter.rank
+        )
+
+    async def _save_digests(self) -> None:
+        try:
+            await self.reader.save_digests()
+        except OSError as error:
+            logger.error("the digests could not be noted in the state directory (%s)", error.strerror)
+
+    async def _keep(self, manifest: Manifest, signature: Signature) -> None:
+        try:
+            await self.reader.keep(manifest, signature)
+        except OSError as error:
+            logger.error(
+                "version %s of adapter %s could not be kept in the state directory (%s)",
+                manifest.version_digest[:12], manifest.name, error.strerror,
+            )  # fmt: skip
+
+    def refuse(self, entry: Entry, reason: str) -> None:
+        """Withdraw a name whose only version turned out to be wrong when its bytes were read."""
+        self._refuse(entry.name, entry.listing.path, reason)
+        if entry.name in self.registry and self.registry.get(entry.name) is entry:
+            self._withdraw(entry.name)
+
+    def _withdraw(self, name: str) -> None:
+        self.left(self.registry.withdraw(name))
+        self._report()
+
+    def _refuse(self, name: str, path: Path, reason: str) -> None:
+        self.refusals[name] = (path, reason)
+        self.metrics.adapter_rejections.inc()
+        kept = "; the version read before is still served" if name in self.registry else ""
+        logger.warning("adapter folder %s is not served: %s%s", name, reason, kept)
+
+    def _report(self) -> None:
+        self.metrics.adapters_loaded.set(len(self.registry))
+
+
+@asynccontextmanager
+async def _plainly(entry: Entry, adapter: Adapter, manifest: Manifest) -> AsyncIterator[None]:
+    yield

@@ -1,0 +1,349 @@
+"""A request's ``model`` becomes adapters in memory, leased: names and versions are looked up, weights loaded."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+
+from server.adapters.aliases import Alias
+from server.adapters.intake import Intake
+from server.adapters.manifest import Manifest
+from server.adapters.manners import AdapterDefaults
+from server.adapters.names import Part, parse_model
+from server.adapters.reader import AdapterReader, FolderMoved
+from server.adapters.registry import DIGITS, Adapter, AdapterRegistry, Entry
+from server.adapters.residency import Residency
+from server.adapters.versions import Pin
+from server.errors import AdapterRejected, InvalidRequest, ModelNotFound, QueueFull
+from server.metrics import COMPOSITION
+from server.sequence import AdapterUse
+
+logger = logging.getLogger("quickchange.adapters")
+
+PATIENCE = 10.0
+"""Seconds that a request waits for a folder that is just being changed."""
+_LOOK_AGAIN = 0.1
+
+LoadWeights = Callable[[Manifest], Awaitable[float]]
+"""Puts a version's weights into the engine, and says how far they move the base.
+
+Raises ``AdapterRejected`` where they cannot be served.
+"""
+
+
+@dataclass(frozen=True)
+class Held:
+    """An adapter's part in a request."""
+
+    adapter: Adapter
+    scale: float = 1.0
+
+    @property
+    def label(self) -> str:
+        """``name@digest``, with the factor where it is not 1."""
+        return self.adapter.label if self.scale == 1 else f"{self.adapter.label}:{self.scale:g}"
+
+
+@dataclass(eq=False)
+class Lease:
+    """Adapters that stay in memory until ``release``."""
+
+    held: tuple[Held, ...]
+    _release: Callable[[], None]
+
+    @property
+    def uses(self) -> tuple[AdapterUse, ...]:
+        """What the engine is told."""
+        return tuple(AdapterUse(one.adapter.weights_digest, one.scale) for one in self.held)
+
+    @property
+    def label(self) -> str:
+        """``name@digest``, joined by ``+`` where there are several; it can be asked for as a model."""
+        return "+".join(one.label for one in self.held)
+
+    @property
+    def metrics_label(self) -> str:
+        """The adapter's name; compositions are counted under one name together."""
+        return self.held[0].adapter.name if len(self.held) == 1 else COMPOSITION
+
+    @property
+    def defaults(self) -> AdapterDefaults:
+        """The first one's manners; whatever ends an answer of any of them ends this one."""
+        manners = [one.adapter.defaults for one in self.held]
+        stop = dict.fromkeys(text for one in manners for text in one.stop)
+        eos = dict.fromkeys(token for one in manners for token in one.eos)
+        return replace(manners[0], stop=tuple(stop), eos=tuple(eos))
+
+    def release(self) -> None:
+        """Give it back; once."""
+        self._release()
+
+
+class AdapterLibrary:
+    """Leases adapters. ``load`` puts weights into the engine; at most ``max_waiting`` requests wait for room."""
+
+    def __init__(
+        self,
+        registry: AdapterRegistry,
+        residency: Residency,
+        intake: Intake,
+        reader: AdapterReader,
+        load: LoadWeights,
+        *,
+        max_waiting: int,
+    ) -> None:
+        self.registry, self.residency, self.intake, self.reader = registry, residency, intake, reader
+        self.aliases: Mapping[str, Alias] = {}
+        self.metrics = intake.metrics
+        self._load_weights, self._max_waiting = load, max_waiting
+        self._preloading: set[asyncio.Task[None]] = set()
+        self._norms: dict[str, float] = {}
+        self._in_use: Counter[str] = Counter()
+        intake.moving_in, intake.arrived, intake.left = self._moving_in, self._arrived, self._left
+
+    async def acquire(self, model: str, *, user: str | None = None, scale: float | None = None) -> Lease:
+        """The adapters that a model's name means, in memory.
+
+        Raises ``ModelNotFound``, ``InvalidRequest`` where the name's grammar or a composition is wrong, ``QueueFull``.
+        """
+        if self.residency.num_waiting >= self._max_waiting:
+            raise QueueFull(self._max_waiting)
+        parts = self._parts(model, user, scale)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + PATIENCE
+        while True:
+            try:
+                return await self._lease(parts)
+            except FolderMoved as error:
+                if loop.time() > deadline or self._is_gone(str(error), parts):
+                    raise ModelNotFound(model) from None
+                await asyncio.sleep(_LOOK_AGAIN)
+            except AdapterRejected as error:
+                raise ModelNotFound(error.adapter) from error
+
+    async def served(self, name: str) -> Adapter:
+        """The version that a bare name means. Raises ``ModelNotFound`` where there is none."""
+        try:
+            return await self._version(Part(name))
+        except (AdapterRejected, FolderMoved) as error:
+            raise ModelNotFound(name) from error
+
+    def delta_norm(self, weights_digest: str) -> float | None:
+        """The Frobenius norm of what an adapter adds to the base's weights; None until it was loaded once."""
+        return self._norms.get(weights_digest)
+
+    def set_aliases(self, aliases: Mapping[str, Alias]) -> None:
+        """From now on these are the aliases."""
+        for name in aliases:
+            if name in self.registry:
+                logger.warning("the alias %s is not used: an adapter has this name", name)
+        self.aliases = aliases
+
+    def set_pins(self, pins: Mapping[str, Pin]) -> None:
+        """From now on these names are held at a version, or in memory."""
+        before = [entry.served for entry in self.registry]
+        self.registry.pins = pins
+        for adapter in before:
+            if adapter is not None:
+                self.residency.drop_unwanted(adapter.weights_digest)
+                self._show_version(adapter.name)
+        self.preload()
+
+    def preload(self) -> None:
+        """Load what is pinned in memory, in the background."""
+        pinned = [entry for entry in self.registry if entry.pin.resident]
+        self.residency.pin(entry.served.weights_digest for entry in pinned if entry.served is not None)
+        for entry in pinned:
+            if entry.served is None or self.residency.state(entry.served.weights_digest) is None:
+                task = asyncio.ensure_future(self._preload(entry.name))
+                self._preloading.add(task)
+                task.add_done_callback(self._preloading.discard)
+
+    async def _preload(self, name: str) -> None:
+        try:
+            lease = await self._lease((Part(name),))
+        except (ModelNotFound, AdapterRejected, FolderMoved, QueueFull) as error:
+            logger.warning("the pinned adapter %s is not in memory: %s", name, error)
+            return
+        if (served := self.registry.get(name).served if name in self.registry else None) is not None:
+            self.residency.pin({*self.residency.pinned, served.weights_digest})
+        lease.release()
+
+    def _parts(self, model: str, user: str | None, scale: float | None) -> tuple[Part, ...]:
+        """An exact name wins over an alias, an alias over the grammar."""
+        if model in self.registry:
+            parts: tuple[Part, ...] = (Part(model),)
+        else:
+            alias = self.aliases.get(model)
+            parts = parse_model(model if alias is None else alias.choose(user))
+        if scale is None:
+            return parts
+        if len(parts) != 1 or parts[0].scale != 1:
+            raise InvalidRequest(
+                "Invalid 'lora_scale': the model's name has factors of its own; use one or the other.",
+                param="lora_scale",
+            )
+        return (replace(parts[0], scale=scale),)
+
+    async def _lease(self, parts: tuple[Part, ...]) -> Lease:
+        held = tuple([Held(await self._version(part), part.scale) for part in parts])
+        _check_composition(held)
+        adapters = {one.adapter.weights_digest: one.adapter for one in held}
+        needs = {digest: adapter.num_bytes for digest, adapter in adapters.items()}
+        if sum(needs.values()) > self.residency.max_bytes:
+            raise InvalidRequest("These adapters do not fit into memory together.", param="model")
+        await self.residency.hold(needs, lambda digest: self._load(adapters[digest]))
+        self._in_use.update({one.adapter.name for one in held})
+        self._report()
+        return Lease(held, lambda: self._release(held))
+
+    async def _version(self, part: Part) -> Adapter:
+        if part.version is None:
+            entry = self.registry.get(part.name)
+            if entry.pin.version is None:
+                return await self.intake.hash(entry)
+        version = part.version or entry.pin.version
+        assert version is not None
+        known = self.registry.get(part.name) if part.name in self.registry else None
+        adapter = None if known is None else known.known(version)
+        adapter = adapter or await self._kept(part.name, version, known)
+        if known is not None:
+            known.asked.add(adapter.version_digest)
+        return adapter
+
+    async def _kept(self, name: str, version: str, entry: Entry | None) -> Adapter:
+        """A version that is not known by now: the folder's own, or one from the state directory."""
+        if entry is not None:
+            await self.intake.hash(entry)
+        known = {} if entry is None else {one.version_digest: one for one in entry.versions}
+        digests = sorted({digest for digest in known if digest.startswith(version)})
+        digests = sorted({*digests, *await self.reader.find_kept(name, version)})
+        if len(digests) == 1 and digests[0] in known:
+            return known[digests[0]]
+        if len(digests) > 1:
+            shown = ", ".join(digest[:12] for digest in digests[:4])
+            raise InvalidRequest(f"'{name}@{version}' could be any of {shown}: write more of it.", param="model")
+        manifest = await self.reader.kept(name, digests[0]) if digests else None
+        if manifest is None:
+            raise ModelNotFound(f"{name}@{version}")
+        adapter = Adapter.read(manifest)
+        if entry is not None:
+            self.registry.remember(entry, adapter)
+        return adapter
+
+    async def _load(self, adapter: Adapter) -> None:
+        """Read a version's bytes again, hash them, and put its weights into the engine."""
+        with self.metrics.adapter_load_seconds.time():
+            manifest = await self._bytes_of(adapter)
+            try:
+                await self._put(manifest)
+            except AdapterRejected as error:
+                entry = self.registry.get(adapter.name) if adapter.name in self.registry else None
+                if entry is not None and entry.current is adapter:
+                    self.intake.refuse(entry, error.reason)
+                raise
+        self.metrics.know_adapter(adapter.name)
+        self._show_version(adapter.name)
+
+    async def _put(self, manifest: Manifest) -> None:
+        self._norms[manifest.weights_digest] = await self._load_weights(manifest)
+
+    async def _bytes_of(self, adapter: Adapter) -> Manifest:
+        entry = self.registry.get(adapter.name) if adapter.name in self.registry else None
+        moved: Exception = FolderMoved(adapter.name)
+        if entry is not None and entry.current is adapter:
+            try:
+                manifest = await self.reader.manifest(adapter.path, entry.signature, adapter.name)
+                if manifest.version_digest == adapter.version_digest:
+                    return manifest
+            except (FolderMoved, AdapterRejected) as error:
+                moved = error
+            else:  # the digests that were noted for this folder were not its own
+                self.registry.publish(Adapter.read(manifest), manifest.listing, entry.signature)
+                raise moved
+        kept = await self.reader.kept(adapter.name, adapter.version_digest)
+        if kept is None:
+            raise moved
+        return kept
+
+    def _release(self, held: tuple[Held, ...]) -> None:
+        self.residency.release({one.adapter.weights_digest for one in held})
+        for name in {one.adapter.name for one in held}:
+            self._in_use[name] -= 1
+            self._forget_if_gone(name)
+        self._report()
+
+    def _is_gone(self, name: str, parts: tuple[Part, ...]) -> bool:
+        """Whether there is no use in waiting for a folder: it is gone, refused by now, or not what was asked for."""
+        if name not in self.registry:
+            return True
+        entry = self.registry.get(name)
+        version = next((part.version for part in parts if part.name == name), None) or entry.pin.version
+        if version is not None and not (entry.current and entry.current.version_digest.startswith(version)):
+            return True
+        if entry.refused is not None:
+            self.intake.refuse(entry, entry.refused)
+            return True
+        return False
+
+    @asynccontextmanager
+    async def _moving_in(self, entry: Entry, adapter: Adapter, manifest: Manifest) -> AsyncIterator[None]:
+        """Load a version beside the one before it, if that is in memory and there is room for both."""
+        before, needs = entry.current, {adapter.weights_digest: adapter.num_bytes}
+        hot = before is not None and self.residency.state(before.weights_digest) is not None
+        ahead = hot and entry.pin.version is None and self.residency.has_room(adapter.num_bytes)
+        if ahead:
+            await self.residency.hold(needs, lambda digest: self._put(manifest))
+        try:
+            yield
+        finally:
+            if ahead:
+                self.residency.release(needs)
+            if before is not None:
+                self.residency.drop_unwanted(before.weights_digest)
+            self.preload()
+            self._show_version(entry.name)
+            self._report()
+
+    def _arrived(self, entry: Entry) -> None:
+        if entry.pin.resident:
+            self.preload()
+
+    def _left(self, entry: Entry) -> None:
+        for adapter in entry.versions:
+            self.residency.drop_unwanted(adapter.weights_digest)
+            self._norms.pop(adapter.weights_digest, None)
+        self._forget_if_gone(entry.name)
+        self._report()
+
+    def _forget_if_gone(self, name: str) -> None:
+        """Drop the series of a name that is gone, when nobody is left who would add to them."""
+        if self._in_use[name] <= 0:
+            del self._in_use[name]
+            if name not in self.registry:
+                self.metrics.forget_adapter(name)
+
+    def _show_version(self, name: str) -> None:
+        served = self.registry.get(name).served if name in self.registry else None
+        self.metrics.show_version(name, None if served is None else served.version_digest[:DIGITS])
+
+    def _report(self) -> None:
+        self.metrics.adapters_resident.set(len(self.residency.digests))
+        self.metrics.adapter_memory.set(self.residency.num_bytes)
+
+
+def _check_composition(held: tuple[Held, ...]) -> None:
+    """Only plain low-rank deltas can be scaled and added up."""
+    if all(one.scale == 1 for one in held) and len(held) == 1:
+        return
+    for one in held:
+        if not one.adapter.composable:
+            raise InvalidRequest(
+                f"'{one.adapter.name}' cannot be scaled or added to others: it is not plain LoRA (it has magnitudes, "
+                "biases or saved weights).",
+                param="model",
+            )

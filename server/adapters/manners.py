@@ -1,0 +1,95 @@
+"""How an adapter wants to be talked to: what applies where a request says nothing.
+
+From our sidecar, or from what trainers leave beside PEFT's files: ``tokenizer_config.json``, ``chat_template.jinja``
+and ``generation_config.json``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from server.adapters.sidecar import Sidecar, SidecarSampling
+
+
+@dataclass(frozen=True)
+class AdapterDefaults:
+    """What applies where a request says nothing; ``stop`` and ``eos`` are added to what else ends an answer.
+
+    ``eos`` are texts of tokens and ids of tokens that end a turn beside the base's own.
+    """
+
+    stop: tuple[str, ...] = ()
+    system_prompt: str | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    max_tokens: int | None = None
+    chat_template: str | None = None
+    eos: tuple[str | int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """What was found beside PEFT's files, parsed; ``template`` is the text of ``chat_template.jinja``."""
+
+    template: str | None
+    tokenizer: Mapping[str, Any]
+    generation: Mapping[str, Any]
+
+    @property
+    def chat_template(self) -> str | None:
+        """The conversation's template, from whichever file has it; of several named ones the default."""
+        if self.template is not None:
+            return self.template
+        found = self.tokenizer.get("chat_template")
+        if isinstance(found, list):
+            named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+            found = named.get("default")
+        return found if isinstance(found, str) and found else None
+
+
+def defaults_of(sidecar: Sidecar | None, neighbours: Neighbours) -> AdapterDefaults:
+    """The sidecar's word first, the neighbours' where it is silent."""
+    generation = neighbours.generation
+    advised = generation if generation.get("do_sample") is True else {}
+    sampling = sidecar.sampling if sidecar is not None and sidecar.sampling is not None else SidecarSampling()
+    return AdapterDefaults(
+        stop=tuple(sidecar.stop or ()) if sidecar is not None else (),
+        system_prompt=None if sidecar is None else sidecar.system_prompt,
+        temperature=_said(sampling.temperature, _number(advised, "temperature", 0, 2)),
+        top_p=_said(sampling.top_p, _number(advised, "top_p", 1e-9, 1)),
+        top_k=_said(sampling.top_k, _count(advised, "top_k")),
+        min_p=_said(sampling.min_p, _number(advised, "min_p", 0, 1)),
+        max_tokens=_said(sampling.max_tokens, _count(generation, "max_new_tokens")),
+        chat_template=_said(None if sidecar is None else sidecar.chat_template, neighbours.chat_template),
+        eos=_eos(neighbours),
+    )
+
+
+def _said(first: Any, second: Any) -> Any:
+    return second if first is None else first
+
+
+def _number(source: Mapping[str, Any], name: str, low: float, high: float) -> float | None:
+    value = source.get(name)
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if fits and value is not None and low <= value <= high else None
+
+
+def _count(source: Mapping[str, Any], name: str) -> int | None:
+    value = source.get(name)
+    return value if isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31 else None
+
+
+def _eos(neighbours: Neighbours) -> tuple[str | int, ...]:
+    token = neighbours.tokenizer.get("eos_token")
+    text = token.get("content") if isinstance(token, dict) else token
+    ids = neighbours.generation.get("eos_token_id")
+    listed = ids if isinstance(ids, list) else [ids]
+    found: list[str | int] = [text] if isinstance(text, str) and text else []
+    found += [one for one in listed if isinstance(one, int) and not isinstance(one, bool) and one >= 0]
+    return tuple(found[:16])

@@ -1,0 +1,130 @@
+"""What an operator does to a running server's adapters: load, unload, delete, pin, roll back."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+from server.adapters.library import AdapterLibrary
+from server.adapters.names import is_name
+from server.adapters.registry import Adapter
+from server.adapters.versions import Pin, VersionStore
+from server.adapters.watcher import AdapterWatcher
+from server.errors import AdapterRejected, InvalidRequest
+
+
+class AdapterOperator:
+    """Acts on names and folders inside ``watcher.folders``; pins go to the state directory where there is one."""
+
+    def __init__(self, library: AdapterLibrary, watcher: AdapterWatcher, store: VersionStore | None) -> None:
+        self._library, self._watcher, self._store = library, watcher, store
+
+    async def load(self, name: str, path: str, *, in_place: bool) -> Adapter:
+        """Serve a folder inside the adapter folders under a name, and have it in memory.
+
+        Raises ``InvalidRequest`` for a path outside them and for a name that is taken, unless ``in_place``;
+        ``AdapterRejected`` for a folder that is not served.
+        """
+        if not is_name(name):
+            raise InvalidRequest(f"Invalid 'lora_name': {name!r:.80} is no model name.", param="lora_name")
+        folder = await asyncio.to_thread(self._inside, path)
+        if name in self._library.registry and not in_place:
+            raise InvalidRequest(
+                f"The adapter '{name}' is loaded already: set 'load_inplace' to replace it.", param="lora_name"
+            )
+        self._watcher.mount(name, folder)
+        while True:
+            await self._watcher.scan()
+            if self._watcher.is_current(name):
+                break
+            await asyncio.sleep(self._watcher.settle / 4)
+        if (refusal := self._library.intake.refusals.get(name)) is not None:
+            if name not in self._library.registry:
+                await self._watcher.hide(name)
+            raise AdapterRejected(name, refusal[1])
+        lease = await self._library.acquire(name)
+        lease.release()
+        return lease.held[0].adapter
+
+    async def unload(self, name: str) -> None:
+        """Serve a name no more until its folder changes, or it is loaded again. Raises ``ModelNotFound``."""
+        self._library.registry.get(name)
+        await self._watcher.hide(name)
+
+    async def delete(self, name: str) -> None:
+        """Delete an adapter: folder, kept versions and pin. Raises ``ModelNotFound`` or ``InvalidRequest``."""
+        path = self._library.registry.get(name).listing.path
+        if path.parent.resolve() != self._watcher.folders[0].resolve():
+            raise InvalidRequest(
+                f"The adapter '{name}' comes with the package or is not right inside the adapter folder: unload it.",
+                param="model",
+            )
+        try:
+            await asyncio.to_thread(_remove, path)
+        except OSError as error:
+            raise InvalidRequest(
+                f"The folder of '{name}' cannot be deleted ({error.strerror}).", param="model"
+            ) from error
+        await self._watcher.hide(name)
+        if self._store is not None:
+            await asyncio.to_thread(self._store.forget, name)
+
+    async def pin(self, name: str, version: str | None) -> Adapter | None:
+        """Hold a name at a version, or keep it in memory where none is given. Raises as ``AdapterLibrary.acquire``."""
+        self._library.registry.get(name)
+        before = self._library.registry.pins.get(name, Pin())
+        if version is None:
+            await self._set_pin(name, Pin(before.version, resident=True))
+            return None
+        lease = await self._library.acquire(f"{name}@{version}")
+        lease.release()
+        adapter = lease.held[0].adapter
+        await self._set_pin(name, Pin(adapter.version_digest, before.resident))
+        return adapter
+
+    async def unpin(self, name: str) -> None:
+        """Let a name follow its folder again, and leave memory when it is not used."""
+        self._library.registry.get(name)
+        await self._set_pin(name, Pin())
+
+    async def rollback(self, name: str) -> Adapter:
+        """Hold a name at the version before the one it serves. Raises ``ModelNotFound``, ``InvalidRequest``."""
+        entry = self._library.registry.get(name)
+        served = await self._library.served(name)
+        kept = [] if self._store is None else await asyncio.to_thread(self._store.versions, name)
+        digests = [one.digest for one in kept] or [one.version_digest for one in entry.versions]
+        earlier = digests[: digests.index(served.version_digest)] if served.version_digest in digests else digests
+        if not earlier:
+            raise InvalidRequest(f"There is no version of '{name}' before {served.label}.", param="model")
+        adapter = await self.pin(name, earlier[-1])
+        assert adapter is not None
+        return adapter
+
+    async def _set_pin(self, name: str, pin: Pin) -> None:
+        if self._store is not None:
+            await asyncio.to_thread(self._store.set_pin, name, pin)
+        self._library.set_pins({**self._library.registry.pins, name: pin})
+
+    def _inside(self, text: str) -> Path:
+        """A folder inside the adapter folders, none of whose parts begins with a dot or is a link."""
+        given = Path(text)
+        for root in self._watcher.folders:
+            path = given if given.is_absolute() else root / given
+            inside = path.is_relative_to(root) or path.is_relative_to(root.absolute())
+            parts = path.absolute().relative_to(root.absolute()).parts if inside else ()
+            plain = "\0" not in text and parts and all(is_name(part) for part in parts)
+            if plain and path.is_dir() and path.resolve() == root.resolve().joinpath(*parts):
+                return path
+        raise InvalidRequest(
+            "Invalid 'lora_path': it must be a folder inside the server's adapter folder.", param="lora_path"
+        )
+
+
+def _remove(path: Path) -> None:
+    """Take a folder away in one step, then delete it."""
+    aside = path.with_name(f".deleted-{uuid.uuid4().hex}")
+    os.rename(path, aside)
+    shutil.rmtree(aside)

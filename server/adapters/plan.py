@@ -1,0 +1,137 @@
+"""What an adapter's tensors do to which modules of the base: read from the tensors' names, checked against the base.
+
+``target_modules`` may be a regular expression and is never evaluated.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from server.adapters.fit import problems_of
+from server.adapters.module_plan import LowRank, ModulePlan, TokenRows
+from server.adapters.parts import module_plan
+from server.adapters.peft_config import LoRAConfig
+from server.adapters.safetensors import TensorEntry
+from server.adapters.signature import BaseSignature, ModuleShape, embedding, linear
+from server.adapters.tensor_names import ModuleTensors, sort_tensors
+from server.adapters.words import first
+
+__all__ = [
+    "BaseSignature", "LowRank", "ModulePlan", "ModuleShape", "Plan", "PlanError", "TokenRows", "embedding", "first",
+    "linear", "make_plan",
+]  # fmt: skip
+
+_OLD_EXPERT = re.compile(r"\.experts\.\d+\.")
+_FLOATS = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every module an adapter touches, and how."""
+
+    parts: Mapping[str, ModulePlan]
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of its modules, 0 where none has a low-rank delta."""
+        return max((rank for part in self.parts.values() for rank in part.ranks), default=0)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The modules it touches, in the file's order."""
+        return tuple(self.parts)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in memory, at most: what turns out equal to the base's own is not kept."""
+        tensors = {name: size for part in self.parts.values() for name, size in part.tensor_bytes()}
+        return sum(tensors.values()) + sum(part.vector_bytes for part in self.parts.values())
+
+    @property
+    def composable(self) -> bool:
+        """Whether it is plain low-rank deltas, which can be scaled and added up."""
+        return all(part.composable for part in self.parts.values())
+
+
+class PlanError(ValueError):
+    """Why the tensors do not fit; ``problems`` has every reason, the first is the message."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__(problems[0])
+        self.problems = problems
+
+
+def make_plan(entries: Mapping[str, TensorEntry], config: LoRAConfig, base: BaseSignature, *, max_rank: int) -> Plan:
+    """The plan of a weights file. Raises ``PlanError`` with all that is wrong."""
+    found, strange = sort_tensors(entries, {*base.modules, *base.others}, config.modules_to_save)
+    problems = [*_tensor_problems(entries, strange), *_module_problems(found, base)]
+    parts: dict[str, ModulePlan] = {}
+    for module, tensors in found.items():
+        if module in base.modules:
+            try:
+                parts[module] = module_plan(module, tensors, config, base.modules[module])
+            except ValueError as error:
+                problems.append(str(error))
+    problems += problems_of(parts, config, base, max_rank=max_rank)
+    problems += _absent(found, config, base) if found else []
+    if problems:
+        raise PlanError(problems)
+    return Plan(_tie(parts, found, base))
+
+
+def _tensor_problems(entries: Mapping[str, TensorEntry], strange: list[str]) -> Iterator[str]:
+    if not entries:
+        yield "it holds no tensors, so it would change nothing"
+    if wrong := [f"{name} ({entry.dtype})" for name, entry in entries.items() if entry.dtype not in _FLOATS]:
+        yield f"its tensors must be floats (F32, F16 or BF16), and some are not: {first(wrong)}"
+    if strange:
+        yield f"it holds tensors that are no part of a LoRA adapter for this base: {first(strange)}"
+
+
+def _module_problems(found: Mapping[str, ModuleTensors], base: BaseSignature) -> Iterator[str]:
+    unknown = [module for module in found if module not in base.modules and module not in base.others]
+    if old := [module for module in unknown if _OLD_EXPERT.search(module)]:
+        yield (
+            f"it was written for transformers 4, whose experts were modules: load it with PEFT and save it again, and "
+            f"they become parameters ({first(old)})"
+        )
+    elif unknown:
+        yield f"the base {base.name} has no module {first(unknown)}: was it trained on another base?"
+    if partial := [module for module in found if module in base.others]:
+        yield f"modules that do not see every row of a batch cannot be adapted here: {first(partial)}"
+
+
+def _absent(found: Mapping[str, ModuleTensors], config: LoRAConfig, base: BaseSignature) -> Iterator[str]:
+    """Modules that the config names, that the base has, and for which no tensor came."""
+    modules, saved = config.target_modules, config.modules_to_save
+    for field, names, fits in (("target_modules", modules, _is_or_ends), ("modules_to_save", saved, str.endswith)):
+        absent = [name for name in names if _any(fits, base.modules, name) and not _any(fits, found, name)]
+        if absent:
+            yield f"{field} in adapter_config.json names {first(absent)}, and there is no tensor of such a module"
+
+
+def _is_or_ends(module: str, name: str) -> bool:
+    return module == name or module.endswith("." + name)
+
+
+def _any(fits: Callable[[str, str], bool], modules: Mapping[str, object], name: str) -> bool:
+    return any(fits(module, name) for module in modules)
+
+
+def _tie(
+    parts: Mapping[str, ModulePlan], found: Mapping[str, ModuleTensors], base: BaseSignature
+) -> Mapping[str, ModulePlan]:
+    """What PEFT does to a tied head with the embedding: rows of tokens, and a weight written into the base's own."""
+    tied = dict(parts)
+    for head, source in base.tied.items():
+        pair = {name: tied.get(name, ModulePlan(base.modules[name])) for name in (source, head)}
+        if pair[source].tokens is not None and pair[head].tokens is None:
+            tied[head] = replace(pair[head], tokens=pair[source].tokens)
+        written = [pair[name].own["weight"] for name in pair if name in found and "weight" in found[name].base]
+        for name, part in pair.items():
+            saved = "weight" in part.own and "weight" not in found[name].base
+            if written and not saved:
+                tied[name] = replace(part, own={**part.own, "weight": written[-1]})
+    return tied

@@ -1,0 +1,135 @@
+"""Reads adapter folders in a thread of its own, which gives way to the engine's."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from server.adapters.folder import Signature, signature_of
+from server.adapters.manifest import BaseSignature, Limits, Listing, Manifest, list_folder, read_manifest
+from server.adapters.manners import AdapterDefaults
+from server.adapters.versions import CachedDigest, VersionStore
+from server.errors import AdapterRejected
+
+T = TypeVar("T")
+
+_NICENESS = 10
+
+
+class FolderMoved(Exception):
+    """The folder is not as it was when it had settled: what it holds now is still to be judged."""
+
+
+class AdapterReader:
+    """Folders and kept versions as manifests. ``judge_manners`` raises ``ValueError`` for what cannot be honoured."""
+
+    def __init__(
+        self,
+        base: BaseSignature,
+        limits: Limits,
+        *,
+        store: VersionStore | None = None,
+        judge_manners: Callable[[AdapterDefaults], None] = lambda defaults: None,
+    ) -> None:
+        self.store = store
+        self._base, self._limits, self._judge_manners = base, limits, judge_manners
+        self._digests: dict[str, CachedDigest] = {}
+        self._unsaved = 0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapters", initializer=_give_way)
+
+    async def run(self, function: Callable[..., T], *arguments: object) -> T:
+        """Run something in the reader's thread, behind what it has to do already."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+
+    async def listing(self, path: Path, name: str) -> Listing:
+        """A folder's headers. Raises ``AdapterRejected``."""
+        return await self.run(lambda: list_folder(path, self._base, self._limits, name=name))
+
+    async def manifest(self, path: Path, signature: Signature, name: str) -> Manifest:
+        """The whole folder, if it is as it was when it had settled. Raises ``FolderMoved`` or ``AdapterRejected``."""
+        return await self.run(self._read_settled, path, signature, name)
+
+    async def kept(self, name: str, version_digest: str) -> Manifest | None:
+        """A version of a name from the state directory; None where it is not there, or no longer what it was."""
+        return await self.run(self._read_kept, name, version_digest)
+
+    async def keep(self, manifest: Manifest, signature: Signature) -> None:
+        """Put a version into the state directory, where there is one, and note the digests of its folder."""
+        if self.store is None:
+            return
+        await self.run(self.store.put, manifest.name, manifest.version_digest, manifest.files.by_name())
+        cached = CachedDigest(signature, manifest.weights_digest, manifest.version_digest)
+        self._digests[str(manifest.path)] = cached
+        self._unsaved += 1
+
+    def known_digests(self, listing: Listing, signature: Signature) -> CachedDigest | None:
+        """The digests of a folder that was hashed when it looked the same, if that version is kept."""
+        if self.store is None:
+            return None
+        cached = self._digests.get(str(listing.path))
+        if cached is None or cached.signature != signature or self.store.folder(cached.version_digest) is None:
+            return None
+        return cached
+
+    async def load_digests(self) -> None:
+        """Remember what was hashed before this start."""
+        if self.store is not None:
+            self._digests = await self.run(self.store.load_digests)
+
+    async def save_digests(self) -> None:
+        """Write down what was hashed since the last time."""
+        if self.store is not None and self._unsaved:
+            self._unsaved = 0
+            there = {path: cached for path, cached in self._digests.items() if Path(path).is_dir()}
+            await self.run(self.store.save_digests, there)
+
+    async def find_kept(self, name: str, prefix: str) -> list[str]:
+        """Digests of kept versions of a name that begin so."""
+        if self.store is None:
+            return []
+        versions = await self.run(self.store.versions, name)
+        return [one.digest for one in versions if one.digest.startswith(prefix)]
+
+    def close(self) -> None:
+        """End the thread when it has done what it is at."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _read_settled(self, path: Path, signature: Signature, name: str) -> Manifest:
+        if signature_of(path) != signature:
+            raise FolderMoved(name)
+        try:
+            manifest = self._read(path, name)
+        except AdapterRejected:
+            if signature_of(path) != signature:
+                raise FolderMoved(name) from None
+            raise
+        if signature_of(path) != signature:
+            raise FolderMoved(name)
+        return manifest
+
+    def _read_kept(self, name: str, version_digest: str) -> Manifest | None:
+        folder = None if self.store is None else self.store.folder(version_digest)
+        if folder is None:
+            return None
+        manifest = self._read(folder, name)
+        return manifest if manifest.version_digest == version_digest else None
+
+    def _read(self, path: Path, name: str) -> Manifest:
+        manifest = read_manifest(path, self._base, self._limits, name=name)
+        try:
+            self._judge_manners(manifest.defaults)
+        except ValueError as error:
+            raise AdapterRejected(name, str(error)) from None
+        return manifest
+
+
+def _give_way() -> None:
+    """Lower this thread's priority, where the system has one for each thread."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)

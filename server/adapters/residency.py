@@ -1,0 +1,193 @@
+"""Which weights are in memory, within a budget of bytes: the event loop owns the books, so there are no locks.
+
+Weights in use or pinned never go; of the others the least recently used go first. Who needs weights that find no room
+waits in turn, and whoever comes later and needs room waits behind. What is in memory already is had at once, unless
+somebody has waited too long for room that this would keep taken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, OrderedDict, deque
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+PATIENCE = 1.0
+"""Seconds after which the first in the queue is let in before those whose weights are in memory."""
+
+
+Load = Callable[[str], Awaitable[None]]
+
+
+@dataclass(eq=False)
+class _Ticket:
+    """Somebody who waits for room for all of ``needs``, bytes by digest."""
+
+    needs: Mapping[str, int]
+    load: Load
+    since: float
+    admitted: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+class Residency:
+    """Bytes by weights digest, leases and pins.
+
+    ``unload(digest)`` frees weights; ``is_wanted(digest)`` says whether anybody may ask for them again.
+    """
+
+    def __init__(self, max_bytes: int, *, unload: Callable[[str], None], is_wanted: Callable[[str], bool]) -> None:
+        self.max_bytes = max_bytes
+        self.num_evicted = 0
+        self._unload, self._is_wanted = unload, is_wanted
+        self._bytes: OrderedDict[str, int] = OrderedDict()
+        self._loading: dict[str, asyncio.Task[None]] = {}
+        self._leases: Counter[str] = Counter()
+        self._pinned: frozenset[str] = frozenset()
+        self._queue: deque[_Ticket] = deque()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes taken, by weights in memory and by those on their way."""
+        return sum(self._bytes.values())
+
+    @property
+    def digests(self) -> list[str]:
+        """What is in memory, least recently used first."""
+        return [digest for digest in self._bytes if digest not in self._loading]
+
+    @property
+    def num_waiting(self) -> int:
+        """Who waits for room."""
+        return len(self._queue)
+
+    def state(self, digest: str) -> str | None:
+        """``resident``, ``loading``, or None."""
+        return None if digest not in self._bytes else "loading" if digest in self._loading else "resident"
+
+    def num_leases(self, digest: str) -> int:
+        """Requests that use these weights, or wait for them to be loaded."""
+        return self._leases[digest]
+
+    @property
+    def pinned(self) -> frozenset[str]:
+        """What stays in memory once it is there."""
+        return self._pinned
+
+    def pin(self, digests: Iterable[str]) -> None:
+        """From now on exactly these stay in memory once they are there."""
+        self._pinned = frozenset(digests)
+        self._admit()
+
+    async def hold(self, needs: Mapping[str, int], load: Load) -> None:
+        """Lease weights, all or none: wait for room, load what is missing. Raises what ``load`` raises."""
+        await self._reserve(needs, load)
+        try:
+            for digest in needs:
+                if (task := self._loading.get(digest)) is not None:
+                    await asyncio.shield(task)
+        except BaseException:
+            self.release(needs)
+            raise
+
+    def has_room(self, num_bytes: int) -> bool:
+        """Whether so many bytes could be had at once."""
+        return not self._queue and self._immovable({}) + num_bytes <= self.max_bytes
+
+    def release(self, digests: Iterable[str]) -> None:
+        """Give leases back; weights that nobody can ask for again go at once."""
+        for digest in digests:
+            assert self._leases[digest] > 0, "released more often than leased"
+            self._leases[digest] -= 1
+            if not self._leases[digest]:
+                del self._leases[digest]
+            self.drop_unwanted(digest)
+        self._admit()
+
+    def drop_unwanted(self, digest: str) -> None:
+        """Free weights that nobody uses and nobody can ask for."""
+        if self._is_movable(digest) and not self._is_wanted(digest):
+            self._remove(digest)
+
+    def check_integrity(self) -> None:
+        """What is leased is in memory or on its way."""
+        assert all(count > 0 for count in self._leases.values()), "a lease is negative"
+        assert set(self._leases) <= set(self._bytes), "leased weights are not in memory"
+        assert set(self._loading) <= set(self._bytes), "weights on their way have no room"
+
+    async def _reserve(self, needs: Mapping[str, int], load: Load) -> None:
+        now = asyncio.get_running_loop().time()
+        starving = bool(self._queue) and now - self._queue[0].since > PATIENCE
+        in_memory = all(digest in self._bytes for digest in needs)
+        if (in_memory and not starving) or (not self._queue and self._fits(needs)):
+            self._take(needs, load)
+            return
+        ticket = _Ticket(needs, load, now)
+        self._queue.append(ticket)
+        self._admit()
+        try:
+            await ticket.admitted
+        except asyncio.CancelledError:
+            if ticket in self._queue:
+                self._queue.remove(ticket)
+                self._admit()
+            elif ticket.admitted.done() and not ticket.admitted.cancelled():
+                self.release(needs)
+            raise
+
+    def _admit(self) -> None:
+        while self._queue and self._fits(self._queue[0].needs):
+            ticket = self._queue.popleft()
+            if not ticket.admitted.done():
+                self._take(ticket.needs, ticket.load)
+                ticket.admitted.set_result(None)
+
+    def _take(self, needs: Mapping[str, int], load: Load) -> None:
+        """Lease, evicting as much as the missing ones need, and set them on their way."""
+        self._leases.update(needs.keys())
+        missing = {digest: size for digest, size in needs.items() if digest not in self._bytes}
+        for digest in [digest for digest in self._bytes if self._is_movable(digest)]:
+            if not missing or self.num_bytes + sum(missing.values()) <= self.max_bytes:
+                break
+            self._remove(digest)
+            self.num_evicted += 1
+        for digest in needs:
+            if digest in missing:
+                self._bytes[digest] = missing[digest]
+                self._loading[digest] = asyncio.ensure_future(self._bring(digest, load))
+                self._loading[digest].add_done_callback(_retrieve)
+            self._bytes.move_to_end(digest)
+
+    async def _bring(self, digest: str, load: Load) -> None:
+        """Load for all who wait; each of them may be cancelled without disturbing the others."""
+        try:
+            await load(digest)
+        except BaseException:
+            del self._loading[digest], self._bytes[digest]
+            raise
+        del self._loading[digest]
+        self.drop_unwanted(digest)
+        self._admit()
+
+    def _fits(self, needs: Mapping[str, int]) -> bool:
+        """Whether there is or can be made room; also where only pins are in the way, because waiting would not help."""
+        missing = sum(size for digest, size in needs.items() if digest not in self._bytes)
+        if not missing or self._immovable(needs) + missing <= self.max_bytes:
+            return True
+        return all(digest in needs for digest in (*self._leases, *self._loading))
+
+    def _immovable(self, needs: Mapping[str, int]) -> int:
+        return sum(size for digest, size in self._bytes.items() if digest in needs or not self._is_movable(digest))
+
+    def _is_movable(self, digest: str) -> bool:
+        in_use = digest in self._leases or digest in self._loading or digest in self._pinned
+        return digest in self._bytes and not in_use
+
+    def _remove(self, digest: str) -> None:
+        del self._bytes[digest]
+        self._unload(digest)
+
+
+def _retrieve(task: asyncio.Task[None]) -> None:
+    """A load that nobody waits for any more may fail in silence; who waits is told."""
+    if not task.cancelled():
+        task.exception()

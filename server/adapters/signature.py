@@ -1,0 +1,64 @@
+"""What an adapter must fit: the base's modules that see every row of a batch, and their parameters' shapes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Shape = tuple[int, ...]
+Kind = Literal["linear", "embedding", "rows"]
+
+
+@dataclass(frozen=True)
+class ModuleShape:
+    """A module whose result for a row depends on that row alone.
+
+    ``size`` is (in, out) of a linear, (tokens, dim) of an embedding; ``rows`` is any other module: a norm, a router,
+    the experts of a mixture. ``transposed`` is a weight [in, out], or experts [experts, in, out]. ``itemsize`` is the
+    bytes of a number, ``axis`` that of the rows in what goes in and comes out.
+    """
+
+    kind: Kind
+    parameters: Mapping[str, Shape]
+    size: tuple[int, int] = (0, 0)
+    transposed: bool = False
+    itemsize: int = 4
+    axis: int = 1
+
+    @property
+    def weight_is_in_out(self) -> bool:
+        """Whether the weight is [in, out], as an embedding's and a Conv1D's, rather than a linear's [out, in]."""
+        return self.kind == "embedding" or self.transposed
+
+    def num_bytes(self, parameter: str) -> int:
+        """Bytes of a parameter in memory."""
+        return self.itemsize * math.prod(self.parameters[parameter])
+
+
+def linear(in_features: int, out_features: int, *, bias: bool = False) -> ModuleShape:
+    """A linear layer in float32."""
+    parameters: dict[str, Shape] = {"weight": (out_features, in_features)}
+    return ModuleShape("linear", parameters | ({"bias": (out_features,)} if bias else {}), (in_features, out_features))
+
+
+def embedding(num_tokens: int, dim: int) -> ModuleShape:
+    """An embedding in float32."""
+    return ModuleShape("embedding", {"weight": (num_tokens, dim)}, (num_tokens, dim))
+
+
+@dataclass(frozen=True)
+class BaseSignature:
+    """The base's name and fingerprint, its modules, and which heads share an embedding's weight (head -> embedding).
+
+    ``others`` are modules that adapters cannot touch, because they do not see every row.
+    """
+
+    name: str
+    fingerprint: str
+    modules: Mapping[str, ModuleShape]
+    chat_template: str | None = None
+    vocab_size: int = 0
+    tied: Mapping[str, str] = field(default_factory=dict)
+    others: frozenset[str] = frozenset()

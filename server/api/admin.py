@@ -1,0 +1,99 @@
+"""Changing a running server's adapters over HTTP: vLLM's two routes, OpenAI's ``DELETE``, pins and roll-backs.
+
+All of it is off unless an admin key is set, and wants that key as ``Authorization: Bearer``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request
+from pydantic import BaseModel, ConfigDict, Field
+
+from server.adapters.operator import AdapterOperator
+from server.api.state import State
+from server.errors import AdminOff, InvalidKey
+
+router = APIRouter()
+
+
+def _operator(request: Request, state: State) -> AdapterOperator:
+    """Who may do this. Raises ``AdminOff`` or ``InvalidKey``; keys are compared by their digests, in constant time."""
+    if state.operator is None or state.admin_key_digest is None:
+        raise AdminOff
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    digest = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
+    if not hmac.compare_digest(digest, state.admin_key_digest) or scheme.lower() != "bearer":
+        raise InvalidKey
+    return state.operator
+
+
+Operator = Annotated[AdapterOperator, Depends(_operator)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class LoadRequest(_Body):
+    """As vLLM names it; ``lora_path`` is inside the adapter folder."""
+
+    lora_name: str = Field(min_length=1, max_length=128)
+    lora_path: str = Field(min_length=1, max_length=4096)
+    load_inplace: bool = False
+
+
+class UnloadRequest(_Body):
+    """As vLLM names it."""
+
+    lora_name: str = Field(min_length=1, max_length=128)
+
+
+class PinRequest(_Body):
+    """A version to be held at; without one, the adapter is kept in memory."""
+
+    version: str | None = Field(None, pattern=r"^[0-9a-f]{4,64}$")
+
+
+@router.post("/v1/load_lora_adapter")
+async def load_lora_adapter(operator: Operator, body: LoadRequest) -> dict[str, Any]:
+    """Serve a folder under a name, and load it."""
+    adapter = await operator.load(body.lora_name, body.lora_path, in_place=body.load_inplace)
+    return {"message": f"The adapter '{body.lora_name}' is loaded.", "adapter": adapter.label}
+
+
+@router.post("/v1/unload_lora_adapter")
+async def unload_lora_adapter(operator: Operator, body: UnloadRequest) -> dict[str, Any]:
+    """Serve a name no more; requests that run on it finish."""
+    await operator.unload(body.lora_name)
+    return {"message": f"The adapter '{body.lora_name}' is unloaded."}
+
+
+@router.delete("/v1/models/{model}")
+async def delete_model(operator: Operator, model: str) -> dict[str, Any]:
+    """Delete an adapter's folder and its kept versions."""
+    await operator.delete(model)
+    return {"id": model, "object": "model", "deleted": True}
+
+
+@router.post("/v1/models/{model}/pin")
+async def pin(operator: Operator, model: str, body: PinRequest) -> dict[str, Any]:
+    """Hold a name at a version, or keep it in memory."""
+    adapter = await operator.pin(model, body.version)
+    return {"id": model, "pinned": "in memory" if adapter is None else adapter.label}
+
+
+@router.post("/v1/models/{model}/unpin")
+async def unpin(operator: Operator, model: str) -> dict[str, Any]:
+    """Let a name follow its folder again."""
+    await operator.unpin(model)
+    return {"id": model, "pinned": None}
+
+
+@router.post("/v1/models/{model}/rollback")
+async def rollback(operator: Operator, model: str) -> dict[str, Any]:
+    """Hold a name at the version before the one it serves."""
+    adapter = await operator.rollback(model)
+    return {"id": model, "pinned": adapter.label}

@@ -1,0 +1,286 @@
+"""``quickchange adapters add``: an adapter fetched from the hub and put among the others under a name.
+
+Only an adapter's own files are asked for, by name and at one commit; whatever else the repository holds is never
+downloaded. The folder takes its name when all is on disk, so a running server sees the whole adapter or none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from server.adapters.folder import (
+    CONFIG_FILE,
+    MAX_JSON_BYTES,
+    SIDECAR_FILE,
+    SOURCE_FILE,
+    TEMPLATE_FILE,
+    TOKENIZER_FILE,
+    WEIGHTS_FILE,
+)
+from server.adapters.names import is_name
+from server.cli.settings import parse_settings
+from server.metrics import BASE
+from server.settings import Settings
+
+DESCRIPTION = """\
+Fetch a PEFT adapter from the Hugging Face hub into --adapters-dir. Only its own files are fetched, and safetensors
+only, never a pickle or code. HF_TOKEN and HF_ENDPOINT mean what they mean to huggingface_hub.
+Every setting of `quickchange serve` may be given too."""
+
+CARD_FILE = "README.md"
+COMPANION_FILES = (SIDECAR_FILE, TOKENIZER_FILE, TEMPLATE_FILE)
+"""What may stand beside PEFT's two files and says how the adapter wants to be talked to."""
+
+_PICKLES = (".bin", ".pt", ".pth", ".pkl")
+_TIMEOUT = 30.0
+
+
+class NotPublished(Exception):
+    """There is no new adapter, and nothing was left behind; the text is for the person at the terminal."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A repository of the hub, and the branch, tag or commit that was asked for."""
+
+    repo_id: str
+    revision: str | None
+
+    @classmethod
+    def parse(cls, text: str) -> Source:
+        """From ``REPO_ID[@REVISION]``."""
+        repo_id, _, revision = text.partition("@")
+        return cls(repo_id, revision or None)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Fetch and publish; the exit status is 1 where there is no new adapter afterwards."""
+    parser = argparse.ArgumentParser(
+        prog="quickchange adapters add",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", metavar="REPO_ID[@REVISION]", help="for example ORG/NAME, or ORG/NAME@v2")
+    parser.add_argument("--name", help="what the adapter is called; without it, the last part of REPO_ID")
+    parser.add_argument("--replace", action="store_true", help="put it in the place of an adapter of that name")
+    options, rest = parse_options(parser, arguments, switches=("--replace",))
+    settings = parse_settings("adapters add", rest)
+    source = Source.parse(options.source)
+    name = options.name or source.repo_id.rpartition("/")[2]
+    try:
+        target = choose_target(settings, name, replace=options.replace)
+        with published_folder(target, replace=options.replace) as partial:
+            commit = fetch(source, partial, max_bytes=settings.max_adapter_bytes)
+    except NotPublished as error:
+        print(f"quickchange: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    print(f"{name}: {source.repo_id} at {commit[:12]} is in {target}")
+    print(f"next: quickchange adapters check {name}")
+    return 0
+
+
+def parse_options(
+    parser: argparse.ArgumentParser, arguments: Sequence[str], *, switches: Sequence[str] = ()
+) -> tuple[argparse.Namespace, list[str]]:
+    """A command's own options, and the arguments that are left, which are settings.
+
+    Values are bound to their flags by '=' before, so that a setting's value is never taken for a positional argument;
+    ``switches`` are the command's flags without a value.
+    """
+    fields = Settings.model_fields.items()
+    flags = [f"--{name.replace('_', '-')}" for name, field in fields if field.annotation is bool]
+    alone = {"--help", "--", *switches, *flags, *(f"--no-{flag[2:]}" for flag in flags)}
+    bound: list[str] = []
+    pending = False
+    for argument in arguments:
+        if pending and not argument.startswith("--"):
+            bound[-1] = f"{bound[-1]}={argument}"
+            pending = False
+            continue
+        bound.append(argument)
+        pending = argument.startswith("--") and "=" not in argument and argument not in alone
+    return parser.parse_known_args(bound)
+
+
+def choose_target(settings: Settings, name: str, *, replace: bool = False) -> Path:
+    """The folder that an adapter of this name gets. Raises ``NotPublished`` where it may not have it."""
+    if not is_name(name):
+        raise NotPublished(
+            f"{name!r} is no adapter name: choose one with --name, of letters, digits, '.', '_' and '-', 128 at most, "
+            "beginning with a letter or digit"
+        )
+    if name in (BASE, settings.base_name):
+        raise NotPublished(f"the name {name} means the base model: choose another with --name")
+    target = settings.adapters_dir / name
+    if not os.path.lexists(target):
+        return target
+    if not replace:
+        raise NotPublished(f"{target} exists already: choose another --name")
+    if target.is_symlink() or not target.is_dir():
+        raise NotPublished(f"{target} is no folder of its own, so it is not replaced: remove it first")
+    return target
+
+
+@contextmanager
+def published_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A folder beside ``target`` to fill; it takes its place when the block ends well, and vanishes otherwise.
+
+    Raises ``NotPublished`` where the disk does not allow it; what stood at ``target`` is there afterwards.
+    """
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)  # of a process of the same number, killed before
+        partial.mkdir()
+        yield partial
+        _settle(partial)
+        _rename(partial, target, replace=replace)
+    except OSError as error:
+        raise NotPublished(f"{target} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _settle(folder: Path) -> None:
+    """Give every file the mode that new files have here (some libraries' are private), and wait for the disk."""
+    mode = folder.stat().st_mode & 0o666
+    for path in sorted(folder.iterdir()):
+        path.chmod(mode)
+        _fsync(path)
+    _fsync(folder)
+
+
+def _rename(partial: Path, target: Path, *, replace: bool) -> None:
+    """Rename ``partial`` to ``target``. What stood there is moved aside first, and moved back if that fails."""
+    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    shutil.rmtree(old, ignore_errors=True)
+    if replace and target.exists():
+        target.rename(old)
+    try:
+        partial.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    _fsync(target.parent)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fetch(source: Source, folder: Path, *, max_bytes: int) -> str:
+    """Download the adapter into an empty folder, with a note of where it is from; returns the commit.
+
+    Raises ``NotPublished``.
+    """
+    api = HfApi()
+    try:
+        info = api.model_info(source.repo_id, revision=source.revision, files_metadata=True, timeout=_TIMEOUT)
+        commit = str(info.sha)
+        sizes = {sibling.rfilename: sibling.size for sibling in info.siblings or ()}
+        for name in _choose(sizes, source.repo_id, max_bytes):
+            if not sys.stderr.isatty():  # where there is a terminal, the hub's library draws a bar
+                print(f"fetching {name} ({_shown(sizes[name])})", file=sys.stderr, flush=True)
+            api.hf_hub_download(source.repo_id, name, revision=commit, local_dir=folder)
+    except NotPublished:
+        raise
+    except Exception as error:
+        raise NotPublished(_sentence(error, source)) from error
+    shutil.rmtree(folder / ".cache", ignore_errors=True)  # where the hub's library keeps notes of its own
+    for path in folder.iterdir():
+        _check_size(path.name, path.lstat().st_size, max_bytes)
+    note = {
+        "repo_id": source.repo_id,
+        "revision": commit,
+        "added": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    (folder / SOURCE_FILE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+    return commit
+
+
+def _choose(sizes: Mapping[str, int | None], repo_id: str, max_bytes: int) -> list[str]:
+    """The files to fetch, of those there are. Raises ``NotPublished`` where they make no adapter or are too large."""
+    missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if name not in sizes]
+    if missing == [WEIGHTS_FILE] and any(name.endswith(_PICKLES) for name in sizes):
+        raise NotPublished(
+            f"{repo_id} has its weights as a pickle only, which can run code when it is opened: load the adapter with "
+            "PEFT where you trust it and save it again; save_pretrained writes safetensors"
+        )
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        raise NotPublished(f"{repo_id} is no PEFT adapter: {' and '.join(missing)} {verb} missing in it")
+    chosen = [name for name in (CONFIG_FILE, WEIGHTS_FILE, *COMPANION_FILES) if name in sizes]
+    for name in chosen:
+        _check_size(name, sizes[name] or 0, max_bytes)
+    if CARD_FILE in sizes and (sizes[CARD_FILE] or 0) <= MAX_JSON_BYTES:
+        chosen.append(CARD_FILE)
+    return chosen
+
+
+def _check_size(name: str, size: int, max_bytes: int) -> None:
+    limit, setting = (max_bytes, " (setting max_adapter_bytes)") if name == WEIGHTS_FILE else (MAX_JSON_BYTES, "")
+    if size > limit:
+        raise NotPublished(f"{name} has {size} bytes; the limit is {limit}{setting}")
+
+
+def _sentence(error: BaseException, source: Source) -> str:
+    """What went wrong on the way from the hub, and what to do."""
+    repo_id = source.repo_id
+    match error:
+        case HFValidationError():
+            return f"{repo_id!r} is no repository of the hub: write ORG/NAME"
+        case GatedRepoError():
+            return f"{repo_id} is gated: accept its terms on its page at the hub, and set HF_TOKEN to your token"
+        case RevisionNotFoundError():
+            return f"{repo_id} has no revision {source.revision!r}"
+        case RepositoryNotFoundError():
+            return f"the hub has no repository {repo_id}, or it is private: check the name, or set HF_TOKEN"
+        case HfHubHTTPError() if error.response.status_code == 401:
+            return "the hub does not accept the token: check HF_TOKEN"
+        case HfHubHTTPError() if error.response.status_code == 403:
+            return f"the hub forbids access to {repo_id}: check what the token in HF_TOKEN may read"
+        case HfHubHTTPError():
+            return f"the hub answered with HTTP {error.response.status_code} for {repo_id}: try again later"
+        case OfflineModeIsEnabled():
+            return "HF_HUB_OFFLINE is set, so nothing can be fetched: unset it"
+        case LocalEntryNotFoundError() if error.__cause__ is not None:
+            return _sentence(error.__cause__, source)
+        case OSError(strerror=str(reason)):
+            return f"what was fetched cannot be written: {reason}"
+    reason = " ".join(str(error).split())[:200]
+    return (
+        f"{repo_id} could not be had from the hub, check the network and try again ({type(error).__name__}: {reason})"
+    )
+
+
+def _shown(size: int | None) -> str:
+    return "size unknown" if size is None else f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size} bytes"

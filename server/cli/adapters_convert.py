@@ -1,0 +1,299 @@
+"""``quickchange adapters convert``: a PEFT adapter of another kind, rewritten as plain LoRA on the unchanged base.
+
+PEFT does the rewriting: a singular value decomposition of what each module's weight gains, cut to a rank. How near
+that comes is measured on the base, and what is too far off is not published.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.utils.logging import disable_progress_bar
+
+from server.adapters.folder import CONFIG_FILE, GENERATION_FILE, SOURCE_FILE, WEIGHTS_FILE
+from server.adapters.peft_config import parse_peft_config
+from server.cli.adapters_add import COMPANION_FILES, NotPublished, choose_target, parse_options, published_folder
+from server.cli.settings import parse_settings
+from server.errors import BaseModelRefused
+from server.model.device import available_threads
+from server.model.loader import find_base
+from server.settings import Settings
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+DESCRIPTION = """\
+Rewrite the PEFT adapter in FOLDER, which the server refuses because it is not plain LoRA, as plain LoRA beside the
+other adapters. The base, which must be the one it was trained on, is loaded in float32 to measure how near that comes.
+Every setting of `quickchange serve` may be given too."""
+
+BY_PEFT = frozenset({
+    "C3A", "DELORA", "FOURIERFT", "GRALORA", "LOHA", "LOKR", "MISS", "PSOFT", "RANDLORA", "TINYLORA", "UNILORA",
+    "VBLORA", "VERA", "WAVEFT",
+})  # fmt: skip
+"""Tuners whose gain PEFT itself can tell."""
+
+BY_MERGING = frozenset({
+    "ADALORA", "BOFT", "DEFT", "GLORA", "HIRA", "HRA", "IA3", "LORA", "OFT", "OSF", "PEANUT", "PVERA", "ROAD",
+    "SHIRA", "SUPERTUNING",
+})  # fmt: skip
+"""Tuners whose gain is what merging them adds. PEFT tells none, or leaves out what LoRA's inits and variants do."""
+
+_LOST = (
+    "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication", "alora_invocation_tokens",
+    "arrow_config", "megatron_config", "bias", "lora_bias",
+)  # fmt: skip
+"""Fields for what is no gain of a weight, and would be lost."""
+
+_UNKNOWN_INITS = ("corda", "lora_ga", "pissa_niter")
+"""Inits that change the base by what stands in neither of the adapter's files: gradients, activations, chance."""
+
+DEFAULT_ENERGY, DEFAULT_MAX_ERROR, MOST_LOST = 0.9999, 0.01, 0.1
+"""``MOST_LOST`` is the share of its own effect that an adapter may lose, lest a weak one be lost whole."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What came out. ``error`` is a share of the largest logit, ``lost`` of the largest change by the adapter."""
+
+    ranks: tuple[int, ...]
+    num_bytes: int
+    error: float
+    lost: float
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Convert, measure and publish; the exit status is 1 where there is no new adapter afterwards."""
+    options, settings = _parse(arguments)
+    name = options.name or f"{options.folder.resolve().name}-lora"
+    torch.set_num_threads(settings.threads or available_threads())
+    try:
+        target = choose_target(settings, name)
+        config = _read_config(options.folder)
+        with published_folder(target) as folder:
+            found = _convert(options, config, find_base(settings.base_model), folder)
+            _check(found, options, settings)
+    except NotPublished as error:
+        print(f"quickchange: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    ranks = sorted({min(found.ranks), max(found.ranks)})
+    print(
+        f"{name}: {config['peft_type']} as LoRA of rank {' to '.join(map(str, ranks))} on {len(found.ranks)} modules, "
+        f"{found.num_bytes / 1e6:.1f} MB, in {target}"
+    )
+    print(f"its logits differ by {_measured(found)}\nnext: quickchange adapters check {name}")
+    return 0
+
+
+def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Settings]:
+    parser = argparse.ArgumentParser(
+        "quickchange adapters convert", description=DESCRIPTION, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="PEFT's two files, the weights as safetensors")
+    parser.add_argument("--name", help="what the new adapter is called; without it, FOLDER's name and '-lora'")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--rank", type=int, help="the same rank for every module")
+    size.add_argument(
+        "--energy", type=float, default=DEFAULT_ENERGY,
+        help="the share of each module's gain to keep, as a sum of squares; it decides the ranks (%(default)s)",
+    )  # fmt: skip
+    error = "the largest difference of logits, as a share of the largest logit (%(default)s)"
+    parser.add_argument("--max-error", type=float, default=DEFAULT_MAX_ERROR, help=error)
+    options, rest = parse_options(parser, arguments)
+    if options.rank is not None and options.rank < 1:
+        parser.error("--rank must be 1 or more")
+    if not 0 < options.energy < 1:
+        parser.error("--energy must lie between 0 and 1")
+    if not options.max_error > 0:
+        parser.error("--max-error must be more than 0")
+    return options, parse_settings("adapters convert", rest)
+
+
+def _read_config(folder: Path) -> Mapping[str, Any]:
+    """The config of an adapter that PEFT may be let at. Raises ``NotPublished``."""
+    path = folder / CONFIG_FILE
+    if missing := [str(needed) for needed in (path, folder / WEIGHTS_FILE) if not needed.is_file()]:
+        raise NotPublished(f"{missing[0]} is missing; pickled weights are not read: save them as safetensors first")
+    try:
+        config = json.loads(path.read_bytes())
+        if not isinstance(config, dict):
+            raise ValueError("it is not a JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise NotPublished(f"{path} cannot be read: {error}") from None
+    _check_config(config)
+    return config
+
+
+def _check_config(config: Mapping[str, Any]) -> None:
+    kind, init = config.get("peft_type"), config.get("init_lora_weights")
+    if not isinstance(kind, str) or kind not in BY_PEFT | BY_MERGING:
+        raise NotPublished(f"peft_type {kind!r:.80} cannot be written as LoRA: train the adapter again, with LoRA")
+    if config.get("task_type") not in (None, "CAUSAL_LM"):
+        raise NotPublished(f"task_type is {config['task_type']!r:.80}: only CAUSAL_LM adapters are converted")
+    if lost := [name for name in _LOST if config.get(name) and config[name] != "none"]:
+        raise NotPublished(f"it uses {', '.join(lost)}, which LoRA on linear layers cannot express")
+    named = isinstance(init, str) and init.lower().startswith(_UNKNOWN_INITS)
+    if named or config.get("corda_config") or config.get("lora_ga_config"):
+        raise NotPublished(
+            f"init_lora_weights {init!r:.80} changed the base in a way that the adapter's files do not tell: save the "
+            "adapter with path_initial_model_for_weight_conversion where it was trained"
+        )
+    if (mapping := config.get("auto_mapping")) is not None:
+        library = mapping.get("parent_library") if isinstance(mapping, dict) else mapping
+        if not f"{library}.".startswith("transformers."):
+            raise NotPublished(f"auto_mapping names {library!r:.80}: only models of transformers are loaded")
+
+
+def _convert(options: argparse.Namespace, config: Mapping[str, Any], base_folder: Path, folder: Path) -> Conversion:
+    """Fill ``folder``, and measure what is in it."""
+    base = _load_base(base_folder)
+    vocabulary = base.config.get_text_config().vocab_size
+    prompts = torch.randint(vocabulary, (4, 32), generator=torch.Generator().manual_seed(0))
+    plain = _logits(base, prompts)
+    with _peft_sentences("read the adapter on this base"):
+        _check_fields(config)
+        model = _load_adapter(base, options.folder)
+        wanted = _logits(model, prompts)
+    with _peft_sentences("write it as LoRA"):
+        if config["peft_type"] in BY_MERGING:
+            _tell_gains_by_merging(model, _load_base(base_folder))
+        tensors = _to_lora(model, folder, rank=options.rank or options.energy)
+        del base, model  # before the base is loaded once more
+    for name in (*COMPANION_FILES, GENERATION_FILE, SOURCE_FILE):
+        if (options.folder / name).is_file():
+            shutil.copyfile(options.folder / name, folder / name)
+    with _peft_sentences("read the converted adapter"):
+        got = _logits(_load_adapter(_load_base(base_folder), folder), prompts)
+    off, effect = float((got - wanted).abs().max()), float((wanted - plain).abs().max())
+    if effect == 0:
+        raise NotPublished("the adapter changes nothing on this base: is it the base it was trained on?")
+    return Conversion(
+        ranks=tuple(tensor.shape[0] for name, tensor in tensors.items() if name.endswith("lora_A.weight")),
+        num_bytes=(folder / WEIGHTS_FILE).stat().st_size,
+        error=off / float(wanted.abs().max()),
+        lost=off / effect,
+    )
+
+
+def _check(found: Conversion, options: argparse.Namespace, settings: Settings) -> None:
+    """Raises ``NotPublished`` where the server would not serve it, or it is not the adapter that it was."""
+    if not (found.error <= options.max_error and found.lost <= MOST_LOST):
+        raise NotPublished(
+            f"as LoRA of rank {max(found.ranks)} at most, the logits differ by {_measured(found)}; allowed are "
+            f"{options.max_error:.2g} (--max-error) and {MOST_LOST}: raise --rank, or --energy above {options.energy}"
+        )
+    for what, needed, limit, setting in (
+        ("rank", max(found.ranks), settings.max_lora_rank, "max_lora_rank"),
+        ("size in bytes", found.num_bytes, settings.max_adapter_bytes, "max_adapter_bytes"),
+    ):
+        if needed > limit:
+            raise NotPublished(f"its {what} {needed} exceeds {setting} {limit}: raise it, or lower --energy or --rank")
+
+
+def _measured(found: Conversion) -> str:
+    return f"{found.error:.2g} of the largest logit, {found.lost:.2g} of what the adapter changes"
+
+
+def _load_base(folder: Path) -> PreTrainedModel:
+    """A fresh base in float32. Raises ``BaseModelRefused``."""
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+    load: Any = AutoModelForCausalLM.from_pretrained
+    try:
+        model: PreTrainedModel = load(
+            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        raise BaseModelRefused(folder.name, f"transformers cannot load it: {str(error)[:300]}") from error
+    model.eval()
+    return model
+
+
+def _load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
+    """The adapter on the base, whose linears it takes over; every tensor of its file must find its place."""
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(base, str(folder))
+    if strange := model.load_adapter(str(folder), "default").unexpected_keys:
+        raise ValueError(f"the base has no place for {', '.join(strange[:3])}: was it trained on another base?")
+    return model.eval()
+
+
+def _check_fields(config: Mapping[str, Any]) -> None:
+    """PEFT drops fields that it does not know, whatever they mean."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    known = PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]].__dataclass_fields__
+    if unknown := [name for name, value in config.items() if value and name not in known]:
+        raise ValueError(f"this release of it knows no {', '.join(unknown)[:200]}")
+
+
+@torch.inference_mode()
+def _logits(model: nn.Module, prompts: torch.Tensor) -> torch.Tensor:
+    """Logits of every position, [prompts, tokens, vocabulary]."""
+    logits: torch.Tensor = model(input_ids=prompts, use_cache=False).logits
+    return logits.float()
+
+
+@torch.no_grad()
+def _tell_gains_by_merging(model: PeftModel, base: PreTrainedModel) -> None:
+    """Merge every linear, and let it give PEFT the difference to the untouched base for its gain."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, layer in list(model.get_base_model().named_modules()):
+        if isinstance(layer, BaseTunerLayer) and isinstance(layer.get_base_layer(), nn.Linear | Conv1D):
+            layer.merge()
+            gain = partial(_gain, layer.get_base_layer(), base.get_submodule(name))
+            layer.__dict__.update(get_delta_weight=gain, supports_lora_conversion=lambda adapter: True)
+
+
+def _gain(merged: nn.Module, untouched: nn.Module, adapter: str) -> torch.Tensor:
+    return merged.get_parameter("weight") - untouched.get_parameter("weight")
+
+
+def _to_lora(model: PeftModel, folder: Path, *, rank: float) -> Mapping[str, torch.Tensor]:
+    """Convert by PEFT and save: an integer ``rank`` is meant so, a fraction is the energy to keep."""
+    from peft.tuners.lora.conversion import convert_to_lora
+
+    config, tensors = convert_to_lora(model, rank=rank, progressbar=sys.stderr.isatty())
+    config.task_type, config.inference_mode = "CAUSAL_LM", True
+    config.target_modules = sorted({name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in tensors})
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    save_file(dict(tensors), folder / WEIGHTS_FILE)
+    config.save_pretrained(str(folder))
+    parse_peft_config(json.loads((folder / CONFIG_FILE).read_bytes()))
+    return tensors
+
+
+@contextmanager
+def _peft_sentences(what: str) -> Iterator[None]:
+    """PEFT's warnings stay unsaid, but for tensors that are missing; its errors become ``NotPublished``."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        try:
+            yield
+        except (NotPublished, BaseModelRefused):
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            raise NotPublished(f"PEFT cannot {what} ({type(error).__name__}): {reason}") from error

@@ -1,0 +1,109 @@
+"""``quickchange adapters list``: every adapter that there is, what is pinned and kept of it, and the aliases."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from pathlib import Path
+
+from server.adapters.aliases import ALIASES_FILE, Alias, parse_aliases
+from server.adapters.names import parse_model
+from server.adapters.registry import DIGITS, Adapter
+from server.adapters.versions import Pin, VersionStore
+from server.adapters.words import first
+from server.cli.adapters_pins import describe
+from server.cli.examiner import Examiner
+from server.cli.options import command_parser, parse_options
+from server.cli.settings import parse_settings
+from server.cli.shelf import adapter_folders, open_store
+from server.cli.terminal import say
+
+DESCRIPTION = """\
+A line for each adapter folder: its name and version, rank, modules, memory and place, or why it is not served. Below
+it, where --state-dir is set, the name's pin and its kept versions, newest first; each of them answers as NAME@VERSION.
+Aliases come last. The exit status is 1 where anything is refused."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print everything; the exit status is 1 where anything is refused."""
+    _, rest = parse_options(command_parser("adapters list", DESCRIPTION), arguments)
+    settings = parse_settings("adapters list", rest)
+    folders, store = adapter_folders(settings), open_store(settings)
+    paths = {path.name: path for folder in reversed(folders) for path in sub_folders(folder)}
+    pins = {} if store is None else store.pins()
+    kept = [] if store is None else store.names()
+    if not paths:
+        say(f"no adapters in {', '.join(str(folder) for folder in folders)}")
+    examiner = Examiner.load(settings) if paths else None
+    refused, served = False, {settings.base_name}
+    for name in sorted({*paths, *pins, *kept}):
+        version = None
+        if examiner is not None and name in paths:
+            version = _print_folder(examiner, paths[name])
+            refused |= version is None
+            served |= {name} if version is not None else set()
+        else:
+            say(f"{name}: no folder of this name")
+        if store is not None:
+            refused |= _print_state(store, name, pins.get(name, Pin()), version)
+    refused |= _print_aliases(folders[0] / ALIASES_FILE, served, {*served, *kept})
+    return int(refused)
+
+
+def sub_folders(folder: Path) -> list[Path]:
+    """The folders inside a folder that the server would read."""
+    if not folder.is_dir():
+        return []
+    return [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+
+
+def _print_folder(examiner: Examiner, path: Path) -> str | None:
+    """The version that a folder holds; None where it is not served."""
+    found, weights = examiner.examine(path)
+    if weights is None or found.manifest is None:
+        say(f"{path.name}: NOT SERVED: {first(found.problems, '; ')}")
+        return None
+    adapter = Adapter.read(found.manifest)
+    size = f"rank {adapter.rank}, {len(adapter.modules)} modules, {adapter.num_bytes / 1e6:.1f} MB"
+    say(f"{adapter.label}: {size}, {path}")
+    return adapter.version_digest
+
+
+def _print_state(store: VersionStore, name: str, pin: Pin, current: str | None) -> bool:
+    """Pin and kept versions. True where the name is held at a version that is not there."""
+    kept = store.versions(name)
+    words = []
+    lost = pin.version is not None and pin.version not in {current, *(one.digest for one in kept)}
+    if pin.version is not None:
+        words.append(f"pinned at {pin.version[:DIGITS]}" + (", NOT SERVED: it is not kept" if lost else ""))
+    if pin.resident:
+        words.append("kept in memory")
+    if words:
+        say(f"    {', '.join(words)}")
+    if kept:
+        say(f"    versions: {', '.join(describe(one) for one in reversed(kept))}")
+    return lost
+
+
+def _print_aliases(path: Path, served: AbstractSet[str], known: AbstractSet[str]) -> bool:
+    """The aliases of the operator's folder. True where their file is not used."""
+    try:
+        aliases = parse_aliases(path.read_bytes())
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError) as error:
+        say(f"{path}: NOT USED: {error}")
+        return True
+    for alias in aliases.values():
+        shares = [f"{target.model} ({target.share:.0%})" for target in alias.targets]
+        shown = ", ".join(shares) if len(shares) > 1 else alias.targets[0].model
+        say(f"alias {alias.name} -> {shown}{_remark(alias, served, known)}")
+    return False
+
+
+def _remark(alias: Alias, served: AbstractSet[str], known: AbstractSet[str]) -> str:
+    """``known`` are names that have versions, if only kept ones."""
+    missing = {part.name for target in alias.targets for part in parse_model(target.model)} - known
+    if alias.name in served:
+        return " (not used: something else has this name)"
+    return f" (there is no adapter {', '.join(sorted(missing))})" if missing else ""

@@ -1,0 +1,156 @@
+"""What ``quickchange adapters check`` says of a folder, as rows of a label and a text."""
+
+from __future__ import annotations
+
+import contextlib
+import stat
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from server.adapters.doctor import Examination
+from server.adapters.folder import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    SIDECAR_FILE,
+    SOURCE_FILE,
+    TEMPLATE_FILE,
+    TOKENIZER_FILE,
+    WEIGHTS_FILE,
+)
+from server.adapters.manners import AdapterDefaults
+from server.adapters.module_plan import LowRank
+from server.adapters.plan import Plan
+from server.adapters.signature import BaseSignature
+
+Row = tuple[str, str]
+
+_READ = (CONFIG_FILE, WEIGHTS_FILE, SIDECAR_FILE, TEMPLATE_FILE, TOKENIZER_FILE, GENERATION_FILE, SOURCE_FILE)
+_MOST_FILES, _MOST_CHARS = 40, 160
+
+
+def report(
+    found: Examination, base: BaseSignature, *, base_template: str | None, trusting: bool, delta_norm: float | None
+) -> Iterator[Row]:
+    """Every row that can be told; ``delta_norm`` is None where the weights were not prepared.
+
+    ``trusting`` says whether chat templates are used that are neither the base's nor a sidecar's.
+    """
+    yield from (("problem", problem) for problem in found.problems)
+    yield from _files(found.path)
+    yield from _config(found.said)
+    if found.plan is not None:
+        yield from _modules(found.plan, base)
+    yield "base", _base(found, base)
+    if found.defaults is not None:
+        yield from _manners(found.defaults)
+        yield "template", _template(found, base_template, trusting=trusting)
+    if found.plan is not None:
+        yield "memory", f"{_size(found.plan.num_bytes)} at most"
+    if delta_norm is not None:
+        yield "delta norm", f"{delta_norm:.4g}"
+    if found.manifest is not None:
+        yield "digests", f"version {found.manifest.version_digest}"
+        yield "", f"weights {found.manifest.weights_digest}"
+    if found.source:
+        said = (found.source.get(name) for name in ("repo_id", "revision", "added"))
+        yield "source", "fetched from {} at {}, {}".format(*(_short(one) for one in said))
+
+
+def _files(path: Path) -> Iterator[Row]:
+    label, names = "files", []
+    with contextlib.suppress(OSError):
+        names = sorted(path.iterdir())
+    for one in names[:_MOST_FILES]:
+        with contextlib.suppress(OSError):
+            status = one.lstat()
+            note = "" if one.name in _READ else ", not read"
+            if not stat.S_ISREG(status.st_mode):
+                note = ", a link" if stat.S_ISLNK(status.st_mode) else ", no file"
+            yield label, f"{one.name:<27}{_size(status.st_size)}{note}"
+            label = ""
+    if len(names) > _MOST_FILES:
+        yield label, f"and {len(names) - _MOST_FILES} more"
+
+
+def _config(said: Mapping[str, Any]) -> Iterator[Row]:
+    """What PEFT's config says, be it true or not."""
+    if not said:
+        return
+    flags = {"use_dora": "DoRA", "use_rslora": "rsLoRA", "lora_bias": "biases of B"}
+    words = [word for name, word in flags.items() if said.get(name)]
+    values = ("modules_to_save", "target_parameters", "trainable_token_indices")
+    words += [f"{name} {_short(said[name])}" for name in values if said.get(name)]
+    words += [f"bias {_short(said['bias'])}"] if said.get("bias") not in (None, "none") else []
+    version = f" as PEFT {_short(said['peft_version'])} writes it" if said.get("peft_version") else ""
+    yield "kind", ", ".join([_short(said.get("peft_type")) + version, *words])
+    patterns = [f"{name} for {len(said[name])}" for name in ("rank_pattern", "alpha_pattern") if said.get(name)]
+    yield "config", ", ".join([f"r {_short(said.get('r'))}", f"lora_alpha {_short(said.get('lora_alpha'))}", *patterns])
+    targets = said.get("target_modules")
+    listed = ", ".join(str(one) for one in targets) if isinstance(targets, list) else targets
+    yield (
+        "targets",
+        _short(listed or "none") + (" (an expression, which is not evaluated)" if isinstance(targets, str) else ""),
+    )
+
+
+def _modules(plan: Plan, base: BaseSignature) -> Iterator[Row]:
+    deltas: list[LowRank] = []
+    for part in plan.parts.values():
+        deltas += part.parameters.values() if part.low_rank is None else [part.low_rank, *part.parameters.values()]
+    if deltas:
+        ranks, scalings = [one.rank for one in deltas], [one.scaling for one in deltas]
+        yield "rank", f"{_range(ranks)}, scaling {_range(scalings)}"
+    ends = Counter(module.rpartition(".")[2] for module in plan.modules)
+    shown = ", ".join(f"{end} {count}" for end, count in ends.most_common(12))
+    yield "modules", f"{len(plan.modules)} of the base's {len(base.modules)}: {shown}"
+
+
+def _base(found: Examination, base: BaseSignature) -> str:
+    ours = f"{base.name} ({base.fingerprint[:19]})"
+    if found.sidecar is None:
+        fits = "" if found.plan is None else ", whose shapes it fits"
+        named = found.said.get("base_model_name_or_path")
+        return f"{ours}{fits}" + (f"; PEFT's config says it was trained on {_short(named)}" if named else "")
+    if found.sidecar.base.fingerprint == base.fingerprint:
+        return f"{ours}, the very one it was trained on"
+    return f"{ours}; it was trained on {found.sidecar.base.name} ({found.sidecar.base.fingerprint[:19]})"
+
+
+def _manners(defaults: AdapterDefaults) -> Iterator[Row]:
+    if (prompt := defaults.system_prompt) is not None:
+        yield "prompt", f"{len(prompt)} characters: {_quoted(prompt)}"
+    if defaults.stop or defaults.eos:
+        yield "stop", ", ".join(_quoted(one) for one in (*defaults.stop, *defaults.eos))
+    names = ("temperature", "top_p", "top_k", "min_p", "max_tokens")
+    if sampling := [f"{name} {value}" for name in names if (value := getattr(defaults, name)) is not None]:
+        yield "sampling", ", ".join(sampling)
+
+
+def _template(found: Examination, base_template: str | None, *, trusting: bool) -> str:
+    assert found.defaults is not None
+    if found.defaults.chat_template in (None, base_template):
+        return "the base's"
+    if found.sidecar is not None and found.sidecar.chat_template is not None and not found.source:
+        return f"its own, from {SIDECAR_FILE}"
+    trust = "trusted, and rendered in a sandbox" if trusting else "not trusted without --trust-chat-templates"
+    return f"a stranger's, which is not the base's: {trust}"
+
+
+def _range(numbers: Sequence[float]) -> str:
+    low, high = min(numbers), max(numbers)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+
+
+def _quoted(value: object) -> str:
+    return _short(repr(value))
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= _MOST_CHARS else f"{text[:_MOST_CHARS]}..."
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes:,} bytes"

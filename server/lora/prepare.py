@@ -1,0 +1,146 @@
+"""From the bytes of a weights file to the tensors of each module. Base modules are only read."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from server.adapters.module_plan import LowRank, ModulePlan
+from server.adapters.module_plan import TokenRows as TokenEntries
+from server.adapters.parts import num_experts
+from server.adapters.safetensors import TensorEntry
+from server.adapters.signature import ModuleShape
+from server.lora.delta import Delta, ParameterDelta, TokenRows, with_parameters
+from server.lora.dora import weight_norm
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class Preparation:
+    """One file's tensors; those that two modules share are kept once. ``squares`` sums up the differences."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._tokens: dict[str, TokenRows] = {}
+        self._own: dict[str, torch.Tensor] = {}
+        self.squares = 0.0
+
+    def delta(self, part: ModulePlan, base: nn.Module) -> Delta | None:
+        """A module's change, None where it is none."""
+        own = self._own_parameters(part, base)
+        bias = own.pop("bias", None) if part.shape.kind == "linear" and "weight" not in own else None
+        replaced = with_parameters(base, own) if own or part.parameters else None
+        a, b = (None, None) if part.low_rank is None else self._low_rank(part.low_rank, base)
+        scale = self._dora_scale(part, replaced or base, a, b)
+        delta = Delta(
+            part.shape.kind,
+            a,
+            b if b is None or scale is None else b * scale,
+            scale,
+            self._shift(part, replaced or base, bias, scale) if part.shape.kind == "linear" else None,
+            replaced,
+            tuple(own),
+            None if part.tokens is None else self._token_rows(part.tokens, base),
+            {name: self._parameter(one, name, part.shape, base) for name, one in part.parameters.items()},
+            _embed_scale(base) if part.shape.kind == "embedding" else 1.0,
+            part.shape.axis,
+        )
+        return delta if _changes_something(delta) else None
+
+    def _own_parameters(self, part: ModulePlan, base: nn.Module) -> dict[str, torch.Tensor]:
+        """Whole parameters in the base's format, those that differ from the base's."""
+        found = {}
+        for name, entry in part.own.items():
+            ours = base.get_parameter(name)
+            if entry.name not in self._own:
+                self._own[entry.name] = self._read(entry, ours)
+            theirs = self._own[entry.name]
+            if not torch.equal(theirs, ours):
+                found[name] = theirs
+                self.squares += float((theirs.float() - ours.float()).square().sum())
+        return found
+
+    def _low_rank(self, one: LowRank, base: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        """a [in, rank] and b [rank, out] with the scaling."""
+        a, b = self._read(one.a, _like(base)), self._read(one.b, _like(base))
+        left, right = (b, a) if one.swapped else (a.t(), b.t())
+        left, right = left.contiguous(), right.contiguous() * one.scaling
+        self.squares += _square(left, right)
+        return left, right
+
+    def _dora_scale(
+        self, part: ModulePlan, module: nn.Module, a: torch.Tensor | None, b: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """The magnitude by the norm of each output's weights [out] (Liu et al. 2024, equation 5)."""
+        if part.magnitude is None or a is None or b is None:
+            return None
+        norm = weight_norm(module.get_parameter("weight"), a, b, in_out=part.shape.weight_is_in_out)
+        return self._read(part.magnitude, _like(module)) / norm
+
+    def _shift(
+        self, part: ModulePlan, module: nn.Module, bias: torch.Tensor | None, scale: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """What is added to a linear's result [out], so that it has the right bias once, and DoRA does not scale it."""
+        if not part.shifted:
+            return None
+        shift = _like(module).new_zeros(part.shape.size[1])
+        ours = module._parameters.get("bias")
+        if ours is not None:
+            shift += (ours if bias is None else bias).float() - ours.float() * (1.0 if scale is None else scale)
+        if part.lora_bias is not None and part.low_rank is not None:
+            added = self._read(part.lora_bias, shift) * part.low_rank.scaling
+            self.squares += float(added.square().sum())
+            shift += added
+        return shift if shift.any() else None
+
+    def _token_rows(self, tokens: TokenEntries, base: nn.Module) -> TokenRows | None:
+        if tokens.rows.name not in self._tokens:
+            indices = torch.tensor(tokens.indices, device=_like(base).device)
+            order = indices.argsort()
+            rows = self._read(tokens.rows, _like(base))[order]
+            old = base.get_parameter("weight")[indices[order]].float()
+            self.squares += float((rows - old).square().sum())
+            self._tokens[tokens.rows.name] = TokenRows(indices[order], rows)
+        return self._tokens[tokens.rows.name]
+
+    def _parameter(self, one: LowRank, name: str, shape: ModuleShape, base: nn.Module) -> ParameterDelta:
+        """PEFT's A [experts * rank, in] and B [out, rank * experts] as factors of the parameter's layout."""
+        parameter, experts = base.get_parameter(name), num_experts(shape, name)
+        a = self._read(one.a, _like(base)).view(experts, one.rank, -1)
+        b = self._read(one.b, _like(base)).view(-1, one.rank, experts).permute(2, 0, 1)  # [experts, out, rank]
+        left, right = (a.mT, b.mT) if shape.transposed and parameter.ndim == 3 else (b, a)
+        left = left * one.scaling
+        self.squares += _square(left, right)
+        if parameter.ndim == 2:
+            left, right = left[0], right[0]
+        return ParameterDelta(left.to(parameter.dtype).contiguous(), right.to(parameter.dtype).contiguous())
+
+    def _read(self, entry: TensorEntry, like: torch.Tensor) -> torch.Tensor:
+        """A tensor of the file in the format and on the device of another, from the bytes that its entry names."""
+        own = bytearray(memoryview(self._data)[entry.begin : entry.end])
+        return torch.frombuffer(own, dtype=_DTYPES[entry.dtype]).view(entry.shape).to(like.device, like.dtype)
+
+
+def _like(module: nn.Module) -> torch.Tensor:
+    """A tensor in float32 on the module's device."""
+    return torch.empty(0, device=next(module.parameters()).device)
+
+
+def _square(left: torch.Tensor, right: torch.Tensor) -> float:
+    """The sum of the squares of ``left @ right`` [..., x, rank] and [..., rank, y], from two small matrices."""
+    return max(0.0, float(((left.mT @ left) * (right @ right.mT)).sum()))
+
+
+def _embed_scale(module: nn.Module) -> float:
+    return float(getattr(module, "embed_scale", 1.0))
+
+
+def _changes_something(delta: Delta) -> bool:
+    pairs = [(delta.a, delta.b), *((one.left, one.right) for one in delta.parameters.values())]
+    return (
+        any(a is not None and b is not None and bool(a.any()) and bool(b.any()) for a, b in pairs)
+        or delta.shift is not None
+        or bool(delta.own_names)
+        or delta.tokens is not None
+        or (delta.scale is not None and not torch.allclose(delta.scale, torch.ones_like(delta.scale), atol=1e-6))
+    )

@@ -1,0 +1,109 @@
+"""Which modules of a model see every row of a batch, each row by itself, so that adapters may touch them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from server.adapters.signature import BaseSignature, Kind, ModuleShape
+
+PROBE_ROWS = 13
+"""A number that is no model's count of heads or experts, so that no other axis is taken for the rows."""
+
+
+@contextmanager
+def noting_shapes(model: nn.Module) -> Iterator[dict[str, ModuleShape]]:
+    """While a batch of ``PROBE_ROWS`` runs, note every module with parameters whose inputs and results are by row."""
+    seen: dict[str, ModuleShape] = {}
+    leaves = {name: module for name, module in model.named_modules() if _is_leaf(module)}
+    handles = [module.register_forward_hook(_note(name, seen), with_kwargs=True) for name, module in leaves.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def signature_of(
+    name: str, fingerprint: str, model: PreTrainedModel, modules: Mapping[str, ModuleShape]
+) -> BaseSignature:
+    """What an adapter must fit, from the shapes that a probe noted."""
+    others = frozenset(name for name, module in model.named_modules() if _is_leaf(module) and name not in modules)
+    embeddings = model.get_input_embeddings()
+    assert isinstance(embeddings, nn.Embedding)
+    return BaseSignature(
+        name, fingerprint, modules, vocab_size=embeddings.num_embeddings, tied=_tied(model, modules), others=others
+    )
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    """Whether it has parameters, all of them its own."""
+    own = sum(1 for _ in module.parameters(recurse=False))
+    return own > 0 and own == sum(1 for _ in module.parameters())
+
+
+def _tied(model: nn.Module, modules: Mapping[str, ModuleShape]) -> Mapping[str, str]:
+    """Linears that hold an embedding's weight as theirs, with the embedding."""
+    weights = {name: model.get_parameter(f"{name}.weight") for name, shape in modules.items() if shape.kind != "rows"}
+    embeddings = {id(weight): name for name, weight in weights.items() if modules[name].kind == "embedding"}
+    return {
+        name: embeddings[id(weight)]
+        for name, weight in weights.items()
+        if modules[name].kind == "linear" and id(weight) in embeddings
+    }
+
+
+def _note(name: str, seen: dict[str, ModuleShape]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        inputs = [one for one in (*args, *named.values()) if isinstance(one, torch.Tensor)]
+        outputs = [one for one in (output if isinstance(output, tuple) else (output,)) if isinstance(one, torch.Tensor)]
+        axes = {_axis(one) for one in (*inputs, *outputs)}
+        axis = axes.pop()
+        if inputs and outputs and not axes and axis is not None:
+            seen[name] = _shape_of(module, inputs[0], outputs[0], axis)
+
+    return hook
+
+
+def _axis(tensor: torch.Tensor) -> int | None:
+    """Where the rows are: [rows, ...], [1, rows, ...] or [1, heads, rows, ...]."""
+    shape = tensor.shape
+    return next((axis for axis in range(min(3, len(shape))) if shape[axis] == PROBE_ROWS), None)
+
+
+def _shape_of(module: nn.Module, first: torch.Tensor, output: torch.Tensor, axis: int) -> ModuleShape:
+    parameters = {name: tuple(parameter.shape) for name, parameter in module.named_parameters(recurse=False)}
+    kind, size = _kind(module, first, output)
+    return ModuleShape(
+        kind,
+        parameters,
+        size,
+        transposed=isinstance(module, Conv1D) or getattr(module, "is_transposed", False) is True,
+        itemsize=next(module.parameters()).itemsize,
+        axis=axis,
+    )
+
+
+def _kind(module: nn.Module, first: torch.Tensor, output: torch.Tensor) -> tuple[Kind, tuple[int, int]]:
+    if isinstance(module, nn.Linear | Conv1D) and first.shape[:-1].numel() == PROBE_ROWS:
+        return "linear", (first.shape[-1], output.shape[-1])
+    if isinstance(module, nn.Embedding) and _looks_up(module, first, output):
+        return "embedding", (module.num_embeddings, module.embedding_dim)
+    return "rows", (0, 0)
+
+
+def _looks_up(module: nn.Embedding, ids: torch.Tensor, output: torch.Tensor) -> bool:
+    """Whether the result is the rows of the ids, times ``embed_scale`` where there is one, as PEFT takes it."""
+    if ids.dtype not in (torch.int64, torch.int32) or ids.numel() != PROBE_ROWS:
+        return False
+    if int(ids.max()) >= module.num_embeddings:
+        return False
+    scale = torch.as_tensor(getattr(module, "embed_scale", 1.0), device=output.device).to(output.dtype)
+    return scale.numel() == 1 and torch.allclose(F.embedding(ids, module.weight) * scale, output, rtol=1e-2)

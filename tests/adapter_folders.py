@@ -1,0 +1,122 @@
+"""Adapter folders for tests, on a base of two small linears, and a shelf that loads them without an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from server.adapters.intake import Intake
+from server.adapters.library import AdapterLibrary
+from server.adapters.manifest import BaseSignature, Limits, Manifest
+from server.adapters.operator import AdapterOperator
+from server.adapters.reader import AdapterReader
+from server.adapters.registry import AdapterRegistry
+from server.adapters.residency import Residency
+from server.adapters.signature import linear
+from server.adapters.versions import VersionStore
+from server.adapters.watcher import AdapterWatcher
+from server.errors import AdapterRejected
+from server.metrics import Metrics
+
+FINGERPRINT = "sha256:" + "a" * 64
+BASE = BaseSignature(
+    "base", FINGERPRINT, {"model.layers.0.q_proj": linear(6, 4), "model.layers.0.v_proj": linear(6, 2)}
+)
+LIMITS = Limits(max_rank=8, max_bytes=100_000)
+CONFIG: dict[str, Any] = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 4, "bias": "none"}
+PREFIX = "base_model.model.model.layers.0."
+SIDECAR: dict[str, Any] = {
+    "schema_version": 1,
+    "base": {"name": "base", "fingerprint": FINGERPRINT},
+    "created": "2026-01-01T00:00:00Z",
+    "stop": ["###"],
+}
+NUM_BYTES = 4 * 2 * (6 + 4 + 6 + 2)
+"""What one of these adapters takes in memory."""
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    """A good adapter of rank 2 on both modules."""
+    return {
+        f"{PREFIX}q_proj.lora_A.weight": torch.ones(2, 6),
+        f"{PREFIX}q_proj.lora_B.weight": torch.ones(4, 2),
+        f"{PREFIX}v_proj.lora_A.weight": torch.ones(2, 6),
+        f"{PREFIX}v_proj.lora_B.weight": torch.ones(2, 2),
+    }
+
+
+def write(path: Path, **parts: Any) -> None:
+    """Write or replace files of an adapter folder."""
+    if "config" in parts:
+        (path / "adapter_config.json").write_text(json.dumps(parts["config"]))
+    if "weights" in parts:
+        safetensors.torch.save_file(parts["weights"], path / "adapter_model.safetensors")
+    if "sidecar" in parts:
+        (path / "quickchange.json").write_text(json.dumps(parts["sidecar"]))
+
+
+def make(folder: Path, name: str, **config: Any) -> Path:
+    """A good adapter; fields of its config make it another one, or a bad one."""
+    path = folder / name
+    path.mkdir(parents=True)
+    write(path, config=CONFIG | config, weights=tensors())
+    return path
+
+
+class Shelf:
+    """Everything that keeps adapters, on two folders, without an engine: what it would load and free is noted."""
+
+    def __init__(self, root: Path, *, room: int = 100, settle: float = 0.0, grace: float = 0.0, state: bool = False):
+        self.first, self.second = root / "first", root / "second"
+        self.first.mkdir(exist_ok=True)
+        self.second.mkdir(exist_ok=True)
+        self.loaded: list[str] = []
+        self.freed: list[str] = []
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.metrics = Metrics()
+        self.store = VersionStore(root / "state", keep=3) if state else None
+        self.registry = AdapterRegistry(keep=3, retain=not state)
+        self.reader = AdapterReader(BASE, LIMITS, store=self.store)
+        self.residency = Residency(room * NUM_BYTES, unload=self.freed.append, is_wanted=self.registry.is_wanted)
+        self.intake = Intake(self.registry, self.reader, metrics=self.metrics)
+        self.library = AdapterLibrary(
+            self.registry, self.residency, self.intake, self.reader, self._load, max_waiting=8
+        )
+        self.watcher = AdapterWatcher(
+            [self.first, self.second],
+            self.intake,
+            settle=settle,
+            grace=grace,
+            store=self.store,
+            on_aliases=self.library.set_aliases,
+            on_pins=self.library.set_pins,
+        )
+        self.operator = AdapterOperator(self.library, self.watcher, self.store)
+
+    async def _load(self, manifest: Manifest) -> float:
+        await self.gate.wait()
+        if manifest.name == "unloadable":
+            raise AdapterRejected(manifest.name, "no")
+        self.loaded.append(manifest.name)
+        return 1.0
+
+    @property
+    def names(self) -> list[str]:
+        """Who can be asked for."""
+        return [entry.name for entry in self.registry]
+
+    async def version(self, name: str) -> str:
+        """The digest of the version that a name means."""
+        return (await self.library.served(name)).version_digest
+
+    async def use(self, model: str) -> str:
+        """Ask for a model once; the label of what answered."""
+        lease = await self.library.acquire(model)
+        lease.release()
+        return lease.label

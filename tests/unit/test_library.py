@@ -1,0 +1,366 @@
+"""A request's ``model`` means exactly one version of each adapter it names, and that version stays until its end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from server.adapters import library as module
+from server.adapters.versions import Pin
+from server.errors import InvalidRequest, ModelNotFound, QueueFull
+from tests.adapter_folders import CONFIG, SIDECAR, Shelf, make, tensors, write
+
+
+@pytest.fixture
+async def shelf(tmp_path: Path) -> Shelf:
+    return Shelf(tmp_path)
+
+
+@pytest.fixture
+async def kept(tmp_path: Path) -> Shelf:
+    """A shelf with a state directory."""
+    return Shelf(tmp_path, state=True)
+
+
+async def replace(shelf: Shelf, name: str, **config: object) -> None:
+    write(shelf.first / name, config=CONFIG | config)
+    await shelf.watcher.scan()
+
+
+async def test_an_unknown_name_is_not_found(shelf: Shelf) -> None:
+    with pytest.raises(ModelNotFound, match="`ghost`"):
+        await shelf.library.acquire("ghost")
+
+
+async def test_a_listed_adapter_is_hashed_and_loaded_when_it_is_asked_for(shelf: Shelf) -> None:
+    make(shelf.first, "a")
+    await shelf.watcher.scan()
+    assert (shelf.registry.get("a").current, shelf.loaded) == (None, [])
+    lease = await shelf.library.acquire("a")
+    assert shelf.loaded == ["a"]
+    assert lease.label == f"a@{(await shelf.version('a'))[:12]}"
+
+
+async def test_names_with_equal_bytes_share_memory(shelf: Shelf) -> None:
+    make(shelf.first, "a")
+    write(make(shelf.first, "b"), sidecar=SIDECAR)
+    await shelf.watcher.scan()
+    await shelf.use("a")
+    await shelf.use("b")
+    assert shelf.loaded == ["a"]
+    assert await shelf.version("a") != await shelf.version("b")
+    shutil.rmtree(shelf.first / "a")
+    await shelf.watcher.scan()
+    assert shelf.freed == []
+    shutil.rmtree(shelf.first / "b")
+    await shelf.watcher.scan()
+    assert len(shelf.freed) == 1
+
+
+async def test_a_request_keeps_its_version_while_its_name_moves(kept: Shelf) -> None:
+    make(kept.first, "a")
+    await kept.watcher.scan()
+    old = await kept.library.acquire("a")
+    await replace(kept, "a", lora_alpha=16)
+    assert kept.freed == []
+    assert await kept.use("a") != old.label
+    old.release()
+    assert kept.freed == [old.held[0].adapter.weights_digest]
+    kept.residency.check_integrity()
+
+
+async def test_a_replaced_version_can_still_be_asked_for(kept: Shelf) -> None:
+    make(kept.first, "a")
+    await kept.watcher.scan()
+    old = await kept.use("a")
+    await replace(kept, "a", lora_alpha=16)
+    assert await kept.use(old) == old
+    assert await kept.use(old[:7]) == old
+
+
+async def test_a_version_is_there_after_a_restart_and_after_its_folder(kept: Shelf, tmp_path: Path) -> None:
+    make(kept.first, "a")
+    await kept.watcher.scan()
+    old = await kept.use("a")
+    await replace(kept, "a", lora_alpha=16)
+    again = Shelf(tmp_path, state=True)
+    await again.watcher.start()
+    assert await again.use(old) == old
+    shutil.rmtree(again.first / "a")
+    await again.watcher.scan()
+    assert await again.use(old) == old
+    with pytest.raises(ModelNotFound):
+        await again.use("a")
+
+
+async def test_what_was_hashed_before_a_restart_is_known_at_once(kept: Shelf, tmp_path: Path) -> None:
+    make(kept.first, "a")
+    await kept.watcher.scan()
+    version = await kept.version("a")
+    await kept.reader.save_digests()
+    again = Shelf(tmp_path, state=True)
+    await again.watcher.start()
+    current = again.registry.get("a").current
+    assert current is not None
+    assert current.version_digest == version
+
+
+async def test_noted_digests_that_lie_are_found_out_when_the_bytes_are_read(kept: Shelf, tmp_path: Path) -> None:
+    """Nothing is served before its bytes were hashed, whatever was noted about them."""
+    make(kept.first, "a")
+    make(kept.first, "b", lora_alpha=16)
+    await kept.watcher.scan()
+    versions = {name: await kept.version(name) for name in "ab"}
+    await kept.reader.save_digests()
+    assert kept.store is not None
+    digests = kept.store.load_digests()
+    a, b = str(kept.first / "a"), str(kept.first / "b")
+    swapped = digests[b].__class__(digests[a].signature, digests[b].weights_digest, digests[b].version_digest)
+    kept.store.save_digests({**digests, a: swapped})
+    again = Shelf(tmp_path, state=True)
+    await again.watcher.start()
+    assert await again.use("a") == f"a@{versions['a'][:12]}"
+
+
+async def test_without_a_state_directory_a_version_lives_as_long_as_it_is_in_memory(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path, room=2)
+    make(shelf.first, "a")
+    make(shelf.first, "b", lora_alpha=32)
+    make(shelf.first, "c", lora_alpha=64)
+    await shelf.watcher.scan()
+    old = await shelf.use("a")
+    await replace(shelf, "a", lora_alpha=16)
+    assert await shelf.use(old) == old
+    await shelf.use("b")
+    await shelf.use("c")
+    with pytest.raises(ModelNotFound):
+        await shelf.use(old)
+    assert await shelf.use("a") != old
+
+
+async def test_a_version_that_two_begin_like_is_asked_for_in_full(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(shelf.first, "a")
+    await shelf.watcher.scan()
+    await shelf.use("a")
+    entry = shelf.registry.get("a")
+    assert entry.current is not None
+    twin = entry.current.version_digest[:10] + "0" * 54
+    entry.older[twin] = entry.current.__class__(**{**vars(entry.current), "version_digest": twin})
+    with pytest.raises(InvalidRequest, match="write more of it"):
+        await shelf.use(f"a@{twin[:6]}")
+
+
+async def test_a_pin_holds_a_name_at_a_version(kept: Shelf) -> None:
+    make(kept.first, "a")
+    await kept.watcher.scan()
+    old = await kept.library.acquire("a")
+    old.release()
+    assert kept.store is not None
+    kept.store.set_pin("a", Pin(old.held[0].adapter.version_digest))
+    await replace(kept, "a", lora_alpha=16)
+    assert await kept.use("a") == old.label
+    kept.store.set_pin("a", Pin())
+    await kept.watcher.scan()
+    assert await kept.use("a") != old.label
+
+
+async def test_a_pin_in_memory_keeps_an_adapter_there(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path, room=2)
+    for number, name in enumerate("abc"):
+        make(shelf.first, name, lora_alpha=8 + number)
+    await shelf.watcher.scan()
+    shelf.library.set_pins({"a": Pin(resident=True)})
+    while not shelf.residency.pinned:
+        await asyncio.sleep(0.01)
+    for name in "bcbc":
+        await shelf.use(name)
+    assert shelf.loaded == ["a", "b", "c", "b", "c"]
+    await replace(shelf, "a", lora_alpha=32)
+    while shelf.loaded.count("a") < 2:
+        await asyncio.sleep(0.01)
+
+
+async def test_an_exact_name_wins_over_an_alias_and_an_alias_over_the_grammar(shelf: Shelf) -> None:
+    make(shelf.first, "a")
+    make(shelf.first, "b", lora_alpha=16)
+    make(shelf.first, "c", lora_alpha=32)
+    (shelf.first / "aliases.toml").write_text('a = "b"\nnice = "b"\nboth = "c:0.5+b"\n')
+    await shelf.watcher.scan()
+    assert (await shelf.use("a")).startswith("a@")
+    assert (await shelf.use("nice")).startswith("b@")
+    assert await shelf.use("both") == f"{await shelf.use('c')}:0.5+{await shelf.use('b')}"
+
+
+async def test_a_canary_is_sticky_by_user(shelf: Shelf) -> None:
+    make(shelf.first, "a")
+    make(shelf.first, "b", lora_alpha=16)
+    (shelf.first / "aliases.toml").write_text('support = {"a" = 0.5, "b" = 0.5}\n')
+    await shelf.watcher.scan()
+    seen = {}
+    for user in (f"user-{number}" for number in range(20)):
+        labels = set()
+        for _ in range(3):
+            lease = await shelf.library.acquire("support", user=user)
+            labels.add(lease.label)
+            lease.release()
+        assert len(labels) == 1
+        seen[user] = labels.pop()
+    assert len(set(seen.values())) == 2
+
+
+async def test_a_composition_has_the_first_ones_manners_and_every_ones_end(shelf: Shelf) -> None:
+    write(make(shelf.first, "a"), sidecar=SIDECAR | {"system_prompt": "A"})
+    write(make(shelf.first, "b", lora_alpha=16), sidecar=SIDECAR | {"system_prompt": "B", "stop": ["END"]})
+    await shelf.watcher.scan()
+    lease = await shelf.library.acquire("a:0.7+b:-0.3")
+    assert [use.scale for use in lease.uses] == [0.7, -0.3]
+    assert (lease.defaults.system_prompt, lease.defaults.stop) == ("A", ("###", "END"))
+    assert lease.metrics_label == "_composition"
+
+
+async def test_lora_scale_is_the_factor_of_one_adapter(shelf: Shelf) -> None:
+    make(shelf.first, "a")
+    await shelf.watcher.scan()
+    lease = await shelf.library.acquire("a", scale=0.5)
+    assert [use.scale for use in lease.uses] == [0.5]
+    with pytest.raises(InvalidRequest, match="lora_scale"):
+        await shelf.library.acquire("a:0.5", scale=0.5)
+
+
+async def test_only_plain_lora_is_scaled_or_added_up(shelf: Shelf) -> None:
+    weights = tensors() | {
+        "base_model.model.model.layers.0.q_proj.lora_magnitude_vector": tensors().popitem()[1].new_ones(4),
+        "base_model.model.model.layers.0.v_proj.lora_magnitude_vector": tensors().popitem()[1].new_ones(2),
+    }
+    write(make(shelf.first, "dora", use_dora=True), weights=weights)
+    await shelf.watcher.scan()
+    await shelf.use("dora")
+    with pytest.raises(InvalidRequest, match="cannot be scaled or added"):
+        await shelf.library.acquire("dora:0.5")
+
+
+async def test_a_request_waits_for_a_folder_that_is_just_being_changed(shelf: Shelf) -> None:
+    make(shelf.first, "a")
+    await shelf.watcher.scan()
+    old = await shelf.version("a")
+    write(shelf.first / "a", config=CONFIG | {"lora_alpha": 16})
+    waiting = asyncio.ensure_future(shelf.use("a"))
+    await asyncio.sleep(0.15)
+    assert not waiting.done()
+    await shelf.watcher.scan()
+    assert await waiting != f"a@{old[:12]}"
+
+
+async def test_a_folder_overwritten_before_it_was_loaded_is_served_as_kept(kept: Shelf) -> None:
+    make(kept.first, "a")
+    await kept.watcher.scan()
+    label = f"a@{(await kept.version('a'))[:12]}"
+    os.truncate(kept.first / "a" / "adapter_model.safetensors", 10)
+    assert await kept.use("a") == label
+    await kept.watcher.scan()
+    assert await kept.use("a") == label
+
+
+async def test_a_folder_that_is_broken_at_a_restart_is_served_as_kept(kept: Shelf, tmp_path: Path) -> None:
+    """Its name was a 404 after a restart once, even where it was pinned to a version that was kept."""
+    make(kept.first, "a")
+    await kept.watcher.scan()
+    label = await kept.use("a")
+    os.truncate(kept.first / "a" / "adapter_model.safetensors", 10)
+    again = Shelf(tmp_path, state=True)
+    await again.watcher.start()
+    assert await again.use("a") == label
+    assert "truncated" in str(again.registry.get("a").refused)
+    write(again.first / "a", weights=tensors(), config=CONFIG | {"lora_alpha": 16})
+    await again.watcher.scan()
+    assert await again.use("a") != label
+
+
+async def test_a_folder_broken_before_it_was_loaded_is_not_found(shelf: Shelf) -> None:
+    make(shelf.first, "a")
+    await shelf.watcher.scan()
+    await shelf.version("a")
+    os.truncate(shelf.first / "a" / "adapter_model.safetensors", 10)
+    await shelf.watcher.scan()
+    with pytest.raises(ModelNotFound):
+        await shelf.use("a")
+    assert shelf.names == []
+
+
+async def test_weights_that_do_not_load_are_a_refusal(shelf: Shelf) -> None:
+    make(shelf.first, "unloadable")
+    await shelf.watcher.scan()
+    with pytest.raises(ModelNotFound):
+        await shelf.use("unloadable")
+    assert shelf.names == []
+    assert shelf.intake.refusals["unloadable"][1] == "no"
+
+
+async def test_a_kept_version_whose_bytes_changed_is_not_served(kept: Shelf) -> None:
+    make(kept.first, "a")
+    await kept.watcher.scan()
+    old = await kept.library.acquire("a")
+    old.release()
+    await replace(kept, "a", lora_alpha=16)
+    assert kept.store is not None
+    folder = kept.store.folder(old.held[0].adapter.version_digest)
+    assert folder is not None
+    write(folder, config=CONFIG | {"lora_alpha": 3})
+    with pytest.raises(ModelNotFound):
+        await kept.use(old.label)
+
+
+async def test_as_many_may_wait_for_room_as_the_queue_is_long(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path, room=1)
+    make(shelf.first, "a")
+    make(shelf.first, "b", lora_alpha=16)
+    await shelf.watcher.scan()
+    lease = await shelf.library.acquire("a")
+    waiting = [asyncio.ensure_future(shelf.use("b")) for _ in range(8)]
+    while shelf.residency.num_waiting < 8:
+        await asyncio.sleep(0.01)
+    with pytest.raises(QueueFull):
+        await shelf.library.acquire("b")
+    lease.release()
+    await asyncio.gather(*waiting)
+
+
+async def test_a_composition_that_cannot_fit_is_refused_rather_than_waited_for(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path, room=1)
+    make(shelf.first, "a")
+    make(shelf.first, "b", lora_alpha=16)
+    await shelf.watcher.scan()
+    with pytest.raises(InvalidRequest, match="do not fit"):
+        await shelf.library.acquire("a+b")
+
+
+async def test_a_folder_that_never_settles_is_not_waited_for_for_ever(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PATIENCE", 0.2)
+    make(shelf.first, "a")
+    await shelf.watcher.scan()
+    write(shelf.first / "a", config=CONFIG | {"lora_alpha": 16})
+    with pytest.raises(ModelNotFound):
+        await shelf.use("a")
+
+
+async def test_a_thousand_adapters_that_come_and_go_leave_nothing(shelf: Shelf) -> None:
+    series = len(next(iter(shelf.metrics.registry.collect())).samples)
+    for number in range(1000):
+        path = make(shelf.first, f"a{number}", lora_alpha=1 + number)
+        await shelf.watcher.scan()
+        await shelf.use(path.name)
+        shutil.rmtree(path)
+        await shelf.watcher.scan()
+    assert (len(shelf.loaded), len(shelf.freed)) == (1000, 1000)
+    assert shelf.residency.num_bytes == 0
+    assert not shelf.registry._names
+    assert not shelf.library._norms
+    assert len(next(iter(shelf.metrics.registry.collect())).samples) == series
