@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from server.adapters.folder import (
-    _OPTIONAL,
     CONFIG_FILE,
     MAX_JSON_BYTES,
+    OPTIONAL_FILES,
     SIDECAR_FILE,
     SOURCE_FILE,
     WEIGHTS_FILE,
@@ -132,7 +132,7 @@ def _read_parts(found: Examination, limits: Limits) -> AdapterFiles:
     with found.noting():
         folder = os.open(found.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
-            for name, limit in {CONFIG_FILE: MAX_JSON_BYTES, WEIGHTS_FILE: limits.max_bytes, **_OPTIONAL}.items():
+            for name, limit in {CONFIG_FILE: MAX_JSON_BYTES, WEIGHTS_FILE: limits.max_bytes, **OPTIONAL_FILES}.items():
                 with found.noting():
                     part = _read_file(folder, name, limit)
                     parts |= {} if part is None else {name: part[0]}

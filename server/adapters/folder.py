@@ -19,7 +19,7 @@ CONFIG_FILE, WEIGHTS_FILE, SIDECAR_FILE = "adapter_config.json", "adapter_model.
 TEMPLATE_FILE, TOKENIZER_FILE = "chat_template.jinja", "tokenizer_config.json"
 GENERATION_FILE, SOURCE_FILE = "generation_config.json", "source.json"
 MAX_JSON_BYTES = 1024 * 1024
-_OPTIONAL = {
+OPTIONAL_FILES = {
     SIDECAR_FILE: MAX_JSON_BYTES,
     TEMPLATE_FILE: MAX_JSON_BYTES,
     TOKENIZER_FILE: 16 * MAX_JSON_BYTES,
@@ -55,7 +55,7 @@ def read_files(path: Path, *, max_bytes: int, whole: bool = True) -> AdapterFile
     try:
         config = _read_file(folder, CONFIG_FILE, MAX_JSON_BYTES)
         weights = _read_file(folder, WEIGHTS_FILE, max_bytes, header_only=not whole)
-        others = {name: _read_file(folder, name, limit) for name, limit in _OPTIONAL.items()}
+        others = {name: _read_file(folder, name, limit) for name, limit in OPTIONAL_FILES.items()}
         if config is None or weights is None:
             raise ValueError(_what_is_missing(set(os.listdir(folder))))
         created = int(os.fstat(folder).st_mtime)

@@ -6,14 +6,11 @@ downloaded. The folder takes its name when all is on disk, so a running server s
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,33 +27,29 @@ from huggingface_hub.errors import (
 
 from server.adapters.folder import (
     CONFIG_FILE,
+    GENERATION_FILE,
     MAX_JSON_BYTES,
+    OPTIONAL_FILES,
     SIDECAR_FILE,
     SOURCE_FILE,
     TEMPLATE_FILE,
     TOKENIZER_FILE,
     WEIGHTS_FILE,
 )
-from server.adapters.names import is_name
+from server.cli.options import command_parser, parse_options
+from server.cli.publish import NotPublished, choose_target, published_folder
 from server.cli.settings import parse_settings
-from server.metrics import BASE
-from server.settings import Settings
 
 DESCRIPTION = """\
 Fetch a PEFT adapter from the Hugging Face hub into --adapters-dir. Only its own files are fetched, and safetensors
-only, never a pickle or code. HF_TOKEN and HF_ENDPOINT mean what they mean to huggingface_hub.
-Every setting of `quickchange serve` may be given too."""
+only, never a pickle or code. HF_TOKEN and HF_ENDPOINT mean what they mean to huggingface_hub."""
 
 CARD_FILE = "README.md"
-COMPANION_FILES = (SIDECAR_FILE, TOKENIZER_FILE, TEMPLATE_FILE)
+COMPANION_FILES = (SIDECAR_FILE, TOKENIZER_FILE, TEMPLATE_FILE, GENERATION_FILE)
 """What may stand beside PEFT's two files and says how the adapter wants to be talked to."""
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl")
 _TIMEOUT = 30.0
-
-
-class NotPublished(Exception):
-    """There is no new adapter, and nothing was left behind; the text is for the person at the terminal."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +68,7 @@ class Source:
 
 def main(arguments: Sequence[str]) -> int:
     """Fetch and publish; the exit status is 1 where there is no new adapter afterwards."""
-    parser = argparse.ArgumentParser(
-        prog="quickchange adapters add",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("adapters add", DESCRIPTION)
     parser.add_argument("source", metavar="REPO_ID[@REVISION]", help="for example ORG/NAME, or ORG/NAME@v2")
     parser.add_argument("--name", help="what the adapter is called; without it, the last part of REPO_ID")
     parser.add_argument("--replace", action="store_true", help="put it in the place of an adapter of that name")
@@ -100,101 +88,6 @@ def main(arguments: Sequence[str]) -> int:
     print(f"{name}: {source.repo_id} at {commit[:12]} is in {target}")
     print(f"next: quickchange adapters check {name}")
     return 0
-
-
-def parse_options(
-    parser: argparse.ArgumentParser, arguments: Sequence[str], *, switches: Sequence[str] = ()
-) -> tuple[argparse.Namespace, list[str]]:
-    """A command's own options, and the arguments that are left, which are settings.
-
-    Values are bound to their flags by '=' before, so that a setting's value is never taken for a positional argument;
-    ``switches`` are the command's flags without a value.
-    """
-    fields = Settings.model_fields.items()
-    flags = [f"--{name.replace('_', '-')}" for name, field in fields if field.annotation is bool]
-    alone = {"--help", "--", *switches, *flags, *(f"--no-{flag[2:]}" for flag in flags)}
-    bound: list[str] = []
-    pending = False
-    for argument in arguments:
-        if pending and not argument.startswith("--"):
-            bound[-1] = f"{bound[-1]}={argument}"
-            pending = False
-            continue
-        bound.append(argument)
-        pending = argument.startswith("--") and "=" not in argument and argument not in alone
-    return parser.parse_known_args(bound)
-
-
-def choose_target(settings: Settings, name: str, *, replace: bool = False) -> Path:
-    """The folder that an adapter of this name gets. Raises ``NotPublished`` where it may not have it."""
-    if not is_name(name):
-        raise NotPublished(
-            f"{name!r} is no adapter name: choose one with --name, of letters, digits, '.', '_' and '-', 128 at most, "
-            "beginning with a letter or digit"
-        )
-    if name in (BASE, settings.base_name):
-        raise NotPublished(f"the name {name} means the base model: choose another with --name")
-    target = settings.adapters_dir / name
-    if not os.path.lexists(target):
-        return target
-    if not replace:
-        raise NotPublished(f"{target} exists already: choose another --name")
-    if target.is_symlink() or not target.is_dir():
-        raise NotPublished(f"{target} is no folder of its own, so it is not replaced: remove it first")
-    return target
-
-
-@contextmanager
-def published_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A folder beside ``target`` to fill; it takes its place when the block ends well, and vanishes otherwise.
-
-    Raises ``NotPublished`` where the disk does not allow it; what stood at ``target`` is there afterwards.
-    """
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)  # of a process of the same number, killed before
-        partial.mkdir()
-        yield partial
-        _settle(partial)
-        _rename(partial, target, replace=replace)
-    except OSError as error:
-        raise NotPublished(f"{target} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _settle(folder: Path) -> None:
-    """Give every file the mode that new files have here (some libraries' are private), and wait for the disk."""
-    mode = folder.stat().st_mode & 0o666
-    for path in sorted(folder.iterdir()):
-        path.chmod(mode)
-        _fsync(path)
-    _fsync(folder)
-
-
-def _rename(partial: Path, target: Path, *, replace: bool) -> None:
-    """Rename ``partial`` to ``target``. What stood there is moved aside first, and moved back if that fails."""
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    shutil.rmtree(old, ignore_errors=True)
-    if replace and target.exists():
-        target.rename(old)
-    try:
-        partial.rename(target)
-    except OSError:
-        if old.exists():
-            old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-    _fsync(target.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def fetch(source: Source, folder: Path, *, max_bytes: int) -> str:
@@ -247,7 +140,9 @@ def _choose(sizes: Mapping[str, int | None], repo_id: str, max_bytes: int) -> li
 
 
 def _check_size(name: str, size: int, max_bytes: int) -> None:
-    limit, setting = (max_bytes, " (setting max_adapter_bytes)") if name == WEIGHTS_FILE else (MAX_JSON_BYTES, "")
+    limit, setting = OPTIONAL_FILES.get(name, MAX_JSON_BYTES), ""
+    if name == WEIGHTS_FILE:
+        limit, setting = max_bytes, " (setting max_adapter_bytes)"
     if size > limit:
         raise NotPublished(f"{name} has {size} bytes; the limit is {limit}{setting}")
 

@@ -11,10 +11,10 @@ from server.adapters.manifest import Manifest
 from server.adapters.names import is_name
 from server.cli.adapters_report import report
 from server.cli.examiner import Examiner
+from server.cli.folders import adapter_folders
 from server.cli.options import command_parser, parse_options
 from server.cli.parity import MAX_DIFFERENCE, Answers, answer_here, compare
 from server.cli.settings import parse_settings
-from server.cli.shelf import adapter_folders
 from server.cli.terminal import say, say_row
 from server.model.device import num_weight_bytes
 from server.model.loader import find_base

@@ -19,20 +19,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.utils.logging import disable_progress_bar
 
-from server.adapters.folder import CONFIG_FILE, GENERATION_FILE, SOURCE_FILE, WEIGHTS_FILE
+from server.adapters.folder import CONFIG_FILE, SOURCE_FILE, WEIGHTS_FILE
 from server.adapters.peft_config import parse_peft_config
-from server.cli.adapters_add import COMPANION_FILES, NotPublished, choose_target, parse_options, published_folder
+from server.cli.adapters_add import COMPANION_FILES
+from server.cli.options import command_parser, parse_options
+from server.cli.publish import NotPublished, choose_target, published_folder
 from server.cli.settings import parse_settings
 from server.errors import BaseModelRefused
 from server.model.device import available_threads
-from server.model.loader import find_base
+from server.model.loader import find_base, load_stock
 from server.settings import Settings
 
 if TYPE_CHECKING:
@@ -40,8 +40,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Rewrite the PEFT adapter in FOLDER, which the server refuses because it is not plain LoRA, as plain LoRA beside the
-other adapters. The base, which must be the one it was trained on, is loaded in float32 to measure how near that comes.
-Every setting of `quickchange serve` may be given too."""
+other adapters. The base must be the one it was trained on: it is loaded in float32 to measure how near that comes."""
 
 BY_PEFT = frozenset({
     "C3A", "DELORA", "FOURIERFT", "GRALORA", "LOHA", "LOKR", "MISS", "PSOFT", "RANDLORA", "TINYLORA", "UNILORA",
@@ -104,10 +103,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Settings]:
-    parser = argparse.ArgumentParser(
-        "quickchange adapters convert", description=DESCRIPTION, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = command_parser("adapters convert", DESCRIPTION)
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="PEFT's two files, the weights as safetensors")
     parser.add_argument("--name", help="what the new adapter is called; without it, FOLDER's name and '-lora'")
     size = parser.add_mutually_exclusive_group()
@@ -165,7 +161,7 @@ def _check_config(config: Mapping[str, Any]) -> None:
 
 def _convert(options: argparse.Namespace, config: Mapping[str, Any], base_folder: Path, folder: Path) -> Conversion:
     """Fill ``folder``, and measure what is in it."""
-    base = _load_base(base_folder)
+    base = load_stock(base_folder)
     vocabulary = base.config.get_text_config().vocab_size
     prompts = torch.randint(vocabulary, (4, 32), generator=torch.Generator().manual_seed(0))
     plain = _logits(base, prompts)
@@ -175,14 +171,14 @@ def _convert(options: argparse.Namespace, config: Mapping[str, Any], base_folder
         wanted = _logits(model, prompts)
     with _peft_sentences("write it as LoRA"):
         if config["peft_type"] in BY_MERGING:
-            _tell_gains_by_merging(model, _load_base(base_folder))
+            _tell_gains_by_merging(model, load_stock(base_folder))
         tensors = _to_lora(model, folder, rank=options.rank or options.energy)
         del base, model  # before the base is loaded once more
-    for name in (*COMPANION_FILES, GENERATION_FILE, SOURCE_FILE):
+    for name in (*COMPANION_FILES, SOURCE_FILE):
         if (options.folder / name).is_file():
             shutil.copyfile(options.folder / name, folder / name)
     with _peft_sentences("read the converted adapter"):
-        got = _logits(_load_adapter(_load_base(base_folder), folder), prompts)
+        got = _logits(_load_adapter(load_stock(base_folder), folder), prompts)
     off, effect = float((got - wanted).abs().max()), float((wanted - plain).abs().max())
     if effect == 0:
         raise NotPublished("the adapter changes nothing on this base: is it the base it was trained on?")
@@ -211,21 +207,6 @@ def _check(found: Conversion, options: argparse.Namespace, settings: Settings) -
 
 def _measured(found: Conversion) -> str:
     return f"{found.error:.2g} of the largest logit, {found.lost:.2g} of what the adapter changes"
-
-
-def _load_base(folder: Path) -> PreTrainedModel:
-    """A fresh base in float32. Raises ``BaseModelRefused``."""
-    if not sys.stderr.isatty():
-        disable_progress_bar()
-    load: Any = AutoModelForCausalLM.from_pretrained
-    try:
-        model: PreTrainedModel = load(
-            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise BaseModelRefused(folder.name, f"transformers cannot load it: {str(error)[:300]}") from error
-    model.eval()
-    return model
 
 
 def _load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:

@@ -13,9 +13,9 @@ from server.adapters.versions import Pin, VersionStore
 from server.adapters.words import first
 from server.cli.adapters_pins import describe
 from server.cli.examiner import Examiner
+from server.cli.folders import adapter_folders, open_store
 from server.cli.options import command_parser, parse_options
 from server.cli.settings import parse_settings
-from server.cli.shelf import adapter_folders, open_store
 from server.cli.terminal import say
 
 DESCRIPTION = """\

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import logging
 import sys
@@ -14,6 +13,7 @@ import httpx
 import uvicorn
 
 from server.cli.chat import run_chat
+from server.cli.options import command_parser, parse_options
 from server.cli.serve import bind, build, uvicorn_config
 from server.cli.settings import parse_settings
 from server.errors import StartError
@@ -21,22 +21,16 @@ from server.settings import Settings
 
 DESCRIPTION = """\
 Talk to the base or to an adapter: interactively, or with one question (as an argument, or piped in) for one answer.
-Without --url it uses the server on --host and --port if one answers there, else it starts one for the talk;
-every setting of `quickchange serve` may be given too."""
+Without --url it uses the server on --host and --port if one answers there, else it starts one for the talk."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Parse, find or start a server, and talk."""
-    parser = argparse.ArgumentParser(
-        prog="quickchange chat",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("chat", DESCRIPTION)
     parser.add_argument("--adapter", metavar="NAME", help="who answers; without it, the base")
     parser.add_argument("--url", help="a running server, for example http://127.0.0.1:8000")
     parser.add_argument("question", nargs="?", help="one question; without it, a conversation")
-    options, rest = parser.parse_known_args(_question_last(arguments))
+    options, rest = parse_options(parser, arguments)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     if options.url is not None:
         return run_chat(options.url, options.adapter, options.question)
@@ -46,20 +40,6 @@ def main(arguments: Sequence[str]) -> int:
         return run_chat(url, options.adapter, options.question)
     with _local_server(settings) as local:
         return run_chat(local, options.adapter, options.question)
-
-
-def _question_last(arguments: Sequence[str]) -> list[str]:
-    """The arguments with values bound to their flags by '=', so that a lone word can only be the question."""
-    bound: list[str] = []
-    pending = False
-    for argument in arguments:
-        if pending and not argument.startswith("--"):
-            bound[-1] = f"{bound[-1]}={argument}"
-            pending = False
-            continue
-        bound.append(argument)
-        pending = argument.startswith("--") and "=" not in argument and argument not in ("--help", "--")
-    return bound
 
 
 def _answers(url: str) -> bool:

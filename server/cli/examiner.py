@@ -12,7 +12,7 @@ from torch import nn
 from server.adapters.doctor import Examination, examine
 from server.adapters.manifest import Limits
 from server.adapters.manners import AdapterDefaults
-from server.cli.shelf import limits_of
+from server.cli.folders import limits_of
 from server.errors import AdapterRejected
 from server.lora.bank import LoRABank
 from server.lora.weights import LoRAWeights

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,12 +18,11 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
+from transformers import PreTrainedModel
 
 from server.adapters.manifest import Manifest
 from server.lora.weights import LoRAWeights
-from server.model.loader import Base
+from server.model.loader import Base, load_stock
 from server.model.rope import fix_rope
 from server.model.runner import ModelRunner
 from server.sequence import AdapterUse, Batch, SamplingParams, Segment
@@ -102,7 +100,9 @@ def answer_here(base: Base, manifest: Manifest, weights: LoRAWeights) -> Answers
 
 def compare(base_folder: Path, manifest: Manifest, answers: Answers) -> Parity:
     """Hold answers against PEFT's, on a fresh base in float32. Raises whatever PEFT raises."""
-    model = _adapted(_fresh_base(base_folder, answers.max_model_len), manifest)
+    base = load_stock(base_folder)
+    fix_rope(base, answers.max_model_len)  # frequencies are those of the server's longest sequence
+    model = _adapted(base, manifest)
     theirs = torch.stack([_logits(model, answer) for answer in answers.adapted])
     ours, plain = (torch.stack([one.logits for one in some]) for some in (answers.adapted, answers.plain))
     said = torch.tensor([one.tokens for one in answers.adapted])
@@ -138,19 +138,6 @@ def _prompts(base: Base, manifest: Manifest) -> list[tuple[int, ...]]:
     ids = base.tokenizer(_SENTENCE, add_special_tokens=False)["input_ids"]
     words = [token for token in ids if token < base.vocab_size] or mixed
     return [tuple((words * _PROMPT_TOKENS)[:_PROMPT_TOKENS]), tuple((mixed * _PROMPT_TOKENS)[:_PROMPT_TOKENS])]
-
-
-def _fresh_base(folder: Path, max_model_len: int) -> PreTrainedModel:
-    """The base as transformers has it, but for rotary frequencies, which are those of the server's longest sequence."""
-    if not sys.stderr.isatty():
-        disable_progress_bar()
-    load: Any = AutoModelForCausalLM.from_pretrained
-    model: PreTrainedModel = load(
-        folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False
-    )
-    fix_rope(model, max_model_len)
-    model.eval()
-    return model
 
 
 def _adapted(base: PreTrainedModel, manifest: Manifest) -> nn.Module:

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.resources import files
-from pathlib import Path
 
 from server.adapters.intake import Intake
 from server.adapters.library import AdapterLibrary
-from server.adapters.manifest import Limits, Manifest
+from server.adapters.manifest import Manifest
 from server.adapters.manners import AdapterDefaults
 from server.adapters.operator import AdapterOperator
 from server.adapters.reader import AdapterReader
 from server.adapters.registry import AdapterRegistry
 from server.adapters.residency import Residency
-from server.adapters.versions import VersionStore
 from server.adapters.watcher import AdapterWatcher
+from server.cli.folders import adapter_folders, limits_of, open_store
 from server.engine.async_engine import AsyncEngine
-from server.errors import SettingsError
 from server.metrics import Metrics
 from server.model.loader import Base
 from server.model.runner import ModelRunner
-from server.settings import EMBEDDED_BASE, Settings
+from server.settings import Settings
 from server.text.prompt import PromptRenderer
 
 
@@ -65,41 +62,3 @@ def build_shelf(
     )
     metrics.adapter_memory_limit.set(settings.adapter_memory)
     return Shelf(library, watcher, AdapterOperator(library, watcher, store))
-
-
-def limits_of(settings: Settings) -> Limits:
-    """What an adapter may be."""
-    return Limits(
-        max_rank=settings.max_lora_rank,
-        max_bytes=settings.max_adapter_bytes,
-        max_memory=settings.adapter_memory,
-        trust_chat_templates=settings.trust_chat_templates,
-    )
-
-
-def open_store(settings: Settings) -> VersionStore | None:
-    """The state directory, where one is set. Raises ``SettingsError`` where it cannot be made."""
-    if settings.state_dir is None:
-        return None
-    try:
-        settings.state_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingsError(f"state_dir {settings.state_dir} cannot be made ({error.strerror})") from None
-    return VersionStore(settings.state_dir, keep=settings.keep_versions)
-
-
-def demo_adapters() -> Path | None:
-    """The adapters that come with the package; in a source checkout, its ``adapters`` folder."""
-    package = Path(str(files("micro_base")))
-    for folder in (package / "adapters", package.parent / "adapters"):
-        if folder.is_dir():
-            return folder
-    return None
-
-
-def adapter_folders(settings: Settings) -> list[Path]:
-    """The operator's folder, then the demo adapters where the base is theirs."""
-    demos = demo_adapters() if settings.demo_adapters and settings.base_model == EMBEDDED_BASE else None
-    if demos is None or demos.resolve() == settings.adapters_dir.resolve():
-        return [settings.adapters_dir]
-    return [settings.adapters_dir, demos]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -65,7 +66,8 @@ def load_base(base_model: str, *, name: str, device: str, dtype: str, max_model_
     length = _length(config, max_model_len)
     place = choose_device(device)
     fingerprint = base_fingerprint(folder)
-    model, tokenizer = _load(folder, choose_dtype(dtype, place, num_weight_bytes(folder)))
+    model = load_stock(folder, choose_dtype(dtype, place, num_weight_bytes(folder)))
+    tokenizer = _load_tokenizer(folder)
     nn.Module.to(model, device=place)
     fix_rope(model, length)
     attention = FlatAttention()
@@ -80,12 +82,12 @@ def load_base(base_model: str, *, name: str, device: str, dtype: str, max_model_
     return Base(model, tokenizer, attention, shapes, signature, length, _eos_ids(model, tokenizer))
 
 
-def _load(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer from a folder; remote code and pickled weights are never read."""
+def load_stock(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A base as transformers has it; remote code and pickled weights are never read. Raises ``BaseModelRefused``."""
     if not sys.stderr.isatty():
         disable_progress_bar()
-    try:
-        load: Any = AutoModelForCausalLM.from_pretrained
+    load: Any = AutoModelForCausalLM.from_pretrained
+    with _refusals(folder):
         loaded: tuple[PreTrainedModel, dict[str, Any]] = load(
             folder,
             dtype=dtype,
@@ -94,16 +96,30 @@ def _load(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrained
             trust_remote_code=False,
             output_loading_info=True,
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise BaseModelRefused(folder.name, f"transformers cannot load it: {str(error)[:300]}") from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]) or [str(key) for key in info["mismatched_keys"]]:
         raise BaseModelRefused(
             folder.name, f"its files lack weights that the architecture has: {', '.join(missing[:3])}"
         )
     model.eval().requires_grad_(False)
-    return model, tokenizer
+    return model
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    with _refusals(folder):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    return tokenizer
+
+
+@contextmanager
+def _refusals(folder: Path) -> Iterator[None]:
+    """What transformers says of a folder, as a refusal of the base."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        raise BaseModelRefused(folder.name, f"transformers cannot load it: {str(error)[:300]}") from error
 
 
 def find_base(base_model: str) -> Path:

@@ -244,9 +244,9 @@ def test_a_large_companion_is_refused_and_a_large_card_left_out(hub: Hub, tmp_pa
     hub.files[CARD] = b"x" * (1024 * 1024 + 1)
     assert add(hub, tmp_path, REPO).returncode == 0
     assert not (tmp_path / "adapters" / "parrot" / CARD).exists()
-    hub.files["tokenizer_config.json"] = b"x" * (1024 * 1024 + 1)
+    hub.files["chat_template.jinja"] = b"x" * (1024 * 1024 + 1)
     done = add(hub, tmp_path, REPO, "--name", "other")
-    assert done.returncode == 1 and "tokenizer_config.json has 1048577 bytes" in done.stderr
+    assert done.returncode == 1 and "chat_template.jinja has 1048577 bytes" in done.stderr
     assert entries(tmp_path) == ["parrot"]
 
 
