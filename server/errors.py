@@ -22,6 +22,14 @@ QuickchangeError
 
 from __future__ import annotations
 
+MAX_LINE = 900
+
+
+def one_line(text: str) -> str:
+    """Somebody's text in characters that a line of a log and a JSON body can hold, and not too many of them."""
+    shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text[:MAX_LINE])
+    return shown if len(text) <= MAX_LINE else f"{shown}..."
+
 
 class QuickchangeError(Exception):
     """The root. ``str(error)`` is a sentence for the person who can mend it."""
@@ -106,11 +114,11 @@ class GenerationFailed(ServiceError):
 
 
 class AdapterError(QuickchangeError):
-    """An adapter folder that is not served."""
+    """An adapter folder that is not served. What it holds is somebody else's text: the reason is one plain line."""
 
     def __init__(self, adapter: str, reason: str) -> None:
-        self.adapter, self.reason = adapter, reason
-        super().__init__(f"adapter {adapter!r}: {reason}")
+        self.adapter, self.reason = adapter, one_line(reason)
+        super().__init__(f"adapter {adapter!r}: {self.reason}")
 
 
 class AdapterRejected(AdapterError):

@@ -65,6 +65,16 @@ def read_files(path: Path, *, max_bytes: int, whole: bool = True) -> AdapterFile
     return AdapterFiles(config[0], weights[0], weights[1], present, created)
 
 
+def read_file(path: Path, limit: int) -> bytes | None:
+    """One file, read as those of an adapter; None where there is none. Raises ``ValueError`` or ``OSError``."""
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        found = _read_file(folder, path.name, limit)
+    finally:
+        os.close(folder)
+    return None if found is None else found[0]
+
+
 def _read_file(folder: int, name: str, limit: int, *, header_only: bool = False) -> tuple[bytes, int] | None:
     """The file's bytes and its size, or None where there is none; links and special files are refused unread."""
     try:

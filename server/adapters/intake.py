@@ -13,7 +13,7 @@ from server.adapters.folder import Signature
 from server.adapters.manifest import Manifest
 from server.adapters.reader import AdapterReader, FolderMoved
 from server.adapters.registry import Adapter, AdapterRegistry, Entry
-from server.errors import AdapterRejected
+from server.errors import AdapterRejected, one_line
 from server.metrics import Metrics
 
 logger = logging.getLogger("quickchange.adapters")
@@ -45,7 +45,7 @@ class Intake:
             await self._fall_back(name, path, signature, error.reason)
             return True
         except Exception as error:
-            logger.exception("adapter folder %s could not be read", name)
+            logger.exception("adapter folder %s could not be read", one_line(name))
             self._refuse(name, path, f"it could not be read ({type(error).__name__})")
             return True
         self.refusals.pop(name, None)
@@ -67,7 +67,6 @@ class Intake:
         """
         entry = self.registry.get(name)
         if entry.current is None:
-            self._withdraw(name)
             return await self.appear(name, path, signature)
         try:
             await self._move(entry, await self.reader.manifest(path, signature, name), signature)
@@ -77,7 +76,7 @@ class Intake:
         except FolderMoved:
             return False
         except Exception as error:
-            logger.exception("adapter folder %s could not be read", name)
+            logger.exception("adapter folder %s could not be read", one_line(name))
             entry.refused = f"it could not be read ({type(error).__name__})"
             self._refuse(name, path, entry.refused)
         return True
@@ -183,10 +182,12 @@ class Intake:
         self._report()
 
     def _refuse(self, name: str, path: Path, reason: str) -> None:
+        if name in self.registry and self.registry.get(name).current is None:
+            self._withdraw(name)
         self.refusals[name] = (path, reason)
         self.metrics.adapter_rejections.inc()
         kept = "; the version read before is still served" if name in self.registry else ""
-        logger.warning("adapter folder %s is not served: %s%s", name, reason, kept)
+        logger.warning("adapter folder %s is not served: %s%s", one_line(name), reason, kept)
 
     def _report(self) -> None:
         self.metrics.adapters_loaded.set(len(self.registry))

@@ -6,7 +6,6 @@ and ``generation_config.json``.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -43,12 +42,12 @@ class Neighbours:
     @property
     def chat_template(self) -> str | None:
         """The conversation's template, from whichever file has it; of several named ones the default."""
-        if self.template is not None:
+        if self.template:
             return self.template
         found = self.tokenizer.get("chat_template")
         if isinstance(found, list):
-            named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
-            found = named.get("default")
+            named = [one for one in found if isinstance(one, dict) and one.get("name") == "default"]
+            found = named[-1].get("template") if named else None
         return found if isinstance(found, str) and found else None
 
 
@@ -76,8 +75,8 @@ def _said(first: Any, second: Any) -> Any:
 
 def _number(source: Mapping[str, Any], name: str, low: float, high: float) -> float | None:
     value = source.get(name)
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if fits and value is not None and low <= value <= high else None
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+    return float(value) if fits and value is not None else None
 
 
 def _count(source: Mapping[str, Any], name: str) -> int | None:
@@ -90,6 +89,6 @@ def _eos(neighbours: Neighbours) -> tuple[str | int, ...]:
     text = token.get("content") if isinstance(token, dict) else token
     ids = neighbours.generation.get("eos_token_id")
     listed = ids if isinstance(ids, list) else [ids]
-    found: list[str | int] = [text] if isinstance(text, str) and text else []
+    found: list[str | int] = [text] if isinstance(text, str) and text.isprintable() and text else []
     found += [one for one in listed if isinstance(one, int) and not isinstance(one, bool) and one >= 0]
     return tuple(found[:16])

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import time
 import uuid
 from pathlib import Path
 
-from server.adapters.library import AdapterLibrary
+from server.adapters.library import PATIENCE, AdapterLibrary
 from server.adapters.names import is_name
 from server.adapters.registry import Adapter
 from server.adapters.versions import Pin, VersionStore
@@ -36,11 +37,7 @@ class AdapterOperator:
                 f"The adapter '{name}' is loaded already: set 'load_inplace' to replace it.", param="lora_name"
             )
         self._watcher.mount(name, folder)
-        while True:
-            await self._watcher.scan()
-            if self._watcher.is_current(name):
-                break
-            await asyncio.sleep(self._watcher.settle / 4)
+        await self._settled(name, folder)
         if (refusal := self._library.intake.refusals.get(name)) is not None:
             if name not in self._library.registry:
                 await self._watcher.hide(name)
@@ -102,6 +99,20 @@ class AdapterOperator:
         adapter = await self.pin(name, earlier[-1])
         assert adapter is not None
         return adapter
+
+    async def _settled(self, name: str, folder: Path) -> None:
+        """Wait until a mounted folder was taken in, for better or worse. Raises ``InvalidRequest``."""
+        deadline = time.monotonic() + max(PATIENCE, 4 * self._watcher.settle)
+        while True:
+            await self._watcher.scan()
+            if self._watcher.is_current(name):
+                return
+            gone = not await asyncio.to_thread(folder.is_dir)
+            if gone or time.monotonic() > deadline:
+                await self._watcher.hide(name)
+                what = "is gone" if gone else f"went on changing for {PATIENCE:g} seconds"
+                raise InvalidRequest(f"Invalid 'lora_path': the folder {what}.", param="lora_path")
+            await asyncio.sleep(self._watcher.settle / 4)
 
     async def _set_pin(self, name: str, pin: Pin) -> None:
         if self._store is not None:

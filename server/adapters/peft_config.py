@@ -232,7 +232,7 @@ def _token_indices(data: Mapping[str, Any]) -> Mapping[str, tuple[int, ...]]:
 
 def _indices(value: Any) -> tuple[int, ...]:
     good = isinstance(value, Sequence) and not isinstance(value, str) and 0 < len(value) <= MAX_TOKENS
-    if not good or not all(type(one) is int and one >= 0 for one in value) or len(set(value)) != len(value):
+    if not good or not all(type(one) is int and 0 <= one < 1 << 31 for one in value) or len(set(value)) != len(value):
         raise ValueError(
             f"adapter_config.json: trainable_token_indices has {value!r:.80}: it must be a list of different token ids"
         )

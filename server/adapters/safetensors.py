@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 MAX_HEADER_BYTES = 16 * 1024 * 1024
-MAX_NAME_CHARS = 512
+MAX_NAME_CHARS, MAX_DIMENSIONS = 512, 8
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
@@ -59,14 +59,16 @@ def _entry(name: str, value: object, offset: int) -> TensorEntry:
         raise ValueError(f"the name {name!r:.80} is no tensor's: it is longer than {MAX_NAME_CHARS} or no plain text")
     match value:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if (
-            dtype in DTYPE_BYTES and all(_is_size(size) for size in (*shape, begin, end))
+            dtype in DTYPE_BYTES
+            and len(shape) <= MAX_DIMENSIONS
+            and all(_is_size(size) for size in (*shape, begin, end))
         ):
             sizes = tuple(int(str(size)) for size in shape)
         case _:
             raise ValueError(f"the header's entry for tensor {name!r} is malformed")
     if end - begin != math.prod(sizes) * DTYPE_BYTES[dtype]:
         raise ValueError(
-            f"tensor {name!r} of shape {list(sizes)!s:.80} and type {dtype} does not fill its {end - begin} bytes"
+            f"tensor {name!r} of shape {list(sizes)} and type {dtype} does not fill its {end - begin} bytes"
         )
     return TensorEntry(name, dtype, sizes, offset + begin, offset + end)
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from watchfiles import awatch
 
-from server.adapters.aliases import ALIASES_FILE, Alias, parse_aliases
-from server.adapters.folder import Signature, signature_of
+from server.adapters.aliases import ALIASES_FILE, MAX_ALIASES_BYTES, Alias, parse_aliases
+from server.adapters.folder import Signature, read_file, signature_of
 from server.adapters.intake import Intake
 from server.adapters.versions import Pin, VersionStore
 
@@ -113,7 +113,7 @@ class AdapterWatcher:
     def mount(self, name: str, path: Path) -> None:
         """Serve a folder inside the adapter folders under a name of its own, from the next look on."""
         self._hidden.pop(name, None)
-        self._mounted[name] = path
+        self._mounted[name] = path.resolve()
         self._handled.pop(name, None)
 
     async def hide(self, name: str) -> None:
@@ -182,7 +182,7 @@ class AdapterWatcher:
         """Each adapter folder by name, with its files' names, inodes, sizes and times."""
         found: dict[str, Found] = {}
         for name, path in [*self._mounted.items(), *self._sub_folders()]:
-            if name not in found:
+            if name not in found and (name not in self._mounted or path.resolve() == path):
                 with contextlib.suppress(OSError):
                     changed = os.stat(path, follow_symlinks=False).st_ctime
                     signature = signature_of(path)
@@ -203,8 +203,8 @@ class AdapterWatcher:
         if signature != self._aliases_signature:
             self._aliases_signature = signature
             try:
-                data = await asyncio.to_thread(path.read_bytes) if signature else b""
-                self._on_aliases(parse_aliases(data))
+                data = await asyncio.to_thread(read_file, path, MAX_ALIASES_BYTES) if signature else None
+                self._on_aliases(parse_aliases(data or b""))
             except (OSError, ValueError) as error:
                 logger.error("%s is not used, the aliases before it stay: %s", ALIASES_FILE, error)
         if self._store is None:

@@ -9,7 +9,10 @@ from collections.abc import Iterator
 
 
 class DeadlineExceeded(BaseException):
-    """The work took too long, and was broken off."""
+    """The work took too long, and was broken off.
+
+    No ``Exception``: jinja2 takes those that come while it folds constants for a sign that they are none, and goes on.
+    """
 
 
 @contextlib.contextmanager

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from server.errors import InvalidRequest
@@ -17,6 +17,7 @@ Message = Mapping[str, Any]
 
 _MAX_TEMPLATE_MESSAGE = 300
 _MAX_TEMPLATE_SECONDS = 2.0
+_MAX_TEMPLATE_CHARS = 4 * 1024 * 1024
 
 
 class PromptRenderer:
@@ -45,7 +46,12 @@ class PromptRenderer:
         return found if found in self._special_ids else None
 
     def check_template(self, template: str) -> None:
-        """Raises ``ValueError`` where a chat template is wrong, or does not render the simplest conversation."""
+        """Raises ``ValueError`` where a chat template is wrong, or does not render the simplest conversation.
+
+        A power of large numbers is one call into C that no deadline ends, and that stops every other thread.
+        """
+        if "**" in _operators(template):
+            raise ValueError("its chat template uses '**', which is not allowed: write the number or the names out")
         try:
             self.chat([{"role": "user", "content": "Hello"}], template=template)
         except InvalidRequest as error:
@@ -67,22 +73,33 @@ class PromptRenderer:
         if not chosen:
             raise InvalidRequest("The base model has no chat template: use /v1/completions.", param="messages")
         plain = [_plain(message, knows_developer="developer" in str(chosen)) for message in messages]
+        how: dict[str, Any] = {
+            "tools": list(tools) if tools else None,
+            "add_generation_prompt": True,
+            "return_dict": False,
+        }
         try:
-            with nullcontext() if template is None else deadline(_MAX_TEMPLATE_SECONDS):
-                ids = self._tokenizer.apply_chat_template(
-                    plain,
-                    chat_template=template,
-                    tools=list(tools) if tools else None,
-                    add_generation_prompt=True,
-                    return_dict=False,
-                    sanitize_control_tokens=True,
-                )
+            if template is None:
+                ids = self._tokenizer.apply_chat_template(plain, sanitize_control_tokens=True, **how)
+            else:
+                with deadline(_MAX_TEMPLATE_SECONDS):
+                    ids = self._foreign(plain, template, how)
         except DeadlineExceeded:
             raise InvalidRequest("The chat template takes too long with these messages.", param="messages") from None
-        except (TemplateError, TypeError, ValueError, LookupError) as error:
-            reason = str(error)[:_MAX_TEMPLATE_MESSAGE]
-            raise InvalidRequest(f"The chat template refuses these messages: {reason}", param="messages") from error
+        except Exception as error:  # a template is a program, and fails in every way in which programs do
+            raise InvalidRequest(
+                f"The chat template refuses these messages: {_words(error)}", param="messages"
+            ) from error
+        if not ids:
+            raise InvalidRequest("The chat template makes nothing of these messages.", param="messages")
         return list(ids)
+
+    def _foreign(self, plain: list[dict[str, Any]], template: str, how: Mapping[str, Any]) -> Any:
+        """Prompt ids by a template that is not the base's; its text is measured before it becomes tokens."""
+        text = self._tokenizer.apply_chat_template(plain, chat_template=template, tokenize=False, **how)
+        if len(text) > _MAX_TEMPLATE_CHARS:
+            raise ValueError(f"they come to {len(text)} characters")
+        return self._tokenizer.apply_chat_template(plain, chat_template=template, sanitize_control_tokens=True, **how)
 
     def completion(self, text: str) -> list[int]:
         """Prompt ids of a text to be continued; an empty one is the token that begins a text."""
@@ -99,6 +116,19 @@ class PromptRenderer:
         text = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text
+
+
+def _operators(template: str) -> set[str]:
+    """The operators in a template's expressions; none where it cannot be read, which the compiler will say."""
+    with suppress(TemplateError):
+        return {text for _, kind, text in Environment().lex(template) if kind == "operator"}
+    return set()
+
+
+def _words(error: Exception) -> str:
+    """What an error says, in short, in characters that a line can hold."""
+    said = str(error)[:_MAX_TEMPLATE_MESSAGE] or type(error).__name__
+    return "".join(char if char.isprintable() else " " for char in said)
 
 
 def _plain(message: Message, *, knows_developer: bool) -> dict[str, Any]:
