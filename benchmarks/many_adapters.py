@@ -21,7 +21,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from server.adapters.manifest import Limits, read_manifest
+from server.adapters.content.manifest import Limits, read_manifest
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
 from server.lora.weights import LoRAWeights

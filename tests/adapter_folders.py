@@ -10,14 +10,14 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from server.adapters.content.manifest import BaseSignature, Limits, Manifest
+from server.adapters.content.signature import linear
 from server.adapters.intake import Intake
 from server.adapters.library import AdapterLibrary
-from server.adapters.manifest import BaseSignature, Limits, Manifest
 from server.adapters.operator import AdapterOperator
 from server.adapters.reader import AdapterReader
 from server.adapters.registry import AdapterRegistry
 from server.adapters.residency import Residency
-from server.adapters.signature import linear
 from server.adapters.versions import VersionStore
 from server.adapters.watcher import AdapterWatcher
 from server.errors import AdapterRejected

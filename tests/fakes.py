@@ -15,12 +15,12 @@ from fastapi import FastAPI
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from server.adapters.content.manifest import Listing, Manifest
+from server.adapters.content.manners import AdapterDefaults
+from server.adapters.content.peft_config import LoRAConfig
+from server.adapters.content.plan import Plan
 from server.adapters.intake import Intake
 from server.adapters.library import AdapterLibrary
-from server.adapters.manifest import Listing, Manifest
-from server.adapters.manners import AdapterDefaults
-from server.adapters.peft_config import LoRAConfig
-from server.adapters.plan import Plan
 from server.adapters.reader import AdapterReader
 from server.adapters.registry import Adapter, AdapterRegistry
 from server.adapters.residency import Residency

@@ -1,4 +1,5 @@
-"""Floor 1: adapter folders, without torch.
+"""Floor 1: adapters from folder to lease, without torch.
 
-``manifest`` reads and judges one, ``registry`` knows names and leases, ``watcher`` keeps it like the folders.
+``content`` reads and judges one folder. ``watcher`` notices, ``intake`` moves names to versions in the ``registry``,
+``versions`` are kept on disk, ``library`` leases what a request names, ``residency`` keeps the books of memory.
 """

@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
-from server.adapters.folder import Signature
-from server.adapters.manifest import Manifest
+from server.adapters.content.folder import Signature
+from server.adapters.content.manifest import Manifest
 from server.adapters.reader import AdapterReader, FolderMoved
 from server.adapters.registry import Adapter, AdapterRegistry, Entry
 from server.errors import AdapterRejected, one_line

@@ -10,9 +10,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
 from server.adapters.aliases import Alias
+from server.adapters.content.manifest import Manifest
+from server.adapters.content.manners import AdapterDefaults
 from server.adapters.intake import Intake
-from server.adapters.manifest import Manifest
-from server.adapters.manners import AdapterDefaults
 from server.adapters.names import Part, parse_model
 from server.adapters.reader import AdapterReader, FolderMoved
 from server.adapters.registry import DIGITS, Adapter, AdapterRegistry, Entry

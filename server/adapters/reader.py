@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from server.adapters.folder import Signature, signature_of
-from server.adapters.manifest import BaseSignature, Limits, Listing, Manifest, list_folder, read_manifest
-from server.adapters.manners import AdapterDefaults
+from server.adapters.content.folder import Signature, signature_of
+from server.adapters.content.manifest import BaseSignature, Limits, Listing, Manifest, list_folder, read_manifest
+from server.adapters.content.manners import AdapterDefaults
 from server.adapters.versions import CachedDigest, VersionStore
 from server.errors import AdapterRejected
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from server.adapters.folder import Signature
-from server.adapters.manifest import Listing, Manifest
-from server.adapters.manners import AdapterDefaults
+from server.adapters.content.folder import Signature
+from server.adapters.content.manifest import Listing, Manifest
+from server.adapters.content.manners import AdapterDefaults
 from server.adapters.versions import Pin
 from server.errors import ModelNotFound
 

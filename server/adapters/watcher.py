@@ -19,7 +19,7 @@ from pathlib import Path
 from watchfiles import awatch
 
 from server.adapters.aliases import ALIASES_FILE, MAX_ALIASES_BYTES, Alias, parse_aliases
-from server.adapters.folder import Signature, read_file, signature_of
+from server.adapters.content.folder import Signature, read_file, signature_of
 from server.adapters.intake import Intake
 from server.adapters.versions import Pin, VersionStore
 

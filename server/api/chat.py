@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from server.adapters.manners import AdapterDefaults
+from server.adapters.content.manners import AdapterDefaults
 from server.api.answer import answer
 from server.api.generation import Generation
 from server.api.protocol import ChatRequest

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from server.adapters.manners import AdapterDefaults
+from server.adapters.content.manners import AdapterDefaults
 from server.adapters.registry import DIGITS, Adapter, Entry
 from server.api.state import ServerState, State
 from server.errors import ModelNotFound

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import TypeVar
 
-from server.adapters.manners import AdapterDefaults
+from server.adapters.content.manners import AdapterDefaults
 from server.api.protocol import GenerationRequest
 from server.errors import ContextLengthExceeded
 from server.sequence import SamplingParams

@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from server.adapters.folder import (
+from server.adapters.content.folder import (
     CONFIG_FILE,
     GENERATION_FILE,
     MAX_JSON_BYTES,

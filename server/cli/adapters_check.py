@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from server.adapters.doctor import Examination
-from server.adapters.manifest import Manifest
+from server.adapters.content.doctor import Examination
+from server.adapters.content.manifest import Manifest
 from server.adapters.names import is_name
 from server.cli.adapters_report import report
 from server.cli.examiner import Examiner

@@ -24,8 +24,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from server.adapters.folder import CONFIG_FILE, SOURCE_FILE, WEIGHTS_FILE
-from server.adapters.peft_config import parse_peft_config
+from server.adapters.content.folder import CONFIG_FILE, SOURCE_FILE, WEIGHTS_FILE
+from server.adapters.content.peft_config import parse_peft_config
 from server.cli.adapters_add import COMPANION_FILES
 from server.cli.options import command_parser, parse_options
 from server.cli.publish import NotPublished, choose_target, published_folder

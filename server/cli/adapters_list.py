@@ -7,10 +7,10 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 from server.adapters.aliases import ALIASES_FILE, Alias, parse_aliases
+from server.adapters.content.words import first
 from server.adapters.names import parse_model
 from server.adapters.registry import DIGITS, Adapter
 from server.adapters.versions import Pin, VersionStore
-from server.adapters.words import first
 from server.cli.adapters_pins import describe
 from server.cli.examiner import Examiner
 from server.cli.folders import adapter_folders, open_store

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from server.adapters.doctor import Examination
-from server.adapters.folder import (
+from server.adapters.content.doctor import Examination
+from server.adapters.content.folder import (
     CONFIG_FILE,
     GENERATION_FILE,
     SIDECAR_FILE,
@@ -19,10 +19,10 @@ from server.adapters.folder import (
     TOKENIZER_FILE,
     WEIGHTS_FILE,
 )
-from server.adapters.manners import AdapterDefaults
-from server.adapters.module_plan import LowRank
-from server.adapters.plan import Plan
-from server.adapters.signature import BaseSignature
+from server.adapters.content.manners import AdapterDefaults
+from server.adapters.content.module_plan import LowRank
+from server.adapters.content.plan import Plan
+from server.adapters.content.signature import BaseSignature
 
 Row = tuple[str, str]
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from server.adapters.doctor import Examination, examine
-from server.adapters.manifest import Limits
-from server.adapters.manners import AdapterDefaults
+from server.adapters.content.doctor import Examination, examine
+from server.adapters.content.manifest import Limits
+from server.adapters.content.manners import AdapterDefaults
 from server.cli.folders import limits_of
 from server.errors import AdapterRejected
 from server.lora.bank import LoRABank

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
-from server.adapters.manifest import Limits
+from server.adapters.content.manifest import Limits
 from server.adapters.versions import VersionStore
 from server.errors import SettingsError
 from server.settings import EMBEDDED_BASE, Settings

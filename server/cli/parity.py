@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from server.adapters.manifest import Manifest
+from server.adapters.content.manifest import Manifest
 from server.lora.weights import LoRAWeights
 from server.model.loader import Base, load_stock
 from server.model.rope import fix_rope

@@ -19,7 +19,7 @@ import uvicorn
 from fastapi import FastAPI
 from transformers import GenerationConfig
 
-from server.adapters.manners import AdapterDefaults
+from server.adapters.content.manners import AdapterDefaults
 from server.adapters.watcher import AdapterWatcher
 from server.api.app import ServerState, create_app
 from server.cli.shelf import build_shelf

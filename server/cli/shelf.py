@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from server.adapters.content.manifest import Manifest
+from server.adapters.content.manners import AdapterDefaults
 from server.adapters.intake import Intake
 from server.adapters.library import AdapterLibrary
-from server.adapters.manifest import Manifest
-from server.adapters.manners import AdapterDefaults
 from server.adapters.operator import AdapterOperator
 from server.adapters.reader import AdapterReader
 from server.adapters.registry import AdapterRegistry

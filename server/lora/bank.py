@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from server.adapters.signature import Kind
+from server.adapters.content.signature import Kind
 from server.lora.layer import AdaptedModule, LoRAEmbedding, LoRALinear, LoRARows
 from server.lora.rows import Rows
 from server.lora.weights import LoRAWeights

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from server.adapters.signature import Kind
+from server.adapters.content.signature import Kind
 
 
 @dataclass(frozen=True, eq=False)

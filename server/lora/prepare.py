@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from server.adapters.module_plan import LowRank, ModulePlan
-from server.adapters.module_plan import TokenRows as TokenEntries
-from server.adapters.parts import num_experts
-from server.adapters.safetensors import TensorEntry
-from server.adapters.signature import ModuleShape
+from server.adapters.content.module_plan import LowRank, ModulePlan
+from server.adapters.content.module_plan import TokenRows as TokenEntries
+from server.adapters.content.parts import num_experts
+from server.adapters.content.safetensors import TensorEntry
+from server.adapters.content.signature import ModuleShape
 from server.lora.delta import Delta, ParameterDelta, TokenRows, with_parameters
 from server.lora.dora import weight_norm
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from server.adapters.manifest import Manifest
+from server.adapters.content.manifest import Manifest
 from server.errors import AdapterRejected
 from server.lora.delta import Delta
 from server.lora.prepare import Preparation

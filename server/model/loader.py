@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from server.adapters.signature import BaseSignature, ModuleShape
+from server.adapters.content.signature import BaseSignature, ModuleShape
 from server.errors import BaseModelNotFound, BaseModelRefused, SettingsError
 from server.model.admission import admit
 from server.model.attention import FlatAttention, Layout, Span

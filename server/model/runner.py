@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from server.adapters.manifest import Manifest
+from server.adapters.content.manifest import Manifest
 from server.lora.bank import LoRABank
 from server.lora.weights import LoRAWeights
 from server.model.attention import FlatAttention, Layout, Span

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from server.adapters.signature import BaseSignature, Kind, ModuleShape
+from server.adapters.content.signature import BaseSignature, Kind, ModuleShape
 
 PROBE_ROWS = 13
 """A number that is no model's count of heads or experts, so that no other axis is taken for the rows."""

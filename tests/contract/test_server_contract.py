@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 from transformers import AutoTokenizer
 
-from server.adapters.sidecar import parse_sidecar
+from server.adapters.content.sidecar import parse_sidecar
 from server.api.chat import led_by
 from server.model.fingerprint import base_fingerprint
 from server.text.prompt import PromptRenderer

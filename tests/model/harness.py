@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationMixin, PreTrainedModel
 
-from server.adapters.signature import ModuleShape
+from server.adapters.content.signature import ModuleShape
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
 from server.lora.weights import LoRAWeights

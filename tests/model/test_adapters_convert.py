@@ -16,7 +16,7 @@ from peft import PeftModel, PeftType, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from server.adapters.peft_config import parse_peft_config
+from server.adapters.content.peft_config import parse_peft_config
 from server.cli.adapters_convert import BY_MERGING, BY_PEFT, DEFAULT_MAX_ERROR, main
 from tests.model.families import VOCAB_SIZE, build
 from tests.model.tuner_outcomes import OUTCOMES, REFUSED, Outcome

@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from server.adapters.manifest import Limits, read_manifest
+from server.adapters.content.manifest import Limits, read_manifest
 from server.lora.weights import LoRAWeights
 from server.model.shapes import signature_of
 from tests.model.families import FAMILIES, build, fix_long_factors

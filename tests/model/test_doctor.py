@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from server.__main__ import main
-from server.adapters.doctor import examine
-from server.adapters.manifest import Manifest, read_manifest
+from server.adapters.content.doctor import examine
+from server.adapters.content.manifest import Manifest, read_manifest
 from server.cli import adapters_check, parity
 from server.errors import AdapterRejected
 from server.lora.weights import LoRAWeights

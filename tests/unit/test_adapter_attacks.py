@@ -32,9 +32,9 @@ import torch
 from fastapi import FastAPI
 from starlette.types import Message
 
-from server.adapters import folder as folder_module
-from server.adapters.folder import signature_of
-from server.adapters.manifest import Limits, Manifest, list_folder, read_manifest
+from server.adapters.content import folder as folder_module
+from server.adapters.content.folder import signature_of
+from server.adapters.content.manifest import Limits, Manifest, list_folder, read_manifest
 from server.adapters.reader import AdapterReader, FolderMoved
 from server.api.app import ServerState, create_app
 from server.engine.async_engine import AsyncEngine
@@ -160,8 +160,8 @@ def chat(model: str, **more: Any) -> dict[str, Any]:
 WATCHED = """
 import json, socket, sys
 from pathlib import Path
-from server.adapters.manifest import BaseSignature, Limits, read_manifest
-from server.adapters.signature import linear
+from server.adapters.content.manifest import BaseSignature, Limits, read_manifest
+from server.adapters.content.signature import linear
 from server.errors import AdapterRejected
 
 modules = {"model.layers.0.q_proj": linear(6, 4), "model.layers.0.v_proj": linear(6, 2)}
@@ -800,7 +800,7 @@ async def test_a_folder_that_changes_while_it_is_read_is_not_judged(
     tmp_path: Path, change: Callable[[Path], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Files exchanged before, between and after those that are read: half of one version and half of another."""
-    read_file, calls, phase, path = folder_module._read_file, 0, 0, tmp_path
+    read_file, calls, phase, path = folder_module.read_file_at, 0, 0, tmp_path
 
     def step() -> None:
         nonlocal calls
@@ -814,7 +814,7 @@ async def test_a_folder_that_changes_while_it_is_read_is_not_judged(
         step()
         return found
 
-    monkeypatch.setattr(folder_module, "_read_file", read_and_step)
+    monkeypatch.setattr(folder_module, "read_file_at", read_and_step)
     reader = AdapterReader(BASE, LIMITS, judge_manners=lambda defaults: step())
     phases = 2 * len(EXPECTED_FILES) + 1  # around each file, and when all are read
     paths = [make(tmp_path / str(number), "good") for number in range(phases)]

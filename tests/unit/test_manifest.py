@@ -14,8 +14,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from server.adapters.manifest import BaseSignature, Limits, Manifest, read_manifest
-from server.adapters.signature import linear
+from server.adapters.content.manifest import BaseSignature, Limits, Manifest, read_manifest
+from server.adapters.content.signature import linear
 from server.errors import AdapterRejected
 from server.lora.weights import LoRAWeights
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from server.adapters.folder import signature_of
-from server.adapters.manifest import Manifest, read_manifest
-from server.adapters.manners import AdapterDefaults
+from server.adapters.content.folder import signature_of
+from server.adapters.content.manifest import Manifest, read_manifest
+from server.adapters.content.manners import AdapterDefaults
 from server.adapters.reader import AdapterReader
 from server.api.app import create_app
 from server.api.protocol import ChatRequest

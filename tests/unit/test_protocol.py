@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from server.adapters.manners import AdapterDefaults
+from server.adapters.content.manners import AdapterDefaults
 from server.api.protocol import IGNORED, NEUTRAL, ChatRequest, CompletionRequest
 from server.api.sampling import completion_length, overlay, sampling_params, stop_strings
 from server.errors import ContextLengthExceeded, UnsupportedParameter

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from server.adapters.safetensors import TensorEntry
-from server.adapters.signature import ModuleShape
+from server.adapters.content.safetensors import TensorEntry
+from server.adapters.content.signature import ModuleShape
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from server.adapters.sidecar import Sidecar, SidecarSampling
+from server.adapters.content.sidecar import Sidecar, SidecarSampling
 
 
 @dataclass(frozen=True)

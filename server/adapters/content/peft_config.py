@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from server.adapters.patterns import NO_PATTERN, Pattern
+from server.adapters.content.patterns import NO_PATTERN, Pattern
 
 READ, NO_EFFECT = "read", "has no effect when serving"
 _CONVERT = "convert it to plain LoRA: quickchange adapters convert FOLDER"

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from server.adapters.safetensors import MAX_HEADER_BYTES
+from server.adapters.content.safetensors import MAX_HEADER_BYTES
 
 CONFIG_FILE, WEIGHTS_FILE, SIDECAR_FILE = "adapter_config.json", "adapter_model.safetensors", "quickchange.json"
 TEMPLATE_FILE, TOKENIZER_FILE = "chat_template.jinja", "tokenizer_config.json"
@@ -53,9 +53,9 @@ def read_files(path: Path, *, max_bytes: int, whole: bool = True) -> AdapterFile
     """Read the folder. Raises ``ValueError`` or ``OSError`` where it holds no adapter, links or special files."""
     folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        config = _read_file(folder, CONFIG_FILE, MAX_JSON_BYTES)
-        weights = _read_file(folder, WEIGHTS_FILE, max_bytes, header_only=not whole)
-        others = {name: _read_file(folder, name, limit) for name, limit in OPTIONAL_FILES.items()}
+        config = read_file_at(folder, CONFIG_FILE, MAX_JSON_BYTES)
+        weights = read_file_at(folder, WEIGHTS_FILE, max_bytes, header_only=not whole)
+        others = {name: read_file_at(folder, name, limit) for name, limit in OPTIONAL_FILES.items()}
         if config is None or weights is None:
             raise ValueError(_what_is_missing(set(os.listdir(folder))))
         created = int(os.fstat(folder).st_mtime)
@@ -69,13 +69,13 @@ def read_file(path: Path, limit: int) -> bytes | None:
     """One file, read as those of an adapter; None where there is none. Raises ``ValueError`` or ``OSError``."""
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        found = _read_file(folder, path.name, limit)
+        found = read_file_at(folder, path.name, limit)
     finally:
         os.close(folder)
     return None if found is None else found[0]
 
 
-def _read_file(folder: int, name: str, limit: int, *, header_only: bool = False) -> tuple[bytes, int] | None:
+def read_file_at(folder: int, name: str, limit: int, *, header_only: bool = False) -> tuple[bytes, int] | None:
     """The file's bytes and its size, or None where there is none; links and special files are refused unread."""
     try:
         descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from server.adapters.module_plan import LowRank, ModulePlan, TokenRows
-from server.adapters.peft_config import LoRAConfig
-from server.adapters.safetensors import TensorEntry
-from server.adapters.signature import ModuleShape
-from server.adapters.tensor_names import ModuleTensors
+from server.adapters.content.module_plan import LowRank, ModulePlan, TokenRows
+from server.adapters.content.peft_config import LoRAConfig
+from server.adapters.content.safetensors import TensorEntry
+from server.adapters.content.signature import ModuleShape
+from server.adapters.content.tensor_names import ModuleTensors
 
 
 def module_plan(module: str, tensors: ModuleTensors, config: LoRAConfig, shape: ModuleShape) -> ModulePlan:

@@ -9,14 +9,14 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from server.adapters.fit import problems_of
-from server.adapters.module_plan import LowRank, ModulePlan, TokenRows
-from server.adapters.parts import module_plan
-from server.adapters.peft_config import LoRAConfig
-from server.adapters.safetensors import TensorEntry
-from server.adapters.signature import BaseSignature, ModuleShape, embedding, linear
-from server.adapters.tensor_names import ModuleTensors, sort_tensors
-from server.adapters.words import first
+from server.adapters.content.fit import problems_of
+from server.adapters.content.module_plan import LowRank, ModulePlan, TokenRows
+from server.adapters.content.parts import module_plan
+from server.adapters.content.peft_config import LoRAConfig
+from server.adapters.content.safetensors import TensorEntry
+from server.adapters.content.signature import BaseSignature, ModuleShape, embedding, linear
+from server.adapters.content.tensor_names import ModuleTensors, sort_tensors
+from server.adapters.content.words import first
 
 __all__ = [
     "BaseSignature", "LowRank", "ModulePlan", "ModuleShape", "Plan", "PlanError", "TokenRows", "embedding", "first",

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from server.adapters.folder import (
+from server.adapters.content.folder import (
     CONFIG_FILE,
     GENERATION_FILE,
     SIDECAR_FILE,
@@ -23,19 +23,19 @@ from server.adapters.folder import (
     AdapterFiles,
     read_files,
 )
-from server.adapters.manners import AdapterDefaults, Neighbours, defaults_of
+from server.adapters.content.manners import AdapterDefaults, Neighbours, defaults_of
+from server.adapters.content.peft_config import LoRAConfig, parse_peft_config
+from server.adapters.content.plan import BaseSignature, Plan, PlanError, make_plan
+from server.adapters.content.safetensors import TensorEntry, read_header
+from server.adapters.content.sidecar import Sidecar, parse_sidecar
 from server.adapters.names import is_name
-from server.adapters.peft_config import LoRAConfig, parse_peft_config
-from server.adapters.plan import BaseSignature, Plan, PlanError, make_plan
-from server.adapters.safetensors import TensorEntry, read_header
-from server.adapters.sidecar import Sidecar, parse_sidecar
 from server.errors import AdapterRejected
 from server.metrics import BASE
 
 __all__ = ["BaseSignature", "Limits", "Listing", "Manifest", "list_folder", "read_manifest"]
 
 
-_EXPONENTS: Mapping[str, tuple[np.dtype[Any], int]] = {
+EXPONENTS: Mapping[str, tuple[np.dtype[Any], int]] = {
     "F32": (np.dtype("<u4"), 0x7F800000),
     "F16": (np.dtype("<u2"), 0x7C00),
     "BF16": (np.dtype("<u2"), 0x7F80),
@@ -96,7 +96,7 @@ def read_manifest(path: Path, base: BaseSignature, limits: Limits, *, name: str 
     with _refusals(name or path.name):
         files = read_files(path, max_bytes=limits.max_bytes)
         listing = _judge(path, base, limits, name or path.name, files)
-        _check_values(files.weights, read_header(files.weights))
+        check_values(files.weights, read_header(files.weights))
         weights_digest = _digest(files.config, files.weights)
         manners = [files.others.get(SIDECAR_FILE, b""), (listing.defaults.chat_template or "").encode()]
         manners += [files.others.get(GENERATION_FILE, b""), repr(listing.defaults.eos).encode()]
@@ -126,10 +126,10 @@ def _judge(path: Path, base: BaseSignature, limits: Limits, name: str, files: Ad
         raise ValueError("the folder's name is no model name: use letters, digits, '.', '_' and '-', 128 at most")
     if name in (base.name, BASE):
         raise ValueError("this name means the base model: rename the folder")
-    config = parse_peft_config(_json(files.config, CONFIG_FILE))
-    sidecar = _optional(files, SIDECAR_FILE, parse_sidecar)
-    _check_sidecar(sidecar, base)
-    defaults = _manners(files, sidecar, base, limits)
+    config = parse_peft_config(parse_json(files.config, CONFIG_FILE))
+    sidecar = parse_optional(files, SIDECAR_FILE, parse_sidecar)
+    check_sidecar(sidecar, base)
+    defaults = manners_of(files, sidecar, base, limits)
     try:
         entries = read_header(files.weights, files.weights_size)
     except ValueError as error:
@@ -142,26 +142,29 @@ def _judge(path: Path, base: BaseSignature, limits: Limits, name: str, files: Ad
     return Listing(name, path, config, sidecar, defaults, plan, files.created)
 
 
-def _json(data: bytes, name: str) -> Any:
+def parse_json(data: bytes, name: str) -> Any:
+    """A file's JSON. Raises ``ValueError`` that names the file."""
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is not valid JSON: {error}") from None
 
 
-def _optional(files: AdapterFiles, name: str, parse: Callable[[Any], Any]) -> Any:
-    return None if name not in files.others else parse(_json(files.others[name], name))
+def parse_optional(files: AdapterFiles, name: str, parse: Callable[[Any], Any]) -> Any:
+    """A file that need not be there, parsed; None where it is not."""
+    return None if name not in files.others else parse(parse_json(files.others[name], name))
 
 
 def _object(files: AdapterFiles, name: str) -> Mapping[str, Any]:
     """A neighbour's JSON object; what else it may hold is no concern of ours."""
-    found = _optional(files, name, lambda data: data)
+    found = parse_optional(files, name, lambda data: data)
     if found is not None and not isinstance(found, dict):
         raise ValueError(f"{name} is not a JSON object")
     return found or {}
 
 
-def _manners(files: AdapterFiles, sidecar: Sidecar | None, base: BaseSignature, limits: Limits) -> AdapterDefaults:
+def manners_of(files: AdapterFiles, sidecar: Sidecar | None, base: BaseSignature, limits: Limits) -> AdapterDefaults:
+    """The manners that sidecar and neighbours ask for. Raises ``ValueError`` where a template is not trusted."""
     template = files.others.get(TEMPLATE_FILE)
     try:
         text = None if template is None else template.decode()
@@ -179,7 +182,8 @@ def _manners(files: AdapterFiles, sidecar: Sidecar | None, base: BaseSignature, 
     return defaults
 
 
-def _check_sidecar(sidecar: Sidecar | None, base: BaseSignature) -> None:
+def check_sidecar(sidecar: Sidecar | None, base: BaseSignature) -> None:
+    """Raises ``ValueError`` where the sidecar names another base."""
     if sidecar is not None and sidecar.base.fingerprint != base.fingerprint:
         raise ValueError(
             f"it was trained on another base ({sidecar.base.name}, fingerprint {sidecar.base.fingerprint[:19]}); this "
@@ -187,10 +191,10 @@ def _check_sidecar(sidecar: Sidecar | None, base: BaseSignature) -> None:
         )
 
 
-def _check_values(data: bytes, entries: Mapping[str, TensorEntry]) -> None:
+def check_values(data: bytes, entries: Mapping[str, TensorEntry]) -> None:
     """No NaN and no infinity: in each format the numbers whose exponent bits are all ones."""
     for name, entry in entries.items():
-        kind, exponent = _EXPONENTS[entry.dtype]
+        kind, exponent = EXPONENTS[entry.dtype]
         bits = np.frombuffer(data, kind, (entry.end - entry.begin) // kind.itemsize, entry.begin)
         if ((bits & exponent) == exponent).any():
             raise ValueError(f"the weights of {name} hold NaN or infinity: train it again")

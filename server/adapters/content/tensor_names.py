@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from server.adapters.safetensors import TensorEntry
+from server.adapters.content.safetensors import TensorEntry
 
 _PREFIX = "base_model.model."
 _ROLES = (

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from server.adapters.folder import (
+from server.adapters.content.folder import (
     CONFIG_FILE,
     MAX_JSON_BYTES,
     OPTIONAL_FILES,
@@ -21,25 +21,25 @@ from server.adapters.folder import (
     SOURCE_FILE,
     WEIGHTS_FILE,
     AdapterFiles,
-    _read_file,
+    read_file_at,
 )
-from server.adapters.manifest import (
-    _EXPONENTS,
+from server.adapters.content.manifest import (
+    EXPONENTS,
     BaseSignature,
     Limits,
     Manifest,
-    _check_sidecar,
-    _check_values,
-    _json,
-    _manners,
-    _optional,
+    check_sidecar,
+    check_values,
+    manners_of,
+    parse_json,
+    parse_optional,
     read_manifest,
 )
-from server.adapters.manners import AdapterDefaults
-from server.adapters.peft_config import FIELDS, READ, LoRAConfig, parse_peft_config
-from server.adapters.plan import LowRank, Plan, PlanError, make_plan
-from server.adapters.safetensors import TensorEntry, read_header
-from server.adapters.sidecar import Sidecar, parse_sidecar
+from server.adapters.content.manners import AdapterDefaults
+from server.adapters.content.peft_config import FIELDS, READ, LoRAConfig, parse_peft_config
+from server.adapters.content.plan import LowRank, Plan, PlanError, make_plan
+from server.adapters.content.safetensors import TensorEntry, read_header
+from server.adapters.content.sidecar import Sidecar, parse_sidecar
 from server.errors import AdapterRejected
 
 JudgeManners = Callable[[AdapterDefaults], None]
@@ -113,12 +113,12 @@ def _look_closer(found: Examination, base: BaseSignature, limits: Limits, judge_
     if files.config:
         _judge_config(found, files.config)
     with found.noting():
-        found.sidecar = _optional(files, SIDECAR_FILE, parse_sidecar)
-        _check_sidecar(found.sidecar, base)
+        found.sidecar = parse_optional(files, SIDECAR_FILE, parse_sidecar)
+        check_sidecar(found.sidecar, base)
     with found.noting():
-        _manners(files, found.sidecar, base, limits)
+        manners_of(files, found.sidecar, base, limits)
     with contextlib.suppress(ValueError):
-        found.defaults = _manners(files, found.sidecar, base, replace(limits, trust_chat_templates=True))
+        found.defaults = manners_of(files, found.sidecar, base, replace(limits, trust_chat_templates=True))
     if found.defaults is not None:
         with found.noting():
             judge_manners(found.defaults)
@@ -134,7 +134,7 @@ def _read_parts(found: Examination, limits: Limits) -> AdapterFiles:
         try:
             for name, limit in {CONFIG_FILE: MAX_JSON_BYTES, WEIGHTS_FILE: limits.max_bytes, **OPTIONAL_FILES}.items():
                 with found.noting():
-                    part = _read_file(folder, name, limit)
+                    part = read_file_at(folder, name, limit)
                     parts |= {} if part is None else {name: part[0]}
         finally:
             os.close(folder)
@@ -145,7 +145,7 @@ def _read_parts(found: Examination, limits: Limits) -> AdapterFiles:
 def _judge_config(found: Examination, data: bytes) -> None:
     """Every field by itself, then all together but for those that were refused and say nothing of the tensors."""
     with found.noting():
-        said = _json(data, CONFIG_FILE)
+        said = parse_json(data, CONFIG_FILE)
         found.said = said if isinstance(said, dict) else {}
         wrong = {name: problem for name, value in found.said.items() if (problem := _field_problem(name, value))}
         found.problems += wrong.values()
@@ -168,7 +168,7 @@ def _judge_weights(found: Examination, data: bytes, base: BaseSignature, limits:
     with found.noting(f"{WEIGHTS_FILE}: "):
         entries = read_header(data)
     with found.noting():
-        _check_values(data, {name: entry for name, entry in entries.items() if entry.dtype in _EXPONENTS})
+        check_values(data, {name: entry for name, entry in entries.items() if entry.dtype in EXPONENTS})
     if not entries or found.config is None:
         return
     with found.noting():

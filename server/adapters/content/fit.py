@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from server.adapters.module_plan import LowRank, ModulePlan
-from server.adapters.parts import num_experts
-from server.adapters.peft_config import LoRAConfig
-from server.adapters.signature import BaseSignature, ModuleShape, Shape
-from server.adapters.words import first
+from server.adapters.content.module_plan import LowRank, ModulePlan
+from server.adapters.content.parts import num_experts
+from server.adapters.content.peft_config import LoRAConfig
+from server.adapters.content.signature import BaseSignature, ModuleShape, Shape
+from server.adapters.content.words import first
 
 
 def problems_of(
