@@ -24,13 +24,12 @@ from transformers import AutoModelForCausalLM
 from server.adapters.content.manifest import Limits, read_manifest
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
-from server.lora.weights import LoRAWeights
 from server.metrics import Metrics
 from server.model.device import available_threads
 from server.model.loader import find_base, load_base
 from server.model.runner import ModelRunner
 from server.model.sampler import Sampler
-from server.sequence import SamplingParams, Sequence
+from server.sequence import AdapterUse, SamplingParams, Sequence
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -45,7 +44,7 @@ def make_adapters(base: Path, folder: Path, count: int, rank: int) -> list[Path]
         )
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
         paths.append(folder / f"adapter-{number}")
-        model.save_pretrained(paths[-1])
+        model.save_pretrained(str(paths[-1]))
     return paths
 
 
@@ -58,15 +57,15 @@ def ours(
     digests = []
     for path in adapters:
         manifest = read_manifest(path, base.signature, Limits(256, 1 << 30))
-        runner.add_adapter(manifest.weights_digest, LoRAWeights.of(manifest, torch.device("cpu")))
+        runner.add_adapter(manifest.weights_digest, runner.prepare(manifest))
         digests.append(manifest.weights_digest)
     scheduler = Scheduler(max_num_seqs=max_num_seqs, max_num_batched_tokens=512, max_model_len=512)
     engine = Engine(scheduler, runner, Sampler(), Metrics())
 
     def run(prompts: list[list[int]], num_tokens: int) -> None:
         for number, prompt in enumerate(prompts):
-            adapter = digests[number % len(digests)]
-            engine.add(Sequence(number, tuple(prompt), num_tokens, SamplingParams(temperature=0.0), adapter))
+            uses = (AdapterUse(digests[number % len(digests)]),)
+            engine.add(Sequence(number, tuple(prompt), num_tokens, SamplingParams(temperature=0.0), uses))
         while not engine.idle:
             engine.step()
 

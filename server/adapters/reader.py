@@ -1,11 +1,11 @@
-"""Reads adapter folders in a thread of its own, which gives way to the engine's."""
+"""Reads adapter folders in a thread of its own.
+
+It is as urgent as the engine's: one of lower priority would be put aside while it keeps the interpreter.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,8 +18,6 @@ from server.adapters.versions import CachedDigest, VersionStore
 from server.errors import AdapterRejected
 
 T = TypeVar("T")
-
-_NICENESS = 10
 
 
 class FolderMoved(Exception):
@@ -41,7 +39,7 @@ class AdapterReader:
         self._base, self._limits, self._judge_manners = base, limits, judge_manners
         self._digests: dict[str, CachedDigest] = {}
         self._unsaved = 0
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapters", initializer=_give_way)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapters")
 
     async def run(self, function: Callable[..., T], *arguments: object) -> T:
         """Run something in the reader's thread, behind what it has to do already."""
@@ -127,9 +125,3 @@ class AdapterReader:
         except ValueError as error:
             raise AdapterRejected(name, str(error)) from None
         return manifest
-
-
-def _give_way() -> None:
-    """Lower this thread's priority, where the system has one for each thread."""
-    with contextlib.suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)

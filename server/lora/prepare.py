@@ -1,6 +1,12 @@
-"""From the bytes of a weights file to the tensors of each module. Base modules are only read."""
+"""From the bytes of a weights file to the tensors of each module. Base modules are only read.
+
+Every operation of torch here hands the interpreter to the engine's thread and must wait to get it back, so that under
+load their number is the time a load takes.
+"""
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 from torch import nn
@@ -27,6 +33,7 @@ class Preparation:
 
     def delta(self, part: ModulePlan, base: nn.Module) -> Delta | None:
         """A module's change, None where it is none."""
+        before = self.squares
         own = self._own_parameters(part, base)
         bias = own.pop("bias", None) if part.shape.kind == "linear" and "weight" not in own else None
         replaced = with_parameters(base, own) if own or part.parameters else None
@@ -45,7 +52,7 @@ class Preparation:
             _embed_scale(base) if part.shape.kind == "embedding" else 1.0,
             part.shape.axis,
         )
-        return delta if _changes_something(delta) else None
+        return delta if self.squares > before or _changes_something(delta) else None
 
     def _own_parameters(self, part: ModulePlan, base: nn.Module) -> dict[str, torch.Tensor]:
         """Whole parameters in the base's format, those that differ from the base's."""
@@ -123,12 +130,18 @@ class Preparation:
 
 def _like(module: nn.Module) -> torch.Tensor:
     """A tensor in float32 on the module's device."""
-    return torch.empty(0, device=next(module.parameters()).device)
+    return _float32_on(next(module.parameters()).device)
+
+
+@cache
+def _float32_on(device: torch.device) -> torch.Tensor:
+    return torch.empty(0, device=device)
 
 
 def _square(left: torch.Tensor, right: torch.Tensor) -> float:
     """The sum of the squares of ``left @ right`` [..., x, rank] and [..., rank, y], from two small matrices."""
-    return max(0.0, float(((left.mT @ left) * (right @ right.mT)).sum()))
+    total = float(((left.mT @ left) * (right @ right.mT)).sum())
+    return 0.0 if total < 0 else total  # NaN stays
 
 
 def _embed_scale(module: nn.Module) -> float:

@@ -35,11 +35,13 @@ class LoRAWeights:
             module: preparation.delta(part, base_modules[module]) for module, part in manifest.plan.parts.items()
         }
         deltas = {module: delta for module, delta in prepared.items() if delta is not None}
-        if vast := [module for module, delta in deltas.items() if not delta.finite]:
+        norm = math.sqrt(preparation.squares) if preparation.squares >= 0 else math.nan
+        doubtful = [module for module, delta in deltas.items() if not (delta.plain and math.isfinite(norm))]
+        if vast := [module for module in doubtful if not (math.isfinite(norm) and deltas[module].finite)]:
             raise AdapterRejected(manifest.name, f"the weights of {vast[0]} are too large to compute with")
         if not deltas:
             raise AdapterRejected(manifest.name, "all its deltas are zero, so it would change nothing: was it trained?")
-        return cls(deltas, math.sqrt(preparation.squares))
+        return cls(deltas, norm)
 
     @property
     def num_bytes(self) -> int:
