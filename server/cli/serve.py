@@ -8,6 +8,7 @@ import hashlib
 import logging
 import signal
 import socket
+import sys
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -37,6 +38,12 @@ from server.text.prompt import PromptRenderer
 
 logger = logging.getLogger("quickchange")
 
+SWITCH_INTERVAL = 0.0005
+"""Seconds after which a thread hands the interpreter over to one that waits for it.
+
+The engine's thread gives it up at every operation of torch, hundreds in a step, and with Python's 5 ms it would wait as
+long to get it back whenever an adapter is read or a request parsed meanwhile.
+"""
 MOST_NAMES = 20
 """Adapters named in the log at start."""
 
@@ -84,6 +91,7 @@ def build(settings: Settings) -> Service:
     """Load the base and put every part in its place. Raises a ``StartError`` where that cannot be."""
     since = time.perf_counter()
     torch.set_num_threads(settings.threads or available_threads())
+    sys.setswitchinterval(SWITCH_INTERVAL)
     base = load_base(
         settings.base_model,
         name=settings.base_name,
