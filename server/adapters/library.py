@@ -149,7 +149,7 @@ class AdapterLibrary:
         self.registry.pins = pins
         for adapter in before:
             if adapter is not None:
-                self.residency.drop_unwanted(adapter.weights_digest)
+                self._drop_unwanted(adapter)
                 self._show_version(adapter.name)
         self.preload()
 
@@ -272,6 +272,8 @@ class AdapterLibrary:
 
     def _release(self, held: tuple[Held, ...]) -> None:
         self.residency.release({one.adapter.weights_digest for one in held})
+        for one in held:
+            self._drop_unwanted(one.adapter)
         for name in {one.adapter.name for one in held}:
             self._in_use[name] -= 1
             self._forget_if_gone(name)
@@ -304,10 +306,17 @@ class AdapterLibrary:
             if ahead:
                 self.residency.release(needs)
             if before is not None:
-                self.residency.drop_unwanted(before.weights_digest)
+                self._drop_unwanted(before)
             self.preload()
             self._show_version(entry.name)
             self._report()
+
+    def _drop_unwanted(self, adapter: Adapter) -> None:
+        """Free what nobody uses and nobody can ask for, and forget what was known of it."""
+        digest = adapter.weights_digest
+        self.residency.drop_unwanted(digest)
+        if self.residency.state(digest) is None and not self.registry.is_wanted(digest):
+            self._norms.pop(digest, None)
 
     def _arrived(self, entry: Entry) -> None:
         if entry.pin.resident:
@@ -315,8 +324,7 @@ class AdapterLibrary:
 
     def _left(self, entry: Entry) -> None:
         for adapter in entry.versions:
-            self.residency.drop_unwanted(adapter.weights_digest)
-            self._norms.pop(adapter.weights_digest, None)
+            self._drop_unwanted(adapter)
         self._forget_if_gone(entry.name)
         self._report()
 
