@@ -83,11 +83,11 @@ class Shelf:
         self.store = VersionStore(root / "state", keep=3) if state else None
         self.registry = AdapterRegistry(keep=3, retain=not state)
         self.reader = AdapterReader(BASE, LIMITS, store=self.store)
-        self.residency = Residency(room * NUM_BYTES, unload=self.freed.append, is_wanted=self.registry.is_wanted)
-        self.intake = Intake(self.registry, self.reader, metrics=self.metrics)
-        self.library = AdapterLibrary(
-            self.registry, self.residency, self.intake, self.reader, self._load, max_waiting=8
+        self.residency = Residency(
+            room * NUM_BYTES, unload=self.freed.append, is_wanted=self.registry.is_wanted, max_waiting=8
         )
+        self.intake = Intake(self.registry, self.reader, metrics=self.metrics)
+        self.library = AdapterLibrary(self.registry, self.residency, self.intake, self.reader, self._load)
         self.watcher = AdapterWatcher(
             [self.first, self.second],
             self.intake,

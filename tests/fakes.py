@@ -220,7 +220,7 @@ def library(*adapters: Adapter) -> AdapterLibrary:
         registry.publish(each, Listing(each.name, each.path, config, None, each.defaults, Plan({}), each.created), ())
     reader = cast(AdapterReader, FakeReader(registry))
     residency = Residency(1_000_000, unload=lambda digest: None, is_wanted=registry.is_wanted)
-    return AdapterLibrary(registry, residency, Intake(registry, reader, metrics=metrics), reader, load, max_waiting=8)
+    return AdapterLibrary(registry, residency, Intake(registry, reader, metrics=metrics), reader, load)
 
 
 BASE = "micro"

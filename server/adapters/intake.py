@@ -44,6 +44,8 @@ class Intake:
         except AdapterRejected as error:
             await self._fall_back(name, path, signature, error.reason)
             return True
+        except FolderMoved:
+            return False
         except Exception as error:
             logger.exception("adapter folder %s could not be read", one_line(name))
             self._refuse(name, path, f"it could not be read ({type(error).__name__})")
@@ -122,7 +124,7 @@ class Intake:
         versions = await self.reader.find_kept(name, (pin and pin.version) or "")
         try:
             kept = await self.reader.kept(name, versions[-1]) if versions else None
-        except AdapterRejected:
+        except (AdapterRejected, FolderMoved):
             kept = None
         if kept is not None:
             self.registry.publish(Adapter.read(kept), kept.listing, signature)
@@ -147,6 +149,8 @@ class Intake:
         adapter = Adapter.read(manifest)
         self.refusals.pop(entry.name, None)
         if entry.current is not None and entry.current.version_digest == adapter.version_digest:
+            if entry.listing.path != manifest.path:
+                entry.listing, entry.current = manifest.listing, adapter
             entry.signature, entry.refused = signature, None
             return
         await self._keep(manifest, signature)

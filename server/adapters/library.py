@@ -84,7 +84,7 @@ class Lease:
 
 
 class AdapterLibrary:
-    """Leases adapters. ``load`` puts weights into the engine; at most ``max_waiting`` requests wait for room."""
+    """Leases adapters. ``load`` puts weights into the engine."""
 
     def __init__(
         self,
@@ -93,16 +93,15 @@ class AdapterLibrary:
         intake: Intake,
         reader: AdapterReader,
         load: LoadWeights,
-        *,
-        max_waiting: int,
     ) -> None:
         self.registry, self.residency, self.intake, self.reader = registry, residency, intake, reader
         self.aliases: Mapping[str, Alias] = {}
         self.metrics = intake.metrics
-        self._load_weights, self._max_waiting = load, max_waiting
-        self._preloading: set[asyncio.Task[None]] = set()
+        self._load_weights = load
+        self._preloading: dict[str, asyncio.Task[None]] = {}
         self._norms: dict[str, float] = {}
         self._in_use: Counter[str] = Counter()
+        self._at_a_time = asyncio.Semaphore(2)  # whole files in memory beside the budget
         intake.moving_in, intake.arrived, intake.left = self._moving_in, self._arrived, self._left
 
     async def acquire(self, model: str, *, user: str | None = None, scale: float | None = None) -> Lease:
@@ -110,8 +109,6 @@ class AdapterLibrary:
 
         Raises ``ModelNotFound``, ``InvalidRequest`` where the name's grammar or a composition is wrong, ``QueueFull``.
         """
-        if self.residency.num_waiting >= self._max_waiting:
-            raise QueueFull(self._max_waiting)
         parts = self._parts(model, user, scale)
         loop = asyncio.get_running_loop()
         deadline = loop.time() + PATIENCE
@@ -119,11 +116,13 @@ class AdapterLibrary:
             try:
                 return await self._lease(parts)
             except FolderMoved as error:
-                if loop.time() > deadline or self._is_gone(str(error), parts):
+                ours = any(part.name == str(error) for part in parts)
+                if loop.time() > deadline or (ours and self._is_gone(str(error), parts)):
                     raise ModelNotFound(model) from None
-                await asyncio.sleep(_LOOK_AGAIN)
             except AdapterRejected as error:
-                raise ModelNotFound(error.adapter) from error
+                if loop.time() > deadline or any(part.name == error.adapter for part in parts):
+                    raise ModelNotFound(error.adapter) from error
+            await asyncio.sleep(_LOOK_AGAIN)
 
     async def served(self, name: str) -> Adapter:
         """The version that a bare name means. Raises ``ModelNotFound`` where there is none."""
@@ -155,21 +154,32 @@ class AdapterLibrary:
 
     def preload(self) -> None:
         """Load what is pinned in memory, in the background."""
-        pinned = [entry for entry in self.registry if entry.pin.resident]
+        pinned = [entry for entry in self.registry if self._stays(entry)]
         self.residency.pin(entry.served.weights_digest for entry in pinned if entry.served is not None)
         for entry in pinned:
-            if entry.served is None or self.residency.state(entry.served.weights_digest) is None:
-                task = asyncio.ensure_future(self._preload(entry.name))
-                self._preloading.add(task)
-                task.add_done_callback(self._preloading.discard)
+            there = entry.served is not None and self.residency.state(entry.served.weights_digest) is not None
+            if not there and entry.name not in self._preloading:
+                self._preloading[entry.name] = asyncio.ensure_future(self._preload(entry.name))
+
+    def _stays(self, entry: Entry) -> bool:
+        """Whether it is pinned in memory, or at a version that is nowhere else."""
+        nowhere_else = self.registry.retain and entry.served is not None and entry.served is not entry.current
+        return entry.pin.resident or nowhere_else
 
     async def _preload(self, name: str) -> None:
+        try:
+            await self._preload_once(name)
+        finally:
+            del self._preloading[name]
+
+    async def _preload_once(self, name: str) -> None:
         try:
             lease = await self._lease((Part(name),))
         except (ModelNotFound, AdapterRejected, FolderMoved, QueueFull) as error:
             logger.warning("the pinned adapter %s is not in memory: %s", name, error)
             return
-        if (served := self.registry.get(name).served if name in self.registry else None) is not None:
+        entry = self.registry.get(name) if name in self.registry else None
+        if entry is not None and self._stays(entry) and (served := entry.served) is not None:
             self.residency.pin({*self.residency.pinned, served.weights_digest})
         lease.release()
 
@@ -198,6 +208,9 @@ class AdapterLibrary:
             raise InvalidRequest("These adapters do not fit into memory together.", param="model")
         await self.residency.hold(needs, lambda digest: self._load(adapters[digest]))
         self._in_use.update({one.adapter.name for one in held})
+        for one in held:
+            self.metrics.know_adapter(one.adapter.name)
+            self._show_version(one.adapter.name)
         self._report()
         return Lease(held, lambda: self._release(held))
 
@@ -237,17 +250,19 @@ class AdapterLibrary:
 
     async def _load(self, adapter: Adapter) -> None:
         """Read a version's bytes again, hash them, and put its weights into the engine."""
-        with self.metrics.adapter_load_seconds.time():
-            manifest = await self._bytes_of(adapter)
-            try:
-                await self._put(manifest)
-            except AdapterRejected as error:
-                entry = self.registry.get(adapter.name) if adapter.name in self.registry else None
-                if entry is not None and entry.current is adapter:
-                    self.intake.refuse(entry, error.reason)
-                raise
-        self.metrics.know_adapter(adapter.name)
-        self._show_version(adapter.name)
+        async with self._at_a_time:
+            with self.metrics.adapter_load_seconds.time():
+                await self._read_and_put(adapter)
+
+    async def _read_and_put(self, adapter: Adapter) -> None:
+        manifest = await self._bytes_of(adapter)
+        try:
+            await self._put(manifest)
+        except AdapterRejected as error:
+            entry = self.registry.get(adapter.name) if adapter.name in self.registry else None
+            if entry is not None and entry.current is adapter:
+                self.intake.refuse(entry, error.reason)
+            raise
 
     async def _put(self, manifest: Manifest) -> None:
         self._norms[manifest.weights_digest] = await self._load_weights(manifest)
@@ -323,6 +338,8 @@ class AdapterLibrary:
             self.preload()
 
     def _left(self, entry: Entry) -> None:
+        if entry.pin.resident:
+            self.preload()
         for adapter in entry.versions:
             self._drop_unwanted(adapter)
         self._forget_if_gone(entry.name)

@@ -36,7 +36,7 @@ class AdapterOperator:
             raise InvalidRequest(
                 f"The adapter '{name}' is loaded already: set 'load_inplace' to replace it.", param="lora_name"
             )
-        self._watcher.mount(name, folder)
+        await self._watcher.mount(name, folder)
         await self._settled(name, folder)
         if (refusal := self._library.intake.refusals.get(name)) is not None:
             if name not in self._library.registry:
@@ -53,10 +53,11 @@ class AdapterOperator:
 
     async def delete(self, name: str) -> None:
         """Delete an adapter: folder, kept versions and pin. Raises ``ModelNotFound`` or ``InvalidRequest``."""
-        path = self._library.registry.get(name).listing.path
-        if path.parent.resolve() != self._watcher.folders[0].resolve():
+        entry = self._library.registry.get(name)
+        path = entry.listing.path if entry.refused is None else self._watcher.folders[0] / name
+        if path.name != name or path.parent.resolve() != self._watcher.folders[0].resolve():
             raise InvalidRequest(
-                f"The adapter '{name}' comes with the package or is not right inside the adapter folder: unload it.",
+                f"The adapter '{name}' has no folder of its own right inside the adapter folder: unload it.",
                 param="model",
             )
         try:
@@ -68,6 +69,9 @@ class AdapterOperator:
         await self._watcher.hide(name)
         if self._store is not None:
             await asyncio.to_thread(self._store.forget, name)
+        self._watcher.forget_pins()
+        pins = self._library.registry.pins
+        self._library.set_pins({one: pin for one, pin in pins.items() if one != name})
 
     async def pin(self, name: str, version: str | None) -> Adapter | None:
         """Hold a name at a version, or keep it in memory where none is given. Raises as ``AdapterLibrary.acquire``."""
@@ -117,6 +121,7 @@ class AdapterOperator:
     async def _set_pin(self, name: str, pin: Pin) -> None:
         if self._store is not None:
             await asyncio.to_thread(self._store.set_pin, name, pin)
+            self._watcher.forget_pins()
         self._library.set_pins({**self._library.registry.pins, name: pin})
 
     def _inside(self, text: str) -> Path:

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class FolderMoved(Exception):
-    """The folder is not as it was when it had settled: what it holds now is still to be judged."""
+    """What the folder holds is still to be judged: it changed since it had settled, or cannot be read just now."""
 
 
 class AdapterReader:
@@ -46,8 +46,11 @@ class AdapterReader:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
     async def listing(self, path: Path, name: str) -> Listing:
-        """A folder's headers. Raises ``AdapterRejected``."""
-        return await self.run(lambda: list_folder(path, self._base, self._limits, name=name))
+        """A folder's headers. Raises ``AdapterRejected``, or ``FolderMoved`` where they cannot be read just now."""
+        try:
+            return await self.run(lambda: list_folder(path, self._base, self._limits, name=name))
+        except OSError as error:
+            raise FolderMoved(name) from error
 
     async def manifest(self, path: Path, signature: Signature, name: str) -> Manifest:
         """The whole folder, if it is as it was when it had settled. Raises ``FolderMoved`` or ``AdapterRejected``."""
@@ -103,6 +106,8 @@ class AdapterReader:
             raise FolderMoved(name)
         try:
             manifest = self._read(path, name)
+        except OSError as error:
+            raise FolderMoved(name) from error
         except AdapterRejected:
             if signature_of(path) != signature:
                 raise FolderMoved(name) from None
@@ -115,7 +120,10 @@ class AdapterReader:
         folder = None if self.store is None else self.store.folder(version_digest)
         if folder is None:
             return None
-        manifest = self._read(folder, name)
+        try:
+            manifest = self._read(folder, name)
+        except OSError as error:
+            raise FolderMoved(name) from error
         return manifest if manifest.version_digest == version_digest else None
 
     def _read(self, path: Path, name: str) -> Manifest:

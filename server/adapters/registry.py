@@ -106,7 +106,7 @@ class AdapterRegistry:
     """
 
     def __init__(self, *, keep: int = 3, retain: bool = True) -> None:
-        self._keep, self._retain = keep, retain
+        self._keep, self.retain = keep, retain
         self._entries: dict[str, Entry] = {}
         self._names: dict[str, set[str]] = {}
         self._pins: Mapping[str, Pin] = {}
@@ -167,13 +167,13 @@ class AdapterRegistry:
     def is_wanted(self, weights_digest: str) -> bool:
         """Whether somebody could ask for these weights again without reading a file."""
         entries = [self._entries[name] for name in self._names.get(weights_digest, ()) if name in self._entries]
-        if any(weights_digest == one.weights_digest for entry in entries for one in self._in_memory(entry)):
-            return True
-        self._names.pop(weights_digest, None)
-        return False
+        knowing = [one for one in entries if any(weights_digest == v.weights_digest for v in one.versions)]
+        if not knowing:
+            self._names.pop(weights_digest, None)
+        return any(weights_digest == one.weights_digest for entry in knowing for one in self._in_memory(entry))
 
     def _in_memory(self, entry: Entry) -> list[Adapter]:
-        if self._retain:
+        if self.retain:
             return entry.versions
         asked = [one for digest, one in entry.older.items() if digest in entry.asked]
         return [*asked, *[one for one in (entry.current, entry.served) if one is not None]]
@@ -183,8 +183,9 @@ class AdapterRegistry:
         entry.older[adapter.version_digest] = adapter
         spare = [digest for digest in entry.older if not _is_pinned(entry, digest)]
         for digest in spare[: max(0, len(entry.older) - self._keep)]:
-            del entry.older[digest]
+            dropped = entry.older.pop(digest)
             entry.asked.discard(digest)
+            self.is_wanted(dropped.weights_digest)
 
 
 def _is_pinned(entry: Entry, digest: str) -> bool:

@@ -12,6 +12,8 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
+from server.errors import QueueFull
+
 PATIENCE = 1.0
 """Seconds after which the first in the queue is let in before those whose weights are in memory."""
 
@@ -26,17 +28,28 @@ class _Ticket:
     needs: Mapping[str, int]
     load: Load
     since: float
-    admitted: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    admitted: asyncio.Future[list[asyncio.Task[None]]] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
 
 
 class Residency:
     """Bytes by weights digest, leases and pins.
 
-    ``unload(digest)`` frees weights; ``is_wanted(digest)`` says whether anybody may ask for them again.
+    ``unload(digest)`` frees weights; ``is_wanted(digest)`` says whether anybody may ask for them again. ``num_bytes``
+    are taken, by weights in memory and by those on their way; at most ``max_waiting`` wait for room.
     """
 
-    def __init__(self, max_bytes: int, *, unload: Callable[[str], None], is_wanted: Callable[[str], bool]) -> None:
-        self.max_bytes = max_bytes
+    def __init__(
+        self,
+        max_bytes: int,
+        *,
+        unload: Callable[[str], None],
+        is_wanted: Callable[[str], bool],
+        max_waiting: int = 256,
+    ) -> None:
+        self.max_bytes, self.max_waiting = max_bytes, max_waiting
+        self.num_bytes = 0
         self.num_evicted = 0
         self._unload, self._is_wanted = unload, is_wanted
         self._bytes: OrderedDict[str, int] = OrderedDict()
@@ -44,11 +57,6 @@ class Residency:
         self._leases: Counter[str] = Counter()
         self._pinned: frozenset[str] = frozenset()
         self._queue: deque[_Ticket] = deque()
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes taken, by weights in memory and by those on their way."""
-        return sum(self._bytes.values())
 
     @property
     def digests(self) -> list[str]:
@@ -75,16 +83,20 @@ class Residency:
 
     def pin(self, digests: Iterable[str]) -> None:
         """From now on exactly these stay in memory once they are there."""
-        self._pinned = frozenset(digests)
+        before, self._pinned = self._pinned, frozenset(digests)
+        for digest in before - self._pinned:
+            self.drop_unwanted(digest)
         self._admit()
 
     async def hold(self, needs: Mapping[str, int], load: Load) -> None:
-        """Lease weights, all or none: wait for room, load what is missing. Raises what ``load`` raises."""
-        await self._reserve(needs, load)
+        """Lease weights, all or none: wait for room, load what is missing.
+
+        Raises ``QueueFull``, and what ``load`` raises.
+        """
+        loading = await self._reserve(needs, load)
         try:
-            for digest in needs:
-                if (task := self._loading.get(digest)) is not None:
-                    await asyncio.shield(task)
+            for task in loading:
+                await asyncio.shield(task)
         except BaseException:
             self.release(needs)
             raise
@@ -110,22 +122,24 @@ class Residency:
 
     def check_integrity(self) -> None:
         """What is leased is in memory or on its way."""
+        assert self.num_bytes == sum(self._bytes.values()), "bytes are miscounted"
         assert all(count > 0 for count in self._leases.values()), "a lease is negative"
         assert set(self._leases) <= set(self._bytes), "leased weights are not in memory"
         assert set(self._loading) <= set(self._bytes), "weights on their way have no room"
 
-    async def _reserve(self, needs: Mapping[str, int], load: Load) -> None:
+    async def _reserve(self, needs: Mapping[str, int], load: Load) -> list[asyncio.Task[None]]:
         now = asyncio.get_running_loop().time()
         starving = bool(self._queue) and now - self._queue[0].since > PATIENCE
         in_memory = all(digest in self._bytes for digest in needs)
         if (in_memory and not starving) or (not self._queue and self._fits(needs)):
-            self._take(needs, load)
-            return
+            return self._take(needs, load)
+        if len(self._queue) >= self.max_waiting:
+            raise QueueFull(self.max_waiting)
         ticket = _Ticket(needs, load, now)
         self._queue.append(ticket)
         self._admit()
         try:
-            await ticket.admitted
+            return await ticket.admitted
         except asyncio.CancelledError:
             if ticket in self._queue:
                 self._queue.remove(ticket)
@@ -138,31 +152,35 @@ class Residency:
         while self._queue and self._fits(self._queue[0].needs):
             ticket = self._queue.popleft()
             if not ticket.admitted.done():
-                self._take(ticket.needs, ticket.load)
-                ticket.admitted.set_result(None)
+                ticket.admitted.set_result(self._take(ticket.needs, ticket.load))
 
-    def _take(self, needs: Mapping[str, int], load: Load) -> None:
+    def _take(self, needs: Mapping[str, int], load: Load) -> list[asyncio.Task[None]]:
         """Lease, evicting as much as the missing ones need, and set them on their way."""
         self._leases.update(needs.keys())
         missing = {digest: size for digest, size in needs.items() if digest not in self._bytes}
-        for digest in [digest for digest in self._bytes if self._is_movable(digest)]:
-            if not missing or self.num_bytes + sum(missing.values()) <= self.max_bytes:
+        coming = sum(missing.values())
+        for digest in [digest for digest in self._bytes if missing and self._is_movable(digest)]:
+            if self.num_bytes + coming <= self.max_bytes:
                 break
             self._remove(digest)
             self.num_evicted += 1
         for digest in needs:
             if digest in missing:
                 self._bytes[digest] = missing[digest]
+                self.num_bytes += missing[digest]
                 self._loading[digest] = asyncio.ensure_future(self._bring(digest, load))
                 self._loading[digest].add_done_callback(_retrieve)
             self._bytes.move_to_end(digest)
+        return [self._loading[digest] for digest in needs if digest in self._loading]
 
     async def _bring(self, digest: str, load: Load) -> None:
         """Load for all who wait; each of them may be cancelled without disturbing the others."""
         try:
             await load(digest)
         except BaseException:
-            del self._loading[digest], self._bytes[digest]
+            del self._loading[digest]
+            self.num_bytes -= self._bytes.pop(digest)
+            self._admit()
             raise
         del self._loading[digest]
         self.drop_unwanted(digest)
@@ -183,7 +201,7 @@ class Residency:
         return digest in self._bytes and not in_use
 
     def _remove(self, digest: str) -> None:
-        del self._bytes[digest]
+        self.num_bytes -= self._bytes.pop(digest)
         self._unload(digest)
 
 

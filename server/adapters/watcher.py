@@ -110,17 +110,25 @@ class AdapterWatcher:
             self._seen = {name: self._sighting(name, one, now) for name, one in found.items()}
             return not waiting and not self._missing
 
-    def mount(self, name: str, path: Path) -> None:
+    async def mount(self, name: str, path: Path) -> None:
         """Serve a folder inside the adapter folders under a name of its own, from the next look on."""
-        self._hidden.pop(name, None)
-        self._mounted[name] = path.resolve()
-        self._handled.pop(name, None)
+        async with self._scanning:
+            self._hidden.pop(name, None)
+            self._mounted[name] = path.resolve()
+            self._handled.pop(name, None)
+
+    def forget_pins(self) -> None:
+        """Read the pins again at the next look, whatever their files look like."""
+        self._pins_signature = None
 
     async def hide(self, name: str) -> None:
         """Serve a name no more, until its folder changes or it is mounted."""
         async with self._scanning:
-            if name in self._handled:
-                self._hidden[name] = self._handled[name][1]
+            if self._mounted.pop(name, None) is not None:
+                self._handled.pop(name, None)
+            for own, path in await asyncio.to_thread(lambda: list(self._sub_folders())):
+                if own == name and name not in self._hidden:
+                    self._hidden[name] = await asyncio.to_thread(signature_of, path)
             self._forget(name)
 
     def is_current(self, name: str) -> bool:

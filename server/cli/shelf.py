@@ -48,9 +48,14 @@ def build_shelf(
         return weights.delta_norm
 
     reader = AdapterReader(base.signature, limits_of(settings), store=store, judge_manners=judge_manners)
-    residency = Residency(settings.adapter_memory, unload=engine.unload_adapter, is_wanted=registry.is_wanted)
+    residency = Residency(
+        settings.adapter_memory,
+        unload=engine.unload_adapter,
+        is_wanted=registry.is_wanted,
+        max_waiting=settings.max_queued_seqs,
+    )
     intake = Intake(registry, reader, metrics=metrics)
-    library = AdapterLibrary(registry, residency, intake, reader, load, max_waiting=settings.max_queued_seqs)
+    library = AdapterLibrary(registry, residency, intake, reader, load)
     watcher = AdapterWatcher(
         adapter_folders(settings),
         intake,

@@ -207,6 +207,7 @@ class AsyncEngine:
         for stream in self._streams.values():
             stream.put(error)
         self._streams.clear()
+        self._refuse_loads(error)
 
     def _run(self) -> None:
         """The thread: commands, then a step, while there is something to do."""

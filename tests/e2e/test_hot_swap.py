@@ -187,6 +187,18 @@ def test_a_folder_that_is_being_copied_is_not_served_until_it_is_whole(stage: St
     assert stage.ask("copied").text == stage.ask("two").text
 
 
+def test_a_name_that_shares_its_weights_leaves_no_series_behind(stage: Stage) -> None:
+    """Only names whose own request had loaded the weights were known to the metrics, and so forgotten."""
+    stage.ask("two")
+    shutil.copytree(stage.folder / "two", stage.folder / "twin")
+    stage.server.until("it is listed", lambda: "twin" in stage.server.models())
+    stage.ask("twin")
+    assert stage.server.metric("quickchange_requests_total", adapter="twin", finish_reason="length") == 1
+    shutil.rmtree(stage.folder / "twin")
+    stage.server.until("it is gone", lambda: "twin" not in stage.server.models())
+    assert [one for one in stage.server.series() if 'adapter="twin"' in one] == []
+
+
 def test_while_a_folder_is_copied_over_another_the_other_is_served(stage: Stage) -> None:
     stage.put("covered", 3)
     old, new = stage.ask("covered"), stage.ask("two")
@@ -307,6 +319,17 @@ def test_load_unload_and_delete(stage: Stage) -> None:
     assert "doomed" not in stage.server.models() and not (stage.folder / "doomed").exists()
     with pytest.raises(openai.NotFoundError):
         stage.ask(doomed.label)
+
+
+def test_an_adapter_loaded_in_the_place_of_a_folder_stays_unloaded(stage: Stage) -> None:
+    """The folder of that name, which had not changed, was served again at the next look."""
+    stage.put("taken", 3)
+    loaded = stage.admin("POST", "/v1/load_lora_adapter", lora_name="taken", lora_path="two", load_inplace=True)
+    assert loaded.json()["adapter"] == stage.ask("two").label.replace("two", "taken")
+    assert stage.admin("POST", "/v1/unload_lora_adapter", lora_name="taken").status_code == 200
+    shutil.copytree(stage.folder / "two", stage.folder / "later")
+    stage.server.until("the folders were looked at", lambda: "later" in stage.server.models())
+    assert "taken" not in stage.server.models()
 
 
 def test_pin_roll_back_and_unpin(stage: Stage) -> None:

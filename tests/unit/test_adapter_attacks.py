@@ -451,8 +451,8 @@ async def test_loading_a_folder_that_goes_away_is_answered(shelf: Shelf, monkeyp
     """A folder deleted between the look at its path and the look at its files: the request waited for ever."""
     path, mount = make(shelf.first, "a"), shelf.watcher.mount
 
-    def mount_and_lose(name: str, folder: Path) -> None:
-        mount(name, folder)
+    async def mount_and_lose(name: str, folder: Path) -> None:
+        await mount(name, folder)
         shutil.rmtree(path)
 
     monkeypatch.setattr(shelf.watcher, "mount", mount_and_lose)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -364,3 +365,87 @@ async def test_a_thousand_adapters_that_come_and_go_leave_nothing(shelf: Shelf) 
     assert not shelf.registry._names
     assert not shelf.library._norms
     assert len(next(iter(shelf.metrics.registry.collect())).samples) == series
+
+
+async def test_a_name_is_not_lost_because_another_with_its_bytes_cannot_be_read(shelf: Shelf) -> None:
+    """A load is shared by content: whoever joined one that failed got the other name's 404."""
+    make(shelf.first, "a")
+    make(shelf.first, "b")
+    await shelf.watcher.scan()
+    assert await shelf.version("a") == await shelf.version("b")
+    shutil.rmtree(shelf.first / "a")
+    first, second = asyncio.ensure_future(shelf.use("a")), asyncio.ensure_future(shelf.use("b"))
+    await asyncio.sleep(0)
+    await shelf.watcher.scan()
+    with pytest.raises(ModelNotFound):
+        await first
+    assert (await second).startswith("b@")
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+async def test_an_older_version_in_use_is_read_once(kept: Shelf, pinned: bool) -> None:
+    """It was freed after each request, because nobody had wanted it for a moment."""
+    make(kept.first, "a")
+    await kept.watcher.scan()
+    old = await kept.use("a")
+    await replace(kept, "a", lora_alpha=16)
+    await kept.use("a")
+    if pinned:
+        await kept.operator.rollback("a")
+    kept.loaded.clear()
+    for _ in range(5):
+        assert await kept.use("a" if pinned else old) == old
+    assert len(kept.loaded) <= 1
+
+
+async def test_a_version_held_in_memory_only_stays_there(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path, room=1)
+    make(shelf.first, "a")
+    make(shelf.first, "b", lora_alpha=32)
+    await shelf.watcher.scan()
+    old = await shelf.use("a")
+    await shelf.operator.pin("a", old.partition("@")[2])
+    await replace(shelf, "a", lora_alpha=16)
+    await shelf.use("b")
+    assert await shelf.use("a") == old
+
+
+async def test_a_folder_with_the_bytes_of_the_one_it_follows_is_where_they_are(tmp_path: Path) -> None:
+    """A demo adapter behind a removed copy of itself was looked for where the copy had been."""
+    shelf = Shelf(tmp_path, room=1)
+    make(shelf.first, "a")
+    make(shelf.second, "a")
+    make(shelf.first, "b", lora_alpha=16)
+    await shelf.watcher.scan()
+    label = await shelf.use("a")
+    shutil.rmtree(shelf.first / "a")
+    await shelf.watcher.scan()
+    await shelf.use("b")
+    assert await asyncio.wait_for(shelf.use("a"), 5) == label
+
+
+async def test_weights_pinned_in_memory_go_with_their_folder(shelf: Shelf) -> None:
+    make(shelf.first, "a")
+    await shelf.watcher.scan()
+    await shelf.operator.pin("a", None)
+    await shelf.use("a")
+    await replace(shelf, "a", lora_alpha=16)
+    await shelf.use("a")
+    shutil.rmtree(shelf.first / "a")
+    await shelf.watcher.scan()
+    assert (shelf.residency.num_bytes, shelf.residency.pinned) == (0, frozenset())
+
+
+async def test_an_error_of_the_system_is_no_verdict(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder seen while the process had no descriptor to spare was refused until somebody touched it."""
+    make(shelf.first, "a")
+
+    def exhausted(*arguments: object, **named: object) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("server.adapters.content.folder.os.open", exhausted)
+        assert not await shelf.watcher.scan()
+    assert shelf.intake.refusals == {}
+    await shelf.watcher.scan()
+    assert (await shelf.use("a")).startswith("a@")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from server.adapters.versions import Pin
 from server.errors import AdapterRejected, InvalidRequest, ModelNotFound
 from tests.adapter_folders import CONFIG, Shelf, make, write
 
@@ -130,3 +131,36 @@ async def test_pin_refuses_a_version_that_is_not_kept(shelf: Shelf) -> None:
     await shelf.watcher.scan()
     with pytest.raises(ModelNotFound):
         await shelf.operator.pin("a", "0000")
+
+
+@pytest.mark.parametrize("state", [False, True])
+async def test_a_deleted_names_pin_does_not_wait_for_its_next_folder(tmp_path: Path, state: bool) -> None:
+    shelf = Shelf(tmp_path, state=state)
+    make(shelf.first, "a")
+    await shelf.watcher.scan()
+    await shelf.operator.pin("a", (await shelf.use("a")).partition("@")[2])
+    await shelf.operator.delete("a")
+    make(shelf.first, "a", lora_alpha=16)
+    await shelf.watcher.scan()
+    assert (await shelf.use("a")).startswith("a@")
+
+
+async def test_delete_takes_no_folder_of_another_name(shelf: Shelf) -> None:
+    path = make(shelf.first, "b")
+    await shelf.operator.load("a", "b", in_place=False)
+    with pytest.raises(InvalidRequest, match="no folder of its own"):
+        await shelf.operator.delete("a")
+    assert path.exists()
+
+
+async def test_a_pin_taken_away_by_hand_is_seen_at_the_next_look(shelf: Shelf) -> None:
+    make(shelf.first, "a")
+    await shelf.watcher.scan()
+    label = await shelf.use("a")
+    write(shelf.first / "a", config=CONFIG | {"lora_alpha": 16})
+    await shelf.watcher.scan()
+    await shelf.operator.rollback("a")
+    assert shelf.store is not None
+    shelf.store.set_pin("a", Pin())
+    await shelf.watcher.scan()
+    assert await shelf.use("a") != label

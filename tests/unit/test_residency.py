@@ -153,6 +153,49 @@ async def test_a_failed_load_is_told_to_all_who_wait_and_leaves_nothing(memory: 
     assert memory.books.digests == ["a"]
 
 
+async def test_several_are_not_had_where_one_of_them_fails_first() -> None:
+    """The one that failed while another was awaited was taken for loaded, and its absence broke the whole batch off."""
+    memory, slow = Memory(), asyncio.Event()
+
+    async def load(digest: str) -> None:
+        if digest == "bad":
+            raise OSError(digest)
+        await slow.wait()
+
+    holding = asyncio.ensure_future(memory.books.hold({"good": 4, "bad": 4}, load))
+    await asyncio.sleep(0.01)
+    slow.set()
+    with pytest.raises(OSError, match="bad"):
+        await holding
+    memory.books.check_integrity()
+    assert memory.books.num_leases("good") == 0
+
+
+async def test_room_that_a_failed_load_leaves_is_given_to_who_waits(memory: Memory) -> None:
+    """Where nobody waited for that load any more, nobody was let in either, for ever."""
+    memory.gate.clear()
+    memory.bad.add("a")
+    gone = memory.hold_later("a", size=10)
+    await asyncio.sleep(0)
+    waiting = memory.hold_later("b", size=10)
+    await asyncio.sleep(0)
+    gone.cancel()
+    await asyncio.gather(gone, return_exceptions=True)
+    memory.gate.set()
+    await asyncio.wait_for(waiting, 1)
+
+
+async def test_weights_that_are_pinned_no_more_go_where_nobody_wants_them(memory: Memory) -> None:
+    memory.books.pin(["a"])
+    await memory.hold("a")
+    memory.books.release(["a"])
+    memory.unwanted.add("a")
+    memory.books.drop_unwanted("a")
+    assert memory.freed == []
+    memory.books.pin([])
+    assert memory.freed == ["a"]
+
+
 async def test_a_waiter_who_leaves_disturbs_nobody(memory: Memory) -> None:
     memory.gate.clear()
     first, second = memory.hold_later("a"), memory.hold_later("a")

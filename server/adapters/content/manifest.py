@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -41,6 +42,10 @@ EXPONENTS: Mapping[str, tuple[np.dtype[Any], int]] = {
     "BF16": (np.dtype("<u2"), 0x7F80),
 }
 """How wide each format is, and which bits are its exponent."""
+
+
+PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EIO, errno.ESTALE, errno.EINTR})
+"""Errors of the system that say nothing of the folder: it is to be read again."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,10 @@ class Manifest(Listing):
 
 
 def list_folder(path: Path, base: BaseSignature, limits: Limits, *, name: str | None = None) -> Listing:
-    """Read and judge all but the tensors' bytes. Raises ``AdapterRejected`` with a sentence that says what to do."""
+    """Read and judge all but the tensors' bytes.
+
+    Raises ``AdapterRejected`` with a sentence that says what to do, ``OSError`` where trying again may help.
+    """
     with _refusals(name or path.name):
         return _judge(path, base, limits, name or path.name, read_files(path, max_bytes=limits.max_bytes, whole=False))
 
@@ -118,6 +126,8 @@ def _refusals(name: str) -> Iterator[None]:
     except ValueError as error:
         raise AdapterRejected(name, str(error)) from None
     except OSError as error:
+        if error.errno in PASSING:
+            raise
         raise AdapterRejected(name, f"cannot be read: {error.strerror}") from None
 
 
