@@ -15,7 +15,7 @@ import httpx
 import pytest
 import yaml
 
-from tests.serving import ROOT, ServerProcess
+from tests.serving import ROOT, ServerProcess, running_server
 
 PROMETHEUS = ROOT / "deploy" / "prometheus"
 DASHBOARD = ROOT / "deploy" / "grafana" / "dashboards" / "quickchange.json"
@@ -46,10 +46,11 @@ def test_promtool_finds_nothing_to_say_about_the_metrics(tool: Tool, server: Ser
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_prometheus_scrapes_a_server_and_every_query_of_the_dashboard_has_an_answer(
-    tool: Tool, server: ServerProcess, tmp_path: Path
-) -> None:
-    with running_prometheus(tool("prometheus"), tmp_path, server.url.removeprefix("http://")) as url:
+def test_prometheus_scrapes_a_server_and_every_query_of_the_dashboard_has_an_answer(tool: Tool, tmp_path: Path) -> None:
+    with (
+        running_server("--adapter-memory", "9000000") as server,  # room for two, so that adapters are loaded meanwhile
+        running_prometheus(tool("prometheus"), tmp_path, server.url.removeprefix("http://")) as url,
+    ):
         wait_for(lambda: values(url, 'up{job="quickchange"}') == ["1"], "up == 1")
         use(server)
         for query in dashboard_queries():
