@@ -2,50 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 from torch import nn
 
-from server.adapters.content.manifest import BaseSignature, Limits, Manifest, read_manifest
-from server.adapters.content.signature import linear
+from server.adapters.content.manifest import Limits, Manifest, read_manifest
 from server.errors import AdapterRejected
 from server.lora.weights import LoRAWeights
+from tests.adapter_folders import BASE, CONFIG, LIMITS, PREFIX, SIDECAR, tensors, write
 
-FINGERPRINT = "sha256:" + "a" * 64
-BASE = BaseSignature(
-    "base", FINGERPRINT, {"model.layers.0.q_proj": linear(6, 4), "model.layers.0.v_proj": linear(6, 2)}
-)
 BASE_MODULES: dict[str, nn.Module] = {
     "model.layers.0.q_proj": nn.Linear(6, 4, bias=False),
     "model.layers.0.v_proj": nn.Linear(6, 2, bias=False),
 }
-LIMITS = Limits(max_rank=8, max_bytes=100_000)
-CONFIG: dict[str, Any] = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 4, "bias": "none"}
-PREFIX = "base_model.model.model.layers.0."
-SIDECAR: dict[str, Any] = {
-    "schema_version": 1,
-    "base": {"name": "base", "fingerprint": FINGERPRINT},
-    "created": "2026-01-01T00:00:00Z",
-    "stop": ["###"],
-}
-
-
-def tensors() -> dict[str, torch.Tensor]:
-    """A good adapter of rank 2 on both modules."""
-    return {
-        f"{PREFIX}q_proj.lora_A.weight": torch.ones(2, 6),
-        f"{PREFIX}q_proj.lora_B.weight": torch.ones(4, 2),
-        f"{PREFIX}v_proj.lora_A.weight": torch.ones(2, 6),
-        f"{PREFIX}v_proj.lora_B.weight": torch.ones(2, 2),
-    }
 
 
 @pytest.fixture
@@ -55,16 +29,6 @@ def folder(tmp_path: Path) -> Path:
     path.mkdir()
     write(path, config=CONFIG, weights=tensors())
     return path
-
-
-def write(path: Path, **parts: Any) -> None:
-    """Write or replace files of an adapter folder."""
-    if "config" in parts:
-        (path / "adapter_config.json").write_text(json.dumps(parts["config"]))
-    if "weights" in parts:
-        safetensors.torch.save_file(parts["weights"], path / "adapter_model.safetensors")
-    if "sidecar" in parts:
-        (path / "quickchange.json").write_text(json.dumps(parts["sidecar"]))
 
 
 def read(path: Path) -> Manifest:
