@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import hashlib
 import logging
 import signal
@@ -68,6 +69,8 @@ class Service:
         shown = ", ".join([self.state.base_name, *names[:MOST_NAMES]])
         more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
         logger.info("models: %s%s", shown, more)
+        gc.collect()
+        gc.freeze()  # what is there now stays: a full collection among it stops every thread for a third of a second
         working = [asyncio.create_task(work) for work in (self.watcher.run(), self.watcher.intake.hash_all())]
         try:
             yield

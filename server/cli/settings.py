@@ -32,7 +32,7 @@ def parse_settings(command: str, arguments: Sequence[str]) -> Settings:
     except UnreadableSettings as error:
         raise SettingsError(str(error)) from None
     logging.getLogger().setLevel(settings.log_level.upper())
-    for name in ("httpx", "httpcore", "uvicorn.error", "transformers", "huggingface_hub", "filelock"):
+    for name in ("httpx", "httpcore", "uvicorn.error", "transformers", "huggingface_hub", "filelock", "watchfiles"):
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))
     sys.stdout.reconfigure(line_buffering=True) if hasattr(sys.stdout, "reconfigure") else None
     return settings
