@@ -13,7 +13,7 @@ import torch
 from server.adapters.content.manifest import BaseSignature, Limits, Manifest
 from server.adapters.content.signature import linear
 from server.adapters.intake import Intake
-from server.adapters.library import AdapterLibrary
+from server.adapters.leasing import AdapterLibrary
 from server.adapters.operator import AdapterOperator
 from server.adapters.reader import AdapterReader
 from server.adapters.registry import AdapterRegistry
@@ -87,17 +87,17 @@ class Shelf:
             room * NUM_BYTES, unload=self.freed.append, is_wanted=self.registry.is_wanted, max_waiting=8
         )
         self.intake = Intake(self.registry, self.reader, metrics=self.metrics)
-        self.library = AdapterLibrary(self.registry, self.residency, self.intake, self.reader, self._load)
+        self.lender = AdapterLibrary(self.registry, self.residency, self.intake, self.reader, self._load)
         self.watcher = AdapterWatcher(
             [self.first, self.second],
             self.intake,
             settle=settle,
             grace=grace,
             store=self.store,
-            on_aliases=self.library.set_aliases,
-            on_pins=self.library.set_pins,
+            on_aliases=self.lender.set_aliases,
+            on_pins=self.lender.set_pins,
         )
-        self.operator = AdapterOperator(self.library, self.watcher, self.store)
+        self.operator = AdapterOperator(self.lender, self.watcher, self.store)
 
     async def _load(self, manifest: Manifest) -> float:
         await self.gate.wait()
@@ -113,10 +113,10 @@ class Shelf:
 
     async def version(self, name: str) -> str:
         """The digest of the version that a name means."""
-        return (await self.library.served(name)).version_digest
+        return (await self.lender.served(name)).version_digest
 
     async def use(self, model: str) -> str:
         """Ask for a model once; the label of what answered."""
-        lease = await self.library.acquire(model)
+        lease = await self.lender.acquire(model)
         lease.release()
         return lease.label

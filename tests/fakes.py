@@ -20,7 +20,7 @@ from server.adapters.content.manners import AdapterDefaults
 from server.adapters.content.peft_config import LoRAConfig
 from server.adapters.content.plan import Plan
 from server.adapters.intake import Intake
-from server.adapters.library import AdapterLibrary
+from server.adapters.leasing import AdapterLibrary
 from server.adapters.reader import AdapterReader
 from server.adapters.registry import Adapter, AdapterRegistry
 from server.adapters.residency import Residency

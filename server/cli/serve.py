@@ -119,7 +119,7 @@ def build(settings: Settings) -> Service:
         created=int(time.time()),
         prompts=prompts,
         engine=engine,
-        adapters=shelf.library,
+        adapters=shelf.lender,
         operator=None if key is None else shelf.operator,
         admin_key_digest=None if key is None else hashlib.sha256(key.get_secret_value().encode()).digest(),
         metrics=metrics,

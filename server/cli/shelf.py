@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from server.adapters.content.manifest import Manifest
 from server.adapters.content.manners import AdapterDefaults
 from server.adapters.intake import Intake
-from server.adapters.library import AdapterLibrary
+from server.adapters.leasing import AdapterLibrary
 from server.adapters.operator import AdapterOperator
 from server.adapters.reader import AdapterReader
 from server.adapters.registry import AdapterRegistry
@@ -26,7 +26,7 @@ from server.text.prompt import PromptRenderer
 class Shelf:
     """The parts that keep adapters."""
 
-    library: AdapterLibrary
+    lender: AdapterLibrary
     watcher: AdapterWatcher
     operator: AdapterOperator
 

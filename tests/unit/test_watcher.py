@@ -117,7 +117,7 @@ async def test_an_adapter_replaced_by_a_broken_one_stays(shelf: Shelf) -> None:
 async def test_a_changed_folder_is_loaded_before_its_name_moves(shelf: Shelf) -> None:
     path = make(shelf.first, "a")
     await shelf.watcher.scan()
-    old = await shelf.library.acquire("a")
+    old = await shelf.lender.acquire("a")
     write(path, config=CONFIG | {"lora_alpha": 16})
     shelf.gate.clear()
     scanning = asyncio.ensure_future(shelf.watcher.scan())
@@ -144,10 +144,10 @@ async def test_the_first_folder_wins_and_the_second_takes_over(shelf: Shelf) -> 
     mine = make(shelf.first, "a")
     make(shelf.second, "a", lora_alpha=16)
     await shelf.watcher.scan()
-    assert (await shelf.library.served("a")).path == mine
+    assert (await shelf.lender.served("a")).path == mine
     shutil.rmtree(mine)
     await shelf.watcher.scan()
-    assert (await shelf.library.served("a")).path == shelf.second / "a"
+    assert (await shelf.lender.served("a")).path == shelf.second / "a"
 
 
 async def test_a_name_is_not_gone_while_its_successor_is_broken(shelf: Shelf) -> None:
@@ -161,7 +161,7 @@ async def test_a_name_is_not_gone_while_its_successor_is_broken(shelf: Shelf) ->
         assert await shelf.use("a") == label
     write(mine, config=CONFIG | {"lora_alpha": 16})
     await shelf.watcher.scan()
-    assert (await shelf.library.served("a")).path == mine
+    assert (await shelf.lender.served("a")).path == mine
 
 
 async def test_hidden_folders_links_and_files_are_left_alone(shelf: Shelf) -> None:
@@ -242,8 +242,8 @@ async def test_aliases_follow_their_file_and_a_wrong_file_changes_nothing(
     assert await shelf.use("support") == await shelf.use("a")
     (shelf.first / "aliases.toml").write_text("support = [\n")
     await shelf.watcher.scan()
-    assert "support" in shelf.library.aliases
+    assert "support" in shelf.lender.aliases
     assert "aliases.toml is not used" in caplog.text
     (shelf.first / "aliases.toml").unlink()
     await shelf.watcher.scan()
-    assert shelf.library.aliases == {}
+    assert shelf.lender.aliases == {}

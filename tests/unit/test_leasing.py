@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from server.adapters import library as module
+from server.adapters import leasing as module
 from server.adapters.versions import Pin
 from server.errors import InvalidRequest, ModelNotFound, QueueFull
 from tests.adapter_folders import CONFIG, SIDECAR, Shelf, make, tensors, write
@@ -34,14 +34,14 @@ async def replace(shelf: Shelf, name: str, **config: object) -> None:
 
 async def test_an_unknown_name_is_not_found(shelf: Shelf) -> None:
     with pytest.raises(ModelNotFound, match="`ghost`"):
-        await shelf.library.acquire("ghost")
+        await shelf.lender.acquire("ghost")
 
 
 async def test_a_listed_adapter_is_hashed_and_loaded_when_it_is_asked_for(shelf: Shelf) -> None:
     make(shelf.first, "a")
     await shelf.watcher.scan()
     assert (shelf.registry.get("a").current, shelf.loaded) == (None, [])
-    lease = await shelf.library.acquire("a")
+    lease = await shelf.lender.acquire("a")
     assert shelf.loaded == ["a"]
     assert lease.label == f"a@{(await shelf.version('a'))[:12]}"
 
@@ -65,7 +65,7 @@ async def test_names_with_equal_bytes_share_memory(shelf: Shelf) -> None:
 async def test_a_request_keeps_its_version_while_its_name_moves(kept: Shelf) -> None:
     make(kept.first, "a")
     await kept.watcher.scan()
-    old = await kept.library.acquire("a")
+    old = await kept.lender.acquire("a")
     await replace(kept, "a", lora_alpha=16)
     assert kept.freed == []
     assert await kept.use("a") != old.label
@@ -160,7 +160,7 @@ async def test_a_version_that_two_begin_like_is_asked_for_in_full(
 async def test_a_pin_holds_a_name_at_a_version(kept: Shelf) -> None:
     make(kept.first, "a")
     await kept.watcher.scan()
-    old = await kept.library.acquire("a")
+    old = await kept.lender.acquire("a")
     old.release()
     assert kept.store is not None
     kept.store.set_pin("a", Pin(old.held[0].adapter.version_digest))
@@ -176,7 +176,7 @@ async def test_a_pin_in_memory_keeps_an_adapter_there(tmp_path: Path) -> None:
     for number, name in enumerate("abc"):
         make(shelf.first, name, lora_alpha=8 + number)
     await shelf.watcher.scan()
-    shelf.library.set_pins({"a": Pin(resident=True)})
+    shelf.lender.set_pins({"a": Pin(resident=True)})
     while not shelf.residency.pinned:
         await asyncio.sleep(0.01)
     for name in "bcbc":
@@ -207,7 +207,7 @@ async def test_a_canary_is_sticky_by_user(shelf: Shelf) -> None:
     for user in (f"user-{number}" for number in range(20)):
         labels = set()
         for _ in range(3):
-            lease = await shelf.library.acquire("support", user=user)
+            lease = await shelf.lender.acquire("support", user=user)
             labels.add(lease.label)
             lease.release()
         assert len(labels) == 1
@@ -219,7 +219,7 @@ async def test_a_composition_has_the_first_ones_manners_and_every_ones_end(shelf
     write(make(shelf.first, "a"), sidecar=SIDECAR | {"system_prompt": "A"})
     write(make(shelf.first, "b", lora_alpha=16), sidecar=SIDECAR | {"system_prompt": "B", "stop": ["END"]})
     await shelf.watcher.scan()
-    lease = await shelf.library.acquire("a:0.7+b:-0.3")
+    lease = await shelf.lender.acquire("a:0.7+b:-0.3")
     assert [use.scale for use in lease.uses] == [0.7, -0.3]
     assert (lease.defaults.system_prompt, lease.defaults.stop) == ("A", ("###", "END"))
     assert lease.metrics_label == "_composition"
@@ -228,10 +228,10 @@ async def test_a_composition_has_the_first_ones_manners_and_every_ones_end(shelf
 async def test_lora_scale_is_the_factor_of_one_adapter(shelf: Shelf) -> None:
     make(shelf.first, "a")
     await shelf.watcher.scan()
-    lease = await shelf.library.acquire("a", scale=0.5)
+    lease = await shelf.lender.acquire("a", scale=0.5)
     assert [use.scale for use in lease.uses] == [0.5]
     with pytest.raises(InvalidRequest, match="lora_scale"):
-        await shelf.library.acquire("a:0.5", scale=0.5)
+        await shelf.lender.acquire("a:0.5", scale=0.5)
 
 
 async def test_only_plain_lora_is_scaled_or_added_up(shelf: Shelf) -> None:
@@ -243,7 +243,7 @@ async def test_only_plain_lora_is_scaled_or_added_up(shelf: Shelf) -> None:
     await shelf.watcher.scan()
     await shelf.use("dora")
     with pytest.raises(InvalidRequest, match="cannot be scaled or added"):
-        await shelf.library.acquire("dora:0.5")
+        await shelf.lender.acquire("dora:0.5")
 
 
 async def test_a_request_waits_for_a_folder_that_is_just_being_changed(shelf: Shelf) -> None:
@@ -306,7 +306,7 @@ async def test_weights_that_do_not_load_are_a_refusal(shelf: Shelf) -> None:
 async def test_a_kept_version_whose_bytes_changed_is_not_served(kept: Shelf) -> None:
     make(kept.first, "a")
     await kept.watcher.scan()
-    old = await kept.library.acquire("a")
+    old = await kept.lender.acquire("a")
     old.release()
     await replace(kept, "a", lora_alpha=16)
     assert kept.store is not None
@@ -322,12 +322,12 @@ async def test_as_many_may_wait_for_room_as_the_queue_is_long(tmp_path: Path) ->
     make(shelf.first, "a")
     make(shelf.first, "b", lora_alpha=16)
     await shelf.watcher.scan()
-    lease = await shelf.library.acquire("a")
+    lease = await shelf.lender.acquire("a")
     waiting = [asyncio.ensure_future(shelf.use("b")) for _ in range(8)]
     while shelf.residency.num_waiting < 8:
         await asyncio.sleep(0.01)
     with pytest.raises(QueueFull):
-        await shelf.library.acquire("b")
+        await shelf.lender.acquire("b")
     lease.release()
     await asyncio.gather(*waiting)
 
@@ -338,7 +338,7 @@ async def test_a_composition_that_cannot_fit_is_refused_rather_than_waited_for(t
     make(shelf.first, "b", lora_alpha=16)
     await shelf.watcher.scan()
     with pytest.raises(InvalidRequest, match="do not fit"):
-        await shelf.library.acquire("a+b")
+        await shelf.lender.acquire("a+b")
 
 
 async def test_a_folder_that_never_settles_is_not_waited_for_for_ever(
@@ -363,7 +363,7 @@ async def test_a_thousand_adapters_that_come_and_go_leave_nothing(shelf: Shelf) 
     assert (len(shelf.loaded), len(shelf.freed)) == (1000, 1000)
     assert shelf.residency.num_bytes == 0
     assert not shelf.registry._names
-    assert not shelf.library._norms
+    assert not shelf.lender._norms
     assert len(next(iter(shelf.metrics.registry.collect())).samples) == series
 
 
