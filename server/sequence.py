@@ -49,8 +49,9 @@ class AdapterUse:
 class Sequence:
     """One generation; a request with ``n=3`` is three of them.
 
-    ``adapters`` are those whose deltas are added to the base, none for the base alone. ``num_computed`` counts the
-    tokens whose keys and values are in the slot.
+    ``adapters`` are those whose deltas are added to the base, none for the base alone. ``scope`` tells whose it is (API
+    key and cache salt): what one sequence leaves behind may be of use only to those of the same scope. ``num_computed``
+    counts the tokens whose keys and values are in the slot.
     """
 
     id: int
@@ -59,6 +60,7 @@ class Sequence:
     params: SamplingParams
     adapters: tuple[AdapterUse, ...] = ()
     eos_ids: frozenset[int] = frozenset()
+    scope: bytes = b""
     output_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
     slot: int | None = None
