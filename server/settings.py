@@ -39,6 +39,11 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Number format of the base; auto is bfloat16 where it is native and faster, else float32."
     )
+    quantization: Literal["none", "int8"] = Field(
+        "none",
+        description="int8 makes the base's linears and embedding 8-bit integers at start: a quarter to half the memory, "
+        "and faster on a CPU, for a little accuracy.",
+    )
     threads: int | None = Field(
         None, ge=1, description="Threads for matrix products; without it, the cores this process may use."
     )

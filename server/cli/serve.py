@@ -101,6 +101,7 @@ def build(settings: Settings) -> Service:
         device=settings.device,
         dtype=settings.dtype,
         max_model_len=settings.max_model_len,
+        quantization=settings.quantization,
     )
     _log_base(base, time.perf_counter() - since)
     metrics = _metrics(base)

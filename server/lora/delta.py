@@ -83,6 +83,12 @@ class Delta:
             yield from (self.own.get_parameter(name) for name in self.own_names)
 
 
+def in_floats(module: nn.Module) -> nn.Module:
+    """A module of the base that has its parameters, made anew where the base keeps them as integers."""
+    made = getattr(module, "in_floats", None)
+    return module if made is None else made()
+
+
 def with_parameters(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
     """The same module with other parameters; all else is shared, and the module itself stays as it is."""
     other = copy.copy(module)

@@ -7,6 +7,7 @@ load their number is the time a load takes.
 from __future__ import annotations
 
 from functools import cache
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -16,8 +17,17 @@ from server.adapters.content.module_plan import TokenRows as TokenEntries
 from server.adapters.content.parts import num_experts
 from server.adapters.content.safetensors import TensorEntry
 from server.adapters.content.signature import ModuleShape
-from server.lora.delta import Delta, ParameterDelta, TokenRows, with_parameters
+from server.lora.delta import Delta, ParameterDelta, TokenRows, in_floats, with_parameters
 from server.lora.dora import weight_norm
+
+
+class Original(Protocol):
+    """A weight that the base keeps as integers, as it was before."""
+
+    def equals(self, weight: torch.Tensor) -> bool:
+        """Whether this is that weight."""
+        ...
+
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -34,7 +44,11 @@ class Preparation:
     def delta(self, part: ModulePlan, base: nn.Module) -> Delta | None:
         """A module's change, None where it is none."""
         before = self.squares
-        own = self._own_parameters(part, base)
+        if part.own or part.parameters or part.magnitude or part.tokens:
+            original, base = getattr(base, "original", None), in_floats(base)
+        else:
+            original = None
+        own = self._own_parameters(part, base, original)
         bias = own.pop("bias", None) if part.shape.kind == "linear" and "weight" not in own else None
         replaced = with_parameters(base, own) if own or part.parameters else None
         a, b = (None, None) if part.low_rank is None else self._low_rank(part.low_rank, base)
@@ -54,15 +68,21 @@ class Preparation:
         )
         return delta if self.squares > before or _changes_something(delta) else None
 
-    def _own_parameters(self, part: ModulePlan, base: nn.Module) -> dict[str, torch.Tensor]:
-        """Whole parameters in the base's format, those that differ from the base's."""
+    def _own_parameters(
+        self, part: ModulePlan, base: nn.Module, original: Original | None
+    ) -> dict[str, torch.Tensor]:
+        """Whole parameters in the base's format, those that differ from the base's.
+
+        PEFT saves copies of the base's own; where the base keeps integers, ``original`` knows what they were made of.
+        """
         found = {}
         for name, entry in part.own.items():
             ours = base.get_parameter(name)
             if entry.name not in self._own:
                 self._own[entry.name] = self._read(entry, ours)
             theirs = self._own[entry.name]
-            if not torch.equal(theirs, ours):
+            same = torch.equal(theirs, ours) if original is None or name != "weight" else original.equals(theirs)
+            if not same:
                 found[name] = theirs
                 self.squares += float((theirs.float() - ours.float()).square().sum())
         return found
@@ -129,8 +149,9 @@ class Preparation:
 
 
 def _like(module: nn.Module) -> torch.Tensor:
-    """A tensor in float32 on the module's device."""
-    return _float32_on(next(module.parameters()).device)
+    """A tensor in float32 on the module's device; integers are on the CPU."""
+    parameter = next(module.parameters(), None)
+    return _float32_on(torch.device("cpu") if parameter is None else parameter.device)
 
 
 @cache

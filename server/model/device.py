@@ -38,6 +38,16 @@ def choose_dtype(dtype: str, device: torch.device, num_weight_bytes: int) -> tor
     return torch.bfloat16 if _multiplies_bfloat16() and num_weight_bytes >= BF16_FROM_BYTES else torch.float32
 
 
+def choose_float_dtype(dtype: str, num_unpacked_bytes: int) -> torch.dtype:
+    """The number format of what an int8 base keeps in floats, norms and the like; ``num_unpacked_bytes`` of it are large.
+
+    ``auto`` is float32, unless so much is left that a CPU which has bfloat16 had better keep it in that.
+    """
+    if dtype == "auto" and not (num_unpacked_bytes >= BF16_FROM_BYTES and _multiplies_bfloat16()):
+        return torch.float32
+    return choose_dtype(dtype, torch.device("cpu"), num_unpacked_bytes)
+
+
 def _multiplies_bfloat16() -> bool:
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))

@@ -23,15 +23,17 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from server.adapters.content.signature import BaseSignature, ModuleShape
+from server.adapters.content.signature import BaseSignature
 from server.errors import BaseModelNotFound, BaseModelRefused, SettingsError
+from server.int8.kernels import KernelType, choose_kernel
 from server.model.admission import admit
 from server.model.attention import FlatAttention, Layout, Span
-from server.model.device import choose_device, choose_dtype, num_weight_bytes
+from server.model.device import choose_device, choose_dtype, choose_float_dtype, num_weight_bytes
 from server.model.fingerprint import base_fingerprint
 from server.model.kv_cache import LayerShape
+from server.model.quantizer import Quantized, quantizing
 from server.model.rope import fix_rope
-from server.model.shapes import PROBE_ROWS, noting_shapes, signature_of
+from server.model.shapes import PROBE_ROWS, Noted, noting_shapes, signature_of
 from server.settings import EMBEDDED_BASE
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
@@ -39,7 +41,11 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 @dataclass(frozen=True)
 class Base:
-    """A base in memory, with the attention function installed; ``shapes`` are its layers' keys and values."""
+    """A base in memory, with the attention function installed.
+
+    ``shapes`` are its layers' keys and values, ``groups`` linears that get the same input, and ``quantized`` says what
+    is in integers.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -48,6 +54,8 @@ class Base:
     signature: BaseSignature
     max_model_len: int
     eos_ids: frozenset[int]
+    groups: tuple[tuple[str, ...], ...] = ()
+    quantized: Quantized | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -55,8 +63,10 @@ class Base:
         return self.signature.vocab_size
 
 
-def load_base(base_model: str, *, name: str, device: str, dtype: str, max_model_len: int | None) -> Base:
-    """Load the base that the setting names.
+def load_base(
+    base_model: str, *, name: str, device: str, dtype: str, max_model_len: int | None, quantization: str = "none"
+) -> Base:
+    """Load the base that the setting names; with ``quantization`` "int8" its linears and embedding become integers.
 
     Raises ``BaseModelNotFound``, ``BaseModelRefused`` or ``SettingsError``.
     """
@@ -65,24 +75,53 @@ def load_base(base_model: str, *, name: str, device: str, dtype: str, max_model_
     admit(config, name=name)
     length = _length(config, max_model_len)
     place = choose_device(device)
+    kernel = _kernel(quantization, place)
     fingerprint = base_fingerprint(folder)
-    model = load_stock(folder, choose_dtype(dtype, place, num_weight_bytes(folder)))
+    # for integers the stock weights stay in the format of their file, and there: they are read from it one by one
+    model = load_stock(folder, "auto" if kernel else choose_dtype(dtype, place, num_weight_bytes(folder)))
     tokenizer = _load_tokenizer(folder)
     nn.Module.to(model, device=place)
     fix_rope(model, length)
     attention = FlatAttention()
     attention.install(model)
-    shapes, modules = _probe(model, attention)
+    if kernel is None:
+        shapes, noted, quantized = *_probe(model, attention), None
+    else:
+        with quantizing(model, kernel, choose_float_dtype(dtype, _num_unpacked_bytes(model))) as quantized:
+            shapes, noted = _probe(model, attention)
     if not attention.num_calls == len(shapes) == config.get_text_config().num_hidden_layers:
         raise BaseModelRefused(
             name, f"{attention.num_calls} attention calls on {len(shapes)} layers: each must make one"
         )
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
-    signature = replace(signature_of(name, fingerprint, model, modules), chat_template=template)
-    return Base(model, tokenizer, attention, shapes, signature, length, _eos_ids(model, tokenizer))
+    signature = replace(signature_of(name, fingerprint, noted), chat_template=template)
+    eos_ids = _eos_ids(model, tokenizer)
+    return Base(model, tokenizer, attention, shapes, signature, length, eos_ids, noted.groups, quantized)
 
 
-def load_stock(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def _kernel(quantization: str, device: torch.device) -> KernelType | None:
+    """What multiplies integers, None for a base in floats. Raises ``SettingsError`` where nothing does."""
+    if quantization == "none":
+        return None
+    if device.type != "cpu":
+        raise SettingsError(
+            f"quantization is 'int8', but the device is {device.type!r}: int8 is for the CPU; set device to 'cpu', or "
+            "quantization to 'none'"
+        )
+    kernel = choose_kernel()
+    if kernel is None:
+        raise SettingsError(
+            f"quantization is 'int8', but torch {torch.__version__} has neither FBGEMM nor oneDNN here: set it to 'none'"
+        )
+    return kernel
+
+
+def _num_unpacked_bytes(model: PreTrainedModel) -> int:
+    """Bytes of parameters that no linear holds, as the experts of a mixture: they stay in floats."""
+    return sum(parameter.nbytes for parameter in model.parameters() if parameter.ndim > 2)
+
+
+def load_stock(folder: Path, dtype: torch.dtype | str = torch.float32) -> PreTrainedModel:
     """A base as transformers has it; remote code and pickled weights are never read. Raises ``BaseModelRefused``."""
     if not sys.stderr.isatty():
         disable_progress_bar()
@@ -172,13 +211,13 @@ def _length(config: PretrainedConfig, wanted: int | None) -> int:
 
 
 @torch.inference_mode()
-def _probe(model: PreTrainedModel, attention: FlatAttention) -> tuple[list[LayerShape], dict[str, ModuleShape]]:
+def _probe(model: PreTrainedModel, attention: FlatAttention) -> tuple[list[LayerShape], Noted]:
     """One small pass that tells each layer's KV shape, and the modules that see every row, which adapters may touch."""
     attention.layout = Layout.of((Span(0, 0, PROBE_ROWS, 0),), model.device)
     ids = torch.arange(3, 3 + PROBE_ROWS, device=model.device)[None] % model.config.get_text_config().vocab_size
-    with noting_shapes(model) as modules:
+    with noting_shapes(model) as noted:
         model(input_ids=ids, position_ids=attention.layout.positions[None], use_cache=False)
-    return [attention.seen_shapes[layer] for layer in sorted(attention.seen_shapes)], modules
+    return [attention.seen_shapes[layer] for layer in sorted(attention.seen_shapes)], noted
 
 
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -18,29 +20,57 @@ PROBE_ROWS = 13
 """A number that is no model's count of heads or experts, so that no other axis is taken for the rows."""
 
 
+@dataclass
+class Noted:
+    """What a probe saw: modules that see every row; those that do not; heads that share an embedding's weight; linears
+    that get the same input, one after another."""
+
+    modules: dict[str, ModuleShape] = field(default_factory=dict)
+    others: frozenset[str] = frozenset()
+    tied: Mapping[str, str] = field(default_factory=dict)
+    groups: tuple[tuple[str, ...], ...] = ()
+    vocab_size: int = 0
+
+
 @contextmanager
-def noting_shapes(model: nn.Module) -> Iterator[dict[str, ModuleShape]]:
-    """While a batch of ``PROBE_ROWS`` runs, note every module with parameters whose inputs and results are by row."""
-    seen: dict[str, ModuleShape] = {}
+def noting_shapes(model: PreTrainedModel) -> Iterator[Noted]:
+    """While a batch of ``PROBE_ROWS`` runs, note every module with parameters whose inputs and results are by row.
+
+    What it says is whole at the end; modules may be replaced meanwhile.
+    """
+    noted = Noted()
     leaves = {name: module for name, module in model.named_modules() if _is_leaf(module)}
-    handles = [module.register_forward_hook(_note(name, seen), with_kwargs=True) for name, module in leaves.items()]
+    weights = {name: module._parameters.get("weight") for name, module in leaves.items()}
+    same = {name: id(weight) for name, weight in weights.items() if weight is not None}
+    embeddings = model.get_input_embeddings()
+    assert isinstance(embeddings, nn.Embedding)
+    noted.vocab_size = embeddings.num_embeddings
+    calls: list[tuple[str, torch.Tensor]] = []
+    handles = [
+        module.register_forward_hook(_note(name, noted.modules, calls), with_kwargs=True)
+        for name, module in leaves.items()
+    ]
     try:
-        yield seen
+        yield noted
     finally:
         for handle in handles:
             handle.remove()
+    noted.others = frozenset(leaves) - frozenset(noted.modules)
+    noted.tied = _tied(same, noted.modules)
+    noted.groups = _groups([(name, x) for name, x in calls if noted.modules[name].kind == "linear"])
 
 
-def signature_of(
-    name: str, fingerprint: str, model: PreTrainedModel, modules: Mapping[str, ModuleShape]
-) -> BaseSignature:
+def signature_of(name: str, fingerprint: str, noted: Noted) -> BaseSignature:
     """What an adapter must fit, from the shapes that a probe noted."""
-    others = frozenset(name for name, module in model.named_modules() if _is_leaf(module) and name not in modules)
-    embeddings = model.get_input_embeddings()
-    assert isinstance(embeddings, nn.Embedding)
     return BaseSignature(
-        name, fingerprint, modules, vocab_size=embeddings.num_embeddings, tied=_tied(model, modules), others=others
+        name, fingerprint, noted.modules, vocab_size=noted.vocab_size, tied=noted.tied, others=noted.others
     )
+
+
+def _groups(calls: Sequence[tuple[str, torch.Tensor]]) -> tuple[tuple[str, ...], ...]:
+    """Names of linears that were called with the very same tensor, one after another."""
+    runs = [tuple(name for name, _ in run) for _, run in groupby(calls, key=lambda call: id(call[1]))]
+    return tuple(run for run in runs if len(run) > 1 and len(set(run)) == len(run))
 
 
 def _is_leaf(module: nn.Module) -> bool:
@@ -49,18 +79,17 @@ def _is_leaf(module: nn.Module) -> bool:
     return own > 0 and own == sum(1 for _ in module.parameters())
 
 
-def _tied(model: nn.Module, modules: Mapping[str, ModuleShape]) -> Mapping[str, str]:
-    """Linears that hold an embedding's weight as theirs, with the embedding."""
-    weights = {name: model.get_parameter(f"{name}.weight") for name, shape in modules.items() if shape.kind != "rows"}
-    embeddings = {id(weight): name for name, weight in weights.items() if modules[name].kind == "embedding"}
+def _tied(weights: Mapping[str, int], modules: Mapping[str, ModuleShape]) -> Mapping[str, str]:
+    """Linears that hold an embedding's weight as theirs, with the embedding; ``weights`` are identities."""
+    embeddings = {weights[name]: name for name, shape in modules.items() if shape.kind == "embedding"}
     return {
-        name: embeddings[id(weight)]
-        for name, weight in weights.items()
-        if modules[name].kind == "linear" and id(weight) in embeddings
+        name: embeddings[weights[name]]
+        for name, shape in modules.items()
+        if shape.kind == "linear" and weights[name] in embeddings
     }
 
 
-def _note(name: str, seen: dict[str, ModuleShape]) -> Callable[..., None]:
+def _note(name: str, seen: dict[str, ModuleShape], calls: list[tuple[str, torch.Tensor]]) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         inputs = [one for one in (*args, *named.values()) if isinstance(one, torch.Tensor)]
         outputs = [one for one in (output if isinstance(output, tuple) else (output,)) if isinstance(one, torch.Tensor)]
@@ -68,6 +97,7 @@ def _note(name: str, seen: dict[str, ModuleShape]) -> Callable[..., None]:
         axis = axes.pop()
         if inputs and outputs and not axes and axis is not None:
             seen[name] = _shape_of(module, inputs[0], outputs[0], axis)
+            calls.append((name, inputs[0]))
 
     return hook
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import GenerationMixin, PreTrainedModel
 
-from server.adapters.content.signature import ModuleShape
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
 from server.lora.weights import LoRAWeights
@@ -18,6 +17,7 @@ from server.model import loader
 from server.model.attention import FlatAttention
 from server.model.rope import fix_rope
 from server.model.runner import ModelRunner
+from server.model.shapes import Noted
 from server.model.sampler import Sampler
 from server.sequence import AdapterUse, SamplingParams
 from server.sequence import Sequence as Generation
@@ -79,7 +79,7 @@ class Hosted:
 
     model: PreTrainedModel
     runner: ModelRunner
-    modules: Mapping[str, ModuleShape]
+    noted: Noted
     max_num_seqs: int = NUM_SLOTS
     budget: int = BUDGET
 
@@ -125,9 +125,9 @@ def host(
     fix_rope(model, max_model_len)
     attention = FlatAttention()
     attention.install(model)
-    shapes, modules = loader._probe(model, attention)
+    shapes, noted = loader._probe(model, attention)
     runner = ModelRunner(model, attention, shapes, num_slots=max_num_seqs, max_len=max_model_len)
-    return Hosted(model, runner, modules, max_num_seqs, budget)
+    return Hosted(model, runner, noted, max_num_seqs, budget)
 
 
 def prompts(*lengths: int, seed: int = 0) -> list[tuple[int, ...]]:

@@ -76,7 +76,7 @@ def make_oracle(family: str, folder: Path) -> Oracle:
     hosted = host(copy.deepcopy(base))
     if family == "phi3_longrope":
         fix_long_factors(base)
-    signature = signature_of("base", FINGERPRINT, hosted.model, hosted.modules)
+    signature = signature_of("base", FINGERPRINT, hosted.noted)
     peft, weights = {}, {}
     for seed, (name, fields) in enumerate(configs(family).items()):
         peft[name] = make_adapter(base, seed=seed, fan_in_fan_out=family == "gpt2", **fields)
@@ -174,7 +174,7 @@ def test_bfloat16_base_with_adapters_is_as_near_to_the_truth_as_peft_in_bfloat16
     for seed, (name, fields) in enumerate(configs("llama").items()):
         peft = make_adapter(base, seed=seed, **fields)
         peft.save_pretrained(str(tmp_path / name), save_embedding_layers=False)
-        signature = signature_of("base", FINGERPRINT, hosted.model, hosted.modules)
+        signature = signature_of("base", FINGERPRINT, hosted.noted)
         hosted.add(name, hosted.runner.prepare(read_manifest(tmp_path / name, signature, LIMITS)))
         (answer,) = hosted.run([Ask(prompts(21)[0], 6, name)])
         truth = stock_logits(copy.deepcopy(peft).float(), answer)

@@ -44,7 +44,7 @@ def family_of(name: str, dtype: torch.dtype = torch.float32) -> Family:
     """Made once; every test leaves it as it was."""
     base = base_of(name, dtype)
     hosted = host(copy.deepcopy(base), budget=64)
-    return Family(base, hosted, signature_of("base", FINGERPRINT, hosted.model, hosted.modules))
+    return Family(base, hosted, signature_of("base", FINGERPRINT, hosted.noted))
 
 
 def make(case: str, family: str, folder: Path, dtype: torch.dtype = torch.float32) -> PeftModel:

@@ -26,6 +26,7 @@ FLOORS = {
     "server.engine": 1,
     "server.adapters": 1,
     "server.text": 1,
+    "server.int8": 2,
     "server.lora": 2,
     "server.text.prompt": 2,
     "server.model": 3,
@@ -37,8 +38,8 @@ FLOORS = {
 }
 # Who may import what is not ours. A name that is not here is free for all.
 ALLOWED = {
-    "torch": ("server.lora", "server.model", "server.engine.engine", "server.cli"),
-    "transformers": ("server.text.prompt", "server.model", "server.cli"),
+    "torch": ("server.int8", "server.lora", "server.model", "server.engine.engine", "server.cli"),
+    "transformers": ("server.int8.linear", "server.text.prompt", "server.model", "server.cli"),
     "fastapi": ("server.api", "server.cli.serve"),
     "starlette": ("server.api", "server.cli.serve"),
     "uvicorn": ("server.cli",),

@@ -1,0 +1,1 @@
+"""Floor 2: linears in 8-bit integers, weights and activations. Read ``rows``, ``kernels``, ``linear``, ``embedding``."""

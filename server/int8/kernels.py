@@ -1,0 +1,167 @@
+"""Products of activations and int8 weights by what torch has: FBGEMM, or oneDNN where AMX multiplies integers.
+
+Every row of activations is divided by its own largest absolute value and rounded to a fixed grid; integer sums are
+exact, so a row's result does not depend on its neighbours (as in SmoothQuant's per-token W8A8, Xiao et al. 2023).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+
+from server.int8.rows import LEVELS, Int8Rows
+
+_TINY = 1e-30
+_fbgemm: Any = torch.ops.quantized
+_onednn: Any = torch.ops.onednn
+
+
+class Kernel(Protocol):
+    """A packed weight."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """float32 [rows, in] -> a new float32 [rows, out]."""
+        ...
+
+    def in_floats(self) -> torch.Tensor:
+        """The weight it multiplies with, float32 [out, in]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where normalized activations go: ``round(x / step) + zero`` in 0 to 255.
+
+    The half grid is for instructions that add pairs of products in 16 bits (AVX2 and AVX-512 without VNNI), which the
+    full one overflows.
+    """
+
+    levels: int
+
+    @property
+    def step(self) -> float:
+        """The difference of neighbouring values; the largest activation is 1."""
+        return 1.0 / self.levels
+
+    @property
+    def zero(self) -> int:
+        """The integer that stands for 0."""
+        return self.levels + 1
+
+
+FULL, HALF = Grid(LEVELS), Grid(LEVELS // 2)
+
+
+class FbgemmKernel:
+    """FBGEMM: fastest with VNNI, and at a single row."""
+
+    name = "FBGEMM"
+
+    def __init__(self, rows: Int8Rows, grid: Grid | None = None) -> None:
+        self._grid = fbgemm_grid() if grid is None else grid
+        self._packed = _pack_for_fbgemm(rows)
+        self._num_inputs = rows.integers.shape[1]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """float32 [rows, in] -> a new float32 [rows, out]."""
+        largest = x.abs().amax(-1, keepdim=True).clamp_min_(_TINY)  # [rows, 1]
+        return self._multiply(x / largest).mul_(largest)
+
+    def in_floats(self) -> torch.Tensor:
+        """The weight it multiplies with, float32 [out, in]."""
+        return _unpacked(self._multiply, self._num_inputs)
+
+    def _multiply(self, x: torch.Tensor) -> torch.Tensor:
+        product: torch.Tensor = _fbgemm.linear_with_input_q_dq_qweight_dq_output_fp32(
+            x, self._grid.step, self._grid.zero, self._packed
+        )
+        return product
+
+
+class OnednnKernel:
+    """oneDNN: fastest with AMX, and the one that is left where torch has no FBGEMM."""
+
+    name = "oneDNN"
+
+    def __init__(self, rows: Int8Rows) -> None:
+        self._packed = _onednn.qlinear_prepack(rows.integers, None)
+        self._scales = rows.scales
+        self._zeros = torch.zeros(len(rows.scales), dtype=torch.int32)
+        self._num_inputs = rows.integers.shape[1]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """float32 [rows, in] -> a new float32 [rows, out]."""
+        largest = x.abs().amax(-1, keepdim=True).clamp_min_(_TINY)  # [rows, 1]
+        return self._multiply(x / largest).mul_(largest)
+
+    def in_floats(self) -> torch.Tensor:
+        """The weight it multiplies with, float32 [out, in]."""
+        return _unpacked(self._multiply, self._num_inputs)
+
+    def _multiply(self, x: torch.Tensor) -> torch.Tensor:
+        integers = torch.quantize_per_tensor(x, FULL.step, FULL.zero, torch.quint8).int_repr()
+        product: torch.Tensor = _onednn.qlinear_pointwise(
+            integers, FULL.step, FULL.zero, self._packed, self._scales, self._zeros,
+            None, 1.0, 0, torch.float32, "none", [], "",
+        )  # fmt: skip
+        return product
+
+
+KernelType = type[FbgemmKernel] | type[OnednnKernel]
+
+
+def choose_kernel() -> KernelType | None:
+    """What multiplies integers fastest on this machine; None where torch has nothing that does."""
+    _quieten_deprecations()
+    has_onednn = torch.backends.mkldnn.is_available() and hasattr(_onednn, "qlinear_pointwise")
+    if has_onednn and torch.cpu.get_capabilities().get("amx_int8"):
+        return OnednnKernel
+    if "fbgemm" in torch.backends.quantized.supported_engines:
+        return FbgemmKernel
+    return OnednnKernel if has_onednn else None
+
+
+@cache
+def fbgemm_grid() -> Grid:
+    """The full grid where sums over it come out exact, found by trying: the largest activations and weights."""
+    num_inputs = 256
+    largest = Int8Rows(torch.full((8, num_inputs), LEVELS, dtype=torch.int8), torch.full((8,), 1.0 / LEVELS))
+    sums = FbgemmKernel(largest, FULL)(torch.ones(1, num_inputs))
+    return FULL if torch.allclose(sums, torch.tensor(float(num_inputs))) else HALF
+
+
+def _pack_for_fbgemm(rows: Int8Rows) -> Any:
+    integers = rows.integers
+    _quieten_deprecations()
+    quantized = torch._empty_per_channel_affine_quantized(
+        integers.shape,
+        scales=rows.scales.double(),
+        zero_points=torch.zeros(len(integers), dtype=torch.long),
+        axis=0,
+        dtype=torch.qint8,
+    )
+    quantized.set_(integers.untyped_storage(), 0, integers.shape, integers.stride())  # no copy
+    engine = torch.backends.quantized.engine
+    try:
+        torch.backends.quantized.engine = "fbgemm"
+        return _fbgemm.linear_prepack(quantized, None)
+    finally:
+        torch.backends.quantized.engine = engine
+
+
+def _unpacked(multiply: Callable[[torch.Tensor], torch.Tensor], num_inputs: int) -> torch.Tensor:
+    """The weight, read off the products of the unit vectors: they lie on the grid, so nothing is rounded."""
+    return multiply(torch.eye(num_inputs)).t().contiguous()
+
+
+@cache
+def _quieten_deprecations() -> None:
+    """torch says once that its quantized tensors will go some day; kernels pinned to this torch need them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.quint8)

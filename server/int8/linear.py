@@ -1,0 +1,133 @@
+"""Linears whose weights are 8-bit integers; those that get the same input are one product."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from server.int8.kernels import Kernel
+from server.int8.rows import pieces
+
+
+class PackedProduct:
+    """The product of several linears that a model calls with the same input, one after another.
+
+    The first that is called computes all; the others take their part if they get the very same tensor.
+    """
+
+    def __init__(self, kernel: Kernel, sizes: Sequence[int], biases: Sequence[torch.Tensor | None]) -> None:
+        self._kernel = kernel
+        ends = torch.tensor(list(sizes)).cumsum(0).tolist()
+        self._parts = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+        self._bias = _joined(sizes, biases)
+        self._x: torch.Tensor | None = None
+        self._y: torch.Tensor | None = None
+        self._waiting: set[int] = set()
+
+    def part(self, number: int, x: torch.Tensor) -> torch.Tensor:
+        """Of linear ``number``: x [..., in] -> [..., out], the caller's to write into."""
+        if len(self._parts) == 1:
+            return self._compute(x)
+        if x is not self._x or number not in self._waiting:
+            self._x, self._y = x, self._compute(x)
+            self._waiting = set(range(len(self._parts)))
+        assert self._y is not None
+        mine = self._y[..., self._parts[number]]
+        self._waiting.discard(number)
+        if not self._waiting:
+            self._x = self._y = None
+        return mine
+
+    def in_floats(self, number: int) -> torch.Tensor:
+        """The weight of linear ``number``, float32 [out, in]."""
+        return self._kernel.in_floats()[self._parts[number]]
+
+    def _compute(self, x: torch.Tensor) -> torch.Tensor:
+        y = self._kernel(x.reshape(-1, x.shape[-1]).float())
+        if self._bias is not None:
+            y.add_(self._bias)
+        return y.view(*x.shape[:-1], -1).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Original:
+    """What is left of a weight that was made integers: its number format and a digest of its bytes."""
+
+    dtype: torch.dtype
+    digest: bytes
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, *, done: Callable[[torch.Tensor], None] | None = None) -> Original:
+        """Of a weight that is still whole; ``done`` is told each piece that was read."""
+        digest = hashlib.sha256()
+        for piece in pieces(weight.detach()):
+            digest.update(memoryview(piece.contiguous().view(torch.uint8).numpy()))
+            if done is not None:
+                done(piece)
+        return cls(weight.dtype, digest.digest())
+
+    def equals(self, weight: torch.Tensor) -> bool:
+        """Whether this is that weight."""
+        return Original.of(weight.to(self.dtype)) == self
+
+
+class Int8Linear(nn.Module):
+    """Stands in the place of a linear. Its bias is a parameter; its ``weight`` is made anew whenever it is read."""
+
+    def __init__(self, stock: nn.Module, original: Original, product: PackedProduct, number: int) -> None:
+        super().__init__()
+        self.bias = stock._parameters.get("bias")
+        self.original = original
+        self._product, self._number, self._transposed = product, number, isinstance(stock, Conv1D)
+        self._stock = (without_weight(stock),)  # in a tuple, so that it is no submodule
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in] -> [..., out]."""
+        return self._product.part(self._number, x)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight these integers stand for, float32, in the stock layout."""
+        weight = self._product.in_floats(self._number)
+        return weight.t().contiguous() if self._transposed else weight
+
+    def in_floats(self) -> nn.Module:
+        """The stock module with these numbers."""
+        return with_weight(self._stock[0], self.weight)
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else modelling code reads of the stock module, such as its sizes."""
+        if name == "_stock" or name.startswith("__"):
+            raise AttributeError(name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._stock[0], name)
+
+
+def without_weight(stock: nn.Module) -> nn.Module:
+    """The module with a weight that takes no memory."""
+    return with_weight(stock, torch.empty_like(stock.get_parameter("weight"), device="meta"))
+
+
+def with_weight(stock: nn.Module, weight: torch.Tensor) -> nn.Module:
+    """The module with another weight; all else is shared."""
+    other = copy.copy(stock)
+    parameters = {**stock._parameters, "weight": nn.Parameter(weight, requires_grad=False)}
+    other.__dict__["_parameters"] = parameters
+    return other
+
+
+def _joined(sizes: Sequence[int], biases: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """The biases end to end, zeros for those that are missing [sum of sizes]; None where all are."""
+    if all(bias is None for bias in biases):
+        return None
+    parts = zip(sizes, biases, strict=True)
+    return torch.cat([torch.zeros(size) if bias is None else bias.detach().float() for size, bias in parts])

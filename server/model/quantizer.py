@@ -1,0 +1,152 @@
+"""Makes a base's linears 8-bit integers while a probe runs through it, so that its weights are never all in memory.
+
+The stock weights lie in a mapped file; each linear's are read when the probe gets to it, made integers together with
+those of the linears that get the same input, and their pages are given back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from server.int8.embedding import Int8Embedding
+from server.int8.kernels import KernelType
+from server.int8.linear import Int8Linear, Original, PackedProduct
+from server.int8.rows import Int8Rows, pieces
+from server.model.mapped_files import MappedFiles
+
+SMALLEST_SIDE = 32
+"""Linears with fewer inputs or outputs stay in floats: routers, gates and the like, which decide more than they cost."""
+
+
+@dataclass
+class Quantized:
+    """What became of a base: linears and bytes in integers, and parameters left in floats with their bytes."""
+
+    kernel: str
+    num_linears: int = 0
+    num_products: int = 0
+    num_bytes: int = 0
+    left: dict[str, int] = field(default_factory=dict)
+
+
+@contextmanager
+def quantizing(model: PreTrainedModel, kernel: KernelType, dtype: torch.dtype) -> Iterator[Quantized]:
+    """While a batch runs, make the linears it gets to integers; what is left becomes ``dtype`` at the end."""
+    quantizer = _Quantizer(model, kernel)
+    linears = {name: one for name, one in model.named_modules() if type(one) in (nn.Linear, Conv1D)}
+    handles = [
+        module.register_forward_hook(quantizer.note(name))
+        for name, module in linears.items()
+        if min(module.get_parameter("weight").shape) >= SMALLEST_SIDE
+    ]
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear:
+        head.__dict__["forward"] = quantizer.in_pieces(head)
+    try:
+        yield quantizer.result
+    finally:
+        for handle in handles:
+            handle.remove()
+        if head is not None:
+            head.__dict__.pop("forward", None)
+    quantizer.finish(dtype)
+
+
+class _Quantizer:
+    """Where the probe is: the linears that got the input at hand, which are packed when another input comes."""
+
+    def __init__(self, model: PreTrainedModel, kernel: KernelType) -> None:
+        self._model, self._kernel, self._mapped = model, kernel, MappedFiles()
+        self._embedding = model.get_input_embeddings()
+        self._embedded: tuple[Original, Int8Rows] | None = None
+        self._input: torch.Tensor | None = None
+        self._same_input: list[tuple[str, nn.Module]] = []
+        self.result = Quantized(kernel.name)
+
+    def note(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        """A hook for a linear: those that follow one another with the same input wait to be packed together."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if args[0] is not self._input:
+                self._pack()
+                self._input = args[0]
+            if all(module is not one for _, one in self._same_input):
+                self._same_input.append((name, module))
+
+        return hook
+
+    def in_pieces(self, head: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
+        """A forward for the head, whose weight is as large as many layers', that never has the whole of it in memory."""
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            parts = []
+            for piece in pieces(head.weight):
+                parts.append(F.linear(x, piece))
+                self._mapped.give_back(piece)
+            y = torch.cat(parts, dim=-1)
+            return y if head.bias is None else y + head.bias
+
+        return forward
+
+    def finish(self, dtype: torch.dtype) -> None:
+        """Pack the last, then the embedding, and take what is left out of the mapped file."""
+        self._pack()
+        self._input = None
+        self._quantize_embedding(dtype)
+        for name, parameter in self._model.named_parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype, copy=True)
+            self.result.left[name] = parameter.nbytes
+        for module in self._model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.dtype in (torch.bfloat16, torch.float16):
+                    module._buffers[name] = buffer.to(dtype)
+
+    def _pack(self) -> None:
+        """Make the linears that got the same input one product of integers."""
+        if not self._same_input:
+            return
+        modules = [module for _, module in self._same_input]
+        weights = [module.get_parameter("weight") for module in modules]
+        originals = [Original.of(weight, done=self._mapped.give_back) for weight in weights]
+        turned = [w.t() if isinstance(m, Conv1D) else w for w, m in zip(weights, modules, strict=True)]
+        rows = Int8Rows.of(turned, done=self._mapped.give_back)
+        if weights[0] is self._embedding._parameters.get("weight"):
+            self._embedded = originals[0], rows
+        biases = [module._parameters.get("bias") for module in modules]
+        product = PackedProduct(self._kernel(rows), [len(weight) for weight in turned], biases)
+        for number, ((name, module), original) in enumerate(zip(self._same_input, originals, strict=True)):
+            self._replace(name, Int8Linear(module, original, product, number))
+            module._parameters["weight"] = None  # whoever still holds the module holds nothing large
+        self.result.num_linears += len(modules)
+        self.result.num_products += 1
+        self.result.num_bytes += rows.integers.nbytes
+        self._same_input = []
+
+    def _quantize_embedding(self, dtype: torch.dtype) -> None:
+        """The rows of the head where it shares the embedding's weight; its own where not."""
+        stock = self._embedding
+        plain = type(stock).forward is nn.Embedding.forward or hasattr(stock, "embed_scale")
+        if not (isinstance(stock, nn.Embedding) and plain):
+            return
+        original, rows = self._embedded or (
+            Original.of(stock.weight),
+            Int8Rows.of([stock.weight], done=self._mapped.give_back),
+        )
+        for name, module in list(self._model.named_modules(remove_duplicate=False)):
+            if module is stock:
+                self._replace(name, Int8Embedding(stock, original, rows, dtype))
+        self.result.num_bytes += rows.integers.nbytes
+
+    def _replace(self, name: str, module: nn.Module) -> None:
+        parent, _, attribute = name.rpartition(".")
+        setattr(self._model.get_submodule(parent), attribute, module)
