@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,10 +30,12 @@ from server.model.admission import admit
 from server.model.attention import FlatAttention, Layout, Span
 from server.model.device import choose_device, choose_dtype, num_weight_bytes
 from server.model.fingerprint import base_fingerprint
-from server.model.kv_cache import LayerShape
+from server.model.kv_cache import KVLayout, LayerShape, longest_within
 from server.model.rope import fix_rope
 from server.model.shapes import PROBE_ROWS, noting_shapes, signature_of
 from server.settings import EMBEDDED_BASE
+
+logger = logging.getLogger("quickchange.model")
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
@@ -55,8 +58,10 @@ class Base:
         return self.signature.vocab_size
 
 
-def load_base(base_model: str, *, name: str, device: str, dtype: str, max_model_len: int | None) -> Base:
-    """Load the base that the setting names.
+def load_base(
+    base_model: str, *, name: str, device: str, dtype: str, max_model_len: int | None, kv_memory: int | None = None
+) -> Base:
+    """Load the base that the setting names; ``kv_memory``, in bytes, bounds its longest sequence.
 
     Raises ``BaseModelNotFound``, ``BaseModelRefused`` or ``SettingsError``.
     """
@@ -69,10 +74,12 @@ def load_base(base_model: str, *, name: str, device: str, dtype: str, max_model_
     model = load_stock(folder, choose_dtype(dtype, place, num_weight_bytes(folder)))
     tokenizer = _load_tokenizer(folder)
     nn.Module.to(model, device=place)
-    fix_rope(model, length)
     attention = FlatAttention()
     attention.install(model)
     shapes, modules = _probe(model, attention)
+    if kv_memory is not None:
+        length = _affordable(KVLayout(tuple(shapes), length, model.dtype), kv_memory, asked=max_model_len)
+    fix_rope(model, length)
     if not attention.num_calls == len(shapes) == config.get_text_config().num_hidden_layers:
         raise BaseModelRefused(
             name, f"{attention.num_calls} attention calls on {len(shapes)} layers: each must make one"
@@ -169,6 +176,21 @@ def _length(config: PretrainedConfig, wanted: int | None) -> int:
             f"max_model_len is {wanted}, but the base was made for {own} tokens: lower it, or leave it out"
         )
     return int(wanted or own)
+
+
+def _affordable(layout: KVLayout, kv_memory: int, *, asked: int | None) -> int:
+    """The longest sequence whose keys and values fit into ``kv_memory``; one that was asked for must."""
+    length = longest_within(kv_memory, layout)
+    if length < min(asked or 2, layout.max_len):
+        raise SettingsError(
+            f"kv_memory is {kv_memory}, but one sequence of {asked or 2} tokens takes {layout.bytes_of(asked or 2)} "
+            "bytes: raise --kv-memory, or lower --max-model-len"
+        )
+    if length < layout.max_len:
+        logger.warning(
+            "kv_memory holds %d of the base's %d tokens of context: max_model_len is %d", length, layout.max_len, length
+        )
+    return length
 
 
 @torch.inference_mode()

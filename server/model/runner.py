@@ -33,6 +33,7 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, batch: Batch) -> torch.Tensor:
         """Logits of the rows that yield a token, [len(batch.sampling), vocab]."""
+        self._prepare_slots(batch)
         layout = Layout.of(_spans(batch.segments), self.model.device)
         self.attention.layout = layout
         self.bank.begin(batch)
@@ -46,6 +47,11 @@ class ModelRunner:
         )
         logits: torch.Tensor = output.logits[0]
         return logits
+
+    def _prepare_slots(self, batch: Batch) -> None:
+        assert self.attention.cache is not None
+        for move in batch.moves:
+            self.attention.cache.do(move)
 
     def prepare(self, manifest: Manifest) -> LoRAWeights:
         """An adapter's tensors, for ``add_adapter``; any thread may call this, while steps run.
