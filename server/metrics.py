@@ -44,6 +44,7 @@ class Metrics:
         self._known: set[str] = set()
         self._versions: dict[str, str] = {}
         self._make_request_metrics()
+        self._make_kv_metrics()
         self._make_engine_metrics()
         self.know_adapter(BASE)
         self.know_adapter(COMPOSITION)
@@ -93,11 +94,7 @@ class Metrics:
             registry=self.registry,
         )
 
-    def _make_engine_metrics(self) -> None:
-        self.queued = Gauge(
-            "quickchange_sequences_queued", "Sequences that wait for a KV slot.", registry=self.registry
-        )
-        self.running = Gauge("quickchange_sequences_running", "Sequences in the batch.", registry=self.registry)
+    def _make_kv_metrics(self) -> None:
         self.kv_slots_used = Gauge("quickchange_kv_slots_used", "KV slots held.", registry=self.registry)
         self.kv_slots_cached = Gauge(
             "quickchange_kv_slots_cached", "KV slots that keep what an ended sequence computed.", registry=self.registry
@@ -111,6 +108,12 @@ class Metrics:
         self.kv_memory_limit = Gauge(
             "quickchange_kv_memory_limit_bytes", "Memory that keys and values may take.", registry=self.registry
         )
+
+    def _make_engine_metrics(self) -> None:
+        self.queued = Gauge(
+            "quickchange_sequences_queued", "Sequences that wait for a KV slot.", registry=self.registry
+        )
+        self.running = Gauge("quickchange_sequences_running", "Sequences in the batch.", registry=self.registry)
         self.adapters_loaded = Gauge(
             "quickchange_adapters_loaded", "Adapters that can be asked for.", registry=self.registry
         )
