@@ -24,7 +24,7 @@ class Slot:
     """One slot. ``prefix`` is the holder's prompt, or without a holder the tokens whose keys and values are there.
 
     ``num_touched`` positions may have been written since the memory behind them was given back; the holder may write
-    ``num_reserved``. ``used_at`` orders slots by when they were of use.
+    ``num_reserved``; ``num_bytes`` is what these or those take. ``used_at`` orders slots by when they were of use.
     """
 
     number: int
@@ -32,6 +32,7 @@ class Slot:
     prefix: Prefix = NOTHING
     num_touched: int = 0
     num_reserved: int = 0
+    num_bytes: int = 0
     used_at: int = 0
 
     @property
@@ -44,17 +45,12 @@ class Slot:
         """Tokens of the prefix whose keys and values are there."""
         return len(self.prefix) if self.holder is None else min(self.holder.num_computed, len(self.prefix))
 
-    @property
-    def num_positions(self) -> int:
-        """Positions that take memory, or may come to."""
-        return max(self.num_touched, self.num_reserved)
-
 
 class SlotTable:
     """Slots for sequences of at most ``max_len`` tokens, within ``max_bytes`` of memory.
 
     ``bytes_of`` says what a slot takes by its positions. A sequence gets room for its prompt and its whole answer, so
-    that it never has to give way. ``reuses`` switches the reuse of prefixes on.
+    that it never has to give way: ``num_bytes`` are taken, or promised. ``reuses`` switches the reuse of prefixes on.
     """
 
     def __init__(
@@ -74,6 +70,7 @@ class SlotTable:
         self._moves: list[Move] = []
         self._awaited: dict[int, tuple[Sequence, int]] = {}
         self._clock = 0
+        self.num_bytes = 0
 
     @property
     def num_used(self) -> int:
@@ -85,15 +82,10 @@ class SlotTable:
         """Slots nobody holds that keep a prefix."""
         return sum(slot.idle and len(slot.prefix) > 0 for slot in self._slots)
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory that is taken, or promised to the sequences that run."""
-        return sum(self._bytes(slot) for slot in self._slots)
-
     def can_place(self, sequence: Sequence) -> bool:
         """Whether there is a slot, and memory beside what the running sequences may need."""
         held = [slot for slot in self._slots if not slot.idle]
-        taken = sum(map(self._bytes, held))
+        taken = sum(slot.num_bytes for slot in held)
         return len(held) < self.num_slots and taken + self._bytes_of(self._reserve(sequence)) <= self.max_bytes
 
     def awaits(self, sequence: Sequence) -> bool:
@@ -138,6 +130,7 @@ class SlotTable:
             source.used_at = self._tick()
         target.holder, target.prefix, target.num_reserved = sequence, prefix, reserved
         target.num_touched = max(target.num_touched, length)
+        self._account(target)
         sequence.slot, sequence.num_computed, sequence.num_cached = target.number, length, length
 
     def begin(self, segments: Iterable[Segment]) -> tuple[Move, ...]:
@@ -157,6 +150,7 @@ class SlotTable:
         useful = self.reuses and num_valid >= MIN_PREFIX
         slot.prefix = Prefix.of(sequence, num_valid) if useful else NOTHING
         slot.holder, slot.num_reserved, slot.used_at = None, 0, self._tick()
+        self._account(slot)
         sequence.slot = None
 
     def holders_of_targets(self, moves: Iterable[Move]) -> list[Sequence]:
@@ -170,6 +164,7 @@ class SlotTable:
         self._moves = [ReleaseTail(slot.number, 0) for slot in idle]
         for slot in idle:
             slot.prefix, slot.num_touched = NOTHING, 0
+            self._account(slot)
 
     def check_integrity(self) -> None:
         """Each holder knows its slot, positions are within bounds, and memory is within its limit."""
@@ -178,10 +173,14 @@ class SlotTable:
             assert slot.num_valid <= slot.num_touched <= self.max_len, "a slot holds more than was written"
             assert slot.idle or slot.num_touched <= slot.num_reserved, "a sequence wrote beyond its room"
             assert not slot.idle or not slot.num_reserved, "room is reserved for nobody"
+            assert slot.num_bytes == self._bytes_of(max(slot.num_touched, slot.num_reserved)), "a slot is miscounted"
+        assert self.num_bytes == sum(slot.num_bytes for slot in self._slots), "memory is miscounted"
         assert self.num_bytes <= self.max_bytes, "more memory is taken than there may be"
 
-    def _bytes(self, slot: Slot) -> int:
-        return self._bytes_of(slot.num_positions)
+    def _account(self, slot: Slot) -> None:
+        """Count what a slot takes now."""
+        before, slot.num_bytes = slot.num_bytes, self._bytes_of(max(slot.num_touched, slot.num_reserved))
+        self.num_bytes += slot.num_bytes - before
 
     def _reserve(self, sequence: Sequence) -> int:
         return min(len(sequence.prompt_ids) + sequence.max_tokens, self.max_len)
@@ -221,11 +220,11 @@ class SlotTable:
 
     def _make_room(self, target: Slot, victims: Iterable[Slot], reserved: int) -> bool:
         """Empty slots, the least useful first, until ``target`` may take what is to be reserved; whether it may."""
-        missing = self.num_bytes - self._bytes(target) + self._bytes_of(reserved) - self.max_bytes
+        missing = self.num_bytes - target.num_bytes + self._bytes_of(reserved) - self.max_bytes
         for victim in victims:
             if missing <= 0:
                 break
-            missing -= self._bytes(victim)
+            missing -= victim.num_bytes
             self._empty(victim)
         return missing <= 0
 
@@ -233,6 +232,7 @@ class SlotTable:
         if slot.num_touched:
             self._moves.append(ReleaseTail(slot.number, 0))
         slot.prefix, slot.num_touched = NOTHING, 0
+        self._account(slot)
 
 
 def _usefulness(slot: Slot) -> tuple[bool, int]:

@@ -6,6 +6,7 @@ import contextlib
 import mmap
 import sys
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -67,9 +68,16 @@ class KVLayout:
         """Numbers in a slot."""
         return sum(region.heads * region.stride for region in self._each())
 
+    @cached_property
+    def _heads_by_dim(self) -> Counter[int]:
+        heads: Counter[int] = Counter()
+        for region in self._each():
+            heads[region.dim] += region.heads
+        return heads
+
     def bytes_of(self, length: int) -> int:
         """Memory that the first ``length`` positions of a slot take, in bytes."""
-        numbers = sum(region.heads * self._whole_pages(length * region.dim) for region in self._each())
+        numbers = sum(heads * self._whole_pages(length * dim) for dim, heads in self._heads_by_dim.items())
         return numbers * self.dtype.itemsize
 
     def tails(self, length: int) -> Iterator[tuple[int, int]]:
