@@ -89,9 +89,9 @@ class SlotTable:
         return len(held) < self.num_slots and taken + self._bytes_of(self._reserve(sequence)) <= self.max_bytes
 
     def awaits(self, sequence: Sequence) -> bool:
-        """Whether an older sequence is just computing more of this one's prompt than is to be had now.
+        """Whether a running sequence is just computing more of this one's prompt than is to be had now.
 
-        The wait costs nothing: the older one's prompt comes first anyhow.
+        The wait costs nothing: the prompt of who came earlier is computed first anyhow.
         """
         if not self.reuses:
             return False
@@ -104,10 +104,10 @@ class SlotTable:
         best: tuple[Sequence, int] | None = None
         most = self._longest(prefix)[1] + MIN_PREFIX
         for slot in self._slots:
-            if (other_ := slot.holder) is not None and not other_.decoding and other_.id < sequence.id:
+            if slot.holder is not None and not slot.holder.decoding:
                 length = min(prefix.common(slot.prefix), len(prefix) - 1)
                 if length >= most:
-                    best, most = (other_, length), length + 1
+                    best, most = (slot.holder, length), length + 1
         if best is not None:
             self._awaited[sequence.id] = best
         return best is not None

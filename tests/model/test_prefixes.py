@@ -187,6 +187,13 @@ def test_a_prefix_shared_by_all_who_come_at_once_is_computed_once() -> None:
     assert sum(memory.num_rows.values()) == len(SYSTEM) + 8 * (5 + 3)
 
 
+def test_who_waits_for_a_prefix_waits_for_all_of_it() -> None:
+    engine, _ = make(budget=16)
+    second = ask(2, (*SYSTEM[:35], *[1] * 9))
+    run(engine, ask(1, SYSTEM), second)
+    assert second.num_cached == 35
+
+
 def test_who_waits_for_a_prefix_lets_others_pass() -> None:
     engine, _ = make(budget=16)
     waits, passes = ask(2, (*SYSTEM, 1)), ask(3, tuple(reversed(SYSTEM)))
@@ -280,6 +287,17 @@ def test_what_was_used_longest_ago_goes_first() -> None:
     for one in (found[0], found[2], found[3], found[1]):
         run(engine, one)
     assert [one.num_cached > 0 for one in found] == [True, False, True, True]
+
+
+def test_what_lent_its_prefix_was_of_use() -> None:
+    engine, _ = make(slots=3, running=1)
+    lender, other = ask(1, SYSTEM + (1,) * 60), ask(2, (2,) * 60)
+    for one in (lender, other, ask(3, SYSTEM + (3,) * 60), ask(4, (4,) * 60)):
+        run(engine, one)
+    again = [ask(11, (*lender.ids(0, 60), 7)), ask(12, other.prompt_ids)]
+    for one in again:
+        run(engine, one)
+    assert [one.num_cached for one in again] == [60, 0]
 
 
 def test_memory_is_bounded_by_what_running_sequences_may_come_to_need() -> None:
