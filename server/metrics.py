@@ -44,6 +44,7 @@ class Metrics:
         self._known: set[str] = set()
         self._versions: dict[str, str] = {}
         self._make_request_metrics()
+        self._make_kv_metrics()
         self._make_engine_metrics()
         self.know_adapter(BASE)
         self.know_adapter(COMPOSITION)
@@ -64,6 +65,12 @@ class Metrics:
         )
         self.prompt_tokens = Counter(
             "quickchange_prompt_tokens", "Prompt tokens taken in.", labels, registry=self.registry
+        )
+        self.cached_tokens = Counter(
+            "quickchange_prefix_cached_tokens",
+            "Prompt tokens whose keys and values were there already.",
+            labels,
+            registry=self.registry,
         )
         self.generated_tokens = Counter(
             "quickchange_generated_tokens", "Tokens generated.", labels, registry=self.registry
@@ -87,13 +94,26 @@ class Metrics:
             registry=self.registry,
         )
 
+    def _make_kv_metrics(self) -> None:
+        self.kv_slots_used = Gauge("quickchange_kv_slots_used", "KV slots held.", registry=self.registry)
+        self.kv_slots_cached = Gauge(
+            "quickchange_kv_slots_cached", "KV slots that keep what an ended sequence computed.", registry=self.registry
+        )
+        self.kv_slots = Gauge("quickchange_kv_slots", "KV slots there are.", registry=self.registry)
+        self.kv_memory = Gauge(
+            "quickchange_kv_memory_bytes",
+            "Memory of keys and values: promised to running sequences, and kept of ended ones.",
+            registry=self.registry,
+        )
+        self.kv_memory_limit = Gauge(
+            "quickchange_kv_memory_limit_bytes", "Memory that keys and values may take.", registry=self.registry
+        )
+
     def _make_engine_metrics(self) -> None:
         self.queued = Gauge(
             "quickchange_sequences_queued", "Sequences that wait for a KV slot.", registry=self.registry
         )
         self.running = Gauge("quickchange_sequences_running", "Sequences in the batch.", registry=self.registry)
-        self.kv_slots_used = Gauge("quickchange_kv_slots_used", "KV slots held.", registry=self.registry)
-        self.kv_slots = Gauge("quickchange_kv_slots", "KV slots there are.", registry=self.registry)
         self.adapters_loaded = Gauge(
             "quickchange_adapters_loaded", "Adapters that can be asked for.", registry=self.registry
         )
@@ -154,6 +174,7 @@ class Metrics:
         self._known.discard(adapter)
         self.show_version(adapter, None)
         self.prompt_tokens.remove(adapter)
+        self.cached_tokens.remove(adapter)
         self.generated_tokens.remove(adapter)
         for reason in FINISH_REASONS:
             self.requests.remove(adapter, reason)
@@ -172,6 +193,7 @@ class Metrics:
             return
         self._known.add(adapter)
         self.prompt_tokens.labels(adapter)
+        self.cached_tokens.labels(adapter)
         self.generated_tokens.labels(adapter)
         for reason in FINISH_REASONS:
             self.requests.labels(adapter, reason)

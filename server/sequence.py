@@ -51,7 +51,7 @@ class Sequence:
 
     ``adapters`` are those whose deltas are added to the base, none for the base alone. ``scope`` tells whose it is (API
     key and cache salt): what one sequence leaves behind may be of use only to those of the same scope. ``num_computed``
-    counts the tokens whose keys and values are in the slot.
+    counts the tokens whose keys and values are in the slot; ``num_cached`` of them were there before it came.
     """
 
     id: int
@@ -63,6 +63,7 @@ class Sequence:
     scope: bytes = b""
     output_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
+    num_cached: int = 0
     slot: int | None = None
     status: SequenceStatus = SequenceStatus.WAITING
 
@@ -113,10 +114,34 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class CopyPrefix:
+    """Copy the keys and values of positions 0 to ``length`` from one KV slot to another."""
+
+    source: int
+    target: int
+    length: int
+
+
+@dataclass(frozen=True)
+class ReleaseTail:
+    """Give the memory of a KV slot behind its first ``length`` positions back to the operating system."""
+
+    slot: int
+    length: int
+
+
+Move = CopyPrefix | ReleaseTail
+
+
+@dataclass(frozen=True)
 class Batch:
-    """What one step computes: segments end to end, those of the same adapters side by side."""
+    """What one step computes: segments end to end, those of the same adapters side by side.
+
+    ``moves`` are done before, in their order.
+    """
 
     segments: tuple[Segment, ...]
+    moves: tuple[Move, ...] = ()
 
     def __post_init__(self) -> None:
         assert self.segments

@@ -52,9 +52,21 @@ class Settings(BaseSettings):
         ge=2,
         description="Longest sequence in tokens, prompt and completion together; without it, the base's own.",
     )
-    max_num_seqs: int = Field(32, ge=1, le=1024, description="Sequences computed at once; each holds a KV slot.")
+    max_num_seqs: int = Field(32, ge=1, le=1024, description="Sequences computed at once.")
     max_num_batched_tokens: int = Field(
         512, ge=1, description="Rows of one step: running sequences first, then chunks of prompts up to this many."
+    )
+    max_prefill_tokens: int = Field(
+        256, ge=1, description="Rows of prompts in a step in which others are being answered: they wait no longer."
+    )
+    kv_memory: int = Field(
+        2_147_483_648,
+        ge=1,
+        description="Bytes of memory for keys and values, of running sequences and of those kept for reuse.",
+    )
+    prefix_caching: bool = Field(
+        True,
+        description="Reuse what was computed for an earlier prompt that begins alike, of the same key and adapter.",
     )
     max_queued_seqs: int = Field(256, ge=0, description="Sequences that may wait for a slot before requests get a 503.")
     max_lora_rank: int = Field(256, ge=1, description="Adapters of a larger rank are refused.")

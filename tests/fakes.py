@@ -101,6 +101,7 @@ class FakeStream:
     engine: FakeEngine
     script: Script
     sequence_id: int
+    num_cached: int = 0
     closed: bool = False
 
     async def __aiter__(self) -> AsyncIterator[StepOutput]:
@@ -133,6 +134,7 @@ class Submitted:
     max_tokens: int
     adapters: tuple[AdapterUse, ...]
     eos_ids: frozenset[int]
+    scope: bytes
 
 
 @dataclass(eq=False)
@@ -143,6 +145,7 @@ class FakeEngine:
     alive: bool = True
     max_model_len: int = 256
     capacity: int = 64
+    num_cached: int = 0
     submitted: list[Submitted] = field(default_factory=list)
     streams: list[FakeStream] = field(default_factory=list)
     num_hanging: int = 0
@@ -167,12 +170,13 @@ class FakeEngine:
         max_tokens: int,
         adapters: tuple[AdapterUse, ...],
         eos_ids: frozenset[int],
+        scope: bytes = b"",
     ) -> FakeStream:
         """As the real one."""
         self.check_capacity(1)
         script = self.scripts[min(len(self.streams), len(self.scripts) - 1)]
-        self.submitted.append(Submitted(tuple(prompt_ids), params, max_tokens, adapters, eos_ids))
-        self.streams.append(FakeStream(self, script, len(self.streams)))
+        self.submitted.append(Submitted(tuple(prompt_ids), params, max_tokens, adapters, eos_ids, scope))
+        self.streams.append(FakeStream(self, script, len(self.streams), self.num_cached))
         return self.streams[-1]
 
 

@@ -26,7 +26,7 @@ _SERVING = re.compile(r"serving on (http://\S+)")
 
 @dataclass(frozen=True)
 class Usage:
-    """What a process holds: ``rss`` in bytes, ``files`` are open descriptors."""
+    """What a process holds: ``rss`` in bytes without the keys and values it keeps, ``files`` are open descriptors."""
 
     rss: int
     threads: int
@@ -65,11 +65,12 @@ class ServerProcess:
 
     def usage(self) -> Usage:
         """What the process holds now, as Linux tells it."""
+        kept = int(self.metric("quickchange_kv_memory_bytes"))
         proc = Path("/proc", str(self.process.pid))
         status = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
         times = (proc / "stat").read_text().rpartition(")")[2].split()[11:13]
         return Usage(
-            rss=1024 * int(status["VmRSS"].split()[0]),
+            rss=1024 * int(status["VmRSS"].split()[0]) - kept,
             threads=int(status["Threads"]),
             files=len(list((proc / "fd").iterdir())),
             cpu_seconds=sum(map(int, times)) / os.sysconf("SC_CLK_TCK"),

@@ -11,6 +11,7 @@ from server.adapters.content.manners import AdapterDefaults
 from server.api.answer import answer
 from server.api.generation import Generation
 from server.api.protocol import ChatRequest
+from server.api.scope import scope_of
 from server.api.shapes import ChatShape
 from server.api.state import State
 
@@ -25,7 +26,8 @@ async def create_chat_completion(body: ChatRequest, http: Request, state: State)
         messages = [message.model_dump(exclude_none=True) for message in body.messages]
         return [state.prompts.chat(led_by(defaults.system_prompt, messages), template=defaults.chat_template)]
 
-    generation = Generation(state, body, render, "messages", http.state.request_id)
+    scope = scope_of(http.headers.get("authorization"), body.cache_salt)
+    generation = Generation(state, body, render, "messages", http.state.request_id, scope)
     return await answer(http, generation, ChatShape())
 
 

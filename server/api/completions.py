@@ -9,6 +9,7 @@ from server.adapters.content.manners import AdapterDefaults
 from server.api.answer import answer
 from server.api.generation import Generation
 from server.api.protocol import CompletionRequest
+from server.api.scope import scope_of
 from server.api.shapes import CompletionShape
 from server.api.state import State
 from server.errors import InvalidRequest
@@ -24,7 +25,8 @@ async def create_completion(body: CompletionRequest, http: Request, state: State
     def render(_: AdapterDefaults) -> list[list[int]]:
         return [_ids(prompt, state.prompts) for prompt in body.prompt]
 
-    generation = Generation(state, body, render, "prompt", http.state.request_id)
+    scope = scope_of(http.headers.get("authorization"), body.cache_salt)
+    generation = Generation(state, body, render, "prompt", http.state.request_id, scope)
     return await answer(http, generation, CompletionShape())
 
 

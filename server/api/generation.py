@@ -12,6 +12,7 @@ from server.adapters.content.manners import AdapterDefaults
 from server.adapters.leasing import Lease
 from server.api.protocol import GenerationRequest
 from server.api.sampling import completion_length, end_ids, overlay, sampling_params, stop_strings
+from server.api.shapes import Json
 from server.api.state import ServerState
 from server.engine.async_engine import OutputStream
 from server.errors import InvalidRequest
@@ -35,17 +36,22 @@ class Delta:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of a request: each prompt once, however many answers it has."""
+    """Tokens of a request: each prompt once, however many answers it has.
+
+    ``cached_tokens`` are those of the prompts that no answer's sequence had to compute.
+    """
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
 
-    def as_json(self) -> dict[str, int]:
+    def as_json(self) -> Json:
         """OpenAI's ``usage``."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
 
 
@@ -91,6 +97,7 @@ class Generation:
 
     ``start`` leases the adapters and queues the sequences, ``deltas`` are what they say, ``close`` aborts those
     alive, releases the lease, and counts. ``render`` makes the prompts' ids; ``prompt_field`` is where they came from.
+    ``scope`` is whose it is: only prefixes of the same scope are reused.
     """
 
     state: ServerState
@@ -98,6 +105,7 @@ class Generation:
     render: Render
     prompt_field: str
     request_id: str
+    scope: bytes = b""
     lease: Lease | None = None
     _choices: list[Choice] = field(default_factory=list)
     _pumps: list[asyncio.Task[None]] = field(default_factory=list)
@@ -116,7 +124,9 @@ class Generation:
     @property
     def usage(self) -> Usage:
         """Tokens so far."""
-        return Usage(self._prompt_tokens, sum(choice.num_tokens for choice in self._choices))
+        return Usage(
+            self._prompt_tokens, sum(choice.num_tokens for choice in self._choices), sum(self._cached_tokens())
+        )
 
     async def start(self, *, patience: float) -> None:
         """Admit the request, and wait ``patience`` seconds for its first token.
@@ -183,6 +193,7 @@ class Generation:
                     max_tokens=max_tokens,
                     adapters=() if self.lease is None else self.lease.uses,
                     eos_ids=eos_ids,
+                    scope=self.scope,
                 )
                 detokenizer = Detokenizer(self.state.prompts.decode, stop)
                 self._choices.append(Choice(len(self._choices), stream, detokenizer, eos_ids))
@@ -225,6 +236,7 @@ class Generation:
         for reason in reasons:
             metrics.requests.labels(label, reason).inc()
         metrics.prompt_tokens.labels(label).inc(usage.prompt_tokens)
+        metrics.cached_tokens.labels(label).inc(usage.cached_tokens)
         metrics.generated_tokens.labels(label).inc(usage.completion_tokens)
         duration = time.perf_counter() - self._arrived
         metrics.request_duration.observe(duration)
@@ -238,12 +250,14 @@ class Generation:
 
     def _write_log_line(self, reasons: list[str], duration: float, first: float | None) -> None:
         _log.info(
-            "request_id=%s adapter=%s finish=%s prompt_tokens=%d completion_tokens=%d "
+            "request_id=%s adapter=%s finish=%s prompt_tokens=%d cached_tokens=%d "
+            "completion_tokens=%d "
             "first_token_ms=%s duration_ms=%.0f",
             self.request_id,
             BASE if self.lease is None else self.lease.label,
             ",".join(reasons),
             self.usage.prompt_tokens,
+            self.usage.cached_tokens,
             self.usage.completion_tokens,
             "-" if first is None else f"{first * 1000:.0f}",
             duration * 1000,
@@ -256,6 +270,11 @@ class Generation:
     def _finish_reasons(self) -> Iterator[str]:
         for choice in self._choices:
             yield self._unfinished if choice.finish_reason is None else choice.finish_reason.value
+
+    def _cached_tokens(self) -> Iterator[int]:
+        """For each prompt, whose answers stand side by side, the least that any of them found computed."""
+        for first in range(0, len(self._choices), self.request.n):
+            yield min(choice.stream.num_cached for choice in self._choices[first : first + self.request.n])
 
     def _time_to_first_token(self) -> float | None:
         times = [choice.first_token_at for choice in self._choices if choice.num_tokens]

@@ -20,6 +20,7 @@ from server.errors import UnsupportedParameter
 
 MAX_CHOICES = 128
 MAX_STOP_LENGTH = 1024
+MAX_SALT_LENGTH = 256
 
 # No effect on the answer of this server, whatever the value.
 IGNORED = frozenset(
@@ -210,6 +211,7 @@ class GenerationRequest(_Strict):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     lora_scale: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
     user: Text | None = None
+    cache_salt: Annotated[Text, Field(min_length=1, max_length=MAX_SALT_LENGTH)] | None = None
     n: int = Field(1, ge=1, le=8)
     stop: Annotated[list[StopString], Field(min_length=1, max_length=16), BeforeValidator(_as_list)] | None = None
 

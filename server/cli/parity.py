@@ -90,7 +90,7 @@ def answer_here(base: Base, manifest: Manifest, weights: LoRAWeights) -> Answers
         Generation(number, prompt, num_new, SamplingParams(temperature=0), adapters)
         for number, (adapters, prompt) in enumerate(product(((AdapterUse(manifest.weights_digest),), ()), prompts))
     ]
-    runner = ModelRunner(base.model, base.attention, base.shapes, num_slots=len(sequences), max_len=length)
+    runner = ModelRunner.of(base, num_slots=len(sequences), max_len=length)
     runner.add_adapter(manifest.weights_digest, weights)
     logits = torch.stack([_step(runner, sequences) for _ in range(num_new)], dim=1)  # [sequences, tokens, vocabulary]
     runner.remove_adapter(manifest.weights_digest)

@@ -28,9 +28,11 @@ from server.cli.shelf import build_shelf
 from server.engine.async_engine import AsyncEngine
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
+from server.engine.slots import SlotTable
 from server.errors import SettingsError
 from server.metrics import Metrics
 from server.model.device import available_threads
+from server.model.kv_cache import KVLayout, num_slots_within
 from server.model.loader import Base, load_base
 from server.model.runner import ModelRunner
 from server.model.sampler import Sampler
@@ -45,6 +47,8 @@ SWITCH_INTERVAL = 0.0005
 The engine's thread gives it up at every operation of torch, hundreds in a step, and with Python's 5 ms it would wait as
 long to get it back whenever an adapter is read or a request parsed meanwhile.
 """
+NUM_CACHES = 64
+"""Slots beyond those of running sequences, for prefixes; one that is empty takes addresses, and no memory."""
 MOST_NAMES = 20
 """Adapters named in the log at start."""
 
@@ -102,15 +106,19 @@ def build(settings: Settings) -> Service:
         dtype=settings.dtype,
         max_model_len=settings.max_model_len,
         quantization=settings.quantization,
+        kv_memory=settings.kv_memory,
     )
     _log_base(base, time.perf_counter() - since)
     metrics = _metrics(base)
+    slots = _slots(settings, base)
     scheduler = Scheduler(
-        max_num_seqs=settings.max_num_seqs,
+        max_num_seqs=min(settings.max_num_seqs, slots.num_slots),
         max_num_batched_tokens=settings.max_num_batched_tokens,
         max_model_len=base.max_model_len,
+        max_prefill_tokens=settings.max_prefill_tokens,
+        slots=slots,
     )
-    runner = _runner(base, settings.max_num_seqs)
+    runner = _runner(base, slots.num_slots)
     engine = AsyncEngine(Engine(scheduler, runner, Sampler(), metrics), max_queued_seqs=settings.max_queued_seqs)
     prompts = PromptRenderer(base.tokenizer, vocab_size=base.vocab_size)
     shelf = build_shelf(settings, base, runner, engine, prompts, metrics)
@@ -132,10 +140,28 @@ def build(settings: Settings) -> Service:
     return Service(state, engine, shelf.watcher, settings)
 
 
+def _slots(settings: Settings, base: Base) -> SlotTable:
+    """Slots for the sequences that run, and where prefixes are reused as many more as keep some."""
+    layout = KVLayout(tuple(base.shapes), base.max_model_len, base.kv_dtype)
+    wanted = settings.max_num_seqs + (NUM_CACHES if settings.prefix_caching else 0)
+    num_slots = num_slots_within(settings.kv_memory, layout, base.model.device, wanted=wanted)
+    if num_slots < settings.max_num_seqs:
+        logger.warning(
+            "kv_memory holds %d sequences of %d tokens: no more are computed at once", num_slots, base.max_model_len
+        )
+    return SlotTable(
+        num_slots,
+        max_len=base.max_model_len,
+        max_bytes=settings.kv_memory,
+        bytes_of=layout.bytes_of,
+        reuses=settings.prefix_caching,
+    )
+
+
 def _runner(base: Base, num_slots: int) -> ModelRunner:
     try:
-        return ModelRunner(base.model, base.attention, base.shapes, num_slots=num_slots, max_len=base.max_model_len)
-    except (RuntimeError, MemoryError) as error:
+        return ModelRunner.of(base, num_slots=num_slots)
+    except (RuntimeError, MemoryError, OSError) as error:
         raise SettingsError(
             f"there is no memory for {num_slots} KV slots of {base.max_model_len} tokens: lower --max-num-seqs or "
             f"--max-model-len ({str(error)[:200]})"

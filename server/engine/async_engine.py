@@ -72,11 +72,21 @@ Command = Add | Abort | LoadAdapter | UnloadAdapter | Stop
 class OutputStream:
     """The outputs of one sequence, in order; made by ``AsyncEngine.submit``."""
 
-    def __init__(self, sequence_id: int, close: Callable[[int], None]) -> None:
-        self.sequence_id = sequence_id
+    def __init__(self, sequence: Generation, close: Callable[[int], None]) -> None:
+        self._sequence = sequence
         self._close = close
         self._outputs: asyncio.Queue[StepOutput | Exception] = asyncio.Queue()
         self._ended = False
+
+    @property
+    def sequence_id(self) -> int:
+        """Whose outputs these are."""
+        return self._sequence.id
+
+    @property
+    def num_cached(self) -> int:
+        """Prompt tokens that were not computed anew; settled when the first output comes."""
+        return self._sequence.num_cached
 
     def put(self, output: StepOutput | Exception) -> None:
         """Hand an output to the reader."""
@@ -106,7 +116,7 @@ class AsyncEngine:
 
     def __init__(self, engine: Engine, *, max_queued_seqs: int) -> None:
         self._engine = engine
-        self._max_unfinished = max_queued_seqs + engine.scheduler.slots.num_slots
+        self._max_unfinished = max_queued_seqs + engine.scheduler.max_num_seqs
         self._max_queued_seqs = max_queued_seqs
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._streams: dict[int, OutputStream] = {}
@@ -152,11 +162,12 @@ class AsyncEngine:
         max_tokens: int,
         adapters: tuple[AdapterUse, ...],
         eos_ids: frozenset[int],
+        scope: bytes = b"",
     ) -> OutputStream:
         """Queue a sequence. ``adapters`` are loaded and leased. Raises as ``check_capacity``."""
         self.check_capacity(1)
-        sequence = Generation(next(self._ids), tuple(prompt_ids), max_tokens, params, adapters, eos_ids)
-        stream = self._streams[sequence.id] = OutputStream(sequence.id, self._close_stream)
+        sequence = Generation(next(self._ids), tuple(prompt_ids), max_tokens, params, adapters, eos_ids, scope)
+        stream = self._streams[sequence.id] = OutputStream(sequence, self._close_stream)
         self._inbox.put(Add(sequence))
         return stream
 

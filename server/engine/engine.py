@@ -36,6 +36,7 @@ class Engine:
         self.scheduler, self.runner, self.sampler, self.metrics = scheduler, runner, sampler, metrics
         self.batch: Batch | None = None
         metrics.kv_slots.set(scheduler.slots.num_slots)
+        metrics.kv_memory_limit.set(scheduler.slots.max_bytes)
 
     @property
     def idle(self) -> bool:
@@ -53,10 +54,9 @@ class Engine:
 
     def give_up(self, reason: str) -> list[StepOutput]:
         """End the sequences of the last batch, after a step that failed; all that run where none was made."""
-        segments = () if self.batch is None else self.batch.segments
-        given_up = [segment.sequence.id for segment in segments] or list(self.scheduler.running)
+        given_up = self.scheduler.give_up(self.batch)
         for sequence_id in given_up:
-            self.abort(sequence_id)
+            self.sampler.forget(sequence_id)
         return [StepOutput(sequence_id, None, failed=reason) for sequence_id in given_up]
 
     def step(self) -> list[StepOutput]:
@@ -84,6 +84,9 @@ class Engine:
         """Set the gauges of queue, batch and slots; once more when the engine goes idle, with the books checked."""
         self.metrics.queued.set(len(self.scheduler.waiting))
         self.metrics.running.set(len(self.scheduler.running))
-        self.metrics.kv_slots_used.set(self.scheduler.slots.num_used)
+        slots = self.scheduler.slots
+        self.metrics.kv_slots_used.set(slots.num_used)
+        self.metrics.kv_slots_cached.set(slots.num_cached)
+        self.metrics.kv_memory.set(slots.num_bytes)
         if self.idle:
             self.scheduler.check_integrity()

@@ -1,8 +1,8 @@
 """Which sequences run, and what each step computes.
 
 Continuous batching (Yu et al. 2022, Orca): sequences join and leave at every step. Sequences that decode come first,
-one row each; what the token budget leaves goes to chunks of prompts, oldest first, so that a long prompt delays nobody
-by more than a step of bounded size.
+one row each; what the token budget leaves goes to chunks of prompts, oldest first, and while anybody decodes only so
+much that a long prompt delays nobody by more than a step of bounded size.
 """
 
 from __future__ import annotations
@@ -15,12 +15,26 @@ from server.sequence import Batch, FinishReason, Segment, Sequence, SequenceStat
 
 
 class Scheduler:
-    """Queue, running set and slots. ``max_model_len`` bounds prompt and output together, in tokens."""
+    """Queue, running set and slots. ``max_model_len`` bounds prompt and output together, in tokens.
 
-    def __init__(self, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int) -> None:
+    ``max_prefill_tokens`` are the prompt rows of a step in which others decode. Without ``slots`` there is one for each
+    sequence that may run, and no prefix is reused.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        max_prefill_tokens: int | None = None,
+        slots: SlotTable | None = None,
+    ) -> None:
+        self.max_num_seqs, self.max_model_len = max_num_seqs, max_model_len
         self.max_num_batched_tokens = max(max_num_batched_tokens, max_num_seqs + 1)
-        self.max_model_len = max_model_len
-        self.slots = SlotTable(max_num_seqs)
+        self.max_prefill_tokens = max_prefill_tokens or self.max_num_batched_tokens
+        self.slots = slots or SlotTable(max_num_seqs, max_len=max_model_len)
+        assert self.slots.num_slots >= max_num_seqs and self.slots.max_len == max_model_len
         self.waiting: deque[Sequence] = deque()
         self.running: dict[int, Sequence] = {}
 
@@ -43,7 +57,22 @@ class Scheduler:
             if sequence.id == sequence_id:
                 sequence.status = SequenceStatus.FINISHED
                 self.waiting.remove(sequence)
+                self.slots.forget(sequence_id)
                 return
+
+    def give_up(self, batch: Batch | None) -> list[int]:
+        """End the sequences of a step that failed, or all that run where it made no batch; their ids.
+
+        Those whose slots it was to prepare are among them, and nothing that it may have spoiled is reused.
+        """
+        ended = set(self.running)
+        if batch is not None:
+            ended = {segment.sequence.id for segment in batch.segments}
+            ended |= {sequence.id for sequence in self.slots.holders_of_targets(batch.moves)}
+        for sequence_id in sorted(ended):
+            self.abort(sequence_id)
+        self.slots.clear()
+        return sorted(ended)
 
     def schedule(self) -> Batch:
         """The next step's rows: decoding sequences, then prompt chunks, those of the same adapters side by side."""
@@ -51,13 +80,15 @@ class Scheduler:
         budget = self.max_num_batched_tokens
         segments: list[Segment] = []
         for sequence in sorted(self.running.values(), key=lambda one: not one.decoding):
+            if not sequence.decoding and segments and segments[-1].sequence.decoding:
+                budget = min(budget, self.max_prefill_tokens)  # here the prompts begin, behind those that decode
             length = min(sequence.num_uncomputed, budget)
             if length:
                 assert sequence.slot is not None
                 segments.append(Segment(sequence, sequence.slot, sequence.num_computed, length))
                 budget -= length
         segments.sort(key=lambda segment: segment.sequence.adapters)
-        return Batch(tuple(segments))
+        return Batch(tuple(segments), self.slots.begin(segments))
 
     def update(self, batch: Batch, token_ids: Iterable[int | None]) -> list[StepOutput]:
         """Book what the step computed. ``token_ids`` are of ``batch.sampling``, None where no token could be chosen."""
@@ -72,9 +103,14 @@ class Scheduler:
         assert all(sequence.status is SequenceStatus.RUNNING for sequence in self.running.values())
 
     def _admit(self) -> None:
-        while self.waiting and self.slots.can_take():
-            sequence = self.waiting.popleft()
-            sequence.slot = self.slots.take(sequence.id)
+        """Let in who finds a slot and memory, the oldest first; who waits for a prefix lets others pass."""
+        for sequence in tuple(self.waiting):
+            if len(self.running) >= self.max_num_seqs or not self.slots.can_place(sequence):
+                return
+            if self.slots.awaits(sequence):
+                continue
+            self.waiting.remove(sequence)
+            self.slots.place(sequence)
             sequence.status = SequenceStatus.RUNNING
             self.running[sequence.id] = sequence
 
@@ -98,6 +134,4 @@ class Scheduler:
     def _finish(self, sequence: Sequence) -> None:
         sequence.status = SequenceStatus.FINISHED
         del self.running[sequence.id]
-        assert sequence.slot is not None
-        self.slots.free(sequence.slot)
-        sequence.slot = None
+        self.slots.free(sequence)

@@ -1,37 +1,241 @@
-"""Who holds which KV slot."""
+"""Who holds which KV slot, what the others keep of sequences that have ended, and how much memory all of it takes.
+
+A slot whose sequence has ended keeps its keys and values until the slot or its memory is needed; what was used longest
+ago goes first. A sequence that begins as another did, ended or running, is spared what they have in common: it takes
+over the slot of one that has ended, or gets a copy of that much.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from server.engine.prefixes import NOTHING, Prefix
+from server.sequence import CopyPrefix, Move, ReleaseTail, Segment, Sequence
+
+MIN_PREFIX = 16
+"""Tokens in common that are worth a copy, or a wait; nearly all prompts begin with the same few."""
+TAIL_SHARE = 8
+"""A slot is taken over where that loses at most so small a share of what is kept: one part in 8. Else it is copied."""
+
+
+@dataclass(eq=False)
+class Slot:
+    """One slot. ``prefix`` is the holder's prompt, or without a holder the tokens whose keys and values are there.
+
+    ``num_touched`` positions may have been written since the memory behind them was given back; the holder may write
+    ``num_reserved``; ``num_bytes`` is what these or those take. ``used_at`` orders slots by when they were of use.
+    """
+
+    number: int
+    holder: Sequence | None = None
+    prefix: Prefix = NOTHING
+    num_touched: int = 0
+    num_reserved: int = 0
+    num_bytes: int = 0
+    used_at: int = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody holds it."""
+        return self.holder is None
+
+    @property
+    def num_valid(self) -> int:
+        """Tokens of the prefix whose keys and values are there."""
+        return len(self.prefix) if self.holder is None else min(self.holder.num_computed, len(self.prefix))
+
 
 class SlotTable:
-    """A fixed number of slots, each free or held by one sequence."""
+    """Slots for sequences of at most ``max_len`` tokens, within ``max_bytes`` of memory.
 
-    def __init__(self, num_slots: int) -> None:
-        self.num_slots = num_slots
-        self._free = list(range(num_slots - 1, -1, -1))
-        self._holders: dict[int, int] = {}
+    ``bytes_of`` says what a slot takes by its positions. A sequence gets room for its prompt and its whole answer, so
+    that it never has to give way: ``num_bytes`` are taken, or promised. ``reuses`` switches the reuse of prefixes on.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        *,
+        max_len: int,
+        max_bytes: int | None = None,
+        bytes_of: Callable[[int], int] = lambda length: length,
+        reuses: bool = False,
+    ) -> None:
+        self.num_slots, self.max_len, self.reuses = num_slots, max_len, reuses
+        self.max_bytes = num_slots * bytes_of(max_len) if max_bytes is None else max_bytes
+        assert bytes_of(max_len) <= self.max_bytes, "the longest sequence must fit"
+        self._bytes_of = bytes_of
+        self._slots = [Slot(number) for number in range(num_slots)]
+        self._moves: list[Move] = []
+        self._awaited: dict[int, tuple[Sequence, int]] = {}
+        self._clock = 0
+        self.num_bytes = 0
 
     @property
     def num_used(self) -> int:
-        """Slots held."""
-        return len(self._holders)
+        """Slots held by sequences."""
+        return sum(not slot.idle for slot in self._slots)
 
-    def can_take(self) -> bool:
-        """Whether a slot is free."""
-        return bool(self._free)
+    @property
+    def num_cached(self) -> int:
+        """Slots nobody holds that keep a prefix."""
+        return sum(slot.idle and len(slot.prefix) > 0 for slot in self._slots)
 
-    def take(self, sequence_id: int) -> int:
-        """Give a free slot to a sequence: the one used last, whose memory is warm."""
-        slot = self._free.pop()
-        self._holders[slot] = sequence_id
-        return slot
+    def can_place(self, sequence: Sequence) -> bool:
+        """Whether there is a slot, and memory beside what the running sequences may need."""
+        held = [slot for slot in self._slots if not slot.idle]
+        taken = sum(slot.num_bytes for slot in held)
+        return len(held) < self.num_slots and taken + self._bytes_of(self._reserve(sequence)) <= self.max_bytes
 
-    def free(self, slot: int) -> None:
-        """Take a slot back."""
-        del self._holders[slot]
-        self._free.append(slot)
+    def awaits(self, sequence: Sequence) -> bool:
+        """Whether a running sequence is just computing more of this one's prompt than is to be had now.
+
+        The wait costs nothing: the prompt of who came earlier is computed first anyhow.
+        """
+        if not self.reuses:
+            return False
+        if (awaited := self._awaited.get(sequence.id)) is not None:
+            other, length = awaited
+            if other.slot is not None and other.num_computed < length:
+                return True
+            self.forget(sequence.id)
+        prefix = Prefix.of(sequence, len(sequence.prompt_ids))
+        best: tuple[Sequence, int] | None = None
+        most = self._longest(prefix)[1] + MIN_PREFIX
+        for slot in self._slots:
+            if slot.holder is not None and not slot.holder.decoding:
+                length = min(prefix.common(slot.prefix), len(prefix) - 1)
+                if length >= most:
+                    best, most = (slot.holder, length), length + 1
+        if best is not None:
+            self._awaited[sequence.id] = best
+        return best is not None
+
+    def forget(self, sequence_id: int) -> None:
+        """A sequence waits no longer."""
+        self._awaited.pop(sequence_id, None)
+
+    def place(self, sequence: Sequence) -> None:
+        """Give a sequence a slot, with what others have computed of its prompt; ``can_place`` must hold."""
+        prefix = Prefix.of(sequence, len(sequence.prompt_ids))
+        source, length = self._longest(prefix)
+        reserved = self._reserve(sequence)
+        target = self._choose(source, length, reserved)
+        if target.num_touched > reserved:
+            self._moves.append(ReleaseTail(target.number, reserved))
+            target.num_touched = reserved
+        if source is not None and target is not source:
+            self._moves.append(CopyPrefix(source.number, target.number, length))
+            source.used_at = self._tick()
+        target.holder, target.prefix, target.num_reserved = sequence, prefix, reserved
+        target.num_touched = max(target.num_touched, length)
+        self._account(target)
+        sequence.slot, sequence.num_computed, sequence.num_cached = target.number, length, length
+
+    def begin(self, segments: Iterable[Segment]) -> tuple[Move, ...]:
+        """Note what a step is about to write; the moves that must be done before."""
+        for segment in segments:
+            slot = self._slots[segment.slot]
+            slot.num_touched = max(slot.num_touched, segment.end)
+        moves, self._moves = tuple(self._moves), []
+        return moves
+
+    def free(self, sequence: Sequence) -> None:
+        """Take a sequence's slot back; what it has computed is kept for others."""
+        assert sequence.slot is not None
+        slot = self._slots[sequence.slot]
+        assert slot.holder is sequence
+        num_valid = min(sequence.num_computed, sequence.num_tokens)
+        useful = self.reuses and num_valid >= MIN_PREFIX
+        slot.prefix = Prefix.of(sequence, num_valid) if useful else NOTHING
+        slot.holder, slot.num_reserved, slot.used_at = None, 0, self._tick()
+        self._account(slot)
+        sequence.slot = None
+
+    def holders_of_targets(self, moves: Iterable[Move]) -> list[Sequence]:
+        """The sequences whose slots these moves change."""
+        numbers = {move.target if isinstance(move, CopyPrefix) else move.slot for move in moves}
+        return [holder for number in numbers if (holder := self._slots[number].holder) is not None]
+
+    def clear(self) -> None:
+        """Empty all slots that nobody holds, after a step whose moves may not have been done."""
+        idle = [slot for slot in self._slots if slot.idle]
+        self._moves = [ReleaseTail(slot.number, 0) for slot in idle]
+        for slot in idle:
+            slot.prefix, slot.num_touched = NOTHING, 0
+            self._account(slot)
 
     def check_integrity(self) -> None:
-        """Every slot is free or held, never both, and nobody holds two."""
-        assert sorted([*self._free, *self._holders]) == list(range(self.num_slots)), "a slot is lost or doubled"
-        assert len(set(self._holders.values())) == len(self._holders), "a sequence holds two slots"
+        """Each holder knows its slot, positions are within bounds, and memory is within its limit."""
+        for slot in self._slots:
+            assert slot.holder is None or slot.holder.slot == slot.number, "a holder sits elsewhere"
+            assert slot.num_valid <= slot.num_touched <= self.max_len, "a slot holds more than was written"
+            assert slot.idle or slot.num_touched <= slot.num_reserved, "a sequence wrote beyond its room"
+            assert not slot.idle or not slot.num_reserved, "room is reserved for nobody"
+            assert slot.num_bytes == self._bytes_of(max(slot.num_touched, slot.num_reserved)), "a slot is miscounted"
+        assert self.num_bytes == sum(slot.num_bytes for slot in self._slots), "memory is miscounted"
+        assert self.num_bytes <= self.max_bytes, "more memory is taken than there may be"
+
+    def _account(self, slot: Slot) -> None:
+        """Count what a slot takes now."""
+        before, slot.num_bytes = slot.num_bytes, self._bytes_of(max(slot.num_touched, slot.num_reserved))
+        self.num_bytes += slot.num_bytes - before
+
+    def _reserve(self, sequence: Sequence) -> int:
+        return min(len(sequence.prompt_ids) + sequence.max_tokens, self.max_len)
+
+    def _tick(self) -> int:
+        self._clock += 1
+        return self._clock
+
+    def _longest(self, prefix: Prefix) -> tuple[Slot | None, int]:
+        """The slot with the most of a prompt but its last token, whose logits are wanted, and how much it has.
+
+        Among equals one that nobody holds, and of these the one that would lose least.
+        """
+        best, length = None, 0
+        if not self.reuses:
+            return best, length
+        for slot in self._slots:
+            common = min(prefix.common(slot.prefix), slot.num_valid, len(prefix) - 1)
+            if common < max(length, MIN_PREFIX):
+                continue
+            rank = (common, slot.idle, -len(slot.prefix))
+            if best is None or rank > (length, best.idle, -len(best.prefix)):
+                best, length = slot, common
+        return best, length
+
+    def _choose(self, source: Slot | None, length: int, reserved: int) -> Slot:
+        """The slot for a sequence, with room made for it: its source where little is lost, else the least useful."""
+        others = sorted((slot for slot in self._slots if slot.idle and slot is not source), key=_usefulness)
+        if source is not None and source.idle:
+            little_lost = TAIL_SHARE * (len(source.prefix) - length) <= length
+            if little_lost or not others or not self._make_room(others[0], others[1:], reserved):
+                self._make_room(source, others, reserved)
+                return source
+            return others[0]
+        self._make_room(others[0], others[1:], reserved)
+        return others[0]
+
+    def _make_room(self, target: Slot, victims: Iterable[Slot], reserved: int) -> bool:
+        """Empty slots, the least useful first, until ``target`` may take what is to be reserved; whether it may."""
+        missing = self.num_bytes - target.num_bytes + self._bytes_of(reserved) - self.max_bytes
+        for victim in victims:
+            if missing <= 0:
+                break
+            missing -= victim.num_bytes
+            self._empty(victim)
+        return missing <= 0
+
+    def _empty(self, slot: Slot) -> None:
+        if slot.num_touched:
+            self._moves.append(ReleaseTail(slot.number, 0))
+        slot.prefix, slot.num_touched = NOTHING, 0
+        self._account(slot)
+
+
+def _usefulness(slot: Slot) -> tuple[bool, int]:
+    """By how much one would rather keep a slot: the empty go first, and of them the one whose memory is warm."""
+    keeps = len(slot.prefix) > 0
+    return keeps, slot.used_at if keeps else -slot.used_at

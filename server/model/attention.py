@@ -102,9 +102,9 @@ class FlatAttention:
         if self.cache is not None:
             self.cache.write(layer, layout.slots, layout.positions, key[0].transpose(0, 1), value[0].transpose(0, 1))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        attended = torch.empty(
-            1, query.shape[2], query.shape[1], value.shape[-1], dtype=query.dtype, device=query.device
-        )
+        kept = query.dtype if self.cache is None else self.cache.layout.dtype
+        attended = torch.empty(1, query.shape[2], query.shape[1], value.shape[-1], dtype=kept, device=query.device)
+        query, dtype = query.to(kept), query.dtype
         for span in layout.spans:
             rows = slice(span.row, span.row + span.length)
             keys, values = self._keys_and_values(layer, span, sliding_window, key, value)
@@ -114,7 +114,7 @@ class FlatAttention:
             else:
                 part = _explicit(query[0, :, rows], keys, values, mask, scale, softcap, s_aux)
             attended[0, rows] = part.transpose(0, 1)
-        return attended, None
+        return attended.to(dtype), None
 
     def _note(self, module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> tuple[Layout, int]:
         assert self.layout is not None, "no batch was begun"

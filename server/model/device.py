@@ -48,6 +48,11 @@ def choose_float_dtype(dtype: str, num_unpacked_bytes: int) -> torch.dtype:
     return choose_dtype(dtype, torch.device("cpu"), num_unpacked_bytes)
 
 
+def choose_kv_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The number format of keys and values beside int8 weights: bfloat16, half the bytes, where the CPU has it."""
+    return torch.bfloat16 if _multiplies_bfloat16() else dtype
+
+
 def _multiplies_bfloat16() -> bool:
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import mmap
+import sys
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
+
+from server.sequence import CopyPrefix, Move
+
+_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+"""Python names it from 3.13 on; the number is Linux's on x86-64 and ARM."""
 
 
 @dataclass(frozen=True)
@@ -17,28 +28,142 @@ class LayerShape:
     value_dim: int
 
 
-class KVCache:
-    """Per layer a tensor of keys and one of values, [slots, kv_heads, max_len, dim].
+@dataclass(frozen=True)
+class Region:
+    """One layer's keys, or its values, in a slot: ``heads`` runs of ``max_len * dim`` numbers.
 
-    A sequence's keys lie contiguous. On a CPU the operating system gives memory only to the pages that are written, so
-    a slot costs what its sequence is long, not ``max_len``.
+    ``offset`` is where the first begins, ``stride`` how far apart they are, both in numbers.
+    """
+
+    heads: int
+    dim: int
+    offset: int
+    stride: int
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """How a slot lies in memory: region after region, each head's numbers from the beginning of a page on."""
+
+    shapes: tuple[LayerShape, ...]
+    max_len: int
+    dtype: torch.dtype
+    page: int = mmap.PAGESIZE
+
+    @cached_property
+    def regions(self) -> list[tuple[Region, Region]]:
+        """Keys and values of each layer."""
+        offset, regions = 0, []
+        for shape in self.shapes:
+            pair = []
+            for dim in (shape.key_dim, shape.value_dim):
+                stride = self._whole_pages(self.max_len * dim)
+                pair.append(Region(shape.num_kv_heads, dim, offset, stride))
+                offset += shape.num_kv_heads * stride
+            regions.append((pair[0], pair[1]))
+        return regions
+
+    @property
+    def slot_size(self) -> int:
+        """Numbers in a slot."""
+        return sum(region.heads * region.stride for region in self._each())
+
+    @cached_property
+    def _heads_by_dim(self) -> Counter[int]:
+        heads: Counter[int] = Counter()
+        for region in self._each():
+            heads[region.dim] += region.heads
+        return heads
+
+    def bytes_of(self, length: int) -> int:
+        """Memory that the first ``length`` positions of a slot take, in bytes."""
+        numbers = sum(heads * self._whole_pages(length * dim) for dim, heads in self._heads_by_dim.items())
+        return numbers * self.dtype.itemsize
+
+    def tails(self, length: int) -> Iterator[tuple[int, int]]:
+        """Begin and end, in bytes from the slot's begin, of all whole pages that the first positions don't need."""
+        if not length:
+            yield 0, self.slot_size * self.dtype.itemsize
+            return
+        for region in self._each():
+            kept = self._whole_pages(length * region.dim)
+            for head in range(region.heads):
+                begin = region.offset + head * region.stride
+                if kept < region.stride:
+                    yield (begin + kept) * self.dtype.itemsize, (begin + region.stride) * self.dtype.itemsize
+
+    def _each(self) -> Iterator[Region]:
+        for pair in self.regions:
+            yield from pair
+
+    def _whole_pages(self, numbers: int) -> int:
+        """So many numbers, rounded up to whole pages."""
+        in_page = self.page // self.dtype.itemsize
+        return -(-numbers // in_page) * in_page
+
+
+def longest_within(num_bytes: int, layout: KVLayout) -> int:
+    """The longest sequence that fits into so much memory; 0 where none does, ``layout.max_len`` at most."""
+    return bisect_right(range(1, layout.max_len + 1), num_bytes, key=layout.bytes_of)
+
+
+def num_slots_within(num_bytes: int, layout: KVLayout, device: torch.device, *, wanted: int) -> int:
+    """How many slots there can be: as many as are wanted where memory comes by the page, else whole ones that fit."""
+    return wanted if is_paged(device) else min(wanted, num_bytes // layout.bytes_of(layout.max_len))
+
+
+class KVCache:
+    """Per layer a view of keys and one of values, [slots, kv_heads, max_len, dim].
+
+    A sequence's keys lie contiguous. On Linux the operating system gives a CPU memory only for the pages that are
+    written, so a slot costs what its sequence is long, not ``max_len``; what is released goes back to it.
     """
 
     def __init__(
         self, shapes: Sequence[LayerShape], *, num_slots: int, max_len: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.keys = [
-            torch.empty(num_slots, shape.num_kv_heads, max_len, shape.key_dim, dtype=dtype, device=device)
-            for shape in shapes
-        ]
-        self.values = [
-            torch.empty(num_slots, shape.num_kv_heads, max_len, shape.value_dim, dtype=dtype, device=device)
-            for shape in shapes
-        ]
+        self.layout = KVLayout(tuple(shapes), max_len, dtype)
+        self._slot_bytes = self.layout.slot_size * dtype.itemsize
+        self._pages: mmap.mmap | None = None
+        if is_paged(device):
+            self._pages = _reserve(num_slots * self._slot_bytes)
+            memory = torch.frombuffer(self._pages, dtype=dtype)
+        else:
+            memory = torch.empty(num_slots * self.layout.slot_size, dtype=dtype, device=device)
+        pairs = self.layout.regions
+        self.keys = [self._view(memory, region, num_slots) for region, _ in pairs]
+        self.values = [self._view(memory, region, num_slots) for _, region in pairs]
 
     def write(
         self, layer: int, slots: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> None:
         """Store keys and values [rows, kv_heads, dim] at (``slots``, ``positions``), [rows] each."""
-        self.keys[layer][slots, :, positions] = keys
-        self.values[layer][slots, :, positions] = values
+        self.keys[layer][slots, :, positions] = keys.to(self.layout.dtype)
+        self.values[layer][slots, :, positions] = values.to(self.layout.dtype)
+
+    def do(self, move: Move) -> None:
+        """Copy a prefix, or release a tail."""
+        if isinstance(move, CopyPrefix):
+            for kept in (*self.keys, *self.values):
+                kept[move.target, :, : move.length] = kept[move.source, :, : move.length]
+        elif self._pages is not None:
+            for begin, end in self.layout.tails(move.length):
+                self._pages.madvise(mmap.MADV_DONTNEED, move.slot * self._slot_bytes + begin, end - begin)
+
+    def _view(self, memory: torch.Tensor, region: Region, num_slots: int) -> torch.Tensor:
+        size = (num_slots, region.heads, self.layout.max_len, region.dim)
+        return memory.as_strided(size, (self.layout.slot_size, region.stride, region.dim, 1), region.offset)
+
+
+def is_paged(device: torch.device) -> bool:
+    """Whether memory there is taken page by page as it is written, and can be given back."""
+    return device.type == "cpu" and sys.platform == "linux"
+
+
+def _reserve(num_bytes: int) -> mmap.mmap:
+    """Addresses without memory behind them yet, however many. Huge pages would take far more than is written."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
+    pages = mmap.mmap(-1, num_bytes, flags=flags)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return pages

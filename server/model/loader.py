@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,13 +29,15 @@ from server.errors import BaseModelNotFound, BaseModelRefused, SettingsError
 from server.int8.kernels import KernelType, choose_kernel
 from server.model.admission import admit
 from server.model.attention import FlatAttention, Layout, Span
-from server.model.device import choose_device, choose_dtype, choose_float_dtype, num_weight_bytes
+from server.model.device import choose_device, choose_dtype, choose_float_dtype, choose_kv_dtype, num_weight_bytes
 from server.model.fingerprint import base_fingerprint
-from server.model.kv_cache import LayerShape
+from server.model.kv_cache import KVLayout, LayerShape, longest_within
 from server.model.quantizer import Quantized, quantizing
 from server.model.rope import fix_rope
 from server.model.shapes import PROBE_ROWS, Noted, noting_shapes, signature_of
 from server.settings import EMBEDDED_BASE
+
+logger = logging.getLogger("quickchange.model")
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
@@ -43,7 +46,7 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 class Base:
     """A base in memory, with the attention function installed.
 
-    ``shapes`` are its layers' keys and values, ``groups`` linears that get the same input, and ``quantized`` says what
+    ``shapes`` are its layers' keys and values, kept as ``kv_dtype``; ``groups`` are linears that get the same input, and ``quantized`` says what
     is in integers.
     """
 
@@ -54,6 +57,7 @@ class Base:
     signature: BaseSignature
     max_model_len: int
     eos_ids: frozenset[int]
+    kv_dtype: torch.dtype
     groups: tuple[tuple[str, ...], ...] = ()
     quantized: Quantized | None = None
 
@@ -64,9 +68,18 @@ class Base:
 
 
 def load_base(
-    base_model: str, *, name: str, device: str, dtype: str, max_model_len: int | None, quantization: str = "none"
+    base_model: str,
+    *,
+    name: str,
+    device: str,
+    dtype: str,
+    max_model_len: int | None,
+    kv_memory: int | None = None,
+    quantization: str = "none",
 ) -> Base:
-    """Load the base that the setting names; with ``quantization`` "int8" its linears and embedding become integers.
+    """Load the base that the setting names; ``kv_memory``, in bytes, bounds its longest sequence.
+
+    With ``quantization`` "int8" its linears and embedding become integers.
 
     Raises ``BaseModelNotFound``, ``BaseModelRefused`` or ``SettingsError``.
     """
@@ -81,7 +94,6 @@ def load_base(
     model = load_stock(folder, "auto" if kernel else choose_dtype(dtype, place, num_weight_bytes(folder)))
     tokenizer = _load_tokenizer(folder)
     nn.Module.to(model, device=place)
-    fix_rope(model, length)
     attention = FlatAttention()
     attention.install(model)
     if kernel is None:
@@ -89,6 +101,10 @@ def load_base(
     else:
         with quantizing(model, kernel, choose_float_dtype(dtype, _num_unpacked_bytes(model))) as quantized:
             shapes, noted = _probe(model, attention)
+    kv_dtype = model.dtype if kernel is None else choose_kv_dtype(model.dtype)
+    if kv_memory is not None:
+        length = _affordable(KVLayout(tuple(shapes), length, kv_dtype), kv_memory, asked=max_model_len)
+    fix_rope(model, length)
     if not attention.num_calls == len(shapes) == config.get_text_config().num_hidden_layers:
         raise BaseModelRefused(
             name, f"{attention.num_calls} attention calls on {len(shapes)} layers: each must make one"
@@ -96,7 +112,7 @@ def load_base(
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
     signature = replace(signature_of(name, fingerprint, noted), chat_template=template)
     eos_ids = _eos_ids(model, tokenizer)
-    return Base(model, tokenizer, attention, shapes, signature, length, eos_ids, noted.groups, quantized)
+    return Base(model, tokenizer, attention, shapes, signature, length, eos_ids, kv_dtype, noted.groups, quantized)
 
 
 def _kernel(quantization: str, device: torch.device) -> KernelType | None:
@@ -208,6 +224,21 @@ def _length(config: PretrainedConfig, wanted: int | None) -> int:
             f"max_model_len is {wanted}, but the base was made for {own} tokens: lower it, or leave it out"
         )
     return int(wanted or own)
+
+
+def _affordable(layout: KVLayout, kv_memory: int, *, asked: int | None) -> int:
+    """The longest sequence whose keys and values fit into ``kv_memory``; one that was asked for must."""
+    length = longest_within(kv_memory, layout)
+    if length < min(asked or 2, layout.max_len):
+        raise SettingsError(
+            f"kv_memory is {kv_memory}, but one sequence of {asked or 2} tokens takes {layout.bytes_of(asked or 2)} "
+            "bytes: raise --kv-memory, or lower --max-model-len"
+        )
+    if length < layout.max_len:
+        logger.warning(
+            "kv_memory holds %d of the base's %d tokens of context: max_model_len is %d", length, layout.max_len, length
+        )
+    return length
 
 
 @torch.inference_mode()

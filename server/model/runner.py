@@ -12,6 +12,7 @@ from server.lora.bank import LoRABank
 from server.lora.weights import LoRAWeights
 from server.model.attention import FlatAttention, Layout, Span
 from server.model.kv_cache import KVCache, LayerShape
+from server.model.loader import Base
 from server.sequence import Batch, Segment
 
 
@@ -26,13 +27,24 @@ class ModelRunner:
         *,
         num_slots: int,
         max_len: int,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         self.model, self.attention, self.bank = model, attention, LoRABank(model)
-        attention.cache = KVCache(shapes, num_slots=num_slots, max_len=max_len, dtype=model.dtype, device=model.device)
+        dtype = model.dtype if kv_dtype is None else kv_dtype
+        attention.cache = KVCache(shapes, num_slots=num_slots, max_len=max_len, dtype=dtype, device=model.device)
+
+    @classmethod
+    def of(cls, base: Base, *, num_slots: int, max_len: int | None = None) -> ModelRunner:
+        """For a base as it was loaded, with slots as long as its longest sequence, or shorter."""
+        length = base.max_model_len if max_len is None else max_len
+        return cls(
+            base.model, base.attention, base.shapes, num_slots=num_slots, max_len=length, kv_dtype=base.kv_dtype
+        )
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> torch.Tensor:
         """Logits of the rows that yield a token, [len(batch.sampling), vocab]."""
+        self._prepare_slots(batch)
         layout = Layout.of(_spans(batch.segments), self.model.device)
         self.attention.layout = layout
         self.bank.begin(batch)
@@ -46,6 +58,11 @@ class ModelRunner:
         )
         logits: torch.Tensor = output.logits[0]
         return logits
+
+    def _prepare_slots(self, batch: Batch) -> None:
+        assert self.attention.cache is not None
+        for move in batch.moves:
+            self.attention.cache.do(move)
 
     def prepare(self, manifest: Manifest) -> LoRAWeights:
         """An adapter's tensors, for ``add_adapter``; any thread may call this, while steps run.

@@ -11,10 +11,12 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
+from server.engine.slots import SlotTable
 from server.lora.weights import LoRAWeights
 from server.metrics import Metrics
 from server.model import loader
 from server.model.attention import FlatAttention
+from server.model.kv_cache import KVCache
 from server.model.rope import fix_rope
 from server.model.runner import ModelRunner
 from server.model.shapes import Noted
@@ -25,6 +27,7 @@ from tests.model.families import CONTEXT, VOCAB_SIZE
 
 BUDGET = 16
 NUM_SLOTS = 3
+NUM_CACHES = 4
 GREEDY = SamplingParams(temperature=0)
 
 
@@ -66,6 +69,7 @@ class Answer:
     ask: Ask
     tokens: list[int]
     logits: torch.Tensor
+    num_cached: int = 0
 
     @property
     def ids(self) -> list[int]:
@@ -75,19 +79,23 @@ class Answer:
 
 @dataclass
 class Hosted:
-    """A model with the engine's attention in it."""
+    """A model with the engine's attention in it; ``kv_memory`` is there where prefixes are reused."""
 
     model: PreTrainedModel
     runner: ModelRunner
     noted: Noted
     max_num_seqs: int = NUM_SLOTS
     budget: int = BUDGET
+    kv_memory: int | None = None
 
     def run(self, asks: Sequence[Ask]) -> list[Answer]:
         """Every ask through scheduler, runner and sampler; books checked after each step."""
         sampler = RecordingSampler()
         scheduler = Scheduler(
-            max_num_seqs=self.max_num_seqs, max_num_batched_tokens=self.budget, max_model_len=self.max_len
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.budget,
+            max_model_len=self.max_len,
+            slots=None if self.kv_memory is None else self._slots(self.kv_memory),
         )
         engine = Engine(scheduler, self.runner, sampler, Metrics())
         sequences = [Generation(n, ask.prompt, ask.num_tokens, ask.params, ask.adapters) for n, ask in enumerate(asks)]
@@ -101,16 +109,28 @@ class Hosted:
             scheduler.check_integrity()
             step += 1
         return [
-            Answer(ask, sequence.output_ids, torch.stack(sampler.logits[sequence.id]))
+            Answer(ask, sequence.output_ids, torch.stack(sampler.logits[sequence.id]), sequence.num_cached)
             for sequence, ask in zip(sequences, asks, strict=True)
         ]
 
     @property
     def max_len(self) -> int:
         """Longest sequence the slots hold."""
-        cache = self.runner.attention.cache
-        assert cache is not None
-        return cache.keys[0].shape[2]
+        return self._cache.keys[0].shape[2]
+
+    @property
+    def _cache(self) -> KVCache:
+        assert self.runner.attention.cache is not None
+        return self.runner.attention.cache
+
+    def _slots(self, kv_memory: int) -> SlotTable:
+        return SlotTable(
+            self._cache.keys[0].shape[0],
+            max_len=self.max_len,
+            max_bytes=kv_memory,
+            bytes_of=self._cache.layout.bytes_of,
+            reuses=True,
+        )
 
     def add(self, digest: str, weights: LoRAWeights) -> str:
         """Put an adapter in."""
@@ -119,15 +139,21 @@ class Hosted:
 
 
 def host(
-    model: PreTrainedModel, *, max_model_len: int = CONTEXT, max_num_seqs: int = NUM_SLOTS, budget: int = BUDGET
+    model: PreTrainedModel,
+    *,
+    max_model_len: int = CONTEXT,
+    max_num_seqs: int = NUM_SLOTS,
+    budget: int = BUDGET,
+    kv_memory: int | None = None,
 ) -> Hosted:
     """Install the engine in a model, in the order in which ``load_base`` does; its stock forward is gone afterwards."""
-    fix_rope(model, max_model_len)
     attention = FlatAttention()
     attention.install(model)
     shapes, noted = loader._probe(model, attention)
-    runner = ModelRunner(model, attention, shapes, num_slots=max_num_seqs, max_len=max_model_len)
-    return Hosted(model, runner, noted, max_num_seqs, budget)
+    fix_rope(model, max_model_len)
+    num_slots = max_num_seqs if kv_memory is None else max_num_seqs + NUM_CACHES
+    runner = ModelRunner(model, attention, shapes, num_slots=num_slots, max_len=max_model_len)
+    return Hosted(model, runner, noted, max_num_seqs, budget, kv_memory)
 
 
 def prompts(*lengths: int, seed: int = 0) -> list[tuple[int, ...]]:

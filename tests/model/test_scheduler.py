@@ -11,7 +11,6 @@ import torch
 
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
-from server.engine.slots import SlotTable
 from server.lora.weights import LoRAWeights
 from server.metrics import Metrics
 from server.model.sampler import Sampler
@@ -268,24 +267,3 @@ def test_whatever_comes_and_goes_everybody_gets_the_scripts_tokens(seed: int) ->
     assert engine.scheduler.slots.num_used == 0
     assert all(batch.num_rows <= 11 for batch in runner.batches)
     assert all(len({segment.slot for segment in batch.segments}) == len(batch.segments) for batch in runner.batches)
-
-
-def test_slots_are_given_once_and_taken_back_once() -> None:
-    table = SlotTable(2)
-    first, second = table.take(10), table.take(11)
-    assert first != second
-    assert not table.can_take()
-    table.free(first)
-    assert table.can_take()
-    assert table.num_used == 1
-    table.check_integrity()
-    with pytest.raises(KeyError):
-        table.free(first)
-
-
-def test_integrity_notices_a_slot_that_leaks() -> None:
-    engine, _ = make()
-    _made.clear()
-    engine.scheduler.slots.take(5)
-    with pytest.raises(AssertionError, match="leaks"):
-        engine.scheduler.check_integrity()
