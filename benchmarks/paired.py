@@ -12,6 +12,11 @@ scenarios:
   adapter-tax   ours on --num-adapters adapters mixed / ours on the base alone, no adapter loaded
   one-adapter   ours on one adapter / ours on the base alone, no adapter loaded
   zipf-64       ours on 64 adapters by Zipf's law, 16 clients / ours on 8 adapters by turns, 16 clients
+  openvino-base, openvino-one, openvino-mixed
+                ours on the base, on one adapter, on all in one batch / OpenVINO GenAI's continuous batching of the
+                folder that --openvino names, which plays one adapter after another
+
+Two servers are compared by benchmarks.paired_urls.
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ from typing import Any
 
 from benchmarks.parts.engines import Ask, ClosedLoop, InProcessEngine, Peft, in_process_engine
 from benchmarks.parts.jobs import Mix
+from benchmarks.parts.openvino import OpenVino, missing
 from benchmarks.parts.pairs import Pairs, Round, alternate
 from benchmarks.parts.random_adapters import write_adapters
 from server.model.loader import find_base
@@ -146,6 +152,23 @@ def zipf_64(bench: Bench) -> Pairs:
     )
 
 
+def openvino(adapters: Callable[[int], Sequence[int | None]]) -> Callable[[Bench], Pairs]:
+    """Against OpenVINO GenAI, on the base, one adapter or several."""
+
+    def scenario(bench: Bench) -> Pairs:
+        if bench.options.openvino is None or (reason := missing()) is not None:
+            raise SystemExit(
+                reason if bench.options.openvino else "--openvino must name a folder of the converted base"
+            )
+        chosen = adapters(bench.options.num_adapters)
+        asks, held = bench.asks(chosen), len([one for one in chosen if one is not None])
+        ours = bench.alone(asks, hold=held)
+        engine = OpenVino(bench.options.openvino, bench.adapters[:held], max_num_seqs=bench.options.clients)
+        return bench.pairs(("ours", "OpenVINO GenAI"), ours, throughput(engine, asks, bench.options.clients))
+
+    return scenario
+
+
 SCENARIOS: dict[str, Callable[[Bench], Pairs]] = {
     "peft-in-turn": peft_in_turn,
     "peft-mixed": peft_mixed,
@@ -153,6 +176,9 @@ SCENARIOS: dict[str, Callable[[Bench], Pairs]] = {
     "adapter-tax": adapter_tax,
     "one-adapter": one_adapter,
     "zipf-64": zipf_64,
+    "openvino-base": openvino(lambda num: [None]),
+    "openvino-one": openvino(lambda num: [0]),
+    "openvino-mixed": openvino(range),
 }
 
 
@@ -166,6 +192,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=8, help="of the adapters that are made")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--quantization", default="none", help="our side's linears: none or int8")
+    parser.add_argument("--openvino", type=Path, metavar="FOLDER", help="the base as optimum-intel has converted it")
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--requests", type=int, default=16, help="in a round, all clients together")
     parser.add_argument("--prompt-tokens", type=int, default=125)

@@ -22,7 +22,7 @@ from server.model.device import available_threads
 from server.model.loader import Base, find_base, load_base
 from server.model.runner import ModelRunner
 from server.model.sampler import Sampler
-from server.sequence import AdapterUse, SamplingParams, Sequence
+from server.sequence import AdapterUse, SamplingParams, Sequence, StepOutput
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,11 @@ class InProcessEngine:
                 self.runner.add_adapter(digest, self._adapters[digest])
         self._held = wanted
 
+    @property
+    def adapter_bytes(self) -> list[int]:
+        """Bytes of each adapter's tensors."""
+        return [weights.num_bytes for weights in self._adapters.values()]
+
     def add(self, ask: Ask, *, eos_ids: frozenset[int] = frozenset()) -> Sequence:
         """Queue one generation."""
         uses = () if ask.adapter is None else (AdapterUse(self._digests[ask.adapter]),)
@@ -70,33 +75,42 @@ class InProcessEngine:
         self.engine.add(sequence)
         return sequence
 
-    def step(self) -> int:
-        """One step with its accounts; how many sequences ended in it."""
+    def step(self) -> list[StepOutput]:
+        """One step with its accounts."""
         since = time.perf_counter()
         outputs = self.engine.step()
         self.engine.account(outputs, time.perf_counter() - since)
-        return sum(output.last for output in outputs)
+        return outputs
 
-    def run(self, asks: SequenceOf[Ask], num_clients: int, *, eos_ids: frozenset[int] = frozenset()) -> float:
-        """A sequence joins whenever one ends; seconds."""
+    def run(self, asks: SequenceOf[Ask], num_clients: int) -> float:
+        """Seconds for all, none of them ended early."""
+        return self.run_counted(asks, num_clients)[0]
+
+    def run_counted(
+        self, asks: SequenceOf[Ask], num_clients: int, *, eos_ids: frozenset[int] = frozenset()
+    ) -> tuple[float, int]:
+        """A sequence joins whenever one ends: seconds, and output tokens."""
         since = time.perf_counter()
-        waiting, flying = iter(asks), 0
+        waiting, flying, tokens = iter(asks), 0, 0
         while True:
             while flying < num_clients and (ask := next(waiting, None)) is not None:
                 self.add(ask, eos_ids=eos_ids)
                 flying += 1
             if not flying:
-                return time.perf_counter() - since
-            flying -= self.step()
+                return time.perf_counter() - since, tokens
+            outputs = self.step()
+            tokens += len(outputs)
+            flying -= sum(output.last for output in outputs)
 
     def seconds_to_first_token(self, ask: Ask) -> float:
-        """Alone on the engine; the sequence is ended after it."""
+        """Alone on the engine; the sequence runs to its end, so that what it leaves behind may be of use."""
         since = time.perf_counter()
         sequence = self.add(ask)
         while not sequence.output_ids:
             self.step()
         seconds = time.perf_counter() - since
-        self.engine.abort(sequence.id)
+        while not self.engine.idle:
+            self.step()
         return seconds
 
 
