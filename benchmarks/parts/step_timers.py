@@ -8,10 +8,10 @@ step is also timed without them.
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from time import perf_counter as clock
 from typing import Any
 
 from torch import nn
@@ -31,12 +31,12 @@ class Stack:
 
     def enter(self, kind: str) -> None:
         """A timer starts."""
-        self._open.append((kind, time.perf_counter(), 0.0))
+        self._open.append((kind, clock(), 0.0))
 
     def leave(self) -> None:
         """The innermost timer ends."""
         kind, since, inside = self._open.pop()
-        whole = time.perf_counter() - since
+        whole = clock() - since
         self.own[kind] += whole - inside
         if self._open:
             outer, began, within = self._open[-1]
