@@ -122,9 +122,12 @@ def as_json(record: Record, since: float) -> dict[str, Any]:
 def main() -> None:
     """Measure, print a table, write what is wanted; status 1 where no request was answered."""
     options = parse()
+    taken, began = time.process_time(), time.perf_counter()
     records, since, until = asyncio.run(measure_once(options))
     figures = summary(records, since, until)
     print(as_table(figures))
+    share = figures["client_cpu_share"] = (time.process_time() - taken) / (time.perf_counter() - began)
+    print(f"\nthis client took {100 * share:.0f} % of one core")
     if options.json is not None:
         every = [as_json(record, since) for record in records]
         options.json.write_text(
