@@ -164,7 +164,7 @@ def test_whatever_is_imported_is_a_declared_dependency() -> None:
     assert undeclared == set()
 
 
-@pytest.mark.parametrize("package", ["server", "trainer"])
+@pytest.mark.parametrize("package", ["server", "trainer", "benchmarks"])
 def test_files_and_functions_stay_short(package: str) -> None:
     long = {}
     for path in sources(package):
@@ -182,5 +182,5 @@ def test_files_and_functions_stay_short(package: str) -> None:
 
 
 def test_every_module_has_a_name_that_says_something() -> None:
-    modules = [module_of(path) for path in sources("server", "trainer", "tests")]
+    modules = [module_of(path) for path in sources("server", "trainer", "tests", "benchmarks")]
     assert [module for module in modules if NAMELESS.search(module.rpartition(".")[2])] == []

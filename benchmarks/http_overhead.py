@@ -1,0 +1,151 @@
+"""What HTTP costs: many streaming clients of a real server, against the same requests put straight into the engine.
+
+    python -m benchmarks.http_overhead [--base micro] [--clients 32] [--requests 64] [--pairs 5]
+
+Both sides have the same base, adapters, prompts (token ids), greedy decoding and the same ends, so they compute the
+same tokens. The client reads raw sockets and counts events; the CPU time that it takes from the server is printed,
+since they share the machine's cores. The server idles while the engine in this process runs, and the other way round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.parts.engines import Ask, InProcessEngine, in_process_engine
+from benchmarks.parts.figures import median
+from benchmarks.parts.pairs import alternate
+from benchmarks.parts.random_adapters import write_adapters
+from benchmarks.parts.raw_client import closed_loop, http_request
+from server.model.device import available_threads
+from server.model.loader import find_base
+from tests.serving import ServerProcess, running_server
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="micro", help="'micro' or a folder")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    parser.add_argument("--quantization", default="none", help="none or int8")
+    parser.add_argument("--num-adapters", type=int, default=8, help="0 asks the base alone")
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--requests", type=int, default=64, help="in a round, all clients together")
+    parser.add_argument("--prompt-tokens", type=int, default=32)
+    parser.add_argument("--output-tokens", type=int, default=64)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args(arguments)
+
+
+class OverHttp:
+    """The server's side of a pair; ``shares`` are the parts of all cores' time that client and server took."""
+
+    def __init__(self, server: ServerProcess, asks: Sequence[Ask], options: argparse.Namespace) -> None:
+        self._server, self._options, self._asks = server, options, asks
+        self._url = f"{server.url}/v1/completions"
+        self.shares: list[tuple[float, float]] = []
+        self.num_tokens = 0
+
+    def requests(self) -> list[bytes]:
+        """What goes over the wire."""
+        base = self._server.models()[0]
+        return [
+            http_request(
+                self._url,
+                {
+                    "model": base if ask.adapter is None else f"a{ask.adapter}",
+                    "prompt": ask.prompt_ids,
+                    "max_tokens": ask.num_tokens,
+                    "temperature": 0,
+                    "stream": True,
+                    "stream_options": {"include_usage": True},
+                },
+            )
+            for ask in self._asks
+        ]
+
+    def __call__(self) -> float:
+        """One round: output tokens in a second."""
+        requests = self.requests()
+        client, server, since = time.process_time(), self._server.usage().cpu_seconds, time.perf_counter()
+        self.num_tokens = asyncio.run(closed_loop(self._url, requests, self._options.clients))
+        seconds = time.perf_counter() - since
+        cores = seconds * available_threads()
+        taken = time.process_time() - client, self._server.usage().cpu_seconds - server
+        self.shares.append((taken[0] / cores, taken[1] / cores))
+        return self.num_tokens / seconds
+
+
+class Straight:
+    """The engine's side."""
+
+    def __init__(self, engine: InProcessEngine, asks: Sequence[Ask], options: argparse.Namespace) -> None:
+        self._engine, self._asks, self._options = engine, asks, options
+        self.num_tokens = 0
+
+    def __call__(self) -> float:
+        """One round: output tokens in a second."""
+        eos_ids = self._engine.base.eos_ids
+        seconds, self.num_tokens = self._engine.run_counted(self._asks, self._options.clients, eos_ids=eos_ids)
+        return self.num_tokens / seconds
+
+
+def asks_of(options: argparse.Namespace, vocab_size: int) -> list[Ask]:
+    """The requests of every round."""
+    rng = random.Random(0)
+    return [
+        Ask(
+            tuple(rng.randrange(vocab_size // 16, vocab_size - vocab_size // 16) for _ in range(options.prompt_tokens)),
+            options.output_tokens,
+            number % options.num_adapters if options.num_adapters else None,
+        )
+        for number in range(options.requests)
+    ]
+
+
+def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Pairs of both sides, and what the client took."""
+    names = [f"a{number}" for number in range(options.num_adapters)]
+    adapters = write_adapters(find_base(options.base), folder, names, rank=options.rank)
+    length = options.prompt_tokens + options.output_tokens + 1
+    given = {"dtype": options.dtype, "quantization": options.quantization, "max_num_seqs": options.clients}
+    engine = in_process_engine(options.base, adapters, max_len=length, **given)
+    flags = ["--base-model", options.base, "--adapters-dir", str(folder), "--no-demo-adapters"]
+    flags += ["--dtype", options.dtype, "--max-num-seqs", str(options.clients), "--max-model-len", str(length)]
+    flags += ["--quantization", options.quantization] if options.quantization != "none" else []
+    asks = asks_of(options, engine.base.vocab_size)
+    with running_server(*flags) as server:
+        server.until("the adapters are served", lambda: len(server.models()) > options.num_adapters)
+        over_http, straight = OverHttp(server, asks, options), Straight(engine, asks, options)
+        over_http(), straight()
+        over_http.shares.clear()
+        sides = ("over HTTP", "straight into the engine")
+        pairs = alternate(sides, (over_http, straight), num_pairs=options.pairs, unit="output tokens/s")
+    print(pairs.as_table())
+    shares = [median([share[at] for share in over_http.shares]) for at in (0, 1)]
+    print(f"\nCPU time over HTTP, of all {available_threads()} cores: ", end="")
+    print(f"client {100 * shares[0]:.1f} %, server {100 * shares[1]:.1f} %")
+    print(f"output tokens of a round: {over_http.num_tokens} over HTTP, {straight.num_tokens} straight")
+    return pairs.as_json() | {"client_cpu_share": shares[0], "server_cpu_share": shares[1]}
+
+
+def main() -> None:
+    """Measure, print a table, write JSON where it is wanted."""
+    options = parse()
+    with tempfile.TemporaryDirectory() as folder:
+        result = measure(options, Path(folder))
+    if options.json is not None:
+        options.json.write_text(json.dumps({"options": vars(options), **result}, indent=1, default=str))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""The engines that benchmarks drive do what they say; nothing is timed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from benchmarks.parts.engines import Ask, InProcessEngine, Peft, in_process_engine
+from benchmarks.parts.random_adapters import write_adapters
+from benchmarks.parts.step_timers import Stack, timing
+from benchmarks.random_base import SHAPES, write_base
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base("tiny", tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return write_adapters(base, tmp_path_factory.mktemp("adapters"), ["x", "y"], rank=2)
+
+
+@pytest.fixture(scope="module")
+def engine(base: Path, adapters: list[Path]) -> InProcessEngine:
+    return in_process_engine(str(base), adapters, dtype="float32", max_num_seqs=4, max_len=64)
+
+
+def test_a_random_base_has_a_token_for_every_row_of_its_embedding(base: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    assert len(tokenizer) == SHAPES["tiny"]["vocab_size"]
+    assert tokenizer.decode(tokenizer("def test(self): return 1")["input_ids"]) == "def test(self): return 1"
+    ends = tokenizer.apply_chat_template([{"role": "user", "content": "x"}], add_generation_prompt=True, tokenize=False)
+    assert ends == "<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_closed_loop_answers_all_in_full(engine: InProcessEngine) -> None:
+    asks = [Ask((5, 6, 7), 4 + number, adapter) for number, adapter in enumerate([None, 0, 1, 0, 1])]
+    _, tokens = engine.run_counted(asks, 2)
+    assert tokens == sum(ask.num_tokens for ask in asks)
+    assert engine.engine.idle
+
+
+def test_holding_none_leaves_the_base_as_it_was(engine: InProcessEngine) -> None:
+    kinds = {type(module).__module__.split(".")[0] for module in engine.base.model.modules()}
+    assert "server" in kinds
+    engine.hold(0)
+    linears = [module for module in engine.base.model.modules() if type(module).__module__.startswith("server.lora")]
+    assert linears == []
+    engine.hold(2)
+    assert engine.seconds_to_first_token(Ask((5, 6), 2, 1)) > 0
+
+
+def test_timers_claim_every_kind_and_leave_nothing_behind(engine: InProcessEngine) -> None:
+    engine.hold(2)
+    stack = Stack()
+    with timing(engine, stack):
+        engine.run([Ask((5, 6, 7), 3, 0)], 1)
+    seen = {kind for kind, seconds in stack.own.items() if seconds > 0}
+    assert seen >= {"linears", "LoRA", "attention", "norms", "embedding", "head", "sampling", "scheduling", "rest"}
+    before = dict(stack.own)
+    engine.run([Ask((5, 6, 7), 3, 0)], 1)
+    assert stack.own == before
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_peft_runs_the_same_asks(base: Path, adapters: list[Path], mixed: bool) -> None:
+    peft = Peft(str(base), adapters, dtype="float32", mixed=mixed)
+    assert peft.run([Ask((5, 6, 7), 3, 0), Ask((8, 9, 7), 3, 1)], 2) > 0
+    assert torch.is_grad_enabled()
