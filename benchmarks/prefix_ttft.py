@@ -36,7 +36,7 @@ def main() -> None:
     options = parse()
     length = options.prefix + options.tail + 8
     given = {"dtype": options.dtype, "quantization": options.quantization}
-    engine = in_process_engine(options.base, max_num_seqs=8, max_len=length, **given)
+    engine = in_process_engine(options.base, max_num_seqs=8, max_len=length, prefix_caching=True, **given)
     size, rng = engine.base.vocab_size, random.Random(0)
 
     def ids(count: int) -> tuple[int, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
@@ -16,9 +15,11 @@ from transformers import AutoModelForCausalLM
 from server.adapters.content.manifest import Limits, read_manifest
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
+from server.engine.slots import SlotTable
 from server.lora.weights import LoRAWeights
 from server.metrics import Metrics
 from server.model.device import available_threads
+from server.model.kv_cache import KVLayout
 from server.model.loader import Base, find_base, load_base
 from server.model.runner import ModelRunner
 from server.model.sampler import Sampler
@@ -122,21 +123,29 @@ def in_process_engine(
     quantization: str = "none",
     max_num_seqs: int = 32,
     max_num_batched_tokens: int = 512,
+    max_prefill_tokens: int = 256,
     max_len: int = 1024,
+    prefix_caching: bool = False,
 ) -> InProcessEngine:
-    """The engine as the server builds it. Raises what ``load_base`` and ``read_manifest`` raise."""
+    """The engine as the server builds it, but for prefixes: who asks the same again would only measure their reuse.
+
+    Raises what ``load_base`` and ``read_manifest`` raise."""
     torch.set_num_threads(available_threads())
-    named: dict[str, Any] = {"quantization": quantization}
-    if "quantization" not in inspect.signature(load_base).parameters:
-        named = {}
-        if quantization != "none":
-            raise SystemExit(f"this build has no quantization {quantization!r}")
-    base = load_base(base_model, name="base", device="cpu", dtype=dtype, max_model_len=max_len, **named)
-    runner = ModelRunner(base.model, base.attention, base.shapes, num_slots=max_num_seqs, max_len=max_len)
+    base = load_base(
+        base_model, name="base", device="cpu", dtype=dtype, max_model_len=max_len, quantization=quantization
+    )
+    num_slots = 2 * max_num_seqs if prefix_caching else max_num_seqs
+    layout = KVLayout(tuple(base.shapes), max_len, base.kv_dtype)
+    slots = SlotTable(num_slots, max_len=max_len, bytes_of=layout.bytes_of, reuses=prefix_caching)
+    runner = ModelRunner.of(base, num_slots=num_slots)
     manifests = [read_manifest(path, base.signature, Limits(256, 1 << 30)) for path in adapters]
     weights = {manifest.weights_digest: runner.prepare(manifest) for manifest in manifests}
     scheduler = Scheduler(
-        max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, max_model_len=max_len
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_prefill_tokens=max_prefill_tokens,
+        max_model_len=max_len,
+        slots=slots,
     )
     made = InProcessEngine(base, Engine(scheduler, runner, Sampler(), Metrics()), runner, weights)
     made.hold(len(adapters))

@@ -68,7 +68,7 @@ class Original:
         """Of a weight that is still whole; ``done`` is told each piece that was read."""
         digest = hashlib.sha256()
         for piece in pieces(weight.detach()):
-            digest.update(memoryview(piece.contiguous().view(torch.uint8).numpy()))
+            digest.update(piece.contiguous().view(torch.uint8).numpy().data)
             if done is not None:
                 done(piece)
         return cls(weight.dtype, digest.digest())

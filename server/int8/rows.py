@@ -21,7 +21,7 @@ class Int8Rows:
 
     @classmethod
     def of(cls, weights: Sequence[torch.Tensor], *, done: Callable[[torch.Tensor], None] | None = None) -> Int8Rows:
-        """Weights [out, in] of equal width, one below the other, piece by piece; ``done`` is told each that was read."""
+        """Weights [out, in] of equal width, one below the other; ``done`` is told each piece that was read."""
         out = sum(len(weight) for weight in weights)
         integers = torch.empty(out, weights[0].shape[1], dtype=torch.int8)
         scales = torch.empty(out)
@@ -44,4 +44,5 @@ class Int8Rows:
 
 def pieces(weight: torch.Tensor) -> Sequence[torch.Tensor]:
     """Rows of a weight, as many at a time as a core's cache holds in float32."""
-    return weight.split(max(1, _PIECE_NUMBERS // weight.shape[1]))
+    split: Sequence[torch.Tensor] = weight.split(max(1, _PIECE_NUMBERS // weight.shape[1]))
+    return split

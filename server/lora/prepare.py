@@ -68,9 +68,7 @@ class Preparation:
         )
         return delta if self.squares > before or _changes_something(delta) else None
 
-    def _own_parameters(
-        self, part: ModulePlan, base: nn.Module, original: Original | None
-    ) -> dict[str, torch.Tensor]:
+    def _own_parameters(self, part: ModulePlan, base: nn.Module, original: Original | None) -> dict[str, torch.Tensor]:
         """Whole parameters in the base's format, those that differ from the base's.
 
         PEFT saves copies of the base's own; where the base keeps integers, ``original`` knows what they were made of.

@@ -39,7 +39,7 @@ def choose_dtype(dtype: str, device: torch.device, num_weight_bytes: int) -> tor
 
 
 def choose_float_dtype(dtype: str, num_unpacked_bytes: int) -> torch.dtype:
-    """The number format of what an int8 base keeps in floats, norms and the like; ``num_unpacked_bytes`` of it are large.
+    """The number format of what an int8 base keeps in floats: norms, and ``num_unpacked_bytes`` of larger things.
 
     ``auto`` is float32, unless so much is left that a CPU which has bfloat16 had better keep it in that.
     """

@@ -46,8 +46,8 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 class Base:
     """A base in memory, with the attention function installed.
 
-    ``shapes`` are its layers' keys and values, kept as ``kv_dtype``; ``groups`` are linears that get the same input, and ``quantized`` says what
-    is in integers.
+    ``shapes`` are its layers' keys and values, kept as ``kv_dtype``; ``groups`` are linears that get the same
+    input, and ``quantized`` says what is in integers.
     """
 
     model: PreTrainedModel
@@ -127,7 +127,7 @@ def _kernel(quantization: str, device: torch.device) -> KernelType | None:
     kernel = choose_kernel()
     if kernel is None:
         raise SettingsError(
-            f"quantization is 'int8', but torch {torch.__version__} has neither FBGEMM nor oneDNN here: set it to 'none'"
+            f"quantization is 'int8', but torch {torch.__version__} has neither FBGEMM nor oneDNN here: set 'none'"
         )
     return kernel
 

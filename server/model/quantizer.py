@@ -24,7 +24,7 @@ from server.int8.rows import Int8Rows, pieces
 from server.model.mapped_files import MappedFiles
 
 SMALLEST_SIDE = 32
-"""Linears with fewer inputs or outputs stay in floats: routers, gates and the like, which decide more than they cost."""
+"""Linears with fewer inputs or outputs stay in floats: routers and gates, which decide more than they cost."""
 
 
 @dataclass
@@ -85,7 +85,7 @@ class _Quantizer:
         return hook
 
     def in_pieces(self, head: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
-        """A forward for the head, whose weight is as large as many layers', that never has the whole of it in memory."""
+        """A forward for the head, as large as many layers, that never has its whole weight in memory."""
 
         def forward(x: torch.Tensor) -> torch.Tensor:
             parts = []

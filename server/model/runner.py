@@ -37,9 +37,7 @@ class ModelRunner:
     def of(cls, base: Base, *, num_slots: int, max_len: int | None = None) -> ModelRunner:
         """For a base as it was loaded, with slots as long as its longest sequence, or shorter."""
         length = base.max_model_len if max_len is None else max_len
-        return cls(
-            base.model, base.attention, base.shapes, num_slots=num_slots, max_len=length, kv_dtype=base.kv_dtype
-        )
+        return cls(base.model, base.attention, base.shapes, num_slots=num_slots, max_len=length, kv_dtype=base.kv_dtype)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> torch.Tensor:

@@ -19,8 +19,8 @@ from server.model.attention import FlatAttention
 from server.model.kv_cache import KVCache
 from server.model.rope import fix_rope
 from server.model.runner import ModelRunner
-from server.model.shapes import Noted
 from server.model.sampler import Sampler
+from server.model.shapes import Noted
 from server.sequence import AdapterUse, SamplingParams
 from server.sequence import Sequence as Generation
 from tests.model.families import CONTEXT, VOCAB_SIZE
