@@ -2,8 +2,8 @@
 
     python -m benchmarks.lora_bank [--rank 8] [--layers 24] [--hidden 896] [--intermediate 4864] [--pairs 15]
 
-The base's linears are stand-ins that compute nothing, so that only the adapters' part is measured; ``floor`` is the time
-that reading the adapters' numbers once takes at the rate at which this machine sums up a large tensor.
+The base's linears are stand-ins that compute nothing, so that only the adapters' part is measured; ``floor`` is the
+time that reading the adapters' numbers once takes at the rate at which this machine sums up a large tensor.
 """
 
 from __future__ import annotations
@@ -172,7 +172,8 @@ def main() -> None:
         bank = LoRABank(body, groups, max_seats=most)
         for number, weights in enumerate(adapters[: len(counts)]):
             bank.add(str(number), weights)
-        plain.resize(sum(counts)), body.resize(sum(counts))
+        plain.resize(sum(counts))
+        body.resize(sum(counts))
         before, now = median_pair(loop(plain, adapters, counts), banked(body, bank, counts), options.pairs)
         floor = sum(weights.num_bytes for weights in adapters[: len(counts)]) / rate
         found[case] = {"loop": round(before, 2), "bank": round(now, 2), "floor": round(floor, 2)}

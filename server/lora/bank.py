@@ -15,10 +15,11 @@ from server.lora.stack import Shape, Stack, shape_of
 from server.lora.weights import LoRAWeights
 from server.sequence import Batch, Segment
 
-_MOST_STACKED = 8
-"""Rows of one adapter up to which it is computed beside others; more are faster alone."""
-_ALONE = 6
-"""What an adapter's calls cost if it is computed alone, in rows of a stack."""
+# What benchmarks/lora_bank.py measured, in rows of a stack.
+_ALONE, _ROW_ALONE = 12, 0.3
+"""What an adapter's calls cost more if it is computed alone, and what each of its rows does."""
+_UNEVEN = 10
+"""What gathering rows costs where adapters of a stack have unequally many."""
 
 
 class LoRABank:
@@ -26,8 +27,8 @@ class LoRABank:
 
     A module is wrapped when the first adapter that touches it comes, and unwrapped when the last one goes, so that a
     base without adapters pays nothing. ``base_modules`` are the base's own, wrapped or not: they are never changed, and
-    any thread may read them. ``groups`` are linears that receive the same tensor; ``max_seats`` is the most adapters of
-    a batch.
+    any thread may read them. ``groups`` are linears that receive the same tensor; ``max_seats`` bounds how
+    many are computed side by side.
     """
 
     def __init__(self, model: nn.Module, groups: Sequence[tuple[str, ...]] = (), *, max_seats: int) -> None:
@@ -81,7 +82,7 @@ class LoRABank:
 
     @torch.inference_mode()
     def arrange(self, batch: Batch) -> Batch:
-        """Rows of the base first, then those that are computed side by side in the order of their seats, then others."""
+        """Rows of the base first, then those of each stack in the order of seats, then those computed run by run."""
         places: dict[str, tuple[int, int]] = {}
         seatings: list[Seating] = []
         for stack, digests in self._stacked(batch).items():
@@ -104,9 +105,10 @@ class LoRABank:
         assert used <= self._digests, f"sequences run on adapters that are not in memory: {used - self._digests}"
         arranged, seatings = self._arranged or (None, ())
         self._arranged = None
+        if self._rows.active:  # a step that failed may have left something
+            for shared in self._inputs.values():
+                shared.forget()
         self._rows.begin(batch, seatings if arranged is batch else (), self._device)
-        for shared in self._inputs.values():
-            shared.forget()
 
     def check_integrity(self) -> None:
         """The books of seats, and of what is wrapped."""
@@ -127,7 +129,7 @@ class LoRABank:
                 counts = rows.setdefault(stack, {})
                 counts[uses[0].digest] = counts.get(uses[0].digest, 0) + segment.length
         chosen = {stack: side_by_side(counts) for stack, counts in rows.items()}
-        return {stack: digests for stack, digests in chosen.items() if digests}
+        return {stack: digests for stack, digests in chosen.items() if 0 < len(digests) <= self._max_seats}
 
     def _input(self, modules: tuple[str, ...]) -> SharedInput:
         return SharedInput(modules, self._rows)
@@ -162,9 +164,12 @@ class LoRABank:
 def side_by_side(rows: Mapping[str, int]) -> Sequence[str]:
     """Which adapters to compute stacked, each padded to the most rows among them, so that all together cost least."""
     fewest_first = sorted(rows, key=lambda digest: rows[digest])
-    costs = {0: sum(_ALONE + count for count in rows.values())}
+    alone = sum(_ALONE + _ROW_ALONE * count for count in rows.values())
+    best, cost = 0, alone
     for number, digest in enumerate(fewest_first, start=1):
-        most, rest = rows[digest], fewest_first[number:]
-        if number > 1 and most <= _MOST_STACKED:
-            costs[number] = number * most + sum(_ALONE + rows[one] for one in rest)
-    return fewest_first[: min(costs, key=lambda number: costs[number])]
+        most = rows[digest]
+        alone -= _ALONE + _ROW_ALONE * most
+        stacked = number * most + (_UNEVEN if rows[fewest_first[0]] < most else 0)
+        if number > 1 and alone + stacked < cost:
+            best, cost = number, alone + stacked
+    return fewest_first[:best]

@@ -59,15 +59,17 @@ class Block:
 
     def add(self, y: torch.Tensor, low: torch.Tensor, b: torch.Tensor) -> None:
         """``y += low @ b`` on these rows: y [all rows, out], low [seats, most, rank], b [seats, rank, out]."""
+        part = y[self.start : self.end]
+        if self.back is None and y.dtype == torch.float32 and y.is_contiguous():
+            part.view(-1, self.most, y.shape[1]).baddbmm_(low, b)  # half as fast as below where y is not contiguous
+            return
         change = torch.bmm(low, b).view(-1, y.shape[1])
-        if self.back is not None:
-            change = change.index_select(0, self.back)
-        y[self.start : self.end].add_(change)
+        part.add_(change if self.back is None else change.index_select(0, self.back))
 
 
 @dataclass(frozen=True)
 class Seating:
-    """Adapters that a step computes stacked: ``seats`` are places in the stack's window, which is ``num_seats`` wide."""
+    """Adapters that a step computes stacked: ``seats`` are their places in the stack's window of ``num_seats``."""
 
     stack: Stack
     seats: Mapping[str, int]

@@ -1,13 +1,13 @@
 """Adapters of one shape, copied side by side, so that a step computes all of them with two batched products.
 
 (Chen et al. 2023, Punica; on a CPU the loop's calls cost more than its bytes.) A seat is an index of the stacked
-tensors. A step computes a window of seats, so those that it needs are kept next to each other; a seat in the window that
-it does not need is a hole, computed for nothing.
+tensors. A step computes a window of seats, so those that it needs are kept next to each other; a seat in the window
+that it does not need is a hole, computed for nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from itertools import accumulate
 
 import torch
@@ -37,8 +37,8 @@ def shape_of(deltas: Mapping[str, Delta]) -> Shape | None:
 class Stack:
     """The stacked A and B of adapters of one ``Shape``. The engine thread owns it.
 
-    ``inputs`` has the modules of the shape by input. For the current window, ``low`` has per input A [seats, in, rank of
-    all its modules], and ``high`` per module B [seats, rank, out]; ``columns`` tells a module's part of its input's rank.
+    ``inputs`` has the modules of the shape by input. For the current window, ``low`` has per input A [seats, in, rank
+    of all its modules], and ``high`` per module B [seats, rank, out]; ``columns`` says which of these ranks are whose.
     Seats grow by doubling, to ``max_seats`` at most.
     """
 
@@ -76,9 +76,9 @@ class Stack:
         if digest in self._seats:
             self._holders[self._seats.pop(digest)] = None
 
-    def place(self, needed: Collection[str]) -> Mapping[str, int]:
+    def place(self, digests: Collection[str]) -> Mapping[str, int]:
         """Seat these adapters, and give their places in the window. Copies only those that have no seat, or move."""
-        needed = frozenset(needed)
+        needed = frozenset(digests)
         assert 0 < len(needed) <= self.max_seats
         self._step += 1
         if not self._seated(needed):
@@ -102,7 +102,7 @@ class Stack:
         assert self.capacity <= self.max_seats
         assert all(len(tensor) == self.capacity for tensor in (*self._a.values(), *self._b.values()))
 
-    def _seated(self, needed: Collection[str]) -> bool:
+    def _seated(self, needed: Set[str]) -> bool:
         """Whether all have seats, and the holes between them are few or new."""
         if not all(digest in self._seats for digest in needed):
             return False
@@ -111,7 +111,7 @@ class Stack:
         self._wasted = self._wasted + holes if holes else 0
         return self._wasted < _PATIENCE
 
-    def _seat(self, needed: Collection[str]) -> None:
+    def _seat(self, needed: Set[str]) -> None:
         """Seat them without holes, where most of them sit already and others have been idle for longest."""
         if len(needed) > self.capacity:
             self._grow(len(needed))
@@ -123,7 +123,8 @@ class Stack:
                 self._move(digest, vacant.pop())
         self._wasted = 0
 
-    def _best_start(self, needed: Collection[str]) -> int:
+    def _best_start(self, needed: Set[str]) -> int:
+        """Of the window with most of them; among equals of the one whose other seats were used least recently."""
         worth = [
             1.0 if holder in needed else -used / (2 * self.capacity * self._step)
             for holder, used in zip(self._holders, self._last_used, strict=True)
