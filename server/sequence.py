@@ -114,7 +114,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step computes: segments end to end, those of the same adapters side by side."""
+    """What one step computes: segments end to end."""
 
     segments: tuple[Segment, ...]
 

@@ -119,14 +119,19 @@ class Hosted:
 
 
 def host(
-    model: PreTrainedModel, *, max_model_len: int = CONTEXT, max_num_seqs: int = NUM_SLOTS, budget: int = BUDGET
+    model: PreTrainedModel,
+    *,
+    max_model_len: int = CONTEXT,
+    max_num_seqs: int = NUM_SLOTS,
+    budget: int = BUDGET,
+    groups: Sequence[tuple[str, ...]] = (),
 ) -> Hosted:
     """Install the engine in a model, in the order in which ``load_base`` does; its stock forward is gone afterwards."""
     fix_rope(model, max_model_len)
     attention = FlatAttention()
     attention.install(model)
     shapes, modules = loader._probe(model, attention)
-    runner = ModelRunner(model, attention, shapes, num_slots=max_num_seqs, max_len=max_model_len)
+    runner = ModelRunner(model, attention, shapes, num_slots=max_num_seqs, max_len=max_model_len, groups=groups)
     return Hosted(model, runner, modules, max_num_seqs, budget)
 
 

@@ -308,6 +308,18 @@ def test_a_module_called_again_with_the_same_tensor_and_one_not_called_at_all(st
     assert stage.bank._inputs["q"]._x is None
 
 
+def test_rows_of_the_base_come_first_and_those_of_one_adapter_lie_side_by_side(stage: Stage) -> None:
+    """Whether it is stacked or not; sequences of one adapter keep their order."""
+    for digest, rank in (("a", 4), ("b", 4), ("c", 8)):
+        stage.add(digest, adapter(ord(digest), ("q",), rank))
+    uses = ["b", None, "c", "a", "b", None, "c", "a"]
+    segments = [sequence(2 * n, [(use, 1.0)] if use else [], 1) for n, use in enumerate(uses)]
+    batch = stage.step(segments)
+    ids = [segment.sequence.id // 2 for segment in batch.segments]
+    stacked = [[0, 4], [3, 7]] if ids[2] == 0 else [[3, 7], [0, 4]]
+    assert ids == [1, 5, *stacked[0], *stacked[1], 2, 6]
+
+
 def test_a_batch_that_was_not_arranged_is_computed_run_by_run(stage: Stage) -> None:
     for digest in "ab":
         stage.add(digest, adapter(ord(digest), ("q",), 4))
