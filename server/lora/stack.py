@@ -152,8 +152,7 @@ class Stack:
         while capacity < num_seats:
             capacity *= 2
         capacity = min(capacity, self.max_seats)
-        self._holders, self._last_used = [None] * capacity, [0] * capacity
-        self._seats, self._window = {}, range(0)
+        self._holders, self._seats, self._window = [], {}, range(0)  # so it stays if memory does not suffice
         for tensors in (self.low, self.high, self._a, self._b):
             tensors.clear()
         some = next(iter(self.adapters.values()))
@@ -165,6 +164,7 @@ class Stack:
                 columns = self.columns[module]
                 out = _factors(some[module])[1].shape[1]
                 self._b[module] = like.new_empty(capacity, columns.stop - columns.start, out)
+        self._holders, self._last_used = [None] * capacity, [0] * capacity
 
     def _look_at(self, window: range) -> None:
         if window != self._window:
