@@ -135,10 +135,7 @@ Move = CopyPrefix | ReleaseTail
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step computes: segments end to end, those of the same adapters side by side.
-
-    ``moves`` are done before, in their order.
-    """
+    """What one step computes: segments end to end. ``moves`` are done before, in their order."""
 
     segments: tuple[Segment, ...]
     moves: tuple[Move, ...] = ()

@@ -43,7 +43,7 @@ class Examiner:
             max_model_len=settings.max_model_len,
         )
         prompts = PromptRenderer(base.tokenizer, vocab_size=base.vocab_size)
-        return cls(base, limits_of(settings), prompts, LoRABank(base.model).base_modules)
+        return cls(base, limits_of(settings), prompts, LoRABank(base.model, max_seats=1).base_modules)
 
     def examine(self, path: Path) -> tuple[Examination, LoRAWeights | None]:
         """What is to be said of a folder, and its weights where it is served."""

@@ -16,6 +16,10 @@ from server.sequence import Batch, Sequence, StepOutput
 class Runner(Protocol):
     """What the engine asks of a model: ``model.runner.ModelRunner``, or a script in tests."""
 
+    def arrange(self, batch: Batch) -> Batch:
+        """The same rows in the order in which ``run`` computes them fastest."""
+        ...
+
     def run(self, batch: Batch) -> torch.Tensor:
         """Logits, [len(batch.sampling), vocab]."""
         ...
@@ -61,7 +65,7 @@ class Engine:
 
     def step(self) -> list[StepOutput]:
         """One token for every sequence whose prompt is computed, a chunk further for the others."""
-        self.batch = self.scheduler.schedule()
+        self.batch = self.runner.arrange(self.scheduler.schedule())
         logits = self.runner.run(self.batch)
         token_ids = self.sampler.sample(logits, self.batch.sampling)
         return self.scheduler.update(self.batch, token_ids)

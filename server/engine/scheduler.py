@@ -75,7 +75,7 @@ class Scheduler:
         return sorted(ended)
 
     def schedule(self) -> Batch:
-        """The next step's rows: decoding sequences, then prompt chunks, those of the same adapters side by side."""
+        """The next step's rows: decoding sequences, then prompt chunks."""
         self._admit()
         budget = self.max_num_batched_tokens
         segments: list[Segment] = []
@@ -87,7 +87,6 @@ class Scheduler:
                 assert sequence.slot is not None
                 segments.append(Segment(sequence, sequence.slot, sequence.num_computed, length))
                 budget -= length
-        segments.sort(key=lambda segment: segment.sequence.adapters)
         return Batch(tuple(segments), self.slots.begin(segments))
 
     def update(self, batch: Batch, token_ids: Iterable[int | None]) -> list[StepOutput]:

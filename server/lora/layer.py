@@ -10,6 +10,7 @@ from torch import nn
 
 from server.lora.delta import Delta
 from server.lora.rows import Rows
+from server.lora.shared import SharedInput
 
 
 class AdaptedModule(nn.Module):
@@ -25,6 +26,14 @@ class AdaptedModule(nn.Module):
         self._rows = rows
         self._compute = base.__call__  # found faster than a submodule
 
+    def put(self, digest: str, delta: Delta) -> None:
+        """Take an adapter's change."""
+        self.deltas[digest] = delta
+
+    def drop(self, digest: str) -> None:
+        """Forget an adapter; one that is not there is no error."""
+        self.deltas.pop(digest, None)
+
     def __getattr__(self, name: str) -> Any:
         """The base's attribute."""
         if name in ("base", "_modules"):
@@ -38,28 +47,46 @@ class AdaptedModule(nn.Module):
         """The rows of each adapter that changes this module, its change, and the factor on it."""
         deltas = self.deltas
         return [
-            (slice(start, end), deltas[use.digest], use.scale)
-            for start, end, uses in self._rows.runs(num_rows)
-            for use in uses
+            (slice(run.start, run.end), deltas[use.digest], use.scale)
+            for run in self._rows.of(num_rows).runs
+            for use in run.uses
             if use.digest in deltas
         ]
 
 
 class LoRALinear(AdaptedModule):
-    """A linear: ``base(x) + x @ a @ b`` on the rows of a plain adapter."""
+    """A linear: ``base(x) + x @ a @ b`` on the rows of a plain adapter, ``x @ a`` by way of its ``shared`` input."""
+
+    def __init__(self, base: nn.Module, rows: Rows, name: str, shared: SharedInput) -> None:
+        super().__init__(base, rows)
+        self._name, self._shared = name, shared
+        self._not_plain: set[str] = set()
+
+    def put(self, digest: str, delta: Delta) -> None:
+        """Take an adapter's change; its plain delta is taken from the shared input."""
+        super().put(digest, delta)
+        if not delta.plain:
+            self._not_plain.add(digest)
+
+    def drop(self, digest: str) -> None:
+        """Forget an adapter; one that is not there is no error."""
+        super().drop(digest)
+        self._not_plain.discard(digest)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., rows, in] -> [..., rows, out]; dimensions before the rows are of size 1."""
         y: torch.Tensor = self._compute(x)
-        flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        for rows, delta, scale in self._parts(len(flat_x)):
-            if not delta.plain:
-                assert scale == 1.0
-                flat_y[rows] = _linear(flat_x[rows], flat_y[rows], delta)
-            else:
-                assert delta.a is not None
-                # [rows, rank], in float32 whatever the base's format
-                _add(flat_y[rows], flat_x[rows].float() @ delta.a, delta.b, scale)
+        if not self._rows.active:
+            return y
+        flat_y = y.view(-1, y.shape[-1])
+        for rows, low, b in self._shared.take(self._name, x):
+            rows.add(flat_y, low, b)
+        if self._not_plain:
+            flat_x = x.reshape(-1, x.shape[-1])
+            for at, delta, scale in self._parts(len(flat_x)):
+                if not delta.plain:
+                    assert scale == 1.0
+                    flat_y[at] = _linear(flat_x[at], flat_y[at], delta)
         return y
 
 
@@ -69,6 +96,8 @@ class LoRAEmbedding(AdaptedModule):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids [1, rows] -> [1, rows, dim]."""
         y: torch.Tensor = self._compute(ids)
+        if not self._rows.active:
+            return y
         flat_ids, flat_y = ids.reshape(-1), y.view(-1, y.shape[-1])
         for rows, delta, scale in self._parts(len(flat_ids)):
             if not delta.plain:
@@ -85,6 +114,8 @@ class LoRARows(AdaptedModule):
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """Inputs and results all have the rows in the same axis, as [rows, ...], [1, rows, ...] or [1, heads, rows]."""
+        if not self._rows.active:
+            return self._compute(*inputs, **named)
         axis = next(iter(self.deltas.values())).axis
         num_rows = first_tensor(inputs, named).shape[axis]
         parts = self._parts(num_rows)
@@ -132,12 +163,7 @@ def _as_tuple(result: Any) -> tuple[torch.Tensor, ...]:
 def _add(y: torch.Tensor, low: torch.Tensor, b: torch.Tensor | None, scale: float) -> None:
     """``y += scale * low @ b`` in place, rounded once: y [rows, out], low [rows, rank], b [rank, out]."""
     assert b is not None
-    if y.dtype == torch.float32 and scale == 1.0:
-        y.addmm_(low, b)  # a keyword more costs a third of the call
-    elif y.dtype == torch.float32:
-        y.addmm_(low, b, alpha=scale)
-    else:
-        y += (low @ b * scale).to(y.dtype)
+    y.add_(low @ b, alpha=scale)
 
 
 def _linear(x: torch.Tensor, y: torch.Tensor, delta: Delta) -> torch.Tensor:

@@ -86,10 +86,10 @@ class Preparation:
         return found
 
     def _low_rank(self, one: LowRank, base: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-        """a [in, rank] and b [rank, out] with the scaling."""
+        """a [in, rank], the transpose of PEFT's, which few rows read faster, and b [rank, out] with the scaling."""
         a, b = self._read(one.a, _like(base)), self._read(one.b, _like(base))
         left, right = (b, a) if one.swapped else (a.t(), b.t())
-        left, right = left.contiguous(), right.contiguous() * one.scaling
+        right = right.contiguous() * one.scaling
         self.squares += _square(left, right)
         return left, right
 

@@ -17,7 +17,10 @@ from server.sequence import Batch, Segment
 
 
 class ModelRunner:
-    """The base, its KV cache and its adapters. ``attention`` is installed in ``model`` already."""
+    """The base, its KV cache and its adapters. ``attention`` is installed in ``model`` already.
+
+    ``groups`` are linears that receive the same tensor.
+    """
 
     def __init__(
         self,
@@ -28,16 +31,29 @@ class ModelRunner:
         num_slots: int,
         max_len: int,
         kv_dtype: torch.dtype | None = None,
+        groups: Sequence[tuple[str, ...]] = (),
     ) -> None:
-        self.model, self.attention, self.bank = model, attention, LoRABank(model)
+        self.model, self.attention = model, attention
+        self.bank = LoRABank(model, groups, max_seats=num_slots)
         dtype = model.dtype if kv_dtype is None else kv_dtype
         attention.cache = KVCache(shapes, num_slots=num_slots, max_len=max_len, dtype=dtype, device=model.device)
 
     @classmethod
     def of(cls, base: Base, *, num_slots: int, max_len: int | None = None) -> ModelRunner:
         """For a base as it was loaded, with slots as long as its longest sequence, or shorter."""
-        length = base.max_model_len if max_len is None else max_len
-        return cls(base.model, base.attention, base.shapes, num_slots=num_slots, max_len=length, kv_dtype=base.kv_dtype)
+        return cls(
+            base.model,
+            base.attention,
+            base.shapes,
+            num_slots=num_slots,
+            max_len=base.max_model_len if max_len is None else max_len,
+            kv_dtype=base.kv_dtype,
+            groups=base.groups,
+        )
+
+    def arrange(self, batch: Batch) -> Batch:
+        """The same rows in the order in which their adapters are computed fastest, for ``run``."""
+        return self.bank.arrange(batch)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> torch.Tensor:
@@ -67,7 +83,7 @@ class ModelRunner:
 
         Raises ``AdapterRejected`` where they would change nothing.
         """
-        return LoRAWeights.of(manifest, self.bank.base_modules)
+        return LoRAWeights.of(manifest, self.bank.base_modules, self.bank.groups)
 
     def add_adapter(self, digest: str, weights: LoRAWeights) -> None:
         """Make an adapter usable."""

@@ -145,6 +145,7 @@ def host(
     max_num_seqs: int = NUM_SLOTS,
     budget: int = BUDGET,
     kv_memory: int | None = None,
+    groups: Sequence[tuple[str, ...]] = (),
 ) -> Hosted:
     """Install the engine in a model, in the order in which ``load_base`` does; its stock forward is gone afterwards."""
     attention = FlatAttention()
@@ -152,7 +153,7 @@ def host(
     shapes, noted = loader._probe(model, attention)
     fix_rope(model, max_model_len)
     num_slots = max_num_seqs if kv_memory is None else max_num_seqs + NUM_CACHES
-    runner = ModelRunner(model, attention, shapes, num_slots=num_slots, max_len=max_model_len)
+    runner = ModelRunner(model, attention, shapes, num_slots=num_slots, max_len=max_model_len, groups=groups)
     return Hosted(model, runner, noted, max_num_seqs, budget, kv_memory)
 
 

@@ -119,6 +119,38 @@ def test_rows_equal_pefts_alone_among_equals_and_mixed(family: str, tmp_path: Pa
         assert torch.equal(was.logits, now.logits)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_rows_equal_pefts_where_adapters_of_one_shape_are_computed_side_by_side(family: str, tmp_path: Path) -> None:
+    """Four adapters alike, and modules that share an input; sequences join and leave, so that seats change."""
+    base = build(family)
+    groups = _groups(base)
+    hosted = host(copy.deepcopy(base), groups=groups, max_num_seqs=6, budget=24)
+    assert groups or family == "gpt2"
+    signature = signature_of("base", FINGERPRINT, hosted.model, hosted.modules)
+    peft, weights = {}, {}
+    for seed, name in enumerate("abcd"):
+        peft[name] = make_adapter(base, seed=seed, **configs(family)["wide"], fan_in_fan_out=family == "gpt2")
+        peft[name].save_pretrained(str(tmp_path / name), save_embedding_layers=False)
+        manifest = read_manifest(tmp_path / name, signature, LIMITS)
+        weights[name] = hosted.runner.prepare(manifest)
+        assert weights[name].num_bytes == manifest.plan.num_bytes and bool(weights[name].shared) == bool(groups)
+        hosted.add(name, weights[name])
+    oracle = Oracle(base, peft, weights, hosted)
+    oracle.check(hosted.run(_mixed(list("abcd"))))
+    (stack,) = hosted.runner.bank._stacks.values()
+    assert stack.capacity == 4
+    hosted.runner.bank.check_integrity()
+
+
+def _groups(base: PreTrainedModel) -> list[tuple[str, ...]]:
+    """The modules of each layer that receive the same tensor."""
+    names = [name for name, _ in base.named_modules()]
+    attention = [name.removesuffix("q_proj") for name in names if name.endswith("q_proj")]
+    gated = [name.removesuffix("gate_proj") for name in names if name.endswith("gate_proj")]
+    shared = [tuple(f"{one}{part}_proj" for part in "qkv") for one in attention]
+    return shared + [(f"{one}gate_proj", f"{one}up_proj") for one in gated]
+
+
 def _mixed(adapters: list[str]) -> list[Ask]:
     """Base and adapters in turn, long and short, more than there are slots, so that every step is another mixture."""
     chosen: list[str | None] = [None, *adapters, None, *adapters]

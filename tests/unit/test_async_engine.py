@@ -32,6 +32,10 @@ class ScriptedRunner:
         self.adapters: set[str] = set()
         self.not_finite = False
 
+    def arrange(self, batch: Batch) -> Batch:
+        """As they are."""
+        return batch
+
     def run(self, batch: Batch) -> torch.Tensor:
         self.gate.wait(10)
         self.num_steps += 1
