@@ -108,6 +108,7 @@ def build(settings: Settings) -> Service:
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         max_model_len=base.max_model_len,
+        max_draft_tokens=0 if settings.speculation == "none" else settings.max_draft_tokens,
     )
     runner = _runner(base, settings.max_num_seqs)
     engine = AsyncEngine(Engine(scheduler, runner, Sampler(), metrics), max_queued_seqs=settings.max_queued_seqs)

@@ -2,7 +2,7 @@
 
 Continuous batching (Yu et al. 2022, Orca): sequences join and leave at every step. Sequences that decode come first,
 one row each; what the token budget leaves goes to chunks of prompts, oldest first, so that a long prompt delays nobody
-by more than a step of bounded size.
+by more than a step of bounded size; and what is left then to drafts (``speculation``).
 """
 
 from __future__ import annotations
@@ -11,16 +11,25 @@ from collections import deque
 from collections.abc import Iterable
 
 from server.engine.slots import SlotTable
+from server.engine.speculation import Speculation
 from server.sequence import Batch, FinishReason, Segment, Sequence, SequenceStatus, StepOutput
 
 
 class Scheduler:
-    """Queue, running set and slots. ``max_model_len`` bounds prompt and output together, in tokens."""
+    """Queue, running set and slots. ``max_model_len`` bounds prompt and output together, in tokens.
 
-    def __init__(self, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int) -> None:
+    ``max_draft_tokens`` are drafted for a sequence in a step at most; 0 is no speculation.
+    """
+
+    def __init__(
+        self, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, max_draft_tokens: int = 0
+    ) -> None:
         self.max_num_batched_tokens = max(max_num_batched_tokens, max_num_seqs + 1)
         self.max_model_len = max_model_len
         self.slots = SlotTable(max_num_seqs)
+        self.speculation: Speculation | None = None
+        if max_draft_tokens:
+            self.speculation = Speculation(max_drafts=max_draft_tokens, max_model_len=max_model_len)
         self.waiting: deque[Sequence] = deque()
         self.running: dict[int, Sequence] = {}
 
@@ -56,14 +65,21 @@ class Scheduler:
                 assert sequence.slot is not None
                 segments.append(Segment(sequence, sequence.slot, sequence.num_computed, length))
                 budget -= length
+        if self.speculation is not None and budget:
+            segments = self.speculation.extend(segments, room=budget)
         segments.sort(key=lambda segment: segment.sequence.adapters)
         return Batch(tuple(segments))
 
     def update(self, batch: Batch, token_ids: Iterable[int | None]) -> list[StepOutput]:
-        """Book what the step computed. ``token_ids`` are of ``batch.sampling``, None where no token could be chosen."""
+        """Book what the step computed. ``token_ids`` are of ``batch.draws``, None where no token could be chosen."""
+        drawn = deque(token_ids)
+        outputs: list[StepOutput] = []
         for segment in batch.segments:
+            tokens = [drawn.popleft() for _ in range(segment.num_sampled)]
             segment.sequence.num_computed = segment.end
-        return [self._append(sequence, token_id) for sequence, token_id in zip(batch.sampling, token_ids, strict=True)]
+            outputs += self._accept(segment, tokens) if tokens else ()
+        assert not drawn, "there are more tokens than rows that yield one"
+        return outputs
 
     def check_integrity(self) -> None:
         """Running sequences and held slots are the same."""
@@ -77,6 +93,18 @@ class Scheduler:
             sequence.slot = self.slots.take(sequence.id)
             sequence.status = SequenceStatus.RUNNING
             self.running[sequence.id] = sequence
+
+    def _accept(self, segment: Segment, tokens: list[int | None]) -> list[StepOutput]:
+        """The next token, and one more for each draft that it, or the one before, has come out as."""
+        sequence, outputs = segment.sequence, [self._append(segment.sequence, tokens[0])]
+        for draft, before, token in zip(segment.drafts, tokens, tokens[1:], strict=False):
+            if outputs[-1].last or draft != before:
+                break
+            sequence.num_computed += 1
+            outputs.append(self._append(sequence, token))
+        if self.speculation is not None:
+            self.speculation.learn(segment, sum(output.token_id is not None for output in outputs))
+        return outputs
 
     def _append(self, sequence: Sequence, token_id: int | None) -> StepOutput:
         if token_id is None:
