@@ -28,6 +28,7 @@ MAX_PAUSE = 32
 _ORDERS = (3, 2)
 _LONGEST = max(_ORDERS)
 _MAX_HITS = 32
+_FIRST_TRUST, _LEARNING = 0.5, 0.05
 _PAIR = 0.8
 """A pair of tokens tells less than a triple."""
 
@@ -36,12 +37,14 @@ class NGrams:
     """What followed each pair and triple of tokens, and how often in a row. At most ``max_entries`` are kept.
 
     Two generations: where the young one is full it becomes the old one, whose entries are lost unless they are met.
+    ``trust`` is the share of drafts that were right of late.
     """
 
     def __init__(self, max_entries: int) -> None:
         self._max_young = max_entries // 2
         self._young: dict[tuple[int, ...], tuple[int, int]] = {}
         self._old: dict[tuple[int, ...], tuple[int, int]] = {}
+        self.trust = _FIRST_TRUST
 
     def __len__(self) -> int:
         return len(self._young) + len(self._old)
@@ -80,7 +83,7 @@ class _Track:
     def walk(self, context: list[int], *, most: int, least_likely: float, ends: frozenset[int]) -> tuple[int, ...]:
         """The likeliest tokens after the context, through the first of ``ends`` and while they are likely enough."""
         drafts: list[int] = []
-        likely = 1.0
+        likely = max(self.shared.trust, 1.1 * least_likely)  # however low, what is nearly sure is tried
         while len(drafts) < most:
             token, chance = self._next(context)
             likely *= chance
@@ -139,6 +142,7 @@ class Speculation:
         for table in (track.own, track.shared):
             table.learn(ids, len(ids) - num_new)
         if segment.drafts:
+            track.shared.trust += _LEARNING * ((num_new - 1) / len(segment.drafts) - track.shared.trust)
             track.misses = track.misses + 1 if num_new <= 1 else 0
             track.pause = min(2 ** (track.misses - 1), MAX_PAUSE) if track.misses > 1 else 0
 
