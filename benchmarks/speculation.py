@@ -4,10 +4,10 @@
     python -m benchmarks.speculation --text random [--base FOLDER] [--dtype bfloat16]
 
 Without ``--text`` the prompts are questions on Python in wordings as users have them, asked of the adapter, greedy.
-With ``--text random`` tokens are drawn at temperature 100 from all of the vocabulary, so that drafts never hit, and with
+With ``--text random`` tokens are drawn at temperature 100 from all of the vocabulary, so that drafts never hit; with
 ``--text base`` the questions go to the base alone at temperature 1. Both sides get the same prompts, ``--at-once`` of
-them on one side, then on the other; in each pair they begin with an empty memory. A group's time is the median over the
-pairs, and the ratio is of the sums: what disturbs the machine for a moment counts for little.
+them on one side, then on the other; in each pair they begin with an empty memory. A group's time is the median over
+the pairs, and the ratio is of the sums: what disturbs the machine for a moment counts for little.
 """
 
 from __future__ import annotations
