@@ -1,8 +1,8 @@
 """Drafts without a second model: what followed the last tokens before will probably follow them again.
 
-Prompt lookup decoding (Saxena 2023) with a memory: what follows each pair and triple of tokens is learned from a
-sequence's own prompt and output, and from the outputs of others with the same adapters and of the same scope, because
-an adapter that keeps a template repeats itself. A draft is walked through these tables while its probability lasts. The
+Prompt lookup decoding (Saxena 2023) with a memory: what follows each pair and triple of tokens is known from a
+sequence's prompt, and learned from all outputs of the same adapters and the same scope, because an adapter that keeps a
+template repeats itself. A draft is walked through these tables while its probability lasts. The
 model judges every token of it in the step that computes the next one anyway, so a wrong draft costs rows, never tokens.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 from server.sequence import AdapterUse, Segment
@@ -18,8 +18,10 @@ from server.sequence import Sequence as Generation
 
 MAX_DRAFT_ROWS = 32
 """Rows of drafts in one step, over all sequences: beyond them a step is bound by arithmetic, and every row costs."""
-MAX_OWN, MAX_SHARED = 8192, 4096
-"""N-grams remembered of one sequence, and of all outputs of one (adapters, scope); about 250 bytes each."""
+MAX_PROMPT = 2048
+"""Tokens of a prompt that are looked up in, the last ones."""
+MAX_NGRAMS = 4096
+"""N-grams remembered of all outputs of one (adapters, scope), about 250 bytes each."""
 MAX_TABLES = 64
 """How many (adapters, scope) are remembered, the last used ones."""
 MAX_PAUSE = 32
@@ -29,6 +31,8 @@ _ORDERS = (3, 2)
 _LONGEST = max(_ORDERS)
 _MAX_HITS = 32
 _FIRST_TRUST, _LEARNING = 0.5, 0.05
+_BY_PROMPT = 0.8
+"""How probable it is taken to be that what followed in the prompt follows again: it is about this very matter."""
 _PAIR = 0.8
 """A pair of tokens tells less than a triple."""
 
@@ -73,10 +77,13 @@ class NGrams:
 
 @dataclass
 class _Track:
-    """What is known of one running sequence; ``pause`` counts the steps in which it gets no draft."""
+    """What is known of one running sequence: what followed last in its prompt, and what outputs like its own said.
 
+    ``pause`` counts the steps in which it gets no draft, ``misses`` the drafts in a row that were wrong.
+    """
+
+    prompt: dict[tuple[int, ...], int]
     shared: NGrams
-    own: NGrams = field(default_factory=lambda: NGrams(MAX_OWN))
     misses: int = 0
     pause: int = 0
 
@@ -101,15 +108,13 @@ class _Track:
             if order > len(context):
                 continue
             key = tuple(context[-order:])
-            own, shared = self.own.get(key), self.shared.get(key)
-            if own is None and shared is None:
-                continue
-            # The sequence's own words count for more: they were met once at least in this very text.
-            by_own = 0.0 if own is None else (own[1] + 0.6) / (own[1] + 1)
-            by_shared = 0.0 if shared is None else shared[1] / (shared[1] + 1)
-            found = own if shared is None or (own is not None and by_own >= by_shared) else shared
-            assert found is not None
-            return found[0], max(by_own, by_shared) * (1.0 if order > 2 else _PAIR)
+            weight = 1.0 if order > 2 else _PAIR
+            said, hits = self.shared.get(key) or (0, 0)
+            chance = hits / (hits + 1)
+            if chance <= _BY_PROMPT and (token := self.prompt.get(key)) is not None:
+                return token, _BY_PROMPT * weight
+            if hits:
+                return said, chance * weight
         return 0, 0.0
 
 
@@ -139,8 +144,7 @@ class Speculation:
         track = self._track(sequence)
         first = max(0, sequence.num_tokens - num_new - _LONGEST)
         ids = sequence.ids(first, sequence.num_tokens)
-        for table in (track.own, track.shared):
-            table.learn(ids, len(ids) - num_new)
+        track.shared.learn(ids, len(ids) - num_new)
         if segment.drafts:
             track.shared.trust += _LEARNING * ((num_new - 1) / len(segment.drafts) - track.shared.trust)
             track.misses = track.misses + 1 if num_new <= 1 else 0
@@ -167,16 +171,24 @@ class Speculation:
         return track.walk(context, most=most, least_likely=least_likely, ends=sequence.eos_ids)
 
     def _track(self, sequence: Generation) -> _Track:
-        """What is known of a sequence; at first its prompt, or the end of a very long one."""
+        """What is known of a sequence."""
         if (track := self._tracks.get(sequence)) is None:
-            track = self._tracks[sequence] = _Track(self._shared_table(sequence))
-            track.own.learn(sequence.prompt_ids[-MAX_OWN // 4 :], 0)
+            prompt = _followers(sequence.prompt_ids[-MAX_PROMPT:])
+            track = self._tracks[sequence] = _Track(prompt, self._shared_table(sequence))
         return track
 
     def _shared_table(self, sequence: Generation) -> NGrams:
         key = (sequence.adapters, sequence.scope)
-        table = self._shared.setdefault(key, NGrams(MAX_SHARED))
+        table = self._shared.setdefault(key, NGrams(MAX_NGRAMS))
         self._shared.move_to_end(key)
         if len(self._shared) > MAX_TABLES:
             self._shared.popitem(last=False)
         return table
+
+
+def _followers(ids: Sequence[int]) -> dict[tuple[int, ...], int]:
+    """What followed each n-gram of a text, the last time where there were several."""
+    found: dict[tuple[int, ...], int] = {}
+    for order in _ORDERS:
+        found.update(zip(zip(*(ids[start:] for start in range(order)), strict=False), ids[order:], strict=False))
+    return found
