@@ -46,6 +46,7 @@ class Metrics:
         self._make_request_metrics()
         self._make_kv_metrics()
         self._make_engine_metrics()
+        self._make_speculation_metrics()
         self.know_adapter(BASE)
         self.know_adapter(COMPOSITION)
 
@@ -164,6 +165,16 @@ class Metrics:
             "quickchange_step_adapters",
             "Different adapters in a step, the base alone counted as one.",
             buckets=_STEP_ROWS[:8],
+            registry=self.registry,
+        )
+
+    def _make_speculation_metrics(self) -> None:
+        self.draft_tokens = Counter(
+            "quickchange_draft_tokens", "Tokens drafted by speculation.", registry=self.registry
+        )
+        self.accepted_draft_tokens = Counter(
+            "quickchange_accepted_draft_tokens",
+            "Drafted tokens that the model said as well.",
             registry=self.registry,
         )
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 
 class FinishReason(Enum):
@@ -51,7 +53,8 @@ class Sequence:
 
     ``adapters`` are those whose deltas are added to the base, none for the base alone. ``scope`` tells whose it is (API
     key and cache salt): what one sequence leaves behind may be of use only to those of the same scope. ``num_computed``
-    counts the tokens whose keys and values are in the slot; ``num_cached`` of them were there before it came.
+    counts the tokens whose keys and values are in the slot; ``num_cached`` of them were there before it came. ``seed`` is
+    what its tokens are drawn by: the one that was asked for, or one of its own.
     """
 
     id: int
@@ -66,9 +69,11 @@ class Sequence:
     num_cached: int = 0
     slot: int | None = None
     status: SequenceStatus = SequenceStatus.WAITING
+    seed: int = field(init=False)
 
     def __post_init__(self) -> None:
         assert self.prompt_ids and self.max_tokens > 0
+        self.seed = secrets.randbits(64) if self.params.seed is None else self.params.seed
 
     @property
     def num_tokens(self) -> int:
@@ -95,22 +100,44 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of rows of one sequence in a batch: positions ``start`` to ``start + length``, in KV slot ``slot``."""
+    """A run of rows of one sequence in a batch: positions ``start`` to ``start + length``, in KV slot ``slot``.
+
+    The last rows may be ``drafts``: guesses at the tokens behind the last known one.
+    """
 
     sequence: Sequence
     slot: int
     start: int
     length: int
+    drafts: tuple[int, ...] = ()
 
     @property
     def end(self) -> int:
-        """One past the last position."""
-        return self.start + self.length
+        """One past the last position of a token that is known, not drafted."""
+        return self.start + self.length - len(self.drafts)
 
     @property
     def samples(self) -> bool:
-        """Whether the segment reaches the last known token, so that its last row yields the next."""
+        """Whether the segment reaches the last known token, whose row yields the next; each draft's yields one more."""
         return self.end == self.sequence.num_tokens
+
+    @property
+    def num_sampled(self) -> int:
+        """Rows that yield a token, the last ones of the segment."""
+        return 1 + len(self.drafts) if self.samples else 0
+
+    @property
+    def ids(self) -> list[int]:
+        """The token of each row."""
+        return [*self.sequence.ids(self.start, self.end), *self.drafts]
+
+
+class Draw(NamedTuple):
+    """A token to be drawn: the ``number``-th of a sequence's output, where the one before it came out as ``given``."""
+
+    sequence: Sequence
+    number: int
+    given: int | None = None
 
 
 @dataclass(frozen=True)
@@ -150,13 +177,23 @@ class Batch:
 
     @property
     def sampling(self) -> list[Sequence]:
-        """The sequences that get a token, in the order of their logits."""
-        return [segment.sequence for segment in self.segments if segment.samples]
+        """The sequence of each row that yields a token, in the order of the logits: once, and once for each draft."""
+        return [segment.sequence for segment in self.segments for _ in range(segment.num_sampled)]
+
+    @property
+    def draws(self) -> list[Draw]:
+        """What is to be drawn from each row of the logits."""
+        return [
+            Draw(segment.sequence, len(segment.sequence.output_ids) + place, given)
+            for segment in self.segments
+            if segment.samples
+            for place, given in enumerate((None, *segment.drafts))
+        ]
 
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What a step did for one sequence: a token, the end, or both. ``failed`` says why it could not go on."""
+    """One token of a sequence, its end, or both; a step may yield several. ``failed`` says why it could not go on."""
 
     sequence_id: int
     token_id: int | None

@@ -68,6 +68,11 @@ class Settings(BaseSettings):
         True,
         description="Reuse what was computed for an earlier prompt that begins alike, of the same key and adapter.",
     )
+    speculation: Literal["ngram", "none"] = Field(
+        "ngram",
+        description="Draft tokens from what followed the last ones before, and let the model judge several in a step.",
+    )
+    max_draft_tokens: int = Field(12, ge=1, le=64, description="Tokens drafted for a sequence in a step at most.")
     max_queued_seqs: int = Field(256, ge=0, description="Sequences that may wait for a slot before requests get a 503.")
     max_lora_rank: int = Field(256, ge=1, description="Adapters of a larger rank are refused.")
     max_adapter_bytes: int = Field(

@@ -117,6 +117,7 @@ def build(settings: Settings) -> Service:
         max_model_len=base.max_model_len,
         max_prefill_tokens=settings.max_prefill_tokens,
         slots=slots,
+        max_draft_tokens=0 if settings.speculation == "none" else settings.max_draft_tokens,
     )
     runner = _runner(base, slots.num_slots)
     engine = AsyncEngine(Engine(scheduler, runner, Sampler(), metrics), max_queued_seqs=settings.max_queued_seqs)

@@ -276,10 +276,10 @@ class AsyncEngine:
             case LoadAdapter(digest, weights, done):
                 error = _error_of(self._engine.runner.add_adapter, digest, weights)
                 if error is not None:
-                    self._engine.runner.remove_adapter(digest)
+                    self._engine.remove_adapter(digest)
                 done(error)
             case UnloadAdapter(digest):
-                self._engine.runner.remove_adapter(digest)
+                self._engine.remove_adapter(digest)
 
 
 def _error_of(action: Callable[[str, LoRAWeights], None], digest: str, weights: LoRAWeights) -> Exception | None:

@@ -21,7 +21,7 @@ class Runner(Protocol):
         ...
 
     def run(self, batch: Batch) -> torch.Tensor:
-        """Logits, [len(batch.sampling), vocab]."""
+        """Logits of the rows that yield a token, [len(batch.draws), vocab]."""
         ...
 
     def add_adapter(self, digest: str, weights: LoRAWeights) -> None:
@@ -52,9 +52,14 @@ class Engine:
         self.scheduler.add(sequence)
 
     def abort(self, sequence_id: int) -> None:
-        """End a sequence before its time; its generator goes with it."""
+        """End a sequence before its time."""
         self.scheduler.abort(sequence_id)
-        self.sampler.forget(sequence_id)
+
+    def remove_adapter(self, digest: str) -> None:
+        """Free an adapter's rows, and forget what its outputs were."""
+        self.runner.remove_adapter(digest)
+        if self.scheduler.speculation is not None:
+            self.scheduler.speculation.forget(digest)
 
     def give_up(self, reason: str) -> list[StepOutput]:
         """End the sequences of the last batch, after a step that failed; all that run where none was made."""
@@ -64,17 +69,14 @@ class Engine:
         return [StepOutput(sequence_id, None, failed=reason) for sequence_id in given_up]
 
     def step(self) -> list[StepOutput]:
-        """One token for every sequence whose prompt is computed, a chunk further for the others."""
+        """A token or more for every sequence whose prompt is computed, a chunk further for the others."""
         self.batch = self.runner.arrange(self.scheduler.schedule())
         logits = self.runner.run(self.batch)
-        token_ids = self.sampler.sample(logits, self.batch.sampling)
+        token_ids = self.sampler.sample(logits, self.batch.draws)
         return self.scheduler.update(self.batch, token_ids)
 
     def account(self, outputs: list[StepOutput], seconds: float) -> None:
-        """Count the last step, and forget the sequences that ended in it."""
-        for output in outputs:
-            if output.last:
-                self.sampler.forget(output.sequence_id)
+        """Count the last step."""
         if (batch := self.batch) is None:
             return
         self.batch = None
@@ -82,6 +84,8 @@ class Engine:
         self.metrics.step_rows.observe(batch.num_rows)
         self.metrics.step_sequences.observe(len(batch.segments))
         self.metrics.step_adapters.observe(len({segment.sequence.adapters for segment in batch.segments}))
+        self.metrics.draft_tokens.inc(sum(len(segment.drafts) for segment in batch.segments))
+        self.metrics.accepted_draft_tokens.inc(len(outputs) - len({output.sequence_id for output in outputs}))
         self.report_load()
 
     def report_load(self) -> None:

@@ -2,7 +2,8 @@
 
 Continuous batching (Yu et al. 2022, Orca): sequences join and leave at every step. Sequences that decode come first,
 one row each; what the token budget leaves goes to chunks of prompts, oldest first, and while anybody decodes only so
-much that a long prompt delays nobody by more than a step of bounded size.
+much that a long prompt delays nobody by more than a step of bounded size; and what is left then to drafts
+(``speculation``).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections import deque
 from collections.abc import Iterable
 
 from server.engine.slots import SlotTable
+from server.engine.speculation import Speculation
 from server.sequence import Batch, FinishReason, Segment, Sequence, SequenceStatus, StepOutput
 
 
@@ -18,7 +20,8 @@ class Scheduler:
     """Queue, running set and slots. ``max_model_len`` bounds prompt and output together, in tokens.
 
     ``max_prefill_tokens`` are the prompt rows of a step in which others decode. Without ``slots`` there is one for each
-    sequence that may run, and no prefix is reused.
+    sequence that may run, and no prefix is reused. ``max_draft_tokens`` are drafted for a sequence in a step at most; 0
+    is no speculation.
     """
 
     def __init__(
@@ -28,6 +31,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_model_len: int,
         max_prefill_tokens: int | None = None,
+        max_draft_tokens: int = 0,
         slots: SlotTable | None = None,
     ) -> None:
         self.max_num_seqs, self.max_model_len = max_num_seqs, max_model_len
@@ -35,6 +39,9 @@ class Scheduler:
         self.max_prefill_tokens = max_prefill_tokens or self.max_num_batched_tokens
         self.slots = slots or SlotTable(max_num_seqs, max_len=max_model_len)
         assert self.slots.num_slots >= max_num_seqs and self.slots.max_len == max_model_len
+        self.speculation: Speculation | None = None
+        if max_draft_tokens:
+            self.speculation = Speculation(max_drafts=max_draft_tokens, max_model_len=max_model_len)
         self.waiting: deque[Sequence] = deque()
         self.running: dict[int, Sequence] = {}
 
@@ -87,13 +94,20 @@ class Scheduler:
                 assert sequence.slot is not None
                 segments.append(Segment(sequence, sequence.slot, sequence.num_computed, length))
                 budget -= length
+        if self.speculation is not None and budget:
+            segments = self.speculation.extend(segments, room=budget)
         return Batch(tuple(segments), self.slots.begin(segments))
 
     def update(self, batch: Batch, token_ids: Iterable[int | None]) -> list[StepOutput]:
-        """Book what the step computed. ``token_ids`` are of ``batch.sampling``, None where no token could be chosen."""
+        """Book what the step computed. ``token_ids`` are of ``batch.draws``, None where no token could be chosen."""
+        drawn = deque(token_ids)
+        outputs: list[StepOutput] = []
         for segment in batch.segments:
+            tokens = [drawn.popleft() for _ in range(segment.num_sampled)]
             segment.sequence.num_computed = segment.end
-        return [self._append(sequence, token_id) for sequence, token_id in zip(batch.sampling, token_ids, strict=True)]
+            outputs += self._accept(segment, tokens) if tokens else ()
+        assert not drawn, "there are more tokens than rows that yield one"
+        return outputs
 
     def check_integrity(self) -> None:
         """Running sequences and held slots are the same."""
@@ -112,6 +126,18 @@ class Scheduler:
             self.slots.place(sequence)
             sequence.status = SequenceStatus.RUNNING
             self.running[sequence.id] = sequence
+
+    def _accept(self, segment: Segment, tokens: list[int | None]) -> list[StepOutput]:
+        """The next token, and one more for each draft that it, or the one before, has come out as."""
+        sequence, outputs = segment.sequence, [self._append(segment.sequence, tokens[0])]
+        for draft, before, token in zip(segment.drafts, tokens, tokens[1:], strict=False):
+            if outputs[-1].last or draft != before:
+                break
+            sequence.num_computed += 1
+            outputs.append(self._append(sequence, token))
+        if self.speculation is not None:
+            self.speculation.learn(segment, sum(output.token_id is not None for output in outputs))
+        return outputs
 
     def _append(self, sequence: Sequence, token_id: int | None) -> StepOutput:
         if token_id is None:

@@ -137,7 +137,7 @@ class SlotTable:
         """Note what a step is about to write; the moves that must be done before."""
         for segment in segments:
             slot = self._slots[segment.slot]
-            slot.num_touched = max(slot.num_touched, segment.end)
+            slot.num_touched = max(slot.num_touched, segment.start + segment.length)
         moves, self._moves = tuple(self._moves), []
         return moves
 

@@ -116,7 +116,7 @@ def _num_rows(segment: Segment) -> int:
 
 
 def _num_sampled(segment: Segment) -> int:
-    return int(segment.samples)
+    return segment.num_sampled
 
 
 def _layout(

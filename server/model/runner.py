@@ -57,12 +57,12 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> torch.Tensor:
-        """Logits of the rows that yield a token, [len(batch.sampling), vocab]."""
+        """Logits of the rows that yield a token, [len(batch.draws), vocab]."""
         self._prepare_slots(batch)
         layout = Layout.of(_spans(batch.segments), self.model.device)
         self.attention.layout = layout
         self.bank.begin(batch)
-        ids = [token for segment in batch.segments for token in segment.sequence.ids(segment.start, segment.end)]
+        ids = [token for segment in batch.segments for token in segment.ids]
         ends = torch.tensor(_sampled_rows(batch.segments), dtype=torch.long, device=self.model.device)
         output = self.model(
             input_ids=torch.tensor([ids], device=self.model.device),
@@ -95,18 +95,21 @@ class ModelRunner:
 
 
 def _spans(segments: Sequence[Segment]) -> tuple[Span, ...]:
+    """A span for each segment's known rows, and one for each draft, so that its numbers are those of a decoding row."""
     spans, row = [], 0
     for segment in segments:
-        spans.append(Span(row, segment.start, segment.length, segment.slot))
+        known = segment.length - len(segment.drafts)
+        spans.append(Span(row, segment.start, known, segment.slot))
+        spans += [Span(row + place, segment.start + place, 1, segment.slot) for place in range(known, segment.length)]
         row += segment.length
     return tuple(spans)
 
 
 def _sampled_rows(segments: Sequence[Segment]) -> list[int]:
-    """The last row of each segment that yields a token."""
-    rows, row = [], 0
+    """The rows that yield a token: the last ones of each segment."""
+    rows: list[int] = []
+    row = 0
     for segment in segments:
         row += segment.length
-        if segment.samples:
-            rows.append(row - 1)
+        rows += range(row - segment.num_sampled, row)
     return rows

@@ -1,4 +1,8 @@
-"""Logits to tokens: greedy, or drawn with temperature, top-k, top-p and min-p from the sequence's own generator."""
+"""Logits to tokens: greedy, or drawn with temperature, top-k, top-p and min-p.
+
+Each token of a sequence has a random number of its own, a function of the sequence's seed and the token's number, so
+that neither neighbours nor drafts change what is drawn.
+"""
 
 from __future__ import annotations
 
@@ -6,50 +10,54 @@ from collections.abc import Sequence as SequenceOf
 
 import torch
 
-from server.sequence import SamplingParams, Sequence
+from server.sequence import Draw, SamplingParams
+
+_BITS = 2**64 - 1
 
 
 class Sampler:
-    """Keeps one ``torch.Generator`` for each sampled sequence, so that a seed gives the same tokens in any batch."""
+    """Chooses tokens; it remembers nothing."""
 
-    def __init__(self) -> None:
-        self._generators: dict[int, torch.Generator] = {}
+    def sample(self, logits: torch.Tensor, draws: SequenceOf[Draw]) -> list[int | None]:
+        """A token for each row of ``logits`` [len(draws), vocab].
 
-    def sample(self, logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> list[int | None]:
-        """One token for each row of ``logits`` [len(sequences), vocab]; None where the row is not finite."""
-        if not sequences:
+        None where the row is not finite, and where the token before did not come out as the draw has it given.
+        """
+        if not draws:
             return []
         logits = logits.float()
         likeliest = logits.max(dim=-1)
         finite = (likeliest.values.isfinite() & ~logits.isnan().any(dim=-1)).tolist()
         greedy = likeliest.indices.tolist()
         tokens: list[int | None] = []
-        for row, sequence in enumerate(sequences):
-            if not finite[row]:
+        for row, draw in enumerate(draws):
+            if not finite[row] or (draw.given is not None and draw.given != tokens[-1]):
                 tokens.append(None)
-            elif sequence.params.greedy:
+            elif draw.sequence.params.greedy:
                 tokens.append(greedy[row])
             else:
-                tokens.append(self._draw(logits[row], sequence))
+                tokens.append(_drawn(logits[row], draw))
         return tokens
 
-    def forget(self, sequence_id: int) -> None:
-        """Drop the generator of a sequence that has ended."""
-        self._generators.pop(sequence_id, None)
 
-    def _draw(self, logits: torch.Tensor, sequence: Sequence) -> int:
-        probabilities, ids = filtered(logits.cpu(), sequence.params)
-        generator = self._generators.get(sequence.id)
-        if generator is None:
-            generator = self._generators[sequence.id] = torch.Generator()
-            if sequence.params.seed is None:
-                generator.seed()
-            else:
-                generator.manual_seed(sequence.params.seed)
-        uniform = torch.rand((), generator=generator, dtype=torch.float64)
-        cumulative = probabilities.double().cumsum(0)
-        place = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
-        return int(ids[min(place, len(ids) - 1)])
+def uniform(seed: int, number: int) -> float:
+    """The ``number``-th random number of a seed, in [0, 1) with 53 bits (SplitMix64, Steele et al. 2014)."""
+    return (_mix(_mix(seed) + (number + 1) * 0x9E3779B97F4A7C15) >> 11) * 2.0**-53
+
+
+def _mix(state: int) -> int:
+    state &= _BITS
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _BITS
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _BITS
+    return state ^ (state >> 31)
+
+
+def _drawn(logits: torch.Tensor, draw: Draw) -> int:
+    probabilities, ids = filtered(logits.cpu(), draw.sequence.params)
+    cumulative = probabilities.double().cumsum(0)
+    wanted = uniform(draw.sequence.seed, draw.number) * cumulative[-1]
+    place = int(torch.searchsorted(cumulative, wanted, right=True))
+    return int(ids[min(place, len(ids) - 1)])
 
 
 def filtered(logits: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,7 +21,7 @@ from server.model.rope import fix_rope
 from server.model.runner import ModelRunner
 from server.model.sampler import Sampler
 from server.model.shapes import Noted
-from server.sequence import AdapterUse, SamplingParams
+from server.sequence import AdapterUse, Draw, SamplingParams
 from server.sequence import Sequence as Generation
 from tests.model.families import CONTEXT, VOCAB_SIZE
 
@@ -38,12 +38,14 @@ class RecordingSampler(Sampler):
         super().__init__()
         self.logits: dict[int, list[torch.Tensor]] = {}
 
-    def sample(self, logits: torch.Tensor, sequences: Sequence[Generation]) -> list[int | None]:
+    def sample(self, logits: torch.Tensor, draws: Sequence[Draw]) -> list[int | None]:
         """As the server's."""
-        assert len(logits) == len(sequences)
-        for row, sequence in zip(logits, sequences, strict=True):
-            self.logits.setdefault(sequence.id, []).append(row.float().clone())
-        return super().sample(logits, sequences)
+        assert len(logits) == len(draws)
+        tokens = super().sample(logits, draws)
+        for row, draw, token in zip(logits, draws, tokens, strict=True):
+            if token is not None:
+                self.logits.setdefault(draw.sequence.id, []).append(row.float().clone())
+        return tokens
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ def test_rows_equal_pefts_where_adapters_of_one_shape_are_computed_side_by_side(
     groups = _groups(base)
     hosted = host(copy.deepcopy(base), groups=groups, max_num_seqs=6, budget=24)
     assert groups or family == "gpt2"
-    signature = signature_of("base", FINGERPRINT, hosted.model, hosted.modules)
+    signature = signature_of("base", FINGERPRINT, hosted.noted)
     peft, weights = {}, {}
     for seed, name in enumerate("abcd"):
         peft[name] = make_adapter(base, seed=seed, **configs(family)["wide"], fan_in_fan_out=family == "gpt2")

@@ -15,8 +15,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from server.model.sampler import Sampler, filtered
-from server.sequence import SamplingParams, Sequence
+from server.model.sampler import Sampler, filtered, uniform
+from server.sequence import Draw, SamplingParams, Sequence
 
 VOCAB = 60
 
@@ -29,6 +29,16 @@ def rows(count: int, *, seed: int = 0, vocab: int = VOCAB) -> torch.Tensor:
 def sequence(number: int, **params: float | None) -> Sequence:
     """A sequence with these sampling parameters."""
     return Sequence(number, (1,), 1000, SamplingParams(**params))  # type: ignore[arg-type]
+
+
+def firsts(*sequences: Sequence) -> list[Draw]:
+    """The first token of each sequence."""
+    return [Draw(sequence, 0) for sequence in sequences]
+
+
+def draw_all(logits: torch.Tensor, drawn: Sequence) -> list[int | None]:
+    """One token after another from rows of logits [tokens, vocab]."""
+    return [Sampler().sample(row, [Draw(drawn, number)])[0] for number, row in enumerate(logits.split(1))]
 
 
 def stock(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
@@ -72,8 +82,8 @@ def test_the_distribution_is_the_one_transformers_computes(params: SamplingParam
 def test_drawn_tokens_follow_the_distribution() -> None:
     """Of 2,000 draws each candidate's share lies within five standard deviations."""
     draws, params = 2000, SamplingParams(temperature=1.5, top_k=8, top_p=0.9, seed=7)
-    logits, sampler, drawn = rows(1, vocab=20), Sampler(), Sequence(1, (1,), draws, params)
-    counts = Counter(sampler.sample(logits, [drawn])[0] for _ in range(draws))
+    logits, drawn = rows(1, vocab=20), Sequence(1, (1,), draws, params)
+    counts = Counter(draw_all(logits.expand(draws, -1), drawn))
     for token, share in enumerate(stock(logits[0], params).tolist()):
         assert abs(counts[token] / draws - share) <= 5 * math.sqrt(share * (1 - share) / draws)
 
@@ -81,26 +91,24 @@ def test_drawn_tokens_follow_the_distribution() -> None:
 def test_greedy_takes_the_likeliest() -> None:
     logits = rows(5)
     sequences = [sequence(n, temperature=temperature) for n, temperature in enumerate((0, 0.0, 1e-5, 0, 0))]
-    assert Sampler().sample(logits, sequences) == logits.argmax(-1).tolist()
+    assert Sampler().sample(logits, firsts(*sequences)) == logits.argmax(-1).tolist()
 
 
 def test_a_seed_gives_the_same_tokens_in_any_batch() -> None:
-    steps = [rows(4, seed=step) for step in range(12)]
-    alone, crowd = Sampler(), Sampler()
-    by_itself = [alone.sample(logits[2:3], [sequence(5, seed=11)])[0] for logits in steps]
+    steps, one = [rows(4, seed=step) for step in range(12)], sequence(5, seed=11)
+    by_itself = draw_all(torch.stack([logits[2] for logits in steps]), one)
     beside = []
     for step, logits in enumerate(steps):
         order = [0, 1, 2, 3] if step % 2 else [2, 3, 1, 0]
-        sequences = [sequence(5, seed=11) if row == 2 else sequence(90 + row, seed=row or None) for row in order]
-        beside.append(crowd.sample(logits[order], sequences)[order.index(2)])
+        draws = [Draw(one if row == 2 else sequence(90 + row, seed=row or None), step) for row in order]
+        beside.append(Sampler().sample(logits[order], draws)[order.index(2)])
     assert beside == by_itself
     assert len(set(by_itself)) > 1
 
 
 def test_another_seed_gives_other_tokens_and_no_seed_other_ones_each_time() -> None:
     def draws(seed: int | None) -> list[int | None]:
-        sampler, one = Sampler(), sequence(1, seed=seed, temperature=2.0)
-        return [sampler.sample(logits, [one])[0] for logits in rows(20).split(1)]
+        return draw_all(rows(20), sequence(1, seed=seed, temperature=2.0))
 
     assert draws(1) == draws(1)
     assert draws(1) != draws(2)
@@ -109,7 +117,7 @@ def test_another_seed_gives_other_tokens_and_no_seed_other_ones_each_time() -> N
 
 def test_the_global_generator_is_left_alone() -> None:
     state = torch.get_rng_state()
-    Sampler().sample(rows(2), [sequence(1), sequence(2, seed=3)])
+    Sampler().sample(rows(2), firsts(sequence(1), sequence(2, seed=3)))
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -119,18 +127,45 @@ def test_rows_that_are_not_finite_fail_alone() -> None:
     logits[4, 7] = -math.inf
     for temperature in (0.0, 1.0):
         sequences = [sequence(n, temperature=temperature, seed=n) for n in range(5)]
-        tokens = Sampler().sample(logits, sequences)
+        tokens = Sampler().sample(logits, firsts(*sequences))
         assert [token is None for token in tokens] == [True, True, False, True, False]
-        assert tokens[2] == Sampler().sample(logits[2:3], sequences[2:3])[0]
+        assert tokens[2] == Sampler().sample(logits[2:3], firsts(sequences[2]))[0]
         assert tokens[4] != 7
 
 
-def test_a_generator_goes_with_its_sequence() -> None:
-    sampler, one, logits = Sampler(), sequence(1, seed=5), rows(6)
-    first = [sampler.sample(row, [one])[0] for row in logits.split(1)]
-    sampler.forget(1)
-    sampler.forget(2)
-    assert [sampler.sample(row, [one])[0] for row in logits.split(1)] == first
+def test_a_token_is_drawn_by_its_seed_and_number_alone() -> None:
+    """Whatever was drawn before it: with drafts, several tokens are drawn at once, and some of them in vain."""
+    logits, one = rows(6), sequence(1, seed=5, temperature=2.0)
+    in_order = draw_all(logits, one)
+    backwards = [Sampler().sample(logits[number : number + 1], [Draw(one, number)])[0] for number in range(5, -1, -1)]
+    assert backwards[::-1] == in_order
+    drafts = [Draw(one, 0), *(Draw(one, number, in_order[number - 1]) for number in range(1, 6))]
+    assert Sampler().sample(logits, drafts) == in_order
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_nothing_is_drawn_behind_a_draft_that_was_wrong(temperature: float) -> None:
+    logits, one = rows(4), sequence(1, seed=5, temperature=temperature)
+    right = draw_all(logits, one)
+    wrong = (right[1] or 0) + 1
+    draws = [Draw(one, 0), Draw(one, 1, right[0]), Draw(one, 2, wrong), Draw(one, 3, right[2])]
+    assert Sampler().sample(logits, draws) == [right[0], right[1], None, None]
+
+
+def test_random_numbers_are_even_and_those_of_neighbouring_seeds_have_nothing_in_common() -> None:
+    """Means, variances and correlations of 4,000 numbers within five standard deviations."""
+    count = 4000
+    streams = torch.tensor(
+        [[uniform(seed, number) for number in range(count)] for seed in (0, 1, 2, -1, 2**63)], dtype=torch.float64
+    )
+    assert float(streams.min()) >= 0.0
+    assert float(streams.max()) < 1.0
+    centred = streams - 0.5
+    assert float(centred.mean(1).abs().max()) < 5 * math.sqrt(1 / 12 / count)
+    correlations = centred @ centred.T / count * 12
+    assert float((correlations - torch.eye(5)).abs().max()) < 5 * math.sqrt(1 / count)
+    following = (centred[:, 1:] * centred[:, :-1]).mean(1) * 12
+    assert float(following.abs().max()) < 5 * math.sqrt(1 / count)
 
 
 def test_no_rows_no_tokens() -> None:
@@ -140,4 +175,5 @@ def test_no_rows_no_tokens() -> None:
 def test_half_precision_logits_are_drawn_in_single() -> None:
     logits = rows(3).bfloat16()
     sequences = [sequence(n, temperature=1.2, top_p=0.9, seed=n) for n in range(3)]
-    assert Sampler().sample(logits, sequences) == Sampler().sample(logits.float(), sequences)
+    draws = firsts(*sequences)
+    assert Sampler().sample(logits, draws) == Sampler().sample(logits.float(), draws)

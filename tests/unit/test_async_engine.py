@@ -16,7 +16,7 @@ from server.errors import EngineUnavailable, GenerationFailed, QueueFull
 from server.lora.weights import LoRAWeights
 from server.metrics import Metrics
 from server.model.sampler import Sampler
-from server.sequence import Batch, FinishReason, SamplingParams
+from server.sequence import Batch, FinishReason, SamplingParams, StepOutput
 
 EOS = 9
 
@@ -113,6 +113,19 @@ async def test_a_closed_stream_stops_its_sequence_within_a_step(engine: AsyncEng
     await until(lambda: engine._engine.idle)
     assert runner.num_steps <= 1
     assert engine.num_unfinished == 0
+
+
+async def test_nothing_comes_from_a_stream_that_was_closed_among_the_tokens_of_one_step() -> None:
+    closed: list[int] = []
+    stream = OutputStream(1, closed.append)
+    for token in (5, 6, 7):
+        stream.put(StepOutput(1, token))
+    got = []
+    async for output in stream:
+        got.append(output.token_id)
+        if output.token_id == 6:
+            stream.close()
+    assert (got, closed) == ([5, 6], [1])
 
 
 async def test_a_full_queue_refuses_at_once(engine: AsyncEngine, runner: ScriptedRunner) -> None:
