@@ -64,8 +64,6 @@ class Engine:
     def give_up(self, reason: str) -> list[StepOutput]:
         """End the sequences of the last batch, after a step that failed; all that run where none was made."""
         given_up = self.scheduler.give_up(self.batch)
-        for sequence_id in given_up:
-            self.sampler.forget(sequence_id)
         return [StepOutput(sequence_id, None, failed=reason) for sequence_id in given_up]
 
     def step(self) -> list[StepOutput]:

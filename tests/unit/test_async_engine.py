@@ -16,7 +16,7 @@ from server.errors import EngineUnavailable, GenerationFailed, QueueFull
 from server.lora.weights import LoRAWeights
 from server.metrics import Metrics
 from server.model.sampler import Sampler
-from server.sequence import Batch, FinishReason, SamplingParams, StepOutput
+from server.sequence import Batch, FinishReason, SamplingParams, Sequence, StepOutput
 
 EOS = 9
 
@@ -117,7 +117,7 @@ async def test_a_closed_stream_stops_its_sequence_within_a_step(engine: AsyncEng
 
 async def test_nothing_comes_from_a_stream_that_was_closed_among_the_tokens_of_one_step() -> None:
     closed: list[int] = []
-    stream = OutputStream(1, closed.append)
+    stream = OutputStream(Sequence(1, (3,), 3, SamplingParams()), closed.append)
     for token in (5, 6, 7):
         stream.put(StepOutput(1, token))
     got = []
