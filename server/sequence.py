@@ -53,7 +53,7 @@ class Sequence:
 
     ``adapters`` are those whose deltas are added to the base, none for the base alone. ``scope`` tells whose it is (API
     key and cache salt): what one sequence leaves behind may be of use only to those of the same scope. ``num_computed``
-    counts the tokens whose keys and values are in the slot; ``num_cached`` of them were there before it came. Tokens are
+    counts the tokens whose keys and values are in the slot; ``num_cached`` of them were there before. Tokens are
     drawn by ``seed``: the one that was asked for, or one of its own.
     """
 

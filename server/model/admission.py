@@ -15,8 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from server.errors import BaseModelRefused
-from server.model.attention import FlatAttention, Layout, Span
-from server.model.kv_cache import KVCache
+from server.model.attention import FlatAttention, Layout
+from server.model.kv_cache import KVCache, Span
 from server.model.rope import fix_rope
 
 TOLERANCE = 1e-3

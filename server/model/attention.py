@@ -15,19 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from server.model.kv_cache import KVCache, LayerShape
+from server.model.kv_cache import KVCache, LayerShape, Span
 
 _numbers = itertools.count()
-
-
-@dataclass(frozen=True)
-class Span:
-    """Rows of one sequence in the flat batch: the first row, the first position, how many, and the KV slot."""
-
-    row: int
-    start: int
-    length: int
-    slot: int
 
 
 @dataclass
@@ -37,7 +27,7 @@ class Layout:
     spans: tuple[Span, ...]
     slots: torch.Tensor
     positions: torch.Tensor
-    masks: dict[tuple[int, int, int | None], torch.Tensor | None] = field(default_factory=dict)
+    masks: dict[tuple[int, int, int | None], torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, spans: tuple[Span, ...], device: torch.device) -> Layout:
@@ -46,8 +36,11 @@ class Layout:
         positions = [position for span in spans for position in range(span.start, span.start + span.length)]
         return cls(spans, torch.tensor(slots, device=device), torch.tensor(positions, device=device))
 
-    def mask(self, span: Span, window: int | None) -> torch.Tensor | None:
-        """Which keys each row of a span sees, [length, keys]; None where a single row sees all keys it is given."""
+    def mask(self, span: Span, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
+        """What is added to the scores of a chunk, [length, keys]: 0 where a row sees a key, else minus infinity.
+
+        None for a single row, which sees all the keys it is given.
+        """
         if span.length == 1:
             return None
         key = (span.start, span.length, window)
@@ -56,7 +49,8 @@ class Layout:
             queries = torch.arange(span.start, span.start + span.length, device=device)[:, None]
             keys = torch.arange(first_key(span, window), span.start + span.length, device=device)[None]
             seen = keys <= queries
-            self.masks[key] = seen if window is None else seen & (queries - keys < window)
+            seen = seen if window is None else seen & (queries - keys < window)
+            self.masks[key] = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
         return self.masks[key]
 
 
@@ -100,21 +94,26 @@ class FlatAttention:
         """query [1, heads, rows, dim], key and value [1, kv_heads, rows, dim] -> [1, rows, heads, value_dim]."""
         layout, layer = self._note(module, key, value)
         if self.cache is not None:
-            self.cache.write(layer, layout.slots, layout.positions, key[0].transpose(0, 1), value[0].transpose(0, 1))
+            self.cache.write(layer, layout, key, value)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         kept = query.dtype if self.cache is None else self.cache.layout.dtype
-        attended = torch.empty(1, query.shape[2], query.shape[1], value.shape[-1], dtype=kept, device=query.device)
-        query, dtype = query.to(kept), query.dtype
+        plain = softcap is None and s_aux is None
+        queries = query.to(kept)
+        singles = _folded(queries, key.shape[1]) if plain else ()
+        parts = []  # [length, heads, value_dim] each
         for span in layout.spans:
-            rows = slice(span.row, span.row + span.length)
             keys, values = self._keys_and_values(layer, span, sliding_window, key, value)
-            mask = layout.mask(span, sliding_window)
-            if softcap is None and s_aux is None:
-                part = _fused(query[0, :, rows], keys, values, mask, scale)
+            if span.length == 1 and plain:
+                parts.append(_single(singles[span.row], keys, values, scale))
+                continue
+            mask = layout.mask(span, sliding_window, kept)
+            chunk = queries[:, :, span.row : span.row + span.length]
+            if plain:
+                parts.append(_chunk(chunk, keys, values, mask, scale))
             else:
-                part = _explicit(query[0, :, rows], keys, values, mask, scale, softcap, s_aux)
-            attended[0, rows] = part.transpose(0, 1)
-        return attended.to(dtype), None
+                parts.append(_explicit(chunk[0], keys[0], values[0], mask, scale, softcap, s_aux).transpose(0, 1))
+        attended = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return attended[None].to(query.dtype), None
 
     def _note(self, module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> tuple[Layout, int]:
         assert self.layout is not None, "no batch was begun"
@@ -128,33 +127,38 @@ class FlatAttention:
     def _keys_and_values(
         self, layer: int, span: Span, window: int | None, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The keys and values [kv_heads, keys, dim] a span looks at, without those before its window."""
+        """The keys and values [1, kv_heads, keys, dim] a span looks at, without those before its window."""
         first, end = first_key(span, window), span.start + span.length
         if self.cache is not None:
-            return self.cache.keys[layer][span.slot, :, first:end], self.cache.values[layer][span.slot, :, first:end]
+            keys, values = self.cache.slot(layer, span.slot)
+            return keys.narrow(2, first, end - first), values.narrow(2, first, end - first)
         assert span.start == 0, "without a cache a sequence comes whole"
         rows = slice(span.row, span.row + span.length)
-        return key[0, :, rows], value[0, :, rows]
+        return key[:, :, rows], value[:, :, rows]
 
 
-def _fused(
+def _folded(query: torch.Tensor, kv_heads: int) -> tuple[torch.Tensor, ...]:
+    """Each row of a query [1, heads, rows, dim] as [1, kv_heads, group, dim].
+
+    The heads of a group, which share keys, lie where rows would, so that no key is repeated.
+    """
+    _, heads, rows, dim = query.shape
+    split: tuple[torch.Tensor, ...] = query[0].transpose(0, 1).reshape(rows, kv_heads, heads // kv_heads, dim).split(1)
+    return split
+
+
+def _single(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
+    """One row, folded, on all the keys it is given -> [1, heads, value_dim]."""
+    return F.scaled_dot_product_attention(query, keys, values, scale=scale).view(1, -1, values.shape[-1])
+
+
+def _chunk(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
-    """torch's fused attention: query [heads, rows, dim] -> [heads, rows, value_dim].
-
-    A single row folds the query heads of a group into the query axis, so that no key is repeated.
-    """
-    heads, rows, dim = query.shape
-    kv_heads = keys.shape[0]
-    if mask is None:
-        folded = query.reshape(1, kv_heads, heads // kv_heads, dim)
-        return F.scaled_dot_product_attention(folded, keys[None], values[None], scale=scale).reshape(heads, rows, -1)
-    groups = heads // kv_heads
-    if groups > 1:
-        keys, values = keys.repeat_interleave(groups, 0), values.repeat_interleave(groups, 0)
-    return F.scaled_dot_product_attention(
-        query[None], keys[None], values[None], attn_mask=mask[None, None], scale=scale
-    )[0]
+    """Rows of one sequence: query [1, heads, rows, dim] -> [rows, heads, value_dim]."""
+    grouped = query.shape[1] != keys.shape[1]
+    attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale, enable_gqa=grouped)
+    return attended[0].transpose(0, 1)
 
 
 def _explicit(
@@ -174,7 +178,7 @@ def _explicit(
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
+        scores = scores + mask
     if sinks is not None:
         column = sinks.view(kv_heads, -1, 1, 1).expand(-1, -1, rows, 1).to(scores.dtype)
         weights = torch.cat([scores, column], dim=-1).softmax(-1, dtype=torch.float32)[..., :-1]

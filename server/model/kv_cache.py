@@ -10,11 +10,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
 
 from server.sequence import CopyPrefix, Move
 
+_MANY_SPANS = 4
+"""Spans from which on one scattered copy costs less than a copy each."""
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 """Python names it from 3.13 on; the number is Linux's on x86-64 and ARM."""
 
@@ -26,6 +29,24 @@ class LayerShape:
     num_kv_heads: int
     key_dim: int
     value_dim: int
+
+
+class RowsLayout(Protocol):
+    """Where rows belong: ``attention.Layout``. Slots and positions are [rows]."""
+
+    spans: tuple[Span, ...]
+    slots: torch.Tensor
+    positions: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Span:
+    """Rows of one sequence in the flat batch: the first row, the first position, how many, and the KV slot."""
+
+    row: int
+    start: int
+    length: int
+    slot: int
 
 
 @dataclass(frozen=True)
@@ -133,13 +154,25 @@ class KVCache:
         pairs = self.layout.regions
         self.keys = [self._view(memory, region, num_slots) for region, _ in pairs]
         self.values = [self._view(memory, region, num_slots) for _, region in pairs]
+        self._slots: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def write(
-        self, layer: int, slots: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> None:
-        """Store keys and values [rows, kv_heads, dim] at (``slots``, ``positions``), [rows] each."""
-        self.keys[layer][slots, :, positions] = keys.to(self.layout.dtype)
-        self.values[layer][slots, :, positions] = values.to(self.layout.dtype)
+    def write(self, layer: int, layout: RowsLayout, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store keys and values [1, kv_heads, rows, dim] of rows whose slots and positions the layout tells."""
+        if len(layout.spans) > _MANY_SPANS:
+            self.keys[layer][layout.slots, :, layout.positions] = keys[0].transpose(0, 1).to(self.layout.dtype)
+            self.values[layer][layout.slots, :, layout.positions] = values[0].transpose(0, 1).to(self.layout.dtype)
+            return
+        for span in layout.spans:
+            for kept, new in zip(self.slot(layer, span.slot), (keys, values), strict=True):
+                kept.narrow(2, span.start, span.length).copy_(new.narrow(2, span.row, span.length))
+
+    def slot(self, layer: int, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of one slot, [1, kv_heads, max_len, dim]."""
+        view = self._slots.get((layer, slot))
+        if view is None:
+            both = self.keys[layer][slot : slot + 1], self.values[layer][slot : slot + 1]
+            view = self._slots[layer, slot] = both
+        return view
 
     def do(self, move: Move) -> None:
         """Copy a prefix, or release a tail."""

@@ -28,11 +28,12 @@ from server.adapters.content.signature import BaseSignature
 from server.errors import BaseModelNotFound, BaseModelRefused, SettingsError
 from server.int8.kernels import KernelType, choose_kernel
 from server.model.admission import admit
-from server.model.attention import FlatAttention, Layout, Span
+from server.model.attention import FlatAttention, Layout
 from server.model.device import choose_device, choose_dtype, choose_float_dtype, choose_kv_dtype, num_weight_bytes
 from server.model.fingerprint import base_fingerprint
-from server.model.kv_cache import KVLayout, LayerShape, longest_within
+from server.model.kv_cache import KVLayout, LayerShape, Span, longest_within
 from server.model.quantizer import Quantized, quantizing
+from server.model.quick_ops import quicken
 from server.model.rope import fix_rope
 from server.model.shapes import PROBE_ROWS, Noted, noting_shapes, signature_of
 from server.settings import EMBEDDED_BASE
@@ -105,6 +106,8 @@ def load_base(
     if kv_memory is not None:
         length = _affordable(KVLayout(tuple(shapes), length, kv_dtype), kv_memory, asked=max_model_len)
     fix_rope(model, length)
+    if model.dtype == torch.float32 and place.type == "cpu":
+        quicken(model)
     if not attention.num_calls == len(shapes) == config.get_text_config().num_hidden_layers:
         raise BaseModelRefused(
             name, f"{attention.num_calls} attention calls on {len(shapes)} layers: each must make one"

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from server.adapters.content.manifest import Manifest
 from server.lora.bank import LoRABank
 from server.lora.weights import LoRAWeights
-from server.model.attention import FlatAttention, Layout, Span
-from server.model.kv_cache import KVCache, LayerShape
+from server.model.attention import FlatAttention, Layout
+from server.model.kv_cache import KVCache, LayerShape, Span
 from server.model.loader import Base
 from server.sequence import Batch, Segment
 

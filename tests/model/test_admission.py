@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,8 +14,8 @@ from transformers import PretrainedConfig
 from server.errors import BaseModelRefused
 from server.model import admission, attention
 from server.model.admission import admit, shrink
-from server.model.attention import FlatAttention, Layout, Span
-from server.model.kv_cache import KVCache
+from server.model.attention import FlatAttention, Layout
+from server.model.kv_cache import KVCache, RowsLayout, Span
 from tests.model.architectures import REFUSED, SERVED, verdict
 from tests.model.families import FAMILIES
 from tests.model.models_table import PATH, table
@@ -99,7 +100,7 @@ class LooksAtTheNeighbour(FlatAttention):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = super()._keys_and_values(layer, span, window, key, value)
         keys = keys.clone()
-        keys[:, 0] = key[0, :, 0]
+        keys[:, :, 0] = key[:, :, 0]
         return keys, values
 
 
@@ -122,16 +123,15 @@ class MixesLayers(FlatAttention):
 
 
 class WritesOneFurther(KVCache):
-    def write(
-        self, layer: int, slots: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> None:
-        super().write(layer, slots, positions + 1, keys, values)
+    def write(self, layer: int, layout: RowsLayout, keys: torch.Tensor, values: torch.Tensor) -> None:
+        further = tuple(replace(span, start=span.start + 1) for span in layout.spans)
+        super().write(layer, Layout.of(further, torch.device("cpu")), keys, values)
 
 
 class SeesTheFuture(Layout):
-    def mask(self, span: Span, window: int | None) -> torch.Tensor | None:
-        mask = super().mask(span, window)
-        return None if mask is None else torch.ones_like(mask)
+    def mask(self, span: Span, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
+        mask = super().mask(span, window, dtype)
+        return None if mask is None else torch.zeros_like(mask)
 
 
 class PositionsFromZero(Layout):
@@ -148,11 +148,18 @@ def _repeats_heads_wrongly(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
     """Query heads are dealt to KV heads in turn, not in groups."""
-    times = len(query) // len(keys)
-    return _fused(query, keys.repeat(times, 1, 1), values.repeat(times, 1, 1), mask, scale)
+    times = query.shape[1] // keys.shape[1]
+    return _chunk(query, keys.repeat(1, times, 1, 1), values.repeat(1, times, 1, 1), mask, scale)
 
 
-_fused = attention._fused
+def _folds_heads_wrongly(query: torch.Tensor, kv_heads: int) -> tuple[torch.Tensor, ...]:
+    """Likewise, where a single row is folded."""
+    _, heads, rows, dim = query.shape
+    turned = query[0].transpose(0, 1).reshape(rows, heads // kv_heads, kv_heads, dim).transpose(1, 2)
+    return tuple(turned.contiguous()[row : row + 1] for row in range(rows))
+
+
+_chunk = attention._chunk
 
 
 @pytest.mark.parametrize(
@@ -174,7 +181,8 @@ _fused = attention._fused
         (admission, "Layout", PositionsFromZero, "Llama"),
         (admission, "fix_rope", lambda model, length: None, "Phi-3 with longrope"),
         (admission, "fix_rope", lambda model, length: None, "Llama with dynamic RoPE"),
-        (attention, "_fused", _repeats_heads_wrongly, "Llama 3.1 and later (scaled RoPE)"),
+        (attention, "_chunk", _repeats_heads_wrongly, "Llama 3.1 and later (scaled RoPE)"),
+        (attention, "_folded", _folds_heads_wrongly, "Llama 3.1 and later (scaled RoPE)"),
     ],
 )
 def test_a_broken_engine_admits_nothing(
