@@ -1,6 +1,6 @@
 """Products of activations and int8 weights by what torch has: FBGEMM, or oneDNN where AMX multiplies integers.
 
-Every row of activations is divided by its own largest absolute value and rounded to a fixed grid; integer sums are
+Every row of activations is divided by its own largest absolute value and rounded to a 127th of it; integer sums are
 exact, so a row's result does not depend on its neighbours (as in SmoothQuant's per-token W8A8, Xiao et al. 2023).
 """
 
@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -24,6 +23,10 @@ _onednn: Any = torch.ops.onednn
 class Kernel(Protocol):
     """A packed weight."""
 
+    name: ClassVar[str]
+
+    def __init__(self, rows: Int8Rows) -> None: ...
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """float32 [rows, in] -> a new float32 [rows, out]."""
         ...
@@ -33,37 +36,21 @@ class Kernel(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Grid:
-    """Where normalized activations go: ``round(x / step) + zero`` in 0 to 255.
+ZERO = LEVELS + 1
+"""The integer that stands for an activation of 0; the largest of a row is ``LEVELS`` away from it."""
+HALF_LEVELS = 64
+"""Of weights where pairs of products are added in 16 bits (AVX2, and AVX-512 without VNNI): 2 * 255 * 64 fits in.
 
-    The half grid is for instructions that add pairs of products in 16 bits (AVX2 and AVX-512 without VNNI), which the
-    full one overflows.
-    """
-
-    levels: int
-
-    @property
-    def step(self) -> float:
-        """The difference of neighbouring values; the largest activation is 1."""
-        return 1.0 / self.levels
-
-    @property
-    def zero(self) -> int:
-        """The integer that stands for 0."""
-        return self.levels + 1
-
-
-FULL, HALF = Grid(LEVELS), Grid(LEVELS // 2)
+Fewer levels of activations instead would fit as well, and lose more: their largest are further from the rest.
+"""
 
 
 class FbgemmKernel:
     """FBGEMM: fastest with VNNI, and at a single row."""
 
-    name = "FBGEMM"
+    name: ClassVar[str] = "FBGEMM"
 
-    def __init__(self, rows: Int8Rows, grid: Grid | None = None) -> None:
-        self._grid = fbgemm_grid() if grid is None else grid
+    def __init__(self, rows: Int8Rows) -> None:
         self._packed = _pack_for_fbgemm(rows)
         self._num_inputs = rows.integers.shape[1]
 
@@ -78,7 +65,7 @@ class FbgemmKernel:
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         product: torch.Tensor = _fbgemm.linear_with_input_q_dq_qweight_dq_output_fp32(
-            x, self._grid.step, self._grid.zero, self._packed
+            x, 1.0 / LEVELS, ZERO, self._packed
         )
         return product
 
@@ -86,7 +73,7 @@ class FbgemmKernel:
 class OnednnKernel:
     """oneDNN: fastest with AMX, and the one that is left where torch has no FBGEMM."""
 
-    name = "oneDNN"
+    name: ClassVar[str] = "oneDNN"
 
     def __init__(self, rows: Int8Rows) -> None:
         self._packed = _onednn.qlinear_prepack(rows.integers, None)
@@ -104,18 +91,15 @@ class OnednnKernel:
         return _unpacked(self._multiply, self._num_inputs)
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
-        integers = torch.quantize_per_tensor(x, FULL.step, FULL.zero, torch.quint8).int_repr()
+        integers = torch.quantize_per_tensor(x, 1.0 / LEVELS, ZERO, torch.quint8).int_repr()
         product: torch.Tensor = _onednn.qlinear_pointwise(
-            integers, FULL.step, FULL.zero, self._packed, self._scales, self._zeros,
+            integers, 1.0 / LEVELS, ZERO, self._packed, self._scales, self._zeros,
             None, 1.0, 0, torch.float32, "none", [], "",
         )  # fmt: skip
         return product
 
 
-KernelType = type[FbgemmKernel] | type[OnednnKernel]
-
-
-def choose_kernel() -> KernelType | None:
+def choose_kernel() -> type[Kernel] | None:
     """What multiplies integers fastest on this machine; None where torch has nothing that does."""
     _quieten_deprecations()
     has_onednn = torch.backends.mkldnn.is_available() and hasattr(_onednn, "qlinear_pointwise")
@@ -127,12 +111,13 @@ def choose_kernel() -> KernelType | None:
 
 
 @cache
-def fbgemm_grid() -> Grid:
-    """The full grid where sums over it come out exact, found by trying: the largest activations and weights."""
+def weight_levels(kernel: type[Kernel]) -> int:
+    """How far from 0 a kernel's weights may be: ``LEVELS`` where sums over the largest come out exact (it is tried)."""
+    _quieten_deprecations()
     num_inputs = 256
     largest = Int8Rows(torch.full((8, num_inputs), LEVELS, dtype=torch.int8), torch.full((8,), 1.0 / LEVELS))
-    sums = FbgemmKernel(largest, FULL)(torch.ones(1, num_inputs))
-    return FULL if torch.allclose(sums, torch.tensor(float(num_inputs))) else HALF
+    sums = kernel(largest)(torch.ones(1, num_inputs))
+    return LEVELS if torch.allclose(sums, torch.tensor(float(num_inputs))) else HALF_LEVELS
 
 
 def _pack_for_fbgemm(rows: Int8Rows) -> Any:

@@ -26,7 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from server.adapters.content.signature import BaseSignature
 from server.errors import BaseModelNotFound, BaseModelRefused, SettingsError
-from server.int8.kernels import KernelType, choose_kernel
+from server.int8.kernels import Kernel, choose_kernel
 from server.model.admission import admit
 from server.model.attention import FlatAttention, Layout, Span
 from server.model.device import choose_device, choose_dtype, choose_float_dtype, choose_kv_dtype, num_weight_bytes
@@ -115,7 +115,7 @@ def load_base(
     return Base(model, tokenizer, attention, shapes, signature, length, eos_ids, kv_dtype, noted.groups, quantized)
 
 
-def _kernel(quantization: str, device: torch.device) -> KernelType | None:
+def _kernel(quantization: str, device: torch.device) -> type[Kernel] | None:
     """What multiplies integers, None for a base in floats. Raises ``SettingsError`` where nothing does."""
     if quantization == "none":
         return None
