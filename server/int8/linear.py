@@ -53,7 +53,7 @@ class PackedProduct:
         y = self._kernel(x.reshape(-1, x.shape[-1]).float())
         if self._bias is not None:
             y.add_(self._bias)
-        return y.view(*x.shape[:-1], -1).to(x.dtype)
+        return y.view(*x.shape[:-1], y.shape[-1]).to(x.dtype)
 
 
 @dataclass(frozen=True)
