@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from benchmarks.parts.engines import InProcessEngine
+from server.lora.place import lengthen, shorten
 from server.model.attention import FlatAttention
 
 KINDS = ("linears", "LoRA", "attention", "norms", "elementwise", "embedding", "head", "sampling", "scheduling", "rest")
@@ -72,6 +73,7 @@ def kind_of(module: nn.Module, *, head: nn.Module | None) -> str:
 @contextmanager
 def timing(engine: InProcessEngine, stack: Stack) -> Iterator[None]:
     """While it lasts, every module and stage of the engine is timed."""
+    lengthen(engine.base.model)
     head = engine.base.model.get_output_embeddings()
     head = getattr(head, "base", head)
     handles = []
@@ -96,6 +98,7 @@ def timing(engine: InProcessEngine, stack: Stack) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+        shorten(engine.base.model)
         for owner, name, call in before:
             if isinstance(owner, type):
                 setattr(owner, name, call)

@@ -1,22 +1,22 @@
 """Products of activations and int8 weights by what torch has: FBGEMM, or oneDNN where AMX multiplies integers.
 
-Every row of activations is divided by its own largest absolute value and rounded to a fixed grid; integer sums are
+Every row of activations is divided by its own largest absolute value and rounded to a 127th of it; integer sums are
 exact, so a row's result does not depend on its neighbours (as in SmoothQuant's per-token W8A8, Xiao et al. 2023).
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
 from server.int8.rows import LEVELS, Int8Rows
 
 _TINY = 1e-30
+_PIECE_NUMBERS = 1 << 18
+"""Activations put on the grid at a time: as many as the cores' caches hold through several passes."""
 _fbgemm: Any = torch.ops.quantized
 _onednn: Any = torch.ops.onednn
 
@@ -24,8 +24,12 @@ _onednn: Any = torch.ops.onednn
 class Kernel(Protocol):
     """A packed weight."""
 
+    name: ClassVar[str]
+
+    def __init__(self, rows: Int8Rows) -> None: ...
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """float32 [rows, in] -> a new float32 [rows, out]."""
+        """float32 [..., in] -> a new float32 [..., out]."""
         ...
 
     def in_floats(self) -> torch.Tensor:
@@ -33,89 +37,85 @@ class Kernel(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Grid:
-    """Where normalized activations go: ``round(x / step) + zero`` in 0 to 255.
+ZERO = LEVELS + 1
+"""The integer that stands for an activation of 0; the largest of a row is ``LEVELS`` away from it."""
+HALF_LEVELS = 64
+"""Of weights where pairs of products are added in 16 bits (AVX2, and AVX-512 without VNNI): 2 * 255 * 64 fits in.
 
-    The half grid is for instructions that add pairs of products in 16 bits (AVX2 and AVX-512 without VNNI), which the
-    full one overflows.
-    """
-
-    levels: int
-
-    @property
-    def step(self) -> float:
-        """The difference of neighbouring values; the largest activation is 1."""
-        return 1.0 / self.levels
-
-    @property
-    def zero(self) -> int:
-        """The integer that stands for 0."""
-        return self.levels + 1
-
-
-FULL, HALF = Grid(LEVELS), Grid(LEVELS // 2)
+Fewer levels of activations instead would fit as well, and lose more: their largest are further from the rest.
+"""
 
 
 class FbgemmKernel:
     """FBGEMM: fastest with VNNI, and at a single row."""
 
-    name = "FBGEMM"
+    name: ClassVar[str] = "FBGEMM"
 
-    def __init__(self, rows: Int8Rows, grid: Grid | None = None) -> None:
-        self._grid = fbgemm_grid() if grid is None else grid
+    def __init__(self, rows: Int8Rows) -> None:
         self._packed = _pack_for_fbgemm(rows)
+        self._op = _fbgemm.linear_with_input_q_dq_qweight_dq_output_fp32.default
         self._num_inputs = rows.integers.shape[1]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """float32 [rows, in] -> a new float32 [rows, out]."""
-        largest = x.abs().amax(-1, keepdim=True).clamp_min_(_TINY)  # [rows, 1]
+        """float32 [..., in] -> a new float32 [..., out]."""
+        largest = x.abs().amax(-1, keepdim=True).clamp_min_(_TINY)  # [..., 1]
         return self._multiply(x / largest).mul_(largest)
 
     def in_floats(self) -> torch.Tensor:
         """The weight it multiplies with, float32 [out, in]."""
-        return _unpacked(self._multiply, self._num_inputs)
+        return _unpacked(self, self._num_inputs)
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
-        product: torch.Tensor = _fbgemm.linear_with_input_q_dq_qweight_dq_output_fp32(
-            x, self._grid.step, self._grid.zero, self._packed
-        )
+        product: torch.Tensor = self._op(x, 1.0 / LEVELS, ZERO, self._packed)
         return product
 
 
 class OnednnKernel:
     """oneDNN: fastest with AMX, and the one that is left where torch has no FBGEMM."""
 
-    name = "oneDNN"
+    name: ClassVar[str] = "oneDNN"
 
     def __init__(self, rows: Int8Rows) -> None:
         self._packed = _onednn.qlinear_prepack(rows.integers, None)
+        self._op = _onednn.qlinear_pointwise.default
         self._scales = rows.scales
         self._zeros = torch.zeros(len(rows.scales), dtype=torch.int32)
         self._num_inputs = rows.integers.shape[1]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """float32 [rows, in] -> a new float32 [rows, out]."""
-        largest = x.abs().amax(-1, keepdim=True).clamp_min_(_TINY)  # [rows, 1]
-        return self._multiply(x / largest).mul_(largest)
+        """float32 [..., in] -> a new float32 [..., out]."""
+        if x.numel() <= _PIECE_NUMBERS:
+            integers, largest = _on_grid(x)
+            return self._multiply(integers).mul_(largest)
+        rows = x.view(-1, x.shape[-1])
+        integers = torch.empty(rows.shape, dtype=torch.uint8)
+        largest = torch.empty(len(rows), 1)
+        step = max(1, _PIECE_NUMBERS // rows.shape[1])
+        for first in range(0, len(rows), step):
+            at = slice(first, first + step)
+            integers[at], largest[at] = _on_grid(rows[at])
+        return self._multiply(integers).mul_(largest).view(*x.shape[:-1], -1)
 
     def in_floats(self) -> torch.Tensor:
         """The weight it multiplies with, float32 [out, in]."""
-        return _unpacked(self._multiply, self._num_inputs)
+        return _unpacked(self, self._num_inputs)
 
-    def _multiply(self, x: torch.Tensor) -> torch.Tensor:
-        integers = torch.quantize_per_tensor(x, FULL.step, FULL.zero, torch.quint8).int_repr()
-        product: torch.Tensor = _onednn.qlinear_pointwise(
-            integers, FULL.step, FULL.zero, self._packed, self._scales, self._zeros,
+    def _multiply(self, integers: torch.Tensor) -> torch.Tensor:
+        product: torch.Tensor = self._op(
+            integers, 1.0 / LEVELS, ZERO, self._packed, self._scales, self._zeros,
             None, 1.0, 0, torch.float32, "none", [], "",
         )  # fmt: skip
         return product
 
 
-KernelType = type[FbgemmKernel] | type[OnednnKernel]
+def _on_grid(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [..., in] as uint8, and each row's largest absolute value [..., 1]."""
+    largest = x.abs().amax(-1, keepdim=True).clamp_min_(_TINY)
+    # half a step more, so that cutting off rounds to nearest
+    return (x * (LEVELS / largest)).add_(ZERO + 0.5).to(torch.uint8), largest
 
 
-def choose_kernel() -> KernelType | None:
+def choose_kernel() -> type[Kernel] | None:
     """What multiplies integers fastest on this machine; None where torch has nothing that does."""
     _quieten_deprecations()
     has_onednn = torch.backends.mkldnn.is_available() and hasattr(_onednn, "qlinear_pointwise")
@@ -127,12 +127,13 @@ def choose_kernel() -> KernelType | None:
 
 
 @cache
-def fbgemm_grid() -> Grid:
-    """The full grid where sums over it come out exact, found by trying: the largest activations and weights."""
+def weight_levels(kernel: type[Kernel]) -> int:
+    """How far from 0 a kernel's weights may be: ``LEVELS`` where sums over the largest come out exact (it is tried)."""
+    _quieten_deprecations()
     num_inputs = 256
     largest = Int8Rows(torch.full((8, num_inputs), LEVELS, dtype=torch.int8), torch.full((8,), 1.0 / LEVELS))
-    sums = FbgemmKernel(largest, FULL)(torch.ones(1, num_inputs))
-    return FULL if torch.allclose(sums, torch.tensor(float(num_inputs))) else HALF
+    sums = kernel(largest)(torch.ones(1, num_inputs))
+    return LEVELS if torch.allclose(sums, torch.tensor(float(num_inputs))) else HALF_LEVELS
 
 
 def _pack_for_fbgemm(rows: Int8Rows) -> Any:
@@ -154,9 +155,9 @@ def _pack_for_fbgemm(rows: Int8Rows) -> Any:
         torch.backends.quantized.engine = engine
 
 
-def _unpacked(multiply: Callable[[torch.Tensor], torch.Tensor], num_inputs: int) -> torch.Tensor:
+def _unpacked(kernel: Kernel, num_inputs: int) -> torch.Tensor:
     """The weight, read off the products of the unit vectors: they lie on the grid, so nothing is rounded."""
-    return multiply(torch.eye(num_inputs)).t().contiguous()
+    return kernel(torch.eye(num_inputs)).t().contiguous()
 
 
 @cache

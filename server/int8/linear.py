@@ -6,6 +6,7 @@ import copy
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,37 +24,33 @@ class PackedProduct:
     """
 
     def __init__(self, kernel: Kernel, sizes: Sequence[int], biases: Sequence[torch.Tensor | None]) -> None:
-        self._kernel = kernel
-        ends = torch.tensor(list(sizes)).cumsum(0).tolist()
-        self._parts = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+        self._kernel, self._sizes = kernel, list(sizes)
         self._bias = _joined(sizes, biases)
         self._x: torch.Tensor | None = None
-        self._y: torch.Tensor | None = None
-        self._waiting: set[int] = set()
+        self._y: list[torch.Tensor | None] = []
 
     def part(self, number: int, x: torch.Tensor) -> torch.Tensor:
         """Of linear ``number``: x [..., in] -> [..., out], the caller's to write into."""
-        if len(self._parts) == 1:
+        if len(self._sizes) == 1:
             return self._compute(x)
-        if x is not self._x or number not in self._waiting:
-            self._x, self._y = x, self._compute(x)
-            self._waiting = set(range(len(self._parts)))
-        assert self._y is not None
-        mine = self._y[..., self._parts[number]]
-        self._waiting.discard(number)
-        if not self._waiting:
-            self._x = self._y = None
+        if x is not self._x or self._y[number] is None:
+            self._x, self._y = x, list(self._compute(x).split(self._sizes, -1))
+        mine: torch.Tensor | None = self._y[number]
+        self._y[number] = None
+        if not any(part is not None for part in self._y):
+            self._x, self._y = None, []
+        assert mine is not None
         return mine
 
     def in_floats(self, number: int) -> torch.Tensor:
         """The weight of linear ``number``, float32 [out, in]."""
-        return self._kernel.in_floats()[self._parts[number]]
+        return self._kernel.in_floats().split(self._sizes)[number]
 
     def _compute(self, x: torch.Tensor) -> torch.Tensor:
-        y = self._kernel(x.reshape(-1, x.shape[-1]).float())
-        if self._bias is not None:
-            y.add_(self._bias)
-        return y.view(*x.shape[:-1], -1).to(x.dtype)
+        if x.dtype != torch.float32:
+            return self._compute(x.float()).to(x.dtype)
+        y = self._kernel(x)
+        return y if self._bias is None else y.add_(self._bias)
 
 
 @dataclass(frozen=True)
@@ -87,10 +84,7 @@ class Int8Linear(nn.Module):
         self.original = original
         self._product, self._number, self._transposed = product, number, isinstance(stock, Conv1D)
         self._stock = (without_weight(stock),)  # in a tuple, so that it is no submodule
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., in] -> [..., out]."""
-        return self._product.part(self._number, x)
+        self.forward = partial(product.part, number)  # x [..., in] -> [..., out]
 
     @property
     def weight(self) -> torch.Tensor:

@@ -20,8 +20,17 @@ class Int8Rows:
     scales: torch.Tensor
 
     @classmethod
-    def of(cls, weights: Sequence[torch.Tensor], *, done: Callable[[torch.Tensor], None] | None = None) -> Int8Rows:
-        """Weights [out, in] of equal width, one below the other; ``done`` is told each piece that was read."""
+    def of(
+        cls,
+        weights: Sequence[torch.Tensor],
+        *,
+        levels: int = LEVELS,
+        done: Callable[[torch.Tensor], None] | None = None,
+    ) -> Int8Rows:
+        """Weights [out, in] of equal width, one below the other, in integers of ``-levels`` to ``levels``.
+
+        ``done`` is told each piece that was read.
+        """
         out = sum(len(weight) for weight in weights)
         integers = torch.empty(out, weights[0].shape[1], dtype=torch.int8)
         scales = torch.empty(out)
@@ -30,7 +39,7 @@ class Int8Rows:
             for piece in pieces(weight):
                 rows = slice(row, row + len(piece))
                 numbers = piece.float()
-                scales[rows] = numbers.abs().amax(1).clamp_min_(_TINY) / LEVELS
+                scales[rows] = numbers.abs().amax(1).clamp_min_(_TINY) / levels
                 integers[rows] = (numbers / scales[rows, None]).round_().to(torch.int8)
                 row += len(piece)
                 if done is not None:

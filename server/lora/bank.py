@@ -10,6 +10,7 @@ from torch import nn
 
 from server.adapters.content.signature import Kind
 from server.lora.layer import AdaptedModule, LoRAEmbedding, LoRALinear, LoRARows
+from server.lora.place import put
 from server.lora.rows import Rows, Seating
 from server.lora.shared import SharedInput
 from server.lora.stack import Shape, Stack, shape_of
@@ -159,7 +160,7 @@ class LoRABank:
 
     def _replace(self, name: str, module: nn.Module) -> None:
         parent, _, attribute = name.rpartition(".")
-        setattr(self._model.get_submodule(parent), attribute, module)
+        put(self.base_modules[parent], attribute, module)
 
 
 def side_by_side(rows: Mapping[str, int]) -> Sequence[str]:

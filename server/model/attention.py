@@ -106,8 +106,11 @@ class FlatAttention:
             if span.length == 1 and plain:
                 parts.append(_single(singles[span.row], keys, values, scale))
                 continue
-            mask = layout.mask(span, sliding_window, kept)
             chunk = queries[:, :, span.row : span.row + span.length]
+            if plain and span.start == 0 and (sliding_window is None or span.length <= sliding_window):
+                parts.append(_chunk(chunk, keys, values, None, scale))
+                continue
+            mask = layout.mask(span, sliding_window, kept)
             if plain:
                 parts.append(_chunk(chunk, keys, values, mask, scale))
             else:
@@ -155,9 +158,11 @@ def _single(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale
 def _chunk(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
-    """Rows of one sequence: query [1, heads, rows, dim] -> [rows, heads, value_dim]."""
+    """Rows of a sequence, its first where there is no mask: [1, heads, rows, dim] -> [rows, heads, value_dim]."""
     grouped = query.shape[1] != keys.shape[1]
-    attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale, enable_gqa=grouped)
+    attended = F.scaled_dot_product_attention(
+        query, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+    )
     return attended[0].transpose(0, 1)
 
 

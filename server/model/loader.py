@@ -26,7 +26,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from server.adapters.content.signature import BaseSignature
 from server.errors import BaseModelNotFound, BaseModelRefused, SettingsError
-from server.int8.kernels import KernelType, choose_kernel
+from server.int8.kernels import Kernel, choose_kernel
+from server.lora.place import shorten
 from server.model.admission import admit
 from server.model.attention import FlatAttention, Layout
 from server.model.device import choose_device, choose_dtype, choose_float_dtype, choose_kv_dtype, num_weight_bytes
@@ -108,6 +109,7 @@ def load_base(
     fix_rope(model, length)
     if model.dtype == torch.float32 and place.type == "cpu":
         quicken(model)
+        shorten(model)
     if not attention.num_calls == len(shapes) == config.get_text_config().num_hidden_layers:
         raise BaseModelRefused(
             name, f"{attention.num_calls} attention calls on {len(shapes)} layers: each must make one"
@@ -118,7 +120,7 @@ def load_base(
     return Base(model, tokenizer, attention, shapes, signature, length, eos_ids, kv_dtype, noted.groups, quantized)
 
 
-def _kernel(quantization: str, device: torch.device) -> KernelType | None:
+def _kernel(quantization: str, device: torch.device) -> type[Kernel] | None:
     """What multiplies integers, None for a base in floats. Raises ``SettingsError`` where nothing does."""
     if quantization == "none":
         return None

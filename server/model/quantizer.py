@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from server.int8.embedding import Int8Embedding
-from server.int8.kernels import KernelType
+from server.int8.kernels import Kernel, weight_levels
 from server.int8.linear import Int8Linear, Original, PackedProduct
 from server.int8.rows import Int8Rows, pieces
 from server.model.mapped_files import MappedFiles
@@ -39,7 +39,7 @@ class Quantized:
 
 
 @contextmanager
-def quantizing(model: PreTrainedModel, kernel: KernelType, dtype: torch.dtype) -> Iterator[Quantized]:
+def quantizing(model: PreTrainedModel, kernel: type[Kernel], dtype: torch.dtype) -> Iterator[Quantized]:
     """While a batch runs, make the linears it gets to integers; what is left becomes ``dtype`` at the end."""
     quantizer = _Quantizer(model, kernel)
     linears = {name: one for name, one in model.named_modules() if type(one) in (nn.Linear, Conv1D)}
@@ -64,8 +64,9 @@ def quantizing(model: PreTrainedModel, kernel: KernelType, dtype: torch.dtype) -
 class _Quantizer:
     """Where the probe is: the linears that got the input at hand, which are packed when another input comes."""
 
-    def __init__(self, model: PreTrainedModel, kernel: KernelType) -> None:
+    def __init__(self, model: PreTrainedModel, kernel: type[Kernel]) -> None:
         self._model, self._kernel, self._mapped = model, kernel, MappedFiles()
+        self._levels = weight_levels(kernel)
         self._embedding = model.get_input_embeddings()
         self._embedded: tuple[Original, Int8Rows] | None = None
         self._input: torch.Tensor | None = None
@@ -119,7 +120,7 @@ class _Quantizer:
         weights = [module.get_parameter("weight") for module in modules]
         originals = [Original.of(weight, done=self._mapped.give_back) for weight in weights]
         turned = [w.t() if isinstance(m, Conv1D) else w for w, m in zip(weights, modules, strict=True)]
-        rows = Int8Rows.of(turned, done=self._mapped.give_back)
+        rows = Int8Rows.of(turned, levels=self._levels, done=self._mapped.give_back)
         if weights[0] is self._embedding._parameters.get("weight"):
             self._embedded = originals[0], rows
         biases = [module._parameters.get("bias") for module in modules]
@@ -139,7 +140,7 @@ class _Quantizer:
         if not (isinstance(stock, nn.Embedding) and plain):
             return
         original, rows = self._embedded or (
-            Original.of(stock.weight),
+            Original.of(stock.weight, done=self._mapped.give_back),
             Int8Rows.of([stock.weight], done=self._mapped.give_back),
         )
         for name, module in list(self._model.named_modules(remove_duplicate=False)):

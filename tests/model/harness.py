@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -12,11 +13,13 @@ from transformers import GenerationMixin, PreTrainedModel
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
 from server.engine.slots import SlotTable
+from server.int8.kernels import Kernel
 from server.lora.weights import LoRAWeights
 from server.metrics import Metrics
 from server.model import loader
 from server.model.attention import FlatAttention
 from server.model.kv_cache import KVCache
+from server.model.quantizer import Quantized, quantizing
 from server.model.rope import fix_rope
 from server.model.runner import ModelRunner
 from server.model.sampler import Sampler
@@ -89,6 +92,7 @@ class Hosted:
     max_num_seqs: int = NUM_SLOTS
     budget: int = BUDGET
     kv_memory: int | None = None
+    quantized: Quantized | None = None
 
     def run(self, asks: Sequence[Ask]) -> list[Answer]:
         """Every ask through scheduler, runner and sampler; books checked after each step."""
@@ -148,15 +152,21 @@ def host(
     budget: int = BUDGET,
     kv_memory: int | None = None,
     groups: Sequence[tuple[str, ...]] = (),
+    kernel: type[Kernel] | None = None,
 ) -> Hosted:
-    """Install the engine in a model, in the order in which ``load_base`` does; its stock forward is gone afterwards."""
+    """Install the engine in a model, in the order in which ``load_base`` does; its stock forward is gone afterwards.
+
+    With a ``kernel`` its linears and embedding become int8.
+    """
     attention = FlatAttention()
     attention.install(model)
-    shapes, noted = loader._probe(model, attention)
+    quantized = nullcontext() if kernel is None else quantizing(model, kernel, torch.float32)
+    with quantized as what:
+        shapes, noted = loader._probe(model, attention)
     fix_rope(model, max_model_len)
     num_slots = max_num_seqs if kv_memory is None else max_num_seqs + NUM_CACHES
     runner = ModelRunner(model, attention, shapes, num_slots=num_slots, max_len=max_model_len, groups=groups)
-    return Hosted(model, runner, noted, max_num_seqs, budget, kv_memory)
+    return Hosted(model, runner, noted, max_num_seqs, budget, kv_memory, what)
 
 
 def prompts(*lengths: int, seed: int = 0) -> list[tuple[int, ...]]:

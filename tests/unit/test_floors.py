@@ -39,7 +39,7 @@ FLOORS = {
 # Who may import what is not ours. A name that is not here is free for all.
 ALLOWED = {
     "torch": ("server.int8", "server.lora", "server.model", "server.engine.engine", "server.cli"),
-    "transformers": ("server.int8.linear", "server.text.prompt", "server.model", "server.cli"),
+    "transformers": ("server.int8.linear", "server.lora.place", "server.text.prompt", "server.model", "server.cli"),
     "fastapi": ("server.api", "server.cli.serve"),
     "starlette": ("server.api", "server.cli.serve"),
     "uvicorn": ("server.cli",),

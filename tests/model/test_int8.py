@@ -1,0 +1,309 @@
+"""Products with int8 weights: near the float ones, and a row's result never depends on the rows beside it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from server.int8.embedding import Int8Embedding
+from server.int8.kernels import (
+    HALF_LEVELS,
+    FbgemmKernel,
+    Kernel,
+    OnednnKernel,
+    choose_kernel,
+    weight_levels,
+)
+from server.int8.linear import Int8Linear, Original, PackedProduct
+from server.int8.rows import Int8Rows
+from tests.model.int8_bases import assert_micro_understands
+from tests.serving import ROOT
+
+NUM_INPUTS, NUM_OUTPUTS = 144, 208
+BATCHES = (1, 2, 8, 32)
+
+
+@pytest.fixture(params=[FbgemmKernel, OnednnKernel])
+def make(request: pytest.FixtureRequest) -> type[Kernel]:
+    kernel: type[Kernel] = request.param
+    return kernel
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def kernel_of(make: type[Kernel], *, num_outputs: int = NUM_OUTPUTS) -> Kernel:
+    return make(Int8Rows.of([random(num_outputs, NUM_INPUTS, seed=1)]))
+
+
+def assert_independent(compute: Callable[[torch.Tensor], torch.Tensor], num_inputs: int = NUM_INPUTS) -> None:
+    """Each of many rows is the same to the bit alone, in batches, and at another place."""
+    x = random(max(BATCHES), num_inputs) * torch.logspace(-3, 3, max(BATCHES))[:, None]
+    alone = torch.cat([compute(row[None]) for row in x])
+    for size in BATCHES:
+        for start in (0, 1, 7):
+            rows = slice(start, start + size)
+            assert torch.equal(compute(x[rows]), alone[rows]), (size, start)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(2))
+    assert torch.equal(compute(x[order]), alone[order])
+
+
+def test_a_row_is_the_same_alone_and_in_batches(make: type[Kernel]) -> None:
+    assert_independent(kernel_of(make))
+    assert_independent(kernel_of(make, num_outputs=33))
+
+
+def test_products_are_near_those_in_floats(make: type[Kernel]) -> None:
+    """Both sides are rounded to a 254th of their largest number."""
+    kernel, x = kernel_of(make), random(32, NUM_INPUTS)
+    true = x @ random(NUM_OUTPUTS, NUM_INPUTS, seed=1).t()
+    assert float((kernel(x) - true).norm() / true.norm()) < 0.012  # measured: 0.0087
+    rounded = x @ kernel.in_floats().t()
+    assert float((kernel(x) - rounded).norm() / true.norm()) < 0.009  # measured: 0.0061
+
+
+def test_activations_on_the_grid_are_multiplied_exactly(make: type[Kernel]) -> None:
+    """Whatever is not rounded comes out as float32 has it, so that all that is lost is the rounding."""
+    kernel = kernel_of(make)
+    x = torch.randint(-127, 128, (8, NUM_INPUTS), generator=torch.Generator().manual_seed(0)).float()
+    x[:, 0] = 127.0
+    true = x.double() @ kernel.in_floats().double().t()
+    torch.testing.assert_close(kernel(x).double(), true, rtol=1e-5, atol=1e-3)
+
+
+def test_a_row_of_zeros_is_zero_and_one_of_infinities_or_nan_keeps_to_itself(make: type[Kernel]) -> None:
+    kernel, x = kernel_of(make), random(8, NUM_INPUTS)
+    clean = kernel(x)
+    x[1], x[3, 5], x[5, 7], x[6, 2] = 0.0, torch.nan, torch.inf, -torch.inf
+    y = kernel(x)
+    assert not y[1].any()
+    for row in (3, 5, 6):
+        assert not y[row].isfinite().any()
+    for row in (0, 2, 4, 7):
+        assert torch.equal(y[row], clean[row])
+
+
+def test_numbers_near_the_ends_of_float32_neither_overflow_nor_vanish(make: type[Kernel]) -> None:
+    kernel, x = kernel_of(make), random(2, NUM_INPUTS)
+    y = kernel(x)
+    for factor in (2.0**60, 2.0**-60):
+        torch.testing.assert_close(kernel(x * factor), y * factor, rtol=1e-5, atol=0.0)
+    assert not kernel(torch.full((1, NUM_INPUTS), 1e-38)).isnan().any()
+
+
+def test_the_weights_that_integers_stand_for_are_read_off_exactly(make: type[Kernel]) -> None:
+    rows = Int8Rows.of([random(5, NUM_INPUTS), random(3, NUM_INPUTS, seed=1)])
+    kernel = make(rows)
+    torch.testing.assert_close(kernel.in_floats(), rows.in_floats(), rtol=1e-6, atol=0.0)
+
+
+def test_rows_are_rounded_to_the_nearest_of_254_steps() -> None:
+    weight = random(40, 64)
+    weight[3] = 0.0
+    rows = Int8Rows.of([weight[:10], weight[10:]])
+    assert int(rows.integers.abs().max()) == 127 and not rows.in_floats()[3].any()
+    assert bool(((rows.in_floats() - weight).abs() <= weight.abs().amax(1, keepdim=True) / 253).all())
+    again = Int8Rows.of([rows.in_floats()])
+    assert torch.equal(again.integers, rows.integers)
+
+
+def product_of(
+    make: type[Kernel], sizes: Sequence[int], *, biases: bool = True
+) -> tuple[PackedProduct, list[torch.Tensor], list[torch.Tensor | None]]:
+    """A product with the float weights and biases it was made of; the second linear has no bias."""
+    weights = [random(size, NUM_INPUTS, seed=number) for number, size in enumerate(sizes)]
+    added = [random(size, seed=9) if biases and number != 1 else None for number, size in enumerate(sizes)]
+    return PackedProduct(make(Int8Rows.of(weights)), sizes, added), weights, added
+
+
+def test_parts_of_a_packed_product_are_the_linears_one_by_one(make: type[Kernel]) -> None:
+    sizes = (64, 32, 48)
+    product, weights, biases = product_of(make, sizes)
+    x = random(1, 5, NUM_INPUTS)
+    for number, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        alone = PackedProduct(make(Int8Rows.of([weight])), (len(weight),), (bias,))
+        assert torch.equal(product.part(number, x), alone.part(0, x))
+        torch.testing.assert_close(product.in_floats(number), alone.in_floats(0), rtol=1e-6, atol=0.0)
+    assert_independent(lambda rows: torch.cat([product.part(number, rows) for number in range(3)], dim=-1))
+
+
+class CountingKernel:
+    """The product in floats, counted."""
+
+    name: ClassVar[str] = "floats"
+
+    def __init__(self, rows: Int8Rows) -> None:
+        self.weight, self.num_calls = rows.in_floats(), 0
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        self.num_calls += 1
+        return x @ self.weight.t()
+
+    def in_floats(self) -> torch.Tensor:
+        return self.weight
+
+
+def counting() -> tuple[CountingKernel, PackedProduct]:
+    kernel = CountingKernel(Int8Rows.of([random(96, NUM_INPUTS)]))
+    return kernel, PackedProduct(kernel, (64, 32), (None, None))
+
+
+def test_the_first_part_computes_all_and_nothing_is_kept_after_the_last() -> None:
+    kernel, product = counting()
+    x = random(4, NUM_INPUTS)
+    for order in ((0, 1), (1, 0)):
+        kernel.num_calls = 0
+        for number in order:
+            product.part(number, x)
+        assert kernel.num_calls == 1
+        assert product._x is None and not product._y
+
+
+def test_a_part_belongs_to_the_very_tensor_it_was_computed_for() -> None:
+    kernel, product = counting()
+    x, other = random(4, NUM_INPUTS), random(4, NUM_INPUTS, seed=1)
+    product.part(0, x)
+    second = product.part(1, other)
+    assert torch.equal(second, other @ kernel.weight[64:].t())
+    assert torch.equal(product.part(0, x.clone()), x @ kernel.weight[:64].t())
+
+
+def test_a_part_asked_for_twice_is_computed_anew_though_the_first_was_written_into() -> None:
+    """Adapters add to a result in place; the same linear may be called again with the same tensor."""
+    kernel, product = counting()
+    x = random(4, NUM_INPUTS)
+    true = x @ kernel.weight.t()
+    product.part(0, x).add_(1.0)
+    assert torch.equal(product.part(0, x), true[:, :64])
+    assert torch.equal(product.part(1, x), true[:, 64:])
+
+
+def test_a_part_is_the_callers_to_write_into() -> None:
+    kernel, product = counting()
+    x = random(1, 4, NUM_INPUTS)
+    product.part(0, x).view(-1, 64).fill_(0.0)
+    assert torch.equal(product.part(1, x), x @ kernel.weight[64:].t())
+
+
+def test_bfloat16_comes_out_as_it_went_in(make: type[Kernel]) -> None:
+    product, weights, _ = product_of(make, (64, 32), biases=False)
+    x = random(1, 6, NUM_INPUTS).bfloat16()
+    y = product.part(0, x)
+    assert y.dtype == torch.bfloat16 and y.shape == (1, 6, 64)
+    true = x.float() @ weights[0].t()
+    assert float((y.float() - true).norm() / true.norm()) < 0.025
+
+
+def int8_linear(stock: nn.Module, make: type[Kernel]) -> Int8Linear:
+    weight = stock.get_parameter("weight").detach()
+    turned = weight.t() if isinstance(stock, Conv1D) else weight
+    product = PackedProduct(make(Int8Rows.of([turned])), (len(turned),), (stock._parameters.get("bias"),))
+    return Int8Linear(stock, Original.of(weight), product, 0)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_says_what_the_stock_module_said(make: type[Kernel], bias: bool) -> None:
+    stock = nn.Linear(NUM_INPUTS, NUM_OUTPUTS, bias=bias).requires_grad_(False)
+    ours, x = int8_linear(stock, make), random(3, NUM_INPUTS)
+    assert float((ours(x) - stock(x)).norm() / stock(x).norm()) < 0.025
+    assert (ours.in_features, ours.out_features) == (NUM_INPUTS, NUM_OUTPUTS)
+    assert ours.weight.shape == stock.weight.shape and ours.weight.dtype == torch.float32
+    assert [name for name, _ in ours.named_parameters()] == (["bias"] if bias else [])
+    floats = ours.in_floats()
+    assert type(floats) is nn.Linear and floats.in_features == NUM_INPUTS
+    assert torch.equal(floats.get_parameter("weight"), ours.weight)
+    assert (floats._parameters["bias"] is None) != bias
+    with pytest.raises(AttributeError):
+        _ = ours.nothing
+
+
+def test_a_conv1d_keeps_its_layout(make: type[Kernel]) -> None:
+    """GPT-2 has its weights the other way round, [in, out]."""
+    stock = Conv1D(NUM_OUTPUTS, NUM_INPUTS).requires_grad_(False)
+    stock.bias.copy_(random(NUM_OUTPUTS))
+    ours, x = int8_linear(stock, make), random(1, 3, NUM_INPUTS)
+    assert float((ours(x) - stock(x)).norm() / stock(x).norm()) < 0.02
+    assert ours.weight.shape == (NUM_INPUTS, NUM_OUTPUTS) and ours.nf == NUM_OUTPUTS
+    assert float((ours.weight - stock.weight).abs().max()) <= float(stock.weight.abs().max()) / 253
+    torch.testing.assert_close(ours.in_floats()(x), x @ ours.weight + stock.bias)
+
+
+class ScaledEmbedding(nn.Embedding):
+    """As Gemma's."""
+
+    def __init__(self, num_embeddings: int, dim: int, scale: float) -> None:
+        super().__init__(num_embeddings, dim)
+        self.register_buffer("embed_scale", torch.tensor(scale))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        scale = self.embed_scale
+        assert isinstance(scale, torch.Tensor)
+        return super().forward(ids) * scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_embedding_looks_up_rows_with_the_models_scale(dtype: torch.dtype) -> None:
+    stock = ScaledEmbedding(50, 64, 8.0).requires_grad_(False)
+    rows = Int8Rows.of([stock.weight])
+    ours, ids = Int8Embedding(stock, Original.of(stock.weight), rows, dtype), torch.tensor([[3, 49], [0, 3]])
+    y = ours(ids)
+    assert y.dtype == dtype and y.shape == (2, 2, 64)
+    assert float((y.float() - stock(ids)).norm() / stock(ids).norm()) < 0.012
+    assert torch.equal(ours.weight, rows.in_floats())
+    torch.testing.assert_close(ours.in_floats()(ids), y.float(), rtol=1e-2, atol=1e-6)
+    assert list(ours.parameters()) == []
+
+
+def test_an_original_is_known_again_in_any_format() -> None:
+    """Adapters are saved in float32 beside a base in bfloat16, or the other way round."""
+    weight = random(300, 64).bfloat16()
+    original = Original.of(weight)
+    assert original.equals(weight) and original.equals(weight.float())
+    changed = weight.clone()
+    changed[299, 63] += 1
+    assert not original.equals(changed) and not original.equals(weight[:299])
+
+
+@pytest.mark.parametrize("levels", [127, HALF_LEVELS])
+def test_sums_over_the_largest_numbers_are_exact(make: type[Kernel], levels: int) -> None:
+    assert weight_levels(make) in (127, HALF_LEVELS)
+    levels = min(levels, weight_levels(make))
+    for sign in (1, -1):
+        rows = Int8Rows(torch.full((8, 512), sign * levels, dtype=torch.int8), torch.full((8,), 1 / levels))
+        for x in (torch.ones(3, 512), -torch.ones(3, 512)):
+            torch.testing.assert_close(make(rows)(x), sign * x.sum(-1, keepdim=True).expand(3, 8))
+
+
+def test_without_vnni_weights_have_half_the_levels_and_micro_still_understands() -> None:
+    """FBGEMM as it computes with AVX2 alone, where pairs of products are added in 16 bits."""
+    where = {**os.environ, "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.model.int8_without_vnni"], cwd=ROOT, env=where, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout.split()[:1]) == (0, ["64"]), done.stderr
+
+
+def test_the_kernel_is_onednn_with_amx_else_fbgemm_else_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for amx, engines, expected in (
+        (True, ["fbgemm"], OnednnKernel),
+        (False, ["fbgemm"], FbgemmKernel),
+        (False, ["qnnpack"], OnednnKernel),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda amx=amx: {"amx_int8": amx})
+        monkeypatch.setattr(type(torch.backends.quantized), "supported_engines", engines)
+        assert choose_kernel() is expected
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert choose_kernel() is None
+
+
+def test_micro_understands_in_int8() -> None:
+    assert_micro_understands()

@@ -1,0 +1,173 @@
+"""Adapters on an int8 base do what PEFT does on a stock model with the same numbers, and rows stay independent."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from server.adapters.content.manifest import BaseSignature, Limits, read_manifest
+from server.int8.kernels import choose_kernel
+from server.lora.weights import LoRAWeights
+from server.model.shapes import signature_of
+from server.sequence import AdapterUse
+from tests.model.harness import Answer, Ask, Hosted, difference, host, prompts, stock_logits
+from tests.model.int8_oracle import oracle_of, without_copies
+from tests.model.peft_cases import CASES, TOLERANCE, base_of, make_adapter
+
+FINGERPRINT = f"sha256:{'0' * 64}"
+LIMITS = Limits(max_rank=16, max_bytes=1 << 24)
+PAIRS = [
+    (name, family) for name, case in CASES.items() for family in dict.fromkeys((case.families[0], case.families[-1]))
+]
+ROUNDED = ("linear_parameter", "tokens", "tokens_by_module", "tokens_of_head")
+"""What PEFT computes with other weights, in floats, where the engine adds to the product of integers."""
+
+FLIPPED = 0.1
+"""Largest difference of logits where an activation between two integers fell to the other side; measured: 0.045."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A stock base, the engine's int8 copy of it, and a stock model with the copy's numbers."""
+
+    base: PreTrainedModel
+    hosted: Hosted
+    oracle: PreTrainedModel
+    signature: BaseSignature
+
+    def read(self, folder: Path) -> LoRAWeights:
+        """An adapter as the server reads and prepares it."""
+        return self.hosted.runner.prepare(read_manifest(folder, self.signature, LIMITS))
+
+    def make(self, case: str, family: str, folder: Path) -> PeftModel:
+        """A case's adapter of the float base, saved to the folder; PEFT's model of it with int8 numbers."""
+        folder.mkdir()
+        make_adapter(self.base, CASES[case], family, folder)
+        cleaned = without_copies(folder, folder.with_name(f"{folder.name}_cleaned"), self.base)
+        return load(self.oracle, cleaned)
+
+
+def load(base: PreTrainedModel, folder: Path) -> PeftModel:
+    """PEFT's model of an adapter on a copy of a base."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return PeftModel.from_pretrained(copy.deepcopy(base), str(folder)).eval()
+
+
+@functools.cache
+def family_of(name: str) -> Family:
+    """Made once; every test leaves it as it was."""
+    kernel = choose_kernel()
+    assert kernel is not None
+    base = base_of(name, torch.float32)
+    hosted = host(copy.deepcopy(base), budget=64, kernel=kernel)
+    return Family(base, hosted, oracle_of(base, hosted.model), signature_of("base", FINGERPRINT, hosted.noted))
+
+
+def check(answers: Sequence[Answer], model: torch.nn.Module, *, rounded: bool) -> None:
+    """Logits are the model's; an activation at the border of two integers may fall to either side."""
+    found = [difference(answer.logits, stock_logits(model, answer)) for answer in answers]
+    assert max(found) < FLIPPED
+    assert rounded or min(found) < TOLERANCE
+
+
+@pytest.mark.parametrize(("case", "name"), PAIRS)
+def test_rows_are_pefts_on_the_same_numbers(case: str, name: str, tmp_path: Path) -> None:
+    family = family_of(name)
+    peft, hosted = family.make(case, name, tmp_path / "it"), family.hosted
+    hosted.add("it", family.read(tmp_path / "it"))
+    asks = [Ask(prompt, 3, adapter) for prompt, adapter in zip(prompts(12, 7, 21), (None, "it", "it"), strict=True)]
+    base_answer, *answers = hosted.run(asks)
+    hosted.runner.remove_adapter("it")
+    check(answers, peft, rounded=case in ROUNDED)
+    check([base_answer], family.oracle, rounded=False)
+    for answer in answers:
+        assert difference(answer.logits, stock_logits(family.oracle, answer)) > FLIPPED
+
+
+@pytest.mark.parametrize("case", ["all_linear", "dora", "embedding"])
+def test_what_an_adapter_adds_is_near_what_it_adds_to_the_float_base(case: str, tmp_path: Path) -> None:
+    """Whatever was rounded in the base, the difference that the adapter makes stays."""
+    family = family_of("llama")
+    folder = tmp_path / "it"
+    family.make(case, "llama", folder)
+    floats = load(family.base, folder)
+    family.hosted.add("it", family.read(folder))
+    ask = prompts(12)[0]
+    (with_it,) = family.hosted.run([Ask(ask, 1, "it")])
+    (without,) = family.hosted.run([Ask(ask, 1)])
+    family.hosted.runner.remove_adapter("it")
+    ours = with_it.logits - without.logits
+    theirs = stock_logits(floats, with_it) - stock_logits(family.base, without)
+    assert float(torch.cosine_similarity(ours, theirs)) > 0.98  # measured: 0.9935 and more
+    assert 0.9 < float(ours.norm() / theirs.norm()) < 1.1
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "gpt2_tied"])
+def test_copies_of_the_bases_own_weights_are_known_and_not_kept(name: str, tmp_path: Path) -> None:
+    """PEFT saves the base's embeddings and head beside an adapter on them: what the integers were made of."""
+    family = family_of(name)
+    family.make("embedding_and_head", name, tmp_path / "it")
+    manifest = read_manifest(tmp_path / "it", family.signature, LIMITS)
+    assert any(part.own for part in manifest.plan.parts.values())
+    weights = family.hosted.runner.prepare(manifest)
+    assert not any(delta.own_names for delta in weights.deltas.values())
+
+
+def test_weights_of_an_adapters_own_are_kept_in_floats(tmp_path: Path) -> None:
+    family = family_of("llama")
+    family.make("saved_head", "llama", tmp_path / "it")
+    delta = family.read(tmp_path / "it").deltas["lm_head"]
+    assert delta.own_names == ("weight",) and delta.own is not None
+    assert delta.own.get_parameter("weight").dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "gemma3"])
+def test_rows_are_the_same_to_the_bit_alone_and_among_others(name: str, tmp_path: Path) -> None:
+    family = family_of(name)
+    family.make("all_linear" if name != "qwen2" else "lora_bias", name, tmp_path / "it")
+    alone = [family.hosted.run([Ask(prompt, 4)])[0] for prompt in prompts(30, 5, 17)]
+    family.hosted.add("it", family.read(tmp_path / "it"))
+    adapters = (None, "it", None)
+    asks = [Ask(one.ask.prompt, 4, adapter) for one, adapter in zip(alone, adapters, strict=True)]
+    beside = family.hosted.run(asks)
+    family.hosted.runner.remove_adapter("it")
+    for was, now, adapter in zip(alone, beside, adapters, strict=True):
+        assert torch.equal(was.logits, now.logits) == (adapter is None)
+
+
+def test_compositions_add_up_on_the_integers(tmp_path: Path) -> None:
+    """Two adapters at once are the same as one of both their ranks; PEFT's own model is asked for the sum."""
+    family = family_of("llama")
+    folders = {case: tmp_path / case for case in ("all_linear", "rslora")}
+    for case, folder in folders.items():
+        family.make(case, "llama", folder)
+        family.hosted.add(case, family.read(folder))
+    uses = (AdapterUse("all_linear", 0.5), AdapterUse("rslora", -1.5))
+    answers = family.hosted.run([Ask(prompt, 3, uses) for prompt in prompts(12, 7, 21)])
+    for case in folders:
+        family.hosted.runner.remove_adapter(case)
+    check(answers, _composed(family, folders), rounded=False)
+
+
+def _composed(family: Family, folders: dict[str, Path]) -> PeftModel:
+    peft = PeftModel.from_pretrained(copy.deepcopy(family.oracle), str(folders["all_linear"]), adapter_name="one")
+    peft.load_adapter(str(folders["rslora"]), adapter_name="two")
+    tuner: Any = peft.base_model
+    tuner.set_adapter(["one", "two"])
+    modules: list[Any] = list(peft.modules())
+    for module in modules:
+        for name, factor in (("one", 0.5), ("two", -1.5)):
+            if name in getattr(module, "lora_A", ()):
+                module.set_scale(name, factor)
+    return peft.eval()
