@@ -13,6 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from server.int8.kernels import Kernel
+from server.int8.outliers import Outliers
 from server.int8.rows import pieces
 
 
@@ -22,8 +23,14 @@ class PackedProduct:
     The first that is called computes all; the others take their part if they get the very same tensor.
     """
 
-    def __init__(self, kernel: Kernel, sizes: Sequence[int], biases: Sequence[torch.Tensor | None]) -> None:
-        self._kernel = kernel
+    def __init__(
+        self,
+        kernel: Kernel,
+        sizes: Sequence[int],
+        biases: Sequence[torch.Tensor | None],
+        outliers: Outliers | None = None,
+    ) -> None:
+        self._kernel, self._outliers = kernel, outliers
         ends = torch.tensor(list(sizes)).cumsum(0).tolist()
         self._parts = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
         self._bias = _joined(sizes, biases)
@@ -47,10 +54,13 @@ class PackedProduct:
 
     def in_floats(self, number: int) -> torch.Tensor:
         """The weight of linear ``number``, float32 [out, in]."""
-        return self._kernel.in_floats()[self._parts[number]]
+        weight = self._kernel.in_floats()
+        whole = weight if self._outliers is None else self._outliers.put_into(weight)
+        return whole[self._parts[number]]
 
     def _compute(self, x: torch.Tensor) -> torch.Tensor:
-        y = self._kernel(x.reshape(-1, x.shape[-1]).float())
+        rows, outliers = x.reshape(-1, x.shape[-1]).float(), self._outliers
+        y = self._kernel(rows) if outliers is None else outliers.added_to(self._kernel(rows * outliers.others), rows)
         if self._bias is not None:
             y.add_(self._bias)
         return y.view(*x.shape[:-1], y.shape[-1]).to(x.dtype)
