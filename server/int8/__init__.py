@@ -1,4 +1,4 @@
 """Floor 2: linears in 8-bit integers, weights and activations.
 
-Read ``rows``, ``kernels``, ``linear``, ``embedding``.
+Read ``rows``, ``kernels``, ``outliers``, ``linear``, ``embedding``.
 """

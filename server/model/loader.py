@@ -41,6 +41,7 @@ from server.settings import EMBEDDED_BASE
 
 logger = logging.getLogger("quickchange.model")
 
+_SENTENCE = "The old man looked at the sea for a long time, and then he said to the boys: 'Let us go home.'"
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
@@ -102,7 +103,7 @@ def load_base(
         shapes, noted, quantized = *_probe(model, attention), None
     else:
         with quantizing(model, kernel, choose_float_dtype(dtype, _num_unpacked_bytes(model))) as quantized:
-            shapes, noted = _probe(model, attention)
+            shapes, noted = _probe(model, attention, _ordinary_ids(tokenizer))
     kv_dtype = model.dtype if kernel is None else choose_kv_dtype(model.dtype)
     if kv_memory is not None:
         length = _affordable(KVLayout(tuple(shapes), length, kv_dtype), kv_memory, asked=max_model_len)
@@ -247,13 +248,21 @@ def _affordable(layout: KVLayout, kv_memory: int, *, asked: int | None) -> int:
 
 
 @torch.inference_mode()
-def _probe(model: PreTrainedModel, attention: FlatAttention) -> tuple[list[LayerShape], Noted]:
+def _probe(
+    model: PreTrainedModel, attention: FlatAttention, ids: Sequence[int] = range(3, 3 + PROBE_ROWS)
+) -> tuple[list[LayerShape], Noted]:
     """One small pass that tells each layer's KV shape, and the modules that see every row, which adapters may touch."""
     attention.layout = Layout.of((Span(0, 0, PROBE_ROWS, 0),), model.device)
-    ids = torch.arange(3, 3 + PROBE_ROWS, device=model.device)[None] % model.config.get_text_config().vocab_size
+    rows = torch.tensor([list(ids)], device=model.device) % model.config.get_text_config().vocab_size
     with noting_shapes(model) as noted:
-        model(input_ids=ids, position_ids=attention.layout.positions[None], use_cache=False)
+        model(input_ids=rows, position_ids=attention.layout.positions[None], use_cache=False)
     return [attention.seen_shapes[layer] for layer in sorted(attention.seen_shapes)], noted
+
+
+def _ordinary_ids(tokenizer: PreTrainedTokenizerBase) -> Sequence[int]:
+    """Tokens of a sentence, as many as a probe takes: int8 looks at what channels do on them."""
+    ids = [int(token) for token in tokenizer(_SENTENCE, add_special_tokens=False)["input_ids"]]
+    return ids[:PROBE_ROWS] if len(ids) >= PROBE_ROWS else range(3, 3 + PROBE_ROWS)
 
 
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

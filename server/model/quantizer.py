@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from server.int8.embedding import Int8Embedding
 from server.int8.kernels import Kernel, weight_levels
 from server.int8.linear import Int8Linear, Original, PackedProduct
+from server.int8.outliers import Outliers, find_outliers
 from server.int8.rows import Int8Rows, pieces
 from server.model.mapped_files import MappedFiles
 
@@ -29,12 +30,16 @@ SMALLEST_SIDE = 32
 
 @dataclass
 class Quantized:
-    """What became of a base: linears and bytes in integers, and parameters left in floats with their bytes."""
+    """What became of a base: linears and bytes in integers, and parameters left in floats with their bytes.
+
+    ``num_outliers`` are inputs of its products that are multiplied in floats.
+    """
 
     kernel: str
     num_linears: int = 0
     num_products: int = 0
     num_bytes: int = 0
+    num_outliers: int = 0
     left: dict[str, int] = field(default_factory=dict)
 
 
@@ -70,6 +75,7 @@ class _Quantizer:
         self._embedding = model.get_input_embeddings()
         self._embedded: tuple[Original, Int8Rows] | None = None
         self._input: torch.Tensor | None = None
+        self._outliers: torch.Tensor | None = None
         self._same_input: list[tuple[str, nn.Module]] = []
         self.result = Quantized(kernel.name)
 
@@ -79,7 +85,7 @@ class _Quantizer:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if args[0] is not self._input:
                 self._pack()
-                self._input = args[0]
+                self._input, self._outliers = args[0], find_outliers(args[0])
             if all(module is not one for _, one in self._same_input):
                 self._same_input.append((name, module))
 
@@ -124,12 +130,14 @@ class _Quantizer:
         if weights[0] is self._embedding._parameters.get("weight"):
             self._embedded = originals[0], rows
         biases = [module._parameters.get("bias") for module in modules]
-        product = PackedProduct(self._kernel(rows), [len(weight) for weight in turned], biases)
+        outliers = None if self._outliers is None else Outliers.of(self._outliers, turned)
+        product = PackedProduct(self._kernel(rows), [len(weight) for weight in turned], biases, outliers)
         for number, ((name, module), original) in enumerate(zip(self._same_input, originals, strict=True)):
             self._replace(name, Int8Linear(module, original, product, number))
             module._parameters["weight"] = None  # whoever still holds the module holds nothing large
         self.result.num_linears += len(modules)
         self.result.num_products += 1
+        self.result.num_outliers += 0 if outliers is None else len(outliers.indices)
         self.result.num_bytes += rows.integers.nbytes
         self._same_input = []
 

@@ -1,0 +1,59 @@
+"""A few inputs of a product that are far larger than the others, and are multiplied in float32.
+
+Trained models have such channels (Dettmers et al. 2022, LLM.int8()). A row is divided by its largest number, so that
+beside a channel a hundred times larger than the rest nothing would be left of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+FACTOR = 8.0
+"""How far above the middle channel one must be: Gaussian ones are 3 times, products of two of them 5."""
+MOST = 8
+"""Columns of a product at most, so that they cost next to nothing."""
+
+
+@dataclass(frozen=True, eq=False)
+class Outliers:
+    """``indices`` [n] of inputs, ``others`` [in] with 0 at these and 1 elsewhere, their ``weights`` [n, out]."""
+
+    indices: torch.Tensor
+    others: torch.Tensor
+    weights: torch.Tensor
+
+    @classmethod
+    def of(cls, indices: torch.Tensor, weights: Sequence[torch.Tensor]) -> Outliers:
+        """Of weights [out, in] that lie one below the other."""
+        others = torch.ones(weights[0].shape[1])
+        others[indices] = 0.0
+        columns = torch.cat([weight[:, indices].float() for weight in weights])
+        return cls(indices, others, columns.t().contiguous())
+
+    def added_to(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The product of the others y [rows, out] with that of these inputs of x [rows, in].
+
+        A single row is computed as two: torch has other code for one, which adds up in another order.
+        """
+        mine = x[:, self.indices]
+        if len(x) == 1:
+            return torch.addmm(y.expand(2, -1), mine.expand(2, -1), self.weights)[:1]
+        return y.addmm_(mine, self.weights)
+
+    def put_into(self, weight: torch.Tensor) -> torch.Tensor:
+        """A weight [out, in] with these columns exact, in place."""
+        weight[:, self.indices] = self.weights.t()
+        return weight
+
+
+def find_outliers(x: torch.Tensor) -> torch.Tensor | None:
+    """Indices of inputs whose middle absolute value over rows [..., in] stands out; None where none does."""
+    sizes = x.reshape(-1, x.shape[-1]).float().abs().median(0).values
+    border = FACTOR * sizes.median()
+    indices = (sizes > border).nonzero()[:, 0]
+    if not len(indices) or not border > 0:
+        return None
+    return indices if len(indices) <= MOST else sizes.topk(MOST).indices.sort().values
