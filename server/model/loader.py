@@ -110,7 +110,7 @@ def load_base(
     fix_rope(model, length)
     if model.dtype == torch.float32 and place.type == "cpu":
         quicken(model)
-        shorten(model)
+    shorten(model)
     if not attention.num_calls == len(shapes) == config.get_text_config().num_hidden_layers:
         raise BaseModelRefused(
             name, f"{attention.num_calls} attention calls on {len(shapes)} layers: each must make one"

@@ -1,0 +1,114 @@
+"""Fewer operations a step: what replaces stock code computes what it does, and is found where it should be."""
+
+from __future__ import annotations
+
+import copy
+import sys
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.llama import modeling_llama
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+
+from server.lora.delta import with_parameters
+from server.lora.place import Shortcut, lengthen, put, shorten
+from server.model.quick_ops import RMSNorm, Rotation, quicken
+from tests.model.families import FAMILIES, build
+
+WITH_LAYER_NORMS = {"gpt2", "gpt2_untied", "gpt_neox"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_a_quickened_model_gives_the_stock_logits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = build(family)
+    code = sys.modules[type(stock).__module__]
+    if hasattr(code, "apply_rotary_pos_emb"):
+        monkeypatch.setattr(code, "apply_rotary_pos_emb", code.apply_rotary_pos_emb)  # to be put back
+    ids = torch.arange(3, 40)[None] % stock.config.get_text_config().vocab_size
+    expected = stock(ids).logits
+    model = copy.deepcopy(stock)
+    quicken(model)
+    shorten(model)
+    got = model(ids).logits
+    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+    norms = [one for one in model.modules() if isinstance(one, RMSNorm)]
+    assert bool(norms) == (family not in WITH_LAYER_NORMS)
+
+
+def test_a_norm_takes_the_weight_of_an_adapter() -> None:
+    stock = Qwen2RMSNorm(48, eps=1e-5)
+    quick = RMSNorm.like(stock)
+    assert quick is not None
+    x, own = torch.randn(1, 5, 48), torch.rand(48)
+    before = quick(x)
+    other = with_parameters(quick, {"weight": own})
+    assert torch.allclose(other(x), before * own, rtol=1e-5, atol=1e-6)
+    assert torch.equal(quick(x), before)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-20, 1e-3, 1e3, 1e15])
+def test_a_norm_is_that_of_stock_for_rows_of_any_size(size: float) -> None:
+    stock = Qwen2RMSNorm(48, eps=1e-6)
+    quick = RMSNorm.like(stock)
+    assert quick is not None
+    x = torch.randn(1, 5, 48) * size
+    assert torch.allclose(quick(x), stock(x), rtol=1e-5, atol=1e-7)
+
+
+def test_what_is_no_rms_norm_stays() -> None:
+    assert RMSNorm.like(nn.LayerNorm(48)) is None
+    assert RMSNorm.like(nn.Linear(48, 48)) is None
+    assert RMSNorm.like(Qwen2RMSNorm(48).bfloat16()) is None
+
+
+def test_a_rotation_leaves_calls_that_it_cannot_serve_to_the_stock_code() -> None:
+    calls = []
+
+    def stock(*args: object, **named: object) -> str:
+        calls.append((len(args), named))
+        return "stock"
+
+    rotation = Rotation(stock)
+    q, k = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 3, 16)
+    narrow = torch.randn(1, 3, 8)
+    assert rotation(q, k, narrow, narrow) == "stock"  # only a part of a head is rotated
+    full = torch.randn(1, 3, 16)
+    assert rotation(q, k, full, full, unsqueeze_dim=2) == "stock"
+    assert rotation(q.bfloat16(), k.bfloat16(), full, full) == "stock"
+    assert len(calls) == 3
+    ours = rotation(q, k, full, full)
+    theirs = modeling_llama.apply_rotary_pos_emb(q, k, full, full)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ours, theirs, strict=True))
+
+
+class _Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.listed = nn.Linear(4, 4), nn.ModuleList([nn.Linear(4, 4)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Through both."""
+        y: torch.Tensor = self.listed[0](self.first(x))
+        return y
+
+
+def test_a_shortcut_gives_way_to_hooks_and_to_other_modules() -> None:
+    layer, x = _Layer(), torch.randn(2, 4)
+    expected = layer(x)
+    shorten(layer)
+    assert isinstance(layer.first, Shortcut) and isinstance(layer.listed, nn.ModuleList)
+    assert torch.equal(layer(x), expected)
+    assert layer.first.in_features == 4 and layer.first.weight is layer._modules["first"].weight  # type: ignore[union-attr]
+    assert [name for name, _ in layer.named_modules()] == ["", "first", "listed", "listed.0"]
+    other = nn.Linear(4, 4)
+    put(layer, "first", other)
+    assert layer.first.module is other and not torch.equal(layer(x), expected)
+    lengthen(layer)
+    seen: list[nn.Module] = []
+    layer.first.register_forward_hook(lambda module, *_: seen.append(module))
+    layer(x)
+    assert seen == [other]
+    shorten(layer)
+    assert layer.first is other  # somebody listens
