@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from server.int8.kernels import FbgemmKernel, OnednnKernel, choose_kernel
+from server.int8.rows import Int8Rows
 
 Shape = tuple[int, int]
 """A linear: inputs, outputs."""
@@ -63,17 +64,17 @@ def _product(name: str, weight: torch.Tensor, x: torch.Tensor) -> Callable[[], o
 
 
 def _int8(weight: torch.Tensor, x: torch.Tensor) -> Callable[[], object]:
-    """FBGEMM's product with scales that are given: [rows, in] float -> [rows, out] float."""
-    quantized: Any = torch.ops.quantized
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the type of a packed weight is marked as going; nothing has taken its place
-        scales = weight.abs().amax(1).double() / 127
-        packed = quantized.linear_prepack(
-            torch.quantize_per_channel(weight, scales, torch.zeros(len(weight), dtype=torch.long), 0, torch.qint8), None
-        )
-    scale, zero = torch.tensor(1 / 32), torch.tensor(128)
-    return lambda: quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, scale, zero, packed)
+    """The engine's own kernel, without putting the activations on their grid: that is no product."""
+    kernel = choose_kernel()
+    assert kernel is not None
+    packed = kernel(Int8Rows.of([weight]))
+    if isinstance(packed, OnednnKernel):
+        integers = torch.randint(0, 256, x.shape, dtype=torch.uint8)
+        return lambda: packed._multiply(integers)
+    assert isinstance(packed, FbgemmKernel)
+    normalized = x / x.abs().amax()
+    return lambda: packed._multiply(normalized)
 
 
 def _has_int8() -> bool:
-    return "fbgemm" in torch.backends.quantized.supported_engines
+    return choose_kernel() is not None

@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from benchmarks.parts.engines import InProcessEngine
+from server.lora.layer import AdaptedModule
 from server.lora.place import lengthen, shorten
 from server.model.attention import FlatAttention
 
@@ -81,6 +82,7 @@ def timing(engine: InProcessEngine, stack: Stack) -> Iterator[None]:
         kind = kind_of(module, head=head)
         handles.append(module.register_forward_pre_hook(lambda *_, kind=kind: stack.enter(kind)))
         handles.append(module.register_forward_hook(lambda *_: stack.leave()))
+    layers = [one for one in engine.base.model.modules() if isinstance(one, AdaptedModule)]
     scheduler, sampler, runner = engine.engine.scheduler, engine.engine.sampler, engine.runner
     stages = (
         (scheduler, "schedule", "scheduling"),
@@ -89,6 +91,8 @@ def timing(engine: InProcessEngine, stack: Stack) -> Iterator[None]:
         (runner, "run", "rest"),
         (runner.bank, "begin", "LoRA"),
         (FlatAttention, "__call__", "attention"),
+        # an adapter's layer calls the base's linear past its hooks
+        *((one, "_compute", kind_of(one.base, head=head)) for one in layers),
     )
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in stages]
     for (owner, name, kind), (_, _, call) in zip(stages, before, strict=True):
@@ -100,7 +104,7 @@ def timing(engine: InProcessEngine, stack: Stack) -> Iterator[None]:
             handle.remove()
         shorten(engine.base.model)
         for owner, name, call in before:
-            if isinstance(owner, type):
+            if isinstance(owner, type) or name == "_compute":
                 setattr(owner, name, call)
             else:
                 delattr(owner, name)
