@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from types import FrameType
@@ -214,20 +214,46 @@ def bind(host: str, port: int) -> socket.socket:
 def _metrics(base: Base) -> Metrics:
     metrics = Metrics()
     metrics.build_info.info({"version": _version(), "torch": torch.__version__})
-    metrics.base_model_info.info({"name": base.signature.name, "dtype": str(base.model.dtype).removeprefix("torch.")})
+    metrics.base_model_info.info(
+        {
+            "name": base.signature.name,
+            "dtype": str(base.model.dtype).removeprefix("torch."),
+            "quantization": "none" if base.quantized is None else "int8",
+        }
+    )
     return metrics
 
 
 def _log_base(base: Base, seconds: float) -> None:
+    quantized, dtype = base.quantized, str(base.model.dtype).removeprefix("torch.")
+    parameters = [parameter.numel() for parameter in base.model.parameters()]
     logger.info(
         "base %s: %.1fM parameters in %s on %s, %d tokens of context, loaded in %.1f s",
         base.signature.name,
-        sum(parameter.numel() for parameter in base.model.parameters()) / 1e6,
-        str(base.model.dtype).removeprefix("torch."),
+        (sum(parameters) if quantized is None else quantized.num_parameters) / 1e6,
+        dtype if quantized is None else "int8",
         base.model.device,
         base.max_model_len,
         seconds,
     )
+    if quantized is not None:
+        logger.info(
+            "int8 by %s: %d linears and the embedding, %.0f MB, with %d columns of large inputs in floats; left in %s: "
+            "%.1f MB%s",
+            quantized.kernel,
+            quantized.num_linears,
+            quantized.num_bytes / 1e6,
+            quantized.num_outliers,
+            dtype,
+            sum(quantized.left.values()) / 1e6,
+            _largest_left(quantized.left),
+        )
+
+
+def _largest_left(left: Mapping[str, int]) -> str:
+    """What takes a megabyte or more, as the experts of a mixture."""
+    large = sorted((name for name in left if left[name] >= 1_000_000), key=lambda name: -left[name])
+    return f", above all {', '.join(large[:3])}{' ...' if len(large) > 3 else ''}" if large else ""
 
 
 def _base_defaults(base: Base) -> AdapterDefaults:

@@ -22,7 +22,7 @@ from server.int8.kernels import Kernel, weight_levels
 from server.int8.linear import Int8Linear, Original, PackedProduct
 from server.int8.outliers import Outliers, find_outliers
 from server.int8.rows import Int8Rows, pieces
-from server.model.mapped_files import MappedFiles
+from server.model.mapped_files import MappedFiles, trim
 
 SMALLEST_SIDE = 32
 """Linears with fewer inputs or outputs stay in floats: routers and gates, which decide more than they cost."""
@@ -32,10 +32,11 @@ SMALLEST_SIDE = 32
 class Quantized:
     """What became of a base: linears and bytes in integers, and parameters left in floats with their bytes.
 
-    ``num_outliers`` are inputs of its products that are multiplied in floats.
+    ``num_parameters`` are all it had; ``num_outliers`` are inputs of its products that are multiplied in floats.
     """
 
     kernel: str
+    num_parameters: int
     num_linears: int = 0
     num_products: int = 0
     num_bytes: int = 0
@@ -77,7 +78,7 @@ class _Quantizer:
         self._input: torch.Tensor | None = None
         self._outliers: torch.Tensor | None = None
         self._same_input: list[tuple[str, nn.Module]] = []
-        self.result = Quantized(kernel.name)
+        self.result = Quantized(kernel.name, sum(parameter.numel() for parameter in model.parameters()))
 
     def note(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         """A hook for a linear: those that follow one another with the same input wait to be packed together."""
@@ -117,6 +118,7 @@ class _Quantizer:
             for name, buffer in module._buffers.items():
                 if buffer is not None and buffer.dtype in (torch.bfloat16, torch.float16):
                     module._buffers[name] = buffer.to(dtype)
+        trim()
 
     def _pack(self) -> None:
         """Make the linears that got the same input one product of integers."""

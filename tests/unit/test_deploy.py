@@ -43,7 +43,7 @@ def exposed() -> dict[str, set[str]]:
     metrics.know_adapter("an-adapter")
     metrics.http_errors.labels("503")
     metrics.build_info.info({"version": "0", "torch": "0"})
-    metrics.base_model_info.info({"name": "a", "dtype": "b"})
+    metrics.base_model_info.info({"name": "a", "dtype": "b", "quantization": "c"})
     return {sample.name: set(sample.labels) for family in metrics.registry.collect() for sample in family.samples}
 
 

@@ -1,0 +1,104 @@
+"""How much of a base's understanding int8 costs, alone and with each demo adapter, against the same base in float32.
+
+    python -m benchmarks.int8_accuracy [--base BASE] [--data FOLDER] [--windows 40]
+
+Reads texts that come with the repository: new conversations of the kinds micro was trained on, a licence, and the
+demo adapters' own conversations. With --data, a folder with ``english``, ``gutenberg`` and ``tinyshakespeare`` as in
+CONTRIBUTING.md, also books. For each text: perplexity in float32, by how much int8's is above it, the share of places
+with the same likeliest token, and the mean Kullback-Leibler divergence of int8's probabilities in thousandths of a
+nat, which is far less a matter of luck. On micro also what single parts cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+
+from benchmarks.parts.perplexity import (
+    LENGTH,
+    ROOT,
+    Comparison,
+    Reader,
+    Windows,
+    adapter_texts,
+    book,
+    compare,
+    own_texts,
+)
+from server.int8.kernels import HALF_LEVELS
+from server.model.device import available_threads
+from server.model.loader import Base, load_base
+
+_BOOKS = ("Little-Women_514.txt", "The-Time-Machine_35.txt")
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="micro", help="'micro', a folder, or a hub id")
+    parser.add_argument("--data", type=Path, help="a folder with books")
+    parser.add_argument("--windows", type=int, default=40, help=f"windows of {LENGTH} tokens of each text, at most")
+    options = parser.parse_args()
+    torch.set_num_threads(available_threads())
+    floats, int8 = Reader(_load(options.base, "none")), Reader(_load(options.base, "int8"))
+    tokenizer = floats.base.tokenizer
+    texts = dict(own_texts(tokenizer, num_windows=options.windows))
+    for name in _BOOKS if options.data else ():
+        texts[Path(name).stem] = book(tokenizer, options.data / "english" / name, num_windows=options.windows)
+    print(
+        "| model | text | tokens | perplexity in float32 | int8 above it | same likeliest token | divergence / 1000 |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for name, windows in texts.items():
+        print(_row("the base", name, compare(int8, floats, windows)))
+    if options.base == "micro":
+        of_adapters = adapter_texts(tokenizer, options.data, num_windows=options.windows)
+        for adapter, (name, windows) in of_adapters.items():
+            both = (int8.add(ROOT / "adapters" / adapter), floats.add(ROOT / "adapters" / adapter))
+            print(_row(adapter, name, compare(int8, floats, windows, both)))
+        _print_parts(floats, texts)
+
+
+def _print_parts(floats: Reader, texts: Mapping[str, Windows]) -> None:
+    """The same with one part changed."""
+    embedding = _load("micro", "int8")
+    embedding.model.set_input_embeddings(floats.base.model.get_input_embeddings())
+    with patch("server.model.quantizer.find_outliers", lambda x: None):
+        unprotected = _load("micro", "int8")
+    with patch("server.model.quantizer.weight_levels", lambda kernel: HALF_LEVELS):
+        half = _load("micro", "int8")
+    readers = {
+        "int8 as it is served": Reader(_load("micro", "int8")),
+        "its keys and values in float32": Reader(_load("micro", "int8"), kv_dtype=torch.float32),
+        "its embedding in float32": Reader(embedding),
+        "no column in floats": Reader(unprotected),
+        "weights of half the levels, as without VNNI": Reader(half),
+        "float32, but keys and values in bfloat16": Reader(floats.base, kv_dtype=torch.bfloat16),
+    }
+    exact = Reader(_load("micro", "none"))
+    print(f"\n| divergence / 1000 | {' | '.join(texts)} |")
+    print(f"|---|{'---|' * len(texts)}")
+    for name, reader in readers.items():
+        found = [f"{1000 * compare(reader, exact, windows).divergence:.2f}" for windows in texts.values()]
+        print(f"| {name} | {' | '.join(found)} |")
+
+
+def _row(model: str, text: str, found: Comparison) -> str:
+    perplexity = math.exp(found.other_loss)
+    return (
+        f"| {model} | {text} | {found.num_tokens:,} | {perplexity:.2f} | {found.excess:+.2%} | {found.agreement:.1%} | "
+        f"{1000 * found.divergence:.2f} |"
+    )
+
+
+def _load(base: str, quantization: str) -> Base:
+    return load_base(base, name="base", device="cpu", dtype="float32", max_model_len=LENGTH, quantization=quantization)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""A base that becomes int8 is never all in memory in floats."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from benchmarks.parts.random_tokenizer import save_tokenizer
+from tests.serving import ROOT
+
+VOCAB_SIZE = 32_000
+
+
+def build(folder: Path) -> int:
+    """A random base in float32; megabytes of its file."""
+    config = Qwen2Config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=10,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        eos_token_id=VOCAB_SIZE - 3,
+        pad_token_id=VOCAB_SIZE - 2,
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    save_tokenizer(folder, VOCAB_SIZE)
+    return (folder / "model.safetensors").stat().st_size // 1_000_000
+
+
+def test_loading_holds_little_more_than_the_integers(tmp_path: Path) -> None:
+    megabytes = build(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.int8_memory", str(tmp_path), "--json"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert 4 * found["int8"] > 0.99 * megabytes
+    assert found["peak"] < 1.6 * found["int8"] + 60, found
+    assert found["peak"] < 0.75 * megabytes, found  # with the whole file in memory: 1.3
