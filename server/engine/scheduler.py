@@ -141,6 +141,7 @@ class Scheduler:
 
     def _append(self, sequence: Sequence, token_id: int | None) -> StepOutput:
         if token_id is None:
+            sequence.num_computed = 0  # what it leaves behind may be as broken
             self._finish(sequence)
             return StepOutput(sequence.id, None, failed="the model gave no finite scores for the next token")
         sequence.output_ids.append(token_id)

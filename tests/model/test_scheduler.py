@@ -10,6 +10,7 @@ import torch
 
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
+from server.engine.slots import SlotTable
 from server.lora.weights import LoRAWeights
 from server.metrics import Metrics
 from server.model.sampler import Sampler
@@ -259,3 +260,14 @@ def test_whatever_comes_and_goes_everybody_gets_the_scripts_tokens(seed: int) ->
     assert engine.scheduler.slots.num_used == 0
     assert all(batch.num_rows <= 11 for batch in runner.batches)
     assert all(len({segment.slot for segment in batch.segments}) == len(batch.segments) for batch in runner.batches)
+
+
+def test_what_a_sequence_without_finite_scores_has_computed_is_not_reused() -> None:
+    slots = SlotTable(4, max_len=64, reuses=True)
+    scheduler = Scheduler(max_num_seqs=2, max_num_batched_tokens=64, max_model_len=64, slots=slots)
+    for number, token in enumerate((None, 5, 5)):
+        sequence = Sequence(number, tuple(range(3, 43)), 1, SamplingParams(temperature=0))
+        scheduler.add(sequence)
+        scheduler.update(scheduler.schedule(), [token])
+        assert sequence.num_cached == (39 if number == 2 else 0)
+        scheduler.check_integrity()
