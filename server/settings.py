@@ -57,7 +57,7 @@ class Settings(BaseSettings):
         512, ge=1, description="Rows of one step: running sequences first, then chunks of prompts up to this many."
     )
     max_prefill_tokens: int = Field(
-        256, ge=1, description="Rows of prompts in a step in which others are being answered: they wait no longer."
+        128, ge=1, description="Rows of prompts in a step in which others are being answered: they wait no longer."
     )
     kv_memory: int = Field(
         2_147_483_648,

@@ -123,7 +123,7 @@ def in_process_engine(
     quantization: str = "none",
     max_num_seqs: int = 32,
     max_num_batched_tokens: int = 512,
-    max_prefill_tokens: int = 256,
+    max_prefill_tokens: int = 128,
     max_len: int = 1024,
     prefix_caching: bool = False,
 ) -> InProcessEngine:
