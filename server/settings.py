@@ -41,8 +41,8 @@ class Settings(BaseSettings):
     )
     quantization: Literal["none", "int8"] = Field(
         "none",
-        description="int8 makes the base's linears and embedding 8-bit integers at start: faster on a CPU, in half the "
-        "memory of bfloat16, for a little accuracy.",
+        description="int8 makes the base's linears and embedding 8-bit integers at start: faster on a CPU, in less "
+        "memory than bfloat16, for a little accuracy.",
     )
     threads: int | None = Field(
         None, ge=1, description="Threads for matrix products; without it, the cores this process may use."
