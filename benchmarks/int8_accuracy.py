@@ -61,13 +61,14 @@ def main() -> None:
         for adapter, (name, windows) in of_adapters.items():
             both = (int8.add(ROOT / "adapters" / adapter), floats.add(ROOT / "adapters" / adapter))
             print(_row(adapter, name, compare(int8, floats, windows, both)))
-        _print_parts(floats, texts)
+        _print_parts(texts)
 
 
-def _print_parts(floats: Reader, texts: Mapping[str, Windows]) -> None:
-    """The same with one part changed."""
+def _print_parts(texts: Mapping[str, Windows]) -> None:
+    """The same with one part changed; each on a base of its own, since adapters stay on the one that read them."""
     embedding = _load("micro", "int8")
-    embedding.model.set_input_embeddings(floats.base.model.get_input_embeddings())
+    exact = Reader(_load("micro", "none"))
+    embedding.model.set_input_embeddings(exact.base.model.get_input_embeddings())
     with patch("server.model.quantizer.find_outliers", lambda x: None):
         unprotected = _load("micro", "int8")
     with patch("server.model.quantizer.weight_levels", lambda kernel: HALF_LEVELS):
@@ -78,9 +79,8 @@ def _print_parts(floats: Reader, texts: Mapping[str, Windows]) -> None:
         "its embedding in float32": Reader(embedding),
         "no column in floats": Reader(unprotected),
         "weights of half the levels, as without VNNI": Reader(half),
-        "float32, but keys and values in bfloat16": Reader(floats.base, kv_dtype=torch.bfloat16),
+        "float32, but keys and values in bfloat16": Reader(_load("micro", "none"), kv_dtype=torch.bfloat16),
     }
-    exact = Reader(_load("micro", "none"))
     print(f"\n| divergence / 1000 | {' | '.join(texts)} |")
     print(f"|---|{'---|' * len(texts)}")
     for name, reader in readers.items():
