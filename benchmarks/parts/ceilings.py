@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.nn.functional as F
 
-from server.int8.kernels import FbgemmKernel, OnednnKernel, choose_kernel
+from server.int8.kernels import OnednnKernel, choose_torch_kernel
 from server.int8.rows import Int8Rows
 
 Shape = tuple[int, int]
@@ -64,17 +64,16 @@ def _product(name: str, weight: torch.Tensor, x: torch.Tensor) -> Callable[[], o
 
 
 def _int8(weight: torch.Tensor, x: torch.Tensor) -> Callable[[], object]:
-    """The engine's own kernel, without putting the activations on their grid: that is no product."""
-    kernel = choose_kernel()
+    """The faster of torch's kernels, without putting the activations on their grid: that is no product."""
+    kernel = choose_torch_kernel()
     assert kernel is not None
     packed = kernel(Int8Rows.of([weight]))
     if isinstance(packed, OnednnKernel):
         integers = torch.randint(0, 256, x.shape, dtype=torch.uint8)
-        return lambda: packed._multiply(integers)
-    assert isinstance(packed, FbgemmKernel)
+        return lambda: packed.multiply(integers)
     normalized = x / x.abs().amax()
-    return lambda: packed._multiply(normalized)
+    return lambda: packed.multiply(normalized)
 
 
 def _has_int8() -> bool:
-    return choose_kernel() is not None
+    return choose_torch_kernel() is not None

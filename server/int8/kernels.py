@@ -1,4 +1,4 @@
-"""Products of activations and int8 weights by what torch has: FBGEMM, or oneDNN where AMX multiplies integers.
+"""Products of activations and int8 weights: by routines of our own (``native``), else by what torch has.
 
 Every row of activations is divided by its own largest absolute value and rounded to a 127th of it; integer sums are
 exact, so a row's result does not depend on its neighbours (as in SmoothQuant's per-token W8A8, Xiao et al. 2023).
@@ -12,6 +12,8 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
+from server.int8.native import native_kernels
+from server.int8.outliers import Outliers
 from server.int8.rows import LEVELS, Int8Rows
 
 _TINY = 1e-30
@@ -22,14 +24,14 @@ _onednn: Any = torch.ops.onednn
 
 
 class Kernel(Protocol):
-    """A packed weight."""
+    """A packed weight, with a bias [out] and with columns that are multiplied in floats, where it has any."""
 
     name: ClassVar[str]
 
-    def __init__(self, rows: Int8Rows) -> None: ...
+    def __init__(self, rows: Int8Rows, bias: torch.Tensor | None = None, outliers: Outliers | None = None) -> None: ...
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """float32 [..., in] -> a new float32 [..., out]."""
+        """float32 [..., in], not empty -> a new float32 [..., out]."""
         ...
 
     def in_floats(self) -> torch.Tensor:
@@ -46,47 +48,67 @@ Fewer levels of activations instead would fit as well, and lose more: their larg
 """
 
 
-class FbgemmKernel:
-    """FBGEMM: fastest with VNNI, and at a single row."""
+class TorchKernel:
+    """What torch's kernels have in common: bias and outliers come in passes of their own."""
 
-    name: ClassVar[str] = "FBGEMM"
-
-    def __init__(self, rows: Int8Rows) -> None:
-        self._packed = _pack_for_fbgemm(rows)
-        self._op = _fbgemm.linear_with_input_q_dq_qweight_dq_output_fp32.default
+    def __init__(self, rows: Int8Rows, bias: torch.Tensor | None = None, outliers: Outliers | None = None) -> None:
         self._num_inputs = rows.integers.shape[1]
+        self._bias, self._outliers = bias, outliers
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """float32 [..., in] -> a new float32 [..., out]."""
-        largest = x.abs().amax(-1, keepdim=True).clamp_min_(_TINY)  # [..., 1]
-        return self._multiply(x / largest).mul_(largest)
+        if self._outliers is None:
+            y = self._product(x)
+        else:
+            rows = x.reshape(-1, x.shape[-1])
+            y = self._outliers.added_to(self._product(rows * self._outliers.others), rows).view(*x.shape[:-1], -1)
+        return y if self._bias is None else y.add_(self._bias)
 
     def in_floats(self) -> torch.Tensor:
-        """The weight it multiplies with, float32 [out, in]."""
-        return _unpacked(self, self._num_inputs)
+        """The weight, float32 [out, in], read off products of unit vectors: they lie on the grid, nothing is rounded."""
+        weight = self._product(torch.eye(self._num_inputs)).t().contiguous()
+        return weight if self._outliers is None else self._outliers.put_into(weight)
 
-    def _multiply(self, x: torch.Tensor) -> torch.Tensor:
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class FbgemmKernel(TorchKernel):
+    """FBGEMM: torch's fastest but with AMX."""
+
+    name: ClassVar[str] = "FBGEMM"
+
+    def __init__(self, rows: Int8Rows, bias: torch.Tensor | None = None, outliers: Outliers | None = None) -> None:
+        super().__init__(rows, bias, outliers)
+        self._packed = _pack_for_fbgemm(rows)
+        self._op = _fbgemm.linear_with_input_q_dq_qweight_dq_output_fp32.default
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        largest = x.abs().amax(-1, keepdim=True).clamp_min_(_TINY)  # [..., 1]
+        return self.multiply(x / largest).mul_(largest)
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """x float32, -1 to 1."""
         product: torch.Tensor = self._op(x, 1.0 / LEVELS, ZERO, self._packed)
         return product
 
 
-class OnednnKernel:
-    """oneDNN: fastest with AMX, and the one that is left where torch has no FBGEMM."""
+class OnednnKernel(TorchKernel):
+    """oneDNN: torch's fastest with AMX, and the one that is left where torch has no FBGEMM."""
 
     name: ClassVar[str] = "oneDNN"
 
-    def __init__(self, rows: Int8Rows) -> None:
+    def __init__(self, rows: Int8Rows, bias: torch.Tensor | None = None, outliers: Outliers | None = None) -> None:
+        super().__init__(rows, bias, outliers)
         self._packed = _onednn.qlinear_prepack(rows.integers, None)
         self._op = _onednn.qlinear_pointwise.default
         self._scales = rows.scales
         self._zeros = torch.zeros(len(rows.scales), dtype=torch.int32)
-        self._num_inputs = rows.integers.shape[1]
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """float32 [..., in] -> a new float32 [..., out]."""
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
         if x.numel() <= _PIECE_NUMBERS:
             integers, largest = _on_grid(x)
-            return self._multiply(integers).mul_(largest)
+            return self.multiply(integers).mul_(largest)
         rows = x.view(-1, x.shape[-1])
         integers = torch.empty(rows.shape, dtype=torch.uint8)
         largest = torch.empty(len(rows), 1)
@@ -94,13 +116,10 @@ class OnednnKernel:
         for first in range(0, len(rows), step):
             at = slice(first, first + step)
             integers[at], largest[at] = _on_grid(rows[at])
-        return self._multiply(integers).mul_(largest).view(*x.shape[:-1], -1)
+        return self.multiply(integers).mul_(largest).view(*x.shape[:-1], -1)
 
-    def in_floats(self) -> torch.Tensor:
-        """The weight it multiplies with, float32 [out, in]."""
-        return _unpacked(self, self._num_inputs)
-
-    def _multiply(self, integers: torch.Tensor) -> torch.Tensor:
+    def multiply(self, integers: torch.Tensor) -> torch.Tensor:
+        """uint8 around ``ZERO``."""
         product: torch.Tensor = self._op(
             integers, 1.0 / LEVELS, ZERO, self._packed, self._scales, self._zeros,
             None, 1.0, 0, torch.float32, "none", [], "",
@@ -116,7 +135,13 @@ def _on_grid(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def choose_kernel() -> type[Kernel] | None:
-    """What multiplies integers fastest on this machine; None where torch has nothing that does."""
+    """What multiplies integers fastest on this machine; None where nothing does."""
+    native: type[Kernel] | None = next(iter(native_kernels().values()), None)
+    return native or choose_torch_kernel()
+
+
+def choose_torch_kernel() -> type[FbgemmKernel | OnednnKernel] | None:
+    """The fastest of those that come with torch; None where it has none."""
     _quieten_deprecations()
     has_onednn = torch.backends.mkldnn.is_available() and hasattr(_onednn, "qlinear_pointwise")
     if has_onednn and torch.cpu.get_capabilities().get("amx_int8"):
@@ -153,11 +178,6 @@ def _pack_for_fbgemm(rows: Int8Rows) -> Any:
         return _fbgemm.linear_prepack(quantized, None)
     finally:
         torch.backends.quantized.engine = engine
-
-
-def _unpacked(kernel: Kernel, num_inputs: int) -> torch.Tensor:
-    """The weight, read off the products of the unit vectors: they lie on the grid, so nothing is rounded."""
-    return kernel(torch.eye(num_inputs)).t().contiguous()
 
 
 @cache

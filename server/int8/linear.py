@@ -14,7 +14,6 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from server.int8.kernels import Kernel
-from server.int8.outliers import Outliers
 from server.int8.rows import pieces
 
 
@@ -24,15 +23,8 @@ class PackedProduct:
     The first that is called computes all; the others take their part if they get the very same tensor.
     """
 
-    def __init__(
-        self,
-        kernel: Kernel,
-        sizes: Sequence[int],
-        biases: Sequence[torch.Tensor | None],
-        outliers: Outliers | None = None,
-    ) -> None:
-        self._kernel, self._outliers, self._sizes = kernel, outliers, list(sizes)
-        self._bias = _joined(sizes, biases)
+    def __init__(self, kernel: Kernel, sizes: Sequence[int]) -> None:
+        self._kernel, self._sizes = kernel, list(sizes)
         self._x: torch.Tensor | None = None
         self._y: list[torch.Tensor | None] = []
 
@@ -51,9 +43,7 @@ class PackedProduct:
 
     def in_floats(self, number: int) -> torch.Tensor:
         """The weight of linear ``number``, float32 [out, in]."""
-        weight = self._kernel.in_floats()
-        whole = weight if self._outliers is None else self._outliers.put_into(weight)
-        part: torch.Tensor = whole.split(self._sizes)[number]
+        part: torch.Tensor = self._kernel.in_floats().split(self._sizes)[number]
         return part
 
     def _compute(self, x: torch.Tensor) -> torch.Tensor:
@@ -61,12 +51,7 @@ class PackedProduct:
             return self._compute(x.float()).to(x.dtype)
         if not x.numel():
             return x.new_zeros(*x.shape[:-1], sum(self._sizes))
-        if self._outliers is None:
-            y = self._kernel(x)
-        else:
-            rows = x.reshape(-1, x.shape[-1])
-            y = self._outliers.added_to(self._kernel(rows * self._outliers.others), rows).view(*x.shape[:-1], -1)
-        return y if self._bias is None else y.add_(self._bias)
+        return self._kernel(x)
 
 
 @dataclass(frozen=True)
@@ -135,7 +120,7 @@ def with_weight(stock: nn.Module, weight: torch.Tensor) -> nn.Module:
     return other
 
 
-def _joined(sizes: Sequence[int], biases: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+def joined(sizes: Sequence[int], biases: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     """The biases end to end, zeros for those that are missing [sum of sizes]; None where all are."""
     if all(bias is None for bias in biases):
         return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,9 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from server.model.kv_cache import KVCache, LayerShape, Span
+
+if TYPE_CHECKING:
+    from server.native.attention import RowAttention
 
 _numbers = itertools.count()
 
@@ -28,6 +31,7 @@ class Layout:
     slots: torch.Tensor
     positions: torch.Tensor
     masks: dict[tuple[int, int, int | None], torch.Tensor] = field(default_factory=dict)
+    _singles: dict[int | None, tuple[torch.Tensor, int]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, spans: tuple[Span, ...], device: torch.device) -> Layout:
@@ -35,6 +39,14 @@ class Layout:
         slots = [span.slot for span in spans for _ in range(span.length)]
         positions = [position for span in spans for position in range(span.start, span.start + span.length)]
         return cls(spans, torch.tensor(slots, device=device), torch.tensor(positions, device=device))
+
+    def singles(self, window: int | None) -> tuple[torch.Tensor, int]:
+        """Rows that are a span of their own with the first key each sees, int64 [n, 2]; the most keys one sees."""
+        if window not in self._singles:
+            rows = [(span.row, first_key(span, window)) for span in self.spans if span.length == 1]
+            longest = max((span.start + 1 - first_key(span, window) for span in self.spans if span.length == 1), default=0)
+            self._singles[window] = torch.tensor(rows, dtype=torch.long).view(-1, 2), longest
+        return self._singles[window]
 
     def mask(self, span: Span, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
         """What is added to the scores of a chunk, [length, keys]: 0 where a row sees a key, else minus infinity.
@@ -62,13 +74,15 @@ def first_key(span: Span, window: int | None) -> int:
 class FlatAttention:
     """The attention function of one model, registered with transformers under a name of its own.
 
-    Without a cache it serves whole sequences only, and notes each layer's shapes: that is the probe at start.
+    Without a cache it serves whole sequences only, and notes each layer's shapes: that is the probe at start. ``rows``,
+    where it is set, is the routine for decoding rows.
     """
 
     def __init__(self) -> None:
         self.name = f"quickchange_{next(_numbers)}"
         self.cache: KVCache | None = None
         self.layout: Layout | None = None
+        self.rows: RowAttention | None = None
         self.seen_shapes: dict[int, LayerShape] = {}
         self.num_calls = 0
         AttentionInterface.register(self.name, self)
@@ -93,9 +107,11 @@ class FlatAttention:
     ) -> tuple[torch.Tensor, None]:
         """query [1, heads, rows, dim], key and value [1, kv_heads, rows, dim] -> [1, rows, heads, value_dim]."""
         layout, layer = self._note(module, key, value)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if self.rows is not None and softcap is None and s_aux is None and self.rows.can(query, key, value):
+            return self._by_routine(layout, layer, query, key, value, scale, sliding_window), None
         if self.cache is not None:
             self.cache.write(layer, layout, key, value)
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         kept = query.dtype if self.cache is None else self.cache.layout.dtype
         plain = softcap is None and s_aux is None
         queries = query.to(kept)
@@ -117,6 +133,31 @@ class FlatAttention:
                 parts.append(_explicit(chunk[0], keys[0], values[0], mask, scale, softcap, s_aux).transpose(0, 1))
         attended = parts[0] if len(parts) == 1 else torch.cat(parts)
         return attended[None].to(query.dtype), None
+
+    def _by_routine(
+        self,
+        layout: Layout,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        """As a call, without soft cap and sinks: decoding rows by the routine, chunks of prompts by torch."""
+        assert self.rows is not None and self.cache is not None
+        singles, longest = layout.singles(window)
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        slots, positions = layout.slots, layout.positions
+        attended = self.rows(query, key, value, keys, values, slots, positions, singles, longest, scale)
+        for span in layout.spans:
+            if span.length > 1:
+                chunk = query[:, :, span.row : span.row + span.length].to(keys.dtype)
+                first = span.start == 0 and (window is None or span.length <= window)
+                mask = None if first else layout.mask(span, window, keys.dtype)
+                mine = self._keys_and_values(layer, span, window, key, value)
+                attended[span.row : span.row + span.length] = _chunk(chunk, *mine, mask, scale)
+        return attended[None]
 
     def _note(self, module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> tuple[Layout, int]:
         assert self.layout is not None, "no batch was begun"

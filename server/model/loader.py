@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -37,7 +37,11 @@ from server.model.quantizer import Quantized, quantizing
 from server.model.quick_ops import quicken
 from server.model.rope import fix_rope
 from server.model.shapes import PROBE_ROWS, Noted, noting_shapes, signature_of
+from server.native.routine import available
 from server.settings import EMBEDDED_BASE
+
+if TYPE_CHECKING:
+    from server.native.passes import Passes
 
 logger = logging.getLogger("quickchange.model")
 
@@ -109,7 +113,7 @@ def load_base(
         length = _affordable(KVLayout(tuple(shapes), length, kv_dtype), kv_memory, asked=max_model_len)
     fix_rope(model, length)
     if model.dtype == torch.float32 and place.type == "cpu":
-        quicken(model)
+        quicken(model, None if kernel is None else _compiled(attention, kv_dtype))
     shorten(model)
     if not attention.num_calls == len(shapes) == config.get_text_config().num_hidden_layers:
         raise BaseModelRefused(
@@ -136,6 +140,17 @@ def _kernel(quantization: str, device: torch.device) -> type[Kernel] | None:
             f"quantization is 'int8', but torch {torch.__version__} has neither FBGEMM nor oneDNN here: set 'none'"
         )
     return kernel
+
+
+def _compiled(attention: FlatAttention, kv_dtype: torch.dtype) -> Passes | None:
+    """Routines for this CPU, where there are such; that for attention is installed."""
+    if not available():
+        return None
+    from server.native.attention import row_attention
+    from server.native.passes import passes
+
+    attention.rows = row_attention(kv_dtype)
+    return passes()
 
 
 def _num_unpacked_bytes(model: PreTrainedModel) -> int:

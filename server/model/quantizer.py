@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from server.int8.embedding import Int8Embedding
 from server.int8.kernels import Kernel, weight_levels
-from server.int8.linear import Int8Linear, Original, PackedProduct
+from server.int8.linear import Int8Linear, Original, PackedProduct, joined
 from server.int8.outliers import Outliers, find_outliers
 from server.int8.rows import Int8Rows, pieces
 from server.model.mapped_files import MappedFiles, trim
@@ -133,7 +133,8 @@ class _Quantizer:
             self._embedded = originals[0], rows
         biases = [module._parameters.get("bias") for module in modules]
         outliers = None if self._outliers is None else Outliers.of(self._outliers, turned)
-        product = PackedProduct(self._kernel(rows), [len(weight) for weight in turned], biases, outliers)
+        sizes = [len(weight) for weight in turned]
+        product = PackedProduct(self._kernel(rows, joined(sizes, biases), outliers), sizes)
         for number, ((name, module), original) in enumerate(zip(self._same_input, originals, strict=True)):
             self._replace(name, Int8Linear(module, original, product, number))
             module._parameters["weight"] = None  # whoever still holds the module holds nothing large

@@ -1,4 +1,4 @@
-"""The same arithmetic in fewer operations: RMS norms, and the rotation of queries and keys.
+"""The same arithmetic in fewer operations: RMS norms, the rotation of queries and keys, and gated units.
 
 A decoding step is hundreds of small operations between the products, each of which costs more to start than to compute.
 What is replaced is found by trying it: where the stock code gives another result, it stays.
@@ -9,39 +9,49 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+if TYPE_CHECKING:
+    from server.native.passes import Passes
+
 _TOLERANCE = 1e-5
+_GATED = ("gate_proj", "up_proj", "down_proj")
 _EPSILONS = ("variance_epsilon", "eps")
 
 
-def quicken(model: nn.Module) -> None:
-    """Replace the norms of a float32 model, and the rotation in its modelling code."""
+def quicken(model: nn.Module, passes: Passes | None = None) -> None:
+    """Replace the norms of a float32 model, and the rotation in its modelling code.
+
+    With ``passes``, routines compiled for this CPU, each of these is one, and so is what gates a layer's units.
+    """
     for name, module in list(model.named_modules()):
-        if (quick := RMSNorm.like(module)) is not None:
+        quick = RMSNorm.like(module, passes) or (None if passes is None else GatedUnits.like(module, passes))
+        if quick is not None:
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, quick)
     code = sys.modules[type(model).__module__]
     stock = getattr(code, "apply_rotary_pos_emb", None)
-    if callable(stock) and not isinstance(stock, Rotation) and _rotates_alike(Rotation(stock)):
-        code.__dict__["apply_rotary_pos_emb"] = Rotation(stock)
+    stock = stock.stock if isinstance(stock, Rotation) else stock
+    if callable(stock) and _rotates_alike(Rotation(stock, passes)):
+        code.__dict__["apply_rotary_pos_emb"] = Rotation(stock, passes)
 
 
 class RMSNorm(nn.Module):
     """``x * (weight + offset) / sqrt(mean(x**2) + eps)`` (Zhang and Sennrich 2019) over the last axis, in float32."""
 
-    def __init__(self, weight: nn.Parameter, eps: float, offset: float) -> None:
+    def __init__(self, weight: nn.Parameter, eps: float, offset: float, passes: Passes | None = None) -> None:
         super().__init__()
         self.weight = weight
-        self._offset, self._root = offset, math.sqrt(weight.numel())
+        self._eps, self._offset, self._passes = eps, offset, passes
+        self._root = 1.0 if passes else math.sqrt(weight.numel())
         self._floor = torch.tensor(math.sqrt(eps * weight.numel()))
         self._gain: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
 
     @classmethod
-    def like(cls, stock: nn.Module) -> RMSNorm | None:
+    def like(cls, stock: nn.Module, passes: Passes | None = None) -> RMSNorm | None:
         """One that computes what a stock module does, None where that is something else."""
         parameters = list(stock.named_parameters())
         eps = next((value for name in _EPSILONS if isinstance(value := getattr(stock, name, None), float)), None)
@@ -55,7 +65,7 @@ class RMSNorm(nn.Module):
             expected = stock(x)
         except (RuntimeError, TypeError):
             return None
-        candidates = (cls(weight, eps, offset) for offset in (0.0, 1.0))
+        candidates = (cls(weight, eps, offset, passes) for offset in (0.0, 1.0))
         return next((one for one in candidates if _alike(one(x), expected)), None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -65,15 +75,54 @@ class RMSNorm(nn.Module):
             assert own is not None
             gain = (own + self._offset) * self._root
             self._gain = own, gain
+        if self._passes is not None and x.dtype == torch.float32:
+            return self._passes.rms_norm(x, gain, self._eps)
         norm = torch.linalg.vector_norm(x, 2, -1, keepdim=True)
         return torch.mul(x, gain).div_(torch.hypot(norm, self._floor))
+
+
+class GatedUnits(nn.Module):
+    """``down_proj(silu(gate_proj(x)) * up_proj(x))`` (Shazeer 2020), the middle of it in one pass."""
+
+    def __init__(self, stock: nn.Module, passes: Passes) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = (stock.get_submodule(name) for name in _GATED)
+        self._passes, self._stock = passes, (stock,)  # in a tuple, so that it is no submodule
+
+    @classmethod
+    def like(cls, stock: nn.Module, passes: Passes) -> GatedUnits | None:
+        """One that computes what a stock module does, None where that is something else."""
+        if not {*_GATED} <= {name for name, _ in stock.named_children()} or list(stock.parameters(recurse=False)):
+            return None
+        size = getattr(stock, "hidden_size", None) or getattr(stock.get_submodule("gate_proj"), "in_features", None)
+        if not isinstance(size, int):
+            return None
+        quick, x = cls(stock, passes), torch.randn(1, 3, size, generator=torch.Generator().manual_seed(0))
+        try:
+            return quick if _alike(quick(x), stock(x)) else None
+        except (RuntimeError, TypeError):
+            return None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [1, rows, dim] -> [1, rows, dim]."""
+        y: torch.Tensor = self.down_proj(self._passes.gated(self.gate_proj(x), self.up_proj(x)))
+        return y
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else modelling code reads of the stock module."""
+        if name == "_stock" or name.startswith("__"):
+            raise AttributeError(name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._stock[0], name)
 
 
 class Rotation:
     """``x * cos + rotate_half(x) * sin`` (Su et al. 2021) for queries and keys; other calls go to the stock code."""
 
-    def __init__(self, stock: Callable[..., Any]) -> None:
-        self._stock = stock
+    def __init__(self, stock: Callable[..., Any], passes: Passes | None = None) -> None:
+        self.stock, self._passes = stock, passes
         self._for: torch.Tensor | None = None
         self._signed = self._cos = torch.empty(0)
 
@@ -82,7 +131,9 @@ class Rotation:
     ) -> Any:
         """q and k [1, heads, rows, dim], cos and sin [1, rows, dim]."""
         if others or named or not q.shape[-1] == k.shape[-1] == cos.shape[-1] or q.dtype != torch.float32:
-            return self._stock(q, k, cos, sin, *others, **named)
+            return self.stock(q, k, cos, sin, *others, **named)
+        if self._passes is not None and q.stride(-1) == k.stride(-1) == 1 and len(q) == 1:
+            return self._passes.rotate(q, k, cos.contiguous(), sin.contiguous())
         half = cos.shape[-1] // 2
         if sin is not self._for:
             signed = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
@@ -100,7 +151,7 @@ def _rotates_alike(quick: Rotation) -> bool:
     q, k = (torch.randn(1, heads, 3, 16, generator=generator) for heads in (4, 2))
     cos, sin = (torch.randn(1, 3, 16, generator=generator) for _ in range(2))
     try:
-        expected = quick._stock(q, k, cos, sin)
+        expected = quick.stock(q, k, cos, sin)
     except (RuntimeError, TypeError, ValueError):
         return False
     return all(_alike(ours, theirs) for ours, theirs in zip(quick(q, k, cos, sin), expected, strict=True))

@@ -1,0 +1,129 @@
+"""Passes over rows between the products, each read and written once: RMS norm, rotation of heads, gated units."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+
+from server.native.intrinsics import float_of, floats, num_threads, thread_number
+from server.native.routine import Routine
+
+_ALONE = 1 << 14
+"""Numbers that one thread computes sooner than it can share them."""
+_LOG2E = np.float32(1.4426950408889634)
+_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
+_SMALLEST, _LARGEST = np.float32(-87.0), np.float32(88.0)
+_C2, _C3, _C4, _C5, _C6 = (np.float32(1 / math.factorial(n)) for n in (2, 3, 4, 5, 6))
+_HALF, _ONE = np.float32(0.5), np.float32(1.0)
+
+
+@njit(error_model="numpy")
+def exponential(x: Any) -> Any:
+    """e to the x in float32, to two units in the last place; a vector at a time where a loop calls it."""
+    x = min(max(x, _SMALLEST), _LARGEST)
+    n = np.floor(x * _LOG2E + _HALF)
+    r = x - n * _LN2_HIGH - n * _LN2_LOW
+    power = _ONE + r * (_ONE + r * (_C2 + r * (_C3 + r * (_C4 + r * (_C5 + r * _C6)))))
+    return power * float_of((np.int32(n) + 127) << 23)
+
+
+def _rms_norm(a: Any) -> None:
+    """y = x * gain / sqrt(mean(x**2) + eps) of rows float32 [rows, dim]."""
+    me, team = thread_number(), num_threads()
+    gain, eps = floats(a.gain), np.float32(a.eps)
+    for row in range(a.rows * me // team, a.rows * (me + 1) // team):
+        x, y = floats(a.x + 4 * row * a.dim), floats(a.y + 4 * row * a.dim)
+        squares = np.float32(0.0)
+        for i in range(a.dim):
+            squares += x[i] * x[i]
+        scale = _ONE / np.sqrt(squares / np.float32(a.dim) + eps)
+        for i in range(a.dim):
+            y[i] = x[i] * scale * gain[i]
+
+
+@njit(error_model="numpy")
+def _rotate(source: int, target: int, cos_at: int, sin_at: int, half: int) -> None:
+    x, y, cos, sin = floats(source), floats(target), floats(cos_at), floats(sin_at)
+    for i in range(half):
+        y[i] = x[i] * cos[i] - x[half + i] * sin[i]
+    for i in range(half, 2 * half):
+        y[i] = x[i] * cos[i] + x[i - half] * sin[i]
+
+
+def _rotate_heads(a: Any) -> None:
+    """x * cos + rotate_half(x) * sin of queries and keys: strided [heads, rows, dim] -> [rows, heads, dim]."""
+    me, team = thread_number(), num_threads()
+    width = 8 * a.half
+    for row in range(a.rows * me // team, a.rows * (me + 1) // team):
+        cos, sin = a.cos + row * width, a.sin + row * width
+        for head in range(a.q_heads):
+            source = a.q + 4 * (head * a.q_head_stride + row * a.q_row_stride)
+            _rotate(source, a.q_out + (row * a.q_heads + head) * width, cos, sin, a.half)
+        for head in range(a.k_heads):
+            source = a.k + 4 * (head * a.k_head_stride + row * a.k_row_stride)
+            _rotate(source, a.k_out + (row * a.k_heads + head) * width, cos, sin, a.half)
+
+
+def _gated(a: Any) -> None:
+    """y = silu(gate) * up of rows [rows, dim] that lie a stride apart."""
+    me, team = thread_number(), num_threads()
+    for row in range(a.rows * me // team, a.rows * (me + 1) // team):
+        gate, up = floats(a.gate + 4 * row * a.gate_stride), floats(a.up + 4 * row * a.up_stride)
+        y = floats(a.y + 4 * row * a.dim)
+        for i in range(a.dim):
+            y[i] = gate[i] / (_ONE + exponential(-gate[i])) * up[i]
+
+
+class Passes:
+    """The routines, as torch's tensors have them. All float32, on the CPU."""
+
+    def __init__(self) -> None:
+        self._norm = Routine(_rms_norm, "x y gain rows dim", "eps", reorder=True)
+        fields = "q k q_out k_out cos sin rows half q_heads q_head_stride q_row_stride k_heads k_head_stride k_row_stride"
+        self._rotate = Routine(_rotate_heads, fields)
+        self._gated = Routine(_gated, "gate up y rows dim gate_stride up_stride")
+
+    def rms_norm(self, x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
+        """x [..., dim], gain [dim] -> a new [..., dim]."""
+        if not x.is_contiguous():
+            x = x.contiguous()
+        y = torch.empty_like(x)
+        dim, size = len(gain), x.numel()
+        self._norm(_threads(size), x.data_ptr(), y.data_ptr(), gain.data_ptr(), size // dim, dim, eps)
+        return y
+
+    def rotate(
+        self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """q and k [1, heads, rows, dim] with whole heads in one piece, cos and sin [1, rows, dim] contiguous."""
+        (_, q_heads, rows, dim), k_heads = q.shape, k.shape[1]
+        q_out, k_out = torch.empty(1, rows, q_heads, dim), torch.empty(1, rows, k_heads, dim)
+        self._rotate(
+            _threads(q.numel()), q.data_ptr(), k.data_ptr(), q_out.data_ptr(), k_out.data_ptr(), cos.data_ptr(),
+            sin.data_ptr(), rows, dim // 2, q_heads, q.stride(1), q.stride(2), k_heads, k.stride(1), k.stride(2),
+        )  # fmt: skip
+        return q_out.transpose(1, 2), k_out.transpose(1, 2)
+
+    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up, both [1, rows, dim] with rows in one piece."""
+        y = torch.empty(gate.shape)
+        _, rows, dim = gate.shape
+        self._gated(
+            _threads(4 * gate.numel()), gate.data_ptr(), up.data_ptr(), y.data_ptr(), rows, dim, gate.stride(1), up.stride(1)
+        )  # fmt: skip
+        return y
+
+
+@cache
+def passes() -> Passes:
+    """The one set of a process."""
+    return Passes()
+
+
+def _threads(numbers: int) -> int:
+    return 1 if numbers <= _ALONE else torch.get_num_threads()

@@ -1,0 +1,172 @@
+"""Products of rows of floats and int8 weights: rows are put on the grid, multiplied, and scaled back, in one go.
+
+A weight lies in blocks of 64 outputs, [blocks, inputs / 4, 64, 4], inputs and outputs padded with zeros: every
+instruction that multiplies bytes takes four inputs of as many outputs as it is wide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from server.native.intrinsics import (
+    barrier,
+    bits_of,
+    bytes_at,
+    configure_tiles,
+    dot_products,
+    float_of,
+    floats,
+    has_features,
+    integers,
+    longs,
+    may_use_tiles,
+    num_threads,
+    release_tiles,
+    scratch,
+    thread_number,
+    tile_products,
+)
+from server.native.routine import Routine
+
+FIELDS = "x rows y grid largest inputs outputs width blocks weights zeros scales bias"
+FIELDS += " others num_outliers outliers outlier_weights"
+"""Of a product's record. ``x`` float32 [rows, inputs] and ``y`` [rows, outputs]; ``grid`` uint8 [rows and more, width]
+and ``largest`` float32 [rows] are for the time of the call. ``zeros`` int32 is added to sums, ``others`` float32
+[inputs] has 0 at outliers, whose indices are int64 and whose weights float32 [.., outputs]; 0 for what is not there."""
+
+_ONE_TILE = 16
+_SLAB = 64
+"""Steps of four inputs whose weights, 16 KB, stay in the first cache while several rows use them."""
+_CHUNK = 256
+"""Rows whose bytes stay in the second cache while weights go by."""
+_LEVELS = np.float32(127.0)
+_MIDDLE = np.float32(128.5)
+_TINY_BITS = np.float32(1e-30).view(np.int32)
+
+_sums_memory = scratch(4 * 64 * _CHUNK)
+_one_tile = tile_products(1, 4, prefetch=True)
+_two_tiles = tile_products(2, 2)
+
+
+
+@njit(error_model="numpy")
+def _put_on_grid(a: Any, row: int) -> None:
+    """A row of x as bytes around 128, and its largest absolute value; outliers count as zeros."""
+    x, grid = floats(a.x + 4 * row * a.inputs), bytes_at(a.grid + row * a.width)
+    largest = _TINY_BITS  # floats above zero are in the order of their bits, and NaN above all
+    if a.others:
+        others = floats(a.others)
+        for i in range(a.inputs):
+            largest = max(largest, bits_of(abs(x[i] * others[i])))
+    else:
+        for i in range(a.inputs):
+            largest = max(largest, bits_of(abs(x[i])))
+    floats(a.largest)[row] = float_of(largest)
+    scale = _LEVELS / float_of(largest)
+    if a.others:
+        others = floats(a.others)
+        for i in range(a.inputs):
+            grid[i] = np.uint8(np.int32(x[i] * others[i] * scale + _MIDDLE))
+    else:
+        for i in range(a.inputs):
+            grid[i] = np.uint8(np.int32(x[i] * scale + _MIDDLE))  # half a step more, so that cutting off rounds
+
+
+@njit(error_model="numpy")
+def _scale_back(a: Any, row: int, output: int, sums_at: int) -> None:
+    """Up to 64 sums of a row into y."""
+    y, sums = floats(a.y + 4 * (row * a.outputs + output)), integers(sums_at)
+    zeros, scales = integers(a.zeros + 4 * output), floats(a.scales + 4 * output)
+    largest = floats(a.largest)[row]
+    num = min(64, a.outputs - output)
+    if a.bias:
+        bias = floats(a.bias + 4 * output)
+        for i in range(num):
+            y[i] = np.float32(sums[i] + zeros[i]) * scales[i] * largest + bias[i]
+    else:
+        for i in range(num):
+            y[i] = np.float32(sums[i] + zeros[i]) * scales[i] * largest
+    for one in range(a.num_outliers):
+        value = floats(a.x + 4 * row * a.inputs)[longs(a.outliers)[one]]
+        weights = floats(a.outlier_weights + 4 * (one * a.outputs + output))
+        for i in range(num):
+            y[i] += value * weights[i]
+
+
+def _blocks_by_tiles(a: Any) -> None:
+    """x @ weights where AMX multiplies bytes."""
+    me, team = thread_number(), num_threads()
+    for row in range(a.rows * me // team, a.rows * (me + 1) // team):
+        _put_on_grid(a, row)
+    barrier()
+    configure_tiles()
+    sums, steps = _sums_memory(), a.width // 64
+    for chunk in range(0, a.rows, _CHUNK):
+        end = min(a.rows, chunk + _CHUNK)
+        for block in range(a.blocks * me // team, a.blocks * (me + 1) // team):
+            weights = a.weights + block * a.width * 64
+            row = chunk
+            while row < end:
+                grid = a.grid + row * a.width
+                if end - row <= _ONE_TILE or a.rows <= 2 * _ONE_TILE:
+                    some = min(end - row, _ONE_TILE)
+                    _one_tile(grid, a.width, steps, weights, sums)
+                else:
+                    some = min(end - row, 2 * _ONE_TILE)
+                    _two_tiles(grid, a.width, steps, weights, sums)
+                for one in range(some):
+                    _scale_back(a, row + one, 64 * block, sums + 256 * one)
+                row += some
+    release_tiles()
+
+
+def _by_dot_products(bits: int) -> Callable[[Any], None]:
+    """x @ weights where vectors of so many bits multiply bytes."""
+    one, two, four = (dot_products(rows, bits) for rows in (1, 2, 4))
+
+    def blocks_by_dot_products(a: Any) -> None:
+        me, team = thread_number(), num_threads()
+        for row in range(a.rows * me // team, a.rows * (me + 1) // team):
+            _put_on_grid(a, row)
+        barrier()
+        sums = _sums_memory()
+        for block in range(a.blocks * me // team, a.blocks * (me + 1) // team):
+            for chunk in range(0, a.rows, _CHUNK):
+                rows = min(a.rows - chunk, _CHUNK)
+                for i in range(64 * rows):
+                    integers(sums)[i] = 0
+                for slab in range(0, a.width // 4, _SLAB):
+                    steps = min(a.width // 4 - slab, _SLAB)
+                    weights = a.weights + (block * a.width // 4 + slab) * 256
+                    row = 0
+                    while row < rows:
+                        grid = a.grid + (chunk + row) * a.width + 4 * slab
+                        if rows - row >= 4:
+                            four(grid, a.width, steps, weights, sums + 256 * row)
+                            row += 4
+                        elif rows - row >= 2:
+                            two(grid, a.width, steps, weights, sums + 256 * row)
+                            row += 2
+                        else:
+                            one(grid, a.width, steps, weights, sums + 256 * row)
+                            row += 1
+                for row in range(rows):
+                    _scale_back(a, chunk + row, 64 * block, sums + 256 * row)
+
+    return blocks_by_dot_products
+
+
+def products() -> dict[str, Routine]:
+    """Those that this CPU can run, by the instructions they use, fastest first."""
+    found: dict[str, Callable[[Any], None]] = {}
+    if has_features("amx-int8", "amx-tile") and may_use_tiles():
+        found["AMX"] = _blocks_by_tiles
+    if has_features("avx512vnni", "avx512f"):
+        found["AVX512-VNNI"] = _by_dot_products(512)
+    if has_features("avxvnni"):
+        found["AVX-VNNI"] = _by_dot_products(256)
+    return {name: Routine(body, FIELDS) for name, body in found.items()}

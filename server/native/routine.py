@@ -1,0 +1,105 @@
+"""Compiles functions of Python to machine code, and runs them on the threads of torch.
+
+Numba compiles; OpenMP's ``GOMP_parallel``, of the very library that torch has loaded, runs. So there is one pool of
+threads, which is awake between the operations of a step. Where that library is not found (it is on Linux), or Numba
+knows no such CPU, there are no routines, and torch's own operations do the work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_LIBRARY = re.compile(r"\S*/lib(?:gomp|omp|iomp5)[^/]*\.so\S*$")
+_SYMBOLS = ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier")
+
+
+@cache
+def openmp() -> ctypes.CDLL | None:
+    """The OpenMP library in this process that torch runs on; None where there is none that serves."""
+    try:
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    found = {match[0] for line in lines if (match := _LIBRARY.search(line))}
+    torchs = [path for path in sorted(found) if Path(path).is_relative_to(Path(torch.__file__).parents[1])]
+    for path in torchs or sorted(found):
+        library = ctypes.CDLL(path)
+        if all(hasattr(library, name) for name in ("GOMP_parallel", *_SYMBOLS)):
+            return library
+    return None
+
+
+@cache
+def available() -> bool:
+    """Whether there are routines on this machine."""
+    if openmp() is None:
+        return False
+    try:
+        import numba  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+class Routine:
+    """A function of one record of arguments, as every thread of a team calls it.
+
+    ``fields`` are the record's, integers (addresses, too) in the order of the call; ``floats`` follow them. Sums may be
+    added up in another order than they are written in where ``reorder``, which is the same order every time.
+    """
+
+    def __init__(self, body: Callable[[Any], None], fields: str, floats: str = "", *, reorder: bool = False) -> None:
+        self.__doc__, self.__name__ = body.__doc__, body.__name__
+        self._body, self._fastmath = body, {"reassoc", "nsz", "contract"} if reorder else False
+        self._integers, self._floats = fields.split(), floats.split()
+        members: list[tuple[str, Any]] = [(name, ctypes.c_int64) for name in self._integers]
+        members += [(name, ctypes.c_double) for name in self._floats]
+        self._record = type("Record", (ctypes.Structure,), {"_fields_": members})
+        self._code = 0
+        self._kept: Any = None
+
+    def __call__(self, threads: int, *values: float) -> None:
+        """Run it on so many threads; what the values are addresses of must be there until it returns."""
+        if not self._code:
+            self.compile()
+        record = self._record(*values)
+        self._run(self._code, ctypes.byref(record), threads, 0)
+
+    def compile(self) -> None:
+        """Compile it now, and not when it is called first."""
+        import numba
+        from numba.core import types
+
+        for name in _SYMBOLS:
+            _make_known(name)
+        library = openmp()
+        assert library is not None
+        integers = [(name, types.int64) for name in self._integers]
+        record = types.Record.make_c_struct(integers + [(name, types.float64) for name in self._floats])
+        body = numba.njit(fastmath=self._fastmath, error_model="numpy")(self._body)
+
+        def run(pointer: Any) -> None:
+            body(numba.carray(pointer, 1)[0])
+
+        self._kept = numba.cfunc(types.void(types.CPointer(record)))(run)
+        self._run = library.GOMP_parallel
+        self._run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        self._run.restype = None
+        self._code = self._kept.address
+
+
+@cache
+def _make_known(name: str) -> None:
+    """Let compiled code call a function of the OpenMP library."""
+    import llvmlite.binding
+
+    address = ctypes.cast(getattr(openmp(), name), ctypes.c_void_p).value
+    assert address is not None
+    llvmlite.binding.add_symbol(name, address)
