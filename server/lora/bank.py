@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -16,6 +17,9 @@ from server.lora.shared import SharedInput
 from server.lora.stack import Shape, Stack, shape_of
 from server.lora.weights import LoRAWeights
 from server.sequence import Batch, Segment
+
+if TYPE_CHECKING:
+    from server.lora.compiled import CompiledDeltas
 
 # What benchmarks/lora_bank.py measured, in rows of a stack.
 _ALONE, _ROW_ALONE = 12, 0.3
@@ -30,10 +34,12 @@ class LoRABank:
     A module is wrapped when the first adapter that touches it comes, and unwrapped when the last one goes, so that a
     base without adapters pays nothing. ``base_modules`` are the base's own, wrapped or not: they are never changed, and
     any thread may read them. ``groups`` are linears that receive the same tensor; ``max_seats`` bounds how
-    many are computed side by side.
+    many are computed side by side. With ``compiled`` a routine adds the deltas: float32 on a CPU that has routines.
     """
 
-    def __init__(self, model: nn.Module, groups: Sequence[tuple[str, ...]] = (), *, max_seats: int) -> None:
+    def __init__(
+        self, model: nn.Module, groups: Sequence[tuple[str, ...]] = (), *, max_seats: int, compiled: bool = False
+    ) -> None:
         self.base_modules: Mapping[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
         self.groups = groups
         self._model, self._max_seats = model, max_seats
@@ -47,6 +53,14 @@ class LoRABank:
         self._stacks: dict[Shape, Stack] = {}
         self._stack_of: dict[str, Stack] = {}
         self._arranged: tuple[Batch, Sequence[Seating]] | None = None
+        self._used: set[str] = set()
+        self._unsteady: set[str] = set()
+        self._num_replaced = 0
+        self.compiled: CompiledDeltas | None = None
+        if compiled:
+            from server.lora.compiled import CompiledDeltas
+
+            self.compiled = CompiledDeltas(list(self.base_modules), self._rows, max_seqs=max_seats)
 
     @property
     def num_stacked_bytes(self) -> int:
@@ -61,17 +75,25 @@ class LoRABank:
             if module not in self._layers:
                 self._wrap(module, delta.kind)
             self._layers[module].put(digest, delta)
+        self._digests.add(digest)
+        if self.compiled is not None:
+            self.compiled.add(digest, weights.deltas)
+            if any(not delta.plain or delta.kind == "rows" for delta in weights.deltas.values()):
+                self._unsteady.add(digest)
+            return
         for shared in {id(one): one for module in weights.deltas if (one := self._inputs.get(module))}.values():
             shared.add(digest, weights.deltas, weights.shared)
         if (shape := shape_of(weights.deltas)) is not None:
             stack = self._stacks.setdefault(shape, Stack(self._by_input(shape), shape, max_seats=self._max_seats))
             stack.adapters[digest] = weights.deltas
             self._stack_of[digest] = stack
-        self._digests.add(digest)
 
     def remove(self, digest: str) -> None:
         """Free an adapter; one that is not there is no error."""
         self._digests.discard(digest)
+        if self.compiled is not None:
+            self.compiled.remove(digest)
+            self._unsteady.discard(digest)
         if (stack := self._stack_of.pop(digest, None)) is not None:
             stack.remove(digest)
             self._stacks = {shape: one for shape, one in self._stacks.items() if one.adapters}
@@ -105,12 +127,25 @@ class LoRABank:
         """Note the rows of each adapter for the forward pass that follows, of an arranged batch or another."""
         used = {use.digest for segment in batch.segments for use in segment.sequence.adapters}
         assert used <= self._digests, f"sequences run on adapters that are not in memory: {used - self._digests}"
+        self._used = used
         arranged, seatings = self._arranged or (None, ())
         self._arranged = None
         if self._rows.active:  # a step that failed may have left something
             for shared in self._inputs.values():
                 shared.forget()
         self._rows.begin(batch, seatings if arranged is batch else (), self._device)
+        if self.compiled is not None:
+            self.compiled.begin()
+
+    @property
+    def steady(self) -> bool:
+        """Whether all adapters of the step at hand are tables and numbers that routines read, and nothing else."""
+        return self.compiled is not None and not self._used & self._unsteady
+
+    @property
+    def generation(self) -> int:
+        """Another number when modules were wrapped or unwrapped, or what routines read lies elsewhere."""
+        return self._num_replaced + (0 if self.compiled is None else self.compiled.generation)
 
     def check_integrity(self) -> None:
         """The books of seats, and of what is wrapped."""
@@ -147,7 +182,7 @@ class LoRABank:
         if kind == "linear":
             shared = self._inputs.setdefault(name, self._input((name,)))
             shared.present.add(name)
-            self._layers[name] = LoRALinear(base, self._rows, name, shared)
+            self._layers[name] = LoRALinear(base, self._rows, name, shared, self.compiled)
         else:
             self._layers[name] = (LoRAEmbedding if kind == "embedding" else LoRARows)(base, self._rows)
         self._replace(name, self._layers[name])
@@ -155,10 +190,11 @@ class LoRABank:
     def _unwrap(self, name: str, layer: AdaptedModule) -> None:
         if isinstance(layer, LoRALinear):
             self._inputs[name].present.discard(name)
-        self._replace(name, layer.base)
+        self._replace(name, self.base_modules[name])
         del self._layers[name]
 
     def _replace(self, name: str, module: nn.Module) -> None:
+        self._num_replaced += 1
         parent, _, attribute = name.rpartition(".")
         put(self.base_modules[parent], attribute, module)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -11,6 +11,10 @@ from torch import nn
 from server.lora.delta import Delta
 from server.lora.rows import Rows
 from server.lora.shared import SharedInput
+from server.native.routine import Routine
+
+if TYPE_CHECKING:
+    from server.lora.compiled import CompiledDeltas
 
 
 class AdaptedModule(nn.Module):
@@ -55,11 +59,16 @@ class AdaptedModule(nn.Module):
 
 
 class LoRALinear(AdaptedModule):
-    """A linear: ``base(x) + x @ a @ b`` on the rows of a plain adapter, ``x @ a`` by way of its ``shared`` input."""
+    """A linear: ``base(x) + x @ a @ b`` on the rows of a plain adapter.
 
-    def __init__(self, base: nn.Module, rows: Rows, name: str, shared: SharedInput) -> None:
+    ``x @ a`` comes by way of its ``shared`` input, or all of it by a routine where there is one.
+    """
+
+    def __init__(
+        self, base: nn.Module, rows: Rows, name: str, shared: SharedInput, compiled: CompiledDeltas | None = None
+    ) -> None:
         super().__init__(base, rows)
-        self._name, self._shared = name, shared
+        self._name, self._shared, self._compiled = name, shared, compiled
         self._not_plain: set[str] = set()
 
     def put(self, digest: str, delta: Delta) -> None:
@@ -76,12 +85,15 @@ class LoRALinear(AdaptedModule):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., rows, in] -> [..., rows, out]; dimensions before the rows are of size 1."""
         y: torch.Tensor = self._compute(x)
-        if not self._rows.active:
+        if not self._rows.active and Routine.recorder is None:
             return y
         flat_y = y.view(-1, y.shape[-1])
-        for rows, low, b in self._shared.take(self._name, x):
-            rows.add(flat_y, low, b)
-        if self._not_plain:
+        if self._compiled is not None:
+            self._compiled.add_to(self._name, x, flat_y)
+        else:
+            for rows, low, b in self._shared.take(self._name, x):
+                rows.add(flat_y, low, b)
+        if self._not_plain and self._rows.active:
             flat_x = x.reshape(-1, x.shape[-1])
             for at, delta, scale in self._parts(len(flat_x)):
                 if not delta.plain:

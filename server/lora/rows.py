@@ -93,12 +93,14 @@ class Rows:
 
     def __init__(self) -> None:
         self.active = False
+        self.num_rows = self.num_sampled = 0
         self._layouts: dict[int, Layout] = {}
 
     def begin(self, batch: Batch, seatings: Sequence[Seating], device: torch.device) -> None:
         """Note the rows of each adapter for the forward pass that follows; those of a seating are side by side."""
         self.active = any(segment.sequence.adapters for segment in batch.segments)
         self._layouts = {}
+        self.num_rows, self.num_sampled = (sum(map(count, batch.segments)) for count in (_num_rows, _num_sampled))
         if self.active:
             for count in (_num_sampled, _num_rows):
                 num_rows = sum(map(count, batch.segments))

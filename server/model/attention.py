@@ -75,7 +75,7 @@ class FlatAttention:
     """The attention function of one model, registered with transformers under a name of its own.
 
     Without a cache it serves whole sequences only, and notes each layer's shapes: that is the probe at start. ``rows``,
-    where it is set, is the routine for decoding rows.
+    where it is set, is the routine for decoding rows, and ``windows`` are those it was called with.
     """
 
     def __init__(self) -> None:
@@ -84,6 +84,7 @@ class FlatAttention:
         self.layout: Layout | None = None
         self.rows: RowAttention | None = None
         self.seen_shapes: dict[int, LayerShape] = {}
+        self.windows: set[int | None] = set()
         self.num_calls = 0
         AttentionInterface.register(self.name, self)
 
@@ -146,6 +147,7 @@ class FlatAttention:
     ) -> torch.Tensor:
         """As a call, without soft cap and sinks: decoding rows by the routine, chunks of prompts by torch."""
         assert self.rows is not None and self.cache is not None
+        self.windows.add(window)
         singles, longest = layout.singles(window)
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         slots, positions = layout.slots, layout.positions

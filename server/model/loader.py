@@ -54,7 +54,7 @@ class Base:
     """A base in memory, with the attention function installed.
 
     ``shapes`` are its layers' keys and values, kept as ``kv_dtype``; ``groups`` are linears that get the same
-    input, and ``quantized`` says what is in integers.
+    input, ``quantized`` says what is in integers, and ``compiled`` whether routines for this CPU do the rest.
     """
 
     model: PreTrainedModel
@@ -67,6 +67,7 @@ class Base:
     kv_dtype: torch.dtype
     groups: tuple[tuple[str, ...], ...] = ()
     quantized: Quantized | None = None
+    compiled: bool = False
 
     @property
     def vocab_size(self) -> int:
@@ -112,8 +113,10 @@ def load_base(
     if kv_memory is not None:
         length = _affordable(KVLayout(tuple(shapes), length, kv_dtype), kv_memory, asked=max_model_len)
     fix_rope(model, length)
+    compiled = None
     if model.dtype == torch.float32 and place.type == "cpu":
-        quicken(model, None if kernel is None else _compiled(attention, kv_dtype))
+        compiled = None if kernel is None else _compiled(attention, kv_dtype)
+        quicken(model, compiled)
     shorten(model)
     if not attention.num_calls == len(shapes) == config.get_text_config().num_hidden_layers:
         raise BaseModelRefused(
@@ -122,7 +125,9 @@ def load_base(
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
     signature = replace(signature_of(name, fingerprint, noted), chat_template=template)
     eos_ids = _eos_ids(model, tokenizer)
-    return Base(model, tokenizer, attention, shapes, signature, length, eos_ids, kv_dtype, noted.groups, quantized)
+    return Base(
+        model, tokenizer, attention, shapes, signature, length, eos_ids, kv_dtype, noted.groups, quantized, bool(compiled)
+    )
 
 
 def _kernel(quantization: str, device: torch.device) -> type[Kernel] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel
@@ -15,11 +16,14 @@ from server.model.kv_cache import KVCache, LayerShape, Span
 from server.model.loader import Base
 from server.sequence import Batch, Segment
 
+if TYPE_CHECKING:
+    from server.model.tapes import Tapes
+
 
 class ModelRunner:
     """The base, its KV cache and its adapters. ``attention`` is installed in ``model`` already.
 
-    ``groups`` are linears that receive the same tensor.
+    ``groups`` are linears that receive the same tensor; with ``compiled`` routines add the deltas.
     """
 
     def __init__(
@@ -32,11 +36,17 @@ class ModelRunner:
         max_len: int,
         kv_dtype: torch.dtype | None = None,
         groups: Sequence[tuple[str, ...]] = (),
+        compiled: bool = False,
     ) -> None:
         self.model, self.attention = model, attention
-        self.bank = LoRABank(model, groups, max_seats=num_slots)
+        self.bank = LoRABank(model, groups, max_seats=num_slots, compiled=compiled)
         dtype = model.dtype if kv_dtype is None else kv_dtype
         attention.cache = KVCache(shapes, num_slots=num_slots, max_len=max_len, dtype=dtype, device=model.device)
+        self.tapes: Tapes | None = None
+        if compiled:
+            from server.model.tapes import Tapes
+
+            self.tapes = Tapes(model, attention, self.bank)
 
     @classmethod
     def of(cls, base: Base, *, num_slots: int, max_len: int | None = None) -> ModelRunner:
@@ -49,6 +59,7 @@ class ModelRunner:
             max_len=base.max_model_len if max_len is None else max_len,
             kv_dtype=base.kv_dtype,
             groups=base.groups,
+            compiled=base.compiled,
         )
 
     def arrange(self, batch: Batch) -> Batch:
@@ -62,6 +73,8 @@ class ModelRunner:
         layout = Layout.of(_spans(batch.segments), self.model.device)
         self.attention.layout = layout
         self.bank.begin(batch)
+        if self.tapes is not None:
+            self.tapes.begin(layout)
         ids = [token for segment in batch.segments for token in segment.ids]
         ends = torch.tensor(_sampled_rows(batch.segments), dtype=torch.long, device=self.model.device)
         output = self.model(

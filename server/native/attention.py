@@ -175,7 +175,7 @@ class RowAttention:
         heads, threads = q.shape[1], torch.get_num_threads()
         group = heads // kv_heads
         out = torch.empty(rows, heads, value_dim)
-        size = -(-longest // 16) * 16
+        size = scores_size(longest)
         scratch = torch.empty(threads * (group * size + 16 * max(dim, value_dim)))
         self._routine(
             threads, q.data_ptr(), k.data_ptr(), v.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr(),
@@ -184,6 +184,11 @@ class RowAttention:
             v.stride(1), keys.stride(0), keys.stride(1), values.stride(0), values.stride(1), scale,
         )  # fmt: skip
         return out
+
+
+def scores_size(longest: int) -> int:
+    """Numbers that a head's scores may take: a power of two, so that it changes seldom."""
+    return max(256, 1 << (longest - 1).bit_length())
 
 
 @cache

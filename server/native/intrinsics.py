@@ -74,6 +74,18 @@ bits_of = _same_bits(types.float32, types.int32)
 float_of = _same_bits(types.int32, types.float32)
 
 
+@intrinsic
+def call(_typing: Any, _code: Any, _record: Any) -> Any:
+    """Call another routine's code with the address of its record."""
+
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [_I64])
+        builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), [arguments[1]])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
 def scratch(num_bytes: int) -> Any:
     """A function that gives the address of so many bytes of the thread's stack."""
 
@@ -327,18 +339,39 @@ def _sixteen_dots(builder: Any, x: Any, rows: Any, count: Any, out: Any) -> None
     builder.store(sums[0], builder.inttoptr(out, _FLOATS.as_pointer()), align=4)
 
 
+def _one_dot(builder: Any, x: Any, row: Any, count: Any, out: Any) -> None:
+    """Added up in the order in which sixteen are."""
+
+    def step(number: Any, sums: list[Any]) -> list[Any]:
+        offset = builder.mul(number, _I64(4 * _LANES))
+        return [_multiply_add(builder, _vector_at(builder, x, offset), _vector_at(builder, row, offset), sums[0])]
+
+    sums = _loop(builder, count, [ir.Constant(_FLOATS, None)], step)[0]
+    distance = _LANES // 2
+    while distance:
+        other = _shuffled(builder, sums, sums, [lane ^ distance for lane in range(_LANES)])
+        sums, distance = builder.fadd(sums, other), distance // 2
+    first = builder.extract_element(sums, _I32(0))
+    builder.store(first, builder.inttoptr(out, _F32.as_pointer()), align=4)
+
+
 sixteen_dots = _void_intrinsic(4, _sixteen_dots)
 """``f(x, rows, count, out)``: out float32 [16] = rows [16, 16 * count] @ x [16 * count]."""
+one_dot = _void_intrinsic(4, _one_dot)
+"""The same of one row."""
 
 
-def weighted_sum(vectors: int) -> Any:
-    """``f(weights, rows, width, out)``: out float32 [16 * vectors] += weights [16] @ rows [16, width], its beginning."""
+def weighted_sum(vectors: int, num_rows: int = _LANES) -> Any:
+    """``f(weights, rows, width, out)``: out float32 [16 * vectors] += weights [num_rows] @ rows [num_rows, width].
+
+    Of the beginnings of these rows, one row after another.
+    """
 
     def generate(builder: Any, weights: Any, rows: Any, width: Any, out: Any) -> None:
         stride = builder.mul(width, _I64(4))
         places = [_I64(4 * _LANES * one) for one in range(vectors)]
         sums = [_vector_at(builder, out, place) for place in places]
-        for row in range(_LANES):
+        for row in range(num_rows):
             four = builder.load(builder.inttoptr(builder.add(weights, _I64(4 * row)), _F32.as_pointer()), align=4)
             single = builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), four, _I32(0))
             weight = _shuffled(builder, single, single, [0] * _LANES)

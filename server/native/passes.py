@@ -32,18 +32,28 @@ def exponential(x: Any) -> Any:
     return power * float_of((np.int32(n) + 127) << 23)
 
 
+def _add(a: Any) -> None:
+    """y = x + other of ``size`` numbers."""
+    me, team = thread_number(), num_threads()
+    x, other, y = floats(a.x), floats(a.other), floats(a.y)
+    for i in range(a.size * me // team, a.size * (me + 1) // team):
+        y[i] = x[i] + other[i]
+
+
 def _rms_norm(a: Any) -> None:
-    """y = x * gain / sqrt(mean(x**2) + eps) of rows float32 [rows, dim]."""
+    """y = x * gain / sqrt(mean(x**2) + eps), x strided [rows, heads, dim], y contiguous."""
     me, team = thread_number(), num_threads()
     gain, eps = floats(a.gain), np.float32(a.eps)
     for row in range(a.rows * me // team, a.rows * (me + 1) // team):
-        x, y = floats(a.x + 4 * row * a.dim), floats(a.y + 4 * row * a.dim)
-        squares = np.float32(0.0)
-        for i in range(a.dim):
-            squares += x[i] * x[i]
-        scale = _ONE / np.sqrt(squares / np.float32(a.dim) + eps)
-        for i in range(a.dim):
-            y[i] = x[i] * scale * gain[i]
+        for head in range(a.heads):
+            x = floats(a.x + 4 * (row * a.row_stride + head * a.head_stride))
+            y = floats(a.y + 4 * (row * a.heads + head) * a.dim)
+            squares = np.float32(0.0)
+            for i in range(a.dim):
+                squares += x[i] * x[i]
+            scale = _ONE / np.sqrt(squares / np.float32(a.dim) + eps)
+            for i in range(a.dim):
+                y[i] = x[i] * scale * gain[i]
 
 
 @njit(error_model="numpy")
@@ -83,19 +93,27 @@ class Passes:
     """The routines, as torch's tensors have them. All float32, on the CPU."""
 
     def __init__(self) -> None:
-        self._norm = Routine(_rms_norm, "x y gain rows dim", "eps", reorder=True)
+        self._norm = Routine(_rms_norm, "x y gain rows heads dim row_stride head_stride", "eps", reorder=True)
+        self._add = Routine(_add, "x other y size")
         fields = "q k q_out k_out cos sin rows half q_heads q_head_stride q_row_stride k_heads k_head_stride k_row_stride"
         self._rotate = Routine(_rotate_heads, fields)
         self._gated = Routine(_gated, "gate up y rows dim gate_stride up_stride")
 
     def rms_norm(self, x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
         """x [..., dim], gain [dim] -> a new [..., dim]."""
-        if not x.is_contiguous():
-            x = x.contiguous()
-        y = torch.empty_like(x)
-        dim, size = len(gain), x.numel()
-        self._norm(_threads(size), x.data_ptr(), y.data_ptr(), gain.data_ptr(), size // dim, dim, eps)
+        shape = x.shape
+        if x.ndim != 4 or x.stride(-1) != 1 or len(x) != 1:
+            x = x.contiguous().view(1, -1, 1, x.shape[-1])
+        _, rows, heads, dim = x.shape
+        y = torch.empty(shape)
+        self._norm(
+            _threads(x.numel()), x.data_ptr(), y.data_ptr(), gain.data_ptr(), rows, heads, dim, x.stride(1), x.stride(2), eps
+        )  # fmt: skip
         return y
+
+    def add(self, x: torch.Tensor, other: torch.Tensor, y: torch.Tensor) -> None:
+        """y = x + other, all of one shape and contiguous."""
+        self._add(_threads(x.numel()), x.data_ptr(), other.data_ptr(), y.data_ptr(), x.numel())
 
     def rotate(
         self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -53,7 +53,10 @@ class Routine:
 
     ``fields`` are the record's, integers (addresses, too) in the order of the call; ``floats`` follow them. Sums may be
     added up in another order than they are written in where ``reorder``, which is the same order every time.
+    ``recorder``, where there is one, is told the code and the record of every call of any routine.
     """
+
+    recorder: ClassVar[Callable[[int, ctypes.Structure], None] | None] = None
 
     def __init__(self, body: Callable[[Any], None], fields: str, floats: str = "", *, reorder: bool = False) -> None:
         self.__doc__, self.__name__ = body.__doc__, body.__name__
@@ -71,6 +74,8 @@ class Routine:
             self.compile()
         record = self._record(*values)
         self._run(self._code, ctypes.byref(record), threads, 0)
+        if Routine.recorder is not None:
+            Routine.recorder(self._code, record)
 
     def compile(self) -> None:
         """Compile it now, and not when it is called first."""

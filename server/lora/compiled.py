@@ -1,0 +1,119 @@
+"""Plain deltas of linears by a routine compiled for this CPU, which takes whatever mixture a step has as it is.
+
+Nothing is copied side by side, and no seat has to be filled: an adapter is two addresses for each linear.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from server.lora.delta import Delta
+from server.lora.rows import Layout, Rows
+from server.native.low_rank import ENTRY, HEAD, RUN, add_deltas
+
+_FEWEST = 8
+_USES = 4
+"""Adapters of a sequence that a head has room for from the beginning."""
+
+
+class CompiledDeltas:
+    """The tables of a bank's linears.
+
+    What a routine is given are addresses that stay while ``generation`` does; what is there changes from step to step.
+    """
+
+    def __init__(self, modules: Sequence[str], rows: Rows, *, max_seqs: int) -> None:
+        self.generation = 0
+        self._rows, self._routine = rows, add_deltas()
+        self._cells = torch.zeros(len(modules), dtype=torch.long)  # the address of each linear's table
+        self._cell_of = {module: self._cells.data_ptr() + 8 * number for number, module in enumerate(modules)}
+        self._tables: dict[str, torch.Tensor] = {}  # int64 [capacity, ENTRY]
+        self._capacity = _FEWEST
+        self._indices: dict[str, int] = {}
+        self._free = list(range(_FEWEST))
+        self._ranks: dict[str, int] = {}
+        self._kept: dict[str, list[torch.Tensor]] = {}
+        self._heads = [torch.zeros(HEAD + RUN * _USES * max_seqs, dtype=torch.long) for _ in range(2)]
+        self._low = torch.empty(0)
+
+    def add(self, digest: str, deltas: Mapping[str, Delta]) -> None:
+        """Take an adapter's plain deltas of linears."""
+        if not self._free:
+            self._grow()
+        index = self._indices[digest] = self._free.pop()
+        kept, largest = self._kept.setdefault(digest, []), 0
+        for module, delta in deltas.items():
+            if delta.kind == "linear" and delta.plain and delta.a is not None and delta.b is not None:
+                a, b = delta.a.t(), delta.b.contiguous()  # [rank, in], [rank, out]
+                a = a if a.stride(1) == 1 else a.contiguous()
+                kept += (a, b)
+                largest = max(largest, len(a))
+                self._table(module)[index] = torch.tensor([a.data_ptr(), a.stride(0), b.data_ptr(), len(a)])
+        self._ranks[digest] = largest
+
+    def remove(self, digest: str) -> None:
+        """Forget an adapter; one that is not there is no error."""
+        if digest in self._indices:
+            index = self._indices.pop(digest)
+            for table in self._tables.values():
+                table[index] = 0
+            self._free.append(index)
+            del self._ranks[digest], self._kept[digest]
+
+    def begin(self) -> None:
+        """Note the runs of the step at hand: of all rows, and of those that are sampled."""
+        for place, num_rows in enumerate((self._rows.num_rows, self._rows.num_sampled)):
+            self._note(place, self._rows.of(num_rows) if self._rows.active else Layout())
+
+    def add_to(self, module: str, x: torch.Tensor, y: torch.Tensor) -> None:
+        """``y += x @ a @ b`` on the rows of each adapter: x [..., rows, in], y [..., rows, out] with rows in one piece."""
+        x = x if x.is_contiguous() else x.contiguous()
+        num_inputs, num_rows = x.shape[-1], x.numel() // x.shape[-1]
+        head = self._heads[num_rows != self._rows.num_rows]
+        self._routine(
+            torch.get_num_threads(), x.data_ptr(), y.data_ptr(), y.stride(-2), num_inputs, y.shape[-1],
+            head.data_ptr(), self._cell_of[module],
+        )  # fmt: skip
+
+    def _note(self, place: int, layout: Layout) -> None:
+        numbers, num_low, rank = [], 0, 0
+        for run in layout.runs:
+            for use in run.uses:
+                numbers += [run.start, run.end, self._indices[use.digest], _bits(use.scale), num_low]
+                num_low += run.end - run.start
+                rank = max(rank, self._ranks[use.digest])
+        if self._low.numel() < num_low * rank:
+            self._low = torch.empty(num_low * rank)  # a head that was noted before keeps the same memory or none
+            if place:
+                self._heads[0][1] = self._low.data_ptr()
+        if HEAD + len(numbers) > len(self._heads[place]):
+            self._heads[place] = torch.zeros(2 * len(numbers), dtype=torch.long)
+            self.generation += 1
+        head = [len(numbers) // RUN, self._low.data_ptr(), rank, *numbers]
+        self._heads[place][: len(head)] = torch.tensor(head)
+
+    def _table(self, module: str) -> torch.Tensor:
+        if module not in self._tables:
+            self._place(module, torch.zeros(self._capacity, ENTRY, dtype=torch.long))
+        return self._tables[module]
+
+    def _place(self, module: str, table: torch.Tensor) -> None:
+        self._tables[module] = table
+        number = (self._cell_of[module] - self._cells.data_ptr()) // 8
+        self._cells[number] = table.data_ptr()
+
+    def _grow(self) -> None:
+        """Room for twice as many adapters."""
+        self._free = list(range(self._capacity, 2 * self._capacity))
+        self._capacity *= 2
+        for module, table in self._tables.items():
+            self._place(module, torch.cat([table, torch.zeros_like(table)]))
+
+
+def _bits(factor: float) -> int:
+    """Of a float32."""
+    bits: int = struct.unpack("<i", struct.pack("<f", factor))[0]
+    return bits

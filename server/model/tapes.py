@@ -1,0 +1,112 @@
+"""Decoding steps without Python: each layer is recorded once for a number of rows, and played from then on."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from server.lora.bank import LoRABank
+from server.model.attention import FlatAttention, Layout
+from server.native.attention import scores_size
+from server.native.tape import Arena, NotTaped, Recorder, Tape
+
+logger = logging.getLogger("quickchange.model")
+
+_MOST_ROWS = 64
+_ARENA_BYTES = 64 << 20
+_FROM = 2
+"""How often a kind of step comes before it is recorded."""
+
+Key = tuple[int, int]
+"""Rows, and numbers that a head's scores may take."""
+
+
+class Tapes:
+    """The layers of a model whose linears, norms and attention are routines, as tapes.
+
+    A tape is of use where every row is a decoding one, and adapters are plain deltas: all else changes tensors in a
+    layer, not only places that routines read. What does not give the very same numbers is not played.
+    """
+
+    def __init__(self, model: PreTrainedModel, attention: FlatAttention, bank: LoRABank) -> None:
+        self._attention, self._bank = attention, bank
+        self._arena = Arena(_ARENA_BYTES)
+        self._tapes: dict[Key, dict[int, Tape]] = {}
+        self._seen: Counter[Key] = Counter()
+        self._generation = -1
+        self._key: Key | None = None
+        self.problem: str | None = None
+        self.num_played = 0
+        for number, layer in enumerate(_layers(model)):
+            layer.__dict__["forward"] = self._forward(number, partial(type(layer).forward, layer))
+
+    def begin(self, layout: Layout) -> None:
+        """A step begins, of which the bank knows the rows already."""
+        self._key = None
+        if self.problem is not None or not self._bank.steady:
+            return
+        num_rows = len(layout.spans)
+        if num_rows > _MOST_ROWS or any(span.length > 1 for span in layout.spans):
+            return
+        if self._bank.generation != self._generation:
+            self._generation = self._bank.generation
+            self._tapes.clear()
+            self._seen.clear()
+        self._key = num_rows, scores_size(max(span.start + 1 for span in layout.spans))
+        self._seen[self._key] += 1
+
+    def _forward(self, number: int, stock: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **named: Any) -> Any:
+            key = self._key
+            if key is None or self._seen[key] < _FROM:
+                return stock(*args, **named)
+            inputs = [*_tensors(args), *_tensors(named.values()), *self._of_layout()]
+            tape = self._tapes.setdefault(key, {}).get(number)
+            if tape is None:
+                return self._recorded(key, number, lambda: stock(*args, **named), inputs)
+            self.num_played += 1
+            return tape.play(inputs)
+
+        return forward
+
+    def _recorded(self, key: Key, number: int, call: Callable[[], Any], inputs: list[torch.Tensor]) -> Any:
+        recorder = Recorder()
+        result = recorder.record(call)
+        try:
+            tape = Tape.of(recorder, inputs, result, self._arena)
+            if not torch.equal(tape.play(inputs), result):
+                raise NotTaped("it comes out otherwise")
+        except NotTaped as problem:
+            self._key, self.problem = None, f"layer {number}: {problem}"
+            logger.info("decoding steps go through Python: %s", self.problem)
+            return result
+        self._tapes[key][number] = tape
+        return result
+
+    def _of_layout(self) -> list[torch.Tensor]:
+        layout = self._attention.layout
+        assert layout is not None
+        windows = sorted(self._attention.windows, key=lambda window: window or 0)
+        return [layout.slots, layout.positions, *(layout.singles(window)[0] for window in windows)]
+
+
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _tensors(value)
+
+
+def _layers(model: PreTrainedModel) -> nn.ModuleList | list[nn.Module]:
+    """The decoder's layers; none where they are not a list of their own."""
+    count = model.config.get_text_config().num_hidden_layers
+    lists = [one for one in model.base_model.children() if isinstance(one, nn.ModuleList) and len(one) == count]
+    return lists[0] if len(lists) == 1 else []

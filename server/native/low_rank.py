@@ -1,0 +1,115 @@
+"""Low-rank deltas of many adapters on the rows of one linear, in one call."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from server.native.intrinsics import (
+    barrier,
+    float_of,
+    floats,
+    longs,
+    num_threads,
+    one_dot,
+    scratch,
+    sixteen_dots,
+    thread_number,
+    weighted_sum,
+)
+from server.native.routine import Routine
+
+FIELDS = "x y y_stride inputs outputs runs table"
+"""``x`` float32 [rows, inputs], ``y`` float32 [rows, outputs] whose rows lie a stride apart. ``runs`` int64: how many,
+the address of float32 memory for x @ A, its numbers a row, then ``RUN`` numbers each: first row, end, adapter, the bits
+of a float32 factor, rows of the runs before. ``table`` is where the address of the linear's table stands, which
+is int64 [adapters, ENTRY]: address of A float32 [rank, inputs], numbers between its rows, address of B float32 [rank,
+outputs], rank; 0 where an adapter does not change this linear."""
+HEAD, RUN, ENTRY = 3, 5, 4
+_PIECE = 512
+"""Outputs whose B, at usual ranks, stays in the first cache while rows use it."""
+_BLOCK = 64
+_ZERO = np.float32(0.0)
+_eight_columns, _one_column = weighted_sum(4, 8), weighted_sum(4, 1)
+_memory = scratch(4 * 16)
+
+
+@njit(error_model="numpy")
+def _multiply_a(a: Any, run: Any, entry: Any, row: int, some: int, number: int, low: Any, stride: int) -> None:
+    """One column of x @ A of some rows, 16 or 1, times the factor. A row's number is the same alone and among others."""
+    weights, x, factor = entry[0] + 4 * number * entry[1], a.x + 4 * row * a.inputs, float_of(run[3])
+    results, even = _memory(), a.inputs // 16 * 16
+    if some == 16:
+        sixteen_dots(weights, x, even // 16, results)
+    elif even:
+        one_dot(weights, x, even // 16, results)
+    else:
+        floats(results)[0] = _ZERO
+    for i in range(even, a.inputs):
+        floats(results)[0] += floats(x)[i] * floats(weights)[i]
+    for one in range(some):
+        low[(run[4] + row + one - run[0]) * stride + number] = floats(results)[one] * factor
+
+
+@njit(error_model="numpy")
+def _multiply_run(a: Any, run: Any, entry: Any, low: Any, stride: int, me: int, team: int) -> None:
+    """This thread's part of a run's x @ A: some of the rows where they are many, else some of the columns."""
+    at_once = 16 if a.inputs % 16 == 0 else 1
+    blocks = (run[1] - run[0]) // at_once
+    for block in range(blocks * me // team, blocks * (me + 1) // team):
+        for number in range(entry[3]):
+            _multiply_a(a, run, entry, run[0] + block * at_once, at_once, number, low, stride)
+    for number in range(me, entry[3], team):
+        for row in range(run[0] + blocks * at_once, run[1]):
+            _multiply_a(a, run, entry, row, 1, number, low, stride)
+
+
+@njit(error_model="numpy")
+def _add_b(a: Any, entry: Any, low: int, y: int, first: int, end: int) -> None:
+    """Outputs ``first`` to ``end`` of a row += low @ B, one column of low after another."""
+    number, output = 0, first
+    while number < entry[3]:
+        some = 8 if entry[3] - number >= 8 else 1
+        weights, b = low + 4 * number, entry[2] + 4 * number * a.outputs
+        output = first
+        while end - output >= 64:
+            if some == 8:
+                _eight_columns(weights, b + 4 * output, a.outputs, y + 4 * output)
+            else:
+                _one_column(weights, b + 4 * output, a.outputs, y + 4 * output)
+            output += 64
+        number += some
+    for number in range(entry[3]):
+        weight, b = floats(low)[number], floats(entry[2] + 4 * number * a.outputs)
+        for i in range(output, end):
+            floats(y)[i] += weight * b[i]
+
+
+def _add_deltas(a: Any) -> None:
+    head = longs(a.runs)
+    if head[0] == 0:
+        return
+    me, team = thread_number(), num_threads()
+    table, low, stride = longs(a.table)[0], floats(head[1]), head[2]
+    for number in range(head[0]):
+        run = longs(a.runs + 8 * (HEAD + RUN * number))
+        _multiply_run(a, run, longs(table + 8 * ENTRY * run[2]), low, stride, me, team)
+    barrier()
+    blocks = (a.outputs + _BLOCK - 1) // _BLOCK
+    first, last = blocks * me // team * _BLOCK, min(a.outputs, blocks * (me + 1) // team * _BLOCK)
+    for number in range(head[0]):
+        run = longs(a.runs + 8 * (HEAD + RUN * number))
+        entry = longs(table + 8 * ENTRY * run[2])
+        for piece in range(first, last, _PIECE):
+            for row in range(run[0], run[1]):
+                mine = head[1] + 4 * (run[4] + row - run[0]) * stride
+                _add_b(a, entry, mine, a.y + 4 * row * a.y_stride, piece, min(last, piece + _PIECE))
+
+
+@cache
+def add_deltas() -> Routine:
+    """The one of a process."""
+    return Routine(_add_deltas, FIELDS, reorder=True)

@@ -1,0 +1,200 @@
+"""Records what a piece of a model does, as calls of routines, and plays it again with other tensors in one call.
+
+Between routines, whose work is microseconds, a decoding step spends most of its time in Python, whose own memory the
+weights have just swept out of the caches. A tape is what CUDA's graphs are on a GPU: the same calls, without it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from server.native.intrinsics import barrier, call, longs
+from server.native.passes import passes
+from server.native.routine import Routine
+
+_aten = torch.ops.aten
+_EMPTY = {_aten.empty.memory_format, _aten.empty_like.default}
+_LINE = 64
+
+
+class NotTaped(Exception):
+    """A piece of a model does what a tape does not hold."""
+
+
+@dataclass
+class _Made:
+    """A tensor that is made while recording: its address, its bytes, and the first and last call that uses it."""
+
+    tensor: torch.Tensor
+    first: int = -1
+    last: int = -1
+
+    @property
+    def begin(self) -> int:
+        """The address."""
+        return self.tensor.data_ptr()
+
+    @property
+    def size(self) -> int:
+        """Bytes, in whole lines of the cache."""
+        return -(-self.tensor.nbytes // _LINE) * _LINE
+
+
+class Recorder(TorchDispatchMode):
+    """Notes calls of routines, new tensors and sums; anything else that computes makes what it records useless."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[int, ctypes.Structure]] = []
+        self.made: list[_Made] = []
+        self.problem: str | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """One operation of torch."""
+        if func is _aten.add.Tensor and not kwargs and _alike(*args):
+            y = torch.empty_like(args[0])
+            self.made.append(_Made(y))
+            passes().add(*args, y)
+            return y
+        result = func(*args, **(kwargs or {}))
+        if func in _EMPTY:
+            self.made.append(_Made(result))
+        elif func._schema.is_mutable or not _are_views(result, args):
+            self.problem = self.problem or str(func)
+        return result
+
+    def record(self, function: Callable[[], Any]) -> Any:
+        """Call it, and note what it does."""
+        assert Routine.recorder is None, "one piece is recorded at a time"
+        Routine.recorder = lambda code, record: self.calls.append((code, record))
+        try:
+            with self:
+                return function()
+        finally:
+            Routine.recorder = None
+
+
+def _are_views(result: Any, args: Any) -> bool:
+    """Whether results are other looks at the memory of a tensor that was given, so that nothing was computed."""
+    given = {one.untyped_storage().data_ptr() for one in args if isinstance(one, torch.Tensor)}
+    found = result if isinstance(result, tuple | list) else [result]
+    return all(isinstance(one, torch.Tensor) and one.untyped_storage().data_ptr() in given for one in found)
+
+
+def _alike(x: Any, other: Any) -> bool:
+    both = isinstance(x, torch.Tensor) and isinstance(other, torch.Tensor)
+    return both and x.shape == other.shape and x.is_contiguous() and other.is_contiguous() and x.dtype == other.dtype == torch.float32
+
+
+@dataclass
+class Tape:
+    """Calls one after another. ``places`` are for each input the fields of records that point into it, and how far.
+
+    The last of them is the result's; ``shape`` is its shape.
+    """
+
+    memory: Any
+    table: torch.Tensor
+    places: Sequence[Sequence[tuple[int, int]]]
+    shape: torch.Size
+    kept: list[Any] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, recorder: Recorder, inputs: Sequence[torch.Tensor], result: Any, arena: Arena) -> Tape:
+        """What was recorded for a call with these inputs. Raises ``NotTaped``."""
+        if recorder.problem is not None:
+            raise NotTaped(recorder.problem)
+        made = {one.begin: one for one in recorder.made if one.size}
+        if not isinstance(result, torch.Tensor) or result.data_ptr() not in made or not result.is_contiguous():
+            raise NotTaped("its result is no new tensor")
+        numbers: list[int] = []
+        starts = []
+        for _, record in recorder.calls:
+            starts.append(len(numbers))
+            numbers += (ctypes.c_int64 * (ctypes.sizeof(record) // 8)).from_buffer_copy(record)
+        ends = [*starts[1:], len(numbers)]
+        of_result = made.pop(result.data_ptr())
+        found: dict[int, list[tuple[int, int]]] = {}
+        for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
+            for place in range(start, end):
+                for begin, one in made.items():
+                    if begin <= numbers[place] < begin + one.size:
+                        found.setdefault(begin, []).append((place, numbers[place] - begin))
+                        one.first = number if one.first < 0 else one.first
+                        one.last = number
+        places = [_pointing_into(numbers, one) for one in (*inputs, of_result.tensor)]
+        offsets = arena.arrange([one for one in made.values() if one.first >= 0])
+        for begin, mine in found.items():
+            for place, offset in mine:
+                numbers[place] = arena.address + offsets[begin] + offset
+        memory = (ctypes.c_int64 * len(numbers))(*numbers)
+        first = ctypes.addressof(memory)
+        rows = [[code, first + 8 * start] for (code, _), start in zip(recorder.calls, starts, strict=True)]
+        return cls(memory, torch.tensor(rows), places, result.shape)
+
+    def play(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The result for other inputs of the same shapes and strides."""
+        result = torch.empty(self.shape)
+        memory = self.memory
+        for one, places in zip((*inputs, result), self.places, strict=True):
+            if places:
+                begin = one.data_ptr()
+                for place, offset in places:
+                    memory[place] = begin + offset
+        _player()(torch.get_num_threads(), self.table.data_ptr(), len(self.table))
+        return result
+
+
+def _pointing_into(numbers: Sequence[int], tensor: torch.Tensor) -> list[tuple[int, int]]:
+    begin, size = tensor.data_ptr(), tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.itemsize
+    return [(place, number - begin) for place, number in enumerate(numbers) if begin <= number < begin + size]
+
+
+class Arena:
+    """Memory that all tapes share, as only one of them plays at a time."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._memory = torch.empty(num_bytes + _LINE, dtype=torch.uint8)
+        self.address = -(-self._memory.data_ptr() // _LINE) * _LINE
+        self.num_bytes = num_bytes
+
+    def arrange(self, made: Sequence[_Made]) -> dict[int, int]:
+        """Where each tensor lies, by its address: those that are in use at the same time do not overlap.
+
+        Raises ``NotTaped`` where they do not fit.
+        """
+        placed: list[tuple[_Made, int]] = []
+        for one in sorted(made, key=lambda one: -one.size):
+            taken = sorted(
+                (offset, offset + other.size)
+                for other, offset in placed
+                if other.first <= one.last and one.first <= other.last
+            )
+            offset = 0
+            for begin, end in taken:
+                if offset + one.size <= begin:
+                    break
+                offset = max(offset, end)
+            if offset + one.size > self.num_bytes:
+                raise NotTaped(f"it needs more than {self.num_bytes} bytes")
+            placed.append((one, offset))
+        return {one.begin: offset for one, offset in placed}
+
+
+def _play(a: Any) -> None:
+    for number in range(a.count):
+        entry = longs(a.table + 16 * number)
+        call(entry[0], entry[1])
+        barrier()
+
+
+@cache
+def _player() -> Routine:
+    return Routine(_play, "table count")
