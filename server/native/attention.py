@@ -13,12 +13,12 @@ from numba import njit
 from server.native.intrinsics import (
     barrier,
     bits_of,
+    dots,
     floats,
     halves,
     integers,
     longs,
     num_threads,
-    sixteen_dots,
     thread_number,
     weighted_sum,
 )
@@ -30,6 +30,7 @@ _FIELDS += " q_row q_head k_row k_head v_row v_head key_slot key_head value_slot
 _QUIET_NAN, _INFINITY = np.int32(0x7FC0), np.int32(0x7F800000)
 _LOWEST = np.float32(-np.inf)
 _ZERO = np.float32(0.0)
+_sixteen_dots = dots(16)
 _one_vector, _four_vectors = weighted_sum(1), weighted_sum(4)
 _BYTES = {torch.bfloat16: 2, torch.float32: 4}
 
@@ -105,7 +106,7 @@ def _attend_with(store: Any, load: Any, size: int) -> Callable[[Any], None]:
             _load_block(load, keys + size * j * a.dim, unpacked, min(16, num - j), a.dim)
             for head in range(a.group):
                 q = a.q + 4 * (row * a.q_row + (kv_head * a.group + head) * a.q_head)
-                sixteen_dots(q, unpacked, a.dim // 16, scratch + 4 * (head * a.scores_size + j))
+                _sixteen_dots(q, unpacked, a.dim // 16, scratch + 4 * (head * a.scores_size + j))
         for head in range(a.group):
             _softmax(floats(scratch + 4 * head * a.scores_size), num, np.float32(a.scale))
         out = a.out + 4 * (row * a.kv_heads + kv_head) * a.group * a.value_dim

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import platform
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from llvmlite import binding, ir
@@ -23,6 +23,9 @@ _BLOCK = 64
 
 _ARCH_PRCTL = (158, 0x1023, 18)
 """The number of the system call on x86-64, ARCH_REQ_XCOMP_PERM, and XTILEDATA."""
+
+_AHEAD_OF_DOTS, _AHEAD_OF_TILES = 4096, 8192
+"""Bytes that weights are called into the caches ahead of the products, where they come from memory; measured."""
 
 thread_number = types.ExternalFunction("omp_get_thread_num", types.int32())
 num_threads = types.ExternalFunction("omp_get_num_threads", types.int32())
@@ -118,7 +121,7 @@ def _void_intrinsic(num_arguments: int, generate: Callable[..., None]) -> Any:
     return intrinsic(typings[num_arguments])
 
 
-def dot_products(rows: int, bits: int) -> Any:
+def dot_products(rows: int, bits: int, *, prefetch: bool = False) -> Any:
     """``f(x, stride, count, weights, sums)``: sums int32 [rows, 64] += x uint8 [rows, 4 * count] @ a block of weights.
 
     By VPDPBUSD on vectors of so many bits. ``weights`` int8 [count, 64, 4]; ``stride`` bytes lie between rows of x.
@@ -132,12 +135,13 @@ def dot_products(rows: int, bits: int) -> Any:
 
     def generate(builder: Any, x: Any, stride: Any, count: Any, weights: Any, sums: Any) -> None:
         for first in range(0, per_block, at_once):
-            _dot_products(builder, rows, lanes, range(first, first + at_once), (x, stride, count, weights, sums))
+            ahead = _AHEAD_OF_DOTS if prefetch else 0
+            _dot_products(builder, rows, lanes, range(first, first + at_once), ahead, (x, stride, count, weights, sums))
 
     return _void_intrinsic(5, generate)
 
 
-def _dot_products(builder: Any, rows: int, lanes: int, vectors: range, arguments: Any) -> None:
+def _dot_products(builder: Any, rows: int, lanes: int, vectors: range, ahead: int, arguments: Any) -> None:
     x, stride, count, weights, sums = arguments
     numbers, octets = ir.VectorType(_I32, lanes), ir.VectorType(_I8, 4 * lanes)
     name = f"llvm.x86.avx512.vpdpbusd.{32 * lanes}"
@@ -161,6 +165,8 @@ def _dot_products(builder: Any, rows: int, lanes: int, vectors: range, arguments
     current = {cell: builder.phi(numbers) for cell in cells}
     here = builder.add(weights, builder.mul(step, _I64(4 * _BLOCK)))
     loaded = {one: builder.load(at(here, _I64(4 * lanes * one), octets), align=1) for one in vectors}
+    if ahead:
+        _prefetch(builder, here, range(ahead + 4 * lanes * vectors[0], ahead + 4 * lanes * (vectors[-1] + 1), 64), 2)
     after = {}
     for row in range(rows):
         offset = builder.add(builder.mul(stride, _I64(row)), builder.mul(step, _I64(4)))
@@ -182,10 +188,6 @@ def _dot_products(builder: Any, rows: int, lanes: int, vectors: range, arguments
 
 _TILES_CONFIGURED = bytes([1, 0, *[0] * 14, *[64, 0] * 8, *[0] * 16, *[16] * 8, *[0] * 8])
 """All eight tiles with 16 rows of 64 bytes (Intel SDM, LDTILECFG)."""
-_PREFETCHED = 8192
-"""Bytes ahead of the products that weights are called into the caches: two steps of a block."""
-
-
 def _tile_function(builder: Any, name: str, *kinds: Any) -> Any:
     whole = f"llvm.x86.{name}"
     known = builder.module.globals.get(whole)
@@ -249,7 +251,7 @@ def _tile_products(builder: Any, row_tiles: int, columns: range, prefetch: bool,
     step.add_incoming(_I64(0), before)
     here = builder.add(weights, builder.mul(step, _I64(64 * _BLOCK)))
     if prefetch:
-        _prefetch(builder, here)
+        _prefetch(builder, here, range(_AHEAD_OF_TILES, _AHEAD_OF_TILES + 64 * _BLOCK, 64), 3)
     for row in range(row_tiles):
         offset = builder.add(builder.mul(stride, _I64(16 * row)), builder.mul(step, _I64(64)))
         builder.call(load, [_I8(first_x + row), at(x, offset), stride])
@@ -268,14 +270,14 @@ def _tile_products(builder: Any, row_tiles: int, columns: range, prefetch: bool,
             builder.call(store, [sum_tile(row, number), at(sums, offset), _I64(4 * _BLOCK)])
 
 
-def _prefetch(builder: Any, here: Any) -> None:
-    """The step of a block that comes two steps later."""
+def _prefetch(builder: Any, here: Any, offsets: range, level: int) -> None:
+    """Call lines of 64 bytes into the first cache (level 3) or the second (2)."""
     kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
     name = "llvm.prefetch.p0"
     prefetch = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-    for line in range(64):
-        address = builder.add(here, _I64(_PREFETCHED + 64 * line))
-        builder.call(prefetch, [builder.inttoptr(address, _I8.as_pointer()), _I32(0), _I32(3), _I32(1)])
+    for offset in offsets:
+        address = builder.inttoptr(builder.add(here, _I64(offset)), _I8.as_pointer())
+        builder.call(prefetch, [address, _I32(0), _I32(level), _I32(1)])
 
 
 def _loop(builder: Any, count: Any, begin: list[Any], body: Callable[[Any, list[Any]], list[Any]]) -> list[Any]:
@@ -313,20 +315,21 @@ def _shuffled(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
     return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, _LANES), lanes))
 
 
-def _sixteen_dots(builder: Any, x: Any, rows: Any, count: Any, out: Any) -> None:
+def _dots(num: int, builder: Any, x: Any, rows: Any, count: Any, out: Any) -> None:
+    """Every dot is added up in the same order, however many there are."""
     width = builder.mul(count, _I64(4 * _LANES))
-    zeros = [ir.Constant(_FLOATS, None) for _ in range(_LANES)]
+    zeros = [ir.Constant(_FLOATS, None) for _ in range(num)]
 
     def step(number: Any, sums: list[Any]) -> list[Any]:
         offset = builder.mul(number, _I64(4 * _LANES))
         here = _vector_at(builder, x, offset)
-        places = [builder.add(offset, builder.mul(width, _I64(row))) for row in range(_LANES)]
+        places = [builder.add(offset, builder.mul(width, _I64(row))) for row in range(num)]
         return [
             _multiply_add(builder, here, _vector_at(builder, rows, place), one)
             for place, one in zip(places, sums, strict=True)
         ]
 
-    sums = _loop(builder, count, zeros, step)
+    sums = _loop(builder, count, zeros, step) * (_LANES // num)
     distance = _LANES // 2
     while distance:  # pairs of vectors add up their halves side by side
         low = [lane for lane in range(_LANES) if not lane & distance]
@@ -336,29 +339,14 @@ def _sixteen_dots(builder: Any, x: Any, rows: Any, count: Any, out: Any) -> None
             there = [lane + distance if lane in low else lane + _LANES for lane in range(_LANES)]
             merged.append(builder.fadd(_shuffled(builder, first, second, here), _shuffled(builder, first, second, there)))
         sums, distance = merged, distance // 2
-    builder.store(sums[0], builder.inttoptr(out, _FLOATS.as_pointer()), align=4)
+    kind = ir.VectorType(_F32, num)
+    first = builder.shuffle_vector(sums[0], sums[0], ir.Constant(ir.VectorType(_I32, num), list(range(num))))
+    builder.store(first, builder.inttoptr(out, kind.as_pointer()), align=4)
 
 
-def _one_dot(builder: Any, x: Any, row: Any, count: Any, out: Any) -> None:
-    """Added up in the order in which sixteen are."""
-
-    def step(number: Any, sums: list[Any]) -> list[Any]:
-        offset = builder.mul(number, _I64(4 * _LANES))
-        return [_multiply_add(builder, _vector_at(builder, x, offset), _vector_at(builder, row, offset), sums[0])]
-
-    sums = _loop(builder, count, [ir.Constant(_FLOATS, None)], step)[0]
-    distance = _LANES // 2
-    while distance:
-        other = _shuffled(builder, sums, sums, [lane ^ distance for lane in range(_LANES)])
-        sums, distance = builder.fadd(sums, other), distance // 2
-    first = builder.extract_element(sums, _I32(0))
-    builder.store(first, builder.inttoptr(out, _F32.as_pointer()), align=4)
-
-
-sixteen_dots = _void_intrinsic(4, _sixteen_dots)
-"""``f(x, rows, count, out)``: out float32 [16] = rows [16, 16 * count] @ x [16 * count]."""
-one_dot = _void_intrinsic(4, _one_dot)
-"""The same of one row."""
+def dots(num: int) -> Any:
+    """``f(x, rows, count, out)``: out float32 [num] = rows [num, 16 * count] @ x [16 * count]; num is 1, 4 or 16."""
+    return _void_intrinsic(4, partial(_dots, num))
 
 
 def weighted_sum(vectors: int, num_rows: int = _LANES) -> Any:

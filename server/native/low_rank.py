@@ -10,13 +10,12 @@ from numba import njit
 
 from server.native.intrinsics import (
     barrier,
+    dots,
     float_of,
     floats,
     longs,
     num_threads,
-    one_dot,
     scratch,
-    sixteen_dots,
     thread_number,
     weighted_sum,
 )
@@ -33,38 +32,54 @@ _PIECE = 512
 """Outputs whose B, at usual ranks, stays in the first cache while rows use it."""
 _BLOCK = 64
 _ZERO = np.float32(0.0)
+_one_dot, _four_dots, _sixteen_dots = dots(1), dots(4), dots(16)
 _eight_columns, _one_column = weighted_sum(4, 8), weighted_sum(4, 1)
 _memory = scratch(4 * 16)
 
 
 @njit(error_model="numpy")
-def _multiply_a(a: Any, run: Any, entry: Any, row: int, some: int, number: int, low: Any, stride: int) -> None:
-    """One column of x @ A of some rows, 16 or 1, times the factor. A row's number is the same alone and among others."""
-    weights, x, factor = entry[0] + 4 * number * entry[1], a.x + 4 * row * a.inputs, float_of(run[3])
-    results, even = _memory(), a.inputs // 16 * 16
-    if some == 16:
-        sixteen_dots(weights, x, even // 16, results)
+def _multiply_rows(a: Any, run: Any, entry: Any, row: int, low: Any, stride: int) -> None:
+    """Sixteen rows of x @ A, times the factor. Each is the same as alone."""
+    results, x, first = _memory(), a.x + 4 * row * a.inputs, run[4] + row - run[0]
+    for number in range(entry[3]):
+        _sixteen_dots(entry[0] + 4 * number * entry[1], x, a.inputs // 16, results)
+        for one in range(16):
+            low[(first + one) * stride + number] = floats(results)[one] * float_of(run[3])
+
+
+@njit(error_model="numpy")
+def _multiply_columns(a: Any, run: Any, entry: Any, row: int, number: int, low: Any, stride: int) -> int:
+    """From column ``number`` on four of a row's x @ A, times the factor, or one; how many."""
+    results, x, weights = _memory(), a.x + 4 * row * a.inputs, entry[0] + 4 * number * entry[1]
+    even = a.inputs // 16 * 16
+    some = 4 if entry[3] - number >= 4 and even == a.inputs == entry[1] else 1
+    floats(results)[0] = _ZERO
+    if some == 4:
+        _four_dots(x, weights, even // 16, results)
     elif even:
-        one_dot(weights, x, even // 16, results)
-    else:
-        floats(results)[0] = _ZERO
+        _one_dot(x, weights, even // 16, results)
     for i in range(even, a.inputs):
         floats(results)[0] += floats(x)[i] * floats(weights)[i]
     for one in range(some):
-        low[(run[4] + row + one - run[0]) * stride + number] = floats(results)[one] * factor
+        low[(run[4] + row - run[0]) * stride + number + one] = floats(results)[one] * float_of(run[3])
+    return some
 
 
 @njit(error_model="numpy")
 def _multiply_run(a: Any, run: Any, entry: Any, low: Any, stride: int, me: int, team: int) -> None:
-    """This thread's part of a run's x @ A: some of the rows where they are many, else some of the columns."""
-    at_once = 16 if a.inputs % 16 == 0 else 1
-    blocks = (run[1] - run[0]) // at_once
+    """This thread's part of a run's x @ A."""
+    blocks = (run[1] - run[0]) // 16 if a.inputs % 16 == 0 else 0
     for block in range(blocks * me // team, blocks * (me + 1) // team):
-        for number in range(entry[3]):
-            _multiply_a(a, run, entry, run[0] + block * at_once, at_once, number, low, stride)
-    for number in range(me, entry[3], team):
-        for row in range(run[0] + blocks * at_once, run[1]):
-            _multiply_a(a, run, entry, row, 1, number, low, stride)
+        _multiply_rows(a, run, entry, run[0] + 16 * block, low, stride)
+    task = me
+    for row in range(run[0] + 16 * blocks, run[1]):
+        number = 0
+        while number < entry[3]:
+            if task % team == 0:
+                number += _multiply_columns(a, run, entry, row, number, low, stride)
+            else:
+                number += 4 if entry[3] - number >= 4 and a.inputs % 16 == 0 and a.inputs == entry[1] else 1
+            task += 1
 
 
 @njit(error_model="numpy")

@@ -97,38 +97,11 @@ def _scale_back(a: Any, row: int, output: int, sums_at: int) -> None:
             y[i] += value * weights[i]
 
 
-def _blocks_by_tiles(a: Any) -> None:
-    """x @ weights where AMX multiplies bytes."""
-    me, team = thread_number(), num_threads()
-    for row in range(a.rows * me // team, a.rows * (me + 1) // team):
-        _put_on_grid(a, row)
-    barrier()
-    configure_tiles()
-    sums, steps = _sums_memory(), a.width // 64
-    for chunk in range(0, a.rows, _CHUNK):
-        end = min(a.rows, chunk + _CHUNK)
-        for block in range(a.blocks * me // team, a.blocks * (me + 1) // team):
-            weights = a.weights + block * a.width * 64
-            row = chunk
-            while row < end:
-                grid = a.grid + row * a.width
-                if end - row <= _ONE_TILE or a.rows <= 2 * _ONE_TILE:
-                    some = min(end - row, _ONE_TILE)
-                    _one_tile(grid, a.width, steps, weights, sums)
-                else:
-                    some = min(end - row, 2 * _ONE_TILE)
-                    _two_tiles(grid, a.width, steps, weights, sums)
-                for one in range(some):
-                    _scale_back(a, row + one, 64 * block, sums + 256 * one)
-                row += some
-    release_tiles()
-
-
 def _by_dot_products(bits: int) -> Callable[[Any], None]:
     """x @ weights where vectors of so many bits multiply bytes."""
-    one, two, four = (dot_products(rows, bits) for rows in (1, 2, 4))
+    one, two, four = (dot_products(rows, bits, prefetch=rows < 4) for rows in (1, 2, 4))
 
-    def blocks_by_dot_products(a: Any) -> None:
+    def by_dot_products(a: Any) -> None:
         me, team = thread_number(), num_threads()
         for row in range(a.rows * me // team, a.rows * (me + 1) // team):
             _put_on_grid(a, row)
@@ -157,14 +130,49 @@ def _by_dot_products(bits: int) -> Callable[[Any], None]:
                 for row in range(rows):
                     _scale_back(a, chunk + row, 64 * block, sums + 256 * row)
 
-    return blocks_by_dot_products
+    return by_dot_products
+
+
+def _by_tiles() -> Callable[[Any], None]:
+    """x @ weights where AMX multiplies bytes. One or two rows, which only wait for memory, leave the tiles alone."""
+    few_rows = njit(error_model="numpy")(_by_dot_products(512))
+
+    def by_tiles(a: Any) -> None:
+        if a.rows <= 2:
+            few_rows(a)
+            return
+        me, team = thread_number(), num_threads()
+        for row in range(a.rows * me // team, a.rows * (me + 1) // team):
+            _put_on_grid(a, row)
+        barrier()
+        configure_tiles()
+        sums, steps = _sums_memory(), a.width // 64
+        for chunk in range(0, a.rows, _CHUNK):
+            end = min(a.rows, chunk + _CHUNK)
+            for block in range(a.blocks * me // team, a.blocks * (me + 1) // team):
+                weights = a.weights + block * a.width * 64
+                row = chunk
+                while row < end:
+                    grid = a.grid + row * a.width
+                    if end - row <= _ONE_TILE or a.rows <= 2 * _ONE_TILE:
+                        some = min(end - row, _ONE_TILE)
+                        _one_tile(grid, a.width, steps, weights, sums)
+                    else:
+                        some = min(end - row, 2 * _ONE_TILE)
+                        _two_tiles(grid, a.width, steps, weights, sums)
+                    for one in range(some):
+                        _scale_back(a, row + one, 64 * block, sums + 256 * one)
+                    row += some
+        release_tiles()
+
+    return by_tiles
 
 
 def products() -> dict[str, Routine]:
     """Those that this CPU can run, by the instructions they use, fastest first."""
     found: dict[str, Callable[[Any], None]] = {}
     if has_features("amx-int8", "amx-tile") and may_use_tiles():
-        found["AMX"] = _blocks_by_tiles
+        found["AMX"] = _by_tiles()
     if has_features("avx512vnni", "avx512f"):
         found["AVX512-VNNI"] = _by_dot_products(512)
     if has_features("avxvnni"):
