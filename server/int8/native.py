@@ -1,4 +1,4 @@
-"""Products of integers by routines compiled for this CPU: everything between a linear's input and its result is one call.
+"""Products of integers by routines compiled for this CPU: all between a linear's input and its result is one call.
 
 Three times as fast as torch's at one row, and in long prompts half again: torch's kernels need the activations put on
 the grid before and scaled after, each in passes of its own.

@@ -24,9 +24,9 @@ _BLOCK = 64
 _ARCH_PRCTL = (158, 0x1023, 18)
 """The number of the system call on x86-64, ARCH_REQ_XCOMP_PERM, and XTILEDATA."""
 
-thread_number = types.ExternalFunction("omp_get_thread_num", types.int32())
-num_threads = types.ExternalFunction("omp_get_num_threads", types.int32())
-barrier = types.ExternalFunction("GOMP_barrier", types.void())
+thread_number: Any = types.ExternalFunction("omp_get_thread_num", types.int32())
+num_threads: Any = types.ExternalFunction("omp_get_num_threads", types.int32())
+barrier: Any = types.ExternalFunction("GOMP_barrier", types.void())
 
 
 def has_features(*names: str) -> bool:
@@ -322,7 +322,8 @@ def _sixteen_dots(builder: Any, x: Any, rows: Any, count: Any, out: Any) -> None
         for first, second in zip(sums[: len(sums) // 2], sums[len(sums) // 2 :], strict=True):
             here = [lane if not lane & distance else lane + _LANES - distance for lane in range(_LANES)]
             there = [lane + distance if lane in low else lane + _LANES for lane in range(_LANES)]
-            merged.append(builder.fadd(_shuffled(builder, first, second, here), _shuffled(builder, first, second, there)))
+            low_half, high_half = (_shuffled(builder, first, second, lanes) for lanes in (here, there))
+            merged.append(builder.fadd(low_half, high_half))
         sums, distance = merged, distance // 2
     builder.store(sums[0], builder.inttoptr(out, _FLOATS.as_pointer()), align=4)
 
@@ -332,7 +333,7 @@ sixteen_dots = _void_intrinsic(4, _sixteen_dots)
 
 
 def weighted_sum(vectors: int) -> Any:
-    """``f(weights, rows, width, out)``: out float32 [16 * vectors] += weights [16] @ rows [16, width], its beginning."""
+    """``f(weights, rows, width, out)``: out float32 [16 * vectors] += weights [16] @ beginnings of rows [16, width]."""
 
     def generate(builder: Any, weights: Any, rows: Any, width: Any, out: Any) -> None:
         stride = builder.mul(width, _I64(4))

@@ -17,14 +17,18 @@ _ALONE = 1 << 14
 """Numbers that one thread computes sooner than it can share them."""
 _LOG2E = np.float32(1.4426950408889634)
 _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
-_SMALLEST, _LARGEST = np.float32(-87.0), np.float32(88.0)
+_SMALLEST, _LARGEST = np.float32(-88.0), np.float32(89.0)
+"""Powers of two beyond these come out as 0 and infinity: their exponents have all bits clear, or all set."""
 _C2, _C3, _C4, _C5, _C6 = (np.float32(1 / math.factorial(n)) for n in (2, 3, 4, 5, 6))
 _HALF, _ONE = np.float32(0.5), np.float32(1.0)
 
 
 @njit(error_model="numpy")
 def exponential(x: Any) -> Any:
-    """e to the x in float32, to two units in the last place; a vector at a time where a loop calls it."""
+    """e to the x in float32, to three units in the last place; a vector at a time where a loop calls it.
+
+    0 below -87.6, infinity above 88.3.
+    """
     x = min(max(x, _SMALLEST), _LARGEST)
     n = np.floor(x * _LOG2E + _HALF)
     r = x - n * _LN2_HIGH - n * _LN2_LOW
@@ -84,7 +88,8 @@ class Passes:
 
     def __init__(self) -> None:
         self._norm = Routine(_rms_norm, "x y gain rows dim", "eps", reorder=True)
-        fields = "q k q_out k_out cos sin rows half q_heads q_head_stride q_row_stride k_heads k_head_stride k_row_stride"
+        fields = "q k q_out k_out cos sin rows half q_heads q_head_stride q_row_stride"
+        fields += " k_heads k_head_stride k_row_stride"
         self._rotate = Routine(_rotate_heads, fields)
         self._gated = Routine(_gated, "gate up y rows dim gate_stride up_stride")
 
@@ -114,7 +119,8 @@ class Passes:
         y = torch.empty(gate.shape)
         _, rows, dim = gate.shape
         self._gated(
-            _threads(4 * gate.numel()), gate.data_ptr(), up.data_ptr(), y.data_ptr(), rows, dim, gate.stride(1), up.stride(1)
+            _threads(4 * gate.numel()), gate.data_ptr(), up.data_ptr(), y.data_ptr(), rows, dim, gate.stride(1),
+            up.stride(1),
         )  # fmt: skip
         return y
 
