@@ -146,7 +146,7 @@ class CountingKernel:
     name: ClassVar[str] = "floats"
 
     def __init__(self, rows: Int8Rows, bias: torch.Tensor | None = None, outliers: Outliers | None = None) -> None:
-        assert bias is outliers is None
+        assert bias is None and outliers is None
         self.weight, self.num_calls = rows.in_floats(), 0
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
