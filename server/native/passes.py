@@ -23,7 +23,7 @@ _C2, _C3, _C4, _C5, _C6 = (np.float32(1 / math.factorial(n)) for n in (2, 3, 4, 
 _HALF, _ONE = np.float32(0.5), np.float32(1.0)
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", fastmath={"contract"})  # said here, else it is what the first caller's happens to be
 def exponential(x: Any) -> Any:
     """e to the x in float32, to three units in the last place; a vector at a time where a loop calls it.
 

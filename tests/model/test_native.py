@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from numba import njit
+from numba import jit, njit
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from server.int8 import kernels, native
@@ -173,6 +173,20 @@ def test_exponentials_are_exact_to_three_units_in_the_last_place() -> None:
     near = torch.linspace(-1e-3, 1e-3, 10_001)
     assert float((exponential_of(near).double() - near.double().exp()).abs().max()) < 2.0**-23
     assert float(exponential_of(torch.zeros(1))) == 1.0
+
+
+def test_exponentials_are_the_same_whoever_calls_first() -> None:
+    """Numba compiled them with the liberties of their first caller: after attention's, gates were less exact."""
+    again = jit(**exponential.targetoptions)(exponential.py_func)
+
+    @njit(error_model="numpy", fastmath={"reassoc", "nsz", "contract"})
+    def exponentials(x: Any, y: Any) -> None:
+        for i in range(len(x)):
+            y[i] = again(x[i])
+
+    x, y = torch.linspace(-87.0, 88.0, 100_001), np.empty(100_001, dtype=np.float32)
+    exponentials(x.numpy(), y)
+    assert torch.equal(torch.from_numpy(y), exponential_of(x))
 
 
 def test_exponentials_end_in_zero_and_infinity_and_keep_nan() -> None:
