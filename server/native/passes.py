@@ -115,12 +115,13 @@ class Passes:
         return q_out.transpose(1, 2), k_out.transpose(1, 2)
 
     def gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """silu(gate) * up, both [1, rows, dim] with rows in one piece."""
+        """silu(gate) * up, both [..., dim]."""
+        gate, up = _as_rows(gate), _as_rows(up)
         y = torch.empty(gate.shape)
-        _, rows, dim = gate.shape
+        rows, dim = gate.numel() // gate.shape[-1], gate.shape[-1]
         self._gated(
-            _threads(4 * gate.numel()), gate.data_ptr(), up.data_ptr(), y.data_ptr(), rows, dim, gate.stride(1),
-            up.stride(1),
+            _threads(4 * gate.numel()), gate.data_ptr(), up.data_ptr(), y.data_ptr(), rows, dim, gate.stride(-2),
+            up.stride(-2),
         )  # fmt: skip
         return y
 
@@ -129,6 +130,11 @@ class Passes:
 def passes() -> Passes:
     """The one set of a process."""
     return Passes()
+
+
+def _as_rows(x: torch.Tensor) -> torch.Tensor:
+    """[..., dim] as it is where its rows lie equally far apart, each in one piece; else a copy."""
+    return x if x.stride(-1) == 1 and x.numel() == x.shape[-2] * x.shape[-1] else x.contiguous()
 
 
 def _threads(numbers: int) -> int:

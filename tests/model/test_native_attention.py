@@ -89,8 +89,8 @@ class Batch:
         rows, at = [self.rows[number] for number in chosen], torch.tensor(chosen)
         slots, positions = torch.tensor([row.slot for row in rows]), torch.tensor([row.position for row in rows])
         singles = range(len(rows)) if singles is None else singles
-        attending = torch.tensor([(number, rows[number].first) for number in singles])
-        longest = max(rows[number].position + 1 - rows[number].first for number in singles)
+        attending = torch.tensor([(number, rows[number].first) for number in singles], dtype=torch.long)
+        longest = max((rows[number].position + 1 - rows[number].first for number in singles), default=0)
         q, k, v = (
             whole if len(rows) == len(self.rows) else whole.transpose(1, 2)[:, at].transpose(1, 2)
             for whole in (self.q, self.k, self.v)
@@ -142,12 +142,14 @@ def test_drafts_of_a_sequence_see_one_another_up_to_themselves(dtype: torch.dtyp
 def test_rows_that_do_not_attend_are_written_all_the_same(dtype: torch.dtype, threads: int) -> None:
     """Those of a prompt's chunk, for whom torch attends afterwards."""
     rows = [Row(0, 20), *(Row(1, position) for position in range(7)), Row(2, 3)]
-    batch, whole = (Batch.of(rows, (2, 2, 64, 80), dtype) for _ in range(2))
+    batch, whole, none = (Batch.of(rows, (2, 2, 64, 80), dtype) for _ in range(3))
     found, expected = batch.compute(singles=[0, 8]), whole.compute()
+    none.compute(singles=[])
     assert torch.equal(found[[0, 8]], expected[[0, 8]])
-    for ours, theirs in ((batch.keys, whole.keys), (batch.values, whole.values)):
-        assert torch.equal(ours.isnan(), theirs.isnan())
-        assert torch.equal(ours.nan_to_num(0.0), theirs.nan_to_num(0.0))
+    for other in (batch, none):
+        for ours, theirs in ((other.keys, whole.keys), (other.values, whole.values)):
+            assert torch.equal(ours.isnan(), theirs.isnan())
+            assert torch.equal(ours.nan_to_num(0.0), theirs.nan_to_num(0.0))
     for number, row in enumerate(rows):
         assert torch.equal(batch.keys[row.slot, :, row.position], batch.k[0, :, number].to(dtype))
         assert torch.equal(batch.values[row.slot, :, row.position], batch.v[0, :, number].to(dtype))
