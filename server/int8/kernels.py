@@ -65,7 +65,7 @@ class TorchKernel:
         return y if self._bias is None else y.add_(self._bias)
 
     def in_floats(self) -> torch.Tensor:
-        """The weight, float32 [out, in], read off products of unit vectors: they lie on the grid, nothing is rounded."""
+        """The weight, float32 [out, in], read off products of unit vectors, of which nothing is rounded."""
         weight = self._product(torch.eye(self._num_inputs)).t().contiguous()
         return weight if self._outliers is None else self._outliers.put_into(weight)
 

@@ -69,7 +69,7 @@ class CompiledDeltas:
             self._note(place, self._rows.of(num_rows) if self._rows.active else Layout())
 
     def add_to(self, module: str, x: torch.Tensor, y: torch.Tensor) -> None:
-        """``y += x @ a @ b`` on the rows of each adapter: x [..., rows, in], y [..., rows, out] with rows in one piece."""
+        """``y += x @ a @ b`` on the rows of each adapter: x [..., rows, in], y [..., rows, out], rows in one piece."""
         x = x if x.is_contiguous() else x.contiguous()
         num_inputs, num_rows = x.shape[-1], x.numel() // x.shape[-1]
         head = self._heads[num_rows != self._rows.num_rows]

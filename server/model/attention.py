@@ -44,7 +44,9 @@ class Layout:
         """Rows that are a span of their own with the first key each sees, int64 [n, 2]; the most keys one sees."""
         if window not in self._singles:
             rows = [(span.row, first_key(span, window)) for span in self.spans if span.length == 1]
-            longest = max((span.start + 1 - first_key(span, window) for span in self.spans if span.length == 1), default=0)
+            longest = max(
+                (span.start + 1 - first_key(span, window) for span in self.spans if span.length == 1), default=0
+            )
             self._singles[window] = torch.tensor(rows, dtype=torch.long).view(-1, 2), longest
         return self._singles[window]
 

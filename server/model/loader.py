@@ -126,7 +126,17 @@ def load_base(
     signature = replace(signature_of(name, fingerprint, noted), chat_template=template)
     eos_ids = _eos_ids(model, tokenizer)
     return Base(
-        model, tokenizer, attention, shapes, signature, length, eos_ids, kv_dtype, noted.groups, quantized, bool(compiled)
+        model,
+        tokenizer,
+        attention,
+        shapes,
+        signature,
+        length,
+        eos_ids,
+        kv_dtype,
+        noted.groups,
+        quantized,
+        bool(compiled),
     )
 
 

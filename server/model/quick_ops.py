@@ -75,8 +75,8 @@ class RMSNorm(nn.Module):
             assert own is not None
             gain = (own + self._offset) * self._root
             self._gain = own, gain
-        if self._passes is not None and x.dtype == torch.float32:
-            return self._passes.rms_norm(x, gain, self._eps)
+        if self._passes is not None:
+            return self._passes.rms_norm(x.float(), gain, self._eps).to(x.dtype)
         norm = torch.linalg.vector_norm(x, 2, -1, keepdim=True)
         return torch.mul(x, gain).div_(torch.hypot(norm, self._floor))
 
@@ -130,7 +130,12 @@ class Rotation:
         self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *others: Any, **named: Any
     ) -> Any:
         """q and k [1, heads, rows, dim], cos and sin [1, rows, dim]."""
-        if others or named or not q.shape[-1] == k.shape[-1] == cos.shape[-1] or q.dtype != torch.float32:
+        if (
+            others
+            or named
+            or not q.shape[-1] == k.shape[-1] == cos.shape[-1]
+            or not q.dtype == k.dtype == torch.float32
+        ):
             return self.stock(q, k, cos, sin, *others, **named)
         if self._passes is not None and q.stride(-1) == k.stride(-1) == 1 and len(q) == 1:
             return self._passes.rotate(q, k, cos.contiguous(), sin.contiguous())

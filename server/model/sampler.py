@@ -47,7 +47,8 @@ def _largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     num_pieces = logits.shape[1] // _PIECE
     if num_pieces < 2:
-        return tuple(logits.max(dim=-1))
+        whole_rows = logits.max(dim=-1)
+        return whole_rows.values, whole_rows.indices
     whole = num_pieces * _PIECE
     pieces = logits[:, :whole].unflatten(1, (num_pieces, _PIECE)).amax(-1)
     if whole < logits.shape[1]:

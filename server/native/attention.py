@@ -25,8 +25,8 @@ from server.native.intrinsics import (
 from server.native.passes import exponential
 from server.native.routine import Routine
 
-_FIELDS = "q k v keys values out scores scores_size slots positions singles num_singles rows kv_heads group dim value_dim"
-_FIELDS += " q_row q_head k_row k_head v_row v_head key_slot key_head value_slot value_head"
+_FIELDS = "q k v keys values out scores scores_size slots positions singles num_singles rows kv_heads group dim"
+_FIELDS += " value_dim q_row q_head k_row k_head v_row v_head key_slot key_head value_slot value_head"
 _QUIET_NAN, _INFINITY = np.int32(0x7FC0), np.int32(0x7F800000)
 _LOWEST = np.float32(-np.inf)
 _ZERO = np.float32(0.0)

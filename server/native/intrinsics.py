@@ -27,9 +27,9 @@ _ARCH_PRCTL = (158, 0x1023, 18)
 _AHEAD_OF_DOTS, _AHEAD_OF_TILES = 4096, 8192
 """Bytes that weights are called into the caches ahead of the products, where they come from memory; measured."""
 
-thread_number = types.ExternalFunction("omp_get_thread_num", types.int32())
-num_threads = types.ExternalFunction("omp_get_num_threads", types.int32())
-barrier = types.ExternalFunction("GOMP_barrier", types.void())
+thread_number: Any = types.ExternalFunction("omp_get_thread_num", types.int32())
+num_threads: Any = types.ExternalFunction("omp_get_num_threads", types.int32())
+barrier: Any = types.ExternalFunction("GOMP_barrier", types.void())
 
 
 def has_features(*names: str) -> bool:
@@ -77,18 +77,6 @@ bits_of = _same_bits(types.float32, types.int32)
 float_of = _same_bits(types.int32, types.float32)
 
 
-@intrinsic
-def call(_typing: Any, _code: Any, _record: Any) -> Any:
-    """Call another routine's code with the address of its record."""
-
-    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        kind = ir.FunctionType(ir.VoidType(), [_I64])
-        builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), [arguments[1]])
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), generate
-
-
 def scratch(num_bytes: int) -> Any:
     """A function that gives the address of so many bytes of the thread's stack."""
 
@@ -115,10 +103,20 @@ def _void_intrinsic(num_arguments: int, generate: Callable[..., None]) -> Any:
     signature = types.void(*[types.int64] * num_arguments)
     typings: dict[int, Callable[..., Any]] = {  # Numba reads the number of arguments off the function
         0: lambda _typing: (signature, code),
+        2: lambda _typing, _a, _b: (signature, code),
         4: lambda _typing, _a, _b, _c, _d: (signature, code),
         5: lambda _typing, _a, _b, _c, _d, _e: (signature, code),
     }
     return intrinsic(typings[num_arguments])
+
+
+def _call(builder: Any, code: Any, record: Any) -> None:
+    kind = ir.FunctionType(ir.VoidType(), [_I64])
+    builder.call(builder.inttoptr(code, kind.as_pointer()), [record])
+
+
+call = _void_intrinsic(2, _call)
+"""``f(code, record)``: call a routine's code with the address of its record."""
 
 
 def dot_products(rows: int, bits: int, *, prefetch: bool = False) -> Any:
@@ -188,6 +186,8 @@ def _dot_products(builder: Any, rows: int, lanes: int, vectors: range, ahead: in
 
 _TILES_CONFIGURED = bytes([1, 0, *[0] * 14, *[64, 0] * 8, *[0] * 16, *[16] * 8, *[0] * 8])
 """All eight tiles with 16 rows of 64 bytes (Intel SDM, LDTILECFG)."""
+
+
 def _tile_function(builder: Any, name: str, *kinds: Any) -> Any:
     whole = f"llvm.x86.{name}"
     known = builder.module.globals.get(whole)
@@ -337,7 +337,8 @@ def _dots(num: int, builder: Any, x: Any, rows: Any, count: Any, out: Any) -> No
         for first, second in zip(sums[: len(sums) // 2], sums[len(sums) // 2 :], strict=True):
             here = [lane if not lane & distance else lane + _LANES - distance for lane in range(_LANES)]
             there = [lane + distance if lane in low else lane + _LANES for lane in range(_LANES)]
-            merged.append(builder.fadd(_shuffled(builder, first, second, here), _shuffled(builder, first, second, there)))
+            low_half, high_half = (_shuffled(builder, first, second, lanes) for lanes in (here, there))
+            merged.append(builder.fadd(low_half, high_half))
         sums, distance = merged, distance // 2
     kind = ir.VectorType(_F32, num)
     first = builder.shuffle_vector(sums[0], sums[0], ir.Constant(ir.VectorType(_I32, num), list(range(num))))

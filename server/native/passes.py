@@ -17,14 +17,18 @@ _ALONE = 1 << 14
 """Numbers that one thread computes sooner than it can share them."""
 _LOG2E = np.float32(1.4426950408889634)
 _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
-_SMALLEST, _LARGEST = np.float32(-87.0), np.float32(88.0)
+_SMALLEST, _LARGEST = np.float32(-88.0), np.float32(89.0)
+"""Powers of two beyond these come out as 0 and infinity: their exponents have all bits clear, or all set."""
 _C2, _C3, _C4, _C5, _C6 = (np.float32(1 / math.factorial(n)) for n in (2, 3, 4, 5, 6))
 _HALF, _ONE = np.float32(0.5), np.float32(1.0)
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", fastmath={"contract"})  # said here, else it is what the first caller's happens to be
 def exponential(x: Any) -> Any:
-    """e to the x in float32, to two units in the last place; a vector at a time where a loop calls it."""
+    """e to the x in float32, to three units in the last place; a vector at a time where a loop calls it.
+
+    0 below -87.6, infinity above 88.3.
+    """
     x = min(max(x, _SMALLEST), _LARGEST)
     n = np.floor(x * _LOG2E + _HALF)
     r = x - n * _LN2_HIGH - n * _LN2_LOW
@@ -95,7 +99,9 @@ class Passes:
     def __init__(self) -> None:
         self._norm = Routine(_rms_norm, "x y gain rows heads dim row_stride head_stride", "eps", reorder=True)
         self._add = Routine(_add, "x other y size")
-        fields = "q k q_out k_out cos sin rows half q_heads q_head_stride q_row_stride k_heads k_head_stride k_row_stride"
+        fields = (
+            "q k q_out k_out cos sin rows half q_heads q_head_stride q_row_stride k_heads k_head_stride k_row_stride"
+        )
         self._rotate = Routine(_rotate_heads, fields)
         self._gated = Routine(_gated, "gate up y rows dim gate_stride up_stride")
 
@@ -107,7 +113,8 @@ class Passes:
         _, rows, heads, dim = x.shape
         y = torch.empty(shape)
         self._norm(
-            _threads(x.numel()), x.data_ptr(), y.data_ptr(), gain.data_ptr(), rows, heads, dim, x.stride(1), x.stride(2), eps
+            _threads(x.numel()), x.data_ptr(), y.data_ptr(), gain.data_ptr(), rows, heads, dim,
+            x.stride(1), x.stride(2), eps,
         )  # fmt: skip
         return y
 
@@ -128,11 +135,13 @@ class Passes:
         return q_out.transpose(1, 2), k_out.transpose(1, 2)
 
     def gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """silu(gate) * up, both [1, rows, dim] with rows in one piece."""
+        """silu(gate) * up, both [..., dim]."""
+        gate, up = _as_rows(gate), _as_rows(up)
         y = torch.empty(gate.shape)
-        _, rows, dim = gate.shape
+        rows, dim = gate.numel() // gate.shape[-1], gate.shape[-1]
         self._gated(
-            _threads(4 * gate.numel()), gate.data_ptr(), up.data_ptr(), y.data_ptr(), rows, dim, gate.stride(1), up.stride(1)
+            _threads(4 * gate.numel()), gate.data_ptr(), up.data_ptr(), y.data_ptr(), rows, dim, gate.stride(-2),
+            up.stride(-2),
         )  # fmt: skip
         return y
 
@@ -141,6 +150,11 @@ class Passes:
 def passes() -> Passes:
     """The one set of a process."""
     return Passes()
+
+
+def _as_rows(x: torch.Tensor) -> torch.Tensor:
+    """[..., dim] as it is where its rows lie equally far apart, each in one piece; else a copy."""
+    return x if x.stride(-1) == 1 and x.numel() == x.shape[-2] * x.shape[-1] else x.contiguous()
 
 
 def _threads(numbers: int) -> int:

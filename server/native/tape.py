@@ -51,7 +51,7 @@ class Recorder(TorchDispatchMode):
     """Notes calls of routines, new tensors and sums; anything else that computes makes what it records useless."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[tuple[int, ctypes.Structure]] = []
         self.made: list[_Made] = []
         self.problem: str | None = None
@@ -59,9 +59,10 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """One operation of torch."""
         if func is _aten.add.Tensor and not kwargs and _alike(*args):
-            y = torch.empty_like(args[0])
+            x, other = args
+            y = torch.empty_like(x)
             self.made.append(_Made(y))
-            passes().add(*args, y)
+            passes().add(x, other, y)
             return y
         result = func(*args, **(kwargs or {}))
         if func in _EMPTY:
@@ -90,7 +91,13 @@ def _are_views(result: Any, args: Any) -> bool:
 
 def _alike(x: Any, other: Any) -> bool:
     both = isinstance(x, torch.Tensor) and isinstance(other, torch.Tensor)
-    return both and x.shape == other.shape and x.is_contiguous() and other.is_contiguous() and x.dtype == other.dtype == torch.float32
+    return (
+        both
+        and x.shape == other.shape
+        and x.is_contiguous()
+        and other.is_contiguous()
+        and x.dtype == other.dtype == torch.float32
+    )
 
 
 @dataclass

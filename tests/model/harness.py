@@ -20,6 +20,7 @@ from server.model import loader
 from server.model.attention import FlatAttention
 from server.model.kv_cache import KVCache
 from server.model.quantizer import Quantized, quantizing
+from server.model.quick_ops import quicken
 from server.model.rope import fix_rope
 from server.model.runner import ModelRunner
 from server.model.sampler import Sampler
@@ -153,10 +154,12 @@ def host(
     kv_memory: int | None = None,
     groups: Sequence[tuple[str, ...]] = (),
     kernel: type[Kernel] | None = None,
+    compiled: bool = False,
 ) -> Hosted:
     """Install the engine in a model, in the order in which ``load_base`` does; its stock forward is gone afterwards.
 
-    With a ``kernel`` its linears and embedding become int8.
+    With a ``kernel`` its linears and embedding become int8; with ``compiled`` routines do what they can, and rotate in
+    the modelling code, too.
     """
     attention = FlatAttention()
     attention.install(model)
@@ -164,6 +167,8 @@ def host(
     with quantized as what:
         shapes, noted = loader._probe(model, attention)
     fix_rope(model, max_model_len)
+    if compiled:
+        quicken(model, loader._compiled(attention, torch.float32))
     num_slots = max_num_seqs if kv_memory is None else max_num_seqs + NUM_CACHES
     runner = ModelRunner(model, attention, shapes, num_slots=num_slots, max_len=max_model_len, groups=groups)
     return Hosted(model, runner, noted, max_num_seqs, budget, kv_memory, what)

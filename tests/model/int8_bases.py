@@ -1,11 +1,17 @@
-"""The embedded base with int8 linears beside the same in float32."""
+"""The kernels of this machine, and the embedded base with int8 linears beside the same in float32."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from benchmarks.parts.perplexity import LENGTH, Comparison, Reader, compare, own_texts
+from server.int8.kernels import FbgemmKernel, Kernel, OnednnKernel, choose_torch_kernel
+from server.int8.native import native_kernels
 from server.model.loader import Base, load_base
+
+choose_torch_kernel()  # it quietens torch's word on its quantized tensors, once
+KERNELS: list[type[Kernel]] = [FbgemmKernel, OnednnKernel, *native_kernels().values()]
+"""All that this machine can run."""
 
 NUM_WINDOWS = 12
 MOST_EXCESS = 0.01
@@ -14,6 +20,11 @@ licence its perplexity is 116) chance alone makes a percent either way."""
 MOST_DIVERGENCE = 0.01
 """Nats a token between int8's and float32's probabilities; measured: 0.0017 and 0.0031, with half the levels 0.0025 and
 0.0045."""
+
+
+def name_of(kernel: type[Kernel]) -> str:
+    """For a test's name."""
+    return kernel.name
 
 
 def load_micro(quantization: str) -> Base:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from server.int8 import kernels
 from server.int8.embedding import Int8Embedding
 from server.int8.kernels import (
     HALF_LEVELS,
@@ -20,18 +21,21 @@ from server.int8.kernels import (
     Kernel,
     OnednnKernel,
     choose_kernel,
+    choose_torch_kernel,
     weight_levels,
 )
-from server.int8.linear import Int8Linear, Original, PackedProduct
+from server.int8.linear import Int8Linear, Original, PackedProduct, joined
+from server.int8.native import NativeKernel
+from server.int8.outliers import Outliers
 from server.int8.rows import Int8Rows
-from tests.model.int8_bases import assert_micro_understands
+from tests.model.int8_bases import KERNELS, assert_micro_understands, name_of
 from tests.serving import ROOT
 
 NUM_INPUTS, NUM_OUTPUTS = 144, 208
 BATCHES = (1, 2, 8, 32)
 
 
-@pytest.fixture(params=[FbgemmKernel, OnednnKernel])
+@pytest.fixture(params=KERNELS, ids=name_of)
 def make(request: pytest.FixtureRequest) -> type[Kernel]:
     kernel: type[Kernel] = request.param
     return kernel
@@ -122,7 +126,7 @@ def product_of(
     """A product with the float weights and biases it was made of; the second linear has no bias."""
     weights = [random(size, NUM_INPUTS, seed=number) for number, size in enumerate(sizes)]
     added = [random(size, seed=9) if biases and number != 1 else None for number, size in enumerate(sizes)]
-    return PackedProduct(make(Int8Rows.of(weights)), sizes, added), weights, added
+    return PackedProduct(make(Int8Rows.of(weights), joined(sizes, added)), sizes), weights, added
 
 
 def test_parts_of_a_packed_product_are_the_linears_one_by_one(make: type[Kernel]) -> None:
@@ -130,7 +134,7 @@ def test_parts_of_a_packed_product_are_the_linears_one_by_one(make: type[Kernel]
     product, weights, biases = product_of(make, sizes)
     x = random(1, 5, NUM_INPUTS)
     for number, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        alone = PackedProduct(make(Int8Rows.of([weight])), (len(weight),), (bias,))
+        alone = PackedProduct(make(Int8Rows.of([weight]), bias), (len(weight),))
         assert torch.equal(product.part(number, x), alone.part(0, x))
         torch.testing.assert_close(product.in_floats(number), alone.in_floats(0), rtol=1e-6, atol=0.0)
     assert_independent(lambda rows: torch.cat([product.part(number, rows) for number in range(3)], dim=-1))
@@ -141,7 +145,8 @@ class CountingKernel:
 
     name: ClassVar[str] = "floats"
 
-    def __init__(self, rows: Int8Rows) -> None:
+    def __init__(self, rows: Int8Rows, bias: torch.Tensor | None = None, outliers: Outliers | None = None) -> None:
+        assert bias is None and outliers is None
         self.weight, self.num_calls = rows.in_floats(), 0
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -154,7 +159,7 @@ class CountingKernel:
 
 def counting() -> tuple[CountingKernel, PackedProduct]:
     kernel = CountingKernel(Int8Rows.of([random(96, NUM_INPUTS)]))
-    return kernel, PackedProduct(kernel, (64, 32), (None, None))
+    return kernel, PackedProduct(kernel, (64, 32))
 
 
 def test_the_first_part_computes_all_and_nothing_is_kept_after_the_last() -> None:
@@ -206,7 +211,8 @@ def test_bfloat16_comes_out_as_it_went_in(make: type[Kernel]) -> None:
 def int8_linear(stock: nn.Module, make: type[Kernel]) -> Int8Linear:
     weight = stock.get_parameter("weight").detach()
     turned = weight.t() if isinstance(stock, Conv1D) else weight
-    product = PackedProduct(make(Int8Rows.of([turned])), (len(turned),), (stock._parameters.get("bias"),))
+    bias = joined((len(turned),), (stock._parameters.get("bias"),))
+    product = PackedProduct(make(Int8Rows.of([turned]), bias), (len(turned),))
     return Int8Linear(stock, Original.of(weight), product, 0)
 
 
@@ -292,7 +298,7 @@ def test_without_vnni_weights_have_half_the_levels_and_micro_still_understands()
     assert (done.returncode, done.stdout.split()[:1]) == (0, ["64"]), done.stderr
 
 
-def test_the_kernel_is_onednn_with_amx_else_fbgemm_else_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchs_kernel_is_onednn_with_amx_else_fbgemm_else_none(monkeypatch: pytest.MonkeyPatch) -> None:
     for amx, engines, expected in (
         (True, ["fbgemm"], OnednnKernel),
         (False, ["fbgemm"], FbgemmKernel),
@@ -300,9 +306,17 @@ def test_the_kernel_is_onednn_with_amx_else_fbgemm_else_none(monkeypatch: pytest
     ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda amx=amx: {"amx_int8": amx})
         monkeypatch.setattr(type(torch.backends.quantized), "supported_engines", engines)
-        assert choose_kernel() is expected
+        assert choose_torch_kernel() is expected
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert choose_kernel() is None
+    assert choose_torch_kernel() is None
+
+
+def test_routines_of_our_own_come_first_and_torchs_kernel_where_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = type("First", (NativeKernel,), {}), type("Second", (NativeKernel,), {})
+    monkeypatch.setattr(kernels, "native_kernels", lambda: {"first": first, "second": second})
+    assert choose_kernel() is first
+    monkeypatch.setattr(kernels, "native_kernels", dict)
+    assert choose_kernel() is choose_torch_kernel() is not None
 
 
 def test_micro_understands_in_int8() -> None:

@@ -86,11 +86,12 @@ def test_rows_are_pefts_on_the_same_numbers(case: str, name: str, tmp_path: Path
     family = family_of(name)
     peft, hosted = family.make(case, name, tmp_path / "it"), family.hosted
     hosted.add("it", family.read(tmp_path / "it"))
-    asks = [Ask(prompt, 3, adapter) for prompt, adapter in zip(prompts(12, 7, 21), (None, "it", "it"), strict=True)]
-    base_answer, *answers = hosted.run(asks)
+    adapters = (None, "it", "it", None)
+    asks = [Ask(prompt, 3, adapter) for prompt, adapter in zip(prompts(12, 7, 21, 9), adapters, strict=True)]
+    first, *answers, last = hosted.run(asks)
     hosted.runner.remove_adapter("it")
     check(answers, peft, rounded=case in ROUNDED)
-    check([base_answer], family.oracle, rounded=False)
+    check([first, last], family.oracle, rounded=False)
     for answer in answers:
         assert difference(answer.logits, stock_logits(family.oracle, answer)) > FLIPPED
 

@@ -10,15 +10,15 @@ from torch import nn
 
 from server.errors import SettingsError
 from server.int8.embedding import Int8Embedding
-from server.int8.kernels import FbgemmKernel, Kernel, OnednnKernel, choose_kernel
+from server.int8.kernels import FbgemmKernel, Kernel
 from server.int8.linear import Int8Linear
 from server.model import loader
 from tests.model.families import FAMILIES, build, build_from, fix_long_factors
 from tests.model.harness import Ask, difference, host, prompts, stock_logits
+from tests.model.int8_bases import KERNELS, name_of
 from tests.model.int8_oracle import oracle_of
 from tests.model.peft_cases import CONFIGS, MIXTURES
 
-choose_kernel()  # it quietens torch's word on its quantized tensors, once
 ASKS = [Ask(prompt, 4) for prompt in prompts(21, 5, 1)]
 FAR = 0.2
 """Logits of sharp random models of 64 numbers a row, as a share of the largest; measured: 0.14 at most (Phi-3)."""
@@ -29,7 +29,7 @@ KEPT_IN_FLOATS = {
 """Ends of names of what is left beside norms and biases."""
 
 
-@pytest.fixture(params=[FbgemmKernel, OnednnKernel])
+@pytest.fixture(params=KERNELS, ids=name_of)
 def kernel(request: pytest.FixtureRequest) -> type[Kernel]:
     made: type[Kernel] = request.param
     return made

@@ -9,21 +9,20 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.parts.perplexity import LENGTH, Comparison, Reader, compare, own_texts
-from server.int8.kernels import FbgemmKernel, Kernel, OnednnKernel, choose_kernel
+from server.int8.kernels import Kernel
 from server.int8.linear import PackedProduct
 from server.int8.outliers import MOST, Outliers, find_outliers
 from server.int8.rows import Int8Rows
 from server.model import quantizer
 from server.model.loader import find_base, load_base, load_stock
-from tests.model.int8_bases import MOST_DIVERGENCE, MOST_EXCESS, NUM_WINDOWS
+from tests.model.int8_bases import KERNELS, MOST_DIVERGENCE, MOST_EXCESS, NUM_WINDOWS, name_of
 from tests.model.test_int8 import NUM_INPUTS, assert_independent, random
 
-choose_kernel()
 SIZES = (64, 32)
 INDICES = torch.tensor([3, 70, 111])
 
 
-@pytest.fixture(params=[FbgemmKernel, OnednnKernel])
+@pytest.fixture(params=KERNELS, ids=name_of)
 def make(request: pytest.FixtureRequest) -> type[Kernel]:
     kernel: type[Kernel] = request.param
     return kernel
@@ -35,7 +34,7 @@ def weights() -> list[torch.Tensor]:
 
 def product_of(make: type[Kernel], indices: torch.Tensor | None) -> PackedProduct:
     outliers = None if indices is None else Outliers.of(indices, weights())
-    return PackedProduct(make(Int8Rows.of(weights())), SIZES, (None, None), outliers)
+    return PackedProduct(make(Int8Rows.of(weights()), outliers=outliers), SIZES)
 
 
 def large(x: torch.Tensor) -> torch.Tensor:

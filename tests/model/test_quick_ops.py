@@ -8,20 +8,24 @@ import sys
 import pytest
 import torch
 from torch import nn
-from transformers.models.llama import modeling_llama
+from transformers.models.llama import LlamaConfig, modeling_llama
+from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from server.lora.delta import with_parameters
 from server.lora.place import Shortcut, lengthen, put, shorten
-from server.model.quick_ops import RMSNorm, Rotation, quicken
+from server.model.quick_ops import GatedUnits, RMSNorm, Rotation, quicken
+from server.native.passes import passes
+from server.native.routine import available
 from tests.model.families import FAMILIES, build
 
 WITH_LAYER_NORMS = {"gpt2", "gpt2_untied", "gpt_neox"}
 
 
+@pytest.mark.parametrize("compiled", [False, available()], ids=["torch", "routines"])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
-def test_a_quickened_model_gives_the_stock_logits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quickened_model_gives_the_stock_logits(family: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     stock = build(family)
     code = sys.modules[type(stock).__module__]
     if hasattr(code, "apply_rotary_pos_emb"):
@@ -29,12 +33,22 @@ def test_a_quickened_model_gives_the_stock_logits(family: str, monkeypatch: pyte
     ids = torch.arange(3, 40)[None] % stock.config.get_text_config().vocab_size
     expected = stock(ids).logits
     model = copy.deepcopy(stock)
-    quicken(model)
+    quicken(model, passes() if compiled else None)
     shorten(model)
     got = model(ids).logits
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
     norms = [one for one in model.modules() if isinstance(one, RMSNorm)]
     assert bool(norms) == (family not in WITH_LAYER_NORMS)
+
+
+@pytest.mark.skipif(not available(), reason="without torch's OpenMP library there are no routines")
+def test_gated_units_take_rows_in_any_shape() -> None:
+    """Mixtures of experts call theirs with rows alone, [rows, dim], which were refused in the middle of a step."""
+    stock = LlamaMLP(LlamaConfig(hidden_size=32, intermediate_size=48)).requires_grad_(False)
+    quick, x = GatedUnits.like(stock, passes()), torch.randn(2, 3, 32)
+    assert quick is not None
+    for rows in (x, x[:1], x[0], x[0, :1], x.transpose(0, 1), x[:0]):
+        torch.testing.assert_close(quick(rows), stock(rows), rtol=1e-5, atol=1e-6)
 
 
 def test_a_norm_takes_the_weight_of_an_adapter() -> None:

@@ -1,0 +1,269 @@
+"""Routines compiled for this CPU: products of integers to the bit, passes over rows, and machines without them."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from numba import jit, njit
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from server.int8 import kernels, native
+from server.int8.kernels import OnednnKernel
+from server.int8.native import NativeKernel, native_kernels
+from server.int8.outliers import Outliers
+from server.int8.rows import Int8Rows
+from server.model import loader
+from server.model.attention import FlatAttention
+from server.native import routine
+from server.native.attention import row_attention
+from server.native.passes import exponential, passes
+
+pytestmark = pytest.mark.skipif(not routine.available(), reason="without torch's OpenMP library there are no routines")
+ROWS = (1, 2, 3, 5, 8, 16, 17, 31, 32, 33, 64, 100, 257, 300)
+MOST_ROWS = max(ROWS)
+DIMS = (1, 7, 16, 48, 896)
+
+
+@pytest.fixture(params=native_kernels().values(), ids=list(native_kernels()))
+def make(request: pytest.FixtureRequest) -> type[NativeKernel]:
+    kernel: type[NativeKernel] = request.param
+    return kernel
+
+
+@pytest.fixture(params=[1, 2], ids=["one_thread", "two_threads"])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """What torch, and so every routine, runs on."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def activations(num_rows: int, num_inputs: int) -> torch.Tensor:
+    """Rows of very different sizes."""
+    return random(num_rows, num_inputs) * torch.logspace(-3, 3, num_rows)[:, None]
+
+
+def assert_same(found: torch.Tensor, expected: torch.Tensor, about: object = None) -> None:
+    """To the bit, but for what kind of NaN it is."""
+    assert torch.equal(found.isnan(), expected.isnan()), about
+    assert torch.equal(found.nan_to_num(0.0), expected.nan_to_num(0.0)), about
+
+
+@pytest.mark.parametrize("num_inputs", [16, 36, 64, 100, 896])
+@pytest.mark.parametrize("num_outputs", [1, 33, 64, 65, 208, 1000])
+def test_products_are_torchs_to_the_bit(
+    make: type[NativeKernel], threads: int, num_outputs: int, num_inputs: int
+) -> None:
+    """Of however many rows, so that a row is the same alone and in any batch."""
+    rows = Int8Rows.of([random(num_outputs, num_inputs, seed=1)])
+    ours, x = make(rows), activations(MOST_ROWS, num_inputs)
+    expected = OnednnKernel(rows)(x)
+    for num_rows in ROWS:
+        for first in {0, MOST_ROWS - num_rows}:
+            at = slice(first, first + num_rows)
+            assert torch.equal(ours(x[at]), expected[at]), (num_rows, first)
+    assert torch.equal(ours(x[None, :6].view(1, 2, 3, num_inputs)), expected[:6].view(1, 2, 3, num_outputs))
+    turned = x[:5].t().contiguous().t()
+    assert torch.equal(ours(turned), expected[:5]), "rows that do not lie in one piece"
+
+
+def test_activations_at_borders_of_integers_fall_to_torchs_side(make: type[NativeKernel]) -> None:
+    """Scales were 127 / largest here and 127 * (1 / largest) in torch: now and then a number fell to the other side."""
+    rows = Int8Rows.of([torch.eye(64)])
+    largest = 0.1 + random(4000, 1).abs()
+    x = -(63.5 + torch.arange(64)) / 127.0 * largest  # where a sum with 128.5 keeps the last bit
+    x[:, 0] = largest[:, 0]
+    assert torch.equal(make(rows)(x), OnednnKernel(rows)(x))
+
+
+@pytest.mark.parametrize("num_outputs", [33, 208])
+def test_bias_and_outliers_are_added_in_floats(make: type[NativeKernel], threads: int, num_outputs: int) -> None:
+    weight, bias, x = random(num_outputs, 100, seed=1), random(num_outputs, seed=2), activations(MOST_ROWS, 100)
+    indices = torch.tensor([0, 63, 99])
+    rows, outliers = Int8Rows.of([weight]), Outliers.of(indices, [weight])
+    plain = make(rows)
+    with_bias, with_outliers, with_both = make(rows, bias), make(rows, None, outliers), make(rows, bias, outliers)
+    x[:, indices] *= 100.0
+    assert torch.equal(with_bias(x), plain(x) + bias)
+    others = plain(x * outliers.others)
+    for kernel, begin in ((with_outliers, others), (with_both, others + bias)):
+        expected = begin
+        for index in indices:
+            expected = expected + x[:, index, None] * weight[:, index]
+        for num_rows in ROWS:
+            assert torch.equal(kernel(x[:num_rows]), expected[:num_rows]), num_rows
+    exact = x.double() @ with_both.in_floats().double().t() + bias
+    assert float((with_both(x) - exact).norm() / exact.norm()) < 0.001, "the largest channels are not rounded"
+
+
+def test_rows_of_nan_and_infinity_keep_to_themselves(make: type[NativeKernel], threads: int) -> None:
+    weight = random(70, 100, seed=1)
+    rows = Int8Rows.of([weight])
+    for kernel in (make(rows), make(rows, random(70), Outliers.of(torch.tensor([3, 70]), [weight]))):
+        for num_rows in (2, 5, 17, 33, 300):
+            x = activations(num_rows, 100)
+            clean = kernel(x)
+            for place, number in ((50, torch.nan), (50, torch.inf), (99, -torch.inf), (3, torch.nan), (3, torch.inf)):
+                spoiled = x.clone()
+                spoiled[1, place] = number
+                y = kernel(spoiled)
+                assert not y[1].isfinite().any()
+                if number != number:
+                    assert bool(y[1].isnan().all())
+                others = torch.arange(num_rows) != 1
+                assert torch.equal(y[others], clean[others]), (num_rows, place, number)
+
+
+def test_the_weight_is_read_off_exactly(make: type[NativeKernel]) -> None:
+    for num_outputs, num_inputs in ((1, 16), (65, 36), (208, 100)):
+        weight = random(num_outputs, num_inputs)
+        rows, indices = Int8Rows.of([weight]), torch.tensor([0, num_inputs - 1])
+        assert torch.equal(make(rows).in_floats(), rows.in_floats())
+        apart = make(rows, None, Outliers.of(indices, [weight])).in_floats()
+        assert torch.equal(apart[:, indices], weight[:, indices])
+        assert torch.equal(apart[:, 1:-1], rows.in_floats()[:, 1:-1])
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_rms_norms_are_the_formulas_and_a_row_is_the_same_in_any_batch(threads: int, dim: int) -> None:
+    gain, x, eps = 1.0 + random(dim, seed=1), activations(600, dim), 1e-6
+    exact = x.double()
+    exact = exact * (exact.pow(2).mean(-1, keepdim=True) + eps).rsqrt() * gain
+    alone = torch.cat([passes().rms_norm(row[None], gain, eps) for row in x])
+    torch.testing.assert_close(alone, exact.float(), rtol=1e-6, atol=0.0)
+    for num_rows in (2, 3, 7, 18, 19, 64, 257, 341, 600):
+        for first in {0, 600 - num_rows}:
+            at = slice(first, first + num_rows)
+            assert torch.equal(passes().rms_norm(x[None, at], gain, eps)[0], alone[at]), (num_rows, first)
+    heads = x.view(2, 300, dim).transpose(0, 1)
+    assert torch.equal(passes().rms_norm(heads, gain, eps).transpose(0, 1).reshape(600, dim), alone)
+    x[5, 0] = torch.nan
+    spoiled = passes().rms_norm(x, gain, eps)
+    assert bool(spoiled[5].isnan().all()) and torch.equal(spoiled[6:], alone[6:])
+
+
+def exponential_of(x: torch.Tensor) -> torch.Tensor:
+    y = np.empty(len(x), dtype=np.float32)
+    _exponentials(x.numpy(), y)
+    return torch.from_numpy(y)
+
+
+@njit(error_model="numpy")
+def _exponentials(x: Any, y: Any) -> None:
+    for i in range(len(x)):
+        y[i] = exponential(x[i])
+
+
+def test_exponentials_are_exact_to_three_units_in_the_last_place() -> None:
+    x = torch.linspace(-87.0, 88.0, 1_000_001)
+    exact = x.double().exp()
+    assert float(((exponential_of(x).double() - exact) / exact).abs().max()) < 3 * 2.0**-23
+    near = torch.linspace(-1e-3, 1e-3, 10_001)
+    assert float((exponential_of(near).double() - near.double().exp()).abs().max()) < 2.0**-23
+    assert float(exponential_of(torch.zeros(1))) == 1.0
+
+
+def test_exponentials_are_the_same_whoever_calls_first() -> None:
+    """Numba compiled them with the liberties of their first caller: after attention's, gates were less exact."""
+    again = jit(**exponential.targetoptions)(exponential.py_func)
+
+    @njit(error_model="numpy", fastmath={"reassoc", "nsz", "contract"})
+    def exponentials(x: Any, y: Any) -> None:
+        for i in range(len(x)):
+            y[i] = again(x[i])
+
+    x, y = torch.linspace(-87.0, 88.0, 100_001), np.empty(100_001, dtype=np.float32)
+    exponentials(x.numpy(), y)
+    assert torch.equal(torch.from_numpy(y), exponential_of(x))
+
+
+def test_exponentials_end_in_zero_and_infinity_and_keep_nan() -> None:
+    """A gate of -1e38 came out as -0.6, as the largest power was 1.7e38."""
+    y = exponential_of(torch.tensor([-88.0, -1e4, -3e38, -torch.inf, 89.0, 1e4, 3e38, torch.inf, torch.nan]))
+    assert not y[:4].any() and bool(y[4:8].isposinf().all()) and bool(y[8].isnan())
+
+
+@pytest.mark.parametrize("dim", [2, 16, 64, 80, 128])
+@pytest.mark.parametrize("num_rows", [1, 2, 33, 130])
+def test_rotations_are_the_stock_codes_to_the_bit(threads: int, num_rows: int, dim: int) -> None:
+    """Of queries and keys that are parts of one product, or lie in one piece."""
+    joint = random(1, num_rows, 6 * dim)
+    q, k = (part.view(1, num_rows, -1, dim).transpose(1, 2) for part in joint.split([4 * dim, 2 * dim], -1))
+    angles = random(1, num_rows, dim, seed=1)
+    cos, sin = angles.cos(), angles.sin()
+    expected: tuple[torch.Tensor, torch.Tensor] = apply_rotary_pos_emb(q, k, cos, sin)
+    for views in ((q, k), (q.contiguous(), k.contiguous()), (q, k.contiguous())):
+        for found, stock in zip(passes().rotate(*views, cos, sin), expected, strict=True):
+            assert found.shape == stock.shape and torch.equal(found, stock)
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_gated_units_are_the_stock_codes(threads: int, dim: int) -> None:
+    """Gates and others are parts of one product, or lie in one piece."""
+    joint = 5.0 * random(1, 300, 2 * dim)
+    gate, up = joint.split(dim, -1)
+    alone = torch.cat([passes().gated(gate[:, row : row + 1], up[:, row : row + 1]) for row in range(300)], 1)
+    torch.testing.assert_close(alone, F.silu(gate) * up, rtol=1e-6, atol=1e-12)
+    for num_rows in (2, 3, 5, 18, 64, 300):
+        assert torch.equal(passes().gated(gate[:, :num_rows], up[:, :num_rows]), alone[:, :num_rows])
+    assert torch.equal(passes().gated(gate.contiguous(), up.contiguous()), alone)
+
+
+def test_gates_at_the_ends_of_float32_are_open_or_shut() -> None:
+    gates = torch.tensor([100.0, -100.0, 1e4, -1e4, 3e38, -3e38, torch.inf, -torch.inf, torch.nan, 0.0])
+    for up in (1.0, -1e30, 0.0, torch.nan):
+        gate, other = gates.repeat(3)[None, None], torch.full((1, 1, 30), up)
+        found, stock = passes().gated(gate, other), F.silu(gate) * other
+        torch.testing.assert_close(found, stock, rtol=1e-6, atol=1e-11, equal_nan=True)
+
+
+def test_a_row_of_nan_gates_keeps_to_itself() -> None:
+    gate, up = random(1, 40, 48), random(1, 40, 48, seed=1)
+    clean = passes().gated(gate, up)
+    gate[0, 7] = torch.nan
+    found = passes().gated(gate, up)
+    assert bool(found[0, 7].isnan().all())
+    others = torch.arange(40) != 7
+    assert torch.equal(found[0, others], clean[0, others])
+
+
+def test_without_an_openmp_library_torchs_kernels_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routine, "_LIBRARY", re.compile("no such library"))
+    assert routine.openmp.__wrapped__() is None
+    monkeypatch.setattr(routine, "openmp", lambda: None)
+    assert not routine.available.__wrapped__()
+    assert_torch_does_the_work(monkeypatch)
+
+
+def test_without_numba_torchs_kernels_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "numba", None)
+    assert not routine.available.__wrapped__()
+    assert_torch_does_the_work(monkeypatch)
+
+
+def assert_torch_does_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (native, loader):
+        monkeypatch.setattr(module, "available", routine.available.__wrapped__)
+    monkeypatch.setattr(kernels, "native_kernels", native_kernels.__wrapped__)
+    assert kernels.choose_kernel() is kernels.choose_torch_kernel()
+    attention = FlatAttention()
+    assert loader._compiled(attention, torch.float32) is None and attention.rows is None
+
+
+def test_routines_are_installed_where_there_are_such() -> None:
+    attention = FlatAttention()
+    assert loader._compiled(attention, torch.bfloat16) is passes()
+    assert attention.rows is row_attention(torch.bfloat16) is not None
+    assert row_attention(torch.float16) is None

@@ -1,0 +1,45 @@
+"""Every family with routines in place of all they can do: near to what torch computes, and each row the same alone."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from server.int8.kernels import choose_kernel
+from server.model.quick_ops import GatedUnits
+from server.native.routine import available
+from tests.model.families import FAMILIES, build
+from tests.model.harness import Ask, difference, host, prompts
+from tests.model.peft_cases import MIXTURES
+
+pytestmark = pytest.mark.skipif(not available(), reason="without torch's OpenMP library there are no routines")
+ASKS = [Ask(prompt, 6) for prompt in prompts(21, 5, 1)]
+GATED = {"llama", "llama3_rope", "llama_dynamic_rope", "qwen2", "qwen3", "mistral", "smollm3"}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    name: str = request.param
+    code = sys.modules[type(build(name)).__module__]
+    if hasattr(code, "apply_rotary_pos_emb"):
+        monkeypatch.setattr(code, "apply_rotary_pos_emb", code.apply_rotary_pos_emb)  # to be put back
+    return name
+
+
+@pytest.mark.parametrize("quantization", ["int8", "none"])
+def test_logits_are_those_without_routines_and_rows_are_the_same_alone(family: str, quantization: str) -> None:
+    """With integers an activation may fall to the other side of a border."""
+    kernel = choose_kernel() if quantization == "int8" else None
+    expected = host(build(family), kernel=kernel).run(ASKS)
+    hosted = host(build(family), kernel=kernel, compiled=True)
+    assert any(isinstance(module, GatedUnits) for module in hosted.model.modules()) == (family in GATED)
+    assert hosted.runner.attention.rows is not None
+    found, alone = hosted.run(ASKS), [hosted.run([ask])[0] for ask in ASKS]
+    far = [difference(ours.logits, theirs.logits) for ours, theirs in zip(found, expected, strict=True)]
+    assert min(far) < 1e-5 and max(far) < (1e-5 if kernel is None else 0.1)
+    for answer, one in zip(found, alone, strict=True):
+        assert answer.tokens == one.tokens
+        if kernel is not None and family not in MIXTURES:  # experts, in floats, compute rows in groups
+            assert torch.equal(answer.logits, one.logits)
