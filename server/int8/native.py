@@ -35,7 +35,7 @@ class NativeKernel:
         # in pieces, as torch has a whole copy in int32 to sum up
         sums = torch.cat([piece.sum(1, dtype=torch.int32) for piece in pieces(rows.integers)])
         self._zeros = sums * -_ZERO
-        self._bias = None if bias is None else bias.contiguous()
+        self._bias = torch.zeros(self.num_outputs) if bias is None else bias.contiguous()
         self._outliers = outliers
         self._fixed = self._addresses()
 
@@ -67,8 +67,8 @@ class NativeKernel:
             mask, indices, weights = outliers.others, outliers.indices, outliers.weights
             apart = (mask.data_ptr(), len(indices), indices.data_ptr(), weights.data_ptr())
         sizes = (self.num_inputs, self.num_outputs, self._width, len(self._weights))
-        bias = 0 if self._bias is None else self._bias.data_ptr()
-        numbers = (self._weights.data_ptr(), self._zeros.data_ptr(), self._scales.data_ptr(), bias)
+        tensors = (self._weights, self._zeros, self._scales, self._bias)
+        numbers = (tensor.data_ptr() for tensor in tensors)
         return *sizes, *numbers, *apart
 
 

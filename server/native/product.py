@@ -12,23 +12,26 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from server.native.byte_products import (
+    configure_tiles,
+    dot_products,
+    may_use_tiles,
+    release_tiles,
+    scale_rows,
+    tile_products,
+)
 from server.native.intrinsics import (
     barrier,
     bits_of,
     bytes_at,
-    configure_tiles,
-    dot_products,
     float_of,
     floats,
     has_features,
     integers,
     longs,
-    may_use_tiles,
     num_threads,
-    release_tiles,
     scratch,
     thread_number,
-    tile_products,
 )
 from server.native.routine import Routine
 
@@ -38,7 +41,10 @@ FIELDS += " others num_outliers outliers outlier_weights"
 and ``largest`` float32 [rows] are for the time of the call. ``zeros`` int32 is added to sums, ``others`` float32
 [inputs] has 0 at outliers, whose indices are int64 and whose weights float32 [.., outputs]; 0 for what is not there."""
 
-_ONE_TILE = 16
+_FEW = 32
+"""Rows that wait for the weights to come from memory."""
+_TILE_SLAB = 7
+"""Steps of 64 inputs whose weights, 28 KB, stay in the first cache while several rows use them."""
 _SLAB = 64
 """Steps of four inputs whose weights, 16 KB, stay in the first cache while several rows use them."""
 _CHUNK = 256
@@ -49,7 +55,7 @@ _TINY_BITS = np.float32(1e-30).view(np.int32)
 
 _sums_memory = scratch(4 * 64 * _CHUNK)
 _one_tile = tile_products(1, 4, prefetch=True)
-_two_tiles = tile_products(2, 2)
+_two_tiles, _more_tiles = tile_products(2, 2), tile_products(2, 2, add=True)
 
 
 @njit(error_model="numpy")
@@ -76,23 +82,36 @@ def _put_on_grid(a: Any, row: int) -> None:
 
 
 @njit(error_model="numpy")
-def _scale_back(a: Any, row: int, output: int, sums_at: int) -> None:
-    """Up to 64 sums of a row into y."""
-    y, sums = floats(a.y + 4 * (row * a.outputs + output)), integers(sums_at)
-    zeros, scales = integers(a.zeros + 4 * output), floats(a.scales + 4 * output)
-    largest = floats(a.largest)[row]
-    num = min(64, a.outputs - output)
-    if a.bias:
-        bias = floats(a.bias + 4 * output)
-        for i in range(num):
-            y[i] = np.float32(sums[i] + zeros[i]) * scales[i] * largest + bias[i]
+def _scale_back(a: Any, row: int, count: int, output: int, sums: int) -> None:
+    """Up to 64 sums of each of some rows into y."""
+    if a.outputs - output >= 64:
+        zeros, scales, bias = a.zeros + 4 * output, a.scales + 4 * output, a.bias + 4 * output
+        y = a.y + 4 * (row * a.outputs + output)
+        scale_rows(count, sums, zeros, scales, a.largest + 4 * row, bias, y, 4 * a.outputs)
     else:
-        for i in range(num):
-            y[i] = np.float32(sums[i] + zeros[i]) * scales[i] * largest
+        for one in range(row, row + count):
+            _scale_few(a, one, output, sums + 256 * (one - row))
+    if a.num_outliers:
+        for one in range(row, row + count):
+            _add_outliers(a, one, output)
+
+
+@njit(error_model="numpy")
+def _scale_few(a: Any, row: int, output: int, sums_at: int) -> None:
+    """The last sums of a row, fewer than 64."""
+    y, sums = floats(a.y + 4 * (row * a.outputs + output)), integers(sums_at)
+    zeros, scales, bias = integers(a.zeros + 4 * output), floats(a.scales + 4 * output), floats(a.bias + 4 * output)
+    for i in range(a.outputs - output):
+        y[i] = np.float32(sums[i] + zeros[i]) * scales[i] * floats(a.largest)[row] + bias[i]
+
+
+@njit(error_model="numpy")
+def _add_outliers(a: Any, row: int, output: int) -> None:
+    y, x = floats(a.y + 4 * (row * a.outputs + output)), floats(a.x + 4 * row * a.inputs)
     for one in range(a.num_outliers):
-        value = floats(a.x + 4 * row * a.inputs)[longs(a.outliers)[one]]
+        value = x[longs(a.outliers)[one]]
         weights = floats(a.outlier_weights + 4 * (one * a.outputs + output))
-        for i in range(num):
+        for i in range(min(64, a.outputs - output)):
             y[i] += value * weights[i]
 
 
@@ -126,10 +145,22 @@ def _by_dot_products(bits: int) -> Callable[[Any], None]:
                         else:
                             one(grid, a.width, steps, weights, sums + 256 * row)
                             row += 1
-                for row in range(rows):
-                    _scale_back(a, chunk + row, 64 * block, sums + 256 * row)
+                _scale_back(a, chunk, rows, 64 * block, sums)
 
     return by_dot_products
+
+
+@njit(error_model="numpy")
+def _many_rows(a: Any, first: int, end: int, weights: int, sums: int) -> None:
+    """Products of rows with a block, in slabs of it that stay in the first cache."""
+    for slab in range(0, a.width // 64, _TILE_SLAB):
+        steps = min(a.width // 64 - slab, _TILE_SLAB)
+        for row in range(first, end, 32):
+            grid, mine = a.grid + row * a.width + 64 * slab, sums + 256 * (row - first)
+            if slab:
+                _more_tiles(grid, a.width, steps, weights + 4096 * slab, mine)
+            else:
+                _two_tiles(grid, a.width, steps, weights, mine)
 
 
 def _by_tiles() -> Callable[[Any], None]:
@@ -145,23 +176,22 @@ def _by_tiles() -> Callable[[Any], None]:
             _put_on_grid(a, row)
         barrier()
         configure_tiles()
-        sums, steps = _sums_memory(), a.width // 64
+        sums = _sums_memory()
         for chunk in range(0, a.rows, _CHUNK):
             end = min(a.rows, chunk + _CHUNK)
             for block in range(a.blocks * me // team, a.blocks * (me + 1) // team):
-                weights = a.weights + block * a.width * 64
-                row = chunk
-                while row < end:
-                    grid = a.grid + row * a.width
-                    if end - row <= _ONE_TILE or a.rows <= 2 * _ONE_TILE:
-                        some = min(end - row, _ONE_TILE)
-                        _one_tile(grid, a.width, steps, weights, sums)
-                    else:
-                        some = min(end - row, 2 * _ONE_TILE)
-                        _two_tiles(grid, a.width, steps, weights, sums)
-                    for one in range(some):
-                        _scale_back(a, row + one, 64 * block, sums + 256 * one)
-                    row += some
+                if a.rows <= _FEW:
+                    for row in range(0, a.rows, 16):
+                        _one_tile(
+                            a.grid + row * a.width,
+                            a.width,
+                            a.width // 64,
+                            a.weights + block * a.width * 64,
+                            sums + 256 * row,
+                        )
+                else:
+                    _many_rows(a, chunk, end, a.weights + block * a.width * 64, sums)
+                _scale_back(a, chunk, end - chunk, 64 * block, sums)
         release_tiles()
 
     return by_tiles

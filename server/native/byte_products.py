@@ -1,0 +1,225 @@
+"""Instructions that multiply bytes, on blocks of int8 weights: VPDPBUSD of VNNI, TDPBUSD of AMX."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from functools import cache
+from typing import Any
+
+from llvmlite import ir
+
+from server.native.intrinsics import loop, void_intrinsic
+
+_I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
+_LANES, _BLOCK = 16, 64
+"""Outputs of a block of weights: ``product.py``."""
+_AHEAD_OF_DOTS, _AHEAD_OF_TILES = 4096, 8192
+"""Bytes that weights are called into the caches ahead of the products, where they come from memory; measured."""
+
+_ARCH_PRCTL = (158, 0x1023, 18)
+"""The number of the system call on x86-64, ARCH_REQ_XCOMP_PERM, and XTILEDATA."""
+
+
+@cache
+def may_use_tiles() -> bool:
+    """Ask Linux for the registers of AMX, which a process has only then."""
+    return platform.machine() == "x86_64" and ctypes.CDLL(None).syscall(*_ARCH_PRCTL) == 0
+
+
+def dot_products(rows: int, bits: int, *, prefetch: bool = False) -> Any:
+    """``f(x, stride, count, weights, sums)``: sums int32 [rows, 64] += x uint8 [rows, 4 * count] @ a block of weights.
+
+    By VPDPBUSD on vectors of so many bits. ``weights`` int8 [count, 64, 4]; ``stride`` bytes lie between rows of x.
+    """
+    lanes = bits // 32
+    per_block = _BLOCK // lanes
+    num_registers = (32 if bits == 512 else 16) - 4
+    at_once = min(per_block, max(1, num_registers // rows))
+    while per_block % at_once:
+        at_once -= 1
+
+    def generate(builder: Any, x: Any, stride: Any, count: Any, weights: Any, sums: Any) -> None:
+        for first in range(0, per_block, at_once):
+            ahead = _AHEAD_OF_DOTS if prefetch else 0
+            _dot_products(builder, rows, lanes, range(first, first + at_once), ahead, (x, stride, count, weights, sums))
+
+    return void_intrinsic(5, generate)
+
+
+def _dot_products(builder: Any, rows: int, lanes: int, vectors: range, ahead: int, arguments: Any) -> None:
+    x, stride, count, weights, sums = arguments
+    numbers, octets = ir.VectorType(_I32, lanes), ir.VectorType(_I8, 4 * lanes)
+    name = f"llvm.x86.avx512.vpdpbusd.{32 * lanes}"
+    product = builder.module.globals.get(name) or ir.Function(
+        builder.module, ir.FunctionType(numbers, [numbers, octets, octets]), name
+    )
+
+    def at(address: Any, offset: Any, kind: Any) -> Any:
+        return builder.inttoptr(builder.add(address, offset), kind.as_pointer())
+
+    def sum_at(row: int, vector: int) -> Any:
+        return at(sums, _I64(4 * (_BLOCK * row + lanes * vector)), numbers)
+
+    cells = [(row, vector) for row in range(rows) for vector in vectors]
+    begin = {cell: builder.load(sum_at(*cell), align=4) for cell in cells}
+    before, loop, end = builder.block, builder.append_basic_block(), builder.append_basic_block()
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    step = builder.phi(_I64)
+    step.add_incoming(_I64(0), before)
+    current = {cell: builder.phi(numbers) for cell in cells}
+    here = builder.add(weights, builder.mul(step, _I64(4 * _BLOCK)))
+    loaded = {one: builder.load(at(here, _I64(4 * lanes * one), octets), align=1) for one in vectors}
+    if ahead:
+        _prefetch(builder, here, range(ahead + 4 * lanes * vectors[0], ahead + 4 * lanes * (vectors[-1] + 1), 64), 2)
+    after = {}
+    for row in range(rows):
+        offset = builder.add(builder.mul(stride, _I64(row)), builder.mul(step, _I64(4)))
+        four = builder.load(at(x, offset, _I32), align=1)
+        single = builder.insert_element(ir.Constant(numbers, ir.Undefined), four, _I32(0))
+        repeated = builder.bitcast(builder.shuffle_vector(single, single, ir.Constant(numbers, None)), octets)
+        for one in vectors:
+            after[row, one] = builder.call(product, [current[row, one], repeated, loaded[one]])
+    following = builder.add(step, _I64(1))
+    step.add_incoming(following, loop)
+    for cell in cells:
+        current[cell].add_incoming(begin[cell], before)
+        current[cell].add_incoming(after[cell], loop)
+    builder.cbranch(builder.icmp_signed("<", following, count), loop, end)
+    builder.position_at_end(end)
+    for cell in cells:
+        builder.store(after[cell], sum_at(*cell), align=4)
+
+
+_TILES_CONFIGURED = bytes([1, 0, *[0] * 14, *[64, 0] * 8, *[0] * 16, *[16] * 8, *[0] * 8])
+"""All eight tiles with 16 rows of 64 bytes (Intel SDM, LDTILECFG)."""
+
+
+def _tile_function(builder: Any, name: str, *kinds: Any) -> Any:
+    whole = f"llvm.x86.{name}"
+    known = builder.module.globals.get(whole)
+    return known or ir.Function(builder.module, ir.FunctionType(ir.VoidType(), kinds), whole)
+
+
+def _configure(builder: Any) -> None:
+    kind = ir.ArrayType(_I8, len(_TILES_CONFIGURED))
+    with builder.goto_entry_block():
+        config = builder.alloca(kind)
+    builder.store(ir.Constant(kind, bytearray(_TILES_CONFIGURED)), config)
+    pointer = builder.bitcast(config, _I8.as_pointer())
+    builder.call(_tile_function(builder, "ldtilecfg", _I8.as_pointer()), [pointer])
+
+
+def _release(builder: Any) -> None:
+    builder.call(_tile_function(builder, "tilerelease"), [])
+
+
+configure_tiles = void_intrinsic(0, _configure)
+release_tiles = void_intrinsic(0, _release)
+
+
+def tile_products(row_tiles: int, column_tiles: int, *, prefetch: bool = False, add: bool = False) -> Any:
+    """``f(x, stride, count, weights, sums)``: sums int32 [16 * row_tiles, 64] = x uint8 [.., 64 * count] @ a block.
+
+    By TDPBUSD; ``count`` steps of 64 inputs. The columns are taken ``column_tiles`` times 16 at once. With ``add`` the
+    products are added to the sums that are there.
+    """
+    assert row_tiles * column_tiles + row_tiles + 1 <= 8
+
+    def generate(builder: Any, x: Any, stride: Any, count: Any, weights: Any, sums: Any) -> None:
+        for first in range(0, 4, column_tiles):
+            columns = range(first, first + column_tiles)
+            _tile_products(builder, row_tiles, columns, prefetch, add, (x, stride, count, weights, sums))
+
+    return void_intrinsic(5, generate)
+
+
+def _tile_products(builder: Any, row_tiles: int, columns: range, prefetch: bool, add: bool, arguments: Any) -> None:
+    x, stride, count, weights, sums = arguments
+    pointer = _I8.as_pointer()
+    zero = _tile_function(builder, "tilezero", _I8)
+    load = _tile_function(builder, "tileloadd64", _I8, pointer, _I64)
+    store = _tile_function(builder, "tilestored64", _I8, pointer, _I64)
+    product = _tile_function(builder, "tdpbusd", _I8, _I8, _I8)
+
+    def at(address: Any, offset: Any) -> Any:
+        return builder.inttoptr(builder.add(address, offset), pointer)
+
+    def sum_tile(row: int, number: int) -> Any:
+        return _I8(row * len(columns) + number)
+
+    cells = [(row, number) for row in range(row_tiles) for number in range(len(columns))]
+    places = {(row, number): at(sums, _I64(4 * (_BLOCK * 16 * row + 16 * columns[number]))) for row, number in cells}
+    first_x = len(cells)
+    for cell in cells:
+        if add:
+            builder.call(load, [sum_tile(*cell), places[cell], _I64(4 * _BLOCK)])
+        else:
+            builder.call(zero, [sum_tile(*cell)])
+    before, loop, end = builder.block, builder.append_basic_block(), builder.append_basic_block()
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    step = builder.phi(_I64)
+    step.add_incoming(_I64(0), before)
+    here = builder.add(weights, builder.mul(step, _I64(64 * _BLOCK)))
+    if prefetch:
+        _prefetch(builder, here, range(_AHEAD_OF_TILES, _AHEAD_OF_TILES + 64 * _BLOCK, 64), 3)
+    for row in range(row_tiles):
+        offset = builder.add(builder.mul(stride, _I64(16 * row)), builder.mul(step, _I64(64)))
+        builder.call(load, [_I8(first_x + row), at(x, offset), stride])
+    for number, column in enumerate(columns):
+        tile = _I8(first_x + row_tiles + number % (8 - first_x - row_tiles))
+        builder.call(load, [tile, at(here, _I64(64 * column)), _I64(4 * _BLOCK)])
+        for row in range(row_tiles):
+            builder.call(product, [sum_tile(row, number), _I8(first_x + row), tile])
+    following = builder.add(step, _I64(1))
+    step.add_incoming(following, loop)
+    builder.cbranch(builder.icmp_signed("<", following, count), loop, end)
+    builder.position_at_end(end)
+    for cell in cells:
+        builder.call(store, [sum_tile(*cell), places[cell], _I64(4 * _BLOCK)])
+
+
+def _prefetch(builder: Any, here: Any, offsets: range, level: int) -> None:
+    """Call lines of 64 bytes into the first cache (level 3) or the second (2)."""
+    kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
+    name = "llvm.prefetch.p0"
+    prefetch = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    for offset in offsets:
+        address = builder.inttoptr(builder.add(here, _I64(offset)), _I8.as_pointer())
+        builder.call(prefetch, [address, _I32(0), _I32(level), _I32(1)])
+
+
+def _scale_rows(
+    builder: Any, count: Any, sums: Any, zeros: Any, scales: Any, largest: Any, bias: Any, y: Any, stride: Any
+) -> None:
+    numbers, values = ir.VectorType(_I32, _LANES), ir.VectorType(ir.FloatType(), _LANES)
+
+    def vector(address: Any, offset: Any, kind: Any) -> Any:
+        return builder.inttoptr(builder.add(address, offset), kind.as_pointer())
+
+    places = [_I64(4 * first) for first in range(0, _BLOCK, _LANES)]
+    offsets = [builder.load(vector(zeros, place, numbers), align=4) for place in places]
+    factors = [builder.load(vector(scales, place, values), align=4) for place in places]
+    added = [builder.load(vector(bias, place, values), align=4) for place in places]
+
+    def row(number: Any, _: list[Any]) -> list[Any]:
+        pointer = builder.inttoptr(builder.add(largest, builder.mul(number, _I64(4))), ir.FloatType().as_pointer())
+        single = builder.insert_element(ir.Constant(values, ir.Undefined), builder.load(pointer, align=4), _I32(0))
+        factor = builder.shuffle_vector(single, single, ir.Constant(ir.VectorType(_I32, _LANES), None))
+        here, there = builder.mul(number, _I64(4 * _BLOCK)), builder.mul(number, stride)
+        for place, zero, scale, more in zip(places, offsets, factors, added, strict=True):
+            whole = builder.load(vector(sums, builder.add(here, place), numbers), align=4)
+            value = builder.fmul(builder.sitofp(builder.add(whole, zero), values), scale)
+            result = builder.fadd(builder.fmul(value, factor), more)
+            builder.store(result, vector(y, builder.add(there, place), values), align=4)
+        return []
+
+    loop(builder, count, [], row)
+
+
+scale_rows = void_intrinsic(8, _scale_rows)
+"""``f(count, sums, zeros, scales, largest, bias, y, stride)``: y [count, 64] = (sums + zeros) * scales * largest + bias.
+
+Of sums int32 [count, 64]; ``stride`` bytes lie between rows of y."""
