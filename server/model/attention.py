@@ -20,6 +20,7 @@ from server.model.kv_cache import KVCache, LayerShape, Span
 if TYPE_CHECKING:
     from server.native.attention import RowAttention
 
+_FEW_ROWS = 16
 _numbers = itertools.count()
 
 
@@ -77,7 +78,8 @@ class FlatAttention:
     """The attention function of one model, registered with transformers under a name of its own.
 
     Without a cache it serves whole sequences only, and notes each layer's shapes: that is the probe at start. ``rows``,
-    where it is set, is the routine for decoding rows, and ``windows`` are those it was called with.
+    where it is set, is the routine for decoding rows, and ``windows`` are those it was called with. ``explicit`` says
+    that some layer has soft caps or sinks.
     """
 
     def __init__(self) -> None:
@@ -87,8 +89,14 @@ class FlatAttention:
         self.rows: RowAttention | None = None
         self.seen_shapes: dict[int, LayerShape] = {}
         self.windows: set[int | None] = set()
+        self.explicit = False
         self.num_calls = 0
         AttentionInterface.register(self.name, self)
+
+    @property
+    def most_apart(self) -> int:
+        """Rows of a prompt that are attended to one by one as fast as together, so that no step is of two kinds."""
+        return 1 if self.rows is None or self.explicit else _FEW_ROWS
 
     def install(self, model: PreTrainedModel) -> None:
         """Make the model call this function."""
@@ -117,6 +125,7 @@ class FlatAttention:
             self.cache.write(layer, layout, key, value)
         kept = query.dtype if self.cache is None else self.cache.layout.dtype
         plain = softcap is None and s_aux is None
+        self.explicit |= not plain
         queries = query.to(kept)
         singles = _folded(queries, key.shape[1]) if plain else ()
         parts = []  # [length, heads, value_dim] each

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -97,6 +98,7 @@ def load_base(
     length = _length(config, max_model_len)
     place = choose_device(device)
     kernel = _kernel(quantization, place)
+    compiling = None if kernel is None else _start_compiling()
     fingerprint = base_fingerprint(folder)
     # for integers the stock weights stay in the format of their file, and there: they are read from it one by one
     model = load_stock(folder, "auto" if kernel else choose_dtype(dtype, place, num_weight_bytes(folder)))
@@ -118,10 +120,9 @@ def load_base(
         compiled = None if kernel is None else _compiled(attention, kv_dtype)
         quicken(model, compiled)
     shorten(model)
-    if not attention.num_calls == len(shapes) == config.get_text_config().num_hidden_layers:
-        raise BaseModelRefused(
-            name, f"{attention.num_calls} attention calls on {len(shapes)} layers: each must make one"
-        )
+    _check_calls(name, attention, len(shapes), config)
+    if compiling is not None:
+        compiling.join()
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
     signature = replace(signature_of(name, fingerprint, noted), chat_template=template)
     eos_ids = _eos_ids(model, tokenizer)
@@ -140,6 +141,11 @@ def load_base(
     )
 
 
+def _check_calls(name: str, attention: FlatAttention, num_shapes: int, config: PretrainedConfig) -> None:
+    if not attention.num_calls == num_shapes == config.get_text_config().num_hidden_layers:
+        raise BaseModelRefused(name, f"{attention.num_calls} attention calls on {num_shapes} layers: each must make one")
+
+
 def _kernel(quantization: str, device: torch.device) -> type[Kernel] | None:
     """What multiplies integers, None for a base in floats. Raises ``SettingsError`` where nothing does."""
     if quantization == "none":
@@ -155,6 +161,17 @@ def _kernel(quantization: str, device: torch.device) -> type[Kernel] | None:
             f"quantization is 'int8', but torch {torch.__version__} has neither FBGEMM nor oneDNN here: set 'none'"
         )
     return kernel
+
+
+def _start_compiling() -> threading.Thread | None:
+    """Compile the routines, which takes seconds, while the base is being read."""
+    if not available():
+        return None
+    from server.native.every import compile_every_routine
+
+    thread = threading.Thread(target=compile_every_routine, args=(choose_kv_dtype(torch.float32),), name="compile")
+    thread.start()
+    return thread
 
 
 def _compiled(attention: FlatAttention, kv_dtype: torch.dtype) -> Passes | None:

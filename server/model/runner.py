@@ -70,7 +70,7 @@ class ModelRunner:
     def run(self, batch: Batch) -> torch.Tensor:
         """Logits of the rows that yield a token, [len(batch.draws), vocab]."""
         self._prepare_slots(batch)
-        layout = Layout.of(_spans(batch.segments), self.model.device)
+        layout = Layout.of(_spans(batch.segments, self.attention.most_apart), self.model.device)
         self.attention.layout = layout
         self.bank.begin(batch)
         if self.tapes is not None:
@@ -107,13 +107,18 @@ class ModelRunner:
         self.bank.remove(digest)
 
 
-def _spans(segments: Sequence[Segment]) -> tuple[Span, ...]:
-    """A span for each segment's known rows, and one for each draft, so that its numbers are those of a decoding row."""
+def _spans(segments: Sequence[Segment], apart: int) -> tuple[Span, ...]:
+    """A span for each segment's known rows, and one for each draft, so that its numbers are those of a decoding row.
+
+    Known rows are spans of their own as well where they are no more than ``apart``.
+    """
     spans, row = [], 0
     for segment in segments:
         known = segment.length - len(segment.drafts)
-        spans.append(Span(row, segment.start, known, segment.slot))
-        spans += [Span(row + place, segment.start + place, 1, segment.slot) for place in range(known, segment.length)]
+        if known > apart:
+            spans.append(Span(row, segment.start, known, segment.slot))
+        alone = range(known if known > apart else 0, segment.length)
+        spans += [Span(row + place, segment.start + place, 1, segment.slot) for place in alone]
         row += segment.length
     return tuple(spans)
 

@@ -146,7 +146,7 @@ class RowAttention:
 
     def __init__(self, dtype: torch.dtype) -> None:
         store, load = (_store_bfloat16, _load_bfloat16) if dtype == torch.bfloat16 else (_copy, _copy)
-        self._routine = Routine(_attend_with(store, load, _BYTES[dtype]), _FIELDS, "scale", reorder=True)
+        self.routine = Routine(_attend_with(store, load, _BYTES[dtype]), _FIELDS, "scale", reorder=True)
 
     def can(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
         """Whether it serves such queries, keys and values: heads of whole vectors, each in one piece."""
@@ -178,7 +178,7 @@ class RowAttention:
         out = torch.empty(rows, heads, value_dim)
         size = scores_size(longest)
         scratch = torch.empty(threads * (group * size + 16 * max(dim, value_dim)))
-        self._routine(
+        self.routine(
             threads, q.data_ptr(), k.data_ptr(), v.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr(),
             scratch.data_ptr(), size, slots.data_ptr(), positions.data_ptr(), singles.data_ptr(), len(singles), rows,
             kv_heads, group, dim, value_dim, q.stride(2), q.stride(1), k.stride(2), k.stride(1), v.stride(2),

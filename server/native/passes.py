@@ -105,6 +105,11 @@ class Passes:
         self._rotate = Routine(_rotate_heads, fields)
         self._gated = Routine(_gated, "gate up y rows dim gate_stride up_stride")
 
+    @property
+    def routines(self) -> tuple[Routine, ...]:
+        """All of them."""
+        return self._norm, self._add, self._rotate, self._gated
+
     def rms_norm(self, x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
         """x [..., dim], gain [dim] -> a new [..., dim]."""
         shape = x.shape

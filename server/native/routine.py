@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+import threading
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,9 @@ import torch
 
 _LIBRARY = re.compile(r"\S*/lib(?:gomp|omp|iomp5)[^/]*\.so\S*$")
 _SYMBOLS = ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier")
+
+
+_compiling = threading.Lock()
 
 
 @cache
@@ -71,14 +75,19 @@ class Routine:
     def __call__(self, threads: int, *values: float) -> None:
         """Run it on so many threads; what the values are addresses of must be there until it returns."""
         if not self._code:
-            self.compile()
+            self.compile()  # unless another thread just did
         record = self._record(*values)
         self._run(self._code, ctypes.byref(record), threads, 0)
         if Routine.recorder is not None:
             Routine.recorder(self._code, record)
 
     def compile(self) -> None:
-        """Compile it now, and not when it is called first."""
+        """Compile it now, and not when it is called first; any thread may."""
+        with _compiling:
+            if not self._code:
+                self._compile()
+
+    def _compile(self) -> None:
         import numba
         from numba.core import types
 

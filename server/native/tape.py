@@ -155,7 +155,7 @@ class Tape:
                 begin = one.data_ptr()
                 for place, offset in places:
                     memory[place] = begin + offset
-        _player()(torch.get_num_threads(), self.table.data_ptr(), len(self.table))
+        player()(torch.get_num_threads(), self.table.data_ptr(), len(self.table))
         return result
 
 
@@ -203,5 +203,6 @@ def _play(a: Any) -> None:
 
 
 @cache
-def _player() -> Routine:
+def player() -> Routine:
+    """The one of a process."""
     return Routine(_play, "table count")

@@ -1,0 +1,17 @@
+"""All routines of a server, compiled before the first request comes."""
+
+from __future__ import annotations
+
+import torch
+
+from server.native.attention import row_attention
+from server.native.low_rank import add_deltas
+from server.native.passes import passes
+from server.native.tape import player
+
+
+def compile_every_routine(kv_dtype: torch.dtype) -> None:
+    """Those that a base with keys and values of this format needs, but for products, which are needed to load it."""
+    attention = row_attention(kv_dtype)
+    for routine in (add_deltas(), player(), *passes().routines, *([] if attention is None else [attention.routine])):
+        routine.compile()
