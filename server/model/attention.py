@@ -20,7 +20,7 @@ from server.model.kv_cache import KVCache, LayerShape, Span
 if TYPE_CHECKING:
     from server.native.attention import RowAttention
 
-_FEW_ROWS = 16
+_FEW_ROWS = 32
 _numbers = itertools.count()
 
 

@@ -115,35 +115,34 @@ def load_base(
     if kv_memory is not None:
         length = _affordable(KVLayout(tuple(shapes), length, kv_dtype), kv_memory, asked=max_model_len)
     fix_rope(model, length)
-    compiled = None
+    compiled = _compiled(attention, kv_dtype) if kernel is not None and model.dtype == torch.float32 else None
     if model.dtype == torch.float32 and place.type == "cpu":
-        compiled = None if kernel is None else _compiled(attention, kv_dtype)
         quicken(model, compiled)
     shorten(model)
     _check_calls(name, attention, len(shapes), config)
     if compiling is not None:
         compiling.join()
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
-    signature = replace(signature_of(name, fingerprint, noted), chat_template=template)
-    eos_ids = _eos_ids(model, tokenizer)
     return Base(
         model,
         tokenizer,
         attention,
         shapes,
-        signature,
+        replace(signature_of(name, fingerprint, noted), chat_template=template),
         length,
-        eos_ids,
+        _eos_ids(model, tokenizer),
         kv_dtype,
         noted.groups,
         quantized,
-        bool(compiled),
+        compiled is not None,
     )
 
 
 def _check_calls(name: str, attention: FlatAttention, num_shapes: int, config: PretrainedConfig) -> None:
     if not attention.num_calls == num_shapes == config.get_text_config().num_hidden_layers:
-        raise BaseModelRefused(name, f"{attention.num_calls} attention calls on {num_shapes} layers: each must make one")
+        raise BaseModelRefused(
+            name, f"{attention.num_calls} attention calls on {num_shapes} layers: each must make one"
+        )
 
 
 def _kernel(quantization: str, device: torch.device) -> type[Kernel] | None:

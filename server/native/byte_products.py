@@ -220,6 +220,6 @@ def _scale_rows(
 
 
 scale_rows = void_intrinsic(8, _scale_rows)
-"""``f(count, sums, zeros, scales, largest, bias, y, stride)``: y [count, 64] = (sums + zeros) * scales * largest + bias.
+"""``f(count, sums, zeros, scales, largest, bias, y, stride)``: y = (sums + zeros) * scales * largest + bias.
 
-Of sums int32 [count, 64]; ``stride`` bytes lie between rows of y."""
+y float32 and sums int32 are [count, 64]; ``stride`` bytes lie between rows of y."""
