@@ -47,8 +47,10 @@ _TILE_SLAB = 7
 """Steps of 64 inputs whose weights, 28 KB, stay in the first cache while several rows use them."""
 _SLAB = 64
 """Steps of four inputs whose weights, 16 KB, stay in the first cache while several rows use them."""
-_CHUNK = 256
-"""Rows whose bytes stay in the second cache while weights go by."""
+_CHUNK = 512
+"""Rows at once at most; each chunk of a prompt reads all weights."""
+_CHUNK_BYTES = 5 << 18
+"""Of a chunk's bytes, which stay in the second cache while weights go by."""
 _ONE, _LEVELS = np.float32(1.0), np.float32(127.0)
 _MIDDLE = np.float32(128.5)
 _TINY_BITS = np.float32(1e-30).view(np.int32)
@@ -151,6 +153,12 @@ def _by_dot_products(bits: int) -> Callable[[Any], None]:
 
 
 @njit(error_model="numpy")
+def _chunk_size(a: Any) -> int:
+    size: int = max(32, min(_CHUNK, _CHUNK_BYTES // a.width // 32 * 32))
+    return size
+
+
+@njit(error_model="numpy")
 def _many_rows(a: Any, first: int, end: int, weights: int, sums: int) -> None:
     """Products of rows with a block, in slabs of it that stay in the first cache."""
     for slab in range(0, a.width // 64, _TILE_SLAB):
@@ -177,8 +185,9 @@ def _by_tiles() -> Callable[[Any], None]:
         barrier()
         configure_tiles()
         sums = _sums_memory()
-        for chunk in range(0, a.rows, _CHUNK):
-            end = min(a.rows, chunk + _CHUNK)
+        size = _chunk_size(a)
+        for chunk in range(0, a.rows, size):
+            end = min(a.rows, chunk + size)
             for block in range(a.blocks * me // team, a.blocks * (me + 1) // team):
                 if a.rows <= _FEW:
                     for row in range(0, a.rows, 16):
