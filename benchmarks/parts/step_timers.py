@@ -3,7 +3,7 @@
 Each timer knows what ran inside it, and keeps only what was its own: a linear inside an adapter's layer is a linear's
 time, the rest of that layer is the adapter's. What no timer claims (residual additions, activations written as
 functions, rotary embeddings) stays with the module around it and is *elementwise*. Timers cost time themselves, so a
-step is also timed without them.
+step is also timed without them. Layers that would be played as one call are computed operation by operation meanwhile.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def kind_of(module: nn.Module, *, head: nn.Module | None) -> str:
 
 @contextmanager
 def timing(engine: InProcessEngine, stack: Stack) -> Iterator[None]:
-    """While it lasts, every module and stage of the engine is timed."""
+    """While it lasts, every module and stage of the engine is timed, and no tape is played."""
+    tapes, engine.runner.tapes = engine.runner.tapes, None
     lengthen(engine.base.model)
     head = engine.base.model.get_output_embeddings()
     head = getattr(head, "base", head)
@@ -100,6 +101,7 @@ def timing(engine: InProcessEngine, stack: Stack) -> Iterator[None]:
     try:
         yield
     finally:
+        engine.runner.tapes = tapes
         for handle in handles:
             handle.remove()
         shorten(engine.base.model)
