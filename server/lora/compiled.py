@@ -46,12 +46,15 @@ class CompiledDeltas:
         index = self._indices[digest] = self._free.pop()
         kept, largest = self._kept.setdefault(digest, []), 0
         for module, delta in deltas.items():
-            if delta.kind == "linear" and delta.plain and delta.a is not None and delta.b is not None:
+            if delta.kind != "linear":
+                continue
+            table = self._table(module)  # the routine reads it for every linear that is wrapped
+            if delta.plain and delta.a is not None and delta.b is not None:
                 a, b = delta.a.t(), delta.b.contiguous()  # [rank, in], [rank, out]
                 a = a if a.stride(1) == 1 else a.contiguous()
                 kept += (a, b)
                 largest = max(largest, len(a))
-                self._table(module)[index] = torch.tensor([a.data_ptr(), a.stride(0), b.data_ptr(), len(a)])
+                table[index] = torch.tensor([a.data_ptr(), a.stride(0), b.data_ptr(), len(a)])
         self._ranks[digest] = largest
 
     def remove(self, digest: str) -> None:

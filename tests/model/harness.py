@@ -170,7 +170,15 @@ def host(
     if compiled:
         quicken(model, loader._compiled(attention, torch.float32))
     num_slots = max_num_seqs if kv_memory is None else max_num_seqs + NUM_CACHES
-    runner = ModelRunner(model, attention, shapes, num_slots=num_slots, max_len=max_model_len, groups=groups)
+    runner = ModelRunner(
+        model,
+        attention,
+        shapes,
+        num_slots=num_slots,
+        max_len=max_model_len,
+        groups=groups,
+        compiled=compiled,
+    )
     return Hosted(model, runner, noted, max_num_seqs, budget, kv_memory, what)
 
 

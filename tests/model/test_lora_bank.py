@@ -67,11 +67,11 @@ def sequence(number: int, uses: Sequence[tuple[str, float]], length: int) -> Seg
 class Stage:
     """A bank on a model, and the same model without."""
 
-    def __init__(self, *, max_seats: int = 16, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, *, max_seats: int = 16, dtype: torch.dtype = torch.float32, compiled: bool = False) -> None:
         torch.manual_seed(0)
         self.model, self.base = Model(dtype), Model(dtype)
         self.base.load_state_dict(self.model.state_dict())
-        self.bank = LoRABank(self.model, GROUPS, max_seats=max_seats)
+        self.bank = LoRABank(self.model, GROUPS, max_seats=max_seats, compiled=compiled)
         self.adapters: dict[str, LoRAWeights] = {}
         self.dtype, self.num_blocks = dtype, 0
 
