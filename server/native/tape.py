@@ -54,7 +54,7 @@ class _Made:
 
 
 class Recorder(TorchDispatchMode):
-    """Notes calls of routines, new tensors and sums; anything else that computes makes what it records useless."""
+    """Notes calls of routines, new tensors, sums, products with a number; whatever else computes is a ``problem``."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -69,6 +69,12 @@ class Recorder(TorchDispatchMode):
             y = torch.empty_like(x)
             self.made.append(_Made(y))
             passes().add(x, other, y)
+            return y
+        if func is _aten.mul.Tensor and not kwargs and isinstance(args[1], float) and _alike(args[0], args[0]):
+            x, factor = args
+            y = torch.empty_like(x)
+            self.made.append(_Made(y))
+            passes().scale(x, factor, y)
             return y
         result = func(*args, **(kwargs or {}))
         if func in _EMPTY:

@@ -208,6 +208,7 @@ def test_the_largest_of_a_row_that_is_not_finite_is_not(vocab: int) -> None:
         logits[2], logits[2, place] = math.inf, math.nan
         values, indices = _largest(logits)
         assert [value.isnan().item() for value in values] == [True, False, True, True, False]
-        assert (values[1], indices[1]) == (math.inf, place)
-        assert (values[4], indices[4]) == (logits[4].max(), logits[4].tolist().index(max(logits[4].tolist())))
+        last = logits[4].tolist()
+        assert (values[1].item(), indices[1].item()) == (math.inf, place)
+        assert (values[4].item(), indices[4].item()) == (max(last), last.index(max(last)))
         assert all(0 <= index < vocab for index in indices.tolist())

@@ -46,7 +46,9 @@ def test_the_arena_uses_places_again_and_refuses_what_does_not_fit() -> None:
 
 REFUSED: dict[str, Callable[[torch.Tensor], Any]] = {
     "in_place": lambda x: x.view(-1).add_(1.0),
-    "a_product": lambda x: x * 2.0,
+    "a_product": lambda x: x * x,
+    "a_product_of_columns": lambda x: x[:, :2] * 0.5,
+    "a_product_with_an_integer": lambda x: x * 2,
     "a_sum_with_a_number": lambda x: x + 1.0,
     "a_sum_of_a_row": lambda x: x + x[:1],
     "a_scaled_sum": lambda x: torch.add(x, x, alpha=2),
@@ -78,11 +80,11 @@ def test_what_computes_otherwise_than_routines_is_refused(what: str) -> None:
 
 
 @torch.inference_mode()
-def test_views_new_tensors_and_sums_are_played_with_other_inputs() -> None:
+def test_views_new_tensors_sums_and_products_with_a_number_are_played_with_other_inputs() -> None:
     def compute(x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
         normed = passes().rms_norm(x, gain, 1e-5).view(2, 4, 4).transpose(0, 1)
         first, second = normed.transpose(0, 1).reshape(8, 4).split(4)
-        gated: torch.Tensor = passes().gated(first + second, x[4:]) + first
+        gated: torch.Tensor = passes().gated(first + second * 0.22, x[4:]) + first
         return gated
 
     x, gain, recorder, nothing = torch.randn(8, 4), torch.rand(4), Recorder(), torch.empty(0)

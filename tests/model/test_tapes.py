@@ -24,7 +24,7 @@ from server.native.routine import Routine
 from server.native.tape import Tape
 from server.sequence import AdapterUse, Batch, SamplingParams, Segment
 from server.sequence import Sequence as Generation
-from tests.model.families import FAMILIES, build_from
+from tests.model.families import _COMMON, FAMILIES, _config, build_from
 from tests.model.harness import GREEDY, Hosted, RecordingSampler, host, prompts
 from tests.model.peft_cases import CONFIGS
 
@@ -34,9 +34,6 @@ LENGTH = 288
 
 NOT_TAPED = {
     "gemma2": "soft-capped attention is torch's",
-    "gemma3": "units are gated by GELU",
-    "phi3": "gates and what they gate are one linear",
-    "phi3_longrope": "as phi3",
     "gpt_oss": "experts, and attention with sinks",
     "qwen3_moe": "experts",
     "gpt2": "LayerNorm and GELU are torch's",
@@ -44,7 +41,11 @@ NOT_TAPED = {
 }
 """Families whose layers do what a tape does not hold, and what it is."""
 
-CONFIG = {**FAMILIES, "qwen3_moe": CONFIGS["qwen3_moe"]}
+CONFIG = {
+    **FAMILIES,
+    "qwen3_moe": CONFIGS["qwen3_moe"],
+    "granite": _config("GraniteConfig", **_COMMON, residual_multiplier=0.22, attention_multiplier=0.3),
+}
 
 
 def hosted_as(name: str) -> Hosted:
