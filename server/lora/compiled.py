@@ -75,7 +75,9 @@ class CompiledDeltas:
         """``y += x @ a @ b`` on the rows of each adapter: x [..., rows, in], y [..., rows, out], rows in one piece."""
         x = x if x.is_contiguous() else x.contiguous()
         num_inputs, num_rows = x.shape[-1], x.numel() // x.shape[-1]
-        head = self._heads[num_rows != self._rows.num_rows]
+        rows = self._rows
+        assert num_rows in (rows.num_rows, rows.num_sampled), f"a module got {num_rows} of {rows.num_rows} rows"
+        head = self._heads[num_rows != rows.num_rows]
         self._routine(
             torch.get_num_threads(), x.data_ptr(), y.data_ptr(), y.stride(-2), num_inputs, y.shape[-1],
             head.data_ptr(), self._cell_of[module],

@@ -76,6 +76,15 @@ def test_steps_that_sample_no_row(stage: Stage) -> None:
     stage.step([sequence(1, [("a", 1.0)], 3), sequence(3, [], 2)])
 
 
+@torch.inference_mode()
+def test_a_module_that_gets_other_rows_than_the_batchs_is_not_computed(stage: Stage) -> None:
+    """The routine would write behind its result."""
+    stage.add("a", adapter(1, ("q",), 4))
+    stage.step([sequence(0, [("a", 1.0)], 5), sequence(2, [], 1)])
+    with pytest.raises(AssertionError, match="got 4 of 6 rows"):
+        stage.model.get_submodule("q")(torch.randn(1, 4, HIDDEN))
+
+
 def test_an_adapter_that_is_removed_leaves_nothing(stage: Stage) -> None:
     for digest in "ab":
         stage.add(digest, adapter(ord(digest), ("q",), 4))

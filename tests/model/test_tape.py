@@ -87,7 +87,7 @@ def test_views_new_tensors_sums_and_products_with_a_number_are_played_with_other
         gated: torch.Tensor = passes().gated(first + second * 0.22, x[4:]) + first
         return gated
 
-    x, gain, recorder, nothing = torch.randn(8, 4), torch.rand(4), Recorder(), torch.empty(0)
+    x, gain, recorder, nothing = torch.randn(8, 4), torch.rand(4), Recorder(), torch.empty(64)[:0]
     inputs = [nothing, x, x.view(-1)[4:]]
     tape = Tape.of(recorder, inputs, recorder.record(lambda: compute(x, gain)), Arena(1 << 12))
     assert not tape.places[0], "the address of nothing is 0, and small numbers are no addresses"
