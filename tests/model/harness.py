@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+import pytest
 import torch
 from transformers import GenerationMixin, PreTrainedModel
 
@@ -180,6 +182,13 @@ def host(
         compiled=compiled,
     )
     return Hosted(model, runner, noted, max_num_seqs, budget, kv_memory, what)
+
+
+def put_back_rotation(model: PreTrainedModel, patch: pytest.MonkeyPatch) -> None:
+    """What ``host`` changes in a model's code with ``compiled`` is undone with the patch."""
+    code = sys.modules[type(model).__module__]
+    if hasattr(code, "apply_rotary_pos_emb"):
+        patch.setattr(code, "apply_rotary_pos_emb", code.apply_rotary_pos_emb)
 
 
 def prompts(*lengths: int, seed: int = 0) -> list[tuple[int, ...]]:

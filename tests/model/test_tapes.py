@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -25,7 +24,7 @@ from server.native.tape import Tape
 from server.sequence import AdapterUse, Batch, SamplingParams, Segment
 from server.sequence import Sequence as Generation
 from tests.model.families import _COMMON, FAMILIES, _config, build_from
-from tests.model.harness import GREEDY, Hosted, RecordingSampler, host, prompts
+from tests.model.harness import GREEDY, Hosted, RecordingSampler, host, prompts, put_back_rotation
 from tests.model.peft_cases import CONFIGS
 
 pytestmark = pytest.mark.skipif(not native_kernels(), reason="without routines for products there are no tapes")
@@ -62,9 +61,7 @@ def host_family(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Hosted]:
     """``hosted_as``; the rotation in the modelling code is put back afterwards."""
 
     def make(name: str) -> Hosted:
-        code = sys.modules[type(build_from(CONFIG[name])).__module__]
-        if hasattr(code, "apply_rotary_pos_emb"):
-            monkeypatch.setattr(code, "apply_rotary_pos_emb", code.apply_rotary_pos_emb)
+        put_back_rotation(build_from(CONFIG[name]), monkeypatch)
         return hosted_as(name)
 
     return make
