@@ -46,12 +46,15 @@ class CompiledDeltas:
         index = self._indices[digest] = self._free.pop()
         kept, largest = self._kept.setdefault(digest, []), 0
         for module, delta in deltas.items():
-            if delta.kind == "linear" and delta.plain and delta.a is not None and delta.b is not None:
+            if delta.kind != "linear":
+                continue
+            table = self._table(module)  # the routine reads it for every linear that is wrapped
+            if delta.plain and delta.a is not None and delta.b is not None:
                 a, b = delta.a.t(), delta.b.contiguous()  # [rank, in], [rank, out]
                 a = a if a.stride(1) == 1 else a.contiguous()
                 kept += (a, b)
                 largest = max(largest, len(a))
-                self._table(module)[index] = torch.tensor([a.data_ptr(), a.stride(0), b.data_ptr(), len(a)])
+                table[index] = torch.tensor([a.data_ptr(), a.stride(0), b.data_ptr(), len(a)])
         self._ranks[digest] = largest
 
     def remove(self, digest: str) -> None:
@@ -72,7 +75,9 @@ class CompiledDeltas:
         """``y += x @ a @ b`` on the rows of each adapter: x [..., rows, in], y [..., rows, out], rows in one piece."""
         x = x if x.is_contiguous() else x.contiguous()
         num_inputs, num_rows = x.shape[-1], x.numel() // x.shape[-1]
-        head = self._heads[num_rows != self._rows.num_rows]
+        rows = self._rows
+        assert num_rows in (rows.num_rows, rows.num_sampled), f"a module got {num_rows} of {rows.num_rows} rows"
+        head = self._heads[num_rows != rows.num_rows]
         self._routine(
             torch.get_num_threads(), x.data_ptr(), y.data_ptr(), y.stride(-2), num_inputs, y.shape[-1],
             head.data_ptr(), self._cell_of[module],

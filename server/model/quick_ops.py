@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from server.native.passes import Passes
 
 _TOLERANCE = 1e-5
-_GATED = ("gate_proj", "up_proj", "down_proj")
+_APART, _JOINED = ("gate_proj", "up_proj", "down_proj"), ("gate_up_proj", "down_proj")
 _EPSILONS = ("variance_epsilon", "eps")
 
 
@@ -82,30 +82,40 @@ class RMSNorm(nn.Module):
 
 
 class GatedUnits(nn.Module):
-    """``down_proj(silu(gate_proj(x)) * up_proj(x))`` (Shazeer 2020), the middle of it in one pass."""
+    """``down_proj(silu(gate_proj(x)) * up_proj(x))`` (Shazeer 2020), the middle of it in one pass.
 
-    def __init__(self, stock: nn.Module, passes: Passes) -> None:
+    Some have GELU for SiLU, some ``gate_up_proj`` for the first two.
+    """
+
+    def __init__(self, stock: nn.Module, passes: Passes, names: Sequence[str] = _APART, *, by_gelu: bool) -> None:
         super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj = (stock.get_submodule(name) for name in _GATED)
+        for name in names:
+            self.add_module(name, stock.get_submodule(name))
+        self._joined, self._by_gelu = names == _JOINED, by_gelu
         self._passes, self._stock = passes, (stock,)  # in a tuple, so that it is no submodule
 
     @classmethod
     def like(cls, stock: nn.Module, passes: Passes) -> GatedUnits | None:
         """One that computes what a stock module does, None where that is something else."""
-        if not {*_GATED} <= {name for name, _ in stock.named_children()} or list(stock.parameters(recurse=False)):
+        children = {name for name, _ in stock.named_children()}
+        names = next((names for names in (_APART, _JOINED) if children >= {*names}), None)
+        if names is None or list(stock.parameters(recurse=False)):
             return None
-        size = getattr(stock, "hidden_size", None) or getattr(stock.get_submodule("gate_proj"), "in_features", None)
+        size = getattr(stock, "hidden_size", None) or getattr(stock.get_submodule(names[0]), "in_features", None)
         if not isinstance(size, int):
             return None
-        quick, x = cls(stock, passes), torch.randn(1, 3, size, generator=torch.Generator().manual_seed(0))
+        x = torch.randn(1, 3, size, generator=torch.Generator().manual_seed(0))
+        candidates = [cls(stock, passes, names, by_gelu=by_gelu) for by_gelu in (False, True)]
         try:
-            return quick if _alike(quick(x), stock(x)) else None
+            expected = stock(x)
+            return next((one for one in candidates if _alike(one(x), expected)), None)
         except (RuntimeError, TypeError):
             return None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [1, rows, dim] -> [1, rows, dim]."""
-        y: torch.Tensor = self.down_proj(self._passes.gated(self.gate_proj(x), self.up_proj(x)))
+        gate, up = self.gate_up_proj(x).chunk(2, -1) if self._joined else (self.gate_proj(x), self.up_proj(x))
+        y: torch.Tensor = self.down_proj(self._passes.gated(gate, up, by_gelu=self._by_gelu))
         return y
 
     def __getattr__(self, name: str) -> Any:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from server.lora.bank import LoRABank
 from server.model.attention import FlatAttention, Layout
 from server.native.attention import scores_size
-from server.native.tape import Arena, NotTaped, Recorder, Tape
+from server.native.tape import Arena, NotTaped, Recorder, Tape, TooLarge
 
 logger = logging.getLogger("quickchange.model")
 
@@ -24,8 +24,8 @@ _ARENA_BYTES = 64 << 20
 _FROM = 2
 """How often a kind of step comes before it is recorded."""
 
-Key = tuple[int, int]
-"""Rows, and numbers that a head's scores may take."""
+Key = tuple[int, int, int]
+"""Rows, numbers that a head's scores may take, and threads, each of which has scores of its own."""
 
 
 class Tapes:
@@ -37,11 +37,14 @@ class Tapes:
 
     def __init__(self, model: PreTrainedModel, attention: FlatAttention, bank: LoRABank) -> None:
         self._attention, self._bank = attention, bank
+        self._cache = attention.cache
         self._arena = Arena(_ARENA_BYTES)
         self._tapes: dict[Key, dict[int, Tape]] = {}
         self._seen: Counter[Key] = Counter()
+        self._too_large: set[Key] = set()
         self._generation = -1
         self._key: Key | None = None
+        self._layout: Layout | None = None
         self.problem: str | None = None
         self.num_played = 0
         for number, layer in enumerate(_layers(model)):
@@ -49,8 +52,8 @@ class Tapes:
 
     def begin(self, layout: Layout) -> None:
         """A step begins, of which the bank knows the rows already."""
-        self._key = None
-        if self.problem is not None or not self._bank.steady:
+        self._key, self._layout = None, layout
+        if self.problem is not None or not self._bank.steady or self._attention.cache is not self._cache:
             return
         num_rows = len(layout.spans)
         if num_rows > _MOST_ROWS or any(span.length > 1 for span in layout.spans):
@@ -59,13 +62,16 @@ class Tapes:
             self._generation = self._bank.generation
             self._tapes.clear()
             self._seen.clear()
-        self._key = num_rows, scores_size(max(span.start + 1 for span in layout.spans))
-        self._seen[self._key] += 1
+        longest = max(span.start + 1 for span in layout.spans)
+        key = num_rows, scores_size(longest), torch.get_num_threads()
+        if key not in self._too_large:
+            self._key = key
+            self._seen[key] += 1
 
     def _forward(self, number: int, stock: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **named: Any) -> Any:
             key = self._key
-            if key is None or self._seen[key] < _FROM:
+            if key is None or self._seen[key] < _FROM or self._attention.layout is not self._layout:
                 return stock(*args, **named)
             inputs = [*_tensors(args), *_tensors(named.values()), *self._of_layout()]
             tape = self._tapes.setdefault(key, {}).get(number)
@@ -81,10 +87,17 @@ class Tapes:
         result = recorder.record(call)
         try:
             tape = Tape.of(recorder, inputs, result, self._arena)
-            if not torch.equal(tape.play(inputs), result):
+            if not torch.equal(tape.play(inputs).view(torch.int32), result.view(torch.int32)):
                 raise NotTaped("it comes out otherwise")
+        except TooLarge as problem:
+            self._key = None
+            self._too_large.add(key)
+            del self._tapes[key]
+            logger.info("steps of %d rows go through Python: layer %d: %s", key[0], number, problem)
+            return result
         except NotTaped as problem:
             self._key, self.problem = None, f"layer {number}: {problem}"
+            self._tapes.clear()
             logger.info("decoding steps go through Python: %s", self.problem)
             return result
         self._tapes[key][number] = tape

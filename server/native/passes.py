@@ -21,6 +21,7 @@ _SMALLEST, _LARGEST = np.float32(-88.0), np.float32(89.0)
 """Powers of two beyond these come out as 0 and infinity: their exponents have all bits clear, or all set."""
 _C2, _C3, _C4, _C5, _C6 = (np.float32(1 / math.factorial(n)) for n in (2, 3, 4, 5, 6))
 _HALF, _ONE = np.float32(0.5), np.float32(1.0)
+_GELU_1, _GELU_3 = (np.float32(2 * math.sqrt(2 / math.pi) * factor) for factor in (1.0, 0.044715))
 
 
 @njit(error_model="numpy", fastmath={"contract"})  # said here, else it is what the first caller's happens to be
@@ -42,6 +43,14 @@ def _add(a: Any) -> None:
     x, other, y = floats(a.x), floats(a.other), floats(a.y)
     for i in range(a.size * me // team, a.size * (me + 1) // team):
         y[i] = x[i] + other[i]
+
+
+def _scale(a: Any) -> None:
+    """y = x * factor of ``size`` numbers."""
+    me, team = thread_number(), num_threads()
+    x, y, factor = floats(a.x), floats(a.y), np.float32(a.factor)
+    for i in range(a.size * me // team, a.size * (me + 1) // team):
+        y[i] = x[i] * factor
 
 
 def _rms_norm(a: Any) -> None:
@@ -93,6 +102,17 @@ def _gated(a: Any) -> None:
             y[i] = gate[i] / (_ONE + exponential(-gate[i])) * up[i]
 
 
+def _gated_by_gelu(a: Any) -> None:
+    """As ``_gated``, by GELU's approximation with tanh (Hendrycks and Gimpel 2016), written with a power of e."""
+    me, team = thread_number(), num_threads()
+    for row in range(a.rows * me // team, a.rows * (me + 1) // team):
+        gate, up = floats(a.gate + 4 * row * a.gate_stride), floats(a.up + 4 * row * a.up_stride)
+        y = floats(a.y + 4 * row * a.dim)
+        for i in range(a.dim):
+            argument = gate[i] * (_GELU_1 + _GELU_3 * (gate[i] * gate[i]))
+            y[i] = gate[i] / (_ONE + exponential(-argument)) * up[i]
+
+
 class Passes:
     """The routines, as torch's tensors have them. All float32, on the CPU."""
 
@@ -103,7 +123,9 @@ class Passes:
             "q k q_out k_out cos sin rows half q_heads q_head_stride q_row_stride k_heads k_head_stride k_row_stride"
         )
         self._rotate = Routine(_rotate_heads, fields)
-        self._gated = Routine(_gated, "gate up y rows dim gate_stride up_stride")
+        fields = "gate up y rows dim gate_stride up_stride"
+        self._gated, self._gated_by_gelu = Routine(_gated, fields), Routine(_gated_by_gelu, fields)
+        self._scale = Routine(_scale, "x y size", "factor")
 
     @property
     def routines(self) -> tuple[Routine, ...]:
@@ -127,6 +149,10 @@ class Passes:
         """y = x + other, all of one shape and contiguous."""
         self._add(_threads(x.numel()), x.data_ptr(), other.data_ptr(), y.data_ptr(), x.numel())
 
+    def scale(self, x: torch.Tensor, factor: float, y: torch.Tensor) -> None:
+        """y = x * factor, both of one shape and contiguous."""
+        self._scale(_threads(x.numel()), x.data_ptr(), y.data_ptr(), x.numel(), factor)
+
     def rotate(
         self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,12 +165,13 @@ class Passes:
         )  # fmt: skip
         return q_out.transpose(1, 2), k_out.transpose(1, 2)
 
-    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """silu(gate) * up, both [..., dim]."""
+    def gated(self, gate: torch.Tensor, up: torch.Tensor, *, by_gelu: bool = False) -> torch.Tensor:
+        """silu(gate) * up, or gelu(gate) * up, both [..., dim]."""
         gate, up = _as_rows(gate), _as_rows(up)
         y = torch.empty(gate.shape)
         rows, dim = gate.numel() // gate.shape[-1], gate.shape[-1]
-        self._gated(
+        routine = self._gated_by_gelu if by_gelu else self._gated
+        routine(
             _threads(4 * gate.numel()), gate.data_ptr(), up.data_ptr(), y.data_ptr(), rows, dim, gate.stride(-2),
             up.stride(-2),
         )  # fmt: skip

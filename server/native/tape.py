@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -21,11 +21,17 @@ from server.native.routine import Routine
 
 _aten = torch.ops.aten
 _EMPTY = {_aten.empty.memory_format, _aten.empty_like.default}
+_CONSTANTS = {_aten.lift.default, _aten.lift_fresh.default}
+"""What ``torch.tensor`` made of numbers, looking like a view."""
 _LINE = 64
 
 
 class NotTaped(Exception):
     """A piece of a model does what a tape does not hold."""
+
+
+class TooLarge(NotTaped):
+    """It needs more memory than there is, at this size."""
 
 
 @dataclass
@@ -48,7 +54,7 @@ class _Made:
 
 
 class Recorder(TorchDispatchMode):
-    """Notes calls of routines, new tensors and sums; anything else that computes makes what it records useless."""
+    """Notes calls of routines, new tensors, sums, products with a number; whatever else computes is a ``problem``."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -64,10 +70,16 @@ class Recorder(TorchDispatchMode):
             self.made.append(_Made(y))
             passes().add(x, other, y)
             return y
+        if func is _aten.mul.Tensor and not kwargs and isinstance(args[1], float) and _alike(args[0], args[0]):
+            x, factor = args
+            y = torch.empty_like(x)
+            self.made.append(_Made(y))
+            passes().scale(x, factor, y)
+            return y
         result = func(*args, **(kwargs or {}))
         if func in _EMPTY:
             self.made.append(_Made(result))
-        elif func._schema.is_mutable or not _are_views(result, args):
+        elif func in _CONSTANTS or func._schema.is_mutable or not _are_views(result, args):
             self.problem = self.problem or str(func)
         return result
 
@@ -111,7 +123,6 @@ class Tape:
     table: torch.Tensor
     places: Sequence[Sequence[tuple[int, int]]]
     shape: torch.Size
-    kept: list[Any] = field(default_factory=list)
 
     @classmethod
     def of(cls, recorder: Recorder, inputs: Sequence[torch.Tensor], result: Any, arena: Arena) -> Tape:
@@ -128,6 +139,8 @@ class Tape:
             numbers += (ctypes.c_int64 * (ctypes.sizeof(record) // 8)).from_buffer_copy(record)
         ends = [*starts[1:], len(numbers)]
         of_result = made.pop(result.data_ptr())
+        if of_result.tensor.nbytes != result.nbytes or result.dtype != torch.float32:
+            raise NotTaped("its result is part of a tensor, or of another format")
         found: dict[int, list[tuple[int, int]]] = {}
         for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
             for place in range(start, end):
@@ -160,6 +173,8 @@ class Tape:
 
 
 def _pointing_into(numbers: Sequence[int], tensor: torch.Tensor) -> list[tuple[int, int]]:
+    if not tensor.numel():
+        return []  # its address is 0
     begin, size = tensor.data_ptr(), tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.itemsize
     return [(place, number - begin) for place, number in enumerate(numbers) if begin <= number < begin + size]
 
@@ -175,7 +190,7 @@ class Arena:
     def arrange(self, made: Sequence[_Made]) -> dict[int, int]:
         """Where each tensor lies, by its address: those that are in use at the same time do not overlap.
 
-        Raises ``NotTaped`` where they do not fit.
+        Raises ``TooLarge`` where they do not fit.
         """
         placed: list[tuple[_Made, int]] = []
         for one in sorted(made, key=lambda one: -one.size):
@@ -190,7 +205,7 @@ class Arena:
                     break
                 offset = max(offset, end)
             if offset + one.size > self.num_bytes:
-                raise NotTaped(f"it needs more than {self.num_bytes} bytes")
+                raise TooLarge(f"it needs more than {self.num_bytes} bytes")
             placed.append((one, offset))
         return {one.begin: offset for one, offset in placed}
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 import transformers
 
+from tests.model import engines
+
 
 @pytest.fixture(autouse=True, scope="package")
 def _one_thread() -> Iterator[None]:
@@ -16,3 +18,11 @@ def _one_thread() -> Iterator[None]:
     transformers.logging.set_verbosity_error()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _books_of_engines_are_right() -> Iterator[None]:
+    engines.made.clear()
+    yield
+    for engine in engines.made:
+        engine.scheduler.check_integrity()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+import pytest
 import torch
 from transformers import GenerationMixin, PreTrainedModel
 
@@ -170,8 +172,23 @@ def host(
     if compiled:
         quicken(model, loader._compiled(attention, torch.float32))
     num_slots = max_num_seqs if kv_memory is None else max_num_seqs + NUM_CACHES
-    runner = ModelRunner(model, attention, shapes, num_slots=num_slots, max_len=max_model_len, groups=groups)
+    runner = ModelRunner(
+        model,
+        attention,
+        shapes,
+        num_slots=num_slots,
+        max_len=max_model_len,
+        groups=groups,
+        compiled=compiled,
+    )
     return Hosted(model, runner, noted, max_num_seqs, budget, kv_memory, what)
+
+
+def put_back_rotation(model: PreTrainedModel, patch: pytest.MonkeyPatch) -> None:
+    """What ``host`` changes in a model's code with ``compiled`` is undone with the patch."""
+    code = sys.modules[type(model).__module__]
+    if hasattr(code, "apply_rotary_pos_emb"):
+        patch.setattr(code, "apply_rotary_pos_emb", code.apply_rotary_pos_emb)
 
 
 def prompts(*lengths: int, seed: int = 0) -> list[tuple[int, ...]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from server.adapters.content.manifest import BaseSignature, Limits, read_manifes
 from server.int8.kernels import choose_kernel
 from server.lora.weights import LoRAWeights
 from server.model.shapes import signature_of
+from server.native.routine import available
 from server.sequence import AdapterUse
-from tests.model.harness import Answer, Ask, Hosted, difference, host, prompts, stock_logits
+from tests.model.harness import Answer, Ask, Hosted, difference, host, prompts, put_back_rotation, stock_logits
 from tests.model.int8_oracle import oracle_of, without_copies
 from tests.model.peft_cases import CASES, TOLERANCE, base_of, make_adapter
 
@@ -29,6 +30,7 @@ LIMITS = Limits(max_rank=16, max_bytes=1 << 24)
 PAIRS = [
     (name, family) for name, case in CASES.items() for family in dict.fromkeys((case.families[0], case.families[-1]))
 ]
+by_torch_and_by_routines = pytest.mark.parametrize("compiled", [False, available()], ids=["torch", "routines"])
 ROUNDED = ("linear_parameter", "tokens", "tokens_by_module", "tokens_of_head")
 """What PEFT computes with other weights, in floats, where the engine adds to the product of integers."""
 
@@ -64,13 +66,21 @@ def load(base: PreTrainedModel, folder: Path) -> PeftModel:
         return PeftModel.from_pretrained(copy.deepcopy(base), str(folder)).eval()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _rotations_are_put_back() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in {name for _, name in PAIRS}:
+            put_back_rotation(base_of(name, torch.float32), patch)
+        yield
+
+
 @functools.cache
-def family_of(name: str) -> Family:
+def family_of(name: str, *, compiled: bool = False) -> Family:
     """Made once; every test leaves it as it was."""
     kernel = choose_kernel()
     assert kernel is not None
     base = base_of(name, torch.float32)
-    hosted = host(copy.deepcopy(base), budget=64, kernel=kernel)
+    hosted = host(copy.deepcopy(base), budget=64, kernel=kernel, compiled=compiled)
     return Family(base, hosted, oracle_of(base, hosted.model), signature_of("base", FINGERPRINT, hosted.noted))
 
 
@@ -81,9 +91,10 @@ def check(answers: Sequence[Answer], model: torch.nn.Module, *, rounded: bool) -
     assert rounded or min(found) < TOLERANCE
 
 
+@by_torch_and_by_routines
 @pytest.mark.parametrize(("case", "name"), PAIRS)
-def test_rows_are_pefts_on_the_same_numbers(case: str, name: str, tmp_path: Path) -> None:
-    family = family_of(name)
+def test_rows_are_pefts_on_the_same_numbers(case: str, name: str, compiled: bool, tmp_path: Path) -> None:
+    family = family_of(name, compiled=compiled)
     peft, hosted = family.make(case, name, tmp_path / "it"), family.hosted
     hosted.add("it", family.read(tmp_path / "it"))
     adapters = (None, "it", "it", None)
@@ -133,9 +144,10 @@ def test_weights_of_an_adapters_own_are_kept_in_floats(tmp_path: Path) -> None:
     assert delta.own.get_parameter("weight").dtype == torch.float32
 
 
+@by_torch_and_by_routines
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "gemma3"])
-def test_rows_are_the_same_to_the_bit_alone_and_among_others(name: str, tmp_path: Path) -> None:
-    family = family_of(name)
+def test_rows_are_the_same_to_the_bit_alone_and_among_others(name: str, compiled: bool, tmp_path: Path) -> None:
+    family = family_of(name, compiled=compiled)
     family.make("all_linear" if name != "qwen2" else "lora_bias", name, tmp_path / "it")
     alone = [family.hosted.run([Ask(prompt, 4)])[0] for prompt in prompts(30, 5, 17)]
     family.hosted.add("it", family.read(tmp_path / "it"))
@@ -147,9 +159,10 @@ def test_rows_are_the_same_to_the_bit_alone_and_among_others(name: str, tmp_path
         assert torch.equal(was.logits, now.logits) == (adapter is None)
 
 
-def test_compositions_add_up_on_the_integers(tmp_path: Path) -> None:
+@by_torch_and_by_routines
+def test_compositions_add_up_on_the_integers(compiled: bool, tmp_path: Path) -> None:
     """Two adapters at once are the same as one of both their ranks; PEFT's own model is asked for the sum."""
-    family = family_of("llama")
+    family = family_of("llama", compiled=compiled)
     folders = {case: tmp_path / case for case in ("all_linear", "rslora")}
     for case, folder in folders.items():
         family.make(case, "llama", folder)

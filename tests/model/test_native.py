@@ -221,12 +221,24 @@ def test_gated_units_are_the_stock_codes(threads: int, dim: int) -> None:
     assert torch.equal(passes().gated(gate.contiguous(), up.contiguous()), alone)
 
 
+@pytest.mark.parametrize("dim", DIMS)
+def test_units_gated_by_gelu_are_the_stock_codes(threads: int, dim: int) -> None:
+    gate, up = (5.0 * random(1, 300, 2 * dim)).split(dim, -1)
+    alone = torch.cat([passes().gated(gate[:, n : n + 1], up[:, n : n + 1], by_gelu=True) for n in range(300)], 1)
+    stock = F.gelu(gate.double(), approximate="tanh") * up.double()
+    torch.testing.assert_close(alone.double(), stock, rtol=5e-6, atol=1e-9)
+    assert torch.equal(passes().gated(gate, up, by_gelu=True), alone)
+
+
 def test_gates_at_the_ends_of_float32_are_open_or_shut() -> None:
     gates = torch.tensor([100.0, -100.0, 1e4, -1e4, 3e38, -3e38, torch.inf, -torch.inf, torch.nan, 0.0])
     for up in (1.0, -1e30, 0.0, torch.nan):
         gate, other = gates.repeat(3)[None, None], torch.full((1, 1, 30), up)
         found, stock = passes().gated(gate, other), F.silu(gate) * other
         torch.testing.assert_close(found, stock, rtol=1e-6, atol=1e-11, equal_nan=True)
+        by_gelu = passes().gated(gate, other, by_gelu=True)
+        stock = (F.gelu(gate.double(), approximate="tanh") * other.double()).float()
+        torch.testing.assert_close(by_gelu, stock, rtol=1e-6, atol=1e-11, equal_nan=True)
 
 
 def test_a_row_of_nan_gates_keeps_to_itself() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 
@@ -11,20 +9,18 @@ from server.int8.kernels import choose_kernel
 from server.model.quick_ops import GatedUnits
 from server.native.routine import available
 from tests.model.families import FAMILIES, build
-from tests.model.harness import Ask, difference, host, prompts
+from tests.model.harness import Ask, difference, host, prompts, put_back_rotation
 from tests.model.peft_cases import MIXTURES
 
 pytestmark = pytest.mark.skipif(not available(), reason="without torch's OpenMP library there are no routines")
 ASKS = [Ask(prompt, 6) for prompt in prompts(21, 5, 1)]
-GATED = {"llama", "llama3_rope", "llama_dynamic_rope", "qwen2", "qwen3", "mistral", "smollm3"}
+GATED = {*FAMILIES} - {"gpt_oss", "gpt2", "gpt_neox"}
 
 
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     name: str = request.param
-    code = sys.modules[type(build(name)).__module__]
-    if hasattr(code, "apply_rotary_pos_emb"):
-        monkeypatch.setattr(code, "apply_rotary_pos_emb", code.apply_rotary_pos_emb)  # to be put back
+    put_back_rotation(build(name), monkeypatch)
     return name
 
 

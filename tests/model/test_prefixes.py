@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from server.lora.weights import LoRAWeights
 from server.metrics import Metrics
 from server.model.sampler import Sampler
 from server.sequence import AdapterUse, Batch, CopyPrefix, ReleaseTail, SamplingParams, Sequence, SequenceStatus
+from tests.model.engines import finish, tracked
 
 VOCAB, PAGE, LENGTH = 50, 8, 200
 GREEDY = SamplingParams(temperature=0)
@@ -107,20 +107,7 @@ def make(
     memory = Memory()
     table = SlotTable(slots, max_len=LENGTH, max_bytes=max_bytes, bytes_of=bytes_of, reuses=reuses)
     scheduler = Scheduler(max_num_seqs=running, max_num_batched_tokens=budget, max_model_len=LENGTH, slots=table)
-    engine = Engine(scheduler, memory, Sampler(), Metrics())
-    _made.append(engine)
-    return engine, memory
-
-
-_made: list[Engine] = []
-
-
-@pytest.fixture(autouse=True)
-def _books_are_right() -> Iterator[None]:
-    _made.clear()
-    yield
-    for engine in _made:
-        engine.scheduler.check_integrity()
+    return tracked(Engine(scheduler, memory, Sampler(), Metrics())), memory
 
 
 def ask(
@@ -130,20 +117,11 @@ def ask(
     return Sequence(number, prompt, tokens, GREEDY, adapters, scope=scope)
 
 
-def run(engine: Engine, *sequences: Sequence) -> None:
-    """Add sequences, and step until the engine is idle."""
-    for sequence in sequences:
-        engine.add(sequence)
-    while not engine.idle:
-        engine.step()
-        engine.scheduler.check_integrity()
-
-
 def test_the_same_prompt_again_computes_its_last_token_alone() -> None:
     engine, memory = make()
     first, second = ask(1, SYSTEM), ask(2, SYSTEM)
-    run(engine, first)
-    run(engine, second)
+    finish(engine, first)
+    finish(engine, second)
     assert (first.num_cached, second.num_cached) == (0, len(SYSTEM) - 1)
     assert memory.num_rows[2] == 1 + 3
     assert second.output_ids == first.output_ids
@@ -152,9 +130,9 @@ def test_the_same_prompt_again_computes_its_last_token_alone() -> None:
 def test_a_conversation_goes_on_in_the_slot_it_has() -> None:
     engine, memory = make()
     first = ask(1, SYSTEM)
-    run(engine, first)
+    finish(engine, first)
     second = ask(2, (*SYSTEM, *first.output_ids, 7, 8, 9))
-    run(engine, second)
+    finish(engine, second)
     assert second.num_cached == len(SYSTEM) + 3, "the last token of the answer was never an input"
     assert memory.moves == []
     assert set(memory.held) == {0}
@@ -163,11 +141,11 @@ def test_a_conversation_goes_on_in_the_slot_it_has() -> None:
 def test_conversations_that_diverge_copy_what_they_share_and_both_stay() -> None:
     engine, memory = make()
     first, second = ask(1, SYSTEM + (1,) * 40), ask(2, SYSTEM + (2,) * 40)
-    run(engine, first)
-    run(engine, second)
+    finish(engine, first)
+    finish(engine, second)
     assert memory.moves == [CopyPrefix(0, 1, len(SYSTEM))]
     third = ask(3, (*first.ids(0, first.num_tokens), 9))
-    run(engine, third)
+    finish(engine, third)
     assert third.num_cached == first.num_tokens - 1
 
 
@@ -180,13 +158,13 @@ def test_a_running_sequence_lends_what_it_has_computed() -> None:
     engine.step()
     assert memory.moves == [CopyPrefix(0, 1, len(SYSTEM))]
     assert second.num_cached == len(SYSTEM)
-    run(engine)
+    finish(engine)
 
 
 def test_a_prefix_shared_by_all_who_come_at_once_is_computed_once() -> None:
     engine, memory = make(running=8, slots=8, budget=16)
     sequences = [ask(number, (*SYSTEM, *[number] * 5)) for number in range(8)]
-    run(engine, *sequences)
+    finish(engine, *sequences)
     assert [one.num_cached for one in sequences] == [0] + [len(SYSTEM)] * 7
     assert sum(memory.num_rows.values()) == len(SYSTEM) + 8 * (5 + 3)
 
@@ -194,7 +172,7 @@ def test_a_prefix_shared_by_all_who_come_at_once_is_computed_once() -> None:
 def test_who_waits_for_a_prefix_waits_for_all_of_it() -> None:
     engine, _ = make(budget=16)
     second = ask(2, (*SYSTEM[:35], *[1] * 9))
-    run(engine, ask(1, SYSTEM), second)
+    finish(engine, ask(1, SYSTEM), second)
     assert second.num_cached == 35
 
 
@@ -205,7 +183,7 @@ def test_who_waits_for_a_prefix_lets_others_pass() -> None:
         engine.add(one)
     engine.step()
     assert (waits.status, passes.status) == (SequenceStatus.WAITING, SequenceStatus.RUNNING)
-    run(engine)
+    finish(engine)
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -217,7 +195,7 @@ def test_who_waits_for_a_prefix_goes_on_from_where_an_aborted_one_stopped(steps:
     for _ in range(steps):
         engine.step()
     engine.abort(1)
-    run(engine)
+    finish(engine)
     assert second.num_cached == 16 * steps
 
 
@@ -228,7 +206,7 @@ def test_aborting_who_waits_for_a_prefix() -> None:
     engine.step()
     engine.abort(2)
     assert not engine.scheduler.slots._awaited
-    run(engine)
+    finish(engine)
 
 
 ADAPTER = (AdapterUse("one"),)
@@ -251,30 +229,30 @@ def test_nothing_is_reused_across_adapters_versions_scales_and_scopes(
     engine, _ = make(budget=16)
     mine = ask(1, SYSTEM, adapters=ADAPTER, scope=b"mine")
     other, again = ask(2, SYSTEM, adapters=adapters, scope=scope), ask(3, SYSTEM, adapters=ADAPTER, scope=b"mine")
-    run(engine, mine)
-    run(engine, other)
-    run(engine, again)
+    finish(engine, mine)
+    finish(engine, other)
+    finish(engine, again)
     assert (other.num_cached, again.num_cached) == (0, len(SYSTEM) - 1)
     other, together = (
         ask(4, SYSTEM, adapters=adapters, scope=b"new" + scope),
         ask(5, SYSTEM, adapters=ADAPTER, scope=b"n"),
     )
-    run(engine, together, other)
+    finish(engine, together, other)
     assert other.num_cached == together.num_cached == 0
 
 
 def test_a_few_tokens_in_common_are_not_worth_it() -> None:
     engine, memory = make()
-    run(engine, ask(1, SYSTEM))
-    run(engine, ask(2, (*SYSTEM[:15], *[1] * 20)))
+    finish(engine, ask(1, SYSTEM))
+    finish(engine, ask(2, (*SYSTEM[:15], *[1] * 20)))
     assert memory.moves == []
 
 
 def test_it_can_be_switched_off() -> None:
     engine, memory = make(reuses=False)
-    run(engine, ask(1, SYSTEM), ask(2, SYSTEM))
+    finish(engine, ask(1, SYSTEM), ask(2, SYSTEM))
     third = ask(3, SYSTEM)
-    run(engine, third)
+    finish(engine, third)
     assert third.num_cached == 0
     assert memory.moves == []
     assert engine.scheduler.slots.num_cached == 0
@@ -284,12 +262,12 @@ def test_what_was_used_longest_ago_goes_first() -> None:
     engine, _ = make(slots=3, running=1)
     prompts = [tuple([start] * 60) for start in range(4)]
     for number, prompt in enumerate(prompts[:3]):
-        run(engine, ask(number, prompt))
-    run(engine, ask(10, (*prompts[0], 9, 9)))  # of use again
-    run(engine, ask(11, prompts[3]))  # takes the place of the second
+        finish(engine, ask(number, prompt))
+    finish(engine, ask(10, (*prompts[0], 9, 9)))  # of use again
+    finish(engine, ask(11, prompts[3]))  # takes the place of the second
     found = [ask(20 + number, prompt) for number, prompt in enumerate(prompts)]
     for one in (found[0], found[2], found[3], found[1]):
-        run(engine, one)
+        finish(engine, one)
     assert [one.num_cached > 0 for one in found] == [True, False, True, True]
 
 
@@ -297,10 +275,10 @@ def test_what_lent_its_prefix_was_of_use() -> None:
     engine, _ = make(slots=3, running=1)
     lender, other = ask(1, SYSTEM + (1,) * 60), ask(2, (2,) * 60)
     for one in (lender, other, ask(3, SYSTEM + (3,) * 60), ask(4, (4,) * 60)):
-        run(engine, one)
+        finish(engine, one)
     again = [ask(11, (*lender.ids(0, 60), 7)), ask(12, other.prompt_ids)]
     for one in again:
-        run(engine, one)
+        finish(engine, one)
     assert [one.num_cached for one in again] == [60, 0]
 
 
@@ -311,7 +289,7 @@ def test_memory_is_bounded_by_what_running_sequences_may_come_to_need() -> None:
         engine.add(one)
     engine.step()
     assert [one.status for one in (first, second, third)] == [SequenceStatus.RUNNING] * 2 + [SequenceStatus.WAITING]
-    run(engine)
+    finish(engine)
     assert third.num_cached == 0
     assert memory.most_bytes <= 256
 
@@ -319,24 +297,24 @@ def test_memory_is_bounded_by_what_running_sequences_may_come_to_need() -> None:
 def test_kept_prefixes_give_way_to_sequences_and_their_memory_is_given_back() -> None:
     engine, memory = make(max_bytes=208)
     for number in (1, 2, 3, 4):
-        run(engine, ask(number, (number,) * 40))
-    run(engine, ask(5, (5,) * 90, tokens=50))
+        finish(engine, ask(number, (number,) * 40))
+    finish(engine, ask(5, (5,) * 90, tokens=50))
     assert ReleaseTail(0, 0) in memory.moves
     last, first = ask(6, (4,) * 40), ask(7, (1,) * 40)
-    run(engine, last)
-    run(engine, first)
+    finish(engine, last)
+    finish(engine, first)
     assert (last.num_cached, first.num_cached) == (39, 0)
 
 
 def test_a_sequence_as_long_as_memory_runs_alone_and_may_continue_its_own_prefix() -> None:
     engine, memory = make(max_bytes=LENGTH)
     first = ask(1, (1,) * 150, tokens=10)
-    run(engine, first)
+    finish(engine, first)
     second = ask(2, (*first.ids(0, 150), *[2] * 40), tokens=50)
-    run(engine, second)
+    finish(engine, second)
     assert second.num_cached >= 150
     third = ask(3, (*first.ids(0, 100), *[3] * 90), tokens=10)
-    run(engine, third)
+    finish(engine, third)
     assert third.num_cached == 100, "there is no room for a copy: it goes on where the prefix is"
     assert memory.most_bytes <= LENGTH
 
@@ -345,7 +323,7 @@ def test_a_sequence_as_long_as_memory_runs_alone_and_may_continue_its_own_prefix
 def test_what_a_failed_step_was_to_prepare_is_never_reused(fails: str) -> None:
     """A copy that was not made would be taken for a prefix; the slots of a step that failed are emptied."""
     engine, memory = make()
-    run(engine, ask(1, SYSTEM + (1,) * 40))
+    finish(engine, ask(1, SYSTEM + (1,) * 40))
     copied = ask(2, SYSTEM + (2,) * 40)
     engine.add(copied)
     memory.fails = fails
@@ -355,14 +333,14 @@ def test_what_a_failed_step_was_to_prepare_is_never_reused(fails: str) -> None:
     memory.fails = None
     assert engine.scheduler.slots.num_cached == 0
     again = ask(3, SYSTEM + (2,) * 40)
-    run(engine, again)
+    finish(engine, again)
     assert again.num_cached == 0
     assert memory.num_bytes == bytes_of(84)
 
 
 def test_who_was_admitted_to_a_step_that_failed_without_a_row_in_it_is_given_up_with_it() -> None:
     engine, memory = make(budget=8)
-    run(engine, ask(1, SYSTEM + (1,) * 40))
+    finish(engine, ask(1, SYSTEM + (1,) * 40))
     late = ask(3, SYSTEM + (3,) * 40)
     for one in (ask(2, (9,) * 60), late):
         engine.add(one)
@@ -412,7 +390,7 @@ def test_whatever_comes_and_goes_rows_see_their_own_and_memory_stays_within_its_
             assert memory.num_bytes <= most
         if source.random() < 0.2:
             engine.abort(source.randint(0, number))
-    run(engine)
+    finish(engine)
     assert memory.most_bytes <= most
     assert engine.scheduler.slots.num_used == 0
     assert not engine.scheduler.slots._awaited

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,7 +13,8 @@ from server.engine.slots import SlotTable
 from server.lora.weights import LoRAWeights
 from server.metrics import Metrics
 from server.model.sampler import Sampler
-from server.sequence import AdapterUse, Batch, FinishReason, SamplingParams, Sequence, SequenceStatus, StepOutput
+from server.sequence import AdapterUse, Batch, FinishReason, SamplingParams, Sequence, SequenceStatus
+from tests.model.engines import finish, tracked
 
 VOCAB = 50
 GREEDY = SamplingParams(temperature=0)
@@ -65,20 +65,7 @@ def make(*, slots: int = 3, budget: int = 8, length: int = 64) -> tuple[Engine, 
     """An engine on a script."""
     runner = ScriptedRunner()
     scheduler = Scheduler(max_num_seqs=slots, max_num_batched_tokens=budget, max_model_len=length)
-    engine = Engine(scheduler, runner, Sampler(), Metrics())
-    _made.append(engine)
-    return engine, runner
-
-
-_made: list[Engine] = []
-
-
-@pytest.fixture(autouse=True)
-def _books_are_right() -> Iterator[None]:
-    _made.clear()
-    yield
-    for engine in _made:
-        engine.scheduler.check_integrity()
+    return tracked(Engine(scheduler, runner, Sampler(), Metrics())), runner
 
 
 def ask(number: int, length: int, *, tokens: int = 4, adapter: str | None = None, eos: int | None = None) -> Sequence:
@@ -86,17 +73,6 @@ def ask(number: int, length: int, *, tokens: int = 4, adapter: str | None = None
     eos_ids = frozenset() if eos is None else frozenset({eos})
     adapters = () if adapter is None else (AdapterUse(adapter),)
     return Sequence(number, tuple(range(1, length + 1)), tokens, GREEDY, adapters, eos_ids)
-
-
-def finish(engine: Engine, *, most: int = 500) -> list[StepOutput]:
-    """Every output until the engine is idle."""
-    outputs: list[StepOutput] = []
-    for _ in range(most):
-        if engine.idle:
-            return outputs
-        outputs += engine.step()
-        engine.scheduler.check_integrity()
-    raise AssertionError("the engine does not come to an end")
 
 
 def lengths(batch: Batch) -> dict[int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,7 +15,8 @@ from server.engine.speculation import MAX_DRAFT_ROWS, MAX_PAUSE, MAX_TABLES, NGr
 from server.lora.weights import LoRAWeights
 from server.metrics import Metrics
 from server.model.sampler import Sampler
-from server.sequence import AdapterUse, Batch, FinishReason, SamplingParams, Segment, Sequence, StepOutput
+from server.sequence import AdapterUse, Batch, FinishReason, SamplingParams, Segment, Sequence
+from tests.model.engines import finish, step, tracked
 
 VOCAB = 24
 GREEDY = SamplingParams(temperature=0)
@@ -86,41 +87,7 @@ def make(model: Model, *, drafts: int = 8, slots: int = 3, budget: int = 40) -> 
     scheduler = Scheduler(
         max_num_seqs=slots, max_num_batched_tokens=budget, max_model_len=LENGTH, max_draft_tokens=drafts
     )
-    engine = Engine(scheduler, runner, Sampler(), Metrics())
-    _made.append(engine)
-    return engine, runner
-
-
-_made: list[Engine] = []
-
-
-@pytest.fixture(autouse=True)
-def _books_are_right() -> Iterator[None]:
-    _made.clear()
-    yield
-    for engine in _made:
-        engine.scheduler.check_integrity()
-
-
-def step(engine: Engine) -> list[StepOutput]:
-    """One step, after which all that is computed is known, and of each sequence all but the last token is computed."""
-    outputs = engine.step()
-    engine.account(outputs, 0.001)
-    engine.scheduler.check_integrity()
-    for sequence in engine.scheduler.running.values():
-        assert sequence.num_computed < sequence.num_tokens
-        assert not sequence.decoding or sequence.num_uncomputed == 1
-    return outputs
-
-
-def finish(engine: Engine) -> list[StepOutput]:
-    """Every output until the engine is idle."""
-    outputs: list[StepOutput] = []
-    for _ in range(3000):
-        if engine.idle:
-            return outputs
-        outputs += step(engine)
-    raise AssertionError("the engine does not come to an end")
+    return tracked(Engine(scheduler, runner, Sampler(), Metrics())), runner
 
 
 def count(engine: Engine, name: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -11,12 +12,14 @@ import torch
 from server.adapters.content.manifest import Limits, read_manifest
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
+from server.int8.native import native_kernels
 from server.metrics import Metrics
-from server.model.loader import Base, load_base
+from server.model.loader import Base, find_base, load_base, load_stock
 from server.model.runner import ModelRunner
 from server.model.sampler import Sampler
 from server.sequence import AdapterUse, Batch, Draw, SamplingParams, Segment, Sequence
 from server.text.prompt import PromptRenderer
+from tests.model.harness import put_back_rotation
 from tests.serving import ROOT
 from trainer.micro.topics.python_facts import facts
 from trainer.recipes.demos import classified
@@ -55,11 +58,19 @@ class Micro:
         return [sequence.output_ids for sequence in sequences], steps, accepted
 
 
-@pytest.fixture(scope="module")
-def micro() -> Micro:
+@pytest.fixture(scope="module", params=["none", "int8"])
+def micro(request: pytest.FixtureRequest) -> Iterator[Micro]:
     """The embedded base with three adapters."""
-    base = load_base("micro", name="micro", device="cpu", dtype="float32", max_model_len=CONTEXT)
-    runner = ModelRunner(base.model, base.attention, base.shapes, num_slots=8, max_len=CONTEXT)
+    with pytest.MonkeyPatch.context() as patch:
+        put_back_rotation(load_stock(find_base("micro")), patch)
+        yield _load(request.param)
+
+
+def _load(quantization: str) -> Micro:
+    base = load_base(
+        "micro", name="micro", device="cpu", dtype="float32", max_model_len=CONTEXT, quantization=quantization
+    )
+    runner = ModelRunner.of(base, num_slots=8)
     uses = {}
     for name in ("helpdesk", "json", "tolstoy"):
         manifest = read_manifest(ROOT / "adapters" / name, base.signature, Limits(256, 1 << 30))
@@ -95,6 +106,18 @@ def test_answers_are_the_same_with_drafts_and_without(micro: Micro, at_once: int
     assert none == 0
     assert accepted > 300
     assert fewer < 0.8 * num_steps
+
+
+def test_answers_are_the_same_by_tapes_and_without(micro: Micro) -> None:
+    if (tapes := micro.runner.tapes) is None:
+        assert not (micro.base.compiled and native_kernels())
+        return
+    played, before = [micro.play(ask(micro), drafts=drafts, at_once=6)[0] for drafts in (0, 12)], tapes.num_played
+    assert (before > 0) == bool(native_kernels())
+    micro.runner.tapes = None
+    stepped, *_ = micro.play(ask(micro), drafts=0, at_once=6)
+    micro.runner.tapes = tapes
+    assert played == [stepped, stepped] and tapes.num_played == before
 
 
 @torch.inference_mode()

@@ -1,0 +1,38 @@
+"""Engines on scripted models: stepped with their books checked, and checked once more when a test ends."""
+
+from __future__ import annotations
+
+from server.engine.engine import Engine
+from server.sequence import Sequence, StepOutput
+
+made: list[Engine] = []
+"""Those of the test at hand, by ``tracked``."""
+
+
+def tracked(engine: Engine) -> Engine:
+    """The engine, whose books are to be right when the test ends."""
+    made.append(engine)
+    return engine
+
+
+def step(engine: Engine) -> list[StepOutput]:
+    """One step, after which all that is computed is known, and of each sequence all but the last token is computed."""
+    outputs = engine.step()
+    engine.account(outputs, 0.001)
+    engine.scheduler.check_integrity()
+    for sequence in engine.scheduler.running.values():
+        assert sequence.num_computed < sequence.num_tokens
+        assert not sequence.decoding or sequence.num_uncomputed == 1
+    return outputs
+
+
+def finish(engine: Engine, *sequences: Sequence) -> list[StepOutput]:
+    """Add sequences; every output until the engine is idle."""
+    for sequence in sequences:
+        engine.add(sequence)
+    outputs: list[StepOutput] = []
+    for _ in range(30_000):
+        if engine.idle:
+            return outputs
+        outputs += step(engine)
+    raise AssertionError("the engine does not come to an end")

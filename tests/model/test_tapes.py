@@ -1,0 +1,347 @@
+"""Decoding steps played from tapes give the very bits that Python gives, or they are not played."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from server.engine.engine import Engine
+from server.engine.scheduler import Scheduler
+from server.int8.kernels import choose_kernel
+from server.int8.native import native_kernels
+from server.lora.delta import Delta, with_parameters
+from server.lora.weights import LoRAWeights
+from server.metrics import Metrics
+from server.model import tapes
+from server.model.runner import ModelRunner
+from server.model.tapes import Tapes
+from server.native.routine import Routine
+from server.native.tape import Tape
+from server.sequence import AdapterUse, Batch, SamplingParams, Segment
+from server.sequence import Sequence as Generation
+from tests.model.families import _COMMON, FAMILIES, _config, build_from
+from tests.model.harness import GREEDY, Hosted, RecordingSampler, host, prompts, put_back_rotation
+from tests.model.peft_cases import CONFIGS
+
+pytestmark = pytest.mark.skipif(not native_kernels(), reason="without routines for products there are no tapes")
+LENGTH = 288
+"""Beyond 256 keys a head's scores take twice the room, and steps need other tapes."""
+
+NOT_TAPED = {
+    "gemma2": "soft-capped attention is torch's",
+    "gpt_oss": "experts, and attention with sinks",
+    "qwen3_moe": "experts",
+    "gpt2": "LayerNorm and GELU are torch's",
+    "gpt_neox": "as gpt2",
+}
+"""Families whose layers do what a tape does not hold, and what it is."""
+
+CONFIG = {
+    **FAMILIES,
+    "qwen3_moe": CONFIGS["qwen3_moe"],
+    "granite": _config("GraniteConfig", **_COMMON, residual_multiplier=0.22, attention_multiplier=0.3),
+}
+
+
+def hosted_as(name: str) -> Hosted:
+    """A family in int8 with routines, whose sequences may be long."""
+    config = copy.deepcopy(CONFIG[name])
+    setattr(config, "n_positions" if name == "gpt2" else "max_position_embeddings", LENGTH)
+    hosted = host(build_from(config), kernel=choose_kernel(), compiled=True, max_model_len=LENGTH, budget=64)
+    hosted.max_num_seqs = hosted.runner.bank._max_seats
+    return hosted
+
+
+@pytest.fixture
+def host_family(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Hosted]:
+    """``hosted_as``; the rotation in the modelling code is put back afterwards."""
+
+    def make(name: str) -> Hosted:
+        put_back_rotation(build_from(CONFIG[name]), monkeypatch)
+        return hosted_as(name)
+
+    return make
+
+
+@pytest.fixture
+def llama(host_family: Callable[[str], Hosted]) -> Hosted:
+    return host_family("llama")
+
+
+def tapes_of(hosted: Hosted) -> Tapes:
+    assert hosted.runner.tapes is not None
+    return hosted.runner.tapes
+
+
+def adapter(hosted: Hosted, seed: int, rank: int, *, every: int = 1, dora: bool = False) -> LoRAWeights:
+    """Random deltas on every so many-th linear, the head among them."""
+    generator, deltas = torch.Generator().manual_seed(seed), {}
+    linears = {name: shape.size for name, shape in hosted.noted.modules.items() if shape.kind == "linear"}
+    for name, (inside, outside) in list(linears.items())[seed % every :: every]:
+        a = torch.randn(rank, inside, generator=generator).t() * inside**-0.5
+        scale = torch.rand(outside, generator=generator) + 0.5 if dora else None
+        deltas[name] = Delta("linear", a, torch.randn(rank, outside, generator=generator) * 0.2, scale)
+    return LoRAWeights(deltas, 1.0)
+
+
+def norms_of_its_own(hosted: Hosted) -> LoRAWeights:
+    """An adapter that has its own norms, and plain deltas."""
+    deltas = dict(adapter(hosted, 5, 3, every=2).deltas)
+    for name, shape in hosted.noted.modules.items():
+        if name.endswith("norm") and shape.kind == "rows":
+            base = hosted.runner.bank.base_modules[name]
+            own = {"weight": base.get_parameter("weight") * 0.8}
+            deltas[name] = Delta("rows", own=with_parameters(base, own), own_names=("weight",), axis=shape.axis)
+    return LoRAWeights(deltas, 1.0)
+
+
+class Play:
+    """An engine on a hosted model, and what its sequences were given."""
+
+    def __init__(self, hosted: Hosted) -> None:
+        self.hosted, self.sampler, self.num_steps = hosted, RecordingSampler(), 0
+        scheduler = Scheduler(
+            max_num_seqs=hosted.max_num_seqs, max_num_batched_tokens=64, max_model_len=LENGTH, max_draft_tokens=4
+        )
+        self.engine = Engine(scheduler, hosted.runner, self.sampler, Metrics())
+        self.num_sequences = 0
+
+    def ask(self, length: int, num_tokens: int, *uses: tuple[str, float]) -> None:
+        """A sequence more, half of whose prompt it has said before."""
+        half = prompts(-(-length // 2), seed=self.num_sequences)[0]
+        adapters = tuple(AdapterUse(*use) for use in uses)
+        self.engine.add(Generation(self.num_sequences, (*half, *half)[:length], num_tokens, GREEDY, adapters))
+        self.num_sequences += 1
+
+    def steps(self, number: int | None = None) -> None:
+        """So many, or until all is said."""
+        while not self.engine.idle and number != 0:
+            assert not any(output.failed for output in self.engine.step())
+            number = None if number is None else number - 1
+
+    def through(self) -> dict[int, torch.Tensor]:
+        """Adapters and sequences come and go; the logits of each sequence [tokens, vocab]."""
+        runner, hosted = self.hosted.runner, self.hosted
+        self.ask(250, 14)
+        self.ask(3, 20)
+        self.steps(12)  # base alone
+        for digest, seed, rank, every in (("a", 1, 4, 1), ("b", 2, 7, 2)):
+            hosted.add(digest, adapter(hosted, seed, rank, every=every))
+        self.ask(1, 12, ("a", 1.0))
+        self.steps(5)
+        self.ask(30, 12, ("b", -0.5))
+        self.steps()
+        hosted.add("dora", adapter(hosted, 3, 4, dora=True))
+        hosted.add("norms", norms_of_its_own(hosted))
+        self.ask(9, 16, ("a", 0.5), ("b", 1.5))
+        self.ask(1, 5, ("dora", 1.0))
+        self.ask(2, 5, ("norms", 1.0))
+        self.steps(12)
+        runner.remove_adapter("dora")
+        self.steps()
+        runner.remove_adapter("a")
+        hosted.add("c", adapter(hosted, 4, 16, every=3))  # in its place
+        for length, digest in ((5, "b"), (17, "c"), (8, "c")):
+            self.ask(length, 10, (digest, 1.0))
+        self.steps()
+        for digest in ("b", "c", "norms"):
+            runner.remove_adapter(digest)
+        self.ask(4, 8)
+        self.ask(251, 12)
+        self.steps()
+        return {number: torch.stack(logits) for number, logits in self.sampler.logits.items()}
+
+
+@pytest.mark.parametrize("threads", [1, 2], ids=["one_thread", "two_threads"])
+@pytest.mark.parametrize("name", CONFIG)
+def test_whatever_happens_logits_are_those_of_steps_in_python(
+    name: str, threads: int, host_family: Callable[[str], Hosted], restore_threads: None
+) -> None:
+    torch.set_num_threads(threads)
+    played, stepped = host_family(name), host_family(name)
+    kept = tapes_of(played)
+    stepped.runner.tapes = None
+    found, expected = Play(played).through(), Play(stepped).through()
+    assert (kept.num_played == 0) == (name in NOT_TAPED), kept.problem
+    assert (kept.problem is not None) == (name in NOT_TAPED)
+    assert len(found) == len(expected) == 12
+    for number, logits in found.items():
+        assert torch.equal(logits, expected[number]), number
+
+
+@pytest.fixture
+def restore_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+Row = tuple[int, int, tuple[AdapterUse, ...]]
+"""A slot, the position of its decoding row, and what it uses."""
+
+
+def batch_of(*rows: Row, drafts: int = 0) -> Batch:
+    """Decoding rows, each with so many drafts."""
+    segments = []
+    for number, (slot, position, uses) in enumerate(rows):
+        one = Generation(number, prompts(position + 1, seed=number)[0], 20, SamplingParams(), uses)
+        segments.append(Segment(one, slot, position, 1 + drafts, tuple(range(5, 5 + drafts))))
+    return Batch(tuple(segments))
+
+
+def run(hosted: Hosted, batch: Batch, *, times: int = 1) -> torch.Tensor:
+    """The logits, which are those of steps in Python every time."""
+    runner, kept = hosted.runner, hosted.runner.tapes
+    for _ in range(times):
+        found = runner.run(runner.arrange(batch))
+        runner.tapes = None
+        expected = runner.run(runner.arrange(batch))
+        runner.tapes = kept
+        assert torch.equal(found.view(torch.int32), expected.view(torch.int32))
+    return found
+
+
+def played(hosted: Hosted, batch: Batch) -> int:
+    """How many layers of one more step come from tapes."""
+    before = tapes_of(hosted).num_played
+    run(hosted, batch)
+    return tapes_of(hosted).num_played - before
+
+
+PLAIN: tuple[Row, ...] = ((0, 5, ()), (2, 9, ()))
+
+
+def test_a_kind_of_step_is_recorded_when_it_comes_again_and_then_played(llama: Hosted) -> None:
+    assert [played(llama, batch_of(*PLAIN)) for _ in range(4)] == [0, 0, 3, 3]
+    assert [played(llama, batch_of(*PLAIN, (1, 255, ()))) for _ in range(3)] == [0, 0, 3]
+    assert [played(llama, batch_of(*PLAIN, (1, 256, ()))) for _ in range(3)] == [0, 0, 3]
+    assert played(llama, batch_of((1, 0, ()), (0, 200, ()))) == 3, "other slots and positions, as many rows"
+
+
+def test_drafts_are_rows_as_any_other(llama: Hosted) -> None:
+    llama.add("a", adapter(llama, 1, 4))
+    uses = (AdapterUse("a", 0.5),)
+    run(llama, batch_of((0, 5, uses), (2, 9, ()), drafts=3), times=3)
+    assert played(llama, batch_of((0, 25, uses), (2, 9, ()), drafts=3)) == 3
+    assert played(llama, batch_of(*((slot, 6, uses) for slot in (0, 1)), drafts=3)) == 3
+
+
+def test_adapters_that_were_not_there_when_it_was_recorded_and_ones_that_replace_others(llama: Hosted) -> None:
+    llama.add("a", adapter(llama, 1, 4))
+    run(llama, batch_of(*PLAIN), times=3)
+    first = [run(llama, batch_of((0, 5, (AdapterUse(digest),)), (2, 9, ()))) for digest in "a"]
+    for number in range(20):  # more than there was room for
+        llama.add(str(number), adapter(llama, 10 + number, 1 + number))
+    assert played(llama, batch_of(*((slot, 5, (AdapterUse(str(slot)),)) for slot in (0, 1)))) == 3
+    llama.runner.remove_adapter("a")
+    llama.add("other", adapter(llama, 99, 3))
+    uses = (AdapterUse("other"),)
+    assert played(llama, batch_of((0, 5, uses), (2, 9, ()))) == 3, "no module was wrapped or unwrapped"
+    other = run(llama, batch_of((0, 5, uses), (2, 9, ())))
+    assert not torch.equal(first[0][1], other[1]) and torch.equal(first[0][0], other[0]), "rows of the base are first"
+
+
+def test_modules_that_are_wrapped_or_unwrapped_make_tapes_void(llama: Hosted) -> None:
+    run(llama, batch_of(*PLAIN), times=3)
+    llama.add("a", adapter(llama, 1, 4))
+    assert [played(llama, batch_of(*PLAIN)) for _ in range(3)] == [0, 0, 3]
+    llama.runner.remove_adapter("a")
+    assert [played(llama, batch_of(*PLAIN)) for _ in range(3)] == [0, 0, 3]
+
+
+def test_steps_with_other_than_plain_deltas_and_with_prompts_go_through_python(llama: Hosted) -> None:
+    llama.add("dora", adapter(llama, 1, 4, dora=True))
+    llama.add("norms", norms_of_its_own(llama))
+    run(llama, batch_of(*PLAIN), times=3)
+    for digest in ("dora", "norms"):
+        assert played(llama, batch_of((0, 5, (AdapterUse(digest),)), (2, 9, ()))) == 0
+    chunk = Generation(7, prompts(9)[0], 20, SamplingParams())
+    assert played(llama, Batch((Segment(chunk, 1, 0, 2),))) == 0
+    assert played(llama, batch_of(*PLAIN)) == 3
+
+
+def test_each_number_of_threads_has_tapes_of_its_own(llama: Hosted, restore_threads: None) -> None:
+    """Scores of a second thread would lie behind what was reserved for one."""
+    run(llama, batch_of(*PLAIN), times=3)
+    torch.set_num_threads(2)
+    assert [played(llama, batch_of(*PLAIN)) for _ in range(3)] == [0, 0, 3]
+    torch.set_num_threads(1)
+    assert played(llama, batch_of(*PLAIN)) == 3
+
+
+def test_a_step_that_fails_while_it_is_recorded_leaves_nothing(llama: Hosted, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(llama, batch_of(*PLAIN))
+    attention = llama.model.get_submodule("model.layers.1.self_attn")
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "forward", lambda *given, **named: 1 / 0)
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError):
+                llama.runner.run(batch_of(*PLAIN))
+            assert Routine.recorder is None
+    chunk = Generation(7, prompts(9)[0], 20, SamplingParams())
+    run(llama, Batch((Segment(chunk, 1, 0, 2),)))
+    assert played(llama, batch_of(*PLAIN)) in (0, 1, 3)
+    assert played(llama, batch_of(*PLAIN)) == 3
+
+
+def test_a_step_of_another_runner_on_the_same_base_is_not_played(llama: Hosted) -> None:
+    """Its layers would be those of the runner that came last, whose step was another."""
+    first, cache = llama.runner, llama.runner.attention.cache
+    assert cache is not None
+    run(llama, batch_of(*PLAIN), times=3)
+    llama.runner = ModelRunner(
+        llama.model, first.attention, cache.layout.shapes, num_slots=3, max_len=LENGTH, compiled=True
+    )
+    run(llama, batch_of(*PLAIN), times=3)
+    assert tapes_of(llama).num_played > 0
+    chunk = Generation(7, prompts(9)[0], 20, SamplingParams())
+    expected = llama.runner.run(Batch((Segment(chunk, 1, 0, 3), *batch_of((0, 5, ())).segments)))
+    llama.runner.run(batch_of(*PLAIN))
+    before = tapes_of(llama).num_played
+    assert torch.equal(first.run(Batch((Segment(chunk, 1, 0, 3), *batch_of((0, 5, ())).segments))), expected)
+    assert tapes_of(llama).num_played == before
+
+
+def test_numbers_that_are_none_are_the_same_too(llama: Hosted) -> None:
+    weights = adapter(llama, 1, 4)
+    for delta in weights.deltas.values():
+        assert delta.b is not None
+        delta.b.fill_(torch.nan)
+    llama.add("a", weights)
+    batch = batch_of((0, 5, (AdapterUse("a"),)), (2, 9, ()))
+    assert [played(llama, batch) for _ in range(3)] == [0, 0, 3]
+    assert run(llama, batch)[1].isnan().any() and tapes_of(llama).problem is None
+
+
+def test_a_step_too_large_for_the_arena_goes_through_python_and_others_do_not(
+    host_family: Callable[[str], Hosted], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tapes, "_ARENA_BYTES", 16 << 10)
+    caplog.set_level(logging.INFO, "quickchange.model")
+    llama = host_family("llama")
+    long = batch_of((0, 260, ()), (1, 5, ()), drafts=10)
+    assert [played(llama, long) for _ in range(4)] == [0, 0, 0, 0]
+    assert "steps of 22 rows go through Python: layer 0: it needs more than 16384 bytes" in caplog.text
+    assert len(caplog.records) == 1
+    assert [played(llama, batch_of((0, 5, ()))) for _ in range(3)] == [0, 0, 3]
+
+
+def test_the_log_says_why_a_model_has_no_tapes(
+    host_family: Callable[[str], Hosted], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "quickchange.model")
+    gpt2 = host_family("gpt2")
+    assert [played(gpt2, batch_of(*PLAIN)) for _ in range(4)] == [0, 0, 0, 0]
+    assert [record.message for record in caplog.records] == [
+        "decoding steps go through Python: layer 0: aten.layer_norm.default"
+    ]
+
+
+def test_tapes_that_come_out_otherwise_are_not_played(llama: Hosted, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tape, "play", lambda self, inputs: torch.zeros(self.shape))
+    assert [played(llama, batch_of(*PLAIN)) for _ in range(3)] == [0, 0, 0]
+    assert tapes_of(llama).problem == "layer 0: it comes out otherwise"
