@@ -45,6 +45,7 @@ class Tapes:
         self._generation = -1
         self._key: Key | None = None
         self._layout: Layout | None = None
+        self._inputs: list[torch.Tensor] = []
         self.problem: str | None = None
         self.num_played = 0
         for number, layer in enumerate(_layers(model)):
@@ -52,7 +53,7 @@ class Tapes:
 
     def begin(self, layout: Layout) -> None:
         """A step begins, of which the bank knows the rows already."""
-        self._key, self._layout = None, layout
+        self._key, self._layout, self._inputs = None, layout, []
         if self.problem is not None or not self._bank.steady or self._attention.cache is not self._cache:
             return
         num_rows = len(layout.spans)
@@ -104,10 +105,12 @@ class Tapes:
         return result
 
     def _of_layout(self) -> list[torch.Tensor]:
-        layout = self._attention.layout
-        assert layout is not None
-        windows = sorted(self._attention.windows, key=lambda window: window or 0)
-        return [layout.slots, layout.positions, *(layout.singles(window)[0] for window in windows)]
+        if not self._inputs:
+            assert self._layout is not None
+            windows = sorted(self._attention.windows, key=lambda window: window or 0)
+            singles = (self._layout.singles(window)[0] for window in windows)
+            self._inputs = [self._layout.slots, self._layout.positions, *singles]
+        return self._inputs
 
 
 def _tensors(values: Any) -> Iterator[torch.Tensor]:

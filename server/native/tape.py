@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from server.native.intrinsics import barrier, call, longs
+from server.native.intrinsics import barrier, call, longs, thread_number
 from server.native.passes import passes
 from server.native.routine import Routine
 
@@ -112,17 +112,23 @@ def _alike(x: Any, other: Any) -> bool:
     )
 
 
-@dataclass
 class Tape:
-    """Calls one after another. ``places`` are for each input the fields of records that point into it, and how far.
+    """Calls one after another.
 
-    The last of them is the result's; ``shape`` is its shape.
+    ``records`` are int64, one behind the other; ``table`` int64 [calls, 2] has each one's code and address. ``places``
+    int64 [n, 3] are the fields of records that point into inputs: their address, which input, and how far into
+    it. Behind the inputs comes the result, of ``shape``.
     """
 
-    memory: Any
-    table: torch.Tensor
-    places: Sequence[Sequence[tuple[int, int]]]
-    shape: torch.Size
+    def __init__(
+        self, records: Any, table: torch.Tensor, places: torch.Tensor, num_inputs: int, shape: torch.Size
+    ) -> None:
+        self.places = places
+        self._kept = records, table
+        self._shape = shape
+        self._addresses = (ctypes.c_int64 * (num_inputs + 1))()
+        at = ctypes.addressof(self._addresses)
+        self._fixed = table.data_ptr(), len(table), places.data_ptr(), len(places), at
 
     @classmethod
     def of(cls, recorder: Recorder, inputs: Sequence[torch.Tensor], result: Any, arena: Arena) -> Tape:
@@ -149,7 +155,7 @@ class Tape:
                         found.setdefault(begin, []).append((place, numbers[place] - begin))
                         one.first = number if one.first < 0 else one.first
                         one.last = number
-        places = [_pointing_into(numbers, one) for one in (*inputs, of_result.tensor)]
+        pointing = [_pointing_into(numbers, one) for one in (*inputs, of_result.tensor)]
         offsets = arena.arrange([one for one in made.values() if one.first >= 0])
         for begin, mine in found.items():
             for place, offset in mine:
@@ -157,18 +163,14 @@ class Tape:
         memory = (ctypes.c_int64 * len(numbers))(*numbers)
         first = ctypes.addressof(memory)
         rows = [[code, first + 8 * start] for (code, _), start in zip(recorder.calls, starts, strict=True)]
-        return cls(memory, torch.tensor(rows), places, result.shape)
+        places = [(first + 8 * place, number, offset) for number, some in enumerate(pointing) for place, offset in some]
+        return cls(memory, torch.tensor(rows), torch.tensor(places), len(inputs), result.shape)
 
     def play(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         """The result for other inputs of the same shapes and strides."""
-        result = torch.empty(self.shape)
-        memory = self.memory
-        for one, places in zip((*inputs, result), self.places, strict=True):
-            if places:
-                begin = one.data_ptr()
-                for place, offset in places:
-                    memory[place] = begin + offset
-        player()(torch.get_num_threads(), self.table.data_ptr(), len(self.table))
+        result = torch.empty(self._shape)
+        self._addresses[:] = [one.data_ptr() for one in (*inputs, result)]
+        player()(torch.get_num_threads(), *self._fixed)
         return result
 
 
@@ -211,6 +213,11 @@ class Arena:
 
 
 def _play(a: Any) -> None:
+    if thread_number() == 0:
+        for number in range(a.num_places):
+            place = longs(a.places + 24 * number)
+            longs(place[0])[0] = longs(a.inputs)[place[1]] + place[2]
+    barrier()
     for number in range(a.count):
         entry = longs(a.table + 16 * number)
         call(entry[0], entry[1])
@@ -220,4 +227,4 @@ def _play(a: Any) -> None:
 @cache
 def player() -> Routine:
     """The one of a process."""
-    return Routine(_play, "table count")
+    return Routine(_play, "table count places num_places inputs")

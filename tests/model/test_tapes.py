@@ -259,8 +259,8 @@ def test_steps_with_other_than_plain_deltas_and_with_prompts_go_through_python(l
     run(llama, batch_of(*PLAIN), times=3)
     for digest in ("dora", "norms"):
         assert played(llama, batch_of((0, 5, (AdapterUse(digest),)), (2, 9, ()))) == 0
-    chunk = Generation(7, prompts(9)[0], 20, SamplingParams())
-    assert played(llama, Batch((Segment(chunk, 1, 0, 2),))) == 0
+    chunk = Generation(7, prompts(40)[0], 20, SamplingParams())
+    assert played(llama, Batch((Segment(chunk, 1, 0, 33),))) == 0
     assert played(llama, batch_of(*PLAIN)) == 3
 
 
@@ -282,8 +282,8 @@ def test_a_step_that_fails_while_it_is_recorded_leaves_nothing(llama: Hosted, mo
             with pytest.raises(ZeroDivisionError):
                 llama.runner.run(batch_of(*PLAIN))
             assert Routine.recorder is None
-    chunk = Generation(7, prompts(9)[0], 20, SamplingParams())
-    run(llama, Batch((Segment(chunk, 1, 0, 2),)))
+    chunk = Generation(7, prompts(40)[0], 20, SamplingParams())
+    run(llama, Batch((Segment(chunk, 1, 0, 33),)))
     assert played(llama, batch_of(*PLAIN)) in (0, 1, 3)
     assert played(llama, batch_of(*PLAIN)) == 3
 
@@ -298,7 +298,7 @@ def test_a_step_of_another_runner_on_the_same_base_is_not_played(llama: Hosted) 
     )
     run(llama, batch_of(*PLAIN), times=3)
     assert tapes_of(llama).num_played > 0
-    chunk = Generation(7, prompts(9)[0], 20, SamplingParams())
+    chunk = Generation(7, prompts(40)[0], 20, SamplingParams())
     expected = llama.runner.run(Batch((Segment(chunk, 1, 0, 3), *batch_of((0, 5, ())).segments)))
     llama.runner.run(batch_of(*PLAIN))
     before = tapes_of(llama).num_played
@@ -342,6 +342,6 @@ def test_the_log_says_why_a_model_has_no_tapes(
 
 
 def test_tapes_that_come_out_otherwise_are_not_played(llama: Hosted, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Tape, "play", lambda self, inputs: torch.zeros(self.shape))
+    monkeypatch.setattr(Tape, "play", lambda self, inputs: torch.zeros_like(inputs[0]))
     assert [played(llama, batch_of(*PLAIN)) for _ in range(3)] == [0, 0, 0]
     assert tapes_of(llama).problem == "layer 0: it comes out otherwise"
