@@ -117,15 +117,21 @@ class Tape:
 
     ``records`` are int64, one behind the other; ``table`` int64 [calls, 2] has each one's code and address. ``places``
     int64 [n, 3] are the fields of records that point into inputs: their address, which input, and how far into
-    it. Behind the inputs comes the result, of ``shape``.
+    it. Behind the inputs comes the result.
     """
 
     def __init__(
-        self, records: Any, table: torch.Tensor, places: torch.Tensor, num_inputs: int, shape: torch.Size
+        self,
+        records: Any,
+        table: torch.Tensor,
+        places: torch.Tensor,
+        arena: Arena,
+        result: torch.Tensor,
+        num_inputs: int,
     ) -> None:
         self.places = places
-        self._kept = records, table
-        self._shape = shape
+        self._kept = records, table, arena  # whose addresses are in use
+        self._shape = result.shape
         self._addresses = (ctypes.c_int64 * (num_inputs + 1))()
         at = ctypes.addressof(self._addresses)
         self._fixed = table.data_ptr(), len(table), places.data_ptr(), len(places), at
@@ -164,7 +170,7 @@ class Tape:
         first = ctypes.addressof(memory)
         rows = [[code, first + 8 * start] for (code, _), start in zip(recorder.calls, starts, strict=True)]
         places = [(first + 8 * place, number, offset) for number, some in enumerate(pointing) for place, offset in some]
-        return cls(memory, torch.tensor(rows), torch.tensor(places), len(inputs), result.shape)
+        return cls(memory, torch.tensor(rows), torch.tensor(places), arena, result, len(inputs))
 
     def play(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         """The result for other inputs of the same shapes and strides."""
