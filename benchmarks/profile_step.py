@@ -45,26 +45,27 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 class Profile:
-    """One engine's steps, timed with and without timers in turn."""
+    """One engine's steps, timed one after another as a server takes them, and then with timers."""
 
     def __init__(self, engine: InProcessEngine, num_steps: int) -> None:
         self.engine, self.num_steps = engine, num_steps
         self._rng = random.Random(0)
+        self._memory = torch.ones(1 << 27)
 
     def prompt(self, length: int) -> tuple[int, ...]:
         """Random ids."""
         size = self.engine.base.vocab_size
         return tuple(self._rng.randrange(size // 16, size - 256) for _ in range(length))
 
-    def decode(self, num_seqs: int, num_adapters: int) -> dict[str, Any]:
-        """A step in which each of ``num_seqs`` sequences gets a token; milliseconds."""
+    def decode(self, num_seqs: int, num_adapters: int, num_bytes: int) -> dict[str, Any]:
+        """A step in which each of ``num_seqs`` sequences gets a token; it has to read so many bytes. Milliseconds."""
         for number in range(num_seqs):
             adapter = number % num_adapters if num_adapters else None
             self.engine.add(Ask(self.prompt(max(1, CONTEXT - 2 * self.num_steps)), 10 * self.num_steps, adapter))
         scheduler = self.engine.engine.scheduler
         while scheduler.waiting or not all(one.output_ids for one in scheduler.running.values()):
             self.engine.step()
-        return self._timed(self.engine.step, self.num_steps)
+        return self._timed(self.engine.step, self.num_steps, num_bytes)
 
     def prefill(self, length: int, num_adapters: int) -> dict[str, Any]:
         """A step that computes a whole prompt; milliseconds."""
@@ -76,11 +77,12 @@ class Profile:
 
         return self._timed(one_prompt, max(3, self.num_steps // 4))
 
-    def _timed(self, step: Any, count: int) -> dict[str, Any]:
-        step(), step()
-        plain, timed, stack = [], [], Stack()
+    def _timed(self, step: Any, count: int, num_bytes: int = 0) -> dict[str, Any]:
+        step(), step(), step()
+        pairs = [self._share_of_bandwidth(step, num_bytes) for _ in range(max(1, count // 2))] if num_bytes else []
+        timed, stack = [], Stack()
+        plain = [seconds_of(step) for _ in range(count)]
         for _ in range(count):
-            plain.append(seconds_of(step))
             with timing(self.engine, stack):
                 timed.append(seconds_of(step))
         for one in list(self.engine.engine.scheduler.running):
@@ -92,7 +94,14 @@ class Profile:
             "ms": 1000 * median(plain),
             "ms_with_timers": 1000 * with_timers,
             "shares": {kind: stack.own[kind] / whole for kind in KINDS},
+            "of_bandwidth": median(pairs) if pairs else None,
         }
+
+    def _share_of_bandwidth(self, step: Any, num_bytes: int) -> float:
+        """The time to read so many bytes by that of a step, each three times in turn."""
+        steps = sum(seconds_of(step) for _ in range(3))
+        reads = sum(seconds_of(self._memory.sum) for _ in range(3))
+        return reads * num_bytes / self._memory.nbytes / steps
 
 
 def seconds_of(step: Any) -> float:
@@ -132,6 +141,11 @@ class Sizes:
         return self.in_linears * self.weight_bytes + head + num_seqs * CONTEXT * self.per_token + adapter_bytes
 
 
+def percent(share: float | None) -> str:
+    """For a table."""
+    return "" if share is None else f"{100 * share:.0f} %"
+
+
 def main() -> None:
     """Measure, print two tables, write JSON where it is wanted."""
     options = parse()
@@ -167,9 +181,10 @@ def measure(
         engine.hold(held)
         suffix = f", {held} adapters" if held else ""
         for num_seqs in options.sequences:
-            step = profile.decode(num_seqs, held)
             used = sum(engine.adapter_bytes[: min(held, num_seqs)])
-            read = sizes.read_in_a_step(num_seqs, used) / bandwidth
+            num_bytes = sizes.read_in_a_step(num_seqs, used)
+            step = profile.decode(num_seqs, held, num_bytes)
+            read = num_bytes / bandwidth
             computed = 2 * num_seqs * (sizes.in_linears + sizes.in_head) / rate
             results[f"decode {num_seqs}{suffix}"] = step | bounds(step, read, computed, num_seqs)
         if options.prefill:
@@ -193,10 +208,21 @@ def bounds(step: dict[str, Any], read: float, computed: float, num_tokens: int) 
 def print_tables(results: dict[str, dict[str, Any]]) -> None:
     """How far from the ceilings, then the shares of each kind in percent."""
     rows = [
-        (name, one["ms"], one["tokens_per_s"], one["read_ms"], one["computed_ms"], f"{100 * one['ceiling']:.0f} %")
+        (
+            name,
+            one["ms"],
+            one["tokens_per_s"],
+            one["read_ms"],
+            one["computed_ms"],
+            percent(one["ceiling"]),
+            percent(one["of_bandwidth"]),
+        )
         for name, one in results.items()
     ]
-    print("\n" + table(("step", "ms", "tokens/s", "reading ms", "computing ms", "of the ceiling"), rows))
+    print(
+        "\n"
+        + table(("step", "ms", "tokens/s", "reading ms", "computing ms", "of the ceiling", "reading in turn"), rows)
+    )
     rows = [
         (name, *(f"{100 * one['shares'][kind]:.1f}" for kind in KINDS), one["ms_with_timers"] - one["ms"])
         for name, one in results.items()

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from benchmarks.parts.perplexity import LENGTH, Comparison, Reader, compare, own_texts
-from server.int8.kernels import FbgemmKernel, Kernel, OnednnKernel, choose_torch_kernel
+from server.int8.kernels import FbgemmKernel, Kernel, OnednnKernel, choose_kernel, choose_torch_kernel
 from server.int8.native import native_kernels
 from server.model.loader import Base, load_base
 
 choose_torch_kernel()  # it quietens torch's word on its quantized tensors, once
 KERNELS: list[type[Kernel]] = [FbgemmKernel, OnednnKernel, *native_kernels().values()]
 """All that this machine can run."""
+TWO_KERNELS = list(dict.fromkeys([FbgemmKernel, choose_kernel() or OnednnKernel]))
+"""The one that is everywhere and the one that is chosen here, for what whole models do: products of all are alike."""
 
 NUM_WINDOWS = 12
 MOST_EXCESS = 0.01

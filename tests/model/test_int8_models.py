@@ -15,7 +15,7 @@ from server.int8.linear import Int8Linear
 from server.model import loader
 from tests.model.families import FAMILIES, build, build_from, fix_long_factors
 from tests.model.harness import Ask, difference, host, prompts, stock_logits
-from tests.model.int8_bases import KERNELS, name_of
+from tests.model.int8_bases import TWO_KERNELS, name_of
 from tests.model.int8_oracle import oracle_of
 from tests.model.peft_cases import CONFIGS, MIXTURES
 
@@ -29,7 +29,7 @@ KEPT_IN_FLOATS = {
 """Ends of names of what is left beside norms and biases."""
 
 
-@pytest.fixture(params=KERNELS, ids=name_of)
+@pytest.fixture(params=TWO_KERNELS, ids=name_of)
 def kernel(request: pytest.FixtureRequest) -> type[Kernel]:
     made: type[Kernel] = request.param
     return made

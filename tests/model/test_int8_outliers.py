@@ -15,14 +15,14 @@ from server.int8.outliers import MOST, Outliers, find_outliers
 from server.int8.rows import Int8Rows
 from server.model import quantizer
 from server.model.loader import find_base, load_base, load_stock
-from tests.model.int8_bases import KERNELS, MOST_DIVERGENCE, MOST_EXCESS, NUM_WINDOWS, name_of
+from tests.model.int8_bases import MOST_DIVERGENCE, MOST_EXCESS, NUM_WINDOWS, TWO_KERNELS, name_of
 from tests.model.test_int8 import NUM_INPUTS, assert_independent, random
 
 SIZES = (64, 32)
 INDICES = torch.tensor([3, 70, 111])
 
 
-@pytest.fixture(params=KERNELS, ids=name_of)
+@pytest.fixture(params=TWO_KERNELS, ids=name_of)
 def make(request: pytest.FixtureRequest) -> type[Kernel]:
     kernel: type[Kernel] = request.param
     return kernel
