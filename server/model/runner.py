@@ -42,6 +42,8 @@ class ModelRunner:
         self.bank = LoRABank(model, groups, max_seats=num_slots, compiled=compiled)
         dtype = model.dtype if kv_dtype is None else kv_dtype
         attention.cache = KVCache(shapes, num_slots=num_slots, max_len=max_len, dtype=dtype, device=model.device)
+        if attention.rows is not None:
+            attention.rows = attention.rows.of(dtype)
         self.tapes: Tapes | None = None
         if compiled:
             from server.model.tapes import Tapes

@@ -148,6 +148,10 @@ class RowAttention:
         store, load = (_store_bfloat16, _load_bfloat16) if dtype == torch.bfloat16 else (_copy, _copy)
         self.routine = Routine(_attend_with(store, load, _BYTES[dtype]), _FIELDS, "scale", reorder=True)
 
+    def of(self, dtype: torch.dtype) -> RowAttention | None:
+        """That of another number format, None where there is none."""
+        return row_attention(dtype)
+
     def can(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
         """Whether it serves such queries, keys and values: heads of whole vectors, each in one piece."""
         whole = k.shape[-1] % 16 == 0 == v.shape[-1] % 16

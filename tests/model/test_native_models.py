@@ -7,6 +7,8 @@ import torch
 
 from server.int8.kernels import choose_kernel
 from server.model.quick_ops import GatedUnits
+from server.model.runner import ModelRunner
+from server.native.attention import row_attention
 from server.native.routine import available
 from tests.model.families import FAMILIES, build
 from tests.model.harness import Ask, difference, host, prompts, put_back_rotation
@@ -39,3 +41,15 @@ def test_logits_are_those_without_routines_and_rows_are_the_same_alone(family: s
         assert answer.tokens == one.tokens
         if kernel is not None and family not in MIXTURES:  # experts, in floats, compute rows in groups
             assert torch.equal(answer.logits, one.logits)
+
+
+def test_a_runner_has_the_routine_of_the_format_in_which_it_keeps_keys() -> None:
+    """It may be another than the base was made for; with the wrong one all answers were noise."""
+    hosted = host(build("llama"), kernel=choose_kernel(), compiled=True)
+    attention = hosted.runner.attention
+    assert attention.cache is not None and attention.rows is row_attention(attention.cache.layout.dtype)
+    shapes = attention.cache.layout.shapes
+    ModelRunner(hosted.model, attention, shapes, num_slots=2, max_len=64, kv_dtype=torch.bfloat16)
+    assert attention.rows is row_attention(torch.bfloat16)
+    ModelRunner(hosted.model, attention, shapes, num_slots=2, max_len=64, kv_dtype=torch.float16)
+    assert attention.rows is None
