@@ -28,6 +28,7 @@ from transformers.utils.logging import disable_progress_bar
 from server.adapters.content.signature import BaseSignature
 from server.errors import BaseModelNotFound, BaseModelRefused, SettingsError
 from server.int8.kernels import Kernel, choose_kernel
+from server.int8.native import NativeKernel
 from server.lora.place import shorten
 from server.model.admission import admit
 from server.model.attention import FlatAttention, Layout
@@ -98,7 +99,7 @@ def load_base(
     length = _length(config, max_model_len)
     place = choose_device(device)
     kernel = _kernel(quantization, place)
-    compiling = None if kernel is None else _start_compiling()
+    compiling = _start_compiling() if _is_native(kernel) else None
     fingerprint = base_fingerprint(folder)
     # for integers the stock weights stay in the format of their file, and there: they are read from it one by one
     model = load_stock(folder, "auto" if kernel else choose_dtype(dtype, place, num_weight_bytes(folder)))
@@ -115,7 +116,7 @@ def load_base(
     if kv_memory is not None:
         length = _affordable(KVLayout(tuple(shapes), length, kv_dtype), kv_memory, asked=max_model_len)
     fix_rope(model, length)
-    compiled = _compiled(attention, kv_dtype) if kernel is not None and model.dtype == torch.float32 else None
+    compiled = _compiled(attention, kv_dtype) if _is_native(kernel) and model.dtype == torch.float32 else None
     if model.dtype == torch.float32 and place.type == "cpu":
         quicken(model, compiled)
     shorten(model)
@@ -160,6 +161,11 @@ def _kernel(quantization: str, device: torch.device) -> type[Kernel] | None:
             f"quantization is 'int8', but torch {torch.__version__} has neither FBGEMM nor oneDNN here: set 'none'"
         )
     return kernel
+
+
+def _is_native(kernel: type[Kernel] | None) -> bool:
+    """Whether products are routines; beside torch's, other routines were never tried."""
+    return kernel is not None and issubclass(kernel, NativeKernel)
 
 
 def _start_compiling() -> threading.Thread | None:
