@@ -6,6 +6,7 @@ the grid before and scaled after, each in passes of its own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, ClassVar
 
@@ -15,8 +16,8 @@ from server.int8.outliers import Outliers
 from server.int8.rows import LEVELS, Int8Rows, pieces
 from server.native.routine import Routine, available
 
-_BLOCK = 64
 _ROW_BLOCK = 32
+_BLOCK = 32
 _ZERO = LEVELS + 1
 
 
@@ -25,17 +26,14 @@ class NativeKernel:
 
     name: ClassVar[str]
     routine: ClassVar[Routine]
+    _sums_size: ClassVar[Callable[[int, int, int], int]]
 
     def __init__(self, rows: Int8Rows, bias: torch.Tensor | None = None, outliers: Outliers | None = None) -> None:
         self.num_outputs, self.num_inputs = rows.integers.shape
         self._weights = _in_blocks(rows.integers)
         self._width = 4 * self._weights.shape[1]
         self._row_scales = rows.scales
-        self._scales = rows.scales * (1.0 / LEVELS)
-        # in pieces, as torch has a whole copy in int32 to sum up
-        sums = torch.cat([piece.sum(1, dtype=torch.int32) for piece in pieces(rows.integers)])
-        self._zeros = sums * -_ZERO
-        self._bias = torch.zeros(self.num_outputs) if bias is None else bias.contiguous()
+        self._constants = _constants(rows, bias)
         self._outliers = outliers
         self._fixed = self._addresses()
 
@@ -44,12 +42,14 @@ class NativeKernel:
         if not x.is_contiguous():
             x = x.contiguous()
         num_rows = x.numel() // self.num_inputs
-        padded = -(-num_rows // _ROW_BLOCK) * _ROW_BLOCK * self._width
-        scratch = torch.empty(padded + 4 * num_rows, dtype=torch.uint8)
+        padded = -(-num_rows // _ROW_BLOCK) * _ROW_BLOCK
+        sums = self._sums_size(num_rows, self._width, len(self._weights))
+        scratch = torch.empty(sums + padded * (self._width + 4), dtype=torch.uint8)
         y = torch.empty(*x.shape[:-1], self.num_outputs)
+        grid = scratch.data_ptr() + sums
         self.routine(
-            torch.get_num_threads(), x.data_ptr(), num_rows, y.data_ptr(), scratch.data_ptr(),
-            scratch.data_ptr() + padded, *self._fixed,
+            torch.get_num_threads(), x.data_ptr(), num_rows, y.data_ptr(), grid, grid + padded * self._width,
+            scratch.data_ptr(), *self._fixed,
         )  # fmt: skip
         return y
 
@@ -67,9 +67,7 @@ class NativeKernel:
             mask, indices, weights = outliers.others, outliers.indices, outliers.weights
             apart = (mask.data_ptr(), len(indices), indices.data_ptr(), weights.data_ptr())
         sizes = (self.num_inputs, self.num_outputs, self._width, len(self._weights))
-        tensors = (self._weights, self._zeros, self._scales, self._bias)
-        numbers = (tensor.data_ptr() for tensor in tensors)
-        return *sizes, *numbers, *apart
+        return *sizes, self._weights.data_ptr(), self._constants.data_ptr(), *apart
 
 
 @cache
@@ -77,21 +75,33 @@ def native_kernels() -> dict[str, type[NativeKernel]]:
     """Those that this machine can run, by name, fastest first."""
     if not available():
         return {}
-    from server.native.product import products
+    from server.native.product import products, sums_size
 
     named: dict[str, Any] = {}
     for name, routine in products().items():
-        named[name] = type("NativeKernel", (NativeKernel,), {"name": name, "routine": routine})
+        named[name] = type("NativeKernel", (NativeKernel,), {"name": name, "routine": routine, "_sums_size": staticmethod(sums_size)})
     return named
 
 
 def _in_blocks(integers: torch.Tensor) -> torch.Tensor:
-    """int8 [out, in] -> [blocks, in / 4, 64, 4], outputs and inputs padded with zeros to multiples of 64."""
+    """int8 [out, in] -> [blocks, in / 4, 32, 4], outputs padded with zeros to multiples of 32 and inputs to 64."""
     num_outputs, num_inputs = integers.shape
-    blocks, steps = -(-num_outputs // _BLOCK), 16 * -(-num_inputs // _BLOCK)
+    blocks, steps = -(-num_outputs // _BLOCK), 16 * -(-num_inputs // 64)
     packed = torch.empty(blocks, steps, _BLOCK, 4, dtype=torch.int8)
     for number, block in enumerate(integers.split(_BLOCK)):
         whole = torch.zeros(_BLOCK, steps * 4, dtype=torch.int8)
         whole[: len(block), :num_inputs] = block
         packed[number] = whole.view(_BLOCK, steps, 4).transpose(0, 1)
     return packed
+
+
+def _constants(rows: Int8Rows, bias: torch.Tensor | None) -> torch.Tensor:
+    """What the sums of each block are finished with, int32 [blocks, 3, 32]: zeros, and the bits of scales and bias."""
+    num_outputs = len(rows.integers)
+    found = torch.zeros(3, -(-num_outputs // _BLOCK) * _BLOCK, dtype=torch.int32)
+    # in pieces, as torch has a whole copy in int32 to sum up
+    found[0, :num_outputs] = torch.cat([piece.sum(1, dtype=torch.int32) for piece in pieces(rows.integers)]) * -_ZERO
+    found[1, :num_outputs] = (rows.scales * (1.0 / LEVELS)).view(torch.int32)
+    if bias is not None:
+        found[2, :num_outputs] = bias.contiguous().view(torch.int32)
+    return found.view(3, -1, _BLOCK).transpose(0, 1).contiguous()

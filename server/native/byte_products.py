@@ -12,8 +12,10 @@ from llvmlite import ir
 from server.native.intrinsics import loop, void_intrinsic
 
 _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
-_LANES, _BLOCK = 16, 64
-"""Outputs of a block of weights: ``product.py``."""
+_LANES = 16
+BLOCK = 32
+"""Outputs of a block of weights: two tiles, two vectors of numbers."""
+TILE_ROWS, TILE_BYTES = 16, 64
 _AHEAD_OF_DOTS, _AHEAD_OF_TILES = 4096, 8192
 """Bytes that weights are called into the caches ahead of the products, where they come from memory; measured."""
 
@@ -28,12 +30,12 @@ def may_use_tiles() -> bool:
 
 
 def dot_products(rows: int, bits: int, *, prefetch: bool = False) -> Any:
-    """``f(x, stride, count, weights, sums)``: sums int32 [rows, 64] += x uint8 [rows, 4 * count] @ a block of weights.
+    """``f(x, stride, count, weights, sums)``: sums int32 [rows, 32] += x uint8 [rows, 4 * count] @ a block of weights.
 
-    By VPDPBUSD on vectors of so many bits. ``weights`` int8 [count, 64, 4]; ``stride`` bytes lie between rows of x.
+    By VPDPBUSD on vectors of so many bits. ``weights`` int8 [count, 32, 4]; ``stride`` bytes lie between rows of x.
     """
     lanes = bits // 32
-    per_block = _BLOCK // lanes
+    per_block = BLOCK // lanes
     num_registers = (32 if bits == 512 else 16) - 4
     at_once = min(per_block, max(1, num_registers // rows))
     while per_block % at_once:
@@ -59,7 +61,7 @@ def _dot_products(builder: Any, rows: int, lanes: int, vectors: range, ahead: in
         return builder.inttoptr(builder.add(address, offset), kind.as_pointer())
 
     def sum_at(row: int, vector: int) -> Any:
-        return at(sums, _I64(4 * (_BLOCK * row + lanes * vector)), numbers)
+        return at(sums, _I64(4 * (BLOCK * row + lanes * vector)), numbers)
 
     cells = [(row, vector) for row in range(rows) for vector in vectors]
     begin = {cell: builder.load(sum_at(*cell), align=4) for cell in cells}
@@ -69,7 +71,7 @@ def _dot_products(builder: Any, rows: int, lanes: int, vectors: range, ahead: in
     step = builder.phi(_I64)
     step.add_incoming(_I64(0), before)
     current = {cell: builder.phi(numbers) for cell in cells}
-    here = builder.add(weights, builder.mul(step, _I64(4 * _BLOCK)))
+    here = builder.add(weights, builder.mul(step, _I64(4 * BLOCK)))
     loaded = {one: builder.load(at(here, _I64(4 * lanes * one), octets), align=1) for one in vectors}
     if ahead:
         _prefetch(builder, here, range(ahead + 4 * lanes * vectors[0], ahead + 4 * lanes * (vectors[-1] + 1), 64), 2)
@@ -119,66 +121,48 @@ configure_tiles = void_intrinsic(0, _configure)
 release_tiles = void_intrinsic(0, _release)
 
 
-def tile_products(row_tiles: int, column_tiles: int, *, prefetch: bool = False, add: bool = False) -> Any:
-    """``f(x, stride, count, weights, sums)``: sums int32 [16 * row_tiles, 64] = x uint8 [.., 64 * count] @ a block.
+def tile_products(row_tiles: int, *, prefetch: bool = False, add: bool = False) -> Any:
+    """``f(x, apart, count, weights, sums)``: sums int32 [16 * row_tiles, 32] = x @ a block of weights, by TDPBUSD.
 
-    By TDPBUSD; ``count`` steps of 64 inputs. The columns are taken ``column_tiles`` times 16 at once. With ``add`` the
-    products are added to the sums that are there.
+    x is uint8 [row_tiles, count, 16, 64], and ``apart`` bytes lie between its tiles of rows; weights are int8 [count,
+    16, 32, 4]. With ``add`` the products are added to the sums that are there.
     """
-    assert row_tiles * column_tiles + row_tiles + 1 <= 8
 
-    def generate(builder: Any, x: Any, stride: Any, count: Any, weights: Any, sums: Any) -> None:
-        for first in range(0, 4, column_tiles):
-            columns = range(first, first + column_tiles)
-            _tile_products(builder, row_tiles, columns, prefetch, add, (x, stride, count, weights, sums))
+    def generate(builder: Any, x: Any, apart: Any, count: Any, weights: Any, sums: Any) -> None:
+        pointer = _I8.as_pointer()
+        zero = _tile_function(builder, "tilezero", _I8)
+        load = _tile_function(builder, "tileloadd64", _I8, pointer, _I64)
+        store = _tile_function(builder, "tilestored64", _I8, pointer, _I64)
+        product = _tile_function(builder, "tdpbusd", _I8, _I8, _I8)
+
+        def at(address: Any, offset: Any) -> Any:
+            return builder.inttoptr(builder.add(address, offset), pointer)
+
+        cells = [(row, column) for row in range(row_tiles) for column in range(2)]
+        places = {(row, column): at(sums, _I64(4 * (BLOCK * 16 * row + 16 * column))) for row, column in cells}
+        tiles = {cell: _I8(number) for number, cell in enumerate(cells)}
+        for cell in cells:
+            builder.call(*((load, [tiles[cell], places[cell], _I64(4 * BLOCK)]) if add else (zero, [tiles[cell]])))
+
+        def step(number: Any, _: list[Any]) -> list[Any]:
+            there = builder.add(weights, builder.mul(number, _I64(64 * BLOCK)))
+            if prefetch:
+                _prefetch(builder, there, range(_AHEAD_OF_TILES, _AHEAD_OF_TILES + 64 * BLOCK, 64), 3)
+            here = builder.add(x, builder.mul(number, _I64(TILE_ROWS * TILE_BYTES)))
+            for row in range(row_tiles):
+                place = at(here, builder.mul(apart, _I64(row)))
+                builder.call(load, [_I8(4 + row), place, _I64(TILE_BYTES)])
+            for column in range(2):
+                builder.call(load, [_I8(6 + column), at(there, _I64(64 * column)), _I64(4 * BLOCK)])
+                for row in range(row_tiles):
+                    builder.call(product, [tiles[row, column], _I8(4 + row), _I8(6 + column)])
+            return []
+
+        loop(builder, count, [], step)
+        for cell in cells:
+            builder.call(store, [tiles[cell], places[cell], _I64(4 * BLOCK)])
 
     return void_intrinsic(5, generate)
-
-
-def _tile_products(builder: Any, row_tiles: int, columns: range, prefetch: bool, add: bool, arguments: Any) -> None:
-    x, stride, count, weights, sums = arguments
-    pointer = _I8.as_pointer()
-    zero = _tile_function(builder, "tilezero", _I8)
-    load = _tile_function(builder, "tileloadd64", _I8, pointer, _I64)
-    store = _tile_function(builder, "tilestored64", _I8, pointer, _I64)
-    product = _tile_function(builder, "tdpbusd", _I8, _I8, _I8)
-
-    def at(address: Any, offset: Any) -> Any:
-        return builder.inttoptr(builder.add(address, offset), pointer)
-
-    def sum_tile(row: int, number: int) -> Any:
-        return _I8(row * len(columns) + number)
-
-    cells = [(row, number) for row in range(row_tiles) for number in range(len(columns))]
-    places = {(row, number): at(sums, _I64(4 * (_BLOCK * 16 * row + 16 * columns[number]))) for row, number in cells}
-    first_x = len(cells)
-    for cell in cells:
-        if add:
-            builder.call(load, [sum_tile(*cell), places[cell], _I64(4 * _BLOCK)])
-        else:
-            builder.call(zero, [sum_tile(*cell)])
-    before, loop, end = builder.block, builder.append_basic_block(), builder.append_basic_block()
-    builder.branch(loop)
-    builder.position_at_end(loop)
-    step = builder.phi(_I64)
-    step.add_incoming(_I64(0), before)
-    here = builder.add(weights, builder.mul(step, _I64(64 * _BLOCK)))
-    if prefetch:
-        _prefetch(builder, here, range(_AHEAD_OF_TILES, _AHEAD_OF_TILES + 64 * _BLOCK, 64), 3)
-    for row in range(row_tiles):
-        offset = builder.add(builder.mul(stride, _I64(16 * row)), builder.mul(step, _I64(64)))
-        builder.call(load, [_I8(first_x + row), at(x, offset), stride])
-    for number, column in enumerate(columns):
-        tile = _I8(first_x + row_tiles + number % (8 - first_x - row_tiles))
-        builder.call(load, [tile, at(here, _I64(64 * column)), _I64(4 * _BLOCK)])
-        for row in range(row_tiles):
-            builder.call(product, [sum_tile(row, number), _I8(first_x + row), tile])
-    following = builder.add(step, _I64(1))
-    step.add_incoming(following, loop)
-    builder.cbranch(builder.icmp_signed("<", following, count), loop, end)
-    builder.position_at_end(end)
-    for cell in cells:
-        builder.call(store, [sum_tile(*cell), places[cell], _I64(4 * _BLOCK)])
 
 
 def _prefetch(builder: Any, here: Any, offsets: range, level: int) -> None:
@@ -192,34 +176,35 @@ def _prefetch(builder: Any, here: Any, offsets: range, level: int) -> None:
 
 
 def _scale_rows(
-    builder: Any, count: Any, sums: Any, zeros: Any, scales: Any, largest: Any, bias: Any, y: Any, stride: Any
+    builder: Any, count: Any, sums: Any, constants: Any, largest: Any, y: Any, apart: Any, stride: Any
 ) -> None:
     numbers, values = ir.VectorType(_I32, _LANES), ir.VectorType(ir.FloatType(), _LANES)
 
     def vector(address: Any, offset: Any, kind: Any) -> Any:
         return builder.inttoptr(builder.add(address, offset), kind.as_pointer())
 
-    places = [_I64(4 * first) for first in range(0, _BLOCK, _LANES)]
-    offsets = [builder.load(vector(zeros, place, numbers), align=4) for place in places]
-    factors = [builder.load(vector(scales, place, values), align=4) for place in places]
-    added = [builder.load(vector(bias, place, values), align=4) for place in places]
+    def constant(number: int, half: int, kind: Any) -> Any:
+        return builder.load(vector(constants, _I64(4 * (BLOCK * number + _LANES * half)), kind), align=4)
+
+    halves = [[constant(number, half, kind) for number, kind in enumerate((numbers, values, values))] for half in (0, 1)]
 
     def row(number: Any, _: list[Any]) -> list[Any]:
         pointer = builder.inttoptr(builder.add(largest, builder.mul(number, _I64(4))), ir.FloatType().as_pointer())
         single = builder.insert_element(ir.Constant(values, ir.Undefined), builder.load(pointer, align=4), _I32(0))
         factor = builder.shuffle_vector(single, single, ir.Constant(ir.VectorType(_I32, _LANES), None))
-        here, there = builder.mul(number, _I64(4 * _BLOCK)), builder.mul(number, stride)
-        for place, zero, scale, more in zip(places, offsets, factors, added, strict=True):
-            whole = builder.load(vector(sums, builder.add(here, place), numbers), align=4)
+        here, there = builder.mul(number, _I64(4 * BLOCK)), builder.mul(number, stride)
+        for half, (zero, scale, more) in enumerate(halves):
+            whole = builder.load(vector(sums, builder.add(here, _I64(4 * _LANES * half)), numbers), align=4)
             value = builder.fmul(builder.sitofp(builder.add(whole, zero), values), scale)
             result = builder.fadd(builder.fmul(value, factor), more)
-            builder.store(result, vector(y, builder.add(there, place), values), align=4)
+            builder.store(result, vector(y, builder.add(there, builder.mul(apart, _I64(half))), values), align=4)
         return []
 
     loop(builder, count, [], row)
 
 
-scale_rows = void_intrinsic(8, _scale_rows)
-"""``f(count, sums, zeros, scales, largest, bias, y, stride)``: y = (sums + zeros) * scales * largest + bias.
+scale_rows = void_intrinsic(7, _scale_rows)
+"""``f(count, sums, constants, largest, y, apart, stride)``: y = (sums + zeros) * scales * largest + bias.
 
-y float32 and sums int32 are [count, 64]; ``stride`` bytes lie between rows of y."""
+sums are int32 [count, 32]; ``constants`` are the 32 zeros, int32, the scales and the bias, float32. Of a row of y the
+second sixteen lie ``apart`` bytes behind the first, and ``stride`` bytes lie between rows."""

@@ -91,7 +91,7 @@ def void_intrinsic(num_arguments: int, generate: Callable[..., None]) -> Any:
         2: lambda _typing, _a, _b: (signature, code),
         4: lambda _typing, _a, _b, _c, _d: (signature, code),
         5: lambda _typing, _a, _b, _c, _d, _e: (signature, code),
-        8: lambda _typing, _a, _b, _c, _d, _e, _f, _g, _h: (signature, code),
+        7: lambda _typing, _a, _b, _c, _d, _e, _f, _g: (signature, code),
     }
     return intrinsic(typings[num_arguments])
 

@@ -1,7 +1,7 @@
 """Products of rows of floats and int8 weights: rows are put on the grid, multiplied, and scaled back, in one go.
 
-A weight lies in blocks of 64 outputs, [blocks, inputs / 4, 64, 4], inputs and outputs padded with zeros: every
-instruction that multiplies bytes takes four inputs of as many outputs as it is wide.
+A weight lies in blocks of 32 outputs, [blocks, inputs / 4, 32, 4], inputs padded with zeros to whole tiles of 64 and
+outputs to whole blocks: every instruction that multiplies bytes takes four inputs of as many outputs as it is wide.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ import numpy as np
 from numba import njit
 
 from server.native.byte_products import (
+    BLOCK,
+    TILE_BYTES,
+    TILE_ROWS,
     configure_tiles,
     dot_products,
     may_use_tiles,
@@ -35,35 +38,47 @@ from server.native.intrinsics import (
 )
 from server.native.routine import Routine
 
-FIELDS = "x rows y grid largest inputs outputs width blocks weights zeros scales bias"
+FIELDS = "x rows y grid largest sums inputs outputs width blocks weights constants"
 FIELDS += " others num_outliers outliers outlier_weights"
-"""Of a product's record. ``x`` float32 [rows, inputs] and ``y`` [rows, outputs]; ``grid`` uint8 [rows and more, width]
-and ``largest`` float32 [rows] are for the time of the call. ``zeros`` int32 is added to sums, ``others`` float32
-[inputs] has 0 at outliers, whose indices are int64 and whose weights float32 [.., outputs]; 0 for what is not there."""
+"""Of a product's record. ``x`` float32 [rows, inputs] and ``y`` [rows, outputs]; ``grid`` uint8 [whole row tiles,
+width], ``largest`` float32 [rows] and ``sums`` are for the time of the call. ``constants`` are, for each block, 32 int32
+that are added to sums, 32 scales and a bias in float32. ``others`` float32 [inputs] has 0 at outliers, whose indices
+are int64 and whose weights float32 [.., outputs]; 0 for what is not there."""
 
+ROW_BLOCK = 2 * TILE_ROWS
+"""Rows that are multiplied together where there are many; such rows' grid and sums are padded to it."""
 _FEW = 32
 """Rows that wait for the weights to come from memory."""
-_TILE_SLAB = 7
-"""Steps of 64 inputs whose weights, 28 KB, stay in the first cache while several rows use them."""
-_SLAB = 64
+_WHOLE = 32
+"""Steps of 64 inputs up to which a block is multiplied in one go; more are taken in slabs, and sums in between kept."""
+_TILE_SLAB = 8
+"""Steps of 64 inputs whose weights, 16 KB, stay in half of a first cache while all rows use them."""
+_SLAB = 128
 """Steps of four inputs whose weights, 16 KB, stay in the first cache while several rows use them."""
 _CHUNK = 512
 """Rows at once at most; each chunk of a prompt reads all weights."""
-_CHUNK_BYTES = 5 << 18
-"""Of a chunk's bytes, which stay in the second cache while weights go by."""
 _ONE, _LEVELS = np.float32(1.0), np.float32(127.0)
 _MIDDLE = np.float32(128.5)
 _TINY_BITS = np.float32(1e-30).view(np.int32)
 
-_sums_memory = scratch(4 * 64 * _CHUNK)
-_one_tile = tile_products(1, 4, prefetch=True)
-_two_tiles, _more_tiles = tile_products(2, 2), tile_products(2, 2, add=True)
+_sums_memory = scratch(4 * BLOCK * _CHUNK)
+_one_tile, _two_tiles = tile_products(1, prefetch=True), tile_products(2, prefetch=True)
+_tiles, _more_tiles = tile_products(2), tile_products(2, add=True)
+
+
+def sums_size(num_rows: int, width: int, num_blocks: int) -> int:
+    """Bytes that a product of so many rows needs for its sums."""
+    whole = num_rows <= _FEW or width <= TILE_BYTES * _WHOLE
+    return 0 if whole else 4 * BLOCK * num_blocks * min(_CHUNK, -(-num_rows // ROW_BLOCK) * ROW_BLOCK)
 
 
 @njit(error_model="numpy")
-def _put_on_grid(a: Any, row: int) -> None:
-    """A row of x as bytes around 128, and its largest absolute value; outliers count as zeros."""
-    x, grid = floats(a.x + 4 * row * a.inputs), bytes_at(a.grid + row * a.width)
+def _put_on_grid(a: Any, row: int, target: int, apart: int) -> None:
+    """A row of x as bytes around 128, and its largest absolute value; outliers count as zeros.
+
+    ``apart`` bytes lie between the beginnings of each 64 bytes and the next.
+    """
+    x = floats(a.x + 4 * row * a.inputs)
     largest = _TINY_BITS  # floats above zero are in the order of their bits, and NaN above all
     if a.others:
         others = floats(a.others)
@@ -74,35 +89,46 @@ def _put_on_grid(a: Any, row: int) -> None:
             largest = max(largest, bits_of(abs(x[i])))
     floats(a.largest)[row] = float_of(largest)
     scale = _ONE / float_of(largest) * _LEVELS  # in two steps as torch's kernels, so that bytes are theirs
-    if a.others:
-        others = floats(a.others)
-        for i in range(a.inputs):
-            grid[i] = np.uint8(np.int32(x[i] * others[i] * scale + _MIDDLE))
-    else:
-        for i in range(a.inputs):
-            grid[i] = np.uint8(np.int32(x[i] * scale + _MIDDLE))  # half a step more, so that cutting off rounds
+    for first in range(0, a.inputs, TILE_BYTES):
+        grid, x = bytes_at(target + first // TILE_BYTES * apart), floats(a.x + 4 * (row * a.inputs + first))
+        if a.others:
+            others = floats(a.others + 4 * first)
+            for i in range(min(TILE_BYTES, a.inputs - first)):
+                grid[i] = np.uint8(np.int32(x[i] * others[i] * scale + _MIDDLE))
+        else:
+            for i in range(min(TILE_BYTES, a.inputs - first)):
+                grid[i] = np.uint8(np.int32(x[i] * scale + _MIDDLE))  # half a step more, so that cutting off rounds
 
 
 @njit(error_model="numpy")
-def _scale_back(a: Any, row: int, count: int, output: int, sums: int) -> None:
-    """Up to 64 sums of each of some rows into y."""
-    if a.outputs - output >= 64:
-        zeros, scales, bias = a.zeros + 4 * output, a.scales + 4 * output, a.bias + 4 * output
+def _put_on_tiles(a: Any) -> None:
+    """This thread's rows, as tiles of 16 rows and 64 bytes lie one behind the other."""
+    me, team = thread_number(), num_threads()
+    for row in range(a.rows * me // team, a.rows * (me + 1) // team):
+        target = a.grid + row // TILE_ROWS * TILE_ROWS * a.width + row % TILE_ROWS * TILE_BYTES
+        _put_on_grid(a, row, target, TILE_ROWS * TILE_BYTES)
+
+
+@njit(error_model="numpy")
+def _scale_back(a: Any, row: int, count: int, block: int, sums: int) -> None:
+    """A block's sums of some rows into y."""
+    constants, output = a.constants + 12 * BLOCK * block, BLOCK * block
+    if a.outputs - output >= BLOCK:
         y = a.y + 4 * (row * a.outputs + output)
-        scale_rows(count, sums, zeros, scales, a.largest + 4 * row, bias, y, 4 * a.outputs)
+        scale_rows(count, sums, constants, a.largest + 4 * row, y, 4 * BLOCK // 2, 4 * a.outputs)
     else:
         for one in range(row, row + count):
-            _scale_few(a, one, output, sums + 256 * (one - row))
+            _scale_few(a, one, output, constants, sums + 4 * BLOCK * (one - row))
     if a.num_outliers:
         for one in range(row, row + count):
             _add_outliers(a, one, output)
 
 
 @njit(error_model="numpy")
-def _scale_few(a: Any, row: int, output: int, sums_at: int) -> None:
-    """The last sums of a row, fewer than 64."""
+def _scale_few(a: Any, row: int, output: int, constants: int, sums_at: int) -> None:
+    """The last sums of a row, fewer than 32."""
     y, sums = floats(a.y + 4 * (row * a.outputs + output)), integers(sums_at)
-    zeros, scales, bias = integers(a.zeros + 4 * output), floats(a.scales + 4 * output), floats(a.bias + 4 * output)
+    zeros, scales, bias = integers(constants), floats(constants + 4 * BLOCK), floats(constants + 8 * BLOCK)
     for i in range(a.outputs - output):
         y[i] = np.float32(sums[i] + zeros[i]) * scales[i] * floats(a.largest)[row] + bias[i]
 
@@ -113,94 +139,105 @@ def _add_outliers(a: Any, row: int, output: int) -> None:
     for one in range(a.num_outliers):
         value = x[longs(a.outliers)[one]]
         weights = floats(a.outlier_weights + 4 * (one * a.outputs + output))
-        for i in range(min(64, a.outputs - output)):
+        for i in range(min(BLOCK, a.outputs - output)):
             y[i] += value * weights[i]
 
 
 def _by_dot_products(bits: int) -> Callable[[Any], None]:
     """x @ weights where vectors of so many bits multiply bytes."""
     one, two, four = (dot_products(rows, bits, prefetch=rows < 4) for rows in (1, 2, 4))
+    most = 8 if bits == 512 else 4
+    many = dot_products(most, bits)
 
     def by_dot_products(a: Any) -> None:
         me, team = thread_number(), num_threads()
         for row in range(a.rows * me // team, a.rows * (me + 1) // team):
-            _put_on_grid(a, row)
+            _put_on_grid(a, row, a.grid + row * a.width, TILE_BYTES)
         barrier()
         sums = _sums_memory()
         for block in range(a.blocks * me // team, a.blocks * (me + 1) // team):
             for chunk in range(0, a.rows, _CHUNK):
                 rows = min(a.rows - chunk, _CHUNK)
-                for i in range(64 * rows):
+                for i in range(BLOCK * rows):
                     integers(sums)[i] = 0
                 for slab in range(0, a.width // 4, _SLAB):
                     steps = min(a.width // 4 - slab, _SLAB)
-                    weights = a.weights + (block * a.width // 4 + slab) * 256
+                    weights = a.weights + (block * a.width // 4 + slab) * 4 * BLOCK
                     row = 0
                     while row < rows:
-                        grid = a.grid + (chunk + row) * a.width + 4 * slab
-                        if rows - row >= 4:
-                            four(grid, a.width, steps, weights, sums + 256 * row)
+                        grid, mine = a.grid + (chunk + row) * a.width + 4 * slab, sums + 4 * BLOCK * row
+                        if rows - row >= most:
+                            many(grid, a.width, steps, weights, mine)
+                            row += most
+                        elif rows - row >= 4:
+                            four(grid, a.width, steps, weights, mine)
                             row += 4
                         elif rows - row >= 2:
-                            two(grid, a.width, steps, weights, sums + 256 * row)
+                            two(grid, a.width, steps, weights, mine)
                             row += 2
                         else:
-                            one(grid, a.width, steps, weights, sums + 256 * row)
+                            one(grid, a.width, steps, weights, mine)
                             row += 1
-                _scale_back(a, chunk, rows, 64 * block, sums)
+                _scale_back(a, chunk, rows, block, sums)
 
     return by_dot_products
 
 
 @njit(error_model="numpy")
-def _chunk_size(a: Any) -> int:
-    size: int = max(32, min(_CHUNK, _CHUNK_BYTES // a.width // 32 * 32))
-    return size
+def _few_rows_by_tiles(a: Any, first: int, end: int) -> None:
+    """Products of up to 32 rows with these blocks, which come from memory."""
+    sums, apart = _sums_memory(), TILE_ROWS * a.width
+    for block in range(first, end):
+        weights = a.weights + block * a.width * BLOCK
+        if a.rows <= TILE_ROWS:
+            _one_tile(a.grid, apart, a.width // TILE_BYTES, weights, sums)
+        else:
+            _two_tiles(a.grid, apart, a.width // TILE_BYTES, weights, sums)
+        _scale_back(a, 0, a.rows, block, sums)
 
 
 @njit(error_model="numpy")
-def _many_rows(a: Any, first: int, end: int, weights: int, sums: int) -> None:
-    """Products of rows with a block, in slabs of it that stay in the first cache."""
-    for slab in range(0, a.width // 64, _TILE_SLAB):
-        steps = min(a.width // 64 - slab, _TILE_SLAB)
-        for row in range(first, end, 32):
-            grid, mine = a.grid + row * a.width + 64 * slab, sums + 256 * (row - first)
-            if slab:
-                _more_tiles(grid, a.width, steps, weights + 4096 * slab, mine)
-            else:
-                _two_tiles(grid, a.width, steps, weights, mine)
+def _many_rows_by_tiles(a: Any, chunk: int, first: int, end: int) -> None:
+    """Products of a chunk of rows with these blocks, in slabs that stay in the first cache while all rows use them."""
+    steps, last, apart = a.width // TILE_BYTES, min(a.rows, chunk + _CHUNK), TILE_ROWS * a.width
+    slabs = 1 if steps <= _WHOLE else (steps + _TILE_SLAB - 1) // _TILE_SLAB
+    per_block = (last - chunk + ROW_BLOCK - 1) // ROW_BLOCK * ROW_BLOCK
+    for slab in range(slabs):
+        begin = steps * slab // slabs
+        count = steps * (slab + 1) // slabs - begin
+        for block in range(first, end):
+            weights = a.weights + (block * a.width + begin * TILE_BYTES) * BLOCK
+            for row in range(chunk, last, ROW_BLOCK):
+                grid = a.grid + row * a.width + begin * TILE_ROWS * TILE_BYTES
+                sums = _sums_memory()
+                if slabs > 1:
+                    sums = a.sums + 4 * BLOCK * (block * per_block + row - chunk)
+                if slab:
+                    _more_tiles(grid, apart, count, weights, sums)
+                else:
+                    _tiles(grid, apart, count, weights, sums)
+                if slab == slabs - 1:
+                    _scale_back(a, row, min(last - row, ROW_BLOCK), block, sums)
 
 
 def _by_tiles() -> Callable[[Any], None]:
     """x @ weights where AMX multiplies bytes. One or two rows, which only wait for memory, leave the tiles alone."""
-    few_rows = njit(error_model="numpy")(_by_dot_products(512))
+    very_few_rows = njit(error_model="numpy")(_by_dot_products(512))
 
     def by_tiles(a: Any) -> None:
         if a.rows <= 2:
-            few_rows(a)
+            very_few_rows(a)
             return
         me, team = thread_number(), num_threads()
-        for row in range(a.rows * me // team, a.rows * (me + 1) // team):
-            _put_on_grid(a, row)
+        _put_on_tiles(a)
         barrier()
         configure_tiles()
-        sums = _sums_memory()
-        size = _chunk_size(a)
-        for chunk in range(0, a.rows, size):
-            end = min(a.rows, chunk + size)
-            for block in range(a.blocks * me // team, a.blocks * (me + 1) // team):
-                if a.rows <= _FEW:
-                    for row in range(0, a.rows, 16):
-                        _one_tile(
-                            a.grid + row * a.width,
-                            a.width,
-                            a.width // 64,
-                            a.weights + block * a.width * 64,
-                            sums + 256 * row,
-                        )
-                else:
-                    _many_rows(a, chunk, end, a.weights + block * a.width * 64, sums)
-                _scale_back(a, chunk, end - chunk, 64 * block, sums)
+        first, end = a.blocks * me // team, a.blocks * (me + 1) // team
+        if a.rows <= _FEW:
+            _few_rows_by_tiles(a, first, end)
+        else:
+            for chunk in range(0, a.rows, _CHUNK):
+                _many_rows_by_tiles(a, chunk, first, end)
         release_tiles()
 
     return by_tiles
