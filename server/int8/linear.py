@@ -14,6 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from server.int8.kernels import Kernel
+from server.int8.native import NativeKernel
 from server.int8.rows import pieces
 
 
@@ -40,6 +41,21 @@ class PackedProduct:
             self._x, self._y = None, []
         assert mine is not None
         return mine
+
+    def gated(self, numbers: tuple[int, int], x: torch.Tensor, *, by_gelu: bool) -> torch.Tensor | None:
+        """silu, or gelu, of the first linear's result times the second's, of which nothing else is kept.
+
+        x [..., in] -> [..., out]. One linear that has both, one behind the other, is twice the same. None where this
+        product is not of those two alone, or its kernel does not gate.
+        """
+        kernel = self._kernel
+        if not isinstance(kernel, NativeKernel) or not kernel.can_gate or x.dtype != torch.float32 or not x.numel():
+            return None
+        if self._sizes not in ([kernel.num_outputs], [kernel.num_outputs // 2] * 2):
+            return None
+        if numbers != (0, len(self._sizes) - 1):
+            return None
+        return kernel.gated(x, by_gelu=by_gelu)
 
     def in_floats(self, number: int) -> torch.Tensor:
         """The weight of linear ``number``, float32 [out, in]."""
@@ -92,6 +108,12 @@ class Int8Linear(nn.Module):
         """The weight these integers stand for, float32, in the stock layout."""
         weight = self._product.in_floats(self._number)
         return weight.t().contiguous() if self._transposed else weight
+
+    def gated(self, up: nn.Module, x: torch.Tensor, *, by_gelu: bool) -> torch.Tensor | None:
+        """This linear's units times those of ``up``, if both are one product: see ``PackedProduct.gated``."""
+        if not isinstance(up, Int8Linear) or up._product is not self._product:
+            return None
+        return self._product.gated((self._number, up._number), x, by_gelu=by_gelu)
 
     def in_floats(self) -> nn.Module:
         """The stock module with these numbers."""

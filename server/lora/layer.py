@@ -82,10 +82,15 @@ class LoRALinear(AdaptedModule):
         super().drop(digest)
         self._not_plain.discard(digest)
 
+    @property
+    def changes(self) -> bool:
+        """Whether a row may have an adapter, now or when what is being recorded is played."""
+        return self._rows.active or Routine.recorder is not None
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., rows, in] -> [..., rows, out]; dimensions before the rows are of size 1."""
         y: torch.Tensor = self._compute(x)
-        if not self._rows.active and Routine.recorder is None:
+        if not self.changes:
             return y
         flat_y = y.view(-1, y.shape[-1])
         if self._compiled is not None:
@@ -141,6 +146,13 @@ class LoRARows(AdaptedModule):
             for target, source in zip(_as_tuple(result), _as_tuple(own), strict=True):
                 target[at] = source
         return result
+
+
+def as_base(module: nn.Module) -> nn.Module:
+    """The base's module, where no row of the step at hand has an adapter; else the one that is given."""
+    if isinstance(module, LoRALinear) and not module.changes:
+        return module.base
+    return module
 
 
 def changed(delta: Delta, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Any:

@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from server.int8.linear import Int8Linear
+from server.lora.layer import as_base
+
 if TYPE_CHECKING:
     from server.native.passes import Passes
 
@@ -114,9 +117,18 @@ class GatedUnits(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [1, rows, dim] -> [1, rows, dim]."""
-        gate, up = self.gate_up_proj(x).chunk(2, -1) if self._joined else (self.gate_proj(x), self.up_proj(x))
-        y: torch.Tensor = self.down_proj(self._passes.gated(gate, up, by_gelu=self._by_gelu))
+        units = self._as_one_product(x)
+        if units is None:
+            gate, up = self.gate_up_proj(x).chunk(2, -1) if self._joined else (self.gate_proj(x), self.up_proj(x))
+            units = self._passes.gated(gate, up, by_gelu=self._by_gelu)
+        y: torch.Tensor = self.down_proj(units)
         return y
+
+    def _as_one_product(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The gated units, where no adapter changes what they are made of; gates and ups are never in memory then."""
+        names = ("gate_up_proj",) * 2 if self._joined else ("gate_proj", "up_proj")
+        gate, up = (as_base(self._modules[name]) for name in names)  # type: ignore[arg-type]
+        return gate.gated(up, x, by_gelu=self._by_gelu) if isinstance(gate, Int8Linear) else None
 
     def __getattr__(self, name: str) -> Any:
         """Whatever else modelling code reads of the stock module."""

@@ -9,13 +9,11 @@ from typing import Any
 
 from llvmlite import ir
 
+from server.native.blocks import BLOCK, TILE_BYTES, TILE_ROWS
 from server.native.intrinsics import loop, void_intrinsic
 
 _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 _LANES = 16
-BLOCK = 32
-"""Outputs of a block of weights: two tiles, two vectors of numbers."""
-TILE_ROWS, TILE_BYTES = 16, 64
 _AHEAD_OF_DOTS, _AHEAD_OF_TILES = 4096, 8192
 """Bytes that weights are called into the caches ahead of the products, where they come from memory; measured."""
 
@@ -186,7 +184,8 @@ def _scale_rows(
     def constant(number: int, half: int, kind: Any) -> Any:
         return builder.load(vector(constants, _I64(4 * (BLOCK * number + _LANES * half)), kind), align=4)
 
-    halves = [[constant(number, half, kind) for number, kind in enumerate((numbers, values, values))] for half in (0, 1)]
+    kinds = list(enumerate((numbers, values, values)))
+    halves = [[constant(number, half, kind) for number, kind in kinds] for half in range(2)]
 
     def row(number: Any, _: list[Any]) -> list[Any]:
         pointer = builder.inttoptr(builder.add(largest, builder.mul(number, _I64(4))), ir.FloatType().as_pointer())

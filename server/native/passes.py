@@ -37,6 +37,18 @@ def exponential(x: Any) -> Any:
     return power * float_of((np.int32(n) + 127) << 23)
 
 
+@njit(error_model="numpy")
+def silu(x: Any) -> Any:
+    """x times the logistic function of x (Elfwing et al. 2018), in float32."""
+    return x / (_ONE + exponential(-x))
+
+
+@njit(error_model="numpy")
+def gelu(x: Any) -> Any:
+    """GELU's approximation with tanh (Hendrycks and Gimpel 2016), written with a power of e, in float32."""
+    return x / (_ONE + exponential(-x * (_GELU_1 + _GELU_3 * (x * x))))
+
+
 def _add(a: Any) -> None:
     """y = x + other of ``size`` numbers."""
     me, team = thread_number(), num_threads()
@@ -99,18 +111,17 @@ def _gated(a: Any) -> None:
         gate, up = floats(a.gate + 4 * row * a.gate_stride), floats(a.up + 4 * row * a.up_stride)
         y = floats(a.y + 4 * row * a.dim)
         for i in range(a.dim):
-            y[i] = gate[i] / (_ONE + exponential(-gate[i])) * up[i]
+            y[i] = silu(gate[i]) * up[i]
 
 
 def _gated_by_gelu(a: Any) -> None:
-    """As ``_gated``, by GELU's approximation with tanh (Hendrycks and Gimpel 2016), written with a power of e."""
+    """y = gelu(gate) * up, as ``_gated``."""
     me, team = thread_number(), num_threads()
     for row in range(a.rows * me // team, a.rows * (me + 1) // team):
         gate, up = floats(a.gate + 4 * row * a.gate_stride), floats(a.up + 4 * row * a.up_stride)
         y = floats(a.y + 4 * row * a.dim)
         for i in range(a.dim):
-            argument = gate[i] * (_GELU_1 + _GELU_3 * (gate[i] * gate[i]))
-            y[i] = gate[i] / (_ONE + exponential(-argument)) * up[i]
+            y[i] = gelu(gate[i]) * up[i]
 
 
 class Passes:

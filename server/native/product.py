@@ -1,7 +1,6 @@
 """Products of rows of floats and int8 weights: rows are put on the grid, multiplied, and scaled back, in one go.
 
-A weight lies in blocks of 32 outputs, [blocks, inputs / 4, 32, 4], inputs padded with zeros to whole tiles of 64 and
-outputs to whole blocks: every instruction that multiplies bytes takes four inputs of as many outputs as it is wide.
+How weights lie is told in ``blocks.py``.
 """
 
 from __future__ import annotations
@@ -12,10 +11,20 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from server.native.byte_products import (
+from server.native.blocks import (
     BLOCK,
+    BY_GELU,
+    BY_SILU,
+    CHUNK,
+    FEW,
+    HALF,
+    NO_GATING,
+    ROW_BLOCK,
     TILE_BYTES,
     TILE_ROWS,
+    WHOLE,
+)
+from server.native.byte_products import (
     configure_tiles,
     dot_products,
     may_use_tiles,
@@ -36,40 +45,27 @@ from server.native.intrinsics import (
     scratch,
     thread_number,
 )
+from server.native.passes import gelu, silu
 from server.native.routine import Routine
 
-FIELDS = "x rows y grid largest sums inputs outputs width blocks weights constants"
+FIELDS = "x rows y gating grid largest sums inputs outputs width blocks weights constants"
 FIELDS += " others num_outliers outliers outlier_weights"
-"""Of a product's record. ``x`` float32 [rows, inputs] and ``y`` [rows, outputs]; ``grid`` uint8 [whole row tiles,
-width], ``largest`` float32 [rows] and ``sums`` are for the time of the call. ``constants`` are, for each block, 32 int32
-that are added to sums, 32 scales and a bias in float32. ``others`` float32 [inputs] has 0 at outliers, whose indices
-are int64 and whose weights float32 [.., outputs]; 0 for what is not there."""
-
-ROW_BLOCK = 2 * TILE_ROWS
-"""Rows that are multiplied together where there are many; such rows' grid and sums are padded to it."""
-_FEW = 32
-"""Rows that wait for the weights to come from memory."""
-_WHOLE = 32
-"""Steps of 64 inputs up to which a block is multiplied in one go; more are taken in slabs, and sums in between kept."""
+"""Of a product's record. ``x`` float32 [rows, inputs] and ``y`` [rows, outputs], or [rows, outputs / 2] with a
+``gating``; ``grid`` uint8 [whole row tiles, width], ``largest`` float32 [rows] and ``sums`` are for the time of the
+call. ``constants`` are, for each block, 32 int32 that are added to sums, 32 scales and a bias in float32. ``others``
+float32 [inputs] has 0 at outliers, whose indices are int64 and whose weights float32 [.., blocks, 32]; 0 for what is
+not there."""
 _TILE_SLAB = 8
 """Steps of 64 inputs whose weights, 16 KB, stay in half of a first cache while all rows use them."""
 _SLAB = 128
 """Steps of four inputs whose weights, 16 KB, stay in the first cache while several rows use them."""
-_CHUNK = 512
-"""Rows at once at most; each chunk of a prompt reads all weights."""
 _ONE, _LEVELS = np.float32(1.0), np.float32(127.0)
 _MIDDLE = np.float32(128.5)
 _TINY_BITS = np.float32(1e-30).view(np.int32)
 
-_sums_memory = scratch(4 * BLOCK * _CHUNK)
+_sums_memory, _values_memory = scratch(4 * BLOCK * CHUNK), scratch(4 * BLOCK * CHUNK)
 _one_tile, _two_tiles = tile_products(1, prefetch=True), tile_products(2, prefetch=True)
 _tiles, _more_tiles = tile_products(2), tile_products(2, add=True)
-
-
-def sums_size(num_rows: int, width: int, num_blocks: int) -> int:
-    """Bytes that a product of so many rows needs for its sums."""
-    whole = num_rows <= _FEW or width <= TILE_BYTES * _WHOLE
-    return 0 if whole else 4 * BLOCK * num_blocks * min(_CHUNK, -(-num_rows // ROW_BLOCK) * ROW_BLOCK)
 
 
 @njit(error_model="numpy")
@@ -110,37 +106,45 @@ def _put_on_tiles(a: Any) -> None:
 
 
 @njit(error_model="numpy")
-def _scale_back(a: Any, row: int, count: int, block: int, sums: int) -> None:
-    """A block's sums of some rows into y."""
-    constants, output = a.constants + 12 * BLOCK * block, BLOCK * block
-    if a.outputs - output >= BLOCK:
+def _finish(a: Any, row: int, count: int, block: int, sums: int) -> None:
+    """A block's sums of some rows, scaled back, into y."""
+    constants, largest = a.constants + 12 * BLOCK * block, a.largest + 4 * row
+    half, output = HALF * a.blocks, HALF * block
+    if a.gating == NO_GATING and half + output + HALF <= a.outputs:
         y = a.y + 4 * (row * a.outputs + output)
-        scale_rows(count, sums, constants, a.largest + 4 * row, y, 4 * BLOCK // 2, 4 * a.outputs)
-    else:
-        for one in range(row, row + count):
-            _scale_few(a, one, output, constants, sums + 4 * BLOCK * (one - row))
-    if a.num_outliers:
-        for one in range(row, row + count):
-            _add_outliers(a, one, output)
+        scale_rows(count, sums, constants, largest, y, 4 * half, 4 * a.outputs)
+        _add_outliers(a, row, count, block, y, half, a.outputs)
+        return
+    values, apart = _values_memory(), HALF * count  # one half behind the other, so that loops are long
+    scale_rows(count, sums, constants, largest, values, 4 * apart, 4 * HALF)
+    _add_outliers(a, row, count, block, values, apart, HALF)
+    first, second = floats(values), floats(values + 4 * apart)
+    if a.gating == BY_SILU:
+        for i in range(HALF * count):
+            first[i] = silu(first[i]) * second[i]
+    elif a.gating == BY_GELU:
+        for i in range(HALF * count):
+            first[i] = gelu(first[i]) * second[i]
+    width = a.outputs if a.gating == NO_GATING else half
+    for one in range(count):
+        y = floats(a.y + 4 * ((row + one) * width + output))
+        for i in range(min(HALF, width - output)):
+            y[i] = first[HALF * one + i]
+        for i in range(min(HALF, width - output - half)):
+            y[half + i] = second[HALF * one + i]
 
 
 @njit(error_model="numpy")
-def _scale_few(a: Any, row: int, output: int, constants: int, sums_at: int) -> None:
-    """The last sums of a row, fewer than 32."""
-    y, sums = floats(a.y + 4 * (row * a.outputs + output)), integers(sums_at)
-    zeros, scales, bias = integers(constants), floats(constants + 4 * BLOCK), floats(constants + 8 * BLOCK)
-    for i in range(a.outputs - output):
-        y[i] = np.float32(sums[i] + zeros[i]) * scales[i] * floats(a.largest)[row] + bias[i]
-
-
-@njit(error_model="numpy")
-def _add_outliers(a: Any, row: int, output: int) -> None:
-    y, x = floats(a.y + 4 * (row * a.outputs + output)), floats(a.x + 4 * row * a.inputs)
-    for one in range(a.num_outliers):
-        value = x[longs(a.outliers)[one]]
-        weights = floats(a.outlier_weights + 4 * (one * a.outputs + output))
-        for i in range(min(BLOCK, a.outputs - output)):
-            y[i] += value * weights[i]
+def _add_outliers(a: Any, row: int, count: int, block: int, at: int, apart: int, stride: int) -> None:
+    """To a block's numbers of some rows, whose halves lie ``apart`` numbers from one another."""
+    for number in range(a.num_outliers):
+        weights = floats(a.outlier_weights + 4 * BLOCK * (number * a.blocks + block))
+        for one in range(count):
+            value = floats(a.x + 4 * (row + one) * a.inputs)[longs(a.outliers)[number]]
+            for half in range(2):
+                y = floats(at + 4 * (one * stride + half * apart))
+                for i in range(HALF):
+                    y[i] += value * weights[HALF * half + i]
 
 
 def _by_dot_products(bits: int) -> Callable[[Any], None]:
@@ -156,8 +160,8 @@ def _by_dot_products(bits: int) -> Callable[[Any], None]:
         barrier()
         sums = _sums_memory()
         for block in range(a.blocks * me // team, a.blocks * (me + 1) // team):
-            for chunk in range(0, a.rows, _CHUNK):
-                rows = min(a.rows - chunk, _CHUNK)
+            for chunk in range(0, a.rows, CHUNK):
+                rows = min(a.rows - chunk, CHUNK)
                 for i in range(BLOCK * rows):
                     integers(sums)[i] = 0
                 for slab in range(0, a.width // 4, _SLAB):
@@ -178,7 +182,7 @@ def _by_dot_products(bits: int) -> Callable[[Any], None]:
                         else:
                             one(grid, a.width, steps, weights, mine)
                             row += 1
-                _scale_back(a, chunk, rows, block, sums)
+                _finish(a, chunk, rows, block, sums)
 
     return by_dot_products
 
@@ -193,14 +197,14 @@ def _few_rows_by_tiles(a: Any, first: int, end: int) -> None:
             _one_tile(a.grid, apart, a.width // TILE_BYTES, weights, sums)
         else:
             _two_tiles(a.grid, apart, a.width // TILE_BYTES, weights, sums)
-        _scale_back(a, 0, a.rows, block, sums)
+        _finish(a, 0, a.rows, block, sums)
 
 
 @njit(error_model="numpy")
 def _many_rows_by_tiles(a: Any, chunk: int, first: int, end: int) -> None:
     """Products of a chunk of rows with these blocks, in slabs that stay in the first cache while all rows use them."""
-    steps, last, apart = a.width // TILE_BYTES, min(a.rows, chunk + _CHUNK), TILE_ROWS * a.width
-    slabs = 1 if steps <= _WHOLE else (steps + _TILE_SLAB - 1) // _TILE_SLAB
+    steps, last, apart = a.width // TILE_BYTES, min(a.rows, chunk + CHUNK), TILE_ROWS * a.width
+    slabs = 1 if steps <= WHOLE else (steps + _TILE_SLAB - 1) // _TILE_SLAB
     per_block = (last - chunk + ROW_BLOCK - 1) // ROW_BLOCK * ROW_BLOCK
     for slab in range(slabs):
         begin = steps * slab // slabs
@@ -217,7 +221,7 @@ def _many_rows_by_tiles(a: Any, chunk: int, first: int, end: int) -> None:
                 else:
                     _tiles(grid, apart, count, weights, sums)
                 if slab == slabs - 1:
-                    _scale_back(a, row, min(last - row, ROW_BLOCK), block, sums)
+                    _finish(a, row, min(last - row, ROW_BLOCK), block, sums)
 
 
 def _by_tiles() -> Callable[[Any], None]:
@@ -233,10 +237,10 @@ def _by_tiles() -> Callable[[Any], None]:
         barrier()
         configure_tiles()
         first, end = a.blocks * me // team, a.blocks * (me + 1) // team
-        if a.rows <= _FEW:
+        if a.rows <= FEW:
             _few_rows_by_tiles(a, first, end)
         else:
-            for chunk in range(0, a.rows, _CHUNK):
+            for chunk in range(0, a.rows, CHUNK):
                 _many_rows_by_tiles(a, chunk, first, end)
         release_tiles()
 

@@ -108,6 +108,22 @@ def test_bias_and_outliers_are_added_in_floats(make: type[NativeKernel], threads
     assert float((with_both(x) - exact).norm() / exact.norm()) < 0.001, "the largest channels are not rounded"
 
 
+@pytest.mark.parametrize("by_gelu", [False, True], ids=["silu", "gelu"])
+@pytest.mark.parametrize("num_units", [16, 48, 304])
+def test_gated_units_are_those_of_both_halves_to_the_bit(
+    make: type[NativeKernel], threads: int, num_units: int, by_gelu: bool
+) -> None:
+    weight, bias, x = random(2 * num_units, 100, seed=1), random(2 * num_units, seed=2), activations(MOST_ROWS, 100)
+    rows = Int8Rows.of([weight])
+    for kernel in (make(rows), make(rows, bias, Outliers.of(torch.tensor([3, 70]), [weight]))):
+        assert kernel.can_gate
+        for num_rows in ROWS:
+            gate, up = kernel(x[:num_rows]).split(num_units, -1)
+            expected = passes().gated(gate, up, by_gelu=by_gelu)
+            assert_same(kernel.gated(x[:num_rows], by_gelu=by_gelu), expected, num_rows)
+    assert not make(Int8Rows.of([weight[:-1]])).can_gate
+
+
 def test_rows_of_nan_and_infinity_keep_to_themselves(make: type[NativeKernel], threads: int) -> None:
     weight = random(70, 100, seed=1)
     rows = Int8Rows.of([weight])
