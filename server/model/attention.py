@@ -156,7 +156,7 @@ class FlatAttention:
         scale: float,
         window: int | None,
     ) -> torch.Tensor:
-        """As a call, without soft cap and sinks: decoding rows by the routine, chunks of prompts by torch."""
+        """As a call, without soft cap and sinks: chunks of prompts by a routine of their own, or by torch."""
         assert self.rows is not None and self.cache is not None
         self.windows.add(window)
         singles, longest = layout.singles(window)
@@ -165,11 +165,15 @@ class FlatAttention:
         attended = self.rows(query, key, value, keys, values, slots, positions, singles, longest, scale)
         for span in layout.spans:
             if span.length > 1:
-                chunk = query[:, :, span.row : span.row + span.length].to(keys.dtype)
+                at = slice(span.row, span.row + span.length)
+                mine = self._keys_and_values(layer, span, window, key, value)
+                chunks = self.rows.chunks
+                if chunks is not None and chunks.can(query, *mine):
+                    chunks(query[0, :, at], mine[0][0], mine[1][0], attended[at], window, scale)
+                    continue
                 first = span.start == 0 and (window is None or span.length <= window)
                 mask = None if first else layout.mask(span, window, keys.dtype)
-                mine = self._keys_and_values(layer, span, window, key, value)
-                attended[span.row : span.row + span.length] = _chunk(chunk, *mine, mask, scale)
+                attended[at] = _chunk(query[:, :, at].to(keys.dtype), *mine, mask, scale)
         return attended[None]
 
     def _note(self, module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> tuple[Layout, int]:

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from numba import njit
 
+from server.native.chunk_attention import chunk_attention
 from server.native.intrinsics import (
     barrier,
-    bits_of,
     dots,
     floats,
     halves,
@@ -22,12 +22,11 @@ from server.native.intrinsics import (
     thread_number,
     weighted_sum,
 )
-from server.native.passes import exponential
+from server.native.passes import exponential, to_bfloat16
 from server.native.routine import Routine
 
 _FIELDS = "q k v keys values out scores scores_size slots positions singles num_singles rows kv_heads group dim"
 _FIELDS += " value_dim q_row q_head k_row k_head v_row v_head key_slot key_head value_slot value_head"
-_QUIET_NAN, _INFINITY = np.int32(0x7FC0), np.int32(0x7F800000)
 _LOWEST = np.float32(-np.inf)
 _ZERO = np.float32(0.0)
 _sixteen_dots = dots(16)
@@ -36,19 +35,10 @@ _BYTES = {torch.bfloat16: 2, torch.float32: 4}
 
 
 @njit(error_model="numpy")
-def _to_bfloat16(number: Any) -> Any:
-    """The nearest, of two equally near the even one."""
-    bits = bits_of(number)
-    if (bits & 0x7FFFFFFF) > _INFINITY:
-        return _QUIET_NAN
-    return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-
-
-@njit(error_model="numpy")
 def _store_bfloat16(source: int, target: int, size: int) -> None:
     x, y = floats(source), halves(target)
     for i in range(size):
-        y[i] = np.int16(_to_bfloat16(x[i]))
+        y[i] = np.int16(to_bfloat16(x[i]))
 
 
 @njit(error_model="numpy")
@@ -142,11 +132,15 @@ def _attend_with(store: Any, load: Any, size: int) -> Callable[[Any], None]:
 
 
 class RowAttention:
-    """The routine for keys and values of one number format, as torch's tensors have it."""
+    """The routine for keys and values of one number format, as torch's tensors have it.
+
+    ``chunks``, where there is one, is that for rows of one sequence.
+    """
 
     def __init__(self, dtype: torch.dtype) -> None:
         store, load = (_store_bfloat16, _load_bfloat16) if dtype == torch.bfloat16 else (_copy, _copy)
         self.routine = Routine(_attend_with(store, load, _BYTES[dtype]), _FIELDS, "scale", reorder=True)
+        self.chunks = chunk_attention() if dtype == torch.bfloat16 else None
 
     def of(self, dtype: torch.dtype) -> RowAttention | None:
         """That of another number format, None where there is none."""

@@ -1,30 +1,18 @@
-"""Instructions that multiply bytes, on blocks of int8 weights: VPDPBUSD of VNNI, TDPBUSD of AMX."""
+"""Bytes multiplied by vectors of them, VPDPBUSD of VNNI, on blocks of int8 weights; and what finishes the sums."""
 
 from __future__ import annotations
 
-import ctypes
-import platform
-from functools import cache
 from typing import Any
 
 from llvmlite import ir
 
-from server.native.blocks import BLOCK, TILE_BYTES, TILE_ROWS
-from server.native.intrinsics import loop, void_intrinsic
+from server.native.blocks import BLOCK
+from server.native.intrinsics import loop, prefetch_lines, void_intrinsic
 
 _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 _LANES = 16
-_AHEAD_OF_DOTS, _AHEAD_OF_TILES = 4096, 8192
+_AHEAD = 4096
 """Bytes that weights are called into the caches ahead of the products, where they come from memory; measured."""
-
-_ARCH_PRCTL = (158, 0x1023, 18)
-"""The number of the system call on x86-64, ARCH_REQ_XCOMP_PERM, and XTILEDATA."""
-
-
-@cache
-def may_use_tiles() -> bool:
-    """Ask Linux for the registers of AMX, which a process has only then."""
-    return platform.machine() == "x86_64" and ctypes.CDLL(None).syscall(*_ARCH_PRCTL) == 0
 
 
 def dot_products(rows: int, bits: int, *, prefetch: bool = False) -> Any:
@@ -41,7 +29,7 @@ def dot_products(rows: int, bits: int, *, prefetch: bool = False) -> Any:
 
     def generate(builder: Any, x: Any, stride: Any, count: Any, weights: Any, sums: Any) -> None:
         for first in range(0, per_block, at_once):
-            ahead = _AHEAD_OF_DOTS if prefetch else 0
+            ahead = _AHEAD if prefetch else 0
             _dot_products(builder, rows, lanes, range(first, first + at_once), ahead, (x, stride, count, weights, sums))
 
     return void_intrinsic(5, generate)
@@ -72,7 +60,9 @@ def _dot_products(builder: Any, rows: int, lanes: int, vectors: range, ahead: in
     here = builder.add(weights, builder.mul(step, _I64(4 * BLOCK)))
     loaded = {one: builder.load(at(here, _I64(4 * lanes * one), octets), align=1) for one in vectors}
     if ahead:
-        _prefetch(builder, here, range(ahead + 4 * lanes * vectors[0], ahead + 4 * lanes * (vectors[-1] + 1), 64), 2)
+        prefetch_lines(
+            builder, here, range(ahead + 4 * lanes * vectors[0], ahead + 4 * lanes * (vectors[-1] + 1), 64), 2
+        )
     after = {}
     for row in range(rows):
         offset = builder.add(builder.mul(stride, _I64(row)), builder.mul(step, _I64(4)))
@@ -90,87 +80,6 @@ def _dot_products(builder: Any, rows: int, lanes: int, vectors: range, ahead: in
     builder.position_at_end(end)
     for cell in cells:
         builder.store(after[cell], sum_at(*cell), align=4)
-
-
-_TILES_CONFIGURED = bytes([1, 0, *[0] * 14, *[64, 0] * 8, *[0] * 16, *[16] * 8, *[0] * 8])
-"""All eight tiles with 16 rows of 64 bytes (Intel SDM, LDTILECFG)."""
-
-
-def _tile_function(builder: Any, name: str, *kinds: Any) -> Any:
-    whole = f"llvm.x86.{name}"
-    known = builder.module.globals.get(whole)
-    return known or ir.Function(builder.module, ir.FunctionType(ir.VoidType(), kinds), whole)
-
-
-def _configure(builder: Any) -> None:
-    kind = ir.ArrayType(_I8, len(_TILES_CONFIGURED))
-    with builder.goto_entry_block():
-        config = builder.alloca(kind)
-    builder.store(ir.Constant(kind, bytearray(_TILES_CONFIGURED)), config)
-    pointer = builder.bitcast(config, _I8.as_pointer())
-    builder.call(_tile_function(builder, "ldtilecfg", _I8.as_pointer()), [pointer])
-
-
-def _release(builder: Any) -> None:
-    builder.call(_tile_function(builder, "tilerelease"), [])
-
-
-configure_tiles = void_intrinsic(0, _configure)
-release_tiles = void_intrinsic(0, _release)
-
-
-def tile_products(row_tiles: int, *, prefetch: bool = False, add: bool = False) -> Any:
-    """``f(x, apart, count, weights, sums)``: sums int32 [16 * row_tiles, 32] = x @ a block of weights, by TDPBUSD.
-
-    x is uint8 [row_tiles, count, 16, 64], and ``apart`` bytes lie between its tiles of rows; weights are int8 [count,
-    16, 32, 4]. With ``add`` the products are added to the sums that are there.
-    """
-
-    def generate(builder: Any, x: Any, apart: Any, count: Any, weights: Any, sums: Any) -> None:
-        pointer = _I8.as_pointer()
-        zero = _tile_function(builder, "tilezero", _I8)
-        load = _tile_function(builder, "tileloadd64", _I8, pointer, _I64)
-        store = _tile_function(builder, "tilestored64", _I8, pointer, _I64)
-        product = _tile_function(builder, "tdpbusd", _I8, _I8, _I8)
-
-        def at(address: Any, offset: Any) -> Any:
-            return builder.inttoptr(builder.add(address, offset), pointer)
-
-        cells = [(row, column) for row in range(row_tiles) for column in range(2)]
-        places = {(row, column): at(sums, _I64(4 * (BLOCK * 16 * row + 16 * column))) for row, column in cells}
-        tiles = {cell: _I8(number) for number, cell in enumerate(cells)}
-        for cell in cells:
-            builder.call(*((load, [tiles[cell], places[cell], _I64(4 * BLOCK)]) if add else (zero, [tiles[cell]])))
-
-        def step(number: Any, _: list[Any]) -> list[Any]:
-            there = builder.add(weights, builder.mul(number, _I64(64 * BLOCK)))
-            if prefetch:
-                _prefetch(builder, there, range(_AHEAD_OF_TILES, _AHEAD_OF_TILES + 64 * BLOCK, 64), 3)
-            here = builder.add(x, builder.mul(number, _I64(TILE_ROWS * TILE_BYTES)))
-            for row in range(row_tiles):
-                place = at(here, builder.mul(apart, _I64(row)))
-                builder.call(load, [_I8(4 + row), place, _I64(TILE_BYTES)])
-            for column in range(2):
-                builder.call(load, [_I8(6 + column), at(there, _I64(64 * column)), _I64(4 * BLOCK)])
-                for row in range(row_tiles):
-                    builder.call(product, [tiles[row, column], _I8(4 + row), _I8(6 + column)])
-            return []
-
-        loop(builder, count, [], step)
-        for cell in cells:
-            builder.call(store, [tiles[cell], places[cell], _I64(4 * BLOCK)])
-
-    return void_intrinsic(5, generate)
-
-
-def _prefetch(builder: Any, here: Any, offsets: range, level: int) -> None:
-    """Call lines of 64 bytes into the first cache (level 3) or the second (2)."""
-    kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
-    name = "llvm.prefetch.p0"
-    prefetch = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-    for offset in offsets:
-        address = builder.inttoptr(builder.add(here, _I64(offset)), _I8.as_pointer())
-        builder.call(prefetch, [address, _I32(0), _I32(level), _I32(1)])
 
 
 def _scale_rows(

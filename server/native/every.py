@@ -13,5 +13,8 @@ from server.native.tape import player
 def compile_every_routine(kv_dtype: torch.dtype) -> None:
     """Those that a base with keys and values of this format needs, but for products, which are needed to load it."""
     attention = row_attention(kv_dtype)
-    for routine in (add_deltas(), player(), *passes().routines, *([] if attention is None else [attention.routine])):
+    attending = [] if attention is None else [attention.routine]
+    if attention is not None and attention.chunks is not None:
+        attending.append(attention.chunks.routine)
+    for routine in (add_deltas(), player(), *passes().routines, *attending):
         routine.compile()

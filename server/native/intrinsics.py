@@ -10,8 +10,13 @@ from functools import partial
 from typing import Any
 
 from llvmlite import binding, ir
+from numba import config
 from numba.core import types
 from numba.extending import intrinsic
+
+# Before anything is compiled: LLVM halves vectors of 512 bits for CPUs of which some became slower by them.
+_features = getattr(config, "CPU_FEATURES", None) or binding.get_host_cpu_features().flatten()
+vars(config)["CPU_FEATURES"] = f"{_features},-prefer-256-bit"
 
 _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 _LANES = 16
@@ -89,8 +94,10 @@ def void_intrinsic(num_arguments: int, generate: Callable[..., None]) -> Any:
         0: lambda _typing: (signature, code),
         1: lambda _typing, _a: (signature, code),
         2: lambda _typing, _a, _b: (signature, code),
+        3: lambda _typing, _a, _b, _c: (signature, code),
         4: lambda _typing, _a, _b, _c, _d: (signature, code),
         5: lambda _typing, _a, _b, _c, _d, _e: (signature, code),
+        6: lambda _typing, _a, _b, _c, _d, _e, _f: (signature, code),
         7: lambda _typing, _a, _b, _c, _d, _e, _f, _g: (signature, code),
     }
     return intrinsic(typings[num_arguments])
@@ -124,6 +131,16 @@ def loop(builder: Any, count: Any, begin: list[Any], body: Callable[[Any, list[A
     return after
 
 
+def prefetch_lines(builder: Any, here: Any, offsets: range, level: int) -> None:
+    """Call lines of 64 bytes into the first cache (level 3) or the second (2)."""
+    kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
+    name = "llvm.prefetch.p0"
+    prefetch = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    for offset in offsets:
+        address = builder.inttoptr(builder.add(here, _I64(offset)), _I8.as_pointer())
+        builder.call(prefetch, [address, _I32(0), _I32(level), _I32(1)])
+
+
 def _vector_at(builder: Any, address: Any, offset: Any) -> Any:
     return builder.load(builder.inttoptr(builder.add(address, offset), _FLOATS.as_pointer()), align=4)
 
@@ -138,6 +155,26 @@ def _multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
 
 def _shuffled(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
     return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, _LANES), lanes))
+
+
+def _largest(builder: Any, x: Any, count: Any, out: Any) -> None:
+    lowest = ir.Constant(_FLOATS, [float("-inf")] * _LANES)
+
+    def step(number: Any, found: list[Any]) -> list[Any]:
+        here = _vector_at(builder, x, builder.mul(number, _I64(4 * _LANES)))
+        return [builder.select(builder.fcmp_ordered(">", here, found[0]), here, found[0])]
+
+    (vector,) = loop(builder, count, [lowest], step)
+    distance = _LANES // 2
+    while distance:
+        other = _shuffled(builder, vector, vector, [(lane + distance) % _LANES for lane in range(_LANES)])
+        vector = builder.select(builder.fcmp_ordered(">", other, vector), other, vector)
+        distance //= 2
+    builder.store(builder.extract_element(vector, _I32(0)), builder.inttoptr(out, _F32.as_pointer()))
+
+
+largest = void_intrinsic(3, _largest)
+"""``f(x, count, out)``: out float32 = the largest of x float32 [16 * count] but for NaN, minus infinity at least."""
 
 
 def _dots(num: int, builder: Any, x: Any, rows: Any, count: Any, out: Any) -> None:

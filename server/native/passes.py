@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numba import njit
 
-from server.native.intrinsics import float_of, floats, num_threads, thread_number
+from server.native.intrinsics import bits_of, float_of, floats, num_threads, thread_number
 from server.native.routine import Routine
 
 _ALONE = 1 << 14
@@ -20,6 +20,7 @@ _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
 _SMALLEST, _LARGEST = np.float32(-88.0), np.float32(89.0)
 """Powers of two beyond these come out as 0 and infinity: their exponents have all bits clear, or all set."""
 _C2, _C3, _C4, _C5, _C6 = (np.float32(1 / math.factorial(n)) for n in (2, 3, 4, 5, 6))
+_QUIET_NAN, _INFINITY = np.int32(0x7FC0), np.int32(0x7F800000)
 _HALF, _ONE = np.float32(0.5), np.float32(1.0)
 _GELU_1, _GELU_3 = (np.float32(2 * math.sqrt(2 / math.pi) * factor) for factor in (1.0, 0.044715))
 
@@ -35,6 +36,15 @@ def exponential(x: Any) -> Any:
     r = x - n * _LN2_HIGH - n * _LN2_LOW
     power = _ONE + r * (_ONE + r * (_C2 + r * (_C3 + r * (_C4 + r * (_C5 + r * _C6)))))
     return power * float_of((np.int32(n) + 127) << 23)
+
+
+@njit(error_model="numpy")
+def to_bfloat16(number: Any) -> Any:
+    """The nearest, of two equally near the even one."""
+    bits = bits_of(number)
+    if (bits & 0x7FFFFFFF) > _INFINITY:
+        return _QUIET_NAN
+    return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
 
 
 @njit(error_model="numpy")

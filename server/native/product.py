@@ -24,14 +24,7 @@ from server.native.blocks import (
     TILE_ROWS,
     WHOLE,
 )
-from server.native.byte_products import (
-    configure_tiles,
-    dot_products,
-    may_use_tiles,
-    release_tiles,
-    scale_rows,
-    tile_products,
-)
+from server.native.byte_products import dot_products, scale_rows
 from server.native.intrinsics import (
     barrier,
     bits_of,
@@ -47,6 +40,7 @@ from server.native.intrinsics import (
 )
 from server.native.passes import gelu, silu
 from server.native.routine import Routine
+from server.native.tiles import configure_tiles, may_use_tiles, release_tiles, tile_products
 
 FIELDS = "x rows y gating grid largest sums inputs outputs width blocks weights constants"
 FIELDS += " others num_outliers outliers outlier_weights"
@@ -194,9 +188,9 @@ def _few_rows_by_tiles(a: Any, first: int, end: int) -> None:
     for block in range(first, end):
         weights = a.weights + block * a.width * BLOCK
         if a.rows <= TILE_ROWS:
-            _one_tile(a.grid, apart, a.width // TILE_BYTES, weights, sums)
+            _one_tile(a.grid, apart, a.width // TILE_BYTES, weights, sums, 4 * BLOCK)
         else:
-            _two_tiles(a.grid, apart, a.width // TILE_BYTES, weights, sums)
+            _two_tiles(a.grid, apart, a.width // TILE_BYTES, weights, sums, 4 * BLOCK)
         _finish(a, 0, a.rows, block, sums)
 
 
@@ -217,9 +211,9 @@ def _many_rows_by_tiles(a: Any, chunk: int, first: int, end: int) -> None:
                 if slabs > 1:
                     sums = a.sums + 4 * BLOCK * (block * per_block + row - chunk)
                 if slab:
-                    _more_tiles(grid, apart, count, weights, sums)
+                    _more_tiles(grid, apart, count, weights, sums, 4 * BLOCK)
                 else:
-                    _tiles(grid, apart, count, weights, sums)
+                    _tiles(grid, apart, count, weights, sums, 4 * BLOCK)
                 if slab == slabs - 1:
                     _finish(a, row, min(last - row, ROW_BLOCK), block, sums)
 

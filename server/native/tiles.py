@@ -1,0 +1,99 @@
+"""Tiles of AMX: 16 rows of 64 bytes, which multiply bytes (TDPBUSD) or numbers of 16 bits (TDPBF16PS)."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from functools import cache
+from typing import Any
+
+from llvmlite import ir
+
+from server.native.blocks import BLOCK, TILE_BYTES, TILE_ROWS
+from server.native.intrinsics import loop, prefetch_lines, void_intrinsic
+
+_I8, _I64 = ir.IntType(8), ir.IntType(64)
+_AHEAD = 8192
+"""Bytes that weights are called into the caches ahead of the products, where they come from memory; measured."""
+
+_ARCH_PRCTL = (158, 0x1023, 18)
+"""The number of the system call on x86-64, ARCH_REQ_XCOMP_PERM, and XTILEDATA."""
+
+
+@cache
+def may_use_tiles() -> bool:
+    """Ask Linux for the registers of AMX, which a process has only then."""
+    return platform.machine() == "x86_64" and ctypes.CDLL(None).syscall(*_ARCH_PRCTL) == 0
+
+
+_TILES_CONFIGURED = bytes([1, 0, *[0] * 14, *[64, 0] * 8, *[0] * 16, *[16] * 8, *[0] * 8])
+"""All eight tiles with 16 rows of 64 bytes (Intel SDM, LDTILECFG)."""
+
+
+def _tile_function(builder: Any, name: str, *kinds: Any) -> Any:
+    whole = f"llvm.x86.{name}"
+    known = builder.module.globals.get(whole)
+    return known or ir.Function(builder.module, ir.FunctionType(ir.VoidType(), kinds), whole)
+
+
+def _configure(builder: Any) -> None:
+    kind = ir.ArrayType(_I8, len(_TILES_CONFIGURED))
+    with builder.goto_entry_block():
+        config = builder.alloca(kind)
+    builder.store(ir.Constant(kind, bytearray(_TILES_CONFIGURED)), config)
+    pointer = builder.bitcast(config, _I8.as_pointer())
+    builder.call(_tile_function(builder, "ldtilecfg", _I8.as_pointer()), [pointer])
+
+
+def _release(builder: Any) -> None:
+    builder.call(_tile_function(builder, "tilerelease"), [])
+
+
+configure_tiles = void_intrinsic(0, _configure)
+release_tiles = void_intrinsic(0, _release)
+
+
+def tile_products(row_tiles: int, *, of: str = "tdpbusd", prefetch: bool = False, add: bool = False) -> Any:
+    """``f(x, apart, count, weights, sums, stride)``: sums [16 * row_tiles, 32] = x @ a block of weights.
+
+    By TDPBUSD x is uint8 [row_tiles, count, 16, 64], weights are int8 [count, 16, 32, 4] and sums int32; by TDPBF16PS
+    x is bfloat16 [row_tiles, count, 16, 32], weights are [count, 16, 32, 2] and sums float32. ``apart`` bytes lie
+    between x's tiles of rows, ``stride`` between rows of sums. With ``add`` the products are added to sums.
+    """
+
+    def generate(builder: Any, x: Any, apart: Any, count: Any, weights: Any, sums: Any, stride: Any) -> None:
+        pointer = _I8.as_pointer()
+        zero = _tile_function(builder, "tilezero", _I8)
+        load = _tile_function(builder, "tileloadd64", _I8, pointer, _I64)
+        store = _tile_function(builder, "tilestored64", _I8, pointer, _I64)
+        product = _tile_function(builder, of, _I8, _I8, _I8)
+
+        def at(address: Any, offset: Any) -> Any:
+            return builder.inttoptr(builder.add(address, offset), pointer)
+
+        cells = [(row, column) for row in range(row_tiles) for column in range(2)]
+        firsts = [builder.add(sums, builder.mul(stride, _I64(TILE_ROWS * row))) for row in range(row_tiles)]
+        places = {(row, column): at(firsts[row], _I64(TILE_BYTES * column)) for row, column in cells}
+        tiles = {cell: _I8(number) for number, cell in enumerate(cells)}
+        for cell in cells:
+            builder.call(*((load, [tiles[cell], places[cell], stride]) if add else (zero, [tiles[cell]])))
+
+        def step(number: Any, _: list[Any]) -> list[Any]:
+            there = builder.add(weights, builder.mul(number, _I64(64 * BLOCK)))
+            if prefetch:
+                prefetch_lines(builder, there, range(_AHEAD, _AHEAD + 64 * BLOCK, 64), 3)
+            here = builder.add(x, builder.mul(number, _I64(TILE_ROWS * TILE_BYTES)))
+            for row in range(row_tiles):
+                place = at(here, builder.mul(apart, _I64(row)))
+                builder.call(load, [_I8(4 + row), place, _I64(TILE_BYTES)])
+            for column in range(2):
+                builder.call(load, [_I8(6 + column), at(there, _I64(64 * column)), _I64(4 * BLOCK)])
+                for row in range(row_tiles):
+                    builder.call(product, [tiles[row, column], _I8(4 + row), _I8(6 + column)])
+            return []
+
+        loop(builder, count, [], step)
+        for cell in cells:
+            builder.call(store, [tiles[cell], places[cell], stride])
+
+    return void_intrinsic(6, generate)
