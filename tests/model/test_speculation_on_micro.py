@@ -14,7 +14,8 @@ from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
 from server.int8.native import native_kernels
 from server.metrics import Metrics
-from server.model.loader import Base, find_base, load_base, load_stock
+from server.model.base_folder import find_base
+from server.model.loader import Base, load_base, load_stock
 from server.model.runner import ModelRunner
 from server.model.sampler import Sampler
 from server.sequence import AdapterUse, Batch, Draw, SamplingParams, Segment, Sequence
