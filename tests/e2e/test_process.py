@@ -88,7 +88,6 @@ def test_a_taken_port_is_told_at_once() -> None:
         (("--base-model", "tests"), "has no config.json"),
         (("--max-model-len", "100000"), "the base was made for 2048 tokens"),
         (("--max-num-seqs", "none"), "setting max_num_seqs (--max-num-seqs or QUICKCHANGE_MAX_NUM_SEQS) is 'none'"),
-        (("--device", "cuda"), "device is 'cuda', but this machine has none"),
     ],
 )
 def test_a_start_that_cannot_be_says_why(flags: tuple[str, ...], words: str) -> None:
