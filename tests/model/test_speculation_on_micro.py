@@ -100,7 +100,7 @@ def ask(micro: Micro, *, every: int = 1) -> list[Sequence]:
     return asked[::every]
 
 
-@pytest.mark.parametrize(("at_once", "every"), [(1, 3), (6, 1)])
+@pytest.mark.parametrize(("at_once", "every"), [(1, 5), (6, 2)])
 def test_answers_are_the_same_with_drafts_and_without(micro: Micro, at_once: int, every: int) -> None:
     silent, num_steps, none = micro.play(ask(micro, every=every), drafts=0, at_once=at_once)
     spoken, fewer, accepted = micro.play(ask(micro, every=every), drafts=12, at_once=at_once)
