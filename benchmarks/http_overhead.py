@@ -24,8 +24,8 @@ from benchmarks.parts.figures import median
 from benchmarks.parts.pairs import alternate
 from benchmarks.parts.random_adapters import write_adapters
 from benchmarks.parts.raw_client import closed_loop, http_request
+from server.model.base_folder import find_base
 from server.model.device import available_threads
-from server.model.loader import find_base
 from tests.serving import ServerProcess, running_server
 
 

@@ -34,7 +34,7 @@ from benchmarks.parts.jobs import Mix
 from benchmarks.parts.openvino import OpenVino, missing
 from benchmarks.parts.pairs import Pairs, Round, alternate
 from benchmarks.parts.random_adapters import write_adapters
-from server.model.loader import find_base
+from server.model.base_folder import find_base
 
 MANY, MANY_CLIENTS, FEW = 64, 16, 8
 

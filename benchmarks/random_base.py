@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.parts.random_adapters import PROJECTIONS, write_adapters
 from benchmarks.parts.random_tokenizer import save_tokenizer
-from server.model.loader import find_base
+from server.model.base_folder import find_base
 
 QWEN: Mapping[str, Any] = {
     "model_type": "qwen2",

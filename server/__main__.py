@@ -20,13 +20,9 @@ usage: quickchange [serve] [--SETTING VALUE ...]            serve the base and i
 
 def serve(arguments: Sequence[str]) -> int:
     """Serve until stopped."""
-    from server.cli.allocation import keep_freed_memory
+    from server.cli.serve_command import main
 
-    keep_freed_memory()
-    from server.cli.serve import run_server
-    from server.cli.settings import parse_settings
-
-    return run_server(parse_settings("serve", arguments))
+    return main(arguments)
 
 
 def chat(arguments: Sequence[str]) -> int:

@@ -1,4 +1,4 @@
-"""For every test: no network, and no setting from the developer's own environment."""
+"""For every test: no network, no setting from the developer's own environment, and no thread that spins."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import pytest
 
 # Read when huggingface_hub is first imported, so before any fixture: a test that would download fails at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Read when torch is first imported. Threads that wait for each other spin by default, and where another process has
+# their core, two small threads are a hundred times slower than one.
+os.environ["OMP_WAIT_POLICY"] = "passive"
 
 
 @pytest.fixture(autouse=True)

@@ -18,9 +18,10 @@ from server.engine.scheduler import Scheduler
 from server.engine.slots import SlotTable
 from server.lora.weights import LoRAWeights
 from server.metrics import Metrics
+from server.model.base_folder import find_base
 from server.model.device import available_threads
 from server.model.kv_cache import KVLayout
-from server.model.loader import Base, find_base, load_base
+from server.model.loader import Base, load_base
 from server.model.runner import ModelRunner
 from server.model.sampler import Sampler
 from server.sequence import AdapterUse, SamplingParams, Sequence, StepOutput

@@ -5,20 +5,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from server.adapters.content.doctor import Examination
 from server.adapters.content.manifest import Manifest
 from server.adapters.names import is_name
 from server.cli.adapters_report import report
-from server.cli.examiner import Examiner
 from server.cli.folders import adapter_folders
 from server.cli.options import command_parser, parse_options
-from server.cli.parity import MAX_DIFFERENCE, Answers, answer_here, compare
 from server.cli.settings import parse_settings
 from server.cli.terminal import say, say_row
-from server.model.device import num_weight_bytes
-from server.model.loader import find_base
+from server.model.base_folder import find_base, num_weight_bytes
 from server.settings import Settings
+
+if TYPE_CHECKING:
+    from server.cli.parity import Answers
 
 DESCRIPTION = """\
 Everything about one adapter: files, what PEFT's config says, what it does to which modules of the base, how it wants to
@@ -64,6 +65,9 @@ def find_folder(text: str, folders: Sequence[Path]) -> Path | None:
 
 def _examine(path: Path, settings: Settings, *, probed: bool) -> tuple[Examination, Answers | None]:
     """Print what there is to know, and let the adapter answer; the base is out of memory afterwards."""
+    from server.cli.examiner import Examiner  # torch, and seconds
+    from server.cli.parity import answer_here
+
     examiner = Examiner.load(settings, dtype="float32" if probed else settings.dtype)
     found, weights = examiner.examine(path)
     served = f"served as {found.name}" if weights is not None else "NOT SERVED"
@@ -95,6 +99,8 @@ def _why_unprobed(base_folder: Path, *, wanted: bool) -> str | None:
 
 
 def _probe(base_folder: Path, manifest: Manifest, answers: Answers) -> int:
+    from server.cli.parity import MAX_DIFFERENCE, compare
+
     try:
         parity = compare(base_folder, manifest, answers)
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ImportError, OSError) as error:

@@ -8,35 +8,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors.torch import save_file
-from torch import nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
-
-from server.adapters.content.folder import CONFIG_FILE, SOURCE_FILE, WEIGHTS_FILE
-from server.adapters.content.peft_config import parse_peft_config
-from server.cli.adapters_add import COMPANION_FILES
+from server.adapters.content.folder import CONFIG_FILE, WEIGHTS_FILE
 from server.cli.options import command_parser, parse_options
 from server.cli.publish import NotPublished, choose_target, published_folder
 from server.cli.settings import parse_settings
-from server.errors import BaseModelRefused
-from server.model.device import available_threads
-from server.model.loader import find_base, load_stock
+from server.model.base_folder import find_base
 from server.settings import Settings
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from server.cli.conversion import Conversion
 
 DESCRIPTION = """\
 Rewrite the PEFT adapter in FOLDER, which the server refuses because it is not plain LoRA, as plain LoRA beside the
@@ -67,26 +52,26 @@ DEFAULT_ENERGY, DEFAULT_MAX_ERROR, MOST_LOST = 0.9999, 0.01, 0.1
 """``MOST_LOST`` is the share of its own effect that an adapter may lose, lest a weak one be lost whole."""
 
 
-@dataclass(frozen=True)
-class Conversion:
-    """What came out. ``error`` is a share of the largest logit, ``lost`` of the largest change by the adapter."""
-
-    ranks: tuple[int, ...]
-    num_bytes: int
-    error: float
-    lost: float
-
-
 def main(arguments: Sequence[str]) -> int:
     """Convert, measure and publish; the exit status is 1 where there is no new adapter afterwards."""
     options, settings = _parse(arguments)
     name = options.name or f"{options.folder.resolve().name}-lora"
-    torch.set_num_threads(settings.threads or available_threads())
     try:
         target = choose_target(settings, name)
         config = _read_config(options.folder)
+        base_folder = find_base(settings.base_model)
+        from server.cli.conversion import convert  # torch, and seconds
+
         with published_folder(target) as folder:
-            found = _convert(options, config, find_base(settings.base_model), folder)
+            found = convert(
+                options.folder,
+                folder,
+                base_folder,
+                config=config,
+                merging=config["peft_type"] in BY_MERGING,
+                rank=options.rank or options.energy,
+                threads=settings.threads,
+            )
             _check(found, options, settings)
     except NotPublished as error:
         print(f"quickchange: {error}", file=sys.stderr)
@@ -159,37 +144,6 @@ def _check_config(config: Mapping[str, Any]) -> None:
             raise NotPublished(f"auto_mapping names {library!r:.80}: only models of transformers are loaded")
 
 
-def _convert(options: argparse.Namespace, config: Mapping[str, Any], base_folder: Path, folder: Path) -> Conversion:
-    """Fill ``folder``, and measure what is in it."""
-    base = load_stock(base_folder)
-    vocabulary = base.config.get_text_config().vocab_size
-    prompts = torch.randint(vocabulary, (4, 32), generator=torch.Generator().manual_seed(0))
-    plain = _logits(base, prompts)
-    with _peft_sentences("read the adapter on this base"):
-        _check_fields(config)
-        model = _load_adapter(base, options.folder)
-        wanted = _logits(model, prompts)
-    with _peft_sentences("write it as LoRA"):
-        if config["peft_type"] in BY_MERGING:
-            _tell_gains_by_merging(model, load_stock(base_folder))
-        tensors = _to_lora(model, folder, rank=options.rank or options.energy)
-        del base, model  # before the base is loaded once more
-    for name in (*COMPANION_FILES, SOURCE_FILE):
-        if (options.folder / name).is_file():
-            shutil.copyfile(options.folder / name, folder / name)
-    with _peft_sentences("read the converted adapter"):
-        got = _logits(_load_adapter(load_stock(base_folder), folder), prompts)
-    off, effect = float((got - wanted).abs().max()), float((wanted - plain).abs().max())
-    if effect == 0:
-        raise NotPublished("the adapter changes nothing on this base: is it the base it was trained on?")
-    return Conversion(
-        ranks=tuple(tensor.shape[0] for name, tensor in tensors.items() if name.endswith("lora_A.weight")),
-        num_bytes=(folder / WEIGHTS_FILE).stat().st_size,
-        error=off / float(wanted.abs().max()),
-        lost=off / effect,
-    )
-
-
 def _check(found: Conversion, options: argparse.Namespace, settings: Settings) -> None:
     """Raises ``NotPublished`` where the server would not serve it, or it is not the adapter that it was."""
     if not (found.error <= options.max_error and found.lost <= MOST_LOST):
@@ -207,74 +161,3 @@ def _check(found: Conversion, options: argparse.Namespace, settings: Settings) -
 
 def _measured(found: Conversion) -> str:
     return f"{found.error:.2g} of the largest logit, {found.lost:.2g} of what the adapter changes"
-
-
-def _load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
-    """The adapter on the base, whose linears it takes over; every tensor of its file must find its place."""
-    from peft import PeftModel
-
-    model = PeftModel.from_pretrained(base, str(folder))
-    if strange := model.load_adapter(str(folder), "default").unexpected_keys:
-        raise ValueError(f"the base has no place for {', '.join(strange[:3])}: was it trained on another base?")
-    return model.eval()
-
-
-def _check_fields(config: Mapping[str, Any]) -> None:
-    """PEFT drops fields that it does not know, whatever they mean."""
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
-    known = PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]].__dataclass_fields__
-    if unknown := [name for name, value in config.items() if value and name not in known]:
-        raise ValueError(f"this release of it knows no {', '.join(unknown)[:200]}")
-
-
-@torch.inference_mode()
-def _logits(model: nn.Module, prompts: torch.Tensor) -> torch.Tensor:
-    """Logits of every position, [prompts, tokens, vocabulary]."""
-    logits: torch.Tensor = model(input_ids=prompts, use_cache=False).logits
-    return logits.float()
-
-
-@torch.no_grad()
-def _tell_gains_by_merging(model: PeftModel, base: PreTrainedModel) -> None:
-    """Merge every linear, and let it give PEFT the difference to the untouched base for its gain."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for name, layer in list(model.get_base_model().named_modules()):
-        if isinstance(layer, BaseTunerLayer) and isinstance(layer.get_base_layer(), nn.Linear | Conv1D):
-            layer.merge()
-            gain = partial(_gain, layer.get_base_layer(), base.get_submodule(name))
-            layer.__dict__.update(get_delta_weight=gain, supports_lora_conversion=lambda adapter: True)
-
-
-def _gain(merged: nn.Module, untouched: nn.Module, adapter: str) -> torch.Tensor:
-    return merged.get_parameter("weight") - untouched.get_parameter("weight")
-
-
-def _to_lora(model: PeftModel, folder: Path, *, rank: float) -> Mapping[str, torch.Tensor]:
-    """Convert by PEFT and save: an integer ``rank`` is meant so, a fraction is the energy to keep."""
-    from peft.tuners.lora.conversion import convert_to_lora
-
-    config, tensors = convert_to_lora(model, rank=rank, progressbar=sys.stderr.isatty())
-    config.task_type, config.inference_mode = "CAUSAL_LM", True
-    config.target_modules = sorted({name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in tensors})
-    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-    save_file(dict(tensors), folder / WEIGHTS_FILE)
-    config.save_pretrained(str(folder))
-    parse_peft_config(json.loads((folder / CONFIG_FILE).read_bytes()))
-    return tensors
-
-
-@contextmanager
-def _peft_sentences(what: str) -> Iterator[None]:
-    """PEFT's warnings stay unsaid, but for tensors that are missing; its errors become ``NotPublished``."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.filterwarnings("error", message="Found missing adapter keys")
-        try:
-            yield
-        except (NotPublished, BaseModelRefused):
-            raise
-        except Exception as error:
-            reason = " ".join(str(error).split())[:300]
-            raise NotPublished(f"PEFT cannot {what} ({type(error).__name__}): {reason}") from error

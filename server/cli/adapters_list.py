@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from server.adapters.aliases import ALIASES_FILE, Alias, parse_aliases
 from server.adapters.content.words import first
@@ -12,11 +13,15 @@ from server.adapters.names import parse_model
 from server.adapters.registry import DIGITS, Adapter
 from server.adapters.versions import Pin, VersionStore
 from server.cli.adapters_pins import describe
-from server.cli.examiner import Examiner
 from server.cli.folders import adapter_folders, open_store
 from server.cli.options import command_parser, parse_options
 from server.cli.settings import parse_settings
 from server.cli.terminal import say
+from server.model.base_folder import base_on_disk
+from server.settings import Settings
+
+if TYPE_CHECKING:
+    from server.cli.examiner import Examiner
 
 DESCRIPTION = """\
 A line for each adapter folder: its name and version, rank, modules, memory and place, or why it is not served. Below
@@ -34,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
     kept = [] if store is None else store.names()
     if not paths:
         say(f"no adapters in {', '.join(str(folder) for folder in folders)}")
-    examiner = Examiner.load(settings) if paths else None
+    examiner = _examiner(settings) if paths else None
     refused, served = False, {settings.base_name}
     for name in sorted({*paths, *pins, *kept}):
         version = None
@@ -48,6 +53,13 @@ def main(arguments: Sequence[str]) -> int:
             refused |= _print_state(store, name, pins.get(name, Pin()), version)
     refused |= _print_aliases(folders[0] / ALIASES_FILE, served, {*served, *kept})
     return int(refused)
+
+
+def _examiner(settings: Settings) -> Examiner:
+    base_on_disk(settings.base_model)
+    from server.cli.examiner import Examiner  # torch, and seconds
+
+    return Examiner.load(settings)
 
 
 def sub_folders(folder: Path) -> list[Path]:

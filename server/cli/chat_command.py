@@ -10,13 +10,13 @@ import time
 from collections.abc import Iterator, Sequence
 
 import httpx
-import uvicorn
 
 from server.cli.chat import run_chat
 from server.cli.options import command_parser, parse_options
-from server.cli.serve import bind, build, uvicorn_config
+from server.cli.serve_command import bind
 from server.cli.settings import parse_settings
 from server.errors import StartError
+from server.model.base_folder import base_on_disk
 from server.settings import Settings
 
 DESCRIPTION = """\
@@ -55,7 +55,12 @@ def _answers(url: str) -> bool:
 def _local_server(settings: Settings) -> Iterator[str]:
     """A server on a free loopback port, in a thread of this process; only warnings are logged."""
     logging.getLogger().setLevel(logging.WARNING)
+    base_on_disk(settings.base_model)
     print("no server is running; loading the base ...", file=sys.stderr)
+    import uvicorn  # and torch: seconds, which a talk with another process need not wait
+
+    from server.cli.serve import build, uvicorn_config
+
     bound = bind("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn_config(build(settings)))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)

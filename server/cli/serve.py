@@ -169,9 +169,8 @@ def _runner(base: Base, num_slots: int) -> ModelRunner:
         ) from error
 
 
-def run_server(settings: Settings) -> int:
-    """Serve until a signal ends it. The port is bound before the base is loaded: a taken one is told at once."""
-    bound = bind(settings.host, settings.port)
+def run_server(settings: Settings, bound: socket.socket) -> int:
+    """Serve on a socket that is bound, until a signal ends it."""
     service = build(settings)
     host, port = bound.getsockname()[:2]
     logger.info("serving on http://%s:%d (OpenAI API under /v1)", f"[{host}]" if ":" in host else host, port)
@@ -195,20 +194,6 @@ def uvicorn_config(service: Service) -> uvicorn.Config:
         timeout_graceful_shutdown=max(1, int(service.settings.shutdown_timeout)),
         server_header=False,
     )
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A socket bound, not listening yet. Raises ``SettingsError`` where the address is taken or not ours."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family, kind, protocol)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-    except OSError as error:
-        raise SettingsError(
-            f"cannot listen on {host}:{port} ({error.strerror}): choose another --host or --port"
-        ) from None
-    return bound
 
 
 def _metrics(base: Base) -> Metrics:

@@ -58,11 +58,6 @@ def _multiplies_bfloat16() -> bool:
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def num_weight_bytes(folder: Path) -> int:
-    """Bytes of a base's weight files."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
 def available_threads() -> int:
     """Cores this process may really use: its affinity, cut by a container's quota (cgroup v2)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

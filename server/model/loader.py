@@ -1,4 +1,4 @@
-"""Finds the base model, judges it, loads it, and measures what the rest of the server needs to know of it."""
+"""Judges the base model, loads it, and measures what the rest of the server needs to know of it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +25,14 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from server.adapters.content.signature import BaseSignature
-from server.errors import BaseModelNotFound, BaseModelRefused, SettingsError
+from server.errors import BaseModelRefused, SettingsError
 from server.int8.kernels import Kernel, choose_kernel
 from server.int8.native import NativeKernel
 from server.lora.place import shorten
 from server.model.admission import admit
 from server.model.attention import FlatAttention, Layout
-from server.model.device import choose_device, choose_dtype, choose_float_dtype, choose_kv_dtype, num_weight_bytes
+from server.model.base_folder import find_base, num_weight_bytes
+from server.model.device import choose_device, choose_dtype, choose_float_dtype, choose_kv_dtype
 from server.model.fingerprint import base_fingerprint
 from server.model.kv_cache import KVLayout, LayerShape, Span, longest_within
 from server.model.quantizer import Quantized, quantizing
@@ -40,7 +40,6 @@ from server.model.quick_ops import quicken
 from server.model.rope import fix_rope
 from server.model.shapes import PROBE_ROWS, Noted, noting_shapes, signature_of
 from server.native.routine import available
-from server.settings import EMBEDDED_BASE
 
 if TYPE_CHECKING:
     from server.native.passes import Passes
@@ -48,7 +47,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("quickchange.model")
 
 _SENTENCE = "The old man looked at the sea for a long time, and then he said to the boys: 'Let us go home.'"
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
 @dataclass(frozen=True)
@@ -233,37 +231,6 @@ def _refusals(folder: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise BaseModelRefused(folder.name, f"transformers cannot load it: {str(error)[:300]}") from error
-
-
-def find_base(base_model: str) -> Path:
-    """The folder of the embedded base, of a base on disk, or of one from the hub (fetched once, then cached)."""
-    if base_model == EMBEDDED_BASE:
-        return Path(str(files("micro_base")))
-    path = Path(base_model).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").exists():
-            raise BaseModelNotFound(
-                f"the folder {base_model} has no config.json: is it a model as transformers saves it?"
-            )
-        return path
-    if path.is_absolute() or base_model.startswith(".") or base_model.count("/") != 1:
-        raise BaseModelNotFound(
-            f"there is no base model {base_model!r}: base_model must be 'micro', an existing folder, or a hub id such "
-            "as 'Qwen/Qwen2.5-0.5B-Instruct'"
-        )
-    return _from_hub(base_model)
-
-
-def _from_hub(repo_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repo_id, allow_patterns=_HUB_FILES))
-    except Exception as error:
-        raise BaseModelNotFound(
-            f"the base model {repo_id!r} is no folder here and could not be had from the hub ({type(error).__name__}): "
-            "check the name and the network, or name a folder"
-        ) from error
 
 
 def _config(folder: Path) -> PretrainedConfig:

@@ -39,7 +39,11 @@ def test_a_long_prompt_does_not_stall_who_is_being_answered(client: OpenAI, serv
     before = server.metric("quickchange_step_rows_bucket", le="512.0")
     total = server.metric("quickchange_step_rows_count")
     stream = client.chat.completions.create(
-        model="tolstoy", messages=[{"role": "user", "content": "Tell me a story."}], max_tokens=60, stream=True
+        model="tolstoy",
+        messages=[{"role": "user", "content": "Tell me a story."}],
+        temperature=0,
+        max_tokens=60,
+        stream=True,
     )
     with ThreadPoolExecutor(1) as pool:
         long = pool.submit(answer, client, ("micro", "word " * 1800))

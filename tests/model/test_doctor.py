@@ -217,7 +217,7 @@ def test_memory_over_the_limit_is_a_problem_of_an_adapter_that_is_told_all_the_s
 
 
 def test_peft_is_kept_away_from_what_is_refused(folder: Path, check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adapters_check, "compare", lambda *given: pytest.fail("PEFT was asked"))
+    monkeypatch.setattr(parity, "compare", lambda *given: pytest.fail("PEFT was asked"))
     change(folder, layer_replication=[[0, 1]])
     assert check(folder)[0] == 1
 
@@ -227,12 +227,13 @@ def test_peft_gets_names_and_numbers_in_place_of_a_strangers_expressions(
 ) -> None:
     """``(a+)+$`` would keep PEFT busy for ever, and ``auto_mapping`` would have it import a module."""
     seen: list[Manifest] = []
+    compare = parity.compare
 
     def note(path: Path, manifest: Manifest, answers: parity.Answers) -> parity.Parity:
         seen.append(manifest)
-        return parity.compare(path, manifest, answers)
+        return compare(path, manifest, answers)
 
-    monkeypatch.setattr(adapters_check, "compare", note)
+    monkeypatch.setattr(parity, "compare", note)
     gadgets: dict[str, Any] = {
         "auto_mapping": {"parent_library": "this", "base_model_class": "x"},
         "megatron_core": "antigravity",
@@ -284,6 +285,6 @@ def test_where_peft_cannot_load_it_the_probe_failed(
 
 def test_a_large_base_is_not_loaded_twice(folder: Path, check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapters_check, "MAX_PROBED_BYTES", 1000)
-    monkeypatch.setattr(adapters_check, "compare", lambda *given: pytest.fail("PEFT was asked"))
+    monkeypatch.setattr(parity, "compare", lambda *given: pytest.fail("PEFT was asked"))
     status, said = check(folder)
     assert status == 0 and "PEFT parity  not probed: the base's weights have 0.0 GB" in said

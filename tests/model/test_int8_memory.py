@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from benchmarks.parts.random_tokenizer import save_tokenizer
 from tests.serving import ROOT
 
-VOCAB_SIZE = 32_000
+VOCAB_SIZE = 16_000
 
 
 def build(folder: Path) -> int:
@@ -23,7 +23,7 @@ def build(folder: Path) -> int:
         vocab_size=VOCAB_SIZE,
         hidden_size=512,
         intermediate_size=2048,
-        num_hidden_layers=10,
+        num_hidden_layers=8,
         num_attention_heads=8,
         num_key_value_heads=2,
         max_position_embeddings=256,

@@ -14,7 +14,8 @@ from server.int8.linear import PackedProduct
 from server.int8.outliers import MOST, Outliers, find_outliers
 from server.int8.rows import Int8Rows
 from server.model import quantizer
-from server.model.loader import find_base, load_base, load_stock
+from server.model.base_folder import find_base
+from server.model.loader import load_base, load_stock
 from tests.model.int8_bases import MOST_DIVERGENCE, MOST_EXCESS, NUM_WINDOWS, TWO_KERNELS, name_of
 from tests.model.test_int8 import NUM_INPUTS, assert_independent, random
 

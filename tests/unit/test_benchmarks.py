@@ -23,7 +23,7 @@ from benchmarks.parts.random_adapters import write_adapters
 from benchmarks.parts.raw_client import EventCounter
 from benchmarks.parts.requests import Client, Record
 from benchmarks.parts.step_timers import Stack
-from server.model.loader import find_base
+from server.model.base_folder import find_base
 
 
 def workload(**changes: object) -> Workload:

@@ -44,7 +44,7 @@ ALLOWED = {
     "fastapi": ("server.api", "server.cli.serve"),
     "starlette": ("server.api", "server.cli.serve"),
     "uvicorn": ("server.cli",),
-    "peft": ("server.cli.adapters_convert", "server.cli.parity"),
+    "peft": ("server.cli.conversion", "server.cli.parity"),
     "numba": ("server.native",),
     "llvmlite": ("server.native",),
 }
