@@ -6,6 +6,7 @@ the grid before and scaled after, each in passes of its own.
 
 from __future__ import annotations
 
+import threading
 from functools import cache
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ from server.native.blocks import (
     BLOCK,
     BY_GELU,
     BY_SILU,
+    FEW,
     NO_GATING,
     ROW_BLOCK,
     by_blocks,
@@ -28,6 +30,7 @@ from server.native.blocks import (
 from server.native.routine import Routine, available
 
 _ZERO = LEVELS + 1
+_memory = threading.local()
 
 
 class NativeKernel:
@@ -43,7 +46,8 @@ class NativeKernel:
         self._row_scales = rows.scales
         self._constants = _constants(rows, bias)
         self._outliers = outliers
-        self._outlier_weights = by_blocks(outliers.weights if outliers else torch.empty(0, self.num_outputs))
+        weights = torch.empty(0, self.num_outputs) if outliers is None else outliers.weights
+        self._outlier_weights = by_blocks(weights).transpose(0, 1).contiguous()
         self._fixed = self._addresses()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -51,8 +55,14 @@ class NativeKernel:
         return self._multiply(x, self.num_outputs, NO_GATING)
 
     def gated(self, x: torch.Tensor, *, by_gelu: bool = False) -> torch.Tensor:
-        """float32 [..., in] -> [..., out / 2]: silu, or gelu, of the first half of the outputs, times the second."""
-        return self._multiply(x, self.num_outputs // 2, BY_GELU if by_gelu else BY_SILU)
+        """float32 [..., in] -> [..., out / 2]: silu, or gelu, of the first half of the outputs, times the second.
+
+        Of many rows it is in memory that the next call on this thread writes over.
+        """
+        num_units, num_rows = self.num_outputs // 2, x.numel() // self.num_inputs
+        memory = _workspace("units", num_rows, 4 * num_rows * num_units)
+        y = memory.view(torch.float32).view(*x.shape[:-1], num_units)
+        return self._multiply(x, num_units, BY_GELU if by_gelu else BY_SILU, y)
 
     @property
     def can_gate(self) -> bool:
@@ -65,18 +75,20 @@ class NativeKernel:
         weight = integers * self._row_scales[:, None]
         return weight if self._outliers is None else self._outliers.put_into(weight)
 
-    def _multiply(self, x: torch.Tensor, num_outputs: int, gating: int) -> torch.Tensor:
+    def _multiply(self, x: torch.Tensor, num_outputs: int, gating: int, y: torch.Tensor | None = None) -> torch.Tensor:
         if not x.is_contiguous():
             x = x.contiguous()
         num_rows = x.numel() // self.num_inputs
         num_padded = padded(num_rows, ROW_BLOCK)
         sums = sums_size(num_rows, self._width, len(self._weights))
-        scratch = torch.empty(sums + num_padded * (self._width + 4), dtype=torch.uint8)
-        y = torch.empty(*x.shape[:-1], num_outputs)
+        num_apart = 0 if self._outliers is None else len(self._outliers.indices)
+        scratch = _workspace("scratch", num_rows, sums + num_padded * (self._width + 4 + 4 * num_apart))
+        y = torch.empty(*x.shape[:-1], num_outputs) if y is None else y
         grid = scratch.data_ptr() + sums
+        largest = grid + num_padded * self._width
         self.routine(
-            torch.get_num_threads(), x.data_ptr(), num_rows, y.data_ptr(), gating, grid,
-            grid + num_padded * self._width, scratch.data_ptr(), *self._fixed,
+            torch.get_num_threads(), x.data_ptr(), num_rows, y.data_ptr(), gating, grid, largest,
+            largest + 4 * num_padded, scratch.data_ptr(), *self._fixed,
         )  # fmt: skip
         return y
 
@@ -89,6 +101,21 @@ class NativeKernel:
             apart = (mask.data_ptr(), len(indices), indices.data_ptr(), weights.data_ptr())
         sizes = (self.num_inputs, self.num_outputs, self._width, len(self._weights))
         return *sizes, self._weights.data_ptr(), self._constants.data_ptr(), *apart
+
+
+def _workspace(name: str, num_rows: int, num_bytes: int) -> torch.Tensor:
+    """uint8 [num_bytes] for the time of a call.
+
+    Of many rows it is the same memory again and again, which stays in the caches: fresh memory of tens of megabytes for
+    each layer takes half as long again as the products. What a tape records has to be memory of its own.
+    """
+    if num_rows <= FEW or Routine.recorder is not None:
+        return torch.empty(num_bytes, dtype=torch.uint8)
+    kept: torch.Tensor | None = getattr(_memory, name, None)
+    if kept is None or len(kept) < num_bytes:
+        kept = torch.empty(num_bytes, dtype=torch.uint8)
+        setattr(_memory, name, kept)
+    return kept[:num_bytes]
 
 
 @cache

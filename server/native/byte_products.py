@@ -6,11 +6,11 @@ from typing import Any
 
 from llvmlite import ir
 
-from server.native.blocks import BLOCK
+from server.native.blocks import BLOCK, HALF
 from server.native.intrinsics import loop, prefetch_lines, void_intrinsic
 
 _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
-_LANES = 16
+_NUMBERS, _FLOATS = ir.VectorType(_I32, HALF), ir.VectorType(ir.FloatType(), HALF)
 _AHEAD = 4096
 """Bytes that weights are called into the caches ahead of the products, where they come from memory; measured."""
 
@@ -82,37 +82,60 @@ def _dot_products(builder: Any, rows: int, lanes: int, vectors: range, ahead: in
         builder.store(after[cell], sum_at(*cell), align=4)
 
 
-def _scale_rows(
-    builder: Any, count: Any, sums: Any, constants: Any, largest: Any, y: Any, apart: Any, stride: Any
-) -> None:
-    numbers, values = ir.VectorType(_I32, _LANES), ir.VectorType(ir.FloatType(), _LANES)
+def scale_rows(*, with_outliers: bool = False) -> Any:
+    """``f(count, sums, constants, largest, y, apart, stride)``: y = sums * scales * largest + bias.
 
-    def vector(address: Any, offset: Any, kind: Any) -> Any:
-        return builder.inttoptr(builder.add(address, offset), kind.as_pointer())
+    sums are int32 [count, 32]; behind 32 numbers that sums begin with, ``constants`` are the scales and the bias,
+    float32. Of a row of y the second sixteen lie ``apart`` bytes behind the first; ``stride`` bytes are between rows.
+    With outliers, f takes three more: their ``values`` float32 [count, number], by which their ``weights`` float32
+    [number, 32] are added, and the ``number``.
+    """
 
-    def constant(number: int, half: int, kind: Any) -> Any:
-        return builder.load(vector(constants, _I64(4 * (BLOCK * number + _LANES * half)), kind), align=4)
+    def generate(builder: Any, count: Any, sums: Any, *others: Any) -> None:
+        constants, largest, y, apart, stride, *outliers = others
+        halves = [[_vector(builder, constants, 4 * (BLOCK * one + HALF * half)) for one in (1, 2)] for half in range(2)]
 
-    kinds = list(enumerate((numbers, values, values)))
-    halves = [[constant(number, half, kind) for number, kind in kinds] for half in range(2)]
+        def row(number: Any, _: list[Any]) -> list[Any]:
+            here, there = (
+                builder.add(at, builder.mul(number, step)) for at, step in ((sums, _I64(4 * BLOCK)), (y, stride))
+            )
+            factor = _repeated(builder, builder.add(largest, builder.mul(number, _I64(4))))
+            results = []
+            for half, (scale, bias) in enumerate(halves):
+                whole = builder.bitcast(_vector(builder, here, 4 * HALF * half), _NUMBERS)
+                scaled = builder.fmul(builder.fmul(builder.sitofp(whole, _FLOATS), scale), factor)
+                results.append(builder.fadd(scaled, bias))
+            if with_outliers:
+                results = _with_outliers(builder, number, results, *outliers)
+            for half, result in enumerate(results):
+                place = builder.add(there, builder.mul(apart, _I64(half)))
+                builder.store(result, builder.inttoptr(place, _FLOATS.as_pointer()), align=4)
+            return []
 
-    def row(number: Any, _: list[Any]) -> list[Any]:
-        pointer = builder.inttoptr(builder.add(largest, builder.mul(number, _I64(4))), ir.FloatType().as_pointer())
-        single = builder.insert_element(ir.Constant(values, ir.Undefined), builder.load(pointer, align=4), _I32(0))
-        factor = builder.shuffle_vector(single, single, ir.Constant(ir.VectorType(_I32, _LANES), None))
-        here, there = builder.mul(number, _I64(4 * BLOCK)), builder.mul(number, stride)
-        for half, (zero, scale, more) in enumerate(halves):
-            whole = builder.load(vector(sums, builder.add(here, _I64(4 * _LANES * half)), numbers), align=4)
-            value = builder.fmul(builder.sitofp(builder.add(whole, zero), values), scale)
-            result = builder.fadd(builder.fmul(value, factor), more)
-            builder.store(result, vector(y, builder.add(there, builder.mul(apart, _I64(half))), values), align=4)
-        return []
+        loop(builder, count, [], row)
 
-    loop(builder, count, [], row)
+    return void_intrinsic(10 if with_outliers else 7, generate)
 
 
-scale_rows = void_intrinsic(7, _scale_rows)
-"""``f(count, sums, constants, largest, y, apart, stride)``: y = (sums + zeros) * scales * largest + bias.
+def _with_outliers(builder: Any, row: Any, results: list[Any], values: Any, weights: Any, number: Any) -> list[Any]:
+    """A row's results with what its outliers add, one outlier after another."""
+    mine = builder.add(values, builder.mul(builder.mul(row, number), _I64(4)))
 
-sums are int32 [count, 32]; ``constants`` are the 32 zeros, int32, the scales and the bias, float32. Of a row of y the
-second sixteen lie ``apart`` bytes behind the first, and ``stride`` bytes lie between rows."""
+    def outlier(one: Any, found: list[Any]) -> list[Any]:
+        value = _repeated(builder, builder.add(mine, builder.mul(one, _I64(4))))
+        here = builder.add(weights, builder.mul(one, _I64(4 * BLOCK)))
+        products = [builder.fmul(value, _vector(builder, here, 4 * HALF * half)) for half in range(2)]
+        return [builder.fadd(result, product) for result, product in zip(found, products, strict=True)]
+
+    return loop(builder, number, results, outlier)
+
+
+def _vector(builder: Any, address: Any, offset: int) -> Any:
+    return builder.load(builder.inttoptr(builder.add(address, _I64(offset)), _FLOATS.as_pointer()), align=4)
+
+
+def _repeated(builder: Any, address: Any) -> Any:
+    """A number in memory, sixteen times."""
+    number = builder.load(builder.inttoptr(address, ir.FloatType().as_pointer()), align=4)
+    alone = builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), number, _I32(0))
+    return builder.shuffle_vector(alone, alone, ir.Constant(_NUMBERS, None))

@@ -23,6 +23,7 @@ from server.native.intrinsics import (
     integers,
     largest,
     num_threads,
+    scratch,
     thread_number,
 )
 from server.native.passes import exponential, to_bfloat16
@@ -38,7 +39,7 @@ _KEYS = 32
 _APART = 16
 """Numbers between rows of scores, so that those of one key do not all go to the same few lines of the first cache."""
 _LOWEST, _ZERO, _ONE = np.float32(-np.inf), np.float32(0.0), np.float32(1.0)
-_tiles = tile_products(2, of="tdpbf16ps")
+_tiles, _zeros_memory = tile_products(2, of="tdpbf16ps"), scratch(128)
 
 
 @njit(error_model="numpy")
@@ -118,6 +119,9 @@ def _attend(a: Any, head: int, row: int, scratch: int) -> None:
     scores, tiles = scratch, scratch + ROW_BLOCK * stride
     queries = tiles + 2 * ROW_BLOCK * a.width
     sums, totals = queries + 2 * ROW_BLOCK * a.dim, queries + 2 * ROW_BLOCK * a.dim + 4 * ROW_BLOCK * 32
+    zeros = _zeros_memory()
+    for i in range(32):
+        floats(zeros)[i] = _ZERO
     for one in range(num_rows):
         source = a.q + 4 * ((row + one) * a.q_row + head * a.q_head)
         _as_tiles(source, queries, a.dim, one, a.dim // 32)
@@ -127,7 +131,7 @@ def _attend(a: Any, head: int, row: int, scratch: int) -> None:
     keys = a.packed + 2 * (head * a.kv_heads // a.heads) * a.width * (a.dim + a.value_dim)
     for block in range(steps):
         weights = keys + 2 * (begin + _KEYS * block) * a.dim
-        _tiles(queries, 32 * a.dim, a.dim // 32, weights, scores + 4 * _KEYS * block, stride)
+        _tiles(queries, 32 * a.dim, a.dim // 32, weights, scores + 4 * _KEYS * block, stride, zeros)
     for one in range(num_rows):
         mine, seen = scores + one * stride, a.first + row + one + 1
         hidden = max(0, seen - a.window) - begin if a.window else 0
@@ -136,7 +140,7 @@ def _attend(a: Any, head: int, row: int, scratch: int) -> None:
         floats(totals)[one] = _powers(mine, tile, max(0, hidden), seen - begin, steps, scale, totals + 4 * one)
     for part in range(a.value_dim // 32):
         weights = keys + 2 * a.width * (a.dim + 32 * part) + 2 * begin * 32
-        _tiles(tiles, 2 * TILE_ROWS * (end - begin), steps, weights, sums, 128)
+        _tiles(tiles, 2 * TILE_ROWS * (end - begin), steps, weights, sums, 128, zeros)
         for one in range(num_rows):
             x, y = (
                 floats(sums + 128 * one),

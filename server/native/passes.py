@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -10,7 +11,8 @@ import numpy as np
 import torch
 from numba import njit
 
-from server.native.intrinsics import bits_of, float_of, floats, num_threads, thread_number
+from server.native.gating import gelu_vectors, silu_vectors
+from server.native.intrinsics import bits_of, float_of, floats, num_threads, scratch, thread_number
 from server.native.routine import Routine
 
 _ALONE = 1 << 14
@@ -22,7 +24,7 @@ _SMALLEST, _LARGEST = np.float32(-88.0), np.float32(89.0)
 _C2, _C3, _C4, _C5, _C6 = (np.float32(1 / math.factorial(n)) for n in (2, 3, 4, 5, 6))
 _QUIET_NAN, _INFINITY = np.int32(0x7FC0), np.int32(0x7F800000)
 _HALF, _ONE = np.float32(0.5), np.float32(1.0)
-_GELU_1, _GELU_3 = (np.float32(2 * math.sqrt(2 / math.pi) * factor) for factor in (1.0, 0.044715))
+_rest_memory = scratch(128)
 
 
 @njit(error_model="numpy", fastmath={"contract"})  # said here, else it is what the first caller's happens to be
@@ -45,18 +47,6 @@ def to_bfloat16(number: Any) -> Any:
     if (bits & 0x7FFFFFFF) > _INFINITY:
         return _QUIET_NAN
     return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-
-
-@njit(error_model="numpy")
-def silu(x: Any) -> Any:
-    """x times the logistic function of x (Elfwing et al. 2018), in float32."""
-    return x / (_ONE + exponential(-x))
-
-
-@njit(error_model="numpy")
-def gelu(x: Any) -> Any:
-    """GELU's approximation with tanh (Hendrycks and Gimpel 2016), written with a power of e, in float32."""
-    return x / (_ONE + exponential(-x * (_GELU_1 + _GELU_3 * (x * x))))
 
 
 def _add(a: Any) -> None:
@@ -114,24 +104,26 @@ def _rotate_heads(a: Any) -> None:
             _rotate(source, a.k_out + (row * a.k_heads + head) * width, cos, sin, a.half)
 
 
-def _gated(a: Any) -> None:
-    """y = silu(gate) * up of rows [rows, dim] that lie a stride apart."""
-    me, team = thread_number(), num_threads()
-    for row in range(a.rows * me // team, a.rows * (me + 1) // team):
-        gate, up = floats(a.gate + 4 * row * a.gate_stride), floats(a.up + 4 * row * a.up_stride)
-        y = floats(a.y + 4 * row * a.dim)
-        for i in range(a.dim):
-            y[i] = silu(gate[i]) * up[i]
+def _gate(vectors: Any) -> Callable[[Any], None]:
+    """y = silu(gate) * up, or gelu(gate) * up, of rows [rows, dim] that lie a stride apart."""
 
+    def gate(a: Any) -> None:
+        me, team = thread_number(), num_threads()
+        rest = _rest_memory()
+        whole, left = a.dim // 16, a.dim % 16
+        for row in range(a.rows * me // team, a.rows * (me + 1) // team):
+            gate, up, y = a.gate + 4 * row * a.gate_stride, a.up + 4 * row * a.up_stride, a.y + 4 * row * a.dim
+            if whole:
+                vectors(gate, up, y, whole)
+            if left:
+                for i in range(left):
+                    floats(rest)[i] = floats(gate)[16 * whole + i]
+                    floats(rest)[16 + i] = floats(up)[16 * whole + i]
+                vectors(rest, rest + 64, rest, 1)
+                for i in range(left):
+                    floats(y)[16 * whole + i] = floats(rest)[i]
 
-def _gated_by_gelu(a: Any) -> None:
-    """y = gelu(gate) * up, as ``_gated``."""
-    me, team = thread_number(), num_threads()
-    for row in range(a.rows * me // team, a.rows * (me + 1) // team):
-        gate, up = floats(a.gate + 4 * row * a.gate_stride), floats(a.up + 4 * row * a.up_stride)
-        y = floats(a.y + 4 * row * a.dim)
-        for i in range(a.dim):
-            y[i] = gelu(gate[i]) * up[i]
+    return gate
 
 
 class Passes:
@@ -145,7 +137,7 @@ class Passes:
         )
         self._rotate = Routine(_rotate_heads, fields)
         fields = "gate up y rows dim gate_stride up_stride"
-        self._gated, self._gated_by_gelu = Routine(_gated, fields), Routine(_gated_by_gelu, fields)
+        self._gated, self._gated_by_gelu = Routine(_gate(silu_vectors), fields), Routine(_gate(gelu_vectors), fields)
         self._scale = Routine(_scale, "x y size", "factor")
 
     @property

@@ -25,6 +25,15 @@ from server.native.blocks import (
     WHOLE,
 )
 from server.native.byte_products import dot_products, scale_rows
+from server.native.gating import (
+    BESIDE,
+    gelu_beside_products,
+    gelu_sums,
+    gelu_vectors,
+    silu_beside_products,
+    silu_sums,
+    silu_vectors,
+)
 from server.native.intrinsics import (
     barrier,
     bits_of,
@@ -38,17 +47,16 @@ from server.native.intrinsics import (
     scratch,
     thread_number,
 )
-from server.native.passes import gelu, silu
 from server.native.routine import Routine
 from server.native.tiles import configure_tiles, may_use_tiles, release_tiles, tile_products
 
-FIELDS = "x rows y gating grid largest sums inputs outputs width blocks weights constants"
+FIELDS = "x rows y gating grid largest apart sums inputs outputs width blocks weights constants"
 FIELDS += " others num_outliers outliers outlier_weights"
 """Of a product's record. ``x`` float32 [rows, inputs] and ``y`` [rows, outputs], or [rows, outputs / 2] with a
-``gating``; ``grid`` uint8 [whole row tiles, width], ``largest`` float32 [rows] and ``sums`` are for the time of the
-call. ``constants`` are, for each block, 32 int32 that are added to sums, 32 scales and a bias in float32. ``others``
-float32 [inputs] has 0 at outliers, whose indices are int64 and whose weights float32 [.., blocks, 32]; 0 for what is
-not there."""
+``gating``; ``grid`` uint8 [whole row tiles, width], ``largest`` float32 [rows], ``apart`` [rows, outliers] and ``sums``
+are for the time of the call. ``constants`` are, for each block, 32 int32 that sums begin with, 32 scales and a bias in
+float32. ``others`` float32 [inputs] has 0 at outliers, whose indices are int64 and whose weights float32 [blocks, ..,
+32]; 0 for what is not there."""
 _TILE_SLAB = 8
 """Steps of 64 inputs whose weights, 16 KB, stay in half of a first cache while all rows use them."""
 _SLAB = 128
@@ -57,6 +65,7 @@ _ONE, _LEVELS = np.float32(1.0), np.float32(127.0)
 _MIDDLE = np.float32(128.5)
 _TINY_BITS = np.float32(1e-30).view(np.int32)
 
+_scale_rows, _scale_with_outliers = scale_rows(), scale_rows(with_outliers=True)
 _sums_memory, _values_memory = scratch(4 * BLOCK * CHUNK), scratch(4 * BLOCK * CHUNK)
 _one_tile, _two_tiles = tile_products(1, prefetch=True), tile_products(2, prefetch=True)
 _tiles, _more_tiles = tile_products(2), tile_products(2, add=True)
@@ -78,6 +87,8 @@ def _put_on_grid(a: Any, row: int, target: int, apart: int) -> None:
         for i in range(a.inputs):
             largest = max(largest, bits_of(abs(x[i])))
     floats(a.largest)[row] = float_of(largest)
+    for one in range(a.num_outliers):
+        floats(a.apart)[row * a.num_outliers + one] = x[longs(a.outliers)[one]]
     scale = _ONE / float_of(largest) * _LEVELS  # in two steps as torch's kernels, so that bytes are theirs
     for first in range(0, a.inputs, TILE_BYTES):
         grid, x = bytes_at(target + first // TILE_BYTES * apart), floats(a.x + 4 * (row * a.inputs + first))
@@ -100,25 +111,39 @@ def _put_on_tiles(a: Any) -> None:
 
 
 @njit(error_model="numpy")
+def _scale(a: Any, row: int, count: int, block: int, sums: int, y: int, apart: int, stride: int) -> None:
+    """A block's sums of some rows, scaled back, with what outliers add."""
+    constants, largest = a.constants + 12 * BLOCK * block, a.largest + 4 * row
+    if a.num_outliers:
+        values, weights = a.apart + 4 * row * a.num_outliers, a.outlier_weights + 4 * BLOCK * a.num_outliers * block
+        _scale_with_outliers(count, sums, constants, largest, y, apart, stride, values, weights, a.num_outliers)
+    else:
+        _scale_rows(count, sums, constants, largest, y, apart, stride)
+
+
+@njit(error_model="numpy")
 def _finish(a: Any, row: int, count: int, block: int, sums: int) -> None:
     """A block's sums of some rows, scaled back, into y."""
     constants, largest = a.constants + 12 * BLOCK * block, a.largest + 4 * row
     half, output = HALF * a.blocks, HALF * block
     if a.gating == NO_GATING and half + output + HALF <= a.outputs:
         y = a.y + 4 * (row * a.outputs + output)
-        scale_rows(count, sums, constants, largest, y, 4 * half, 4 * a.outputs)
-        _add_outliers(a, row, count, block, y, half, a.outputs)
+        _scale(a, row, count, block, sums, y, 4 * half, 4 * a.outputs)
         return
-    values, apart = _values_memory(), HALF * count  # one half behind the other, so that loops are long
-    scale_rows(count, sums, constants, largest, values, 4 * apart, 4 * HALF)
-    _add_outliers(a, row, count, block, values, apart, HALF)
+    if a.gating != NO_GATING and not a.num_outliers:
+        y = a.y + 4 * (row * half + output)
+        if a.gating == BY_SILU:
+            silu_sums(count, sums, constants, largest, y, 4 * half)
+        else:
+            gelu_sums(count, sums, constants, largest, y, 4 * half)
+        return
+    values, apart = _values_memory(), HALF * count  # one half behind the other
+    _scale(a, row, count, block, sums, values, 4 * apart, 4 * HALF)
     first, second = floats(values), floats(values + 4 * apart)
     if a.gating == BY_SILU:
-        for i in range(HALF * count):
-            first[i] = silu(first[i]) * second[i]
+        silu_vectors(values, values + 4 * apart, values, count)
     elif a.gating == BY_GELU:
-        for i in range(HALF * count):
-            first[i] = gelu(first[i]) * second[i]
+        gelu_vectors(values, values + 4 * apart, values, count)
     width = a.outputs if a.gating == NO_GATING else half
     for one in range(count):
         y = floats(a.y + 4 * ((row + one) * width + output))
@@ -126,19 +151,6 @@ def _finish(a: Any, row: int, count: int, block: int, sums: int) -> None:
             y[i] = first[HALF * one + i]
         for i in range(min(HALF, width - output - half)):
             y[half + i] = second[HALF * one + i]
-
-
-@njit(error_model="numpy")
-def _add_outliers(a: Any, row: int, count: int, block: int, at: int, apart: int, stride: int) -> None:
-    """To a block's numbers of some rows, whose halves lie ``apart`` numbers from one another."""
-    for number in range(a.num_outliers):
-        weights = floats(a.outlier_weights + 4 * BLOCK * (number * a.blocks + block))
-        for one in range(count):
-            value = floats(a.x + 4 * (row + one) * a.inputs)[longs(a.outliers)[number]]
-            for half in range(2):
-                y = floats(at + 4 * (one * stride + half * apart))
-                for i in range(HALF):
-                    y[i] += value * weights[HALF * half + i]
 
 
 def _by_dot_products(bits: int) -> Callable[[Any], None]:
@@ -156,8 +168,9 @@ def _by_dot_products(bits: int) -> Callable[[Any], None]:
         for block in range(a.blocks * me // team, a.blocks * (me + 1) // team):
             for chunk in range(0, a.rows, CHUNK):
                 rows = min(a.rows - chunk, CHUNK)
+                begin = integers(a.constants + 12 * BLOCK * block)
                 for i in range(BLOCK * rows):
-                    integers(sums)[i] = 0
+                    integers(sums)[i] = begin[i % BLOCK]
                 for slab in range(0, a.width // 4, _SLAB):
                     steps = min(a.width // 4 - slab, _SLAB)
                     weights = a.weights + (block * a.width // 4 + slab) * 4 * BLOCK
@@ -186,11 +199,11 @@ def _few_rows_by_tiles(a: Any, first: int, end: int) -> None:
     """Products of up to 32 rows with these blocks, which come from memory."""
     sums, apart = _sums_memory(), TILE_ROWS * a.width
     for block in range(first, end):
-        weights = a.weights + block * a.width * BLOCK
+        weights, begin = a.weights + block * a.width * BLOCK, a.constants + 12 * BLOCK * block
         if a.rows <= TILE_ROWS:
-            _one_tile(a.grid, apart, a.width // TILE_BYTES, weights, sums, 4 * BLOCK)
+            _one_tile(a.grid, apart, a.width // TILE_BYTES, weights, sums, 4 * BLOCK, begin)
         else:
-            _two_tiles(a.grid, apart, a.width // TILE_BYTES, weights, sums, 4 * BLOCK)
+            _two_tiles(a.grid, apart, a.width // TILE_BYTES, weights, sums, 4 * BLOCK, begin)
         _finish(a, 0, a.rows, block, sums)
 
 
@@ -201,21 +214,63 @@ def _many_rows_by_tiles(a: Any, chunk: int, first: int, end: int) -> None:
     slabs = 1 if steps <= WHOLE else (steps + _TILE_SLAB - 1) // _TILE_SLAB
     per_block = (last - chunk + ROW_BLOCK - 1) // ROW_BLOCK * ROW_BLOCK
     for slab in range(slabs):
-        begin = steps * slab // slabs
-        count = steps * (slab + 1) // slabs - begin
+        first_step = steps * slab // slabs
+        count = steps * (slab + 1) // slabs - first_step
         for block in range(first, end):
-            weights = a.weights + (block * a.width + begin * TILE_BYTES) * BLOCK
+            weights = a.weights + (block * a.width + first_step * TILE_BYTES) * BLOCK
+            begin = a.constants + 12 * BLOCK * block
             for row in range(chunk, last, ROW_BLOCK):
-                grid = a.grid + row * a.width + begin * TILE_ROWS * TILE_BYTES
+                grid = a.grid + row * a.width + first_step * TILE_ROWS * TILE_BYTES
                 sums = _sums_memory()
                 if slabs > 1:
                     sums = a.sums + 4 * BLOCK * (block * per_block + row - chunk)
                 if slab:
-                    _more_tiles(grid, apart, count, weights, sums, 4 * BLOCK)
+                    _more_tiles(grid, apart, count, weights, sums, 4 * BLOCK, begin)
                 else:
-                    _tiles(grid, apart, count, weights, sums, 4 * BLOCK)
+                    _tiles(grid, apart, count, weights, sums, 4 * BLOCK, begin)
                 if slab == slabs - 1:
                     _finish(a, row, min(last - row, ROW_BLOCK), block, sums)
+
+
+@njit(error_model="numpy")
+def _many_gated_rows_by_tiles(a: Any, chunk: int, first: int, end: int) -> None:
+    """As ``_many_rows_by_tiles`` in one slab, where each panel of rows is gated beside the products of the next."""
+    steps, last, apart, half = a.width // TILE_BYTES, min(a.rows, chunk + CHUNK), TILE_ROWS * a.width, HALF * a.blocks
+    memory = _sums_memory()
+    sums, ready, count = memory, memory + 4 * BLOCK * ROW_BLOCK, 0
+    constants, largest, y = a.constants, a.largest, a.y
+    for block in range(first, end):
+        weights, begin = a.weights + block * a.width * BLOCK, a.constants + 12 * BLOCK * block
+        for row in range(chunk, last, ROW_BLOCK):
+            grid = a.grid + row * a.width
+            if count == 0:
+                _tiles(grid, apart, steps, weights, sums, 4 * BLOCK, begin)
+            elif a.gating == BY_SILU:
+                silu_beside_products(
+                    grid, apart, steps, weights, sums, 4 * BLOCK, begin,
+                    count - 1, ready, constants, largest, y, 4 * half,
+                )  # fmt: skip
+            else:
+                gelu_beside_products(
+                    grid, apart, steps, weights, sums, 4 * BLOCK, begin,
+                    count - 1, ready, constants, largest, y, 4 * half,
+                )  # fmt: skip
+            _gate_rest(a, min(count, BESIDE * steps), count, ready, constants, largest, y)
+            sums, ready, count, constants = ready, sums, min(last - row, ROW_BLOCK), begin
+            largest, y = a.largest + 4 * row, a.y + 4 * (row * half + HALF * block)
+    _gate_rest(a, 0, count, ready, constants, largest, y)
+
+
+@njit(error_model="numpy")
+def _gate_rest(a: Any, done: int, count: int, sums: int, constants: int, largest: int, y: int) -> None:
+    """Rows of a panel, of which some are done."""
+    if done < count:
+        stride = 4 * HALF * a.blocks
+        sums, largest, y = sums + 4 * BLOCK * done, largest + 4 * done, y + stride * done
+        if a.gating == BY_SILU:
+            silu_sums(count - done, sums, constants, largest, y, stride)
+        else:
+            gelu_sums(count - done, sums, constants, largest, y, stride)
 
 
 def _by_tiles() -> Callable[[Any], None]:
@@ -234,8 +289,12 @@ def _by_tiles() -> Callable[[Any], None]:
         if a.rows <= FEW:
             _few_rows_by_tiles(a, first, end)
         else:
+            beside = a.gating != NO_GATING and a.num_outliers == 0 and a.width <= TILE_BYTES * WHOLE
             for chunk in range(0, a.rows, CHUNK):
-                _many_rows_by_tiles(a, chunk, first, end)
+                if beside:
+                    _many_gated_rows_by_tiles(a, chunk, first, end)
+                else:
+                    _many_rows_by_tiles(a, chunk, first, end)
         release_tiles()
 
     return by_tiles

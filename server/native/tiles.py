@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -54,46 +55,64 @@ release_tiles = void_intrinsic(0, _release)
 
 
 def tile_products(row_tiles: int, *, of: str = "tdpbusd", prefetch: bool = False, add: bool = False) -> Any:
-    """``f(x, apart, count, weights, sums, stride)``: sums [16 * row_tiles, 32] = x @ a block of weights.
+    """``f(x, apart, count, weights, sums, stride, begin)``: sums [16 * row_tiles, 32] = x @ a block of weights + begin.
 
     By TDPBUSD x is uint8 [row_tiles, count, 16, 64], weights are int8 [count, 16, 32, 4] and sums int32; by TDPBF16PS
     x is bfloat16 [row_tiles, count, 16, 32], weights are [count, 16, 32, 2] and sums float32. ``apart`` bytes lie
-    between x's tiles of rows, ``stride`` between rows of sums. With ``add`` the products are added to sums.
+    between x's tiles of rows, ``stride`` between rows of sums. Each row begins with the 32 numbers at ``begin``, or,
+    with ``add``, with the sums that are there.
     """
 
-    def generate(builder: Any, x: Any, apart: Any, count: Any, weights: Any, sums: Any, stride: Any) -> None:
-        pointer = _I8.as_pointer()
-        zero = _tile_function(builder, "tilezero", _I8)
-        load = _tile_function(builder, "tileloadd64", _I8, pointer, _I64)
-        store = _tile_function(builder, "tilestored64", _I8, pointer, _I64)
-        product = _tile_function(builder, of, _I8, _I8, _I8)
+    def generate(builder: Any, *arguments: Any) -> None:
+        multiply_tiles(builder, row_tiles, arguments, of=of, prefetch=prefetch, add=add)
 
-        def at(address: Any, offset: Any) -> Any:
-            return builder.inttoptr(builder.add(address, offset), pointer)
+    return void_intrinsic(7, generate)
 
-        cells = [(row, column) for row in range(row_tiles) for column in range(2)]
-        firsts = [builder.add(sums, builder.mul(stride, _I64(TILE_ROWS * row))) for row in range(row_tiles)]
-        places = {(row, column): at(firsts[row], _I64(TILE_BYTES * column)) for row, column in cells}
-        tiles = {cell: _I8(number) for number, cell in enumerate(cells)}
-        for cell in cells:
-            builder.call(*((load, [tiles[cell], places[cell], stride]) if add else (zero, [tiles[cell]])))
 
-        def step(number: Any, _: list[Any]) -> list[Any]:
-            there = builder.add(weights, builder.mul(number, _I64(64 * BLOCK)))
-            if prefetch:
-                prefetch_lines(builder, there, range(_AHEAD, _AHEAD + 64 * BLOCK, 64), 3)
-            here = builder.add(x, builder.mul(number, _I64(TILE_ROWS * TILE_BYTES)))
+def multiply_tiles(
+    builder: Any,
+    row_tiles: int,
+    arguments: Sequence[Any],
+    *,
+    of: str = "tdpbusd",
+    prefetch: bool = False,
+    add: bool = False,
+    beside: Callable[[Any], None] | None = None,
+) -> None:
+    """The code of ``tile_products``; ``beside`` writes what else is done in each step, of which it gets the number."""
+    x, apart, count, weights, sums, stride, begin = arguments
+    pointer = _I8.as_pointer()
+    load = _tile_function(builder, "tileloadd64", _I8, pointer, _I64)
+    store = _tile_function(builder, "tilestored64", _I8, pointer, _I64)
+    product = _tile_function(builder, of, _I8, _I8, _I8)
+
+    def at(address: Any, offset: Any) -> Any:
+        return builder.inttoptr(builder.add(address, offset), pointer)
+
+    cells = [(row, column) for row in range(row_tiles) for column in range(2)]
+    firsts = [builder.add(sums, builder.mul(stride, _I64(TILE_ROWS * row))) for row in range(row_tiles)]
+    places = {(row, column): at(firsts[row], _I64(TILE_BYTES * column)) for row, column in cells}
+    tiles = {cell: _I8(number) for number, cell in enumerate(cells)}
+    for cell in cells:
+        first = places[cell] if add else at(begin, _I64(TILE_BYTES * cell[1]))
+        builder.call(load, [tiles[cell], first, stride if add else _I64(0)])
+
+    def step(number: Any, _: list[Any]) -> list[Any]:
+        there = builder.add(weights, builder.mul(number, _I64(64 * BLOCK)))
+        if prefetch:
+            prefetch_lines(builder, there, range(_AHEAD, _AHEAD + 64 * BLOCK, 64), 3)
+        here = builder.add(x, builder.mul(number, _I64(TILE_ROWS * TILE_BYTES)))
+        for row in range(row_tiles):
+            place = at(here, builder.mul(apart, _I64(row)))
+            builder.call(load, [_I8(4 + row), place, _I64(TILE_BYTES)])
+        for column in range(2):
+            builder.call(load, [_I8(6 + column), at(there, _I64(64 * column)), _I64(4 * BLOCK)])
             for row in range(row_tiles):
-                place = at(here, builder.mul(apart, _I64(row)))
-                builder.call(load, [_I8(4 + row), place, _I64(TILE_BYTES)])
-            for column in range(2):
-                builder.call(load, [_I8(6 + column), at(there, _I64(64 * column)), _I64(4 * BLOCK)])
-                for row in range(row_tiles):
-                    builder.call(product, [tiles[row, column], _I8(4 + row), _I8(6 + column)])
-            return []
+                builder.call(product, [tiles[row, column], _I8(4 + row), _I8(6 + column)])
+        if beside is not None:
+            beside(number)
+        return []
 
-        loop(builder, count, [], step)
-        for cell in cells:
-            builder.call(store, [tiles[cell], places[cell], stride])
-
-    return void_intrinsic(6, generate)
+    loop(builder, count, [], step)
+    for cell in cells:
+        builder.call(store, [tiles[cell], places[cell], stride])

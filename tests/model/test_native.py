@@ -231,7 +231,8 @@ def test_gated_units_are_the_stock_codes(threads: int, dim: int) -> None:
     joint = 5.0 * random(1, 300, 2 * dim)
     gate, up = joint.split(dim, -1)
     alone = torch.cat([passes().gated(gate[:, row : row + 1], up[:, row : row + 1]) for row in range(300)], 1)
-    torch.testing.assert_close(alone, F.silu(gate) * up, rtol=1e-6, atol=1e-12)
+    stock = F.silu(gate.double()) * up.double()
+    torch.testing.assert_close(alone.double(), stock, rtol=5e-6, atol=1e-12)
     for num_rows in (2, 3, 5, 18, 64, 300):
         assert torch.equal(passes().gated(gate[:, :num_rows], up[:, :num_rows]), alone[:, :num_rows])
     assert torch.equal(passes().gated(gate.contiguous(), up.contiguous()), alone)

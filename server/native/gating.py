@@ -1,0 +1,189 @@
+"""What gates units, silu(gate) * up or gelu(gate) * up, sixteen at a time in registers."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+
+from server.native.blocks import BLOCK, HALF
+from server.native.intrinsics import loop, void_intrinsic
+from server.native.tiles import multiply_tiles
+
+_LANES = HALF
+_I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
+_NUMBERS, _FLOATS = ir.VectorType(_I32, _LANES), ir.VectorType(_F32, _LANES)
+_LOG2E = 1.4426950408889634
+_MOST = 126.0
+"""Of an exponent of two, so that the power is a normal number."""
+_GELU_1, _GELU_3 = (2 * math.sqrt(2 / math.pi) * factor for factor in (1.0, 0.044715))
+_SHUT = 2.0**125
+"""One plus a power of e from which on a gate is shut; its reciprocal would leave the range of float32."""
+_RECIPROCAL = 0x7EF311C7
+"""Minus the bits of a number: those of its reciprocal to one part in eight. Three steps of Newton's make it exact."""
+
+Vector = Any
+
+
+class _Vectors:
+    """Arithmetic of sixteen float32 by a builder."""
+
+    def __init__(self, builder: Any) -> None:
+        self.builder = builder
+
+    def number(self, value: float) -> Vector:
+        """Sixteen times, as float32 has it."""
+        (single,) = struct.unpack("f", struct.pack("f", value))
+        return ir.Constant(_FLOATS, [single] * _LANES)
+
+    def at(self, address: Any, kind: Any = _FLOATS) -> Any:
+        """A pointer to a vector."""
+        return self.builder.inttoptr(address, kind.as_pointer())
+
+    def load(self, address: Any, kind: Any = _FLOATS) -> Vector:
+        """Sixteen numbers."""
+        return self.builder.load(self.at(address, kind), align=4)
+
+    def multiply_add(self, a: Vector, b: Vector, c: Vector) -> Vector:
+        """a * b + c, rounded once."""
+        return self._call("fma", a, b, c)
+
+    def power(self, x: Vector, factor: float) -> Vector:
+        """Two to the x times a factor, at most 2**126 and at least 2**-126; for NaN that, too."""
+        builder = self.builder
+        t = builder.fmul(x, self.number(factor))
+        for bound, order in ((-_MOST, ">"), (_MOST, "<")):
+            limit = self.number(bound)
+            t = builder.select(builder.fcmp_ordered(order, t, limit), t, limit)
+        n = self._call("rint", t)
+        r = builder.fsub(t, n)
+        power = self.number(math.log(2) ** 6 / math.factorial(6))
+        for term in range(5, -1, -1):
+            power = self.multiply_add(power, r, self.number(math.log(2) ** term / math.factorial(term)))
+        exponent = builder.shl(builder.fptosi(n, _NUMBERS), ir.Constant(_NUMBERS, [23] * _LANES))
+        return builder.bitcast(builder.add(builder.bitcast(power, _NUMBERS), exponent), _FLOATS)
+
+    def over(self, x: Vector, power: Vector) -> Vector:
+        """x / (1 + power), without a division, which takes as long as all the rest."""
+        builder = self.builder
+        d = builder.fadd(power, self.number(1.0))
+        bits = builder.sub(ir.Constant(_NUMBERS, [_RECIPROCAL] * _LANES), builder.bitcast(d, _NUMBERS))
+        r = builder.bitcast(bits, _FLOATS)
+        negative = builder.fsub(self.number(-0.0), d)
+        for _ in range(3):
+            r = builder.fmul(r, self.multiply_add(negative, r, self.number(2.0)))
+        open_ = builder.fcmp_ordered("<", d, self.number(_SHUT))
+        return builder.fmul(x, builder.select(open_, r, self.number(0.0)))
+
+    def silu(self, x: Vector) -> Vector:
+        """x times the logistic function of x (Elfwing et al. 2018)."""
+        return self.over(x, self.power(x, -_LOG2E))
+
+    def gelu(self, x: Vector) -> Vector:
+        """GELU's approximation with tanh (Hendrycks and Gimpel 2016), written with a power of e."""
+        inner = self.multiply_add(self.builder.fmul(x, x), self.number(-_GELU_3), self.number(-_GELU_1))
+        return self.over(x, self.power(self.builder.fmul(x, inner), _LOG2E))
+
+    def _call(self, name: str, *arguments: Vector) -> Vector:
+        whole = f"llvm.{name}.v{_LANES}f32"
+        known = self.builder.module.globals.get(whole)
+        kind = ir.FunctionType(_FLOATS, [_FLOATS] * len(arguments))
+        return self.builder.call(known or ir.Function(self.builder.module, kind, whole), arguments)
+
+
+Gate = Callable[[_Vectors, Vector], Vector]
+
+
+def _gate_vectors(gate: Gate) -> Any:
+    """``f(gate, up, y, count)``: of float32 [16 * count] each."""
+
+    def generate(builder: Any, gates: Any, ups: Any, y: Any, count: Any) -> None:
+        vectors = _Vectors(builder)
+
+        def one(number: Any, _: list[Any]) -> list[Any]:
+            offset = builder.mul(number, _I64(4 * _LANES))
+            first, second = (vectors.load(builder.add(address, offset)) for address in (gates, ups))
+            builder.store(builder.fmul(gate(vectors, first), second), vectors.at(builder.add(y, offset)), align=4)
+            return []
+
+        loop(builder, count, [], one)
+
+    return void_intrinsic(4, generate)
+
+
+class GatedRow:
+    """Code for rows of a block's sums, int32 [.., 32], that become units, float32 [.., 16]: as ``scale_rows`` does.
+
+    ``stride`` bytes lie between rows of y.
+    """
+
+    def __init__(self, gate: Gate, builder: Any, sums: Any, constants: Any, largest: Any, y: Any, stride: Any) -> None:
+        self._gate, self._vectors = gate, _Vectors(builder)
+        self._sums, self._largest, self._y, self._stride = sums, largest, y, stride
+        self._halves = [[self._constant(constants, number, half) for number in (1, 2)] for half in range(2)]
+
+    def compute(self, number: Any) -> None:
+        """One row."""
+        vectors, builder = self._vectors, self._vectors.builder
+        place = builder.add(self._largest, builder.mul(number, _I64(4)))
+        single = builder.load(builder.inttoptr(place, _F32.as_pointer()), align=4)
+        alone = builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), single, _I32(0))
+        factor = builder.shuffle_vector(alone, alone, ir.Constant(_NUMBERS, None))
+        here = builder.add(self._sums, builder.mul(number, _I64(4 * BLOCK)))
+        found = []
+        for half, (scales, bias) in enumerate(self._halves):
+            whole = vectors.load(builder.add(here, _I64(4 * HALF * half)), _NUMBERS)
+            scaled = builder.fmul(builder.sitofp(whole, _FLOATS), scales)
+            found.append(builder.fadd(builder.fmul(scaled, factor), bias))
+        units = builder.fmul(self._gate(vectors, found[0]), found[1])
+        builder.store(units, vectors.at(builder.add(self._y, builder.mul(number, self._stride))), align=4)
+
+    def _constant(self, constants: Any, number: int, half: int) -> Vector:
+        builder = self._vectors.builder
+        return self._vectors.load(builder.add(constants, _I64(4 * (BLOCK * number + HALF * half))))
+
+
+def _gate_sums(gate: Gate) -> Any:
+    """``f(count, sums, constants, largest, y, stride)``: so many rows, one after another."""
+
+    def generate(builder: Any, count: Any, *addresses: Any) -> None:
+        row = GatedRow(gate, builder, *addresses)
+
+        def one(number: Any, _: list[Any]) -> list[Any]:
+            row.compute(number)
+            return []
+
+        loop(builder, count, [], one)
+
+    return void_intrinsic(6, generate)
+
+
+def _gate_beside_products(gate: Gate) -> Any:
+    """Products of two row tiles, as ``tile_products``, and beside each of their steps two rows of sums made before.
+
+    ``f(x, apart, count, weights, sums, stride, begin, last, sums, constants, largest, y, stride)``: the first seven are
+    the products'; ``last`` is the last row of those sums, which rows beyond are taken for. Tiles and vectors are
+    multiplied at the same time, where one after the other takes as long as both.
+    """
+
+    def generate(builder: Any, *arguments: Any) -> None:
+        last, row = arguments[7], GatedRow(gate, builder, *arguments[8:])
+
+        def rows(step: Any) -> None:
+            for one in range(BESIDE):
+                number = builder.add(builder.mul(step, _I64(BESIDE)), _I64(one))
+                row.compute(builder.select(builder.icmp_signed("<", number, last), number, last))
+
+        multiply_tiles(builder, 2, arguments[:7], beside=rows)
+
+    return void_intrinsic(13, generate)
+
+
+BESIDE = 2
+"""Rows that are gated beside a step of the products."""
+silu_vectors, gelu_vectors = _gate_vectors(_Vectors.silu), _gate_vectors(_Vectors.gelu)
+silu_sums, gelu_sums = _gate_sums(_Vectors.silu), _gate_sums(_Vectors.gelu)
+silu_beside_products, gelu_beside_products = _gate_beside_products(_Vectors.silu), _gate_beside_products(_Vectors.gelu)
