@@ -44,14 +44,24 @@ def product_rates(shapes: Mapping[str, Shape], num_rows: int) -> dict[str, float
 
 @torch.inference_mode()
 def _rate(name: str, shapes: Mapping[str, Shape], num_rows: int) -> float:
+    layer = one_layer(name, shapes, num_rows)
+    return operations(shapes, num_rows) / best_seconds(layer)
+
+
+def operations(shapes: Mapping[str, Shape], num_rows: int) -> int:
+    """Of the products of so many rows with these, 2 for each multiply-add."""
+    return sum(2 * num_rows * into * out for into, out in shapes.values())
+
+
+def one_layer(name: str, shapes: Mapping[str, Shape], num_rows: int) -> Callable[[], None]:
+    """A call of one layer's products of random numbers in a number format."""
     calls = [_product(name, torch.randn(out, into), torch.randn(num_rows, into)) for into, out in shapes.values()]
-    operations = sum(2 * num_rows * into * out for into, out in shapes.values())
 
     def layer() -> None:
         for call in calls:
             call()
 
-    return operations / best_seconds(layer)
+    return layer
 
 
 def _product(name: str, weight: torch.Tensor, x: torch.Tensor) -> Callable[[], object]:
