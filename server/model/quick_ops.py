@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from server.int8.linear import Int8Linear
 from server.lora.layer import as_base
@@ -87,8 +88,11 @@ class RMSNorm(nn.Module):
 class GatedUnits(nn.Module):
     """``down_proj(silu(gate_proj(x)) * up_proj(x))`` (Shazeer 2020), the middle of it in one pass.
 
-    Some have GELU for SiLU, some ``gate_up_proj`` for the first two.
+    Some have GELU for SiLU, some ``gate_up_proj`` for the first two. Where ``only`` is set, int64 [n], other rows are
+    zeros: nobody looks at them behind the last layer.
     """
+
+    only: torch.Tensor | None = None
 
     def __init__(self, stock: nn.Module, passes: Passes, names: Sequence[str] = _APART, *, by_gelu: bool) -> None:
         super().__init__()
@@ -117,6 +121,14 @@ class GatedUnits(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [1, rows, dim] -> [1, rows, dim]."""
+        if self.only is None:
+            return self._of_rows(x)
+        y = torch.zeros_like(x)
+        if len(self.only):
+            y[:, self.only] = self._of_rows(x[:, self.only])
+        return y
+
+    def _of_rows(self, x: torch.Tensor) -> torch.Tensor:
         units = self._as_one_product(x)
         if units is None:
             gate, up = self.gate_up_proj(x).chunk(2, -1) if self._joined else (self.gate_proj(x), self.up_proj(x))
@@ -138,6 +150,12 @@ class GatedUnits(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(self._stock[0], name)
+
+
+def last_units(model: PreTrainedModel) -> GatedUnits | None:
+    """Those of the last layer, where all layers have one."""
+    found = [module for module in model.base_model.modules() if isinstance(module, GatedUnits)]
+    return found[-1] if len(found) == model.config.get_text_config().num_hidden_layers else None
 
 
 class Rotation:

@@ -14,6 +14,7 @@ from server.lora.weights import LoRAWeights
 from server.model.attention import FlatAttention, Layout
 from server.model.kv_cache import KVCache, LayerShape, Span
 from server.model.loader import Base
+from server.model.quick_ops import last_units
 from server.sequence import Batch, Segment
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class ModelRunner:
             from server.model.tapes import Tapes
 
             self.tapes = Tapes(model, attention, self.bank)
+        self._last_units = last_units(model)
 
     @classmethod
     def of(cls, base: Base, *, num_slots: int, max_len: int | None = None) -> ModelRunner:
@@ -79,6 +81,8 @@ class ModelRunner:
             self.tapes.begin(layout)
         ids = [token for segment in batch.segments for token in segment.ids]
         ends = torch.tensor(_sampled_rows(batch.segments), dtype=torch.long, device=self.model.device)
+        if self._last_units is not None:  # which are a whole layer's greater part in a prompt
+            self._last_units.only = ends if any(span.length > 1 for span in layout.spans) else None
         output = self.model(
             input_ids=torch.tensor([ids], device=self.model.device),
             position_ids=layout.positions[None],

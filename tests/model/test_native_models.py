@@ -15,7 +15,7 @@ from tests.model.harness import Ask, difference, host, prompts, put_back_rotatio
 from tests.model.peft_cases import MIXTURES
 
 pytestmark = pytest.mark.skipif(not available(), reason="without torch's OpenMP library there are no routines")
-ASKS = [Ask(prompt, 6) for prompt in prompts(21, 5, 1)]
+ASKS = [Ask(prompt, 6) for prompt in prompts(21, 5, 1, 70)]
 GATED = {*FAMILIES} - {"gpt_oss", "gpt2", "gpt_neox"}
 
 
