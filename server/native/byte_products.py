@@ -8,9 +8,9 @@ from llvmlite import ir
 
 from server.native.blocks import BLOCK, HALF
 from server.native.intrinsics import loop, prefetch_lines, void_intrinsic
+from server.native.vectors import FLOATS, NUMBERS, Vector, Vectors
 
 _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
-_NUMBERS, _FLOATS = ir.VectorType(_I32, HALF), ir.VectorType(ir.FloatType(), HALF)
 _AHEAD = 4096
 """Bytes that weights are called into the caches ahead of the products, where they come from memory; measured."""
 
@@ -93,23 +93,28 @@ def scale_rows(*, with_outliers: bool = False) -> Any:
 
     def generate(builder: Any, count: Any, sums: Any, *others: Any) -> None:
         constants, largest, y, apart, stride, *outliers = others
-        halves = [[_vector(builder, constants, 4 * (BLOCK * one + HALF * half)) for one in (1, 2)] for half in range(2)]
+        vectors = Vectors(builder)
+
+        def part(address: Any, number: int, half: int, kind: Any = FLOATS) -> Any:
+            return vectors.load(builder.add(address, _I64(4 * (BLOCK * number + HALF * half))), kind)
+
+        halves = [[part(constants, one, half) for one in (1, 2)] for half in range(2)]
 
         def row(number: Any, _: list[Any]) -> list[Any]:
             here, there = (
                 builder.add(at, builder.mul(number, step)) for at, step in ((sums, _I64(4 * BLOCK)), (y, stride))
             )
-            factor = _repeated(builder, builder.add(largest, builder.mul(number, _I64(4))))
+            factor = vectors.repeated(builder.add(largest, builder.mul(number, _I64(4))))
             results = []
             for half, (scale, bias) in enumerate(halves):
-                whole = builder.bitcast(_vector(builder, here, 4 * HALF * half), _NUMBERS)
-                scaled = builder.fmul(builder.fmul(builder.sitofp(whole, _FLOATS), scale), factor)
+                whole = part(here, 0, half, NUMBERS)
+                scaled = builder.fmul(builder.fmul(builder.sitofp(whole, FLOATS), scale), factor)
                 results.append(builder.fadd(scaled, bias))
             if with_outliers:
-                results = _with_outliers(builder, number, results, *outliers)
+                results = _with_outliers(vectors, number, results, *outliers)
             for half, result in enumerate(results):
                 place = builder.add(there, builder.mul(apart, _I64(half)))
-                builder.store(result, builder.inttoptr(place, _FLOATS.as_pointer()), align=4)
+                builder.store(result, vectors.at(place), align=4)
             return []
 
         loop(builder, count, [], row)
@@ -117,25 +122,17 @@ def scale_rows(*, with_outliers: bool = False) -> Any:
     return void_intrinsic(10 if with_outliers else 7, generate)
 
 
-def _with_outliers(builder: Any, row: Any, results: list[Any], values: Any, weights: Any, number: Any) -> list[Any]:
+def _with_outliers(
+    vectors: Vectors, row: Any, results: list[Vector], values: Any, weights: Any, number: Any
+) -> list[Vector]:
     """A row's results with what its outliers add, one outlier after another."""
+    builder = vectors.builder
     mine = builder.add(values, builder.mul(builder.mul(row, number), _I64(4)))
 
-    def outlier(one: Any, found: list[Any]) -> list[Any]:
-        value = _repeated(builder, builder.add(mine, builder.mul(one, _I64(4))))
+    def outlier(one: Any, found: list[Vector]) -> list[Vector]:
+        value = vectors.repeated(builder.add(mine, builder.mul(one, _I64(4))))
         here = builder.add(weights, builder.mul(one, _I64(4 * BLOCK)))
-        products = [builder.fmul(value, _vector(builder, here, 4 * HALF * half)) for half in range(2)]
+        products = [builder.fmul(value, vectors.load(builder.add(here, _I64(4 * HALF * half)))) for half in range(2)]
         return [builder.fadd(result, product) for result, product in zip(found, products, strict=True)]
 
     return loop(builder, number, results, outlier)
-
-
-def _vector(builder: Any, address: Any, offset: int) -> Any:
-    return builder.load(builder.inttoptr(builder.add(address, _I64(offset)), _FLOATS.as_pointer()), align=4)
-
-
-def _repeated(builder: Any, address: Any) -> Any:
-    """A number in memory, sixteen times."""
-    number = builder.load(builder.inttoptr(address, ir.FloatType().as_pointer()), align=4)
-    alone = builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), number, _I32(0))
-    return builder.shuffle_vector(alone, alone, ir.Constant(_NUMBERS, None))

@@ -16,7 +16,6 @@ from numba import njit
 from server.native.blocks import ROW_BLOCK, TILE_ROWS, padded
 from server.native.intrinsics import (
     barrier,
-    bits_of,
     floats,
     halves,
     has_features,
@@ -26,9 +25,10 @@ from server.native.intrinsics import (
     scratch,
     thread_number,
 )
-from server.native.passes import exponential, to_bfloat16
+from server.native.passes import to_bfloat16
 from server.native.routine import Routine
 from server.native.tiles import configure_tiles, may_use_tiles, release_tiles, tile_products
+from server.native.vectors import powers_of_two
 
 _FIELDS = "q keys values out packed scratch scratch_size rows first num_keys width window heads kv_heads dim value_dim"
 _FIELDS += " q_row q_head key_head value_head"
@@ -38,7 +38,9 @@ _KEYS = 32
 """Keys of a block: two tiles of scores, and one step of the sum of values."""
 _APART = 16
 """Numbers between rows of scores, so that those of one key do not all go to the same few lines of the first cache."""
+_LOG2E = np.float32(1.4426950408889634)
 _LOWEST, _ZERO, _ONE = np.float32(-np.inf), np.float32(0.0), np.float32(1.0)
+_numbers_memory = scratch(64)
 _tiles, _zeros_memory = tile_products(2, of="tdpbf16ps"), scratch(128)
 
 
@@ -89,27 +91,19 @@ def _as_tiles(source: int, target: int, size: int, one: int, steps: int) -> None
             y[i] = np.int16(to_bfloat16(x[i]))
 
 
-@njit(error_model="numpy", fastmath={"reassoc", "nsz", "contract"})
-def _powers(scores_at: int, tile: int, first: int, end: int, steps: int, scale: Any, largest_at: int) -> Any:
-    """A row's scores from ``first`` to ``end`` to powers of e, and all others to zeros, into tiles; their sum.
-
-    Where a power is NaN, so is the sum: what NaN is rounded to does not matter.
-    """
-    scores, total = floats(scores_at), _ZERO
+@njit(error_model="numpy")
+def _powers(scores_at: int, tile: int, first: int, end: int, steps: int, scale: Any, total_at: int) -> None:
+    """A row's scores from ``first`` to ``end`` to powers of e, and all others to zeros, into tiles; and their sum."""
+    scores, numbers = floats(scores_at), _numbers_memory()
     for j in range(first):
         scores[j] = _LOWEST
     for j in range(end, _KEYS * steps):
         scores[j] = _LOWEST
-    largest(scores_at, _KEYS * steps // 16, largest_at)
-    greatest = floats(largest_at)[0]
-    for step in range(steps):
-        x, y = floats(scores_at + 4 * _KEYS * step), halves(tile + 2 * step * TILE_ROWS * _KEYS)
-        for i in range(_KEYS):
-            power = exponential((x[i] - greatest) * scale)
-            total += power
-            bits = bits_of(power)
-            y[i] = np.int16((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
-    return total
+    largest(scores_at, _KEYS * steps // 16, numbers)
+    factor = scale * _LOG2E
+    floats(numbers)[1] = -factor * floats(numbers)[0]
+    floats(numbers)[0] = factor
+    powers_of_two(scores_at, tile, steps, numbers, total_at)
 
 
 @njit(error_model="numpy")
@@ -137,7 +131,7 @@ def _attend(a: Any, head: int, row: int, scratch: int) -> None:
         hidden = max(0, seen - a.window) - begin if a.window else 0
         scale = np.float32(a.scale)
         tile = tiles + 2 * (one // TILE_ROWS * steps * TILE_ROWS + one % TILE_ROWS) * _KEYS
-        floats(totals)[one] = _powers(mine, tile, max(0, hidden), seen - begin, steps, scale, totals + 4 * one)
+        _powers(mine, tile, max(0, hidden), seen - begin, steps, scale, totals + 4 * one)
     for part in range(a.value_dim // 32):
         weights = keys + 2 * a.width * (a.dim + 32 * part) + 2 * begin * 32
         _tiles(tiles, 2 * TILE_ROWS * (end - begin), steps, weights, sums, 128, zeros)
@@ -200,4 +194,4 @@ class ChunkAttention:
 @cache
 def chunk_attention() -> ChunkAttention | None:
     """The one of a process; None where the CPU has no such tiles."""
-    return ChunkAttention() if has_features("amx-bf16", "amx-tile") and may_use_tiles() else None
+    return ChunkAttention() if has_features("amx-bf16", "amx-tile", "avx512bf16") and may_use_tiles() else None

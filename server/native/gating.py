@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +11,10 @@ from llvmlite import ir
 from server.native.blocks import BLOCK, HALF
 from server.native.intrinsics import loop, void_intrinsic
 from server.native.tiles import multiply_tiles
+from server.native.vectors import FLOATS, NUMBERS, Vector, Vectors
 
 _LANES = HALF
 _I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
-_NUMBERS, _FLOATS = ir.VectorType(_I32, _LANES), ir.VectorType(_F32, _LANES)
 _LOG2E = 1.4426950408889634
 _MOST = 126.0
 """Of an exponent of two, so that the power is a normal number."""
@@ -25,53 +24,20 @@ _SHUT = 2.0**125
 _RECIPROCAL = 0x7EF311C7
 """Minus the bits of a number: those of its reciprocal to one part in eight. Three steps of Newton's make it exact."""
 
-Vector = Any
 
+class _Gates(Vectors):
+    """What opens and shuts."""
 
-class _Vectors:
-    """Arithmetic of sixteen float32 by a builder."""
-
-    def __init__(self, builder: Any) -> None:
-        self.builder = builder
-
-    def number(self, value: float) -> Vector:
-        """Sixteen times, as float32 has it."""
-        (single,) = struct.unpack("f", struct.pack("f", value))
-        return ir.Constant(_FLOATS, [single] * _LANES)
-
-    def at(self, address: Any, kind: Any = _FLOATS) -> Any:
-        """A pointer to a vector."""
-        return self.builder.inttoptr(address, kind.as_pointer())
-
-    def load(self, address: Any, kind: Any = _FLOATS) -> Vector:
-        """Sixteen numbers."""
-        return self.builder.load(self.at(address, kind), align=4)
-
-    def multiply_add(self, a: Vector, b: Vector, c: Vector) -> Vector:
-        """a * b + c, rounded once."""
-        return self._call("fma", a, b, c)
-
-    def power(self, x: Vector, factor: float) -> Vector:
-        """Two to the x times a factor, at most 2**126 and at least 2**-126; for NaN that, too."""
-        builder = self.builder
-        t = builder.fmul(x, self.number(factor))
-        for bound, order in ((-_MOST, ">"), (_MOST, "<")):
-            limit = self.number(bound)
-            t = builder.select(builder.fcmp_ordered(order, t, limit), t, limit)
-        n = self._call("rint", t)
-        r = builder.fsub(t, n)
-        power = self.number(math.log(2) ** 6 / math.factorial(6))
-        for term in range(5, -1, -1):
-            power = self.multiply_add(power, r, self.number(math.log(2) ** term / math.factorial(term)))
-        exponent = builder.shl(builder.fptosi(n, _NUMBERS), ir.Constant(_NUMBERS, [23] * _LANES))
-        return builder.bitcast(builder.add(builder.bitcast(power, _NUMBERS), exponent), _FLOATS)
+    def power(self, x: Vector) -> Vector:
+        """Two to the x, at most 2**126 and at least 2**-126."""
+        return self.power_of_two(self.at_most(self.at_least(x, -_MOST), _MOST), 6)
 
     def over(self, x: Vector, power: Vector) -> Vector:
         """x / (1 + power), without a division, which takes as long as all the rest."""
         builder = self.builder
         d = builder.fadd(power, self.number(1.0))
-        bits = builder.sub(ir.Constant(_NUMBERS, [_RECIPROCAL] * _LANES), builder.bitcast(d, _NUMBERS))
-        r = builder.bitcast(bits, _FLOATS)
+        bits = builder.sub(ir.Constant(NUMBERS, [_RECIPROCAL] * _LANES), builder.bitcast(d, NUMBERS))
+        r = builder.bitcast(bits, FLOATS)
         negative = builder.fsub(self.number(-0.0), d)
         for _ in range(3):
             r = builder.fmul(r, self.multiply_add(negative, r, self.number(2.0)))
@@ -80,28 +46,22 @@ class _Vectors:
 
     def silu(self, x: Vector) -> Vector:
         """x times the logistic function of x (Elfwing et al. 2018)."""
-        return self.over(x, self.power(x, -_LOG2E))
+        return self.over(x, self.power(self.builder.fmul(x, self.number(-_LOG2E))))
 
     def gelu(self, x: Vector) -> Vector:
         """GELU's approximation with tanh (Hendrycks and Gimpel 2016), written with a power of e."""
         inner = self.multiply_add(self.builder.fmul(x, x), self.number(-_GELU_3), self.number(-_GELU_1))
-        return self.over(x, self.power(self.builder.fmul(x, inner), _LOG2E))
-
-    def _call(self, name: str, *arguments: Vector) -> Vector:
-        whole = f"llvm.{name}.v{_LANES}f32"
-        known = self.builder.module.globals.get(whole)
-        kind = ir.FunctionType(_FLOATS, [_FLOATS] * len(arguments))
-        return self.builder.call(known or ir.Function(self.builder.module, kind, whole), arguments)
+        return self.over(x, self.power(self.builder.fmul(self.builder.fmul(x, inner), self.number(_LOG2E))))
 
 
-Gate = Callable[[_Vectors, Vector], Vector]
+Gate = Callable[[_Gates, Vector], Vector]
 
 
 def _gate_vectors(gate: Gate) -> Any:
     """``f(gate, up, y, count)``: of float32 [16 * count] each."""
 
     def generate(builder: Any, gates: Any, ups: Any, y: Any, count: Any) -> None:
-        vectors = _Vectors(builder)
+        vectors = _Gates(builder)
 
         def one(number: Any, _: list[Any]) -> list[Any]:
             offset = builder.mul(number, _I64(4 * _LANES))
@@ -121,22 +81,19 @@ class GatedRow:
     """
 
     def __init__(self, gate: Gate, builder: Any, sums: Any, constants: Any, largest: Any, y: Any, stride: Any) -> None:
-        self._gate, self._vectors = gate, _Vectors(builder)
+        self._gate, self._vectors = gate, _Gates(builder)
         self._sums, self._largest, self._y, self._stride = sums, largest, y, stride
         self._halves = [[self._constant(constants, number, half) for number in (1, 2)] for half in range(2)]
 
     def compute(self, number: Any) -> None:
         """One row."""
         vectors, builder = self._vectors, self._vectors.builder
-        place = builder.add(self._largest, builder.mul(number, _I64(4)))
-        single = builder.load(builder.inttoptr(place, _F32.as_pointer()), align=4)
-        alone = builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), single, _I32(0))
-        factor = builder.shuffle_vector(alone, alone, ir.Constant(_NUMBERS, None))
+        factor = vectors.repeated(builder.add(self._largest, builder.mul(number, _I64(4))))
         here = builder.add(self._sums, builder.mul(number, _I64(4 * BLOCK)))
         found = []
         for half, (scales, bias) in enumerate(self._halves):
-            whole = vectors.load(builder.add(here, _I64(4 * HALF * half)), _NUMBERS)
-            scaled = builder.fmul(builder.sitofp(whole, _FLOATS), scales)
+            whole = vectors.load(builder.add(here, _I64(4 * HALF * half)), NUMBERS)
+            scaled = builder.fmul(builder.sitofp(whole, FLOATS), scales)
             found.append(builder.fadd(builder.fmul(scaled, factor), bias))
         units = builder.fmul(self._gate(vectors, found[0]), found[1])
         builder.store(units, vectors.at(builder.add(self._y, builder.mul(number, self._stride))), align=4)
@@ -184,6 +141,6 @@ def _gate_beside_products(gate: Gate) -> Any:
 
 BESIDE = 2
 """Rows that are gated beside a step of the products."""
-silu_vectors, gelu_vectors = _gate_vectors(_Vectors.silu), _gate_vectors(_Vectors.gelu)
-silu_sums, gelu_sums = _gate_sums(_Vectors.silu), _gate_sums(_Vectors.gelu)
-silu_beside_products, gelu_beside_products = _gate_beside_products(_Vectors.silu), _gate_beside_products(_Vectors.gelu)
+silu_vectors, gelu_vectors = _gate_vectors(_Gates.silu), _gate_vectors(_Gates.gelu)
+silu_sums, gelu_sums = _gate_sums(_Gates.silu), _gate_sums(_Gates.gelu)
+silu_beside_products, gelu_beside_products = _gate_beside_products(_Gates.silu), _gate_beside_products(_Gates.gelu)
