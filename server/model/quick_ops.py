@@ -103,7 +103,10 @@ class GatedUnits(nn.Module):
 
     @classmethod
     def like(cls, stock: nn.Module, passes: Passes) -> GatedUnits | None:
-        """One that computes what a stock module does, None where that is something else."""
+        """One that computes what a stock module does, None where that is something else.
+
+        What goes into ``down_proj`` is compared: its integers may fall to the other side of a border for a last bit.
+        """
         children = {name for name, _ in stock.named_children()}
         names = next((names for names in (_APART, _JOINED) if children >= {*names}), None)
         if names is None or list(stock.parameters(recurse=False)):
@@ -112,12 +115,19 @@ class GatedUnits(nn.Module):
         if not isinstance(size, int):
             return None
         x = torch.randn(1, 3, size, generator=torch.Generator().manual_seed(0))
-        candidates = [cls(stock, passes, names, by_gelu=by_gelu) for by_gelu in (False, True)]
+        down = stock.get_submodule("down_proj")
         try:
+            stock.add_module("down_proj", nn.Identity())
+            candidates = [cls(stock, passes, names, by_gelu=by_gelu) for by_gelu in (False, True)]
             expected = stock(x)
-            return next((one for one in candidates if _alike(one(x), expected)), None)
+            found = next((one for one in candidates if _alike(one(x), expected)), None)
         except (RuntimeError, TypeError):
             return None
+        finally:
+            stock.add_module("down_proj", down)
+        if found is not None:
+            found.add_module("down_proj", down)
+        return found
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [1, rows, dim] -> [1, rows, dim]."""

@@ -51,6 +51,21 @@ def test_gated_units_take_rows_in_any_shape() -> None:
         torch.testing.assert_close(quick(rows), stock(rows), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.skipif(not available(), reason="without torch's OpenMP library there are no routines")
+def test_gated_units_are_found_before_a_product_that_tells_last_bits_apart() -> None:
+    """As one of integers does, where a unit lies on a border: a layer kept its stock code, and so all had no tapes."""
+
+    class LastBits(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 1e6 * (1e7 * x).frac()
+
+    stock = LlamaMLP(LlamaConfig(hidden_size=256, intermediate_size=512)).requires_grad_(False)
+    stock.down_proj = LastBits()
+    quick = GatedUnits.like(stock, passes())
+    assert quick is not None and quick.down_proj is stock.down_proj
+    assert isinstance(stock.down_proj, LastBits)
+
+
 def test_a_norm_takes_the_weight_of_an_adapter() -> None:
     stock = Qwen2RMSNorm(48, eps=1e-5)
     quick = RMSNorm.like(stock)
