@@ -60,7 +60,7 @@ def test_gated_units_are_found_before_a_product_that_tells_last_bits_apart() -> 
             return 1e6 * (1e7 * x).frac()
 
     stock = LlamaMLP(LlamaConfig(hidden_size=256, intermediate_size=512)).requires_grad_(False)
-    stock.down_proj = LastBits()
+    stock.add_module("down_proj", LastBits())
     quick = GatedUnits.like(stock, passes())
     assert quick is not None and quick.down_proj is stock.down_proj
     assert isinstance(stock.down_proj, LastBits)
