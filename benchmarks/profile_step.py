@@ -8,7 +8,7 @@ decoding has to read every weight once, so its bound is those bytes by the bandw
 operations for each weight and token by the rate of the format that the linears compute in; the greater bound counts.
 
 On a machine that others use, what it can do changes from second to second. So each step's share is measured a second
-time in turn with what bounds it: with reading the same bytes, or with torch's products of one layer.
+time in turn with what bounds it: with reading the same bytes, or with torch's products of as many layers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.parts.ceilings import Shape, one_layer, operations, product_rates, read_bandwidth
+from benchmarks.parts.ceilings import Shape, layers, operations, product_rates, read_bandwidth
 from benchmarks.parts.engines import Ask, InProcessEngine, in_process_engine
 from benchmarks.parts.figures import median, table
 from benchmarks.parts.step_timers import KINDS, Stack, timing
@@ -73,15 +73,15 @@ class Profile:
 
     def prefill(self, length: int, num_adapters: int, sizes: Sizes) -> dict[str, Any]:
         """A step that computes a whole prompt; milliseconds."""
-        layer = one_layer(sizes.compute, sizes.one_layer, length)
-        factor = 2 * length * sizes.in_linears / operations(sizes.one_layer, length)
+        count = round(2 * length * sizes.in_linears / operations(sizes.one_layer, length))
+        products = layers(sizes.compute, sizes.one_layer, length, count)
 
         def one_prompt() -> None:
             sequence = self.engine.add(Ask(self.prompt(length), 2, 0 if num_adapters else None))
             self.engine.step()
             self.engine.engine.abort(sequence.id)
 
-        return self._timed(one_prompt, max(3, self.num_steps // 4), lambda: factor * seconds_of(layer))
+        return self._timed(one_prompt, max(3, self.num_steps // 4), lambda: seconds_of(products))
 
     def _timed(self, step: Callable[[], object], count: int, bound: Callable[[], float]) -> dict[str, Any]:
         step(), step(), step(), bound()

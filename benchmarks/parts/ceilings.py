@@ -44,8 +44,7 @@ def product_rates(shapes: Mapping[str, Shape], num_rows: int) -> dict[str, float
 
 @torch.inference_mode()
 def _rate(name: str, shapes: Mapping[str, Shape], num_rows: int) -> float:
-    layer = one_layer(name, shapes, num_rows)
-    return operations(shapes, num_rows) / best_seconds(layer)
+    return operations(shapes, num_rows) / best_seconds(layers(name, shapes, num_rows))
 
 
 def operations(shapes: Mapping[str, Shape], num_rows: int) -> int:
@@ -53,15 +52,19 @@ def operations(shapes: Mapping[str, Shape], num_rows: int) -> int:
     return sum(2 * num_rows * into * out for into, out in shapes.values())
 
 
-def one_layer(name: str, shapes: Mapping[str, Shape], num_rows: int) -> Callable[[], None]:
-    """A call of one layer's products of random numbers in a number format."""
-    calls = [_product(name, torch.randn(out, into), torch.randn(num_rows, into)) for into, out in shapes.values()]
+def layers(name: str, shapes: Mapping[str, Shape], num_rows: int, count: int = 1) -> Callable[[], None]:
+    """A call of the products of so many layers, each with weights of its own, in a number format."""
+    calls = [
+        _product(name, torch.randn(out, into), torch.randn(num_rows, into))
+        for _ in range(count)
+        for into, out in shapes.values()
+    ]
 
-    def layer() -> None:
+    def multiply() -> None:
         for call in calls:
             call()
 
-    return layer
+    return multiply
 
 
 def _product(name: str, weight: torch.Tensor, x: torch.Tensor) -> Callable[[], object]:

@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from benchmarks.parts.engines import InProcessEngine
+from server.int8.linear import Int8Linear
 from server.lora.layer import AdaptedModule
 from server.lora.place import lengthen, shorten
 from server.model.attention import FlatAttention
@@ -92,6 +93,7 @@ def timing(engine: InProcessEngine, stack: Stack) -> Iterator[None]:
         (runner, "run", "rest"),
         (runner.bank, "begin", "LoRA"),
         (FlatAttention, "__call__", "attention"),
+        (Int8Linear, "gated", "linears"),
         # an adapter's layer calls the base's linear past its hooks
         *((one, "_compute", kind_of(one.base, head=head)) for one in layers),
     )
