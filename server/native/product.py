@@ -57,6 +57,8 @@ FIELDS += " others num_outliers outliers outlier_weights"
 are for the time of the call. ``constants`` are, for each block, 32 int32 that sums begin with, 32 scales and a bias in
 float32. ``others`` float32 [inputs] has 0 at outliers, whose indices are int64 and whose weights float32 [blocks, ..,
 32]; 0 for what is not there."""
+_VERY_FEW = 4
+"""Rows that vectors multiply as fast as their weights come."""
 _TILE_SLAB = 8
 """Steps of 64 inputs whose weights, 16 KB, stay in half of a first cache while all rows use them."""
 _SLAB = 128
@@ -155,7 +157,7 @@ def _finish(a: Any, row: int, count: int, block: int, sums: int) -> None:
 
 def _by_dot_products(bits: int) -> Callable[[Any], None]:
     """x @ weights where vectors of so many bits multiply bytes."""
-    one, two, four = (dot_products(rows, bits, prefetch=rows < 4) for rows in (1, 2, 4))
+    one, two, four = (dot_products(rows, bits, prefetch=True) for rows in (1, 2, 4))
     most = 8 if bits == 512 else 4
     many = dot_products(most, bits)
 
@@ -169,8 +171,9 @@ def _by_dot_products(bits: int) -> Callable[[Any], None]:
             for chunk in range(0, a.rows, CHUNK):
                 rows = min(a.rows - chunk, CHUNK)
                 begin = integers(a.constants + 12 * BLOCK * block)
-                for i in range(BLOCK * rows):
-                    integers(sums)[i] = begin[i % BLOCK]
+                for row in range(rows):
+                    for i in range(BLOCK):
+                        integers(sums)[BLOCK * row + i] = begin[i]
                 for slab in range(0, a.width // 4, _SLAB):
                     steps = min(a.width // 4 - slab, _SLAB)
                     weights = a.weights + (block * a.width // 4 + slab) * 4 * BLOCK
@@ -274,11 +277,11 @@ def _gate_rest(a: Any, done: int, count: int, sums: int, constants: int, largest
 
 
 def _by_tiles() -> Callable[[Any], None]:
-    """x @ weights where AMX multiplies bytes. One or two rows, which only wait for memory, leave the tiles alone."""
+    """x @ weights where AMX multiplies bytes. A few rows, which only wait for memory, leave the tiles alone."""
     very_few_rows = njit(error_model="numpy")(_by_dot_products(512))
 
     def by_tiles(a: Any) -> None:
-        if a.rows <= 2:
+        if a.rows <= _VERY_FEW:
             very_few_rows(a)
             return
         me, team = thread_number(), num_threads()
