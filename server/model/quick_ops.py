@@ -135,7 +135,7 @@ class GatedUnits(nn.Module):
             return self._of_rows(x)
         y = torch.zeros_like(x)
         if len(self.only):
-            y[:, self.only] = self._of_rows(x[:, self.only])
+            y[..., self.only, :] = self._of_rows(x[..., self.only, :])
         return y
 
     def _of_rows(self, x: torch.Tensor) -> torch.Tensor:
@@ -149,7 +149,7 @@ class GatedUnits(nn.Module):
     def _as_one_product(self, x: torch.Tensor) -> torch.Tensor | None:
         """The gated units, where no adapter changes what they are made of; gates and ups are never in memory then."""
         names = ("gate_up_proj",) * 2 if self._joined else ("gate_proj", "up_proj")
-        gate, up = (as_base(self._modules[name]) for name in names)  # type: ignore[arg-type]
+        gate, up = (as_base(module) for name in names if (module := self._modules[name]))  # attributes are shortcuts
         return gate.gated(up, x, by_gelu=self._by_gelu) if isinstance(gate, Int8Linear) else None
 
     def __getattr__(self, name: str) -> Any:
@@ -163,9 +163,17 @@ class GatedUnits(nn.Module):
 
 
 def last_units(model: PreTrainedModel) -> GatedUnits | None:
-    """Those of the last layer, where all layers have one."""
-    found = [module for module in model.base_model.modules() if isinstance(module, GatedUnits)]
-    return found[-1] if len(found) == model.config.get_text_config().num_hidden_layers else None
+    """Those of the last layer, where they are its own: an expert's, inside of a mixture, get other rows."""
+    layers = layers_of(model)
+    found = [module for module in layers[-1].children() if isinstance(module, GatedUnits)] if len(layers) else []
+    return found[0] if len(found) == 1 else None
+
+
+def layers_of(model: PreTrainedModel) -> nn.ModuleList | list[nn.Module]:
+    """The decoder's layers; none where they are not a list of their own."""
+    count = model.config.get_text_config().num_hidden_layers
+    lists = [one for one in model.base_model.children() if isinstance(one, nn.ModuleList) and len(one) == count]
+    return lists[0] if len(lists) == 1 else []
 
 
 class Rotation:

@@ -9,11 +9,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from server.lora.bank import LoRABank
 from server.model.attention import FlatAttention, Layout
+from server.model.quick_ops import layers_of
 from server.native.attention import scores_size
 from server.native.tape import Arena, NotTaped, Recorder, Tape, TooLarge
 
@@ -48,7 +48,7 @@ class Tapes:
         self._inputs: list[torch.Tensor] = []
         self.problem: str | None = None
         self.num_played = 0
-        for number, layer in enumerate(_layers(model)):
+        for number, layer in enumerate(layers_of(model)):
             layer.__dict__["forward"] = self._forward(number, partial(type(layer).forward, layer))
 
     def begin(self, layout: Layout) -> None:
@@ -119,10 +119,3 @@ def _tensors(values: Any) -> Iterator[torch.Tensor]:
             yield value
         elif isinstance(value, tuple | list):
             yield from _tensors(value)
-
-
-def _layers(model: PreTrainedModel) -> nn.ModuleList | list[nn.Module]:
-    """The decoder's layers; none where they are not a list of their own."""
-    count = model.config.get_text_config().num_hidden_layers
-    lists = [one for one in model.base_model.children() if isinstance(one, nn.ModuleList) and len(one) == count]
-    return lists[0] if len(lists) == 1 else []

@@ -49,6 +49,11 @@ def test_gated_units_take_rows_in_any_shape() -> None:
     assert quick is not None
     for rows in (x, x[:1], x[0], x[0, :1], x.transpose(0, 1), x[:0]):
         torch.testing.assert_close(quick(rows), stock(rows), rtol=1e-5, atol=1e-6)
+    for only in (torch.tensor([2, 0]), torch.tensor([], dtype=torch.long)):
+        quick.only = only
+        for rows in (x[:1], x[0]):
+            others = torch.ones(3, 1).index_fill(0, only, 0.0)
+            torch.testing.assert_close(quick(rows), stock(rows) * (1.0 - others), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.skipif(not available(), reason="without torch's OpenMP library there are no routines")
