@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,18 +16,34 @@ from transformers.pytorch_utils import Conv1D
 from server.int8.kernels import Kernel
 from server.int8.native import NativeKernel
 from server.int8.rows import pieces
+from server.native.blocks import HALF, STEP
+from server.native.routine import Deltas
 
 
 class PackedProduct:
     """The product of several linears that a model calls with the same input, one after another.
 
-    The first that is called computes all; the others take their part if they get the very same tensor.
+    The first that is called computes all; the others take their part if they get the very same tensor. Where there are
+    ``deltas``, they are in it.
     """
 
     def __init__(self, kernel: Kernel, sizes: Sequence[int]) -> None:
         self._kernel, self._sizes = kernel, list(sizes)
+        self.deltas: Deltas | None = None
         self._x: torch.Tensor | None = None
         self._y: list[torch.Tensor | None] = []
+
+    @property
+    def sizes(self) -> Sequence[int]:
+        """Outputs of each linear."""
+        return self._sizes
+
+    @property
+    def takes_deltas(self) -> bool:
+        """Whether its kernel adds adapters' deltas: inputs and outputs are whole tiles."""
+        kernel = self._kernel
+        whole = isinstance(kernel, NativeKernel) and kernel.adds_deltas and kernel.num_inputs % STEP == 0
+        return whole and all(size % HALF == 0 for size in self._sizes)
 
     def part(self, number: int, x: torch.Tensor) -> torch.Tensor:
         """Of linear ``number``: x [..., in] -> [..., out], the caller's to write into."""
@@ -55,7 +71,7 @@ class PackedProduct:
             return None
         if numbers != (0, len(self._sizes) - 1):
             return None
-        return kernel.gated(x, by_gelu=by_gelu)
+        return kernel.gated(x, self._added(x), by_gelu=by_gelu)
 
     def in_floats(self, number: int) -> torch.Tensor:
         """The weight of linear ``number``, float32 [out, in]."""
@@ -67,7 +83,11 @@ class PackedProduct:
             return self._compute(x.float()).to(x.dtype)
         if not x.numel():
             return x.new_zeros(*x.shape[:-1], sum(self._sizes))
-        return self._kernel(x)
+        kernel = self._kernel
+        return kernel(x, self._added(x)) if isinstance(kernel, NativeKernel) else kernel(x)
+
+    def _added(self, x: torch.Tensor) -> tuple[int, int]:
+        return (0, 0) if self.deltas is None else self.deltas.of(x.numel() // x.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -99,21 +119,21 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.bias = stock._parameters.get("bias")
         self.original = original
-        self._product, self._number, self._transposed = product, number, isinstance(stock, Conv1D)
+        self.product, self.number, self._transposed = product, number, isinstance(stock, Conv1D)
         self._stock = (without_weight(stock),)  # in a tuple, so that it is no submodule
         self.forward = partial(product.part, number)  # x [..., in] -> [..., out]
 
     @property
     def weight(self) -> torch.Tensor:
         """The weight these integers stand for, float32, in the stock layout."""
-        weight = self._product.in_floats(self._number)
+        weight = self.product.in_floats(self.number)
         return weight.t().contiguous() if self._transposed else weight
 
     def gated(self, up: nn.Module, x: torch.Tensor, *, by_gelu: bool) -> torch.Tensor | None:
         """This linear's units times those of ``up``, if both are one product: see ``PackedProduct.gated``."""
-        if not isinstance(up, Int8Linear) or up._product is not self._product:
+        if not isinstance(up, Int8Linear) or up.product is not self.product:
             return None
-        return self._product.gated((self._number, up._number), x, by_gelu=by_gelu)
+        return self.product.gated((self.number, up.number), x, by_gelu=by_gelu)
 
     def in_floats(self) -> nn.Module:
         """The stock module with these numbers."""
@@ -127,6 +147,18 @@ class Int8Linear(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(self._stock[0], name)
+
+
+def products_with_deltas(modules: Mapping[str, nn.Module]) -> list[tuple[PackedProduct, list[tuple[str, int]]]]:
+    """The products that can add adapters' deltas, each with its linears' names and numbers of outputs."""
+    found: dict[PackedProduct, dict[int, str]] = {}
+    for name, module in modules.items():
+        if isinstance(module, Int8Linear) and module.product.takes_deltas:
+            found.setdefault(module.product, {})[module.number] = name
+    return [
+        (product, [(names[number], size) for number, size in enumerate(product.sizes)])
+        for product, names in found.items()
+    ]
 
 
 def without_weight(stock: nn.Module) -> nn.Module:

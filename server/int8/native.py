@@ -38,6 +38,8 @@ class NativeKernel:
 
     name: ClassVar[str]
     routine: ClassVar[Routine]
+    adds_deltas: ClassVar[bool] = False
+    """Whether it adds what ``deltas`` are the addresses of: see ``runs`` and ``parts`` of the routine."""
 
     def __init__(self, rows: Int8Rows, bias: torch.Tensor | None = None, outliers: Outliers | None = None) -> None:
         self.num_outputs, self.num_inputs = rows.integers.shape
@@ -50,11 +52,11 @@ class NativeKernel:
         self._outlier_weights = by_blocks(weights).transpose(0, 1).contiguous()
         self._fixed = self._addresses()
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, deltas: tuple[int, int] = (0, 0)) -> torch.Tensor:
         """float32 [..., in] -> a new float32 [..., out]."""
-        return self._multiply(x, self.num_outputs, NO_GATING)
+        return self._multiply(x, self.num_outputs, NO_GATING, deltas)
 
-    def gated(self, x: torch.Tensor, *, by_gelu: bool = False) -> torch.Tensor:
+    def gated(self, x: torch.Tensor, deltas: tuple[int, int] = (0, 0), *, by_gelu: bool = False) -> torch.Tensor:
         """float32 [..., in] -> [..., out / 2]: silu, or gelu, of the first half of the outputs, times the second.
 
         Of many rows it is in memory that the next call on this thread writes over.
@@ -62,7 +64,7 @@ class NativeKernel:
         num_units, num_rows = self.num_outputs // 2, x.numel() // self.num_inputs
         memory = _workspace("units", num_rows, 4 * num_rows * num_units)
         y = memory.view(torch.float32).view(*x.shape[:-1], num_units)
-        return self._multiply(x, num_units, BY_GELU if by_gelu else BY_SILU, y)
+        return self._multiply(x, num_units, BY_GELU if by_gelu else BY_SILU, deltas, y)
 
     @property
     def can_gate(self) -> bool:
@@ -75,7 +77,9 @@ class NativeKernel:
         weight = integers * self._row_scales[:, None]
         return weight if self._outliers is None else self._outliers.put_into(weight)
 
-    def _multiply(self, x: torch.Tensor, num_outputs: int, gating: int, y: torch.Tensor | None = None) -> torch.Tensor:
+    def _multiply(
+        self, x: torch.Tensor, num_outputs: int, gating: int, deltas: tuple[int, int], y: torch.Tensor | None = None
+    ) -> torch.Tensor:
         if not x.is_contiguous():
             x = x.contiguous()
         num_rows = x.numel() // self.num_inputs
@@ -88,7 +92,7 @@ class NativeKernel:
         largest = grid + num_padded * self._width
         self.routine(
             torch.get_num_threads(), x.data_ptr(), num_rows, y.data_ptr(), gating, grid, largest,
-            largest + 4 * num_padded, scratch.data_ptr(), *self._fixed,
+            largest + 4 * num_padded, scratch.data_ptr(), *self._fixed, *deltas,
         )  # fmt: skip
         return y
 
@@ -127,7 +131,8 @@ def native_kernels() -> dict[str, type[NativeKernel]]:
 
     named: dict[str, Any] = {}
     for name, routine in products().items():
-        named[name] = type("NativeKernel", (NativeKernel,), {"name": name, "routine": routine})
+        members = {"name": name, "routine": routine, "adds_deltas": name == "AMX"}
+        named[name] = type("NativeKernel", (NativeKernel,), members)
     return named
 
 

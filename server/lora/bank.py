@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from server.lora.rows import Rows, Seating
 from server.lora.shared import SharedInput
 from server.lora.stack import Shape, Stack, shape_of
 from server.lora.weights import LoRAWeights
+from server.native.routine import Deltas
 from server.sequence import Batch, Segment
 
 if TYPE_CHECKING:
@@ -28,17 +29,34 @@ _UNEVEN = 10
 """What gathering rows costs where adapters of a stack have unequally many."""
 
 
+Parts = Sequence[tuple[str, int]]
+"""A product's linears: name, and number of outputs."""
+
+
+class Product(Protocol):
+    """What computes several linears, and adds the deltas of adapters where it has any."""
+
+    deltas: Deltas | None
+
+
 class LoRABank:
     """Puts adapters onto a base model's modules; the engine thread owns it.
 
     A module is wrapped when the first adapter that touches it comes, and unwrapped when the last one goes, so that a
     base without adapters pays nothing. ``base_modules`` are the base's own, wrapped or not: they are never changed, and
     any thread may read them. ``groups`` are linears that receive the same tensor; ``max_seats`` bounds how
-    many are computed side by side. With ``compiled`` a routine adds the deltas: float32 on a CPU that has routines.
+    many are computed side by side. With ``compiled`` a routine adds the deltas: float32 on a CPU that has routines;
+    ``products`` are those that add deltas themselves, each with its linears.
     """
 
     def __init__(
-        self, model: nn.Module, groups: Sequence[tuple[str, ...]] = (), *, max_seats: int, compiled: bool = False
+        self,
+        model: nn.Module,
+        groups: Sequence[tuple[str, ...]] = (),
+        *,
+        max_seats: int,
+        compiled: bool = False,
+        products: Sequence[tuple[Product, Parts]] = (),
     ) -> None:
         self.base_modules: Mapping[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
         self.groups = groups
@@ -61,6 +79,7 @@ class LoRABank:
             from server.lora.compiled import CompiledDeltas
 
             self.compiled = CompiledDeltas(list(self.base_modules), self._rows, max_seqs=max_seats)
+        self.tiled = {name: one for one in products if compiled for name, _ in one[1]}
 
     @property
     def num_stacked_bytes(self) -> int:
@@ -182,7 +201,11 @@ class LoRABank:
         if kind == "linear":
             shared = self._inputs.setdefault(name, self._input((name,)))
             shared.present.add(name)
-            self._layers[name] = LoRALinear(base, self._rows, name, shared, self.compiled)
+            if self.compiled is not None and name in self.tiled:
+                product, modules = self.tiled[name]
+                product.deltas = product.deltas or self.compiled.of_product(modules)
+            in_product = name in self.tiled
+            self._layers[name] = LoRALinear(base, self._rows, name, shared, self.compiled, in_product=in_product)
         else:
             self._layers[name] = (LoRAEmbedding if kind == "embedding" else LoRARows)(base, self._rows)
         self._replace(name, self._layers[name])
@@ -192,6 +215,10 @@ class LoRABank:
             self._inputs[name].present.discard(name)
         self._replace(name, self.base_modules[name])
         del self._layers[name]
+        if name in self.tiled:
+            product, modules = self.tiled[name]
+            if not any(module in self._layers for module, _ in modules):
+                product.deltas = None
 
     def _replace(self, name: str, module: nn.Module) -> None:
         self._num_replaced += 1

@@ -12,9 +12,13 @@ import torch
 
 from server.lora.delta import Delta
 from server.lora.rows import Layout, Rows
+from server.native.blocks import HALF, STEP, TILE_ROWS
 from server.native.low_rank import ENTRY, HEAD, RUN, add_deltas
+from server.native.low_rank_tiles import TILE
+from server.native.routine import Routine
 
 _FEWEST = 8
+_LINE = 64
 _USES = 4
 """Adapters of a sequence that a head has room for from the beginning."""
 
@@ -37,7 +41,8 @@ class CompiledDeltas:
         self._ranks: dict[str, int] = {}
         self._kept: dict[str, list[torch.Tensor]] = {}
         self._heads = [torch.zeros(HEAD + RUN * _USES * max_seqs, dtype=torch.long) for _ in range(2)]
-        self._low = torch.empty(0)
+        self._low = torch.empty(0, dtype=torch.uint8)
+        self._most_parts = 1
 
     def add(self, digest: str, deltas: Mapping[str, Delta]) -> None:
         """Take an adapter's plain deltas of linears."""
@@ -49,7 +54,12 @@ class CompiledDeltas:
             if delta.kind != "linear":
                 continue
             table = self._table(module)  # the routine reads it for every linear that is wrapped
-            if delta.plain and delta.a is not None and delta.b is not None:
+            if delta.plain and delta.tiles is not None:
+                tiles = delta.tiles
+                kept += tiles.tensors()
+                largest = max(largest, tiles.rank)
+                table[index] = torch.tensor([tiles.a.data_ptr(), tiles.rank, tiles.b.data_ptr(), tiles.rank])
+            elif delta.plain and delta.a is not None and delta.b is not None:
                 a, b = delta.a.t(), delta.b.contiguous()  # [rank, in], [rank, out]
                 a = a if a.stride(1) == 1 else a.contiguous()
                 kept += (a, b)
@@ -75,30 +85,47 @@ class CompiledDeltas:
         """``y += x @ a @ b`` on the rows of each adapter: x [..., rows, in], y [..., rows, out], rows in one piece."""
         x = x if x.is_contiguous() else x.contiguous()
         num_inputs, num_rows = x.shape[-1], x.numel() // x.shape[-1]
-        rows = self._rows
-        assert num_rows in (rows.num_rows, rows.num_sampled), f"a module got {num_rows} of {rows.num_rows} rows"
-        head = self._heads[num_rows != rows.num_rows]
         self._routine(
             torch.get_num_threads(), x.data_ptr(), y.data_ptr(), y.stride(-2), num_inputs, y.shape[-1],
-            head.data_ptr(), self._cell_of[module],
+            self.head(num_rows), self._cell_of[module],
         )  # fmt: skip
 
+    def of_product(self, modules: Sequence[tuple[str, int]]) -> ProductDeltas:
+        """For the product of linears, by their names and numbers of outputs, multiples of 16, in order."""
+        numbers, first = [len(modules)], 0
+        for module, size in modules:
+            numbers += [self._cell_of[module], first, first + size // HALF]
+            first += size // HALF
+        self._most_parts = max(self._most_parts, len(modules))
+        return ProductDeltas(self, torch.tensor(numbers))
+
+    def head(self, num_rows: int) -> int:
+        """The address of the runs that a module which got so many rows reads; 0 where no row needs any."""
+        rows = self._rows
+        if not rows.active and Routine.recorder is None:
+            return 0
+        assert num_rows in (rows.num_rows, rows.num_sampled), f"a module got {num_rows} of {rows.num_rows} rows"
+        return self._heads[num_rows != rows.num_rows].data_ptr()
+
     def _note(self, place: int, layout: Layout) -> None:
-        numbers, num_low, rank = [], 0, 0
+        numbers, num_low, num_tiles, rank = [], 0, 0, 0
         for run in layout.runs:
             for use in run.uses:
-                numbers += [run.start, run.end, self._indices[use.digest], _bits(use.scale), num_low]
+                numbers += [run.start, run.end, self._indices[use.digest], _bits(use.scale), num_low, num_tiles]
                 num_low += run.end - run.start
+                num_tiles += -(-run.end // TILE_ROWS) - run.start // TILE_ROWS
                 rank = max(rank, self._ranks[use.digest])
-        if self._low.numel() < num_low * rank:
-            self._low = torch.empty(num_low * rank)  # a head that was noted before keeps the same memory or none
-            if place:
-                self._heads[0][1] = self._low.data_ptr()
+        tile_bytes = -(-rank // STEP) * TILE
+        needed = max(4 * num_low * rank, self._most_parts * num_tiles * tile_bytes)
+        if self._low.nbytes < needed + _LINE:
+            self._low = torch.empty(2 * needed + _LINE, dtype=torch.uint8)
+        address = -(-self._low.data_ptr() // _LINE) * _LINE
         if HEAD + len(numbers) > len(self._heads[place]):
             self._heads[place] = torch.zeros(2 * len(numbers), dtype=torch.long)
             self.generation += 1
-        head = [len(numbers) // RUN, self._low.data_ptr(), rank, *numbers]
+        head = [len(numbers) // RUN, address, rank, address, tile_bytes, *numbers]
         self._heads[place][: len(head)] = torch.tensor(head)
+        self._heads[0][1] = self._heads[0][3] = address  # of the first, which may have been noted with another
 
     def _table(self, module: str) -> torch.Tensor:
         if module not in self._tables:
@@ -116,6 +143,18 @@ class CompiledDeltas:
         self._capacity *= 2
         for module, table in self._tables.items():
             self._place(module, torch.cat([table, torch.zeros_like(table)]))
+
+
+class ProductDeltas:
+    """What a product of several linears is told of the adapters of its rows."""
+
+    def __init__(self, deltas: CompiledDeltas, parts: torch.Tensor) -> None:
+        self._deltas, self._parts = deltas, parts
+
+    def of(self, num_rows: int) -> tuple[int, int]:
+        """The addresses of runs and of the linears, both 0 where no row needs them."""
+        head = self._deltas.head(num_rows)
+        return (head, self._parts.data_ptr()) if head else (0, 0)
 
 
 def _bits(factor: float) -> int:

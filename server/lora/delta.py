@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from torch import nn
 
 from server.adapters.content.signature import Kind
+from server.lora.tiles import DeltaTiles
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +45,8 @@ class Delta:
     ``a`` [in, rank] and ``b`` [rank, out] are float32 with the scaling in b; for an embedding ``in`` is the tokens, x
     the row's token, and ``embed_scale`` multiplies what is added. ``scale`` and ``shift`` are [out]. ``own`` computes y
     where the adapter has parameters of its own (``own_names``); ``parameters`` has deltas of those it is to be called
-    with, ``tokens`` rows that go in the place of others. ``axis`` is that of the rows in inputs and results.
+    with, ``tokens`` rows that go in the place of others. ``axis`` is that of the rows in inputs and results. Where the
+    base's product adds the delta itself, ``tiles`` stand in the place of ``a`` and ``b``.
     """
 
     kind: Kind
@@ -58,12 +60,20 @@ class Delta:
     parameters: Mapping[str, ParameterDelta] = field(default_factory=dict)
     embed_scale: float = 1.0
     axis: int = 1
+    tiles: DeltaTiles | None = None
 
     @cached_property
     def plain(self) -> bool:
         """Whether it is a low-rank delta and nothing else."""
         others = (self.scale, self.shift, self.own, self.tokens)
-        return self.a is not None and not self.parameters and all(one is None for one in others)
+        low_rank = self.a is not None or self.tiles is not None
+        return low_rank and not self.parameters and all(one is None for one in others)
+
+    def in_tiles(self) -> Delta:
+        """The same for a product that adds it; what is not plain stays as it is."""
+        if not self.plain or self.a is None or self.b is None:
+            return self
+        return replace(self, a=None, b=None, tiles=DeltaTiles.of(self.a, self.b))
 
     @property
     def finite(self) -> bool:
@@ -77,6 +87,8 @@ class Delta:
                 yield one
         if self.tokens is not None:
             yield from (self.tokens.indices, self.tokens.rows)
+        if self.tiles is not None:
+            yield from self.tiles.tensors()
         for delta in self.parameters.values():
             yield from (delta.left, delta.right)
         if self.own is not None:

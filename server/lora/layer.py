@@ -61,14 +61,22 @@ class AdaptedModule(nn.Module):
 class LoRALinear(AdaptedModule):
     """A linear: ``base(x) + x @ a @ b`` on the rows of a plain adapter.
 
-    ``x @ a`` comes by way of its ``shared`` input, or all of it by a routine where there is one.
+    ``x @ a`` comes by way of its ``shared`` input, or all of it by a routine where there is one; base's product may
+    have added it, ``in_product``.
     """
 
     def __init__(
-        self, base: nn.Module, rows: Rows, name: str, shared: SharedInput, compiled: CompiledDeltas | None = None
+        self,
+        base: nn.Module,
+        rows: Rows,
+        name: str,
+        shared: SharedInput,
+        compiled: CompiledDeltas | None = None,
+        *,
+        in_product: bool = False,
     ) -> None:
         super().__init__(base, rows)
-        self._name, self._shared, self._compiled = name, shared, compiled
+        self._name, self._shared, self._compiled, self._in_product = name, shared, compiled, in_product
         self._not_plain: set[str] = set()
 
     def put(self, digest: str, delta: Delta) -> None:
@@ -84,7 +92,9 @@ class LoRALinear(AdaptedModule):
 
     @property
     def changes(self) -> bool:
-        """Whether a row may have an adapter, now or when what is being recorded is played."""
+        """Whether it may change what its base computes, now or when what is being recorded is played."""
+        if self._in_product:
+            return bool(self._not_plain) and self._rows.active
         return self._rows.active or Routine.recorder is not None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -93,7 +103,9 @@ class LoRALinear(AdaptedModule):
         if not self.changes:
             return y
         flat_y = y.view(-1, y.shape[-1])
-        if self._compiled is not None:
+        if self._in_product:
+            pass
+        elif self._compiled is not None:
             self._compiled.add_to(self._name, x, flat_y)
         else:
             for rows, low, b in self._shared.take(self._name, x):
@@ -149,7 +161,7 @@ class LoRARows(AdaptedModule):
 
 
 def as_base(module: nn.Module) -> nn.Module:
-    """The base's module, where no row of the step at hand has an adapter; else the one that is given."""
+    """The base's module, where it computes what the given one would in the step at hand; else the one that is given."""
     if isinstance(module, LoRALinear) and not module.changes:
         return module.base
     return module

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,11 +30,16 @@ class LoRAWeights:
     @classmethod
     @torch.inference_mode()
     def of(
-        cls, manifest: Manifest, base_modules: Mapping[str, nn.Module], groups: Sequence[tuple[str, ...]] = ()
+        cls,
+        manifest: Manifest,
+        base_modules: Mapping[str, nn.Module],
+        groups: Sequence[tuple[str, ...]] = (),
+        tiled: Collection[str] = (),
     ) -> LoRAWeights:
         """Tensors from the manifest's bytes, on the base's device; any thread may do it.
 
         ``groups`` are modules that receive the same tensor; an adapter's A of those are one tensor.
+        Those of ``tiled`` modules are laid out for their products.
         Raises ``AdapterRejected`` where they would change nothing, or overflow with their scaling.
         """
         preparation = Preparation(manifest.data)
@@ -48,6 +53,7 @@ class LoRAWeights:
             raise AdapterRejected(manifest.name, f"the weights of {vast[0]} are too large to compute with")
         if not deltas:
             raise AdapterRejected(manifest.name, "all its deltas are zero, so it would change nothing: was it trained?")
+        deltas = {module: delta.in_tiles() if module in tiled else delta for module, delta in deltas.items()}
         shared = [one for modules in groups if (one := _share(modules, deltas)) is not None]
         return cls(deltas, norm, shared)
 

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from server.adapters.content.manifest import Manifest
+from server.int8.linear import products_with_deltas
 from server.lora.bank import LoRABank
 from server.lora.weights import LoRAWeights
 from server.model.attention import FlatAttention, Layout
@@ -40,7 +41,8 @@ class ModelRunner:
         compiled: bool = False,
     ) -> None:
         self.model, self.attention = model, attention
-        self.bank = LoRABank(model, groups, max_seats=num_slots, compiled=compiled)
+        products = products_with_deltas(dict(model.named_modules())) if compiled else ()
+        self.bank = LoRABank(model, groups, max_seats=num_slots, compiled=compiled, products=products)
         dtype = model.dtype if kv_dtype is None else kv_dtype
         attention.cache = KVCache(shapes, num_slots=num_slots, max_len=max_len, dtype=dtype, device=model.device)
         if attention.rows is not None:
@@ -102,7 +104,7 @@ class ModelRunner:
 
         Raises ``AdapterRejected`` where they would change nothing.
         """
-        return LoRAWeights.of(manifest, self.bank.base_modules, self.bank.groups)
+        return LoRAWeights.of(manifest, self.bank.base_modules, self.bank.groups, self.bank.tiled)
 
     def add_adapter(self, digest: str, weights: LoRAWeights) -> None:
         """Make an adapter usable."""

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 BLOCK, HALF = 32, 16
 """Outputs of a block of weights, which are two tiles and two vectors of numbers, and of each half."""
 TILE_ROWS, TILE_BYTES = 16, 64
+STEP = 32
+"""Numbers of bfloat16 in a row of a tile: what a product of such tiles sums over at once."""
 ROW_BLOCK = 2 * TILE_ROWS
 """Rows that are multiplied together where there are many; such rows' grid and sums are padded to it."""
 FEW = 32

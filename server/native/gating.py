@@ -8,7 +8,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from server.native.blocks import BLOCK, HALF
+from server.native.blocks import BLOCK, HALF, ROW_BLOCK
 from server.native.intrinsics import loop, void_intrinsic
 from server.native.tiles import multiply_tiles
 from server.native.vectors import FLOATS, NUMBERS, Vector, Vectors
@@ -77,12 +77,22 @@ def _gate_vectors(gate: Gate) -> Any:
 class GatedRow:
     """Code for rows of a block's sums, int32 [.., 32], that become units, float32 [.., 16]: as ``scale_rows`` does.
 
-    ``stride`` bytes lie between rows of y.
+    ``stride`` bytes lie between rows of y. Where there are ``deltas``, float32 [2, 32, 16], they are added before.
     """
 
-    def __init__(self, gate: Gate, builder: Any, sums: Any, constants: Any, largest: Any, y: Any, stride: Any) -> None:
+    def __init__(
+        self,
+        gate: Gate,
+        builder: Any,
+        sums: Any,
+        constants: Any,
+        largest: Any,
+        y: Any,
+        stride: Any,
+        deltas: Any,
+    ) -> None:
         self._gate, self._vectors = gate, _Gates(builder)
-        self._sums, self._largest, self._y, self._stride = sums, largest, y, stride
+        self._sums, self._largest, self._y, self._stride, self._deltas = sums, largest, y, stride, deltas
         self._halves = [[self._constant(constants, number, half) for number in (1, 2)] for half in range(2)]
 
     def compute(self, number: Any) -> None:
@@ -92,9 +102,13 @@ class GatedRow:
         here = builder.add(self._sums, builder.mul(number, _I64(4 * BLOCK)))
         found = []
         for half, (scales, bias) in enumerate(self._halves):
-            whole = vectors.load(builder.add(here, _I64(4 * HALF * half)), NUMBERS)
-            scaled = builder.fmul(builder.sitofp(whole, FLOATS), scales)
-            found.append(builder.fadd(builder.fmul(scaled, factor), bias))
+            integers = vectors.load(builder.add(here, _I64(4 * HALF * half)), NUMBERS)
+            scaled = builder.fmul(builder.sitofp(integers, FLOATS), scales)
+            whole = builder.fadd(builder.fmul(scaled, factor), bias)
+            if self._deltas is not None:
+                place = builder.add(self._deltas, builder.mul(number, _I64(4 * HALF)))
+                whole = builder.fadd(whole, vectors.load(builder.add(place, _I64(4 * HALF * ROW_BLOCK * half))))
+            found.append(whole)
         units = builder.fmul(self._gate(vectors, found[0]), found[1])
         builder.store(units, vectors.at(builder.add(self._y, builder.mul(number, self._stride))), align=4)
 
@@ -103,11 +117,12 @@ class GatedRow:
         return self._vectors.load(builder.add(constants, _I64(4 * (BLOCK * number + HALF * half))))
 
 
-def _gate_sums(gate: Gate) -> Any:
-    """``f(count, sums, constants, largest, y, stride)``: so many rows, one after another."""
+def gated_sums(gate: Gate, *, with_deltas: bool) -> Any:
+    """``f(count, sums, constants, largest, y, stride, deltas)``: so many rows, one after another."""
 
     def generate(builder: Any, count: Any, *addresses: Any) -> None:
-        row = GatedRow(gate, builder, *addresses)
+        *others, deltas = addresses
+        row = GatedRow(gate, builder, *others, deltas if with_deltas else None)
 
         def one(number: Any, _: list[Any]) -> list[Any]:
             row.compute(number)
@@ -115,19 +130,20 @@ def _gate_sums(gate: Gate) -> Any:
 
         loop(builder, count, [], one)
 
-    return void_intrinsic(6, generate)
+    return void_intrinsic(7, generate)
 
 
-def _gate_beside_products(gate: Gate) -> Any:
+def gated_beside_products(gate: Gate, *, with_deltas: bool) -> Any:
     """Products of two row tiles, as ``tile_products``, and beside each of their steps two rows of sums made before.
 
-    ``f(x, apart, count, weights, sums, stride, begin, last, sums, constants, largest, y, stride)``: the first seven are
-    the products'; ``last`` is the last row of those sums, which rows beyond are taken for. Tiles and vectors are
-    multiplied at the same time, where one after the other takes as long as both.
+    ``f(x, apart, count, weights, sums, stride, begin, last, sums, constants, largest, y, stride, deltas)``: the first
+    seven are the products'; ``last`` is the last row of those sums, which rows beyond are taken for. Tiles and vectors
+    are multiplied at the same time, where one after the other takes as long as both.
     """
 
     def generate(builder: Any, *arguments: Any) -> None:
-        last, row = arguments[7], GatedRow(gate, builder, *arguments[8:])
+        last, *others, deltas = arguments[7:]
+        row = GatedRow(gate, builder, *others, deltas if with_deltas else None)
 
         def rows(step: Any) -> None:
             for one in range(BESIDE):
@@ -136,11 +152,10 @@ def _gate_beside_products(gate: Gate) -> Any:
 
         multiply_tiles(builder, 2, arguments[:7], beside=rows)
 
-    return void_intrinsic(13, generate)
+    return void_intrinsic(14, generate)
 
 
 BESIDE = 2
 """Rows that are gated beside a step of the products."""
-silu_vectors, gelu_vectors = _gate_vectors(_Gates.silu), _gate_vectors(_Gates.gelu)
-silu_sums, gelu_sums = _gate_sums(_Gates.silu), _gate_sums(_Gates.gelu)
-silu_beside_products, gelu_beside_products = _gate_beside_products(_Gates.silu), _gate_beside_products(_Gates.gelu)
+SILU, GELU = _Gates.silu, _Gates.gelu
+silu_vectors, gelu_vectors = _gate_vectors(SILU), _gate_vectors(GELU)

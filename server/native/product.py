@@ -13,7 +13,6 @@ from numba import njit
 
 from server.native.blocks import (
     BLOCK,
-    BY_GELU,
     BY_SILU,
     CHUNK,
     FEW,
@@ -24,16 +23,9 @@ from server.native.blocks import (
     TILE_ROWS,
     WHOLE,
 )
-from server.native.byte_products import dot_products, scale_rows
-from server.native.gating import (
-    BESIDE,
-    gelu_beside_products,
-    gelu_sums,
-    gelu_vectors,
-    silu_beside_products,
-    silu_sums,
-    silu_vectors,
-)
+from server.native.byte_products import dot_products
+from server.native.finish import finish, finish_with_deltas
+from server.native.gating import BESIDE, GELU, SILU, Gate, gated_beside_products, gated_sums
 from server.native.intrinsics import (
     barrier,
     bits_of,
@@ -47,16 +39,18 @@ from server.native.intrinsics import (
     scratch,
     thread_number,
 )
+from server.native.low_rank_tiles import low_by_b, put_low
 from server.native.routine import Routine
 from server.native.tiles import configure_tiles, may_use_tiles, release_tiles, tile_products
 
 FIELDS = "x rows y gating grid largest apart sums inputs outputs width blocks weights constants"
-FIELDS += " others num_outliers outliers outlier_weights"
+FIELDS += " others num_outliers outliers outlier_weights runs parts"
 """Of a product's record. ``x`` float32 [rows, inputs] and ``y`` [rows, outputs], or [rows, outputs / 2] with a
 ``gating``; ``grid`` uint8 [whole row tiles, width], ``largest`` float32 [rows], ``apart`` [rows, outliers] and ``sums``
 are for the time of the call. ``constants`` are, for each block, 32 int32 that sums begin with, 32 scales and a bias in
 float32. ``others`` float32 [inputs] has 0 at outliers, whose indices are int64 and whose weights float32 [blocks, ..,
-32]; 0 for what is not there."""
+32]; 0 for what is not there. Where tiles add adapters' deltas, ``runs`` are as in ``low_rank.py``, and ``parts`` int64:
+how many linears the product is of, then ``PART`` numbers each."""
 _VERY_FEW = 4
 """Rows that vectors multiply as fast as their weights come."""
 _TILE_SLAB = 8
@@ -67,8 +61,7 @@ _ONE, _LEVELS = np.float32(1.0), np.float32(127.0)
 _MIDDLE = np.float32(128.5)
 _TINY_BITS = np.float32(1e-30).view(np.int32)
 
-_scale_rows, _scale_with_outliers = scale_rows(), scale_rows(with_outliers=True)
-_sums_memory, _values_memory = scratch(4 * BLOCK * CHUNK), scratch(4 * BLOCK * CHUNK)
+_sums_memory, _deltas_memory = scratch(4 * BLOCK * CHUNK), scratch(4 * BLOCK * ROW_BLOCK)
 _one_tile, _two_tiles = tile_products(1, prefetch=True), tile_products(2, prefetch=True)
 _tiles, _more_tiles = tile_products(2), tile_products(2, add=True)
 
@@ -112,50 +105,7 @@ def _put_on_tiles(a: Any) -> None:
         _put_on_grid(a, row, target, TILE_ROWS * TILE_BYTES)
 
 
-@njit(error_model="numpy")
-def _scale(a: Any, row: int, count: int, block: int, sums: int, y: int, apart: int, stride: int) -> None:
-    """A block's sums of some rows, scaled back, with what outliers add."""
-    constants, largest = a.constants + 12 * BLOCK * block, a.largest + 4 * row
-    if a.num_outliers:
-        values, weights = a.apart + 4 * row * a.num_outliers, a.outlier_weights + 4 * BLOCK * a.num_outliers * block
-        _scale_with_outliers(count, sums, constants, largest, y, apart, stride, values, weights, a.num_outliers)
-    else:
-        _scale_rows(count, sums, constants, largest, y, apart, stride)
-
-
-@njit(error_model="numpy")
-def _finish(a: Any, row: int, count: int, block: int, sums: int) -> None:
-    """A block's sums of some rows, scaled back, into y."""
-    constants, largest = a.constants + 12 * BLOCK * block, a.largest + 4 * row
-    half, output = HALF * a.blocks, HALF * block
-    if a.gating == NO_GATING and half + output + HALF <= a.outputs:
-        y = a.y + 4 * (row * a.outputs + output)
-        _scale(a, row, count, block, sums, y, 4 * half, 4 * a.outputs)
-        return
-    if a.gating != NO_GATING and not a.num_outliers:
-        y = a.y + 4 * (row * half + output)
-        if a.gating == BY_SILU:
-            silu_sums(count, sums, constants, largest, y, 4 * half)
-        else:
-            gelu_sums(count, sums, constants, largest, y, 4 * half)
-        return
-    values, apart = _values_memory(), HALF * count  # one half behind the other
-    _scale(a, row, count, block, sums, values, 4 * apart, 4 * HALF)
-    first, second = floats(values), floats(values + 4 * apart)
-    if a.gating == BY_SILU:
-        silu_vectors(values, values + 4 * apart, values, count)
-    elif a.gating == BY_GELU:
-        gelu_vectors(values, values + 4 * apart, values, count)
-    width = a.outputs if a.gating == NO_GATING else half
-    for one in range(count):
-        y = floats(a.y + 4 * ((row + one) * width + output))
-        for i in range(min(HALF, width - output)):
-            y[i] = first[HALF * one + i]
-        for i in range(min(HALF, width - output - half)):
-            y[half + i] = second[HALF * one + i]
-
-
-def _by_dot_products(bits: int) -> Callable[[Any], None]:
+def _by_dot_products(bits: int, finish: Any = finish) -> Callable[[Any], None]:
     """x @ weights where vectors of so many bits multiply bytes."""
     one, two, four = (dot_products(rows, bits, prefetch=True) for rows in (1, 2, 4))
     most = 8 if bits == 512 else 4
@@ -192,7 +142,7 @@ def _by_dot_products(bits: int) -> Callable[[Any], None]:
                         else:
                             one(grid, a.width, steps, weights, mine)
                             row += 1
-                _finish(a, chunk, rows, block, sums)
+                finish(a, chunk, rows, block, sums)
 
     return by_dot_products
 
@@ -207,7 +157,7 @@ def _few_rows_by_tiles(a: Any, first: int, end: int) -> None:
             _one_tile(a.grid, apart, a.width // TILE_BYTES, weights, sums, 4 * BLOCK, begin)
         else:
             _two_tiles(a.grid, apart, a.width // TILE_BYTES, weights, sums, 4 * BLOCK, begin)
-        _finish(a, 0, a.rows, block, sums)
+        finish_with_deltas(a, 0, a.rows, block, sums)
 
 
 @njit(error_model="numpy")
@@ -232,72 +182,78 @@ def _many_rows_by_tiles(a: Any, chunk: int, first: int, end: int) -> None:
                 else:
                     _tiles(grid, apart, count, weights, sums, 4 * BLOCK, begin)
                 if slab == slabs - 1:
-                    _finish(a, row, min(last - row, ROW_BLOCK), block, sums)
+                    finish_with_deltas(a, row, min(last - row, ROW_BLOCK), block, sums)
 
 
-@njit(error_model="numpy")
-def _many_gated_rows_by_tiles(a: Any, chunk: int, first: int, end: int) -> None:
+def _many_gated_rows_by_tiles(gate: Gate, *, with_deltas: bool) -> Any:
     """As ``_many_rows_by_tiles`` in one slab, where each panel of rows is gated beside the products of the next."""
-    steps, last, apart, half = a.width // TILE_BYTES, min(a.rows, chunk + CHUNK), TILE_ROWS * a.width, HALF * a.blocks
-    memory = _sums_memory()
-    sums, ready, count = memory, memory + 4 * BLOCK * ROW_BLOCK, 0
-    constants, largest, y = a.constants, a.largest, a.y
-    for block in range(first, end):
-        weights, begin = a.weights + block * a.width * BLOCK, a.constants + 12 * BLOCK * block
-        for row in range(chunk, last, ROW_BLOCK):
-            grid = a.grid + row * a.width
-            if count == 0:
-                _tiles(grid, apart, steps, weights, sums, 4 * BLOCK, begin)
-            elif a.gating == BY_SILU:
-                silu_beside_products(
-                    grid, apart, steps, weights, sums, 4 * BLOCK, begin,
-                    count - 1, ready, constants, largest, y, 4 * half,
-                )  # fmt: skip
-            else:
-                gelu_beside_products(
-                    grid, apart, steps, weights, sums, 4 * BLOCK, begin,
-                    count - 1, ready, constants, largest, y, 4 * half,
-                )  # fmt: skip
-            _gate_rest(a, min(count, BESIDE * steps), count, ready, constants, largest, y)
-            sums, ready, count, constants = ready, sums, min(last - row, ROW_BLOCK), begin
-            largest, y = a.largest + 4 * row, a.y + 4 * (row * half + HALF * block)
-    _gate_rest(a, 0, count, ready, constants, largest, y)
+    beside = gated_beside_products(gate, with_deltas=with_deltas)
+    rows_of = gated_sums(gate, with_deltas=with_deltas)
 
+    @njit(error_model="numpy")
+    def multiply(a: Any, chunk: int, first: int, end: int) -> None:
+        steps, last, apart = a.width // TILE_BYTES, min(a.rows, chunk + CHUNK), TILE_ROWS * a.width
+        memory, deltas, stride = _sums_memory(), _deltas_memory(), 4 * HALF * a.blocks
+        sums, ready, count = memory, memory + 4 * BLOCK * ROW_BLOCK, 0
+        constants, largest, y = a.constants, a.largest, a.y
+        for block in range(first, end):
+            weights, begin = a.weights + block * a.width * BLOCK, a.constants + 12 * BLOCK * block
+            for row in range(chunk, last, ROW_BLOCK):
+                grid, done = a.grid + row * a.width, min(count, BESIDE * steps)
+                if count == 0:
+                    _tiles(grid, apart, steps, weights, sums, 4 * BLOCK, begin)
+                else:
+                    beside(
+                        grid, apart, steps, weights, sums, 4 * BLOCK, begin,
+                        count - 1, ready, constants, largest, y, stride, deltas,
+                    )  # fmt: skip
+                if done < count:
+                    rows_of(
+                        count - done, ready + 4 * BLOCK * done, constants, largest + 4 * done, y + stride * done,
+                        stride, deltas + 4 * HALF * done,
+                    )  # fmt: skip
+                sums, ready, count, constants = ready, sums, min(last - row, ROW_BLOCK), begin
+                largest, y = a.largest + 4 * row, a.y + row * stride + 4 * HALF * block
+                if with_deltas:
+                    low_by_b(a, row, count, block, deltas)
+        if count:
+            rows_of(count, ready, constants, largest, y, stride, deltas)
 
-@njit(error_model="numpy")
-def _gate_rest(a: Any, done: int, count: int, sums: int, constants: int, largest: int, y: int) -> None:
-    """Rows of a panel, of which some are done."""
-    if done < count:
-        stride = 4 * HALF * a.blocks
-        sums, largest, y = sums + 4 * BLOCK * done, largest + 4 * done, y + stride * done
-        if a.gating == BY_SILU:
-            silu_sums(count - done, sums, constants, largest, y, stride)
-        else:
-            gelu_sums(count - done, sums, constants, largest, y, stride)
+    return multiply
 
 
 def _by_tiles() -> Callable[[Any], None]:
     """x @ weights where AMX multiplies bytes. A few rows, which only wait for memory, leave the tiles alone."""
-    very_few_rows = njit(error_model="numpy")(_by_dot_products(512))
+    very_few_rows = njit(error_model="numpy")(_by_dot_products(512, finish_with_deltas))
+    by_silu, by_gelu = (_many_gated_rows_by_tiles(gate, with_deltas=False) for gate in (SILU, GELU))
+    changed_by_silu, changed_by_gelu = (_many_gated_rows_by_tiles(gate, with_deltas=True) for gate in (SILU, GELU))
 
     def by_tiles(a: Any) -> None:
+        me, team = thread_number(), num_threads()
+        changed = a.runs != 0 and longs(a.runs)[0] > 0
+        if a.rows > _VERY_FEW or changed:
+            configure_tiles()
+        if changed:
+            put_low(a)
         if a.rows <= _VERY_FEW:
             very_few_rows(a)
+            if changed:
+                release_tiles()
             return
-        me, team = thread_number(), num_threads()
         _put_on_tiles(a)
         barrier()
-        configure_tiles()
         first, end = a.blocks * me // team, a.blocks * (me + 1) // team
         if a.rows <= FEW:
             _few_rows_by_tiles(a, first, end)
         else:
             beside = a.gating != NO_GATING and a.num_outliers == 0 and a.width <= TILE_BYTES * WHOLE
             for chunk in range(0, a.rows, CHUNK):
-                if beside:
-                    _many_gated_rows_by_tiles(a, chunk, first, end)
-                else:
+                if not beside:
                     _many_rows_by_tiles(a, chunk, first, end)
+                elif a.gating == BY_SILU:
+                    (changed_by_silu if changed else by_silu)(a, chunk, first, end)
+                else:
+                    (changed_by_gelu if changed else by_gelu)(a, chunk, first, end)
         release_tiles()
 
     return by_tiles
@@ -306,7 +262,7 @@ def _by_tiles() -> Callable[[Any], None]:
 def products() -> dict[str, Routine]:
     """Those that this CPU can run, by the instructions they use, fastest first."""
     found: dict[str, Callable[[Any], None]] = {}
-    if has_features("amx-int8", "amx-tile") and may_use_tiles():
+    if has_features("amx-int8", "amx-bf16", "amx-tile", "avx512bf16") and may_use_tiles():
         found["AMX"] = _by_tiles()
     if has_features("avx512vnni", "avx512f"):
         found["AVX512-VNNI"] = _by_dot_products(512)

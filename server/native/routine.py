@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -50,6 +50,14 @@ def available() -> bool:
     except ImportError:
         return False
     return True
+
+
+class Deltas(Protocol):
+    """What the adapters of a step's rows add to a product, as its routine is told."""
+
+    def of(self, num_rows: int) -> tuple[int, int]:
+        """The addresses of runs and of the product's linears for so many rows, both 0 where none needs them."""
+        ...
 
 
 class Routine:

@@ -31,7 +31,8 @@ _TILES_CONFIGURED = bytes([1, 0, *[0] * 14, *[64, 0] * 8, *[0] * 16, *[16] * 8, 
 """All eight tiles with 16 rows of 64 bytes (Intel SDM, LDTILECFG)."""
 
 
-def _tile_function(builder: Any, name: str, *kinds: Any) -> Any:
+def tile_function(builder: Any, name: str, *kinds: Any) -> Any:
+    """An instruction of AMX, by the name of LLVM's intrinsic."""
     whole = f"llvm.x86.{name}"
     known = builder.module.globals.get(whole)
     return known or ir.Function(builder.module, ir.FunctionType(ir.VoidType(), kinds), whole)
@@ -43,11 +44,11 @@ def _configure(builder: Any) -> None:
         config = builder.alloca(kind)
     builder.store(ir.Constant(kind, bytearray(_TILES_CONFIGURED)), config)
     pointer = builder.bitcast(config, _I8.as_pointer())
-    builder.call(_tile_function(builder, "ldtilecfg", _I8.as_pointer()), [pointer])
+    builder.call(tile_function(builder, "ldtilecfg", _I8.as_pointer()), [pointer])
 
 
 def _release(builder: Any) -> None:
-    builder.call(_tile_function(builder, "tilerelease"), [])
+    builder.call(tile_function(builder, "tilerelease"), [])
 
 
 configure_tiles = void_intrinsic(0, _configure)
@@ -82,9 +83,9 @@ def multiply_tiles(
     """The code of ``tile_products``; ``beside`` writes what else is done in each step, of which it gets the number."""
     x, apart, count, weights, sums, stride, begin = arguments
     pointer = _I8.as_pointer()
-    load = _tile_function(builder, "tileloadd64", _I8, pointer, _I64)
-    store = _tile_function(builder, "tilestored64", _I8, pointer, _I64)
-    product = _tile_function(builder, of, _I8, _I8, _I8)
+    load = tile_function(builder, "tileloadd64", _I8, pointer, _I64)
+    store = tile_function(builder, "tilestored64", _I8, pointer, _I64)
+    product = tile_function(builder, of, _I8, _I8, _I8)
 
     def at(address: Any, offset: Any) -> Any:
         return builder.inttoptr(builder.add(address, offset), pointer)

@@ -17,6 +17,19 @@ NUMBERS, FLOATS = ir.VectorType(_I32, LANES), ir.VectorType(_F32, LANES)
 Vector = Any
 
 
+class _BFloat16(ir.Type):  # type: ignore[misc]
+    """The type of LLVM that llvmlite has no class for."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat16)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat16)
+
+
 class Vectors:
     """What a builder writes for them."""
 
@@ -67,6 +80,13 @@ class Vectors:
         exponent = builder.shl(builder.fptosi(n, NUMBERS), ir.Constant(NUMBERS, [23] * LANES))
         return builder.bitcast(builder.add(builder.bitcast(power, NUMBERS), exponent), FLOATS)
 
+    def as_bfloat16(self, first: Vector, second: Vector) -> Any:
+        """Both, one behind the other, rounded to bfloat16, as sixteen numbers of 32 bits."""
+        kind, name = ir.VectorType(_BFloat16(), 2 * LANES), "llvm.x86.avx512bf16.cvtne2ps2bf16.512"
+        known = self.builder.module.globals.get(name)
+        both = known or ir.Function(self.builder.module, ir.FunctionType(kind, [FLOATS, FLOATS]), name)
+        return self.builder.bitcast(self.builder.call(both, [second, first]), NUMBERS)
+
     def _call(self, name: str, *arguments: Vector) -> Vector:
         whole = f"llvm.{name}.v{LANES}f32"
         known = self.builder.module.globals.get(whole)
@@ -74,29 +94,12 @@ class Vectors:
         return self.builder.call(known or ir.Function(self.builder.module, kind, whole), arguments)
 
 
-class _BFloat16(ir.Type):  # type: ignore[misc]
-    """The type of LLVM that llvmlite has no class for."""
-
-    def _to_string(self) -> str:
-        return "bfloat"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat16)
-
-    def __hash__(self) -> int:
-        return hash(_BFloat16)
-
-
 _TERMS = 4
 """Which are exact to 4e-5; the powers are rounded to 4e-3."""
 
 
 def _powers_of_two(builder: Any, scores: Any, tile: Any, steps: Any, numbers: Any, total: Any) -> None:
-    vectors, kind = Vectors(builder), ir.VectorType(_BFloat16(), 2 * LANES)
-    name = "llvm.x86.avx512bf16.cvtne2ps2bf16.512"
-    both = builder.module.globals.get(name) or ir.Function(
-        builder.module, ir.FunctionType(kind, [FLOATS, FLOATS]), name
-    )
+    vectors = Vectors(builder)
     factor, offset = vectors.repeated(numbers), vectors.repeated(builder.add(numbers, _I64(4)))
 
     def step(number: Any, sums: list[Any]) -> list[Any]:
@@ -105,8 +108,11 @@ def _powers_of_two(builder: Any, scores: Any, tile: Any, steps: Any, numbers: An
             score = vectors.load(builder.add(here, _I64(4 * LANES * half)))
             x = vectors.at_least(vectors.multiply_add(score, factor, offset), -127.0)
             powers.append(vectors.power_of_two(x, _TERMS))
-        rounded = builder.bitcast(builder.call(both, [powers[1], powers[0]]), NUMBERS)
-        builder.store(rounded, vectors.at(builder.add(tile, builder.mul(number, _I64(1024))), NUMBERS), align=4)
+        builder.store(
+            vectors.as_bfloat16(*powers),
+            vectors.at(builder.add(tile, builder.mul(number, _I64(1024))), NUMBERS),
+            align=4,
+        )
         return [builder.fadd(one, power) for one, power in zip(sums, powers, strict=True)]
 
     first, second = loop(builder, steps, [vectors.number(0.0)] * 2, step)

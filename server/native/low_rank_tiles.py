@@ -1,0 +1,216 @@
+"""Low-rank deltas of many adapters inside of a product, by tiles of AMX in bfloat16 with sums in float32.
+
+``low = x @ A`` is put into tiles before the product, and ``low @ B`` is added where a panel's sums become floats.
+Rows are alone in all of it: one that has no adapter, or another, gets nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit
+
+from server.native.blocks import HALF, ROW_BLOCK, STEP, TILE_ROWS
+from server.native.intrinsics import (
+    float_of,
+    floats,
+    halves,
+    longs,
+    loop,
+    num_threads,
+    scratch,
+    thread_number,
+    void_intrinsic,
+)
+from server.native.low_rank import ENTRY, HEAD, RUN
+from server.native.passes import to_bfloat16
+from server.native.tiles import tile_function
+from server.native.vectors import NUMBERS, Vectors
+
+PART = 3
+"""Of a linear in a product, int64: where the address of its table stands, its first sixteen outputs, and their end."""
+TILE = 1024
+"""Bytes of a tile: 16 rows of 64."""
+_SLAB = 8
+"""Steps whose inputs are put into tiles before they are multiplied."""
+_MULTIPLIED, _WEIGHTS = 4, 6
+"""Tiles that are loaded for a product; those below have sums."""
+_I8, _I64 = ir.IntType(8), ir.IntType(64)
+
+_slab_memory, _sums_memory = scratch(_SLAB * TILE), scratch(2 * TILE)
+
+
+def _as_bfloat16(builder: Any, x: Any, stride: Any, rows: Any, count: Any, target: Any) -> None:
+    vectors = Vectors(builder)
+
+    def row(number: Any, _: list[Any]) -> list[Any]:
+        mine, there = builder.add(x, builder.mul(number, stride)), builder.add(target, builder.mul(number, _I64(64)))
+
+        def step(one: Any, _: list[Any]) -> list[Any]:
+            here = builder.add(mine, builder.mul(one, _I64(4 * STEP)))
+            pair = [vectors.load(builder.add(here, _I64(64 * half))) for half in range(2)]
+            place = vectors.at(builder.add(there, builder.mul(one, _I64(TILE))), NUMBERS)
+            builder.store(vectors.as_bfloat16(*pair), place, align=4)
+            return []
+
+        loop(builder, count, [], step)
+        return []
+
+    loop(builder, rows, [], row)
+
+
+def _tile_pointer(builder: Any, address: Any) -> Any:
+    return builder.inttoptr(address, _I8.as_pointer())
+
+
+def _multiply_into(tile: int) -> Any:
+    """``f(x, count, weights, step, stride)``: a tile's sums += x @ weights, by steps of 32 numbers.
+
+    Tiles of x are one behind the other; those of weights ``step`` bytes, and their rows ``stride``.
+    """
+
+    def generate(builder: Any, x: Any, count: Any, weights: Any, step: Any, stride: Any) -> None:
+        load = tile_function(builder, "tileloadd64", _I8, _I8.as_pointer(), _I64)
+        product = tile_function(builder, "tdpbf16ps", _I8, _I8, _I8)
+
+        def one(number: Any, _: list[Any]) -> list[Any]:
+            here = builder.add(x, builder.mul(number, _I64(TILE)))
+            there = builder.add(weights, builder.mul(number, step))
+            builder.call(load, [_I8(_MULTIPLIED + tile), _tile_pointer(builder, here), _I64(64)])
+            builder.call(load, [_I8(_WEIGHTS + tile), _tile_pointer(builder, there), stride])
+            builder.call(product, [_I8(tile), _I8(_MULTIPLIED + tile), _I8(_WEIGHTS + tile)])
+            return []
+
+        loop(builder, count, [], one)
+
+    return void_intrinsic(5, generate)
+
+
+def _store_both(builder: Any, *addresses: Any) -> None:
+    function = tile_function(builder, "tilestored64", _I8, _I8.as_pointer(), _I64)
+    for tile, address in enumerate(addresses):
+        builder.call(function, [_I8(tile), _tile_pointer(builder, address), _I64(64)])
+
+
+def _clear(builder: Any) -> None:
+    for tile in range(2):
+        builder.call(tile_function(builder, "tilezero", _I8), [_I8(tile)])
+
+
+_put_on_tiles = void_intrinsic(5, _as_bfloat16)
+_into_first, _into_second = _multiply_into(0), _multiply_into(1)
+_zero, _store = void_intrinsic(0, _clear), void_intrinsic(2, _store_both)
+
+
+@njit(error_model="numpy")
+def _entry(a: Any, part: int, adapter: int) -> Any:
+    """The address of what an adapter has for a linear; 0 if nothing."""
+    table = longs(longs(a.parts + 8 * (1 + PART * part))[0])[0]
+    entry = table + 8 * ENTRY * adapter
+    return entry if table and longs(entry)[3] else 0
+
+
+@njit(error_model="numpy")
+def _low_at(a: Any, run: Any, tile: int, part: int) -> Any:
+    """Where the tiles of a run's 16 rows are, the first of ``tile``, for a linear."""
+    head = longs(a.runs)
+    return head[3] + ((run[5] + tile - run[0] // TILE_ROWS) * longs(a.parts)[0] + part) * head[4]
+
+
+@njit(error_model="numpy")
+def _put_low_of_tile(a: Any, run: Any, tile: int, entry: Any, target: int) -> None:
+    """x @ A of a run's rows in 16, times the factor, as bfloat16; all other rows and ranks are zeros."""
+    first, end = max(run[0], TILE_ROWS * tile), min(run[1], TILE_ROWS * (tile + 1))
+    slab, sums, steps, rank = _slab_memory(), _sums_memory(), a.inputs // STEP, entry[3]
+    stride = 4 * rank
+    for i in range((rank + STEP - 1) // STEP * TILE // 8):
+        longs(target)[i] = 0
+    for pair in range(0, rank, STEP):
+        _zero()
+        for step in range(0, steps, _SLAB):
+            count = min(_SLAB, steps - step)
+            x = a.x + 4 * (first * a.inputs + step * STEP)
+            _put_on_tiles(x, 4 * a.inputs, end - first, count, slab)
+            weights = entry[0] + step * 16 * stride + 4 * pair
+            _into_first(slab, count, weights, 16 * stride, stride)
+            if rank - pair > HALF:
+                _into_second(slab, count, weights + 4 * HALF, 16 * stride, stride)
+        _store(sums, sums + TILE)
+        for row in range(end - first):
+            low = halves(target + TILE * (pair // STEP) + 64 * (first - TILE_ROWS * tile + row))
+            for half in range(2):
+                mine = floats(sums + TILE * half + 64 * row)
+                for i in range(min(HALF, rank - pair - HALF * half)):
+                    low[HALF * half + i] = np.int16(to_bfloat16(mine[i] * float_of(run[3])))
+
+
+@njit(error_model="numpy")
+def put_low(a: Any) -> None:
+    """This thread's part of x @ A of all runs."""
+    me, team, task = thread_number(), num_threads(), 0
+    parts = longs(a.parts)[0]
+    for number in range(longs(a.runs)[0]):
+        run = longs(a.runs + 8 * (HEAD + RUN * number))
+        for tile in range(run[0] // TILE_ROWS, (run[1] + TILE_ROWS - 1) // TILE_ROWS):
+            for part in range(parts):
+                entry = _entry(a, part, run[2])
+                if entry:
+                    if task % team == me:
+                        _put_low_of_tile(a, run, tile, longs(entry), _low_at(a, run, tile, part))
+                    task += 1
+
+
+@njit(error_model="numpy")
+def touches(a: Any, row: int, count: int) -> bool:
+    """Whether any of these rows has an adapter."""
+    for number in range(longs(a.runs)[0]):
+        run = longs(a.runs + 8 * (HEAD + RUN * number))
+        if run[0] < row + count and run[1] > row:
+            return True
+    return False
+
+
+@njit(error_model="numpy")
+def _part_of(a: Any, group: int) -> int:
+    """The linear that has these sixteen outputs; -1 if none."""
+    for part in range(longs(a.parts)[0]):
+        mine = longs(a.parts + 8 * (1 + PART * part))
+        if mine[1] <= group < mine[2]:
+            return part
+    return -1
+
+
+@njit(error_model="numpy")
+def low_by_b(a: Any, row: int, count: int, block: int, deltas: int) -> None:
+    """``low @ B`` of a panel's rows, from ``row`` on, for a block's outputs: float32 [2, 32, 16], one half after another.
+
+    Rows of no adapter get zeros. Tiles of rows without any of these are not written.
+    """
+    groups = block, block + a.blocks
+    parts = _part_of(a, groups[0]), _part_of(a, groups[1])
+    for tile in range(row // TILE_ROWS, (row + count + TILE_ROWS - 1) // TILE_ROWS):
+        _zero()
+        for number in range(longs(a.runs)[0]):
+            run = longs(a.runs + 8 * (HEAD + RUN * number))
+            if run[0] < TILE_ROWS * (tile + 1) and run[1] > TILE_ROWS * tile:
+                entry = _entry(a, parts[0], run[2])
+                if entry:
+                    low, weights, steps = _of_run(a, run, tile, parts[0], entry, groups[0])
+                    _into_first(low, steps, weights, TILE, 64)
+                entry = _entry(a, parts[1], run[2]) if parts[1] >= 0 else 0
+                if entry:
+                    low, weights, steps = _of_run(a, run, tile, parts[1], entry, groups[1])
+                    _into_second(low, steps, weights, TILE, 64)
+        here = deltas + 64 * (TILE_ROWS * tile - row)
+        _store(here, here + 64 * ROW_BLOCK)
+
+
+@njit(error_model="numpy")
+def _of_run(a: Any, run: Any, tile: int, part: int, entry: int, group: int) -> tuple[int, int, int]:
+    """Where low is, where its weights for sixteen outputs are, and steps of 32 ranks."""
+    rank = longs(entry)[3]
+    first = longs(a.parts + 8 * (1 + PART * part))[1]
+    weights = longs(entry)[2] + (group - first) * 2 * HALF * rank
+    return _low_at(a, run, tile, part), weights, (rank + STEP - 1) // STEP

@@ -1,0 +1,193 @@
+"""Deltas inside of a product of integers: what each adapter gives by itself, and a row the same to the bit as alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from server.int8.linear import Int8Linear, Original, PackedProduct, products_with_deltas
+from server.int8.native import NativeKernel, native_kernels
+from server.int8.outliers import Outliers
+from server.int8.rows import Int8Rows
+from server.lora.bank import LoRABank
+from server.lora.delta import Delta
+from server.lora.tiles import DeltaTiles
+from server.lora.weights import LoRAWeights
+from server.sequence import AdapterUse, Batch
+from tests.model.test_low_rank import segments
+
+KERNELS = [kernel for kernel in native_kernels().values() if kernel.adds_deltas]
+pytestmark = pytest.mark.skipif(not KERNELS, reason="without tiles of AMX a routine of its own adds deltas")
+RANKS = (1, 8, 9, 16, 17, 24, 33, 64)
+LENGTHS = (1, 1, 2, 3, 15, 16, 17, 33, 70)
+SIZES = {(896, (896, 128, 128)): False, (32, (16,)): False, (64, (160, 160)): True, (4864, (96,)): True}
+"""Inputs and outputs of the linears of a product, and whether it has outliers."""
+
+
+@pytest.fixture(params=[1, 2], ids=["one_thread", "two_threads"])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+class Stage:
+    """One product's linears on a bank, beside the same product without adapters."""
+
+    def __init__(self, num_inputs: int, sizes: Sequence[int], *, outliers: bool = False) -> None:
+        self.source = torch.Generator().manual_seed(num_inputs)
+        total = sum(sizes)
+        integers = torch.randint(-127, 128, (total, num_inputs), dtype=torch.int8, generator=self.source)
+        rows = Int8Rows(integers, torch.rand(total, generator=self.source) / 1000)
+        apart = None
+        if outliers:
+            columns = torch.tensor([1, num_inputs // 2])
+            apart = Outliers.of(columns, [torch.randn(total, num_inputs, generator=self.source)])
+        self.kernel: NativeKernel = KERNELS[0](rows, torch.randn(total, generator=self.source), apart)
+        self.model = nn.Module()
+        product = PackedProduct(self.kernel, sizes)
+        self.names = [f"linear{number}" for number in range(len(sizes))]
+        for number, (name, size) in enumerate(zip(self.names, sizes, strict=True)):
+            stock = nn.Linear(num_inputs, size, bias=False)
+            self.model.add_module(name, Int8Linear(stock, Original.of(stock.weight), product, number))
+        self.model.register_parameter("some", nn.Parameter(torch.zeros(1)))
+        products = products_with_deltas(dict(self.model.named_modules()))
+        self.bank = LoRABank(self.model, max_seats=4, compiled=True, products=products)
+        self.sizes, self.num_inputs, self._product = sizes, num_inputs, product
+        self.deltas: dict[str, dict[str, Delta]] = {}
+
+    def add(self, digest: str, rank: int, modules: Sequence[str]) -> None:
+        """An adapter with random numbers on these linears."""
+        self.deltas[digest] = {}
+        for name in modules:
+            size = self.sizes[self.names.index(name)]
+            a = torch.randn(rank, self.num_inputs, generator=self.source).t()
+            b = torch.randn(rank, size, generator=self.source)
+            self.deltas[digest][name] = Delta("linear", a, b).in_tiles()
+        self.bank.add(digest, LoRAWeights(self.deltas[digest]))
+
+    def step(self, uses: Sequence[tuple[AdapterUse, ...]], lengths: Sequence[int], x: torch.Tensor) -> torch.Tensor:
+        """The linears' results for rows x [rows, in] of sequences, side by side."""
+        self.bank.begin(Batch(segments(uses, lengths)))
+        return torch.cat([self.model.get_submodule(name)(x[None])[0] for name in self.names], dim=-1)
+
+    def gated(self, x: torch.Tensor, *, by_gelu: bool) -> torch.Tensor:
+        """The first linear's units times the second's, of the step at hand."""
+        units = self._product.gated((0, 1), x[None], by_gelu=by_gelu)
+        assert units is not None
+        return units[0].clone()
+
+    def added(self, uses: tuple[AdapterUse, ...], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is to be added to rows x of one sequence, and how much was added up for it; both float64."""
+        parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for name, size in zip(self.names, self.sizes, strict=True):
+            total = torch.zeros(len(x), size, dtype=torch.float64)
+            most = torch.zeros_like(total)
+            for use in uses:
+                delta = self.deltas[use.digest].get(name)
+                if delta is not None and delta.tiles is not None:
+                    a, b = (one.double() for one in delta.tiles.in_floats())
+                    total += use.scale * (x.bfloat16().double() @ a) @ b
+                    most += abs(use.scale) * (x.double().abs() @ a.abs()) @ b.abs()
+            parts.append((total, most))
+        return torch.cat([total for total, _ in parts], -1), torch.cat([most for _, most in parts], -1)
+
+
+def mixture(stage: Stage, source: random.Random) -> tuple[list[tuple[AdapterUse, ...]], list[int]]:
+    """Sequences of the base, of each adapter, and of compositions, some of them neighbours of their like."""
+    uses: list[tuple[AdapterUse, ...]] = [(), ()]
+    for digest in stage.deltas:
+        uses += [(AdapterUse(digest, source.choice((1.0, -0.5, 3.0))),)] * source.choice((1, 1, 2))
+    uses.append(tuple(AdapterUse(digest, 0.5) for digest in stage.deltas)[:3])
+    source.shuffle(uses)
+    return uses, [source.choice(LENGTHS) for _ in uses]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("num_inputs", "sizes"), SIZES)
+def test_every_row_gets_its_own_adapters_and_is_the_same_alone(
+    threads: int, num_inputs: int, sizes: tuple[int, ...]
+) -> None:
+    stage, source = Stage(num_inputs, sizes, outliers=SIZES[num_inputs, sizes]), random.Random(num_inputs)
+    for rank in RANKS:
+        stage.add(str(rank), rank, stage.names)
+    stage.add("last", 4, stage.names[-1:])
+    uses, lengths = mixture(stage, source)
+    x = torch.randn(sum(lengths), num_inputs, generator=stage.source)
+    found, base, row = stage.step(uses, lengths, x), stage.kernel(x), 0
+    for mine, length in zip(uses, lengths, strict=True):
+        here = slice(row, row + length)
+        if not mine:
+            assert torch.equal(found[here], base[here])
+        expected, most = stage.added(mine, x[here])
+        error = (found[here].double() - base[here].double() - expected).abs()
+        assert bool((error <= most * 2**-9 + base[here].abs().double() * 1e-6).all())  # x @ a is rounded as well
+        for count in (1, 2, 5, 32, 40):
+            if count <= length:
+                assert torch.equal(stage.step([mine], [count], x[row : row + count]), found[row : row + count])
+        row += length
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("by_gelu", [False, True], ids=["silu", "gelu"])
+@pytest.mark.parametrize("outliers", [False, True], ids=["", "outliers"])
+def test_gated_units_are_made_of_changed_gates_and_ups(threads: int, by_gelu: bool, outliers: bool) -> None:
+    stage = Stage(64, (160, 160), outliers=outliers)
+    stage.add("a", 8, stage.names)
+    stage.add("b", 20, stage.names[1:])
+    uses = [(AdapterUse("a"),), (), (AdapterUse("b", 2.0),), (AdapterUse("a"), AdapterUse("b")), ()]
+    for lengths in ((1, 1, 1, 1, 1), (2, 3, 9, 1, 4), (70, 3, 40, 1, 100)):
+        x = torch.randn(sum(lengths), 64, generator=stage.source)
+        gates, ups = stage.step(uses, lengths, x).split(160, -1)
+        units = stage.gated(x, by_gelu=by_gelu)
+        expected = (F.gelu(gates, approximate="tanh") if by_gelu else F.silu(gates)) * ups
+        assert torch.allclose(units, expected, rtol=1e-4, atol=1e-4)
+        row = 0
+        for mine, length in zip(uses, lengths, strict=True):
+            stage.bank.begin(Batch(segments([mine], [length])))
+            assert torch.equal(stage.gated(x[row : row + length], by_gelu=by_gelu), units[row : row + length])
+            row += length
+
+
+@torch.inference_mode()
+def test_adapters_that_come_and_go(threads: int) -> None:
+    """Tables grow and places are used again; with the last adapter the product is the base's."""
+    stage = Stage(64, (96, 32))
+    x = torch.randn(6, 64, generator=stage.source)
+    for number in range(20):
+        stage.add(str(number), 1 + number, stage.names[number % 2 :])
+        if number % 3 == 2:
+            stage.bank.remove(str(number - 1))
+            del stage.deltas[str(number - 1)]
+        uses = [(AdapterUse(digest),) for digest in list(stage.deltas)[-3:]]
+        found = stage.step(uses, [2] * len(uses), x[: 2 * len(uses)])
+        for place, mine in enumerate(uses):
+            here = slice(2 * place, 2 * place + 2)
+            expected, most = stage.added(mine, x[here])
+            assert bool(((found[here].double() - stage.kernel(x)[here].double() - expected).abs() <= most / 500).all())
+    for digest in list(stage.deltas):
+        stage.bank.remove(digest)
+    assert torch.equal(stage.step([()], [6], x), stage.kernel(x))
+    assert all(product.deltas is None for product, _ in products_with_deltas(dict(stage.model.named_modules())))
+
+
+def test_what_is_packed_is_what_was_given_rounded() -> None:
+    source = torch.Generator().manual_seed(0)
+    for rank in RANKS:
+        a, b = torch.randn(rank, 64, generator=source).t(), torch.randn(rank, 48, generator=source)
+        tiles = DeltaTiles.of(a, b)
+        found_a, found_b = tiles.in_floats()
+        assert torch.equal(found_a[:, :rank], a.bfloat16().float()) and not found_a[:, rank:].any()
+        assert torch.equal(found_b[:rank], b.bfloat16().float()) and not found_b[rank:].any()
+
+
+def test_sizes_that_are_no_whole_tiles_are_left_to_the_other_routine() -> None:
+    for num_inputs, sizes in ((40, (32,)), (64, (40,)), (64, (32, 8))):
+        stage = Stage(num_inputs, sizes)
+        assert not stage.bank.tiled
