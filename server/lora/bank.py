@@ -90,14 +90,15 @@ class LoRABank:
         """Make an adapter usable; one that is there already is no error."""
         if digest in self._digests:
             return
-        for module, delta in weights.deltas.items():
+        deltas = {name: delta.in_tiles() if name in self.tiled else delta for name, delta in weights.deltas.items()}
+        for module, delta in deltas.items():
             if module not in self._layers:
                 self._wrap(module, delta.kind)
             self._layers[module].put(digest, delta)
         self._digests.add(digest)
         if self.compiled is not None:
-            self.compiled.add(digest, weights.deltas)
-            if any(not delta.plain or delta.kind == "rows" for delta in weights.deltas.values()):
+            self.compiled.add(digest, deltas)
+            if any(not delta.plain or delta.kind == "rows" for delta in deltas.values()):
                 self._unsteady.add(digest)
             return
         for shared in {id(one): one for module in weights.deltas if (one := self._inputs.get(module))}.values():

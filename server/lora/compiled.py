@@ -12,7 +12,7 @@ import torch
 
 from server.lora.delta import Delta
 from server.lora.rows import Layout, Rows
-from server.native.blocks import HALF, STEP, TILE_ROWS
+from server.native.blocks import HALF, ROW_BLOCK, STEP
 from server.native.low_rank import ENTRY, HEAD, RUN, add_deltas
 from server.native.low_rank_tiles import TILE
 from server.native.routine import Routine
@@ -113,7 +113,7 @@ class CompiledDeltas:
             for use in run.uses:
                 numbers += [run.start, run.end, self._indices[use.digest], _bits(use.scale), num_low, num_tiles]
                 num_low += run.end - run.start
-                num_tiles += -(-run.end // TILE_ROWS) - run.start // TILE_ROWS
+                num_tiles += 2 * (-(-run.end // ROW_BLOCK) - run.start // ROW_BLOCK)
                 rank = max(rank, self._ranks[use.digest])
         tile_bytes = -(-rank // STEP) * TILE
         needed = max(4 * num_low * rank, self._most_parts * num_tiles * tile_bytes)

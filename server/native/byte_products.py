@@ -6,7 +6,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from server.native.blocks import BLOCK, HALF
+from server.native.blocks import BLOCK, HALF, ROW_BLOCK
 from server.native.intrinsics import loop, prefetch_lines, void_intrinsic
 from server.native.vectors import FLOATS, NUMBERS, Vector, Vectors
 
@@ -82,17 +82,18 @@ def _dot_products(builder: Any, rows: int, lanes: int, vectors: range, ahead: in
         builder.store(after[cell], sum_at(*cell), align=4)
 
 
-def scale_rows(*, with_outliers: bool = False) -> Any:
-    """``f(count, sums, constants, largest, y, apart, stride)``: y = sums * scales * largest + bias.
+def scale_rows(*, with_outliers: bool = False, with_deltas: bool = False) -> Any:
+    """``f(count, sums, constants, largest, y, apart, stride, deltas)``: y = sums * scales * largest + bias + deltas.
 
     sums are int32 [count, 32]; behind 32 numbers that sums begin with, ``constants`` are the scales and the bias,
     float32. Of a row of y the second sixteen lie ``apart`` bytes behind the first; ``stride`` bytes are between rows.
-    With outliers, f takes three more: their ``values`` float32 [count, number], by which their ``weights`` float32
-    [number, 32] are added, and the ``number``.
+    Deltas, where there are any, are float32 [2, 32, 16], those of the first sixteen outputs first. With outliers, f
+    takes three more: their ``values`` float32 [count, number], by which their ``weights`` float32 [number, 32] are
+    added, and the ``number``.
     """
 
     def generate(builder: Any, count: Any, sums: Any, *others: Any) -> None:
-        constants, largest, y, apart, stride, *outliers = others
+        constants, largest, y, apart, stride, deltas, *outliers = others
         vectors = Vectors(builder)
 
         def part(address: Any, number: int, half: int, kind: Any = FLOATS) -> Any:
@@ -112,6 +113,10 @@ def scale_rows(*, with_outliers: bool = False) -> Any:
                 results.append(builder.fadd(scaled, bias))
             if with_outliers:
                 results = _with_outliers(vectors, number, results, *outliers)
+            if with_deltas:
+                mine = builder.add(deltas, builder.mul(number, _I64(4 * HALF)))
+                added = [vectors.load(builder.add(mine, _I64(4 * HALF * ROW_BLOCK * half))) for half in range(2)]
+                results = [builder.fadd(result, delta) for result, delta in zip(results, added, strict=True)]
             for half, result in enumerate(results):
                 place = builder.add(there, builder.mul(apart, _I64(half)))
                 builder.store(result, vectors.at(place), align=4)
@@ -119,7 +124,7 @@ def scale_rows(*, with_outliers: bool = False) -> Any:
 
         loop(builder, count, [], row)
 
-    return void_intrinsic(10 if with_outliers else 7, generate)
+    return void_intrinsic(11 if with_outliers else 8, generate)
 
 
 def _with_outliers(

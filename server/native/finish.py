@@ -13,41 +13,57 @@ from server.native.intrinsics import floats, scratch
 from server.native.low_rank_tiles import low_by_b, touches
 
 _scale_rows, _scale_with_outliers = scale_rows(), scale_rows(with_outliers=True)
+_scale_with_deltas, _scale_with_both = scale_rows(with_deltas=True), scale_rows(with_outliers=True, with_deltas=True)
 _silu, _gelu = (gated_sums(gate, with_deltas=False) for gate in (SILU, GELU))
-_silu_and_deltas, _gelu_and_deltas = (gated_sums(gate, with_deltas=True) for gate in (SILU, GELU))
+_silu_with_deltas, _gelu_with_deltas = (gated_sums(gate, with_deltas=True) for gate in (SILU, GELU))
 _values_memory, _deltas_memory = scratch(4 * BLOCK * CHUNK), scratch(4 * BLOCK * ROW_BLOCK)
 
 
 @njit(error_model="numpy")
-def _scale(a: Any, row: int, count: int, block: int, sums: int, y: int, apart: int, stride: int) -> None:
-    """A block's sums of some rows, scaled back, with what outliers add."""
+def _scale(a: Any, row: int, count: int, block: int, sums: int, y: int, apart: int, stride: int, deltas: int) -> None:
+    """A block's sums of some rows, scaled back, with what outliers and, where there are any, deltas add."""
     constants, largest = a.constants + 12 * BLOCK * block, a.largest + 4 * row
     if a.num_outliers:
         values, weights = a.apart + 4 * row * a.num_outliers, a.outlier_weights + 4 * BLOCK * a.num_outliers * block
-        _scale_with_outliers(count, sums, constants, largest, y, apart, stride, values, weights, a.num_outliers)
+        if deltas:
+            _scale_with_both(count, sums, constants, largest, y, apart, stride, deltas, values, weights, a.num_outliers)
+        else:
+            _scale_with_outliers(count, sums, constants, largest, y, apart, stride, 0, values, weights, a.num_outliers)
+    elif deltas:
+        _scale_with_deltas(count, sums, constants, largest, y, apart, stride, deltas)
     else:
-        _scale_rows(count, sums, constants, largest, y, apart, stride)
+        _scale_rows(count, sums, constants, largest, y, apart, stride, 0)
 
 
 @njit(error_model="numpy")
-def finish(a: Any, row: int, count: int, block: int, sums: int) -> None:
-    """A block's sums of some rows, scaled back, into y."""
-    constants, largest = a.constants + 12 * BLOCK * block, a.largest + 4 * row
+def _gate(a: Any, row: int, count: int, block: int, sums: int, deltas: int) -> None:
+    """As ``_scale``, where there are no outliers, and gated, into y."""
+    constants, largest, stride = a.constants + 12 * BLOCK * block, a.largest + 4 * row, 4 * HALF * a.blocks
+    y = a.y + row * stride + 4 * HALF * block
+    if a.gating == BY_SILU:
+        if deltas:
+            _silu_with_deltas(count, sums, constants, largest, y, stride, deltas)
+        else:
+            _silu(count, sums, constants, largest, y, stride, 0)
+    elif deltas:
+        _gelu_with_deltas(count, sums, constants, largest, y, stride, deltas)
+    else:
+        _gelu(count, sums, constants, largest, y, stride, 0)
+
+
+@njit(error_model="numpy")
+def finish(a: Any, row: int, count: int, block: int, sums: int, deltas: int) -> None:
+    """A block's sums of some rows, scaled back, into y; with ``deltas``, 0 or those of a panel of rows."""
     half, output = HALF * a.blocks, HALF * block
     if a.gating == NO_GATING and half + output + HALF <= a.outputs:
         y = a.y + 4 * (row * a.outputs + output)
-        _scale(a, row, count, block, sums, y, 4 * half, 4 * a.outputs)
-        return
-    if a.gating != NO_GATING and not a.num_outliers:
-        y = a.y + 4 * (row * half + output)
-        if a.gating == BY_SILU:
-            _silu(count, sums, constants, largest, y, 4 * half, 0)
-        else:
-            _gelu(count, sums, constants, largest, y, 4 * half, 0)
-        return
-    values, apart = _values_memory(), 4 * HALF * count  # one half behind the other
-    _scale(a, row, count, block, sums, values, apart, 4 * HALF)
-    _put_values(a, row, count, block, values, apart)
+        _scale(a, row, count, block, sums, y, 4 * half, 4 * a.outputs, deltas)
+    elif a.gating != NO_GATING and not a.num_outliers:
+        _gate(a, row, count, block, sums, deltas)
+    else:
+        values, apart = _values_memory(), 4 * HALF * count  # one half behind the other
+        _scale(a, row, count, block, sums, values, apart, 4 * HALF, deltas)
+        _put_values(a, row, count, block, values, apart)
 
 
 @njit(error_model="numpy")
@@ -69,38 +85,16 @@ def _put_values(a: Any, row: int, count: int, block: int, values: int, apart: in
 
 
 @njit(error_model="numpy")
-def _add(count: int, stride: int, y: int, deltas: int) -> None:
-    for one in range(count):
-        mine, added = floats(y + one * stride), floats(deltas + 4 * HALF * one)
-        for i in range(HALF):
-            mine[i] += added[i]
+def finish_alone(a: Any, row: int, count: int, block: int, sums: int) -> None:
+    """As ``finish``, on CPUs where another routine adds deltas."""
+    finish(a, row, count, block, sums, 0)
 
 
 @njit(error_model="numpy")
 def finish_with_deltas(a: Any, row: int, count: int, block: int, sums: int) -> None:
-    """As ``finish``, with what adapters of these rows add; no more than a panel of rows, whole tiles of which are."""
-    if a.runs == 0 or not touches(a, row, count):
-        finish(a, row, count, block, sums)
-        return
-    deltas, half = _deltas_memory(), HALF * a.blocks
-    low_by_b(a, row, count, block, deltas)
-    second = deltas + 4 * HALF * ROW_BLOCK
-    if a.gating == NO_GATING:
-        finish(a, row, count, block, sums)
-        y = a.y + 4 * (row * a.outputs + HALF * block)
-        _add(count, 4 * a.outputs, y, deltas)
-        if half + HALF * block < a.outputs:
-            _add(count, 4 * a.outputs, y + 4 * half, second)
-    elif a.num_outliers:
-        values, apart = _values_memory(), 4 * HALF * count
-        _scale(a, row, count, block, sums, values, apart, 4 * HALF)
-        _add(count, 4 * HALF, values, deltas)
-        _add(count, 4 * HALF, values + apart, second)
-        _put_values(a, row, count, block, values, apart)
-    else:
-        constants, largest = a.constants + 12 * BLOCK * block, a.largest + 4 * row
-        y = a.y + 4 * (row * half + HALF * block)
-        if a.gating == BY_SILU:
-            _silu_and_deltas(count, sums, constants, largest, y, 4 * half, deltas)
-        else:
-            _gelu_and_deltas(count, sums, constants, largest, y, 4 * half, deltas)
+    """As ``finish``, with what adapters of these rows add; no more than a panel of rows, which ``row`` begins."""
+    deltas = 0
+    if a.runs != 0 and touches(a, row, count):
+        deltas = _deltas_memory()
+        low_by_b(a, row, count, block, deltas)
+    finish(a, row, count, block, sums, deltas)

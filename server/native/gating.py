@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -16,7 +16,7 @@ from server.native.vectors import FLOATS, NUMBERS, Vector, Vectors
 _LANES = HALF
 _I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
 _LOG2E = 1.4426950408889634
-_MOST = 126.0
+_MOST = 125.0
 """Of an exponent of two, so that the power is a normal number."""
 _GELU_1, _GELU_3 = (2 * math.sqrt(2 / math.pi) * factor for factor in (1.0, 0.044715))
 _SHUT = 2.0**125
@@ -77,22 +77,13 @@ def _gate_vectors(gate: Gate) -> Any:
 class GatedRow:
     """Code for rows of a block's sums, int32 [.., 32], that become units, float32 [.., 16]: as ``scale_rows`` does.
 
-    ``stride`` bytes lie between rows of y. Where there are ``deltas``, float32 [2, 32, 16], they are added before.
+    ``addresses`` are sums, constants, largest, y, the bytes between its rows, and deltas float32 [2, 32, 16], which are
+    added before.
     """
 
-    def __init__(
-        self,
-        gate: Gate,
-        builder: Any,
-        sums: Any,
-        constants: Any,
-        largest: Any,
-        y: Any,
-        stride: Any,
-        deltas: Any,
-    ) -> None:
-        self._gate, self._vectors = gate, _Gates(builder)
-        self._sums, self._largest, self._y, self._stride, self._deltas = sums, largest, y, stride, deltas
+    def __init__(self, gate: Gate, builder: Any, addresses: Sequence[Any], *, with_deltas: bool) -> None:
+        self._gate, self._vectors, self._with_deltas = gate, _Gates(builder), with_deltas
+        self._sums, constants, self._largest, self._y, self._stride, self._deltas = addresses
         self._halves = [[self._constant(constants, number, half) for number in (1, 2)] for half in range(2)]
 
     def compute(self, number: Any) -> None:
@@ -105,7 +96,7 @@ class GatedRow:
             integers = vectors.load(builder.add(here, _I64(4 * HALF * half)), NUMBERS)
             scaled = builder.fmul(builder.sitofp(integers, FLOATS), scales)
             whole = builder.fadd(builder.fmul(scaled, factor), bias)
-            if self._deltas is not None:
+            if self._with_deltas:
                 place = builder.add(self._deltas, builder.mul(number, _I64(4 * HALF)))
                 whole = builder.fadd(whole, vectors.load(builder.add(place, _I64(4 * HALF * ROW_BLOCK * half))))
             found.append(whole)
@@ -121,8 +112,7 @@ def gated_sums(gate: Gate, *, with_deltas: bool) -> Any:
     """``f(count, sums, constants, largest, y, stride, deltas)``: so many rows, one after another."""
 
     def generate(builder: Any, count: Any, *addresses: Any) -> None:
-        *others, deltas = addresses
-        row = GatedRow(gate, builder, *others, deltas if with_deltas else None)
+        row = GatedRow(gate, builder, addresses, with_deltas=with_deltas)
 
         def one(number: Any, _: list[Any]) -> list[Any]:
             row.compute(number)
@@ -142,8 +132,8 @@ def gated_beside_products(gate: Gate, *, with_deltas: bool) -> Any:
     """
 
     def generate(builder: Any, *arguments: Any) -> None:
-        last, *others, deltas = arguments[7:]
-        row = GatedRow(gate, builder, *others, deltas if with_deltas else None)
+        last, *addresses = arguments[7:]
+        row = GatedRow(gate, builder, addresses, with_deltas=with_deltas)
 
         def rows(step: Any) -> None:
             for one in range(BESIDE):

@@ -99,7 +99,8 @@ def void_intrinsic(num_arguments: int, generate: Callable[..., None]) -> Any:
         5: lambda _typing, _a, _b, _c, _d, _e: (signature, code),
         6: lambda _typing, _a, _b, _c, _d, _e, _f: (signature, code),
         7: lambda _typing, _a, _b, _c, _d, _e, _f, _g: (signature, code),
-        10: lambda _typing, _a, _b, _c, _d, _e, _f, _g, _h, _i, _j: (signature, code),
+        8: lambda _typing, _a, _b, _c, _d, _e, _f, _g, _h: (signature, code),
+        11: lambda _typing, _a, _b, _c, _d, _e, _f, _g, _h, _i, _j, _k: (signature, code),
         14: lambda _typing, _a, _b, _c, _d, _e, _f, _g, _h, _i, _j, _k, _l, _m, _n: (signature, code),
     }
     return intrinsic(typings[num_arguments])

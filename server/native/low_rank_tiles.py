@@ -12,7 +12,7 @@ import numpy as np
 from llvmlite import ir
 from numba import njit
 
-from server.native.blocks import HALF, ROW_BLOCK, STEP, TILE_ROWS
+from server.native.blocks import FEW, HALF, ROW_BLOCK, STEP, TILE_ROWS
 from server.native.intrinsics import (
     float_of,
     floats,
@@ -20,6 +20,7 @@ from server.native.intrinsics import (
     longs,
     loop,
     num_threads,
+    prefetch_lines,
     scratch,
     thread_number,
     void_intrinsic,
@@ -35,11 +36,13 @@ TILE = 1024
 """Bytes of a tile: 16 rows of 64."""
 _SLAB = 8
 """Steps whose inputs are put into tiles before they are multiplied."""
+_AHEAD = 8
+"""Sixteens of outputs that B is called into the caches ahead, where it comes from memory."""
 _MULTIPLIED, _WEIGHTS = 4, 6
 """Tiles that are loaded for a product; those below have sums."""
 _I8, _I64 = ir.IntType(8), ir.IntType(64)
 
-_slab_memory, _sums_memory = scratch(_SLAB * TILE), scratch(2 * TILE)
+_slab_memory, _sums_memory = scratch(_SLAB * TILE), scratch(4 * TILE)
 
 
 def _as_bfloat16(builder: Any, x: Any, stride: Any, rows: Any, count: Any, target: Any) -> None:
@@ -65,43 +68,66 @@ def _tile_pointer(builder: Any, address: Any) -> Any:
     return builder.inttoptr(address, _I8.as_pointer())
 
 
-def _multiply_into(tile: int) -> Any:
-    """``f(x, count, weights, step, stride)``: a tile's sums += x @ weights, by steps of 32 numbers.
+def _multiply_into(tiles: range) -> Any:
+    """``f(x, apart, count, weights, step, stride)``: sums of tiles += x @ weights, by steps of 32 numbers.
 
-    Tiles of x are one behind the other; those of weights ``step`` bytes, and their rows ``stride``.
+    Tiles of x are one behind the other, those of other rows ``apart`` bytes; weights' ``step``, and their rows
+    ``stride``.
     """
 
-    def generate(builder: Any, x: Any, count: Any, weights: Any, step: Any, stride: Any) -> None:
+    def generate(builder: Any, x: Any, apart: Any, count: Any, weights: Any, step: Any, stride: Any) -> None:
         load = tile_function(builder, "tileloadd64", _I8, _I8.as_pointer(), _I64)
         product = tile_function(builder, "tdpbf16ps", _I8, _I8, _I8)
 
         def one(number: Any, _: list[Any]) -> list[Any]:
             here = builder.add(x, builder.mul(number, _I64(TILE)))
             there = builder.add(weights, builder.mul(number, step))
-            builder.call(load, [_I8(_MULTIPLIED + tile), _tile_pointer(builder, here), _I64(64)])
-            builder.call(load, [_I8(_WEIGHTS + tile), _tile_pointer(builder, there), stride])
-            builder.call(product, [_I8(tile), _I8(_MULTIPLIED + tile), _I8(_WEIGHTS + tile)])
+            builder.call(load, [_I8(_WEIGHTS + tiles[0] % 2), _tile_pointer(builder, there), stride])
+            for place, tile in enumerate(tiles):
+                rows = builder.add(here, builder.mul(apart, _I64(place)))
+                builder.call(load, [_I8(_MULTIPLIED + place), _tile_pointer(builder, rows), _I64(64)])
+                builder.call(product, [_I8(tile), _I8(_MULTIPLIED + place), _I8(_WEIGHTS + tiles[0] % 2)])
             return []
 
         loop(builder, count, [], one)
 
-    return void_intrinsic(5, generate)
+    return void_intrinsic(6, generate)
 
 
-def _store_both(builder: Any, *addresses: Any) -> None:
-    function = tile_function(builder, "tilestored64", _I8, _I8.as_pointer(), _I64)
-    for tile, address in enumerate(addresses):
-        builder.call(function, [_I8(tile), _tile_pointer(builder, address), _I64(64)])
+def _store(tiles: int) -> Any:
+    """``f(address)``: sums of so many tiles, float32 [16, 16] each: those of a half one behind the other, 2 KB."""
+
+    def generate(builder: Any, address: Any) -> None:
+        function = tile_function(builder, "tilestored64", _I8, _I8.as_pointer(), _I64)
+        for tile in range(tiles):
+            place = builder.add(address, _I64(TILE * (tile // 2 + 2 * (tile % 2))))
+            builder.call(function, [_I8(tile), _tile_pointer(builder, place), _I64(64)])
+
+    return void_intrinsic(1, generate)
 
 
-def _clear(builder: Any) -> None:
-    for tile in range(2):
-        builder.call(tile_function(builder, "tilezero", _I8), [_I8(tile)])
+def _clear(tiles: int) -> Any:
+    def generate(builder: Any) -> None:
+        for tile in range(tiles):
+            builder.call(tile_function(builder, "tilezero", _I8), [_I8(tile)])
+
+    return void_intrinsic(0, generate)
 
 
+def _call_into_caches(builder: Any, address: Any, num_lines: Any) -> None:
+    def line(number: Any, _: list[Any]) -> list[Any]:
+        prefetch_lines(builder, builder.add(address, builder.mul(number, _I64(64))), range(1), 2)
+        return []
+
+    loop(builder, num_lines, [], line)
+
+
+_call_lines = void_intrinsic(2, _call_into_caches)
 _put_on_tiles = void_intrinsic(5, _as_bfloat16)
-_into_first, _into_second = _multiply_into(0), _multiply_into(1)
-_zero, _store = void_intrinsic(0, _clear), void_intrinsic(2, _store_both)
+# tiles 0 and 1 are the first rows' sums for both halves of outputs, 2 and 3 the second rows'
+_into_first, _into_second = _multiply_into(range(0, 1)), _multiply_into(range(1, 2))
+_both_into_first, _both_into_second = _multiply_into(range(0, 4, 2)), _multiply_into(range(1, 4, 2))
+_clear_two, _clear_four, _store_two, _store_four = _clear(2), _clear(4), _store(2), _store(4)
 
 
 @njit(error_model="numpy")
@@ -114,9 +140,9 @@ def _entry(a: Any, part: int, adapter: int) -> Any:
 
 @njit(error_model="numpy")
 def _low_at(a: Any, run: Any, tile: int, part: int) -> Any:
-    """Where the tiles of a run's 16 rows are, the first of ``tile``, for a linear."""
+    """Where the tiles of 16 rows of a run are for a linear; runs have tiles for all rows of their panels."""
     head = longs(a.runs)
-    return head[3] + ((run[5] + tile - run[0] // TILE_ROWS) * longs(a.parts)[0] + part) * head[4]
+    return head[3] + ((run[5] + tile - run[0] // ROW_BLOCK * 2) * longs(a.parts)[0] + part) * head[4]
 
 
 @njit(error_model="numpy")
@@ -127,39 +153,54 @@ def _put_low_of_tile(a: Any, run: Any, tile: int, entry: Any, target: int) -> No
     stride = 4 * rank
     for i in range((rank + STEP - 1) // STEP * TILE // 8):
         longs(target)[i] = 0
+    if end <= first:
+        return
     for pair in range(0, rank, STEP):
-        _zero()
+        _clear_two()
         for step in range(0, steps, _SLAB):
             count = min(_SLAB, steps - step)
             x = a.x + 4 * (first * a.inputs + step * STEP)
             _put_on_tiles(x, 4 * a.inputs, end - first, count, slab)
             weights = entry[0] + step * 16 * stride + 4 * pair
-            _into_first(slab, count, weights, 16 * stride, stride)
+            _into_first(slab, 0, count, weights, 16 * stride, stride)
             if rank - pair > HALF:
-                _into_second(slab, count, weights + 4 * HALF, 16 * stride, stride)
-        _store(sums, sums + TILE)
+                _into_second(slab, 0, count, weights + 4 * HALF, 16 * stride, stride)
+        _store_two(sums)
         for row in range(end - first):
             low = halves(target + TILE * (pair // STEP) + 64 * (first - TILE_ROWS * tile + row))
             for half in range(2):
-                mine = floats(sums + TILE * half + 64 * row)
+                mine = floats(sums + 2 * TILE * half + 64 * row)
                 for i in range(min(HALF, rank - pair - HALF * half)):
                     low[HALF * half + i] = np.int16(to_bfloat16(mine[i] * float_of(run[3])))
 
 
 @njit(error_model="numpy")
 def put_low(a: Any) -> None:
-    """This thread's part of x @ A of all runs."""
+    """This thread's part of x @ A of all runs, linear by linear: of a few rows."""
     me, team, task = thread_number(), num_threads(), 0
-    parts = longs(a.parts)[0]
     for number in range(longs(a.runs)[0]):
         run = longs(a.runs + 8 * (HEAD + RUN * number))
-        for tile in range(run[0] // TILE_ROWS, (run[1] + TILE_ROWS - 1) // TILE_ROWS):
-            for part in range(parts):
+        for part in range(longs(a.parts)[0]):
+            entry = _entry(a, part, run[2])
+            if entry:
+                if task % team == me:
+                    _call_lines(longs(entry)[0], a.inputs * longs(entry)[3] // 32)
+                    for tile in range((a.rows + TILE_ROWS - 1) // TILE_ROWS):
+                        _put_low_of_tile(a, run, tile, longs(entry), _low_at(a, run, tile, part))
+                task += 1
+
+
+@njit(error_model="numpy")
+def put_low_of_rows(a: Any, tile: int) -> None:
+    """x @ A of a tile's rows, of all runs that have some in its panel."""
+    panel = tile // 2 * ROW_BLOCK
+    for number in range(longs(a.runs)[0]):
+        run = longs(a.runs + 8 * (HEAD + RUN * number))
+        if run[0] < panel + ROW_BLOCK and run[1] > panel:
+            for part in range(longs(a.parts)[0]):
                 entry = _entry(a, part, run[2])
                 if entry:
-                    if task % team == me:
-                        _put_low_of_tile(a, run, tile, longs(entry), _low_at(a, run, tile, part))
-                    task += 1
+                    _put_low_of_tile(a, run, tile, longs(entry), _low_at(a, run, tile, part))
 
 
 @njit(error_model="numpy")
@@ -184,27 +225,38 @@ def _part_of(a: Any, group: int) -> int:
 
 @njit(error_model="numpy")
 def low_by_b(a: Any, row: int, count: int, block: int, deltas: int) -> None:
-    """``low @ B`` of a panel's rows, from ``row`` on, for a block's outputs: float32 [2, 32, 16], one half after another.
+    """``low @ B`` of a panel's rows for a block's outputs, float32 [2, 32, 16], one half after another.
 
-    Rows of no adapter get zeros. Tiles of rows without any of these are not written.
+    Rows of no adapter get zeros; up to 16 rows, only those of the first tile are written.
     """
-    groups = block, block + a.blocks
-    parts = _part_of(a, groups[0]), _part_of(a, groups[1])
-    for tile in range(row // TILE_ROWS, (row + count + TILE_ROWS - 1) // TILE_ROWS):
-        _zero()
-        for number in range(longs(a.runs)[0]):
-            run = longs(a.runs + 8 * (HEAD + RUN * number))
-            if run[0] < TILE_ROWS * (tile + 1) and run[1] > TILE_ROWS * tile:
-                entry = _entry(a, parts[0], run[2])
-                if entry:
-                    low, weights, steps = _of_run(a, run, tile, parts[0], entry, groups[0])
-                    _into_first(low, steps, weights, TILE, 64)
-                entry = _entry(a, parts[1], run[2]) if parts[1] >= 0 else 0
-                if entry:
-                    low, weights, steps = _of_run(a, run, tile, parts[1], entry, groups[1])
-                    _into_second(low, steps, weights, TILE, 64)
-        here = deltas + 64 * (TILE_ROWS * tile - row)
-        _store(here, here + 64 * ROW_BLOCK)
+    first_part, second_part = _part_of(a, block), _part_of(a, block + a.blocks)
+    both, tile = count > TILE_ROWS, row // TILE_ROWS
+    if both:
+        _clear_four()
+    else:
+        _clear_two()
+    apart = longs(a.parts)[0] * longs(a.runs)[4]
+    for number in range(longs(a.runs)[0]):
+        run = longs(a.runs + 8 * (HEAD + RUN * number))
+        if run[0] < row + count and run[1] > row:
+            entry = _entry(a, first_part, run[2])
+            if entry:
+                low, weights, steps = _of_run(a, run, tile, first_part, entry, block)
+                if both:
+                    _both_into_first(low, apart, steps, weights, TILE, 64)
+                else:
+                    _into_first(low, apart, steps, weights, TILE, 64)
+            entry = _entry(a, second_part, run[2]) if second_part >= 0 else 0
+            if entry:
+                low, weights, steps = _of_run(a, run, tile, second_part, entry, block + a.blocks)
+                if both:
+                    _both_into_second(low, apart, steps, weights, TILE, 64)
+                else:
+                    _into_second(low, apart, steps, weights, TILE, 64)
+    if both:
+        _store_four(deltas)
+    else:
+        _store_two(deltas)
 
 
 @njit(error_model="numpy")
@@ -213,4 +265,6 @@ def _of_run(a: Any, run: Any, tile: int, part: int, entry: int, group: int) -> t
     rank = longs(entry)[3]
     first = longs(a.parts + 8 * (1 + PART * part))[1]
     weights = longs(entry)[2] + (group - first) * 2 * HALF * rank
+    if a.rows <= FEW:
+        _call_lines(weights + _AHEAD * 2 * HALF * rank, HALF * rank // 32)
     return _low_at(a, run, tile, part), weights, (rank + STEP - 1) // STEP

@@ -24,7 +24,7 @@ from server.native.blocks import (
     WHOLE,
 )
 from server.native.byte_products import dot_products
-from server.native.finish import finish, finish_with_deltas
+from server.native.finish import finish_alone, finish_with_deltas
 from server.native.gating import BESIDE, GELU, SILU, Gate, gated_beside_products, gated_sums
 from server.native.intrinsics import (
     barrier,
@@ -39,7 +39,7 @@ from server.native.intrinsics import (
     scratch,
     thread_number,
 )
-from server.native.low_rank_tiles import low_by_b, put_low
+from server.native.low_rank_tiles import low_by_b, put_low, put_low_of_rows
 from server.native.routine import Routine
 from server.native.tiles import configure_tiles, may_use_tiles, release_tiles, tile_products
 
@@ -97,15 +97,24 @@ def _put_on_grid(a: Any, row: int, target: int, apart: int) -> None:
 
 
 @njit(error_model="numpy")
-def _put_on_tiles(a: Any) -> None:
-    """This thread's rows, as tiles of 16 rows and 64 bytes lie one behind the other."""
-    me, team = thread_number(), num_threads()
-    for row in range(a.rows * me // team, a.rows * (me + 1) // team):
+def _put_on_tiles(a: Any, first: int, end: int) -> None:
+    """Rows, as tiles of 16 rows and 64 bytes lie one behind the other."""
+    for row in range(first, end):
         target = a.grid + row // TILE_ROWS * TILE_ROWS * a.width + row % TILE_ROWS * TILE_BYTES
         _put_on_grid(a, row, target, TILE_ROWS * TILE_BYTES)
 
 
-def _by_dot_products(bits: int, finish: Any = finish) -> Callable[[Any], None]:
+@njit(error_model="numpy")
+def _prepare_many_rows(a: Any, changed: bool) -> None:
+    """This thread's rows on tiles, and, where adapters change some, their products with A while they are at hand."""
+    me, team, tiles = thread_number(), num_threads(), (a.rows + ROW_BLOCK - 1) // ROW_BLOCK * 2
+    for tile in range(tiles * me // team, tiles * (me + 1) // team):
+        _put_on_tiles(a, TILE_ROWS * tile, min(a.rows, TILE_ROWS * (tile + 1)))
+        if changed:
+            put_low_of_rows(a, tile)
+
+
+def _by_dot_products(bits: int, finish: Any = finish_alone) -> Callable[[Any], None]:
     """x @ weights where vectors of so many bits multiply bytes."""
     one, two, four = (dot_products(rows, bits, prefetch=True) for rows in (1, 2, 4))
     most = 8 if bits == 512 else 4
@@ -233,14 +242,17 @@ def _by_tiles() -> Callable[[Any], None]:
         changed = a.runs != 0 and longs(a.runs)[0] > 0
         if a.rows > _VERY_FEW or changed:
             configure_tiles()
-        if changed:
+        if a.rows > FEW:
+            _prepare_many_rows(a, changed)
+        elif changed:
             put_low(a)
         if a.rows <= _VERY_FEW:
             very_few_rows(a)
             if changed:
                 release_tiles()
             return
-        _put_on_tiles(a)
+        if a.rows <= FEW:
+            _put_on_tiles(a, a.rows * me // team, a.rows * (me + 1) // team)
         barrier()
         first, end = a.blocks * me // team, a.blocks * (me + 1) // team
         if a.rows <= FEW:
@@ -250,10 +262,14 @@ def _by_tiles() -> Callable[[Any], None]:
             for chunk in range(0, a.rows, CHUNK):
                 if not beside:
                     _many_rows_by_tiles(a, chunk, first, end)
+                elif a.gating == BY_SILU and changed:
+                    changed_by_silu(a, chunk, first, end)
                 elif a.gating == BY_SILU:
-                    (changed_by_silu if changed else by_silu)(a, chunk, first, end)
+                    by_silu(a, chunk, first, end)
+                elif changed:
+                    changed_by_gelu(a, chunk, first, end)
                 else:
-                    (changed_by_gelu if changed else by_gelu)(a, chunk, first, end)
+                    by_gelu(a, chunk, first, end)
         release_tiles()
 
     return by_tiles
