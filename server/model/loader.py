@@ -36,7 +36,7 @@ from server.model.device import choose_device, choose_dtype, choose_float_dtype,
 from server.model.fingerprint import base_fingerprint
 from server.model.kv_cache import KVLayout, LayerShape, Span, longest_within
 from server.model.quantizer import Quantized, quantizing
-from server.model.quick_ops import quicken
+from server.model.quick_layers import quicken_all
 from server.model.rope import fix_rope
 from server.model.shapes import PROBE_ROWS, Noted, noting_shapes, signature_of
 from server.native.routine import available
@@ -116,7 +116,7 @@ def load_base(
     fix_rope(model, length)
     compiled = _compiled(attention, kv_dtype) if _is_native(kernel) and model.dtype == torch.float32 else None
     if model.dtype == torch.float32 and place.type == "cpu":
-        quicken(model, compiled)
+        quicken_all(model, compiled)
     shorten(model)
     _check_calls(name, attention, len(shapes), config)
     if compiling is not None:

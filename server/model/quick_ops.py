@@ -74,15 +74,23 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., dim] -> [..., dim]."""
+        gain = self._own_gain()
+        if self._passes is not None:
+            return self._passes.rms_norm(x.float(), gain, self._eps).to(x.dtype)
+        norm = torch.linalg.vector_norm(x, 2, -1, keepdim=True)
+        return torch.mul(x, gain).div_(torch.hypot(norm, self._floor))
+
+    def of_sum(self, x: torch.Tensor, other: torch.Tensor, passes: Passes) -> torch.Tensor:
+        """Of ``x += other`` in place, both contiguous float32 [..., dim]; by routines, bit by bit as ``forward``."""
+        return passes.rms_norm_of_sum(x, other, self._own_gain(), self._eps)
+
+    def _own_gain(self) -> torch.Tensor:
         weight, gain = self._gain
         if weight is not (own := self._parameters["weight"]) or gain is None:
             assert own is not None
             gain = (own + self._offset) * self._root
             self._gain = own, gain
-        if self._passes is not None:
-            return self._passes.rms_norm(x.float(), gain, self._eps).to(x.dtype)
-        norm = torch.linalg.vector_norm(x, 2, -1, keepdim=True)
-        return torch.mul(x, gain).div_(torch.hypot(norm, self._floor))
+        return gain
 
 
 class GatedUnits(nn.Module):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel
 
 from server.lora.bank import LoRABank
 from server.model.attention import FlatAttention, Layout
+from server.model.quick_layers import forward_of
 from server.model.quick_ops import layers_of
 from server.native.attention import scores_size
 from server.native.tape import Arena, NotTaped, Recorder, Tape, TooLarge
@@ -49,7 +49,7 @@ class Tapes:
         self.problem: str | None = None
         self.num_played = 0
         for number, layer in enumerate(layers_of(model)):
-            layer.__dict__["forward"] = self._forward(number, partial(type(layer).forward, layer))
+            layer.__dict__["forward"] = self._forward(number, forward_of(layer))
 
     def begin(self, layout: Layout) -> None:
         """A step begins, of which the bank knows the rows already."""

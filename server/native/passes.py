@@ -57,6 +57,14 @@ def _add(a: Any) -> None:
         y[i] = x[i] + other[i]
 
 
+def _add_to(a: Any) -> None:
+    """x += other of ``size`` numbers: by themselves, as ``_add`` takes one at a time where y is x."""
+    me, team = thread_number(), num_threads()
+    x, other = floats(a.x), floats(a.other)
+    for i in range(a.size * me // team, a.size * (me + 1) // team):
+        x[i] += other[i]
+
+
 def _scale(a: Any) -> None:
     """y = x * factor of ``size`` numbers."""
     me, team = thread_number(), num_threads()
@@ -66,13 +74,20 @@ def _scale(a: Any) -> None:
 
 
 def _rms_norm(a: Any) -> None:
-    """y = x * gain / sqrt(mean(x**2) + eps), x strided [rows, heads, dim], y contiguous."""
+    """y = x * gain / sqrt(mean(x**2) + eps), x strided [rows, heads, dim], y contiguous.
+
+    Where there is an ``other``, contiguous, x += other before: one routine, so that both give the same bits.
+    """
     me, team = thread_number(), num_threads()
     gain, eps = floats(a.gain), np.float32(a.eps)
     for row in range(a.rows * me // team, a.rows * (me + 1) // team):
         for head in range(a.heads):
             x = floats(a.x + 4 * (row * a.row_stride + head * a.head_stride))
             y = floats(a.y + 4 * (row * a.heads + head) * a.dim)
+            if a.other:
+                other = floats(a.other + 4 * (row * a.heads + head) * a.dim)
+                for i in range(a.dim):
+                    x[i] += other[i]
             squares = np.float32(0.0)
             for i in range(a.dim):
                 squares += x[i] * x[i]
@@ -130,8 +145,8 @@ class Passes:
     """The routines, as torch's tensors have them. All float32, on the CPU."""
 
     def __init__(self) -> None:
-        self._norm = Routine(_rms_norm, "x y gain rows heads dim row_stride head_stride", "eps", reorder=True)
-        self._add = Routine(_add, "x other y size")
+        self._norm = Routine(_rms_norm, "x other y gain rows heads dim row_stride head_stride", "eps", reorder=True)
+        self._add, self._add_to = Routine(_add, "x other y size"), Routine(_add_to, "x other size")
         fields = (
             "q k q_out k_out cos sin rows half q_heads q_head_stride q_row_stride k_heads k_head_stride k_row_stride"
         )
@@ -143,7 +158,7 @@ class Passes:
     @property
     def routines(self) -> tuple[Routine, ...]:
         """All of them."""
-        return self._norm, self._add, self._rotate, self._gated
+        return self._norm, self._add, self._add_to, self._rotate, self._gated
 
     def rms_norm(self, x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
         """x [..., dim], gain [dim] -> a new [..., dim]."""
@@ -153,14 +168,28 @@ class Passes:
         _, rows, heads, dim = x.shape
         y = torch.empty(shape)
         self._norm(
-            _threads(x.numel()), x.data_ptr(), y.data_ptr(), gain.data_ptr(), rows, heads, dim,
+            _threads(x.numel()), x.data_ptr(), 0, y.data_ptr(), gain.data_ptr(), rows, heads, dim,
             x.stride(1), x.stride(2), eps,
+        )  # fmt: skip
+        return y
+
+    def rms_norm_of_sum(self, x: torch.Tensor, other: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
+        """x += other, both contiguous [..., dim], gain [dim] -> the norm of x, a new [..., dim]."""
+        dim = x.shape[-1]
+        y = torch.empty(x.shape)
+        self._norm(
+            _threads(x.numel()), x.data_ptr(), other.data_ptr(), y.data_ptr(), gain.data_ptr(), x.numel() // dim, 1,
+            dim, dim, dim, eps,
         )  # fmt: skip
         return y
 
     def add(self, x: torch.Tensor, other: torch.Tensor, y: torch.Tensor) -> None:
         """y = x + other, all of one shape and contiguous."""
         self._add(_threads(x.numel()), x.data_ptr(), other.data_ptr(), y.data_ptr(), x.numel())
+
+    def add_to(self, x: torch.Tensor, other: torch.Tensor) -> None:
+        """x += other, both of one shape and contiguous."""
+        self._add_to(_threads(x.numel()), x.data_ptr(), other.data_ptr(), x.numel())
 
     def scale(self, x: torch.Tensor, factor: float, y: torch.Tensor) -> None:
         """y = x * factor, both of one shape and contiguous."""

@@ -22,7 +22,7 @@ from server.model import loader
 from server.model.attention import FlatAttention
 from server.model.kv_cache import KVCache
 from server.model.quantizer import Quantized, quantizing
-from server.model.quick_ops import quicken
+from server.model.quick_layers import quicken_all
 from server.model.rope import fix_rope
 from server.model.runner import ModelRunner
 from server.model.sampler import Sampler
@@ -170,7 +170,7 @@ def host(
         shapes, noted = loader._probe(model, attention)
     fix_rope(model, max_model_len)
     if compiled:
-        quicken(model, loader._compiled(attention, torch.float32))
+        quicken_all(model, loader._compiled(attention, torch.float32))
     num_slots = max_num_seqs if kv_memory is None else max_num_seqs + NUM_CACHES
     runner = ModelRunner(
         model,

@@ -14,7 +14,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from server.lora.delta import with_parameters
 from server.lora.place import Shortcut, lengthen, put, shorten
-from server.model.quick_ops import GatedUnits, RMSNorm, Rotation, quicken
+from server.model.quick_layers import quicken_all
+from server.model.quick_ops import GatedUnits, RMSNorm, Rotation
 from server.native.passes import passes
 from server.native.routine import available
 from tests.model.families import FAMILIES, build
@@ -33,7 +34,7 @@ def test_a_quickened_model_gives_the_stock_logits(family: str, compiled: bool, m
     ids = torch.arange(3, 40)[None] % stock.config.get_text_config().vocab_size
     expected = stock(ids).logits
     model = copy.deepcopy(stock)
-    quicken(model, passes() if compiled else None)
+    quicken_all(model, passes() if compiled else None)
     shorten(model)
     got = model(ids).logits
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()

@@ -1,0 +1,122 @@
+"""Decoder layers whose sums are in place, the first of them in one pass with the norm behind it.
+
+``h = x + self_attn(input_layernorm(x))``, ``h + mlp(post_attention_layernorm(h))``: what Llama, Qwen and Mistral have.
+As in ``quick_ops`` they are found by trying: a layer that gives another result keeps its stock code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from server.model.quick_ops import GatedUnits, RMSNorm, quicken
+
+if TYPE_CHECKING:
+    from server.native.passes import Passes
+
+_CHILDREN = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+_PASSED_ON = frozenset({"attention_mask", "position_ids", "past_key_values", "use_cache", "position_embeddings"})
+"""What models call their layers with, for the attention."""
+
+
+def quicken_all(model: nn.Module, passes: Passes | None = None) -> None:
+    """Replace norms, rotation and gated units (``quick_ops.quicken``), and with routines the layers of these."""
+    quicken(model, passes)
+    for module in list(model.modules()):
+        if passes is not None and {name for name, _ in module.named_children()} >= _CHILDREN:
+            quick = QuickLayer.like(module, passes)
+            if quick is not None:
+                module.__dict__["forward"] = quick
+
+
+def forward_of(layer: nn.Module) -> Callable[..., Any]:
+    """A layer's quick forward, or its class's where it has none."""
+    own = layer.__dict__.get("forward")
+    return own if isinstance(own, QuickLayer) else partial(type(layer).forward, layer)
+
+
+class QuickLayer:
+    """The forward of one layer.
+
+    A sum is written over the result of the attention or of the units, which are nobody else's; the layer's input stays.
+    """
+
+    def __init__(self, layer: nn.Module, passes: Passes) -> None:
+        self._layer, self._passes = layer, passes
+        self._stock = partial(type(layer).forward, layer)
+
+    @classmethod
+    def like(cls, layer: nn.Module, passes: Passes) -> QuickLayer | None:
+        """One that computes what a layer's stock code does, None where that is something else.
+
+        Attention and units are replaced meanwhile: they may need a cache, and tell last bits apart.
+        """
+        norm, units = layer.get_submodule("post_attention_layernorm"), layer.get_submodule("mlp")
+        if type(norm) is not RMSNorm or not isinstance(units, GatedUnits):
+            return None
+        quick, attention = cls(layer, passes), layer.get_submodule("self_attn")
+        x = torch.randn(1, 3, norm.weight.numel(), generator=torch.Generator().manual_seed(0))
+        named = {name: object() for name in _PASSED_ON}
+        before = x.clone()
+        ours, theirs = _StandIn(), _StandIn()
+        try:
+            layer.add_module("mlp", _Flip())
+            layer.add_module("self_attn", theirs)
+            expected = quick._stock(x.clone(), **named)
+            layer.add_module("self_attn", ours)
+            found = quick(x, **named)
+        except (AttributeError, RuntimeError, TypeError, ValueError):
+            return None
+        finally:
+            layer.add_module("self_attn", attention)
+            layer.add_module("mlp", units)
+        same = isinstance(expected, torch.Tensor) and torch.equal(found, expected) and torch.equal(x, before)
+        return quick if same and ours.given == theirs.given else None
+
+    def __call__(self, hidden_states: torch.Tensor, *others: Any, **named: Any) -> Any:
+        """hidden_states [1, rows, dim] -> a new [1, rows, dim]."""
+        if others or named.keys() != _PASSED_ON:
+            return self._stock(hidden_states, *others, **named)
+        layer: Any = self._layer
+        attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **named)
+        norm = layer._modules["post_attention_layernorm"]
+        if type(norm) is RMSNorm and not norm._forward_hooks and _can_add(attended, hidden_states):
+            normed = norm.of_sum(attended, hidden_states, self._passes)
+        else:  # an adapter may have norms of its own
+            attended = hidden_states + attended
+            normed = layer.post_attention_layernorm(attended)
+        y = layer.mlp(normed)
+        if not _can_add(y, attended):
+            return attended + y
+        self._passes.add_to(y, attended)
+        return y
+
+
+class _StandIn(nn.Module):
+    """An attention that needs no cache, and notes what it was given."""
+
+    given: dict[str, Any]
+
+    def forward(self, hidden_states: torch.Tensor, **named: Any) -> tuple[torch.Tensor, None]:
+        """Something else than it is given."""
+        self.given = named
+        return 2.0 * hidden_states.roll(1, -1), None
+
+
+class _Flip(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Something else again."""
+        return x.flip(-1)
+
+
+def _can_add(x: torch.Tensor, other: torch.Tensor) -> bool:
+    return (
+        x.dtype == other.dtype == torch.float32
+        and x.shape == other.shape
+        and x.is_contiguous()
+        and other.is_contiguous()
+    )
