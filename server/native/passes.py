@@ -73,6 +73,12 @@ def _scale(a: Any) -> None:
         y[i] = x[i] * factor
 
 
+@njit(error_model="numpy")  # without reordering, which makes a division of each product
+def _scale_by(x: Any, gain: Any, factor: Any, y: Any, size: int) -> None:
+    for i in range(size):
+        y[i] = x[i] * factor * gain[i]
+
+
 def _rms_norm(a: Any) -> None:
     """y = x * gain / sqrt(mean(x**2) + eps), x strided [rows, heads, dim], y contiguous.
 
@@ -91,9 +97,7 @@ def _rms_norm(a: Any) -> None:
             squares = np.float32(0.0)
             for i in range(a.dim):
                 squares += x[i] * x[i]
-            scale = _ONE / np.sqrt(squares / np.float32(a.dim) + eps)
-            for i in range(a.dim):
-                y[i] = x[i] * scale * gain[i]
+            _scale_by(x, gain, _ONE / np.sqrt(squares / np.float32(a.dim) + eps), y, a.dim)
 
 
 @njit(error_model="numpy")
