@@ -76,6 +76,8 @@ class RMSNorm(nn.Module):
         """x [..., dim] -> [..., dim]."""
         gain = self._own_gain()
         if self._passes is not None:
+            if x.dtype == torch.float32:  # no calls of torch that change nothing: among cold caches each takes time
+                return self._passes.rms_norm(x, gain, self._eps)
             return self._passes.rms_norm(x.float(), gain, self._eps).to(x.dtype)
         norm = torch.linalg.vector_norm(x, 2, -1, keepdim=True)
         return torch.mul(x, gain).div_(torch.hypot(norm, self._floor))
@@ -203,8 +205,10 @@ class Rotation:
             or not q.dtype == k.dtype == torch.float32
         ):
             return self.stock(q, k, cos, sin, *others, **named)
-        if self._passes is not None and q.stride(-1) == k.stride(-1) == 1 and len(q) == 1:
-            return self._passes.rotate(q, k, cos.contiguous(), sin.contiguous())
+        if self._passes is not None and q.stride(-1) == k.stride(-1) == 1 and q.shape[0] == 1:
+            cos = cos if cos.is_contiguous() else cos.contiguous()
+            sin = sin if sin.is_contiguous() else sin.contiguous()
+            return self._passes.rotate(q, k, cos, sin)
         half = cos.shape[-1] // 2
         if sin is not self._for:
             signed = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)

@@ -166,14 +166,16 @@ class Passes:
 
     def rms_norm(self, x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
         """x [..., dim], gain [dim] -> a new [..., dim]."""
-        shape = x.shape
-        if x.ndim != 4 or x.stride(-1) != 1 or len(x) != 1:
-            x = x.contiguous().view(1, -1, 1, x.shape[-1])
-        _, rows, heads, dim = x.shape
-        y = torch.empty(shape)
+        y, numbers, dim = torch.empty(x.shape), x.numel(), x.shape[-1]
+        rows, heads, row_stride, head_stride = numbers // dim, 1, dim, dim
+        if x.ndim == 4 and x.shape[0] == 1 and x.stride(-1) == 1:
+            _, rows, heads, _ = x.shape
+            _, row_stride, head_stride, _ = x.stride()
+        elif not x.is_contiguous():
+            x = x.contiguous()
         self._norm(
-            _threads(x.numel()), x.data_ptr(), 0, y.data_ptr(), gain.data_ptr(), rows, heads, dim,
-            x.stride(1), x.stride(2), eps,
+            _threads(numbers), x.data_ptr(), 0, y.data_ptr(), gain.data_ptr(), rows, heads, dim, row_stride,
+            head_stride, eps,
         )  # fmt: skip
         return y
 
