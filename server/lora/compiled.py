@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 from server.lora.delta import Delta
 from server.lora.rows import Layout, Rows
-from server.native.blocks import HALF, ROW_BLOCK, STEP
+from server.native.blocks import HALF, ROW_BLOCK, STEP, padded
 from server.native.low_rank import ENTRY, HEAD, RUN, add_deltas
-from server.native.low_rank_tiles import TILE
+from server.native.low_rank_tiles import LISTED, TILE
 from server.native.routine import Routine
 
 _FEWEST = 8
@@ -78,8 +79,20 @@ class CompiledDeltas:
 
     def begin(self) -> None:
         """Note the runs of the step at hand: of all rows, and of those that are sampled."""
-        for place, num_rows in enumerate((self._rows.num_rows, self._rows.num_sampled)):
-            self._note(place, self._rows.of(num_rows) if self._rows.active else Layout())
+        rows = self._rows
+        layouts = [rows.of(count) if rows.active else Layout() for count in (rows.num_rows, rows.num_sampled)]
+        noted = [self._noted(layout) for layout in layouts]
+        needed = max(one.num_bytes(self._most_parts) for one in noted) + _LINE
+        if self._low.nbytes < needed:
+            self._low = torch.empty(2 * needed, dtype=torch.uint8)
+        address = -(-self._low.data_ptr() // _LINE) * _LINE
+        for place, one in enumerate(noted):
+            if HEAD + len(one.numbers) > len(self._heads[place]):
+                self._heads[place] = torch.zeros(2 * (HEAD + len(one.numbers)), dtype=torch.long)
+                self.generation += 1
+            lists = address + one.low_bytes(self._most_parts)
+            head = [len(one.numbers) // RUN, address, one.rank, address, one.tile_bytes, lists, *one.numbers]
+            self._heads[place][: len(head)] = torch.tensor(head)
 
     def add_to(self, module: str, x: torch.Tensor, y: torch.Tensor) -> None:
         """``y += x @ a @ b`` on the rows of each adapter: x [..., rows, in], y [..., rows, out], rows in one piece."""
@@ -107,25 +120,16 @@ class CompiledDeltas:
         assert num_rows in (rows.num_rows, rows.num_sampled), f"a module got {num_rows} of {rows.num_rows} rows"
         return self._heads[num_rows != rows.num_rows].data_ptr()
 
-    def _note(self, place: int, layout: Layout) -> None:
-        numbers, num_low, num_tiles, rank = [], 0, 0, 0
+    def _noted(self, layout: Layout) -> _Noted:
+        noted = _Noted()
         for run in layout.runs:
             for use in run.uses:
-                numbers += [run.start, run.end, self._indices[use.digest], _bits(use.scale), num_low, num_tiles]
-                num_low += run.end - run.start
-                num_tiles += 2 * (-(-run.end // ROW_BLOCK) - run.start // ROW_BLOCK)
-                rank = max(rank, self._ranks[use.digest])
-        tile_bytes = -(-rank // STEP) * TILE
-        needed = max(4 * num_low * rank, self._most_parts * num_tiles * tile_bytes)
-        if self._low.nbytes < needed + _LINE:
-            self._low = torch.empty(2 * needed + _LINE, dtype=torch.uint8)
-        address = -(-self._low.data_ptr() // _LINE) * _LINE
-        if HEAD + len(numbers) > len(self._heads[place]):
-            self._heads[place] = torch.zeros(2 * len(numbers), dtype=torch.long)
-            self.generation += 1
-        head = [len(numbers) // RUN, address, rank, address, tile_bytes, *numbers]
-        self._heads[place][: len(head)] = torch.tensor(head)
-        self._heads[0][1] = self._heads[0][3] = address  # of the first, which may have been noted with another
+                index = self._indices[use.digest]
+                noted.numbers += [run.start, run.end, index, _bits(use.scale), noted.num_rows, noted.num_tiles]
+                noted.num_rows += run.end - run.start
+                noted.num_tiles += 2 * (-(-run.end // ROW_BLOCK) - run.start // ROW_BLOCK)
+                noted.rank = max(noted.rank, self._ranks[use.digest])
+        return noted
 
     def _table(self, module: str) -> torch.Tensor:
         if module not in self._tables:
@@ -143,6 +147,29 @@ class CompiledDeltas:
         self._capacity *= 2
         for module, table in self._tables.items():
             self._place(module, torch.cat([table, torch.zeros_like(table)]))
+
+
+@dataclass
+class _Noted:
+    """A step's runs as routines read them, and the memory they take."""
+
+    numbers: list[int] = field(default_factory=list)
+    num_rows: int = 0
+    num_tiles: int = 0
+    rank: int = 0
+
+    @property
+    def tile_bytes(self) -> int:
+        """Of 16 rows' x @ A of one linear."""
+        return -(-self.rank // STEP) * TILE
+
+    def low_bytes(self, parts: int) -> int:
+        """Of all rows' x @ A: in float32, or in tiles of so many linears of a product."""
+        return padded(max(4 * self.num_rows * self.rank, parts * self.num_tiles * self.tile_bytes), _LINE)
+
+    def num_bytes(self, parts: int) -> int:
+        """Of that and of lists of runs."""
+        return self.low_bytes(parts) + 8 * parts * (1 + LISTED * (len(self.numbers) // RUN))
 
 
 class ProductDeltas:

@@ -24,11 +24,12 @@ from server.native.routine import Routine
 FIELDS = "x y y_stride inputs outputs runs table"
 """``x`` float32 [rows, inputs], ``y`` float32 [rows, outputs] whose rows lie a stride apart. ``runs`` int64: how many,
 the address of float32 memory for x @ A, its numbers a row, the address of memory for its tiles, their bytes for 16 rows
-of a linear, then ``RUN`` numbers each: first row, end, adapter, the bits of a float32 factor, rows of the runs before,
-and tiles. ``table`` is where the address of the linear's table stands, which is int64 [adapters, ENTRY]: address of A
-float32 [rank, inputs], numbers between its rows, address of B float32 [rank, outputs], rank; 0 where an adapter leaves
-this linear as it is. For tiles, A and B are as ``server/lora/tiles.py`` lays them out."""
-HEAD, RUN, ENTRY = 5, 6, 4
+of a linear, the address of memory for lists of them, then ``RUN`` numbers each: first row, end, adapter, the bits of a
+float32 factor, rows of the runs before, and tiles, which are those of whole panels. ``table`` is where the address of
+the linear's table stands, which is int64 [adapters, ENTRY]: address of A float32 [rank, inputs], numbers between its
+rows, address of B float32 [rank, outputs], rank; 0 where an adapter leaves this linear as it is. For tiles, A and B are
+as ``server/lora/tiles.py`` lays them out."""
+HEAD, RUN, ENTRY = 6, 6, 4
 _PIECE = 512
 """Outputs whose B, at usual ranks, stays in the first cache while rows use it."""
 _BLOCK = 64

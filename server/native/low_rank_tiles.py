@@ -6,6 +6,7 @@ Rows are alone in all of it: one that has no adapter, or another, gets nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,9 +28,12 @@ from server.native.intrinsics import (
 )
 from server.native.low_rank import ENTRY, HEAD, RUN
 from server.native.passes import to_bfloat16
-from server.native.tiles import tile_function
+from server.native.tiles import B_TILES, LOW_TILE, tile_function
 from server.native.vectors import NUMBERS, Vectors
 
+LISTED = 6
+"""Of a run in a list: first row, end, where its tiles would begin for row 0, where B would for output 0, B's bytes of
+sixteen outputs, steps of 32 ranks."""
 PART = 3
 """Of a linear in a product, int64: where the address of its table stands, its first sixteen outputs, and their end."""
 TILE = 1024
@@ -38,8 +42,6 @@ _SLAB = 8
 """Steps whose inputs are put into tiles before they are multiplied."""
 _AHEAD = 8
 """Sixteens of outputs that B is called into the caches ahead, where it comes from memory."""
-_MULTIPLIED, _WEIGHTS = 4, 6
-"""Tiles that are loaded for a product; those below have sums."""
 _I8, _I64 = ir.IntType(8), ir.IntType(64)
 
 _slab_memory, _sums_memory = scratch(_SLAB * TILE), scratch(4 * TILE)
@@ -68,25 +70,25 @@ def _tile_pointer(builder: Any, address: Any) -> Any:
     return builder.inttoptr(address, _I8.as_pointer())
 
 
-def _multiply_into(tiles: range) -> Any:
-    """``f(x, apart, count, weights, step, stride)``: sums of tiles += x @ weights, by steps of 32 numbers.
+def _multiply_into(sums: Sequence[int], inputs: Sequence[int], weights: int) -> Any:
+    """``f(x, apart, count, weights, step, stride)``: tiles ``sums`` += x @ weights, by steps of 32 numbers.
 
     Tiles of x are one behind the other, those of other rows ``apart`` bytes; weights' ``step``, and their rows
-    ``stride``.
+    ``stride``. ``inputs`` and ``weights`` are the tiles that they are loaded to.
     """
 
-    def generate(builder: Any, x: Any, apart: Any, count: Any, weights: Any, step: Any, stride: Any) -> None:
+    def generate(builder: Any, x: Any, apart: Any, count: Any, source: Any, step: Any, stride: Any) -> None:
         load = tile_function(builder, "tileloadd64", _I8, _I8.as_pointer(), _I64)
         product = tile_function(builder, "tdpbf16ps", _I8, _I8, _I8)
 
         def one(number: Any, _: list[Any]) -> list[Any]:
             here = builder.add(x, builder.mul(number, _I64(TILE)))
-            there = builder.add(weights, builder.mul(number, step))
-            builder.call(load, [_I8(_WEIGHTS + tiles[0] % 2), _tile_pointer(builder, there), stride])
-            for place, tile in enumerate(tiles):
+            there = builder.add(source, builder.mul(number, step))
+            builder.call(load, [_I8(weights), _tile_pointer(builder, there), stride])
+            for place, (tile, loaded) in enumerate(zip(sums, inputs, strict=True)):
                 rows = builder.add(here, builder.mul(apart, _I64(place)))
-                builder.call(load, [_I8(_MULTIPLIED + place), _tile_pointer(builder, rows), _I64(64)])
-                builder.call(product, [_I8(tile), _I8(_MULTIPLIED + place), _I8(_WEIGHTS + tiles[0] % 2)])
+                builder.call(load, [_I8(loaded), _tile_pointer(builder, rows), _I64(64)])
+                builder.call(product, [_I8(tile), _I8(loaded), _I8(weights)])
             return []
 
         loop(builder, count, [], one)
@@ -125,8 +127,9 @@ def _call_into_caches(builder: Any, address: Any, num_lines: Any) -> None:
 _call_lines = void_intrinsic(2, _call_into_caches)
 _put_on_tiles = void_intrinsic(5, _as_bfloat16)
 # tiles 0 and 1 are the first rows' sums for both halves of outputs, 2 and 3 the second rows'
-_into_first, _into_second = _multiply_into(range(0, 1)), _multiply_into(range(1, 2))
-_both_into_first, _both_into_second = _multiply_into(range(0, 4, 2)), _multiply_into(range(1, 4, 2))
+_into_first, _into_second = _multiply_into([0], [4], 6), _multiply_into([1], [4], 7)
+_few_into_first, _few_into_second = (_multiply_into([half], [LOW_TILE], B_TILES[half]) for half in range(2))
+_both_into_first, _both_into_second = _multiply_into([0, 2], [4, 5], 6), _multiply_into([1, 3], [4, 5], 7)
 _clear_two, _clear_four, _store_two, _store_four = _clear(2), _clear(4), _store(2), _store(4)
 
 
@@ -139,10 +142,42 @@ def _entry(a: Any, part: int, adapter: int) -> Any:
 
 
 @njit(error_model="numpy")
+def pairs_of(a: Any) -> Any:
+    """Pairs of ranks in a tile that the adapters of this step need."""
+    return min(STEP, max(8, (longs(a.runs)[2] + 7) // 8 * 8)) // 2
+
+
+@njit(error_model="numpy")
 def _low_at(a: Any, run: Any, tile: int, part: int) -> Any:
     """Where the tiles of 16 rows of a run are for a linear; runs have tiles for all rows of their panels."""
     head = longs(a.runs)
     return head[3] + ((run[5] + tile - run[0] // ROW_BLOCK * 2) * longs(a.parts)[0] + part) * head[4]
+
+
+@njit(error_model="numpy")
+def _list_at(a: Any, part: int) -> Any:
+    """Where the list of a linear's runs is."""
+    head = longs(a.runs)
+    return head[5] + 8 * part * (1 + LISTED * head[0])
+
+
+@njit(error_model="numpy")
+def list_runs(a: Any) -> None:
+    """For each linear the runs that change it, so that blocks of outputs need not look them up."""
+    for part in range(longs(a.parts)[0]):
+        mine, first = longs(_list_at(a, part)), longs(a.parts + 8 * (1 + PART * part))[1]
+        mine[0] = 0
+        for number in range(longs(a.runs)[0]):
+            run = longs(a.runs + 8 * (HEAD + RUN * number))
+            entry = _entry(a, part, run[2])
+            if entry:
+                rank, place = longs(entry)[3], 1 + LISTED * mine[0]
+                mine[place], mine[place + 1] = run[0], run[1]
+                mine[place + 2] = _low_at(a, run, 0, part)
+                mine[place + 3] = longs(entry)[2] - first * 2 * HALF * rank
+                mine[place + 4] = 2 * HALF * rank
+                mine[place + 5] = (rank + STEP - 1) // STEP
+                mine[0] += 1
 
 
 @njit(error_model="numpy")
@@ -229,42 +264,38 @@ def low_by_b(a: Any, row: int, count: int, block: int, deltas: int) -> None:
 
     Rows of no adapter get zeros; up to 16 rows, only those of the first tile are written.
     """
-    first_part, second_part = _part_of(a, block), _part_of(a, block + a.blocks)
-    both, tile = count > TILE_ROWS, row // TILE_ROWS
-    if both:
+    if count > TILE_ROWS:
         _clear_four()
     else:
         _clear_two()
-    apart = longs(a.parts)[0] * longs(a.runs)[4]
-    for number in range(longs(a.runs)[0]):
-        run = longs(a.runs + 8 * (HEAD + RUN * number))
-        if run[0] < row + count and run[1] > row:
-            entry = _entry(a, first_part, run[2])
-            if entry:
-                low, weights, steps = _of_run(a, run, tile, first_part, entry, block)
-                if both:
-                    _both_into_first(low, apart, steps, weights, TILE, 64)
-                else:
-                    _into_first(low, apart, steps, weights, TILE, 64)
-            entry = _entry(a, second_part, run[2]) if second_part >= 0 else 0
-            if entry:
-                low, weights, steps = _of_run(a, run, tile, second_part, entry, block + a.blocks)
-                if both:
-                    _both_into_second(low, apart, steps, weights, TILE, 64)
-                else:
-                    _into_second(low, apart, steps, weights, TILE, 64)
-    if both:
+    tile_at = row // TILE_ROWS * longs(a.parts)[0] * longs(a.runs)[4]
+    for half in range(2):
+        group = block + half * a.blocks
+        part = _part_of(a, group)
+        if part >= 0:
+            listed = longs(_list_at(a, part))
+            for number in range(listed[0]):
+                place = 1 + LISTED * number
+                if listed[place] < row + count and listed[place + 1] > row:
+                    weights = listed[place + 3] + group * listed[place + 4]
+                    _add_product(a, count, half, listed[place + 2] + tile_at, listed[place + 5], weights)
+                    if a.rows <= FEW:
+                        _call_lines(weights + _AHEAD * listed[place + 4], listed[place + 4] // 64)
+    if count > TILE_ROWS:
         _store_four(deltas)
     else:
         _store_two(deltas)
 
 
 @njit(error_model="numpy")
-def _of_run(a: Any, run: Any, tile: int, part: int, entry: int, group: int) -> tuple[int, int, int]:
-    """Where low is, where its weights for sixteen outputs are, and steps of 32 ranks."""
-    rank = longs(entry)[3]
-    first = longs(a.parts + 8 * (1 + PART * part))[1]
-    weights = longs(entry)[2] + (group - first) * 2 * HALF * rank
-    if a.rows <= FEW:
-        _call_lines(weights + _AHEAD * 2 * HALF * rank, HALF * rank // 32)
-    return _low_at(a, run, tile, part), weights, (rank + STEP - 1) // STEP
+def _add_product(a: Any, count: int, half: int, low: int, steps: int, weights: int) -> None:
+    if count > TILE_ROWS:
+        apart = longs(a.parts)[0] * longs(a.runs)[4]
+        if half:
+            _both_into_second(low, apart, steps, weights, TILE, 64)
+        else:
+            _both_into_first(low, apart, steps, weights, TILE, 64)
+    elif half:
+        _few_into_second(low, 0, steps, weights, TILE, 64)
+    else:
+        _few_into_first(low, 0, steps, weights, TILE, 64)

@@ -39,9 +39,9 @@ from server.native.intrinsics import (
     scratch,
     thread_number,
 )
-from server.native.low_rank_tiles import low_by_b, put_low, put_low_of_rows
+from server.native.low_rank_tiles import list_runs, low_by_b, pairs_of, put_low, put_low_of_rows
 from server.native.routine import Routine
-from server.native.tiles import configure_tiles, may_use_tiles, release_tiles, tile_products
+from server.native.tiles import configure_few_rows, configure_tiles, may_use_tiles, release_tiles, tile_products
 
 FIELDS = "x rows y gating grid largest apart sums inputs outputs width blocks weights constants"
 FIELDS += " others num_outliers outliers outlier_weights runs parts"
@@ -240,8 +240,12 @@ def _by_tiles() -> Callable[[Any], None]:
     def by_tiles(a: Any) -> None:
         me, team = thread_number(), num_threads()
         changed = a.runs != 0 and longs(a.runs)[0] > 0
-        if a.rows > _VERY_FEW or changed:
+        if a.rows > TILE_ROWS:
             configure_tiles()
+        elif a.rows > _VERY_FEW or changed:
+            configure_few_rows(a.rows, pairs_of(a) if changed else TILE_ROWS)
+        if changed and me == 0:
+            list_runs(a)
         if a.rows > FEW:
             _prepare_many_rows(a, changed)
         elif changed:

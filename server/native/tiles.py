@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -17,6 +17,9 @@ _I8, _I64 = ir.IntType(8), ir.IntType(64)
 _AHEAD = 8192
 """Bytes that weights are called into the caches ahead of the products, where they come from memory; measured."""
 
+FEW_ROWS, LOW_TILE, B_TILES = (0, 1, 4), 2, (3, 5)
+"""Of a product of up to 16 rows: the tiles of sums and of inputs, of x @ A, and of B for either half of outputs."""
+_WIDTHS_AT, _ROWS_AT = 16, 48
 _ARCH_PRCTL = (158, 0x1023, 18)
 """The number of the system call on x86-64, ARCH_REQ_XCOMP_PERM, and XTILEDATA."""
 
@@ -27,8 +30,9 @@ def may_use_tiles() -> bool:
     return platform.machine() == "x86_64" and ctypes.CDLL(None).syscall(*_ARCH_PRCTL) == 0
 
 
-_TILES_CONFIGURED = bytes([1, 0, *[0] * 14, *[64, 0] * 8, *[0] * 16, *[16] * 8, *[0] * 8])
-"""All eight tiles with 16 rows of 64 bytes (Intel SDM, LDTILECFG)."""
+def _configured(rows: Sequence[int], widths: Sequence[int]) -> bytes:
+    """Of eight tiles (Intel SDM, LDTILECFG)."""
+    return bytes([1, 0, *[0] * 14, *(byte for width in widths for byte in (width, 0)), *[0] * 16, *rows, *[0] * 8])
 
 
 def tile_function(builder: Any, name: str, *kinds: Any) -> Any:
@@ -38,20 +42,35 @@ def tile_function(builder: Any, name: str, *kinds: Any) -> Any:
     return known or ir.Function(builder.module, ir.FunctionType(ir.VoidType(), kinds), whole)
 
 
-def _configure(builder: Any) -> None:
-    kind = ir.ArrayType(_I8, len(_TILES_CONFIGURED))
+def _configure(builder: Any, config: bytes, changes: Mapping[int, Any]) -> None:
+    kind = ir.ArrayType(_I8, len(config))
     with builder.goto_entry_block():
-        config = builder.alloca(kind)
-    builder.store(ir.Constant(kind, bytearray(_TILES_CONFIGURED)), config)
-    pointer = builder.bitcast(config, _I8.as_pointer())
-    builder.call(tile_function(builder, "ldtilecfg", _I8.as_pointer()), [pointer])
+        memory = builder.alloca(kind)
+    builder.store(ir.Constant(kind, bytearray(config)), memory)
+    first = builder.bitcast(memory, _I8.as_pointer())
+    for place, value in changes.items():
+        builder.store(builder.trunc(value, _I8), builder.gep(first, [_I64(place)]))
+    builder.call(tile_function(builder, "ldtilecfg", _I8.as_pointer()), [first])
+
+
+def _configure_whole(builder: Any) -> None:
+    _configure(builder, _configured([TILE_ROWS] * 8, [TILE_BYTES] * 8), {})
+
+
+def _configure_few(builder: Any, rows: Any, pairs: Any) -> None:
+    changes = {_ROWS_AT + tile: rows for tile in (*FEW_ROWS, LOW_TILE)} | {_ROWS_AT + tile: pairs for tile in B_TILES}
+    changes[_WIDTHS_AT + 2 * LOW_TILE] = builder.mul(pairs, _I64(4))
+    _configure(builder, _configured([TILE_ROWS] * 8, [TILE_BYTES] * 8), changes)
 
 
 def _release(builder: Any) -> None:
     builder.call(tile_function(builder, "tilerelease"), [])
 
 
-configure_tiles = void_intrinsic(0, _configure)
+configure_tiles = void_intrinsic(0, _configure_whole)
+"""``f()``: all eight tiles with 16 rows of 64 bytes."""
+configure_few_rows = void_intrinsic(2, _configure_few)
+"""``f(rows, pairs)``: sums and inputs of so many rows, up to 16, and low-rank products of so many pairs of ranks."""
 release_tiles = void_intrinsic(0, _release)
 
 
