@@ -13,136 +13,124 @@ import numpy as np
 import torch
 from numba import njit
 
-from server.native.blocks import ROW_BLOCK, TILE_ROWS, padded
+from server.native.blocks import ROW_BLOCK, TILE_BYTES, TILE_ROWS, padded
 from server.native.intrinsics import (
     barrier,
     floats,
-    halves,
     has_features,
-    integers,
-    largest,
+    longs,
     num_threads,
     scratch,
     thread_number,
 )
-from server.native.passes import to_bfloat16
 from server.native.routine import Routine
+from server.native.softmax import (
+    FACTORS,
+    STATE_SIZE,
+    begin_rows,
+    compute_powers,
+    find_largest,
+    finish_rows,
+    flush_denormals,
+    hide_keys,
+    scale_sums,
+)
 from server.native.tiles import configure_tiles, may_use_tiles, release_tiles, tile_products
-from server.native.vectors import powers_of_two
+from server.native.transposes import pack_queries, pack_values, unpack_sums
 
 _FIELDS = "q keys values out packed scratch scratch_size rows first num_keys width window heads kv_heads dim value_dim"
 _FIELDS += " q_row q_head key_head value_head"
 """``keys`` and ``values`` bfloat16 [kv_heads, .., dim] begin with the first key that any row sees, which is ``first``
-before that of the first row; ``width`` are the keys in whole blocks. ``window`` is 0 for none."""
-_KEYS = 32
-"""Keys of a block: two tiles of scores, and one step of the sum of values."""
-_APART = 16
-"""Numbers between rows of scores, so that those of one key do not all go to the same few lines of the first cache."""
-_LOG2E = np.float32(1.4426950408889634)
-_LOWEST, _ZERO, _ONE = np.float32(-np.inf), np.float32(0.0), np.float32(1.0)
+before that of the first row; ``width`` are the keys in whole steps. ``window`` is 0 for none."""
+_STEP = 32
+"""Keys of two tiles of scores, and of one step of the sum of values."""
+_KEYS = 128
+"""Keys of a block, between which softmax's offsets may change; always the same ones, wherever chunks begin and end."""
+_LOG2E = 1.4426950408889634
+_EVERYTHING = 1 << 30
+_TILE = TILE_ROWS * TILE_BYTES
 _numbers_memory = scratch(64)
-_tiles, _zeros_memory = tile_products(2, of="tdpbf16ps"), scratch(128)
+_multiply, _add_products = tile_products(2, of="tdpbf16ps"), tile_products(2, of="tdpbf16ps", add=True)
+_zeros_memory = scratch(128)
 
 
 @njit(error_model="numpy")
 def _pack_keys(source: int, target: int, num: int, dim: int) -> None:
-    """A block of keys bfloat16 [num, dim] -> pairs of numbers side by side, [dim / 32, 16, 32 keys, 2]."""
-    for key in range(_KEYS):
-        pairs, packed = integers(source + 2 * key * dim), integers(target + 4 * key)
-        for pair in range(dim // 2):
-            packed[pair * _KEYS] = pairs[pair] if key < num else 0
-
-
-@njit(error_model="numpy")
-def _pack_values(source: int, target: int, num: int, dim: int, apart: int) -> None:
-    """A block of values bfloat16 [num, dim] -> pairs of keys side by side, [dim / 32, 16, 32, 2], ``apart`` bytes."""
-    for pair in range(_KEYS // 2):
-        first, second = halves(source + 4 * pair * dim), halves(source + (4 * pair + 2) * dim)
+    """A step's keys bfloat16 [num, dim] -> tiles [2, dim / 32, 16, 32]; zeros for keys that are not there."""
+    for key in range(_STEP):
+        tile = target + (key // TILE_ROWS * (dim // 32) * TILE_ROWS + key % TILE_ROWS) * TILE_BYTES
         for part in range(dim // 32):
-            packed = integers(target + part * apart + 128 * pair)
-            for i in range(32):
-                low = np.int32(first[32 * part + i]) & 0xFFFF if 2 * pair < num else 0
-                high = np.int32(second[32 * part + i]) << 16 if 2 * pair + 1 < num else 0
-                packed[i] = low | high
+            numbers, packed = longs(source + 2 * key * dim + TILE_BYTES * part), longs(tile + _TILE * part)
+            for i in range(TILE_BYTES // 8):
+                packed[i] = numbers[i] if key < num else 0
 
 
 @njit(error_model="numpy")
 def _pack(a: Any) -> None:
-    """This thread's part of the keys and values of all heads."""
+    """This thread's part of the keys and values of all heads; these as tiles [value_dim / 16, width / 32, 16, 32]."""
     me, team = thread_number(), num_threads()
-    blocks = a.width // _KEYS
-    for task in range(me, a.kv_heads * blocks, team):
-        head, block = task // blocks, task % blocks
-        num, keys = min(_KEYS, a.num_keys - _KEYS * block), a.packed + 2 * head * a.width * (a.dim + a.value_dim)
-        source = a.keys + 2 * (head * a.key_head + _KEYS * block * a.dim)
-        _pack_keys(source, keys + 2 * _KEYS * block * a.dim, num, a.dim)
-        source = a.values + 2 * (head * a.value_head + _KEYS * block * a.value_dim)
-        values = keys + 2 * a.width * a.dim
-        _pack_values(source, values + 2 * _KEYS * 32 * block, num, a.value_dim, 2 * a.width * 32)
+    steps = a.width // _STEP
+    for task in range(me, a.kv_heads * steps, team):
+        head, step = task // steps, task % steps
+        num, keys = min(_STEP, a.num_keys - _STEP * step), a.packed + 2 * head * a.width * (a.dim + a.value_dim)
+        source = a.keys + 2 * (head * a.key_head + _STEP * step * a.dim)
+        _pack_keys(source, keys + 2 * _STEP * step * a.dim, num, a.dim)
+        source = a.values + 2 * (head * a.value_head + _STEP * step * a.value_dim)
+        values = keys + 2 * a.width * a.dim + _TILE * step
+        for part in range(a.value_dim // 32):
+            target = values + 2 * part * steps * _TILE
+            pack_values(source + TILE_BYTES * part, 2 * a.value_dim, num - 1, target, steps * _TILE)
 
 
 @njit(error_model="numpy")
-def _as_tiles(source: int, target: int, size: int, one: int, steps: int) -> None:
-    """Row ``one`` of float32 [32, size] as bfloat16 into tiles [2, steps, 16, 32]."""
-    tile = target + 2 * (one // TILE_ROWS * steps * TILE_ROWS + one % TILE_ROWS) * 32
-    for step in range(size // 32):
-        x, y = floats(source + 128 * step), halves(tile + 2 * step * TILE_ROWS * 32)
-        for i in range(32):
-            y[i] = np.int16(to_bfloat16(x[i]))
-
-
-@njit(error_model="numpy")
-def _powers(scores_at: int, tile: int, first: int, end: int, steps: int, scale: Any, total_at: int) -> None:
-    """A row's scores from ``first`` to ``end`` to powers of e, and all others to zeros, into tiles; and their sum."""
-    scores, numbers = floats(scores_at), _numbers_memory()
-    for j in range(first):
-        scores[j] = _LOWEST
-    for j in range(end, _KEYS * steps):
-        scores[j] = _LOWEST
-    largest(scores_at, _KEYS * steps // 16, numbers)
-    factor = scale * _LOG2E
-    floats(numbers)[1] = -factor * floats(numbers)[0]
-    floats(numbers)[0] = factor
-    powers_of_two(scores_at, tile, steps, numbers, total_at)
+def _score(a: Any, queries: int, keys: int, key: int, end: int, row: int, scores: int, state: int) -> None:
+    """Scores [end - key, 32 rows] of keys from ``key`` on, minus infinity where rows do not see them."""
+    zeros = _zeros_memory()
+    for i in range(32):
+        floats(zeros)[i] = np.float32(0.0)
+    for step in range((end - key) // _STEP):
+        x = keys + 2 * (key + _STEP * step) * a.dim
+        _multiply(x, 32 * a.dim, a.dim // 32, queries, scores + 128 * _STEP * step, 128, zeros)
+    window, first = a.window if a.window else _EVERYTHING, a.first + row
+    after = min(end, a.first + min(row + ROW_BLOCK, a.rows) - window)
+    if key < after:
+        hide_keys(scores, key, after - key, state, window)
+    before = max(key, first + 1)
+    if before < end:
+        hide_keys(scores + 128 * (before - key), before, end - before, state, window)
 
 
 @njit(error_model="numpy")
 def _attend(a: Any, head: int, row: int, scratch: int) -> None:
     """One head's 32 rows from ``row`` on."""
-    num_rows, stride = min(ROW_BLOCK, a.rows - row), 4 * (a.width + _APART)
-    scores, tiles = scratch, scratch + ROW_BLOCK * stride
-    queries = tiles + 2 * ROW_BLOCK * a.width
-    sums, totals = queries + 2 * ROW_BLOCK * a.dim, queries + 2 * ROW_BLOCK * a.dim + 4 * ROW_BLOCK * 32
-    zeros = _zeros_memory()
-    for i in range(32):
-        floats(zeros)[i] = _ZERO
-    for one in range(num_rows):
-        source = a.q + 4 * ((row + one) * a.q_row + head * a.q_head)
-        _as_tiles(source, queries, a.dim, one, a.dim // 32)
-    begin = max(0, a.first + row - a.window + 1) // _KEYS * _KEYS if a.window else 0
-    end = (a.first + row + num_rows + _KEYS - 1) // _KEYS * _KEYS
-    steps = (end - begin) // _KEYS
+    last, first = min(ROW_BLOCK, a.rows - row) - 1, a.first + row
+    scores, tiles = scratch, scratch + 4 * ROW_BLOCK * _KEYS
+    sums = tiles + 2 * ROW_BLOCK * _KEYS
+    state, queries = sums + 4 * ROW_BLOCK * a.value_dim, sums + 4 * ROW_BLOCK * a.value_dim + STATE_SIZE
+    numbers = _numbers_memory()
+    floats(numbers)[0] = np.float32(a.scale * _LOG2E)
+    pack_queries(a.q + 4 * (row * a.q_row + head * a.q_head), 4 * a.q_row, last, queries, a.dim // 32)
+    begin_rows(state, first, first + last)
+    begin = max(0, first - a.window + 1) // _STEP * _STEP if a.window else 0
+    end = (first + last + _STEP) // _STEP * _STEP
     keys = a.packed + 2 * (head * a.kv_heads // a.heads) * a.width * (a.dim + a.value_dim)
-    for block in range(steps):
-        weights = keys + 2 * (begin + _KEYS * block) * a.dim
-        _tiles(queries, 32 * a.dim, a.dim // 32, weights, scores + 4 * _KEYS * block, stride, zeros)
-    for one in range(num_rows):
-        mine, seen = scores + one * stride, a.first + row + one + 1
-        hidden = max(0, seen - a.window) - begin if a.window else 0
-        scale = np.float32(a.scale)
-        tile = tiles + 2 * (one // TILE_ROWS * steps * TILE_ROWS + one % TILE_ROWS) * _KEYS
-        _powers(mine, tile, max(0, hidden), seen - begin, steps, scale, totals + 4 * one)
-    for part in range(a.value_dim // 32):
-        weights = keys + 2 * a.width * (a.dim + 32 * part) + 2 * begin * 32
-        _tiles(tiles, 2 * TILE_ROWS * (end - begin), steps, weights, sums, 128, zeros)
-        for one in range(num_rows):
-            x, y = (
-                floats(sums + 128 * one),
-                floats(a.out + 4 * (((row + one) * a.heads + head) * a.value_dim + 32 * part)),
-            )
-            factor = _ONE / floats(totals)[one]
-            for i in range(32):
-                y[i] = x[i] * factor
+    values = keys + 2 * a.width * a.dim
+    for i in range(32 * a.value_dim):
+        floats(sums)[i] = np.float32(0.0)
+    for key in range(begin, end, _KEYS):
+        until = min(end, key + _KEYS)
+        _score(a, queries, keys, key, until, row, scores, state)
+        find_largest(scores, (until - key) // 4, numbers, state, numbers + 8)
+        compute_powers(scores, tiles, numbers, state, (until - key) // 2)
+        if longs(numbers)[1] != 0:
+            scale_sums(sums, a.value_dim, state)
+        for part in range(a.value_dim // 32):
+            x = values + (2 * part * (a.width // _STEP) + key // _STEP) * _TILE
+            here = sums + 4 * ROW_BLOCK * 32 * part
+            _add_products(x, a.width // _STEP * _TILE, (until - key) // _STEP, tiles, here, 128, 0)
+    finish_rows(state)
+    out = a.out + 4 * (row * a.heads + head) * a.value_dim
+    unpack_sums(sums, state + FACTORS, out, 4 * a.heads * a.value_dim, last, a.value_dim // 16)
 
 
 def _attend_to_chunk(a: Any) -> None:
@@ -150,8 +138,10 @@ def _attend_to_chunk(a: Any) -> None:
     _pack(a)
     barrier()
     configure_tiles()
+    flush_denormals(1)
     for task in range(me, (a.rows + ROW_BLOCK - 1) // ROW_BLOCK * a.heads, team):
         _attend(a, task % a.heads, task // a.heads * ROW_BLOCK, a.scratch + me * a.scratch_size)
+    flush_denormals(0)
     release_tiles()
 
 
@@ -159,7 +149,7 @@ class ChunkAttention:
     """The routine, as torch's tensors have it."""
 
     def __init__(self) -> None:
-        self.routine = Routine(_attend_to_chunk, _FIELDS, "scale", reorder=True)
+        self.routine = Routine(_attend_to_chunk, _FIELDS, "scale")
 
     def can(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> bool:
         """Whether it serves such queries, and keys and values as the cache has them: heads of whole tiles."""
@@ -180,9 +170,9 @@ class ChunkAttention:
         The keys are those that any row sees, up to the last row's own. ``out`` is float32 [rows, heads, value_dim].
         """
         (heads, rows, dim), (kv_heads, num_keys, value_dim) = q.shape, values.shape
-        threads, width = torch.get_num_threads(), padded(num_keys, _KEYS)
+        threads, width = torch.get_num_threads(), padded(num_keys, _STEP)
         packed = torch.empty(kv_heads * width * (dim + value_dim), dtype=torch.bfloat16)
-        size = padded(ROW_BLOCK * (4 * (width + _APART) + 2 * width + 2 * dim + 4 * 32 + 4), 64)
+        size = ROW_BLOCK * (6 * _KEYS + 4 * value_dim + 2 * dim) + STATE_SIZE
         scratch = torch.empty(threads * size, dtype=torch.uint8)
         self.routine(
             threads, q.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr(), packed.data_ptr(),

@@ -57,7 +57,7 @@ def _as_bfloat16(builder: Any, x: Any, stride: Any, rows: Any, count: Any, targe
             here = builder.add(mine, builder.mul(one, _I64(4 * STEP)))
             pair = [vectors.load(builder.add(here, _I64(64 * half))) for half in range(2)]
             place = vectors.at(builder.add(there, builder.mul(one, _I64(TILE))), NUMBERS)
-            builder.store(vectors.as_bfloat16(*pair), place, align=4)
+            builder.store(vectors.rounded(*pair), place, align=4)
             return []
 
         loop(builder, count, [], step)

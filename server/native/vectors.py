@@ -8,11 +8,12 @@ from typing import Any
 
 from llvmlite import ir
 
-from server.native.intrinsics import loop, void_intrinsic
-
 LANES = 16
 _I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
 NUMBERS, FLOATS = ir.VectorType(_I32, LANES), ir.VectorType(_F32, LANES)
+
+_ALL, _DOWN, _AS_SET = ir.IntType(16)(-1), _I32(1), _I32(4)
+"""All lanes; rounding down; and rounding as the CPU is set to."""
 
 Vector = Any
 
@@ -51,13 +52,29 @@ class Vectors:
 
     def repeated(self, address: Any) -> Vector:
         """A number in memory, sixteen times."""
-        number = self.builder.load(self.builder.inttoptr(address, _F32.as_pointer()), align=4)
-        alone = self.builder.insert_element(ir.Constant(FLOATS, ir.Undefined), number, _I32(0))
+        return self.all_of(self.builder.load(self.builder.inttoptr(address, _F32.as_pointer()), align=4))
+
+    def all_of(self, number: Any) -> Vector:
+        """One number of 32 bits, sixteen times."""
+        nothing = ir.Constant(ir.VectorType(number.type, LANES), ir.Undefined)
+        alone = self.builder.insert_element(nothing, number, _I32(0))
         return self.builder.shuffle_vector(alone, alone, ir.Constant(NUMBERS, None))
 
     def multiply_add(self, a: Vector, b: Vector, c: Vector) -> Vector:
         """a * b + c, rounded once."""
         return self._call("fma", a, b, c)
+
+    def greater(self, x: Vector, y: Vector) -> Vector:
+        """The greater of two each, y where x is NaN."""
+        return self.builder.select(self.builder.fcmp_ordered(">", x, y), x, y)
+
+    def upper_halves(self, first: Vector, second: Vector) -> Vector:
+        """Pairs of the upper sixteen bits of both."""
+        builder, kind = self.builder, ir.VectorType(ir.IntType(16), 2 * LANES)
+        lower = builder.bitcast(builder.lshr(first, ir.Constant(NUMBERS, [16] * LANES)), kind)
+        lanes = [lane if lane % 2 == 0 else 2 * LANES + lane for lane in range(2 * LANES)]
+        both = ir.Constant(ir.VectorType(_I32, 2 * LANES), lanes)
+        return builder.bitcast(builder.shuffle_vector(lower, builder.bitcast(second, kind), both), NUMBERS)
 
     def at_least(self, x: Vector, bound: float) -> Vector:
         """The greater of x and a number; NaN stays."""
@@ -80,49 +97,27 @@ class Vectors:
         exponent = builder.shl(builder.fptosi(n, NUMBERS), ir.Constant(NUMBERS, [23] * LANES))
         return builder.bitcast(builder.add(builder.bitcast(power, NUMBERS), exponent), FLOATS)
 
-    def as_bfloat16(self, first: Vector, second: Vector) -> Any:
-        """Both, one behind the other, rounded to bfloat16, as sixteen numbers of 32 bits."""
-        kind, name = ir.VectorType(_BFloat16(), 2 * LANES), "llvm.x86.avx512bf16.cvtne2ps2bf16.512"
-        known = self.builder.module.globals.get(name)
-        both = known or ir.Function(self.builder.module, ir.FunctionType(kind, [FLOATS, FLOATS]), name)
-        return self.builder.bitcast(self.builder.call(both, [second, first]), NUMBERS)
+    def rounded(self, first: Vector, second: Vector) -> Vector:
+        """bfloat16 [32] of both, as sixteen pairs of them."""
+        kind = ir.VectorType(_BFloat16(), 2 * LANES)
+        return self.builder.bitcast(self._x86("avx512bf16.cvtne2ps2bf16.512", kind, second, first), NUMBERS)
+
+    def scaled(self, x: Vector, exponents: Vector) -> Vector:
+        """x times two to the whole part of the exponents, which may be minus infinity."""
+        return self._x86("avx512.mask.scalef.ps.512", FLOATS, x, exponents, self.number(0.0), _ALL, _AS_SET)
+
+    def fraction(self, x: Vector) -> Vector:
+        """What x is above the whole number below it; 0 of infinities."""
+        return self._x86("avx512.mask.reduce.ps.512", FLOATS, x, _DOWN, self.number(0.0), _ALL, _AS_SET)
+
+    def _x86(self, name: str, kind: Any, *arguments: Any) -> Any:
+        whole, kinds = f"llvm.x86.{name}", [argument.type for argument in arguments]
+        known = self.builder.module.globals.get(whole)
+        known = known or ir.Function(self.builder.module, ir.FunctionType(kind, kinds), whole)
+        return self.builder.call(known, arguments)
 
     def _call(self, name: str, *arguments: Vector) -> Vector:
         whole = f"llvm.{name}.v{LANES}f32"
         known = self.builder.module.globals.get(whole)
         kind = ir.FunctionType(FLOATS, [FLOATS] * len(arguments))
         return self.builder.call(known or ir.Function(self.builder.module, kind, whole), arguments)
-
-
-_TERMS = 4
-"""Which are exact to 4e-5; the powers are rounded to 4e-3."""
-
-
-def _powers_of_two(builder: Any, scores: Any, tile: Any, steps: Any, numbers: Any, total: Any) -> None:
-    vectors = Vectors(builder)
-    factor, offset = vectors.repeated(numbers), vectors.repeated(builder.add(numbers, _I64(4)))
-
-    def step(number: Any, sums: list[Any]) -> list[Any]:
-        here, powers = builder.add(scores, builder.mul(number, _I64(8 * LANES))), []
-        for half in range(2):
-            score = vectors.load(builder.add(here, _I64(4 * LANES * half)))
-            x = vectors.at_least(vectors.multiply_add(score, factor, offset), -127.0)
-            powers.append(vectors.power_of_two(x, _TERMS))
-        builder.store(
-            vectors.as_bfloat16(*powers),
-            vectors.at(builder.add(tile, builder.mul(number, _I64(1024))), NUMBERS),
-            align=4,
-        )
-        return [builder.fadd(one, power) for one, power in zip(sums, powers, strict=True)]
-
-    first, second = loop(builder, steps, [vectors.number(0.0)] * 2, step)
-    whole, distance = builder.fadd(first, second), LANES // 2
-    while distance:
-        lanes = ir.Constant(NUMBERS, [(lane + distance) % LANES for lane in range(LANES)])
-        whole, distance = builder.fadd(whole, builder.shuffle_vector(whole, whole, lanes)), distance // 2
-    builder.store(builder.extract_element(whole, _I32(0)), builder.inttoptr(total, _F32.as_pointer()))
-
-
-powers_of_two = void_intrinsic(5, _powers_of_two)
-"""``f(scores, tile, steps, numbers, total)``: two to the power of scores float32 [32 * steps] times the first number
-plus the second, of which none is above 0, as bfloat16 into a row of tiles, [steps] 1,024 bytes apart; and their sum."""
