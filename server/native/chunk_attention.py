@@ -44,14 +44,13 @@ _FIELDS += " q_row q_head key_head value_head"
 before that of the first row; ``width`` are the keys in whole steps. ``window`` is 0 for none."""
 _STEP = 32
 """Keys of two tiles of scores, and of one step of the sum of values."""
-_KEYS = 128
+_KEYS = 96
 """Keys of a block, between which softmax's offsets may change; always the same ones, wherever chunks begin and end."""
 _LOG2E = 1.4426950408889634
 _EVERYTHING = 1 << 30
 _TILE = TILE_ROWS * TILE_BYTES
 _numbers_memory = scratch(64)
-_multiply, _add_products = tile_products(2, of="tdpbf16ps"), tile_products(2, of="tdpbf16ps", add=True)
-_zeros_memory = scratch(128)
+_multiply, _add_products = tile_products(2, of="tdpbf16ps", fresh=True), tile_products(2, of="tdpbf16ps", add=True)
 
 
 @njit(error_model="numpy")
@@ -85,12 +84,9 @@ def _pack(a: Any) -> None:
 @njit(error_model="numpy")
 def _score(a: Any, queries: int, keys: int, key: int, end: int, row: int, scores: int, state: int) -> None:
     """Scores [end - key, 32 rows] of keys from ``key`` on, minus infinity where rows do not see them."""
-    zeros = _zeros_memory()
-    for i in range(32):
-        floats(zeros)[i] = np.float32(0.0)
     for step in range((end - key) // _STEP):
         x = keys + 2 * (key + _STEP * step) * a.dim
-        _multiply(x, 32 * a.dim, a.dim // 32, queries, scores + 128 * _STEP * step, 128, zeros)
+        _multiply(x, 32 * a.dim, a.dim // 32, queries, scores + 128 * _STEP * step, 128, 0)
     window, first = a.window if a.window else _EVERYTHING, a.first + row
     after = min(end, a.first + min(row + ROW_BLOCK, a.rows) - window)
     if key < after:
@@ -115,19 +111,20 @@ def _attend(a: Any, head: int, row: int, scratch: int) -> None:
     end = (first + last + _STEP) // _STEP * _STEP
     keys = a.packed + 2 * (head * a.kv_heads // a.heads) * a.width * (a.dim + a.value_dim)
     values = keys + 2 * a.width * a.dim
-    for i in range(32 * a.value_dim):
-        floats(sums)[i] = np.float32(0.0)
     for key in range(begin, end, _KEYS):
         until = min(end, key + _KEYS)
         _score(a, queries, keys, key, until, row, scores, state)
         find_largest(scores, (until - key) // 4, numbers, state, numbers + 8)
         compute_powers(scores, tiles, numbers, state, (until - key) // 2)
-        if longs(numbers)[1] != 0:
+        if key > begin and longs(numbers)[1] != 0:
             scale_sums(sums, a.value_dim, state)
         for part in range(a.value_dim // 32):
             x = values + (2 * part * (a.width // _STEP) + key // _STEP) * _TILE
             here = sums + 4 * ROW_BLOCK * 32 * part
-            _add_products(x, a.width // _STEP * _TILE, (until - key) // _STEP, tiles, here, 128, 0)
+            if key > begin:
+                _add_products(x, a.width // _STEP * _TILE, (until - key) // _STEP, tiles, here, 128, 0)
+            else:
+                _multiply(x, a.width // _STEP * _TILE, (until - key) // _STEP, tiles, here, 128, 0)
     finish_rows(state)
     out = a.out + 4 * (row * a.heads + head) * a.value_dim
     unpack_sums(sums, state + FACTORS, out, 4 * a.heads * a.value_dim, last, a.value_dim // 16)

@@ -74,17 +74,19 @@ configure_few_rows = void_intrinsic(2, _configure_few)
 release_tiles = void_intrinsic(0, _release)
 
 
-def tile_products(row_tiles: int, *, of: str = "tdpbusd", prefetch: bool = False, add: bool = False) -> Any:
+def tile_products(
+    row_tiles: int, *, of: str = "tdpbusd", prefetch: bool = False, add: bool = False, fresh: bool = False
+) -> Any:
     """``f(x, apart, count, weights, sums, stride, begin)``: sums [16 * row_tiles, 32] = x @ a block of weights + begin.
 
     By TDPBUSD x is uint8 [row_tiles, count, 16, 64], weights are int8 [count, 16, 32, 4] and sums int32; by TDPBF16PS
     x is bfloat16 [row_tiles, count, 16, 32], weights are [count, 16, 32, 2] and sums float32. ``apart`` bytes lie
     between x's tiles of rows, ``stride`` between rows of sums. Each row begins with the 32 numbers at ``begin``, or,
-    with ``add``, with the sums that are there.
+    with ``add``, with the sums that are there, or, ``fresh``, with zeros.
     """
 
     def generate(builder: Any, *arguments: Any) -> None:
-        multiply_tiles(builder, row_tiles, arguments, of=of, prefetch=prefetch, add=add)
+        multiply_tiles(builder, row_tiles, arguments, of=of, prefetch=prefetch, add=add, fresh=fresh)
 
     return void_intrinsic(7, generate)
 
@@ -97,6 +99,7 @@ def multiply_tiles(
     of: str = "tdpbusd",
     prefetch: bool = False,
     add: bool = False,
+    fresh: bool = False,
     beside: Callable[[Any], None] | None = None,
 ) -> None:
     """The code of ``tile_products``; ``beside`` writes what else is done in each step, of which it gets the number."""
@@ -114,6 +117,9 @@ def multiply_tiles(
     places = {(row, column): at(firsts[row], _I64(TILE_BYTES * column)) for row, column in cells}
     tiles = {cell: _I8(number) for number, cell in enumerate(cells)}
     for cell in cells:
+        if fresh:
+            builder.call(_tile_function(builder, "tilezero", _I8), [tiles[cell]])
+            continue
         first = places[cell] if add else at(begin, _I64(TILE_BYTES * cell[1]))
         builder.call(load, [tiles[cell], first, stride if add else _I64(0)])
 
