@@ -136,8 +136,11 @@ def _attend_to_chunk(a: Any) -> None:
     barrier()
     configure_tiles()
     flush_denormals(1)
-    for task in range(me, (a.rows + ROW_BLOCK - 1) // ROW_BLOCK * a.heads, team):
-        _attend(a, task % a.heads, task // a.heads * ROW_BLOCK, a.scratch + me * a.scratch_size)
+    # Neighbouring heads of a row lie side by side: threads that share them fetch each other's lines ahead.
+    together = a.heads // team if a.heads % team == 0 else 1
+    for piece in range(me, (a.rows + ROW_BLOCK - 1) // ROW_BLOCK * a.heads // together, team):
+        for task in range(piece * together, (piece + 1) * together):
+            _attend(a, task % a.heads, task // a.heads * ROW_BLOCK, a.scratch + me * a.scratch_size)
     flush_denormals(0)
     release_tiles()
 

@@ -83,6 +83,25 @@ def test_chunks_get_what_is_exact_but_for_rounding(
         assert float(error) < 0.01, (rows, keys)
 
 
+@pytest.mark.parametrize("keys", [31, 32, 33, 95, 96, 97, 128, 191, 192, 193])
+def test_chunks_end_on_either_side_of_blocks_of_keys(attend: Attend, keys: int) -> None:
+    for rows, window in ((keys, None), (7, None), (7, 40), (keys, 96)):
+        q, k, v = random(4, rows, 64), random(2, keys, 64, seed=1).bfloat16(), random(2, keys, 64, seed=2).bfloat16()
+        expected = exact(q, k, v, window, 0.125)
+        error = (attend(q, k, v, window, 0.125) - expected).norm() / expected.norm()
+        assert float(error) < 0.01, (rows, window)
+
+
+@pytest.mark.parametrize("growth", [-300.0, -1.0, 1.0, 300.0])
+def test_scores_that_grow_or_fall_from_block_to_block_keep_their_weights(attend: Attend, growth: float) -> None:
+    """By much more than float32's exponents reach, and slowly, so that every key counts."""
+    q, v = torch.ones(2, 300, 32), random(2, 300, 32).bfloat16()
+    k = (growth / 32 * torch.arange(300) / 96)[None, :, None].expand(2, 300, 32).bfloat16()
+    expected = exact(q, k, v, None, 1.0)
+    error = (attend(q, k, v, None, 1.0) - expected).norm() / expected.norm()
+    assert float(error) < 0.01
+
+
 def test_rows_that_are_nan_or_huge_keep_to_themselves(attend: Attend) -> None:
     q, k, v = random(4, 70, 64), random(2, 70, 64, seed=1).bfloat16(), random(2, 70, 64, seed=2).bfloat16()
     clean = attend(q, k, v, None, 0.125)
@@ -95,16 +114,18 @@ def test_rows_that_are_nan_or_huge_keep_to_themselves(attend: Attend) -> None:
     assert torch.equal(found[others], clean[others])
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_by_tiles_a_row_is_the_same_to_the_bit_however_its_prompt_is_cut(threads: int) -> None:
+@pytest.mark.parametrize("scale", [1.0, 50.0])  # the largest score grows often, and by more than powers may
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_by_tiles_a_row_is_the_same_to_the_bit_however_its_prompt_is_cut(threads: int, scale: float) -> None:
     attend, before = TILES, torch.get_num_threads()
     if attend is None:
         return  # there is nothing that promises it
     torch.set_num_threads(threads)
     try:
-        q, k, v = random(6, 200, 64), random(2, 200, 64, seed=1).bfloat16(), random(2, 200, 64, seed=2).bfloat16()
+        q, k, v = (random(n, 400, 64, seed=seed) for n, seed in ((6, 0), (2, 1), (2, 2)))
+        q, k, v = scale * q, k.bfloat16(), v.bfloat16()
         whole = attend(q, k, v, None, 0.125)
-        for cuts in ((0, 1, 200), (0, 33, 66, 200), (0, 100, 131, 199, 200), (0, 64, 128, 200)):
+        for cuts in ((0, 1, 400), (0, 33, 66, 400), (0, 100, 131, 399, 400), (0, 64, 128, 400), (0, 95, 192, 289, 400)):
             for begin, end in pairwise(cuts):
                 part = attend(q[:, begin:end], k[:, :end], v[:, :end], None, 0.125)
                 assert torch.equal(part, whole[begin:end]), (begin, end)
