@@ -160,26 +160,6 @@ def _shuffled(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
     return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, _LANES), lanes))
 
 
-def _largest(builder: Any, x: Any, count: Any, out: Any) -> None:
-    lowest = ir.Constant(_FLOATS, [float("-inf")] * _LANES)
-
-    def step(number: Any, found: list[Any]) -> list[Any]:
-        here = _vector_at(builder, x, builder.mul(number, _I64(4 * _LANES)))
-        return [builder.select(builder.fcmp_ordered(">", here, found[0]), here, found[0])]
-
-    (vector,) = loop(builder, count, [lowest], step)
-    distance = _LANES // 2
-    while distance:
-        other = _shuffled(builder, vector, vector, [(lane + distance) % _LANES for lane in range(_LANES)])
-        vector = builder.select(builder.fcmp_ordered(">", other, vector), other, vector)
-        distance //= 2
-    builder.store(builder.extract_element(vector, _I32(0)), builder.inttoptr(out, _F32.as_pointer()))
-
-
-largest = void_intrinsic(3, _largest)
-"""``f(x, count, out)``: out float32 = the largest of x float32 [16 * count] but for NaN, minus infinity at least."""
-
-
 def _dots(num: int, builder: Any, x: Any, rows: Any, count: Any, out: Any) -> None:
     """Every dot is added up in the same order, however many there are."""
     width = builder.mul(count, _I64(4 * _LANES))
