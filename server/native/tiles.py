@@ -118,7 +118,7 @@ def multiply_tiles(
     tiles = {cell: _I8(number) for number, cell in enumerate(cells)}
     for cell in cells:
         if fresh:
-            builder.call(_tile_function(builder, "tilezero", _I8), [tiles[cell]])
+            builder.call(tile_function(builder, "tilezero", _I8), [tiles[cell]])
             continue
         first = places[cell] if add else at(begin, _I64(TILE_BYTES * cell[1]))
         builder.call(load, [tiles[cell], first, stride if add else _I64(0)])
