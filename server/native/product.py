@@ -26,11 +26,11 @@ from server.native.blocks import (
 from server.native.byte_products import dot_products
 from server.native.finish import finish_alone, finish_with_deltas
 from server.native.gating import BESIDE, GELU, SILU, Gate, gated_beside_products, gated_sums
+from server.native.grid import MIDDLE, largest_bits, put_bytes
 from server.native.intrinsics import (
     barrier,
     bits_of,
     bytes_at,
-    float_of,
     floats,
     has_features,
     integers,
@@ -58,10 +58,12 @@ _TILE_SLAB = 8
 _SLAB = 128
 """Steps of four inputs whose weights, 16 KB, stay in the first cache while several rows use them."""
 _ONE, _LEVELS = np.float32(1.0), np.float32(127.0)
-_MIDDLE = np.float32(128.5)
+_MIDDLE = np.float32(MIDDLE)
 _TINY_BITS = np.float32(1e-30).view(np.int32)
 
 _sums_memory, _deltas_memory = scratch(4 * BLOCK * CHUNK), scratch(4 * BLOCK * ROW_BLOCK)
+_largest, _largest_of_others = largest_bits(masked=False), largest_bits(masked=True)
+_put, _put_others, _scale_memory = put_bytes(masked=False), put_bytes(masked=True), scratch(4)
 _one_tile, _two_tiles = tile_products(1, prefetch=True), tile_products(2, prefetch=True)
 _tiles, _more_tiles = tile_products(2), tile_products(2, add=True)
 
@@ -72,28 +74,27 @@ def _put_on_grid(a: Any, row: int, target: int, apart: int) -> None:
 
     ``apart`` bytes lie between the beginnings of each 64 bytes and the next.
     """
-    x = floats(a.x + 4 * row * a.inputs)
-    largest = _TINY_BITS  # floats above zero are in the order of their bits, and NaN above all
-    if a.others:
-        others = floats(a.others)
-        for i in range(a.inputs):
-            largest = max(largest, bits_of(abs(x[i] * others[i])))
-    else:
-        for i in range(a.inputs):
-            largest = max(largest, bits_of(abs(x[i])))
-    floats(a.largest)[row] = float_of(largest)
+    x, largest_at, whole = a.x + 4 * row * a.inputs, a.largest + 4 * row, a.inputs // TILE_BYTES
+    integers(largest_at)[0] = _TINY_BITS
+    if whole and a.others:
+        _largest_of_others(x, a.others, whole, _TINY_BITS, largest_at)
+    elif whole:
+        _largest(x, 0, whole, _TINY_BITS, largest_at)
+    for i in range(TILE_BYTES * whole, a.inputs):
+        number = floats(x)[i] * floats(a.others)[i] if a.others else floats(x)[i]
+        integers(largest_at)[0] = max(integers(largest_at)[0], bits_of(abs(number)))
     for one in range(a.num_outliers):
-        floats(a.apart)[row * a.num_outliers + one] = x[longs(a.outliers)[one]]
-    scale = _ONE / float_of(largest) * _LEVELS  # in two steps as torch's kernels, so that bytes are theirs
-    for first in range(0, a.inputs, TILE_BYTES):
-        grid, x = bytes_at(target + first // TILE_BYTES * apart), floats(a.x + 4 * (row * a.inputs + first))
-        if a.others:
-            others = floats(a.others + 4 * first)
-            for i in range(min(TILE_BYTES, a.inputs - first)):
-                grid[i] = np.uint8(np.int32(x[i] * others[i] * scale + _MIDDLE))
-        else:
-            for i in range(min(TILE_BYTES, a.inputs - first)):
-                grid[i] = np.uint8(np.int32(x[i] * scale + _MIDDLE))  # half a step more, so that cutting off rounds
+        floats(a.apart)[row * a.num_outliers + one] = floats(x)[longs(a.outliers)[one]]
+    memory = _scale_memory()
+    scale = _ONE / floats(largest_at)[0] * _LEVELS  # in two steps as torch's kernels, so that bytes are theirs
+    floats(memory)[0] = scale
+    if whole and a.others:
+        _put_others(x, a.others, whole, memory, target, apart)
+    elif whole:
+        _put(x, 0, whole, memory, target, apart)
+    for i in range(TILE_BYTES * whole, a.inputs):
+        number = floats(x)[i] * floats(a.others)[i] if a.others else floats(x)[i]
+        bytes_at(target + whole * apart)[i - TILE_BYTES * whole] = np.uint8(np.int32(number * scale + _MIDDLE))
 
 
 @njit(error_model="numpy")
