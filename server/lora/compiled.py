@@ -57,9 +57,9 @@ class CompiledDeltas:
             table = self._table(module)  # the routine reads it for every linear that is wrapped
             if delta.plain and delta.tiles is not None:
                 tiles = delta.tiles
-                kept += tiles.tensors()
+                kept.append(tiles.memory)
                 largest = max(largest, tiles.rank)
-                table[index] = torch.tensor([tiles.a.data_ptr(), tiles.rank, tiles.b.data_ptr(), tiles.rank])
+                table[index] = torch.tensor([tiles.a_address, tiles.rank, tiles.b_address, tiles.rank])
             elif delta.plain and delta.a is not None and delta.b is not None:
                 a, b = delta.a.t(), delta.b.contiguous()  # [rank, in], [rank, out]
                 a = a if a.stride(1) == 1 else a.contiguous()

@@ -88,7 +88,7 @@ class Delta:
         if self.tokens is not None:
             yield from (self.tokens.indices, self.tokens.rows)
         if self.tiles is not None:
-            yield from self.tiles.tensors()
+            yield self.tiles.memory
         for delta in self.parameters.values():
             yield from (delta.left, delta.right)
         if self.own is not None:

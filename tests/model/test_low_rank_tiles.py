@@ -23,7 +23,7 @@ from tests.model.test_low_rank import segments
 
 KERNELS = [kernel for kernel in native_kernels().values() if kernel.adds_deltas]
 pytestmark = pytest.mark.skipif(not KERNELS, reason="without tiles of AMX a routine of its own adds deltas")
-RANKS = (1, 8, 9, 16, 17, 24, 33, 64)
+RANKS = (1, 2, 8, 9, 16, 17, 24, 33, 64)
 LENGTHS = (1, 1, 2, 3, 15, 16, 17, 33, 70)
 SIZES = {(896, (896, 128, 128)): False, (32, (16,)): False, (64, (160, 160)): True, (4864, (96,)): True}
 """Inputs and outputs of the linears of a product, and whether it has outliers."""
@@ -92,7 +92,7 @@ class Stage:
             for use in uses:
                 delta = self.deltas[use.digest].get(name)
                 if delta is not None and delta.tiles is not None:
-                    a, b = (one.double() for one in delta.tiles.in_floats())
+                    a, b = (one.double() for one in delta.tiles.in_floats(self.num_inputs))
                     total += use.scale * (x.bfloat16().double() @ a) @ b
                     most += abs(use.scale) * (x.double().abs() @ a.abs()) @ b.abs()
             parts.append((total, most))
@@ -182,9 +182,10 @@ def test_what_is_packed_is_what_was_given_rounded() -> None:
     for rank in RANKS:
         a, b = torch.randn(rank, 64, generator=source).t(), torch.randn(rank, 48, generator=source)
         tiles = DeltaTiles.of(a, b)
-        found_a, found_b = tiles.in_floats()
+        found_a, found_b = tiles.in_floats(64)
         assert torch.equal(found_a[:, :rank], a.bfloat16().float()) and not found_a[:, rank:].any()
         assert torch.equal(found_b[:rank], b.bfloat16().float()) and not found_b[rank:].any()
+        assert tiles.memory.nbytes <= 2 * (64 + 48) * (rank + 1) + 1024
 
 
 def test_sizes_that_are_no_whole_tiles_are_left_to_the_other_routine() -> None:
