@@ -14,7 +14,7 @@ from server.native.tiles import multiply_tiles
 from server.native.vectors import FLOATS, NUMBERS, Vector, Vectors
 
 _LANES = HALF
-_I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
+_I64 = ir.IntType(64)
 _LOG2E = 1.4426950408889634
 _MOST = 125.0
 """Of an exponent of two, so that the power is a normal number."""
@@ -29,7 +29,7 @@ class _Gates(Vectors):
     """What opens and shuts."""
 
     def power(self, x: Vector) -> Vector:
-        """Two to the x, at most 2**126 and at least 2**-126."""
+        """Two to the x, at most 2**125 and at least 2**-125."""
         return self.power_of_two(self.at_most(self.at_least(x, -_MOST), _MOST), 6)
 
     def over(self, x: Vector, power: Vector) -> Vector:

@@ -233,7 +233,7 @@ def _many_gated_rows_by_tiles(gate: Gate, *, with_deltas: bool) -> Any:
 
 
 def _by_tiles() -> Callable[[Any], None]:
-    """x @ weights where AMX multiplies bytes. A few rows, which only wait for memory, leave the tiles alone."""
+    """x @ weights where AMX multiplies bytes. A few rows, which only wait for memory, are multiplied by vectors."""
     very_few_rows = njit(error_model="numpy")(_by_dot_products(512, finish_with_deltas))
     by_silu, by_gelu = (_many_gated_rows_by_tiles(gate, with_deltas=False) for gate in (SILU, GELU))
     changed_by_silu, changed_by_gelu = (_many_gated_rows_by_tiles(gate, with_deltas=True) for gate in (SILU, GELU))

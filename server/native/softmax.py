@@ -15,7 +15,7 @@ from llvmlite import ir
 from server.native.intrinsics import loop, void_intrinsic
 from server.native.vectors import LANES, NUMBERS, Vector, Vectors
 
-_I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
+_I32, _I64 = ir.IntType(32), ir.IntType(64)
 _ROW = 4 * 2 * LANES
 """Bytes of a key's scores, and of a row of the state."""
 OFFSETS, TOTALS, FACTORS, LAST_KEYS = (_ROW * number for number in range(4))

@@ -9,7 +9,7 @@ from typing import Any
 from llvmlite import ir
 
 LANES = 16
-_I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
+_I32, _F32 = ir.IntType(32), ir.FloatType()
 NUMBERS, FLOATS = ir.VectorType(_I32, LANES), ir.VectorType(_F32, LANES)
 
 _ALL, _DOWN, _AS_SET = ir.IntType(16)(-1), _I32(1), _I32(4)
