@@ -24,7 +24,7 @@ from server.native.blocks import (
     WHOLE,
 )
 from server.native.byte_products import dot_products
-from server.native.finish import finish_alone, finish_with_deltas
+from server.native.finish import deltas_of_blocks, finish, finish_with_deltas, no_deltas
 from server.native.gating import BESIDE, GELU, SILU, Gate, gated_beside_products, gated_sums
 from server.native.grid import MIDDLE, largest_bits, put_bytes
 from server.native.intrinsics import (
@@ -53,6 +53,8 @@ float32. ``others`` float32 [inputs] has 0 at outliers, whose indices are int64 
 how many linears the product is of, then ``PART`` numbers each."""
 _VERY_FEW = 4
 """Rows that vectors multiply as fast as their weights come."""
+_BLOCKS = 16
+"""Whose deltas of very few rows are computed at once."""
 _TILE_SLAB = 8
 """Steps of 64 inputs whose weights, 16 KB, stay in half of a first cache while all rows use them."""
 _SLAB = 128
@@ -61,6 +63,7 @@ _ONE, _LEVELS = np.float32(1.0), np.float32(127.0)
 _MIDDLE = np.float32(MIDDLE)
 _TINY_BITS = np.float32(1e-30).view(np.int32)
 
+_blocks_memory = scratch(4 * BLOCK * ROW_BLOCK * _BLOCKS)
 _sums_memory, _deltas_memory = scratch(4 * BLOCK * CHUNK), scratch(4 * BLOCK * ROW_BLOCK)
 _largest, _largest_of_others = largest_bits(masked=False), largest_bits(masked=True)
 _put, _put_others, _scale_memory = put_bytes(masked=False), put_bytes(masked=True), scratch(4)
@@ -115,8 +118,8 @@ def _prepare_many_rows(a: Any, changed: bool) -> None:
             put_low_of_rows(a, tile)
 
 
-def _by_dot_products(bits: int, finish: Any = finish_alone) -> Callable[[Any], None]:
-    """x @ weights where vectors of so many bits multiply bytes."""
+def _by_dot_products(bits: int, deltas_of: Any = no_deltas) -> Callable[[Any], None]:
+    """x @ weights where vectors of so many bits multiply bytes; ``deltas_of`` gives what adapters add to a few rows."""
     one, two, four = (dot_products(rows, bits, prefetch=True) for rows in (1, 2, 4))
     most = 8 if bits == 512 else 4
     many = dot_products(most, bits)
@@ -126,8 +129,13 @@ def _by_dot_products(bits: int, finish: Any = finish_alone) -> Callable[[Any], N
         for row in range(a.rows * me // team, a.rows * (me + 1) // team):
             _put_on_grid(a, row, a.grid + row * a.width, TILE_BYTES)
         barrier()
-        sums = _sums_memory()
-        for block in range(a.blocks * me // team, a.blocks * (me + 1) // team):
+        sums, memory, deltas = _sums_memory(), _blocks_memory(), 0
+        first, end = a.blocks * me // team, a.blocks * (me + 1) // team
+        for block in range(first, end):
+            place = (block - first) % _BLOCKS
+            if place == 0:
+                deltas = deltas_of(a, block, min(_BLOCKS, end - block), memory)
+            mine = deltas + 4 * BLOCK * ROW_BLOCK * place if deltas else 0
             for chunk in range(0, a.rows, CHUNK):
                 rows = min(a.rows - chunk, CHUNK)
                 begin = integers(a.constants + 12 * BLOCK * block)
@@ -139,20 +147,20 @@ def _by_dot_products(bits: int, finish: Any = finish_alone) -> Callable[[Any], N
                     weights = a.weights + (block * a.width // 4 + slab) * 4 * BLOCK
                     row = 0
                     while row < rows:
-                        grid, mine = a.grid + (chunk + row) * a.width + 4 * slab, sums + 4 * BLOCK * row
+                        grid, here = a.grid + (chunk + row) * a.width + 4 * slab, sums + 4 * BLOCK * row
                         if rows - row >= most:
-                            many(grid, a.width, steps, weights, mine)
+                            many(grid, a.width, steps, weights, here)
                             row += most
                         elif rows - row >= 4:
-                            four(grid, a.width, steps, weights, mine)
+                            four(grid, a.width, steps, weights, here)
                             row += 4
                         elif rows - row >= 2:
-                            two(grid, a.width, steps, weights, mine)
+                            two(grid, a.width, steps, weights, here)
                             row += 2
                         else:
-                            one(grid, a.width, steps, weights, mine)
+                            one(grid, a.width, steps, weights, here)
                             row += 1
-                finish(a, chunk, rows, block, sums)
+                finish(a, chunk, rows, block, sums, mine)
 
     return by_dot_products
 
@@ -234,7 +242,7 @@ def _many_gated_rows_by_tiles(gate: Gate, *, with_deltas: bool) -> Any:
 
 def _by_tiles() -> Callable[[Any], None]:
     """x @ weights where AMX multiplies bytes. A few rows, which only wait for memory, are multiplied by vectors."""
-    very_few_rows = njit(error_model="numpy")(_by_dot_products(512, finish_with_deltas))
+    very_few_rows = njit(error_model="numpy")(_by_dot_products(512, deltas_of_blocks))
     by_silu, by_gelu = (_many_gated_rows_by_tiles(gate, with_deltas=False) for gate in (SILU, GELU))
     changed_by_silu, changed_by_gelu = (_many_gated_rows_by_tiles(gate, with_deltas=True) for gate in (SILU, GELU))
 
