@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import importlib.resources
 import json
@@ -19,7 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from trainer.errors import BaseModelError
 
 EMBEDDED_BASE = "micro"
-BASE_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+SMALL_FILES, NESTED_FILES = ("*.json", "*.jinja", "*.model", "*.txt"), ("*/*",)
+NAMED_TEMPLATES = "additional_chat_templates/*.jinja"
 EDGE_BYTES = 64 * 1024
 MAX_HEADER_BYTES = 100_000_000
 ARCHITECTURE_FIELDS = (
@@ -82,11 +85,23 @@ def find_base(base_model: str) -> tuple[str, Path]:
             f"base_model {base_model!r}: no such folder; use 'micro', a folder with a config.json or a hub id"
         )
     try:
-        return base_model, Path(snapshot_download(base_model, allow_patterns=list(BASE_FILES)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        return base_model, _download(base_model)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BaseModelError(
             f"base_model {base_model!r}: no such folder here, and the hub did not give it: {error}"
         ) from error
+
+
+def _download(repo_id: str) -> Path:
+    """The folder of a hub's repository: its small files, then only the weights that the index among them names.
+
+    Repositories hold the same weights in several formats and folders. The second call is for the commit that the first
+    one found, whose folder has its name.
+    """
+    folder = Path(snapshot_download(repo_id, allow_patterns=list(SMALL_FILES), ignore_patterns=list(NESTED_FILES)))
+    weights = _shards(folder) if (folder / INDEX_FILE).is_file() else [WEIGHTS_FILE]
+    wanted = [glob.escape(name) for name in weights]
+    return Path(snapshot_download(repo_id, revision=folder.name, allow_patterns=[*wanted, NAMED_TEMPLATES]))
 
 
 def load_base(base_model: str) -> Base:
@@ -151,11 +166,15 @@ def base_fingerprint(folder: Path) -> str:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    single = folder / "model.safetensors"
+    single = folder / WEIGHTS_FILE
     if single.is_file():
         return [single]
-    index = json.loads((folder / "model.safetensors.index.json").read_bytes())
-    return [folder / name for name in sorted(set(index["weight_map"].values()))]
+    return [folder / name for name in _shards(folder)]
+
+
+def _shards(folder: Path) -> list[str]:
+    index = json.loads((folder / INDEX_FILE).read_bytes())
+    return sorted(set(index["weight_map"].values()))
 
 
 def _tensors(path: Path) -> list[list[Any]]:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import glob
+import json
 from importlib.resources import files
 from pathlib import Path
 
-from server.errors import BaseModelNotFound
+from server.errors import BaseModelNotFound, BaseModelRefused
 from server.settings import EMBEDDED_BASE
 
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+
+_SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
+_NESTED_FILES = ["*/*"]
+_NAMED_TEMPLATES = "additional_chat_templates/*.jinja"
 
 
 def find_base(base_model: str) -> Path:
@@ -38,16 +44,44 @@ def base_on_disk(base_model: str) -> Path | None:
     return None
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files that a base is loaded from: ``model.safetensors``, or the shards that the index names, by name.
+
+    Raises ``OSError``, ``ValueError`` or another error of malformed data where neither can be read.
+    """
+    if (single := folder / WEIGHTS_FILE).exists():
+        return [single]
+    return [folder / name for name in _shards(folder)]
+
+
 def num_weight_bytes(folder: Path) -> int:
-    """Bytes of a base's weight files."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    """Bytes of the files that a base is loaded from; other weights may lie beside them.
+
+    Raises ``BaseModelRefused`` where one is missing.
+    """
+    try:
+        return sum(path.stat().st_size for path in weight_files(folder))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BaseModelRefused(folder.name, f"its safetensors are missing or malformed: {error}") from error
+
+
+def _shards(folder: Path) -> list[str]:
+    index = json.loads((folder / INDEX_FILE).read_bytes())
+    return sorted(set(index["weight_map"].values()))
 
 
 def _from_hub(repo_id: str) -> Path:
+    """Small files first, then the weights that the index among them names: a repository may hold others beside them.
+
+    The second call names the commit of the first one, whose folder is named after it.
+    """
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=_HUB_FILES))
+        folder = Path(snapshot_download(repo_id, allow_patterns=_SMALL_FILES, ignore_patterns=_NESTED_FILES))
+        weights = _shards(folder) if (folder / INDEX_FILE).exists() else [WEIGHTS_FILE]
+        wanted = [*map(glob.escape, weights), _NAMED_TEMPLATES]
+        return Path(snapshot_download(repo_id, revision=folder.name, allow_patterns=wanted))
     except Exception as error:
         raise BaseModelNotFound(
             f"the base model {repo_id!r} is no folder here and could not be had from the hub ({type(error).__name__}): "

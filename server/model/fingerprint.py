@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from server.errors import BaseModelRefused
+from server.model.base_folder import weight_files
 
 _EDGE = 64 * 1024
 _ARCHITECTURE = (
@@ -41,14 +42,6 @@ def base_fingerprint(folder: Path) -> str:
             folder.name, f"config.json or its safetensors are missing or malformed: {error}"
         ) from error
     return f"sha256:{hashed.hexdigest()}"
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """``model.safetensors``, or the shards that the index names, by name."""
-    if (single := folder / "model.safetensors").exists():
-        return [single]
-    index = json.loads((folder / "model.safetensors.index.json").read_bytes())
-    return [folder / name for name in sorted(set(index["weight_map"].values()))]
 
 
 def _line(value: Any) -> bytes:

@@ -31,7 +31,7 @@ from server.int8.native import NativeKernel
 from server.lora.place import shorten
 from server.model.admission import admit
 from server.model.attention import FlatAttention, Layout
-from server.model.base_folder import find_base, num_weight_bytes
+from server.model.base_folder import find_base, num_weight_bytes, weight_files
 from server.model.device import choose_device, choose_dtype, choose_float_dtype, choose_kv_dtype
 from server.model.fingerprint import base_fingerprint
 from server.model.kv_cache import KVLayout, LayerShape, Span, longest_within
@@ -108,8 +108,7 @@ def load_base(
     if kernel is None:
         shapes, noted, quantized = *_probe(model, attention), None
     else:
-        with quantizing(model, kernel, choose_float_dtype(dtype, _num_unpacked_bytes(model))) as quantized:
-            shapes, noted = _probe(model, attention, _ordinary_ids(tokenizer))
+        shapes, noted, quantized = _quantize(model, kernel, attention, tokenizer, folder=folder, dtype=dtype)
     kv_dtype = model.dtype if kernel is None else choose_kv_dtype(model.dtype)
     if kv_memory is not None:
         length = _affordable(KVLayout(tuple(shapes), length, kv_dtype), kv_memory, asked=max_model_len)
@@ -276,6 +275,22 @@ def _probe(
     with noting_shapes(model) as noted:
         model(input_ids=rows, position_ids=attention.layout.positions[None], use_cache=False)
     return [attention.seen_shapes[layer] for layer in sorted(attention.seen_shapes)], noted
+
+
+def _quantize(
+    model: PreTrainedModel,
+    kernel: type[Kernel],
+    attention: FlatAttention,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    folder: Path,
+    dtype: str,
+) -> tuple[list[LayerShape], Noted, Quantized]:
+    """A probe in which linears and embedding become integers, while their weights are read from the files."""
+    float_dtype = choose_float_dtype(dtype, _num_unpacked_bytes(model))
+    with quantizing(model, kernel, float_dtype, files=weight_files(folder)) as quantized:
+        shapes, noted = _probe(model, attention, _ordinary_ids(tokenizer))
+    return shapes, noted, quantized
 
 
 def _ordinary_ids(tokenizer: PreTrainedTokenizerBase) -> Sequence[int]:

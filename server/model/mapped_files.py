@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 
+_MAPS = Path("/proc/self/maps")
+
 
 class MappedFiles:
-    """Where the weights files of this process are mapped (Linux tells; elsewhere there is nothing to give back)."""
+    """Where these files are mapped in this process (Linux tells; elsewhere there is nothing to give back).
 
-    def __init__(self) -> None:
-        try:
-            lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
-        except OSError:
-            lines = []
-        spans = [line.split(maxsplit=1)[0].split("-") for line in lines if line.endswith(".safetensors")]
-        self._spans = [(int(begin, 16), int(end, 16)) for begin, end in spans]
+    A mapping is a file's where device and inode are the file's, or where the path is: files of a hub's cache are links,
+    and the system names their targets. Neither is enough by itself: on btrfs and overlayfs the device of a mapping is
+    not the one that ``stat`` tells, and a path may have been renamed since.
+    """
+
+    def __init__(self, paths: Iterable[Path], *, maps: Path = _MAPS) -> None:
+        inodes, names = set(), set()
+        for path in paths:
+            status = path.stat()
+            inodes.add((os.major(status.st_dev), os.minor(status.st_dev), status.st_ino))
+            names.add(str(path.resolve()).replace("\n", "\\012"))  # as the system writes a line break
+        self._spans = [(begin, end) for begin, end, inode, name in _mappings(maps) if inode in inodes or name in names]
 
     def give_back(self, tensor: torch.Tensor) -> None:
         """Let the system have the pages of a tensor in a mapped file; other tensors keep theirs.
@@ -34,6 +43,20 @@ class MappedFiles:
         if begin < end:
             libc = ctypes.CDLL(None)
             libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
+
+
+def _mappings(maps: Path) -> Iterator[tuple[int, int, tuple[int, int, int], str]]:
+    """First address, end, (major, minor, inode) and path of every mapping of a file, as proc_pid_maps(5) has them."""
+    try:
+        lines = maps.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+    except OSError:
+        return
+    for line in lines:
+        parts = line.split(maxsplit=5)
+        if len(parts) < 6 or not parts[5].startswith("/"):
+            continue
+        (begin, end), (major, minor) = parts[0].split("-"), parts[3].split(":")
+        yield int(begin, 16), int(end, 16), (int(major, 16), int(minor, 16), int(parts[4])), parts[5]
 
 
 def trim() -> None:

@@ -6,9 +6,10 @@ those of the linears that get the same input, and their pages are given back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,9 +46,14 @@ class Quantized:
 
 
 @contextmanager
-def quantizing(model: PreTrainedModel, kernel: type[Kernel], dtype: torch.dtype) -> Iterator[Quantized]:
-    """While a batch runs, make the linears it gets to integers; what is left becomes ``dtype`` at the end."""
-    quantizer = _Quantizer(model, kernel)
+def quantizing(
+    model: PreTrainedModel, kernel: type[Kernel], dtype: torch.dtype, *, files: Iterable[Path] = ()
+) -> Iterator[Quantized]:
+    """While a batch runs, make the linears it gets to integers; what is left becomes ``dtype`` at the end.
+
+    ``files`` are those that hold the model's weights: pages of their mappings are given back.
+    """
+    quantizer = _Quantizer(model, kernel, MappedFiles(files))
     linears = {name: one for name, one in model.named_modules() if type(one) in (nn.Linear, Conv1D)}
     handles = [
         module.register_forward_hook(quantizer.note(name))
@@ -70,8 +76,8 @@ def quantizing(model: PreTrainedModel, kernel: type[Kernel], dtype: torch.dtype)
 class _Quantizer:
     """Where the probe is: the linears that got the input at hand, which are packed when another input comes."""
 
-    def __init__(self, model: PreTrainedModel, kernel: type[Kernel]) -> None:
-        self._model, self._kernel, self._mapped = model, kernel, MappedFiles()
+    def __init__(self, model: PreTrainedModel, kernel: type[Kernel], mapped: MappedFiles) -> None:
+        self._model, self._kernel, self._mapped = model, kernel, mapped
         self._levels = weight_levels(kernel)
         self._embedding = model.get_input_embeddings()
         self._embedded: tuple[Original, Int8Rows] | None = None

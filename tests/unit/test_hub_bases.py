@@ -1,0 +1,148 @@
+"""What server and trainer fetch of a base from a hub: one set of weights, and the small files it needs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from huggingface_hub.utils._paths import filter_repo_objects
+
+import server.model.base_folder
+import trainer.base
+from server.errors import BaseModelNotFound, BaseModelRefused
+from server.model.base_folder import num_weight_bytes
+from trainer.errors import BaseModelError
+
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+INDEX = json.dumps({"weight_map": {"a": SHARDS[0], "b": SHARDS[1], "c": SHARDS[1]}})
+SMALL = (
+    "additional_chat_templates/rag.jinja",
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+)
+OTHERS = (
+    ".gitattributes",
+    "README.md",
+    "consolidated.safetensors",
+    "consolidated.00.pth",
+    "fp16/model.safetensors",
+    "gguf/model-q4.gguf",
+    "onnx/config.json",
+    "onnx/model.onnx",
+    "original/consolidated.safetensors",
+    "original/params.json",
+    "original/tokenizer.model",
+    "pytorch_model.bin",
+    "tf_model.h5",
+)
+"""Beside the weights in repositories of Mistral, Meta and others."""
+
+
+class FakeHub:
+    """A repository by its files' names, with the real library's choice among them."""
+
+    def __init__(self, root: Path, files: Sequence[str]) -> None:
+        self.folder = root / "snapshots" / REVISION
+        self.files = files
+        self.revisions: list[str | None] = []
+
+    def __call__(
+        self,
+        repo_id: str,
+        *,
+        revision: str | None = None,
+        allow_patterns: list[str] | None = None,
+        ignore_patterns: list[str] | None = None,
+    ) -> str:
+        assert repo_id == "someone/base"
+        self.revisions.append(revision)
+        for name in filter_repo_objects(self.files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            path = self.folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(INDEX if name.endswith(".index.json") else name, encoding="utf-8")
+        return str(self.folder)
+
+    @property
+    def fetched(self) -> set[str]:
+        return {str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file()}
+
+
+def by_server(base_model: str) -> Path:
+    return server.model.base_folder.find_base(base_model)
+
+
+def by_trainer(base_model: str) -> Path:
+    return trainer.base.find_base(base_model)[1]
+
+
+@pytest.fixture
+def make_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[str]], FakeHub]:
+    def make(files: Sequence[str]) -> FakeHub:
+        hub = FakeHub(tmp_path, files)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
+        monkeypatch.setattr(trainer.base, "snapshot_download", hub)
+        return hub
+
+    return make
+
+
+@pytest.mark.parametrize("find", [by_server, by_trainer])
+def test_of_a_base_in_shards_the_index_says_what_is_fetched(
+    find: Callable[[str], Path], make_hub: Callable[[Sequence[str]], FakeHub]
+) -> None:
+    """Mistral's repositories have the same weights a second time, in one file, which was fetched and counted, too."""
+    hub = make_hub([*SMALL, *SHARDS, "model.safetensors.index.json", *OTHERS])
+    assert find("someone/base") == hub.folder
+    assert hub.fetched == {*SMALL, *SHARDS, "model.safetensors.index.json"}
+    assert hub.revisions == [None, REVISION], "the weights are of the commit whose index was read"
+
+
+@pytest.mark.parametrize("find", [by_server, by_trainer])
+def test_of_a_base_in_one_file_this_is_fetched(
+    find: Callable[[str], Path], make_hub: Callable[[Sequence[str]], FakeHub]
+) -> None:
+    hub = make_hub([*SMALL, "model.safetensors", *OTHERS])
+    assert find("someone/base") == hub.folder
+    assert hub.fetched == {*SMALL, "model.safetensors"}
+
+
+@pytest.mark.parametrize(("find", "error"), [(by_server, BaseModelNotFound), (by_trainer, BaseModelError)])
+@pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": 3}'])
+def test_an_index_that_names_no_files_is_a_base_that_cannot_be_had(
+    index: str,
+    find: Callable[[str], Path],
+    error: type[Exception],
+    make_hub: Callable[[Sequence[str]], FakeHub],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(f"{__name__}.INDEX", index)
+    make_hub([*SMALL, *SHARDS, "model.safetensors.index.json"])
+    with pytest.raises(error, match="someone/base"):
+        find("someone/base")
+
+
+def test_only_the_files_that_are_loaded_count(tmp_path: Path) -> None:
+    """The number format ``auto`` rests on their size."""
+    (tmp_path / "consolidated.safetensors").write_bytes(bytes(1000))
+    (tmp_path / "model.safetensors.index.json").write_text(INDEX, encoding="utf-8")
+    for name in SHARDS:
+        (tmp_path / name).write_bytes(bytes(10))
+    assert num_weight_bytes(tmp_path) == 20
+    (tmp_path / "model.safetensors").write_bytes(bytes(5))
+    assert num_weight_bytes(tmp_path) == 5, "transformers loads this one, where it is there"
+
+
+def test_a_shard_that_is_missing_is_told(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(INDEX, encoding="utf-8")
+    with pytest.raises(BaseModelRefused, match=SHARDS[0]):
+        num_weight_bytes(tmp_path)
