@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
-from server.adapters.content.folder import Signature
-from server.adapters.content.manifest import Manifest
+from server.adapters.content.folder import UNREAD_FILES, Signature
+from server.adapters.content.manifest import Listing, Manifest
 from server.adapters.reader import AdapterReader, FolderMoved
 from server.adapters.registry import Adapter, AdapterRegistry, Entry
 from server.errors import AdapterRejected, one_line
@@ -24,7 +24,8 @@ class Intake:
 
     ``level`` is how loud an adapter that appears is logged: at start there may be thousands.
     ``moving_in(entry, adapter, manifest)`` surrounds the move of a name to another version; ``arrived(entry)`` and
-    ``left(entry)`` are told of names that come and go.
+    ``left(entry)`` are told of names that come and go. ``has_weights(entry)`` says whether the version that a name
+    means can be served without its folder.
     """
 
     def __init__(self, registry: AdapterRegistry, reader: AdapterReader, *, metrics: Metrics) -> None:
@@ -34,6 +35,7 @@ class Intake:
         self.moving_in: Callable[[Entry, Adapter, Manifest], AbstractAsyncContextManager[None]] = _plainly
         self.arrived: Callable[[Entry], None] = lambda entry: None
         self.left: Callable[[Entry], None] = lambda entry: None
+        self.has_weights: Callable[[Entry], bool] = lambda entry: True
         self._hashing: dict[Entry, asyncio.Task[Adapter]] = {}
         self._unhashed: asyncio.Queue[Entry] = asyncio.Queue()
 
@@ -60,6 +62,7 @@ class Intake:
         self._report()
         self.arrived(entry)
         logger.log(self.level, "adapter %s: %d modules of rank %d", name, len(listing.plan.modules), listing.plan.rank)
+        _tell_unread(listing)
         return True
 
     async def change(self, name: str, path: Path, signature: Signature) -> bool:
@@ -71,16 +74,16 @@ class Intake:
         if entry.current is None:
             return await self.appear(name, path, signature)
         try:
-            await self._move(entry, await self.reader.manifest(path, signature, name), signature)
+            manifest = await self.reader.manifest(path, signature, name)
+            await self._move(entry, manifest, signature)
+            _tell_unread(manifest)
         except AdapterRejected as error:
-            entry.refused = error.reason
-            self._refuse(name, path, error.reason)
+            self._refuse_change(entry, path, error.reason)
         except FolderMoved:
             return False
         except Exception as error:
             logger.exception("adapter folder %s could not be read", one_line(name))
-            entry.refused = f"it could not be read ({type(error).__name__})"
-            self._refuse(name, path, entry.refused)
+            self._refuse_change(entry, path, f"it could not be read ({type(error).__name__})")
         return True
 
     def vanish(self, name: str) -> None:
@@ -177,13 +180,20 @@ class Intake:
 
     def refuse(self, entry: Entry, reason: str) -> None:
         """Withdraw a name whose only version turned out to be wrong when its bytes were read."""
-        self._refuse(entry.name, entry.listing.path, reason)
         if entry.name in self.registry and self.registry.get(entry.name) is entry:
             self._withdraw(entry.name)
+        self._refuse(entry.name, entry.listing.path, reason)
 
     def _withdraw(self, name: str) -> None:
         self.left(self.registry.withdraw(name))
         self._report()
+
+    def _refuse_change(self, entry: Entry, path: Path, reason: str) -> None:
+        """Refuse what a folder holds now; the name stays where the version it means can still be served."""
+        entry.refused = reason
+        if not self.has_weights(entry):
+            self._withdraw(entry.name)
+        self._refuse(entry.name, path, reason)
 
     def _refuse(self, name: str, path: Path, reason: str) -> None:
         if name in self.registry and self.registry.get(name).current is None:
@@ -195,6 +205,14 @@ class Intake:
 
     def _report(self) -> None:
         self.metrics.adapters_loaded.set(len(self.registry))
+
+
+def _tell_unread(listing: Listing) -> None:
+    """Log what an adapter is served without."""
+    for file, reason in listing.unread.items():
+        logger.warning(
+            "adapter %s is served without its %s (%s): %s", listing.name, file, UNREAD_FILES[file], one_line(reason)
+        )
 
 
 @asynccontextmanager

@@ -103,6 +103,7 @@ class AdapterLibrary:
         self._in_use: Counter[str] = Counter()
         self._at_a_time = asyncio.Semaphore(2)  # whole files in memory beside the budget
         intake.moving_in, intake.arrived, intake.left = self._moving_in, self._arrived, self._left
+        intake.has_weights = self._has_weights
 
     async def acquire(self, model: str, *, user: str | None = None, scale: float | None = None) -> Lease:
         """The adapters that a model's name means, in memory.
@@ -336,6 +337,13 @@ class AdapterLibrary:
     def _arrived(self, entry: Entry) -> None:
         if entry.pin.resident:
             self.preload()
+
+    def _has_weights(self, entry: Entry) -> bool:
+        """Whether the version that a name means is in memory, on its way there, or kept."""
+        served = entry.served
+        if served is None:
+            return False
+        return self.residency.state(served.weights_digest) is not None or self.reader.has_kept(served.version_digest)
 
     def _left(self, entry: Entry) -> None:
         if entry.pin.resident:

@@ -97,6 +97,10 @@ class AdapterReader:
         versions = await self.run(self.store.versions, name)
         return [one.digest for one in versions if one.digest.startswith(prefix)]
 
+    def has_kept(self, version_digest: str) -> bool:
+        """Whether a version is in the state directory."""
+        return self.store is not None and self.store.folder(version_digest) is not None
+
     def close(self) -> None:
         """End the thread when it has done what it is at."""
         self._thread.shutdown(wait=False, cancel_futures=True)

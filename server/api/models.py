@@ -70,6 +70,7 @@ def _details(entry: Entry, state: ServerState) -> dict[str, Any]:
         "versions": [one.version_digest[:DIGITS] for one in entry.versions],
         "pinned": {"version": entry.pin.version, "resident": entry.pin.resident},
         "refused": entry.refused,
+        "unread": dict(listing.unread),
         "rank": listing.plan.rank,
         "targets": sorted({name.rpartition(".")[2] for name in listing.plan.modules}),
         "num_modules": len(listing.plan.modules),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from server.adapters.aliases import ALIASES_FILE, Alias, parse_aliases
+from server.adapters.content.folder import UNREAD_FILES
 from server.adapters.content.words import first
 from server.adapters.names import parse_model
 from server.adapters.registry import DIGITS, Adapter
@@ -78,6 +79,8 @@ def _print_folder(examiner: Examiner, path: Path) -> str | None:
     adapter = Adapter.read(found.manifest)
     size = f"rank {adapter.rank}, {len(adapter.modules)} modules, {adapter.num_bytes / 1e6:.1f} MB"
     say(f"{adapter.label}: {size}, {path}")
+    for file, reason in found.manifest.unread.items():
+        say(f"    served without its {file} ({UNREAD_FILES[file]}): {reason}")
     return adapter.version_digest
 
 

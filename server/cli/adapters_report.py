@@ -17,6 +17,7 @@ from server.adapters.content.folder import (
     SOURCE_FILE,
     TEMPLATE_FILE,
     TOKENIZER_FILE,
+    UNREAD_FILES,
     WEIGHTS_FILE,
 )
 from server.adapters.content.manners import AdapterDefaults
@@ -38,6 +39,8 @@ def report(
     ``trusting`` says whether chat templates are used that are neither the base's nor a sidecar's.
     """
     yield from (("problem", problem) for problem in found.problems)
+    if found.manifest is not None:
+        yield from (("unread", f"{reason}; {UNREAD_FILES[name]}") for name, reason in found.manifest.unread.items())
     yield from _files(found.path)
     yield from _config(found.said)
     if found.plan is not None:

@@ -19,6 +19,7 @@ from server.adapters.content.folder import (
     OPTIONAL_FILES,
     SIDECAR_FILE,
     SOURCE_FILE,
+    UNREAD_FILES,
     WEIGHTS_FILE,
     AdapterFiles,
     read_file_at,
@@ -36,6 +37,7 @@ from server.adapters.content.manifest import (
     read_manifest,
 )
 from server.adapters.content.manners import AdapterDefaults
+from server.adapters.content.opening import PermissionDenied, open_folder
 from server.adapters.content.peft_config import FIELDS, READ, LoRAConfig, parse_peft_config
 from server.adapters.content.plan import LowRank, Plan, PlanError, make_plan
 from server.adapters.content.safetensors import TensorEntry, read_header
@@ -93,6 +95,9 @@ def examine(
         return found
     try:
         manifest = read_manifest(path, base, limits, name=found.name)
+    except OSError as error:
+        found.problems.append(f"cannot be read just now: {error.strerror}")
+        return found
     except AdapterRejected as error:
         _look_closer(found, base, limits, judge_manners)
         if not any(problem in error.reason for problem in found.problems):
@@ -130,16 +135,27 @@ def _read_parts(found: Examination, limits: Limits) -> AdapterFiles:
     """The files that can be read; the others are empty or left out."""
     parts: dict[str, bytes] = {}
     with found.noting():
-        folder = os.open(found.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        folder = open_folder(found.path)
         try:
             for name, limit in {CONFIG_FILE: MAX_JSON_BYTES, WEIGHTS_FILE: limits.max_bytes, **OPTIONAL_FILES}.items():
                 with found.noting():
-                    part = read_file_at(folder, name, limit)
-                    parts |= {} if part is None else {name: part[0]}
+                    part = _read_part(folder, name, limit)
+                    parts |= {} if part is None else {name: part}
         finally:
             os.close(folder)
     config, weights = parts.pop(CONFIG_FILE, b""), parts.pop(WEIGHTS_FILE, b"")
     return AdapterFiles(config, weights, len(weights), parts, 0)
+
+
+def _read_part(folder: int, name: str, limit: int) -> bytes | None:
+    """A file's bytes; None where there is none, or an adapter is served without it."""
+    try:
+        part = read_file_at(folder, name, limit)
+    except PermissionDenied:
+        if name in UNREAD_FILES:
+            return None
+        raise
+    return None if part is None else part[0]
 
 
 def _judge_config(found: Examination, data: bytes) -> None:

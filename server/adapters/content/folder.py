@@ -1,18 +1,17 @@
 """The files of one adapter folder, each read once from one descriptor into private memory.
 
-Files are opened relative to the folder's descriptor, without following links, so that nothing that happens to the
-folder afterwards reaches a running model.
+Nothing that happens to the folder afterwards reaches a running model.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from server.adapters.content.opening import PermissionDenied, open_file, open_folder
 from server.adapters.content.safetensors import MAX_HEADER_BYTES
 
 CONFIG_FILE, WEIGHTS_FILE, SIDECAR_FILE = "adapter_config.json", "adapter_model.safetensors", "quickchange.json"
@@ -26,17 +25,31 @@ OPTIONAL_FILES = {
     GENERATION_FILE: MAX_JSON_BYTES,
     SOURCE_FILE: MAX_JSON_BYTES,
 }
+UNREAD_FILES = {
+    TEMPLATE_FILE: "the base's chat template is used",
+    TOKENIZER_FILE: "its chat template and end token are unknown",
+    GENERATION_FILE: "its sampling and end tokens are unknown",
+    SOURCE_FILE: "the adapter counts as fetched from a hub",
+}
+"""Files that an adapter is served without where the server's user may not read them, and what that means.
+
+The sidecar is none of them: it says which base the adapter is for.
+"""
 
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """The bytes of a folder. ``weights`` is the whole file, or only its header where no more was asked for."""
+    """The bytes of a folder. ``weights`` is the whole file, or only its header where no more was asked for.
+
+    ``unread`` are files that are there and may not be read, and why.
+    """
 
     config: bytes
     weights: bytes = field(repr=False)
     weights_size: int
     others: Mapping[str, bytes] = field(repr=False)
     created: int
+    unread: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def whole(self) -> bool:
@@ -51,18 +64,36 @@ class AdapterFiles:
 
 def read_files(path: Path, *, max_bytes: int, whole: bool = True) -> AdapterFiles:
     """Read the folder. Raises ``ValueError`` or ``OSError`` where it holds no adapter, links or special files."""
-    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    folder = open_folder(path)
     try:
         config = read_file_at(folder, CONFIG_FILE, MAX_JSON_BYTES)
         weights = read_file_at(folder, WEIGHTS_FILE, max_bytes, header_only=not whole)
-        others = {name: read_file_at(folder, name, limit) for name, limit in OPTIONAL_FILES.items()}
+        others, unread = _read_others(folder)
         if config is None or weights is None:
             raise ValueError(_what_is_missing(set(os.listdir(folder))))
         created = int(os.fstat(folder).st_mtime)
     finally:
         os.close(folder)
-    present = {name: found[0] for name, found in others.items() if found is not None}
-    return AdapterFiles(config[0], weights[0], weights[1], present, created)
+    return AdapterFiles(config[0], weights[0], weights[1], others, created, unread)
+
+
+def _read_others(folder: int) -> tuple[dict[str, bytes], dict[str, str]]:
+    """The optional files, and why some of them are not read."""
+    others: dict[str, bytes] = {}
+    unread: dict[str, str] = {}
+    for name, limit in OPTIONAL_FILES.items():
+        try:
+            found = read_file_at(folder, name, limit)
+        except PermissionDenied as error:
+            if name not in UNREAD_FILES:
+                raise
+            unread[name] = str(error)
+            continue
+        if found is not None:
+            others[name] = found[0]
+    if SOURCE_FILE in unread:
+        others[SOURCE_FILE] = b"{}"  # a template of a folder from a hub is not trusted, whatever the note says
+    return others, unread
 
 
 def read_file(path: Path, limit: int) -> bytes | None:
@@ -77,23 +108,17 @@ def read_file(path: Path, limit: int) -> bytes | None:
 
 def read_file_at(folder: int, name: str, limit: int, *, header_only: bool = False) -> tuple[bytes, int] | None:
     """The file's bytes and its size, or None where there is none; links and special files are refused unread."""
-    try:
-        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
-    except FileNotFoundError:
+    descriptor = open_file(folder, name)
+    if descriptor is None:
         return None
-    except OSError:
-        raise ValueError(f"{name} is a link or cannot be opened: put the file itself there") from None
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode):
-        os.close(descriptor)  # open() below would not, where it is a directory
-        raise ValueError(f"{name} is not a regular file")
     with open(descriptor, "rb") as file:
-        if status.st_size > limit:
-            raise ValueError(f"{name} has {status.st_size} bytes; the limit is {limit}")
-        data = file.read(8 if header_only else status.st_size)
+        size = os.fstat(descriptor).st_size
+        if size > limit:
+            raise ValueError(f"{name} has {size} bytes; the limit is {limit}")
+        data = file.read(8 if header_only else size)
         if header_only:
             data += file.read(min(int.from_bytes(data, "little"), MAX_HEADER_BYTES))
-            return data, max(status.st_size, len(data))
+            return data, max(size, len(data))
         return data, len(data)
 
 

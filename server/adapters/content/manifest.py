@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +24,7 @@ from server.adapters.content.folder import (
     read_files,
 )
 from server.adapters.content.manners import AdapterDefaults, Neighbours, defaults_of
+from server.adapters.content.opening import PASSING
 from server.adapters.content.peft_config import LoRAConfig, parse_peft_config
 from server.adapters.content.plan import BaseSignature, Plan, PlanError, make_plan
 from server.adapters.content.safetensors import TensorEntry, read_header
@@ -44,10 +44,6 @@ EXPONENTS: Mapping[str, tuple[np.dtype[Any], int]] = {
 """How wide each format is, and which bits are its exponent."""
 
 
-PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EIO, errno.ESTALE, errno.EINTR})
-"""Errors of the system that say nothing of the folder: it is to be read again."""
-
-
 @dataclass(frozen=True)
 class Limits:
     """Largest rank, most bytes of a weights file, most bytes in memory; whether templates of others are trusted."""
@@ -60,7 +56,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Listing:
-    """What a folder's headers say: enough to list an adapter, not to serve it."""
+    """What a folder's headers say: enough to list an adapter, not to serve it.
+
+    ``unread`` are files that may not be read, and that it is served without, with the reason.
+    """
 
     name: str
     path: Path
@@ -69,6 +68,7 @@ class Listing:
     defaults: AdapterDefaults
     plan: Plan
     created: int
+    unread: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def _judge(path: Path, base: BaseSignature, limits: Limits, name: str, files: Ad
         raise ValueError(
             f"it needs {plan.num_bytes} bytes in memory; the limit is {limits.max_memory} (setting adapter_memory)"
         )
-    return Listing(name, path, config, sidecar, defaults, plan, files.created)
+    return Listing(name, path, config, sidecar, defaults, plan, files.created, files.unread)
 
 
 def parse_json(data: bytes, name: str) -> Any:

@@ -1,0 +1,158 @@
+"""Files that the server's user may not read: said so, and no reason to refuse an adapter that can do without them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from server.adapters.content.doctor import examine
+from server.adapters.content.folder import OPTIONAL_FILES, UNREAD_FILES
+from server.adapters.content.manifest import list_folder, read_manifest
+from server.errors import AdapterRejected, ModelNotFound
+from tests.adapter_folders import BASE, LIMITS, SIDECAR, Shelf, write
+from tests.adapter_folders import make as make_folder
+
+NOBODY = 65534
+FILES = ("adapter_config.json", "adapter_model.safetensors", "quickchange.json")
+
+
+def make(folder: Path, name: str, **config: object) -> Path:
+    """A good adapter that everybody may read; safetensors writes files for their owner alone."""
+    path = make_folder(folder, name, **config)
+    (path / "adapter_model.safetensors").chmod(0o644)
+    return path
+
+
+@pytest.fixture
+def root() -> Iterator[Path]:
+    """A folder that another user may enter; pytest's own is for one user alone."""
+    path = Path(tempfile.mkdtemp())
+    path.chmod(0o755)
+    yield path
+    shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def closed(*paths: Path) -> Iterator[None]:
+    """Within the block this process may not read the paths: root becomes another user, any other loses its rights."""
+    modes = {path: path.stat().st_mode for path in paths}
+    is_root = os.geteuid() == 0
+    for path in paths:
+        path.chmod(0o600 if is_root else 0)
+    if is_root:
+        os.seteuid(NOBODY)
+    try:
+        for path in paths:
+            with pytest.raises(PermissionError):
+                os.listdir(path) if path.is_dir() else path.read_bytes()
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
+        for path, mode in modes.items():
+            path.chmod(mode)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_of_another_user_is_permission_denied_with_the_way_out(root: Path, name: str) -> None:
+    """It was called a link, and whoever looked for one found none."""
+    folder = make(root, "a")
+    write(folder, sidecar=SIDECAR)
+    with closed(folder / name):
+        for judge in (list_folder, read_manifest):
+            with pytest.raises(AdapterRejected) as refused:
+                judge(folder, BASE, LIMITS)
+            reason = refused.value.reason
+            assert reason.startswith(f"permission denied: {name} cannot be read (its mode is 0")
+            assert f"the server runs as user {os.geteuid()}" in reason and "chmod a+r it, chown it to" in reason
+            assert "link" not in reason
+        assert reason in examine(folder, BASE, LIMITS).problems
+
+
+def test_a_folder_of_another_user_is_permission_denied(root: Path) -> None:
+    folder = make(root, "a")
+    with closed(folder), pytest.raises(AdapterRejected, match=r"^.*permission denied: the folder .*chmod a\+rx it"):
+        read_manifest(folder, BASE, LIMITS)
+
+
+@pytest.mark.parametrize("name", sorted(UNREAD_FILES))
+async def test_an_optional_file_that_may_not_be_read_refuses_no_adapter(
+    root: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was refused for a file that says no more than a default; what it would have said is missed aloud."""
+    folder = make(root, "first/a")
+    (folder / name).write_text("never read")
+    shelf = Shelf(root)
+    with closed(folder / name):
+        await shelf.watcher.scan()
+        label = await shelf.use("a")
+        assert examine(folder, BASE, LIMITS).problems == []
+    assert label.startswith("a@")
+    (line,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert line.startswith(f"adapter a is served without its {name} ({UNREAD_FILES[name]}): permission denied: {name}")
+    assert name in shelf.registry.get("a").listing.unread
+
+
+async def test_a_file_that_may_be_read_again_is_read(root: Path) -> None:
+    folder = make(root, "first/a")
+    (folder / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.5}')
+    shelf = Shelf(root)
+    with closed(folder / "generation_config.json"):
+        await shelf.watcher.scan()
+        before = await shelf.use("a")
+    await shelf.watcher.scan()
+    assert await shelf.use("a") != before
+    entry = shelf.registry.get("a")
+    assert (entry.listing.unread, entry.listing.defaults.temperature) == ({}, 0.5)
+
+
+def test_a_template_beside_a_source_that_may_not_be_read_is_not_trusted(root: Path) -> None:
+    """A sidecar's template is our trainer's own unless the folder is from a hub; a closed note says neither."""
+    limits = LIMITS.__class__(max_rank=8, max_bytes=100_000, trust_chat_templates=False)
+    folder = make(root, "a")
+    write(folder, sidecar=SIDECAR | {"chat_template": "{{ messages }}"})
+    assert read_manifest(folder, BASE, limits).defaults.chat_template == "{{ messages }}"
+    (folder / "source.json").write_text("{}")
+    with closed(folder / "source.json"), pytest.raises(AdapterRejected, match="--trust-chat-templates"):
+        read_manifest(folder, BASE, limits)
+
+
+def test_a_file_that_nobody_reads_may_be_closed(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = make(root, "a")
+    (folder / "README.md").write_text("a card")
+    with closed(folder / "README.md"):
+        assert read_manifest(folder, BASE, LIMITS).unread == {}
+
+
+def test_every_optional_file_is_decided_upon() -> None:
+    assert set(OPTIONAL_FILES) - set(UNREAD_FILES) == {"quickchange.json"}
+
+
+async def test_what_is_closed_while_it_is_served_is_told_with_what_becomes_of_the_version_before(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The version read before was called served where its bytes were nowhere any more."""
+    used, unused = make(root, "first/used"), make(root, "first/unused", lora_alpha=16)
+    shelf = Shelf(root)
+    await shelf.watcher.scan()
+    label = await shelf.use("used")
+    await shelf.version("unused")
+    with closed(used / FILES[1], unused / FILES[1]):
+        await shelf.watcher.scan()
+        assert await shelf.use("used") == label
+        with pytest.raises(ModelNotFound):
+            await shelf.use("unused")
+        assert shelf.names == ["used"]
+    lines = {line.split()[2]: line for line in (record.getMessage() for record in caplog.records)}
+    assert "permission denied" in lines["used"] and "permission denied" in lines["unused"]
+    assert lines["used"].endswith("; the version read before is still served")
+    assert "still served" not in lines["unused"]
+    await shelf.watcher.scan()
+    assert shelf.names == ["unused", "used"]
