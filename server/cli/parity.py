@@ -6,7 +6,6 @@ written anew from what the server read, and the tensors whose bytes the server c
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -146,13 +145,13 @@ def _adapted(base: PreTrainedModel, manifest: Manifest) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = get_peft_model(base, LoraConfig(**_clean_config(manifest)))
-        set_peft_model_state_dict(model, _clean_tensors(manifest.data))
+        set_peft_model_state_dict(model, _clean_tensors(manifest))
     return model.eval()
 
 
 def _clean_config(manifest: Manifest) -> dict[str, Any]:
     """PEFT's config of what the server read: modules by their names, ranks and alphas as numbers of each."""
-    config, said, (modules, parameters) = manifest.config, json.loads(manifest.files.config), _targets(manifest)
+    config, (modules, parameters) = manifest.config, _targets(manifest)
     targets = [*modules, *parameters]
     tokens = {name: list(indices) for name, indices in config.token_indices.items()}
     return {
@@ -160,7 +159,7 @@ def _clean_config(manifest: Manifest) -> dict[str, Any]:
         "r": config.r,
         "lora_alpha": config.alpha,
         "rank_pattern": {re.escape(name): config.rank(name) for name in targets},
-        "alpha_pattern": {re.escape(name): config.alpha_pattern.get(name, config.alpha) for name in targets},
+        "alpha_pattern": {re.escape(name): config.alpha_of(name) for name in targets},
         "target_modules": modules,
         "target_parameters": parameters or None,
         "modules_to_save": list(config.modules_to_save) or None,
@@ -168,8 +167,8 @@ def _clean_config(manifest: Manifest) -> dict[str, Any]:
         "use_rslora": config.rslora,
         "use_dora": config.dora,
         "lora_bias": config.lora_bias,
-        "bias": said.get("bias", "none"),  # one of three words, and a flag: the server checked that they are
-        "ensure_weight_tying": bool(said.get("ensure_weight_tying")),
+        "bias": config.bias,
+        "ensure_weight_tying": config.tied,
     }
 
 
@@ -181,7 +180,8 @@ def _targets(manifest: Manifest) -> tuple[list[str], list[str]]:
         if part.low_rank is not None:
             weight = f"{module}.weight"
             linear = part.shape.kind == "linear"
-            named = any(f".{weight}".endswith(f".{end}") for end in manifest.config.target_parameters)
+            trained = manifest.config.trained_name(weight)
+            named = any(f".{trained}".endswith(f".{end}") for end in manifest.config.target_parameters)
             if part.low_rank.swapped or (linear and named):
                 parameters.append(weight)
             else:
@@ -189,12 +189,10 @@ def _targets(manifest: Manifest) -> tuple[list[str], list[str]]:
     return modules, parameters
 
 
-def _clean_tensors(data: bytes) -> Mapping[str, torch.Tensor]:
+def _clean_tensors(manifest: Manifest) -> Mapping[str, torch.Tensor]:
     """The file's tensors under the names that PEFT itself writes today."""
-    return {
-        _PREFIX + re.sub(r"\.default(?=\.(?:weight|bias)$|$)", "", name.removeprefix(_PREFIX)): tensor
-        for name, tensor in safetensors.torch.load(data).items()
-    }
+    names = manifest.plan.names
+    return {names.get(name, name): tensor for name, tensor in safetensors.torch.load(manifest.data).items()}
 
 
 @torch.inference_mode()

@@ -260,6 +260,15 @@ def test_what_peft_made_answers_as_under_peft(case: str, family: str, tmp_path: 
     assert (status, "PEFT parity  holds" in said) == (0, True), said
 
 
+def test_names_inside_of_wrappers_answer_as_under_peft(folder: Path, check: Check) -> None:
+    weights = folder / "adapter_model.safetensors"
+    wrapped = LINEAR.replace("base_model.model.model.", "_orig_mod.base_model.model.model.language_model.")
+    save_file({f"{wrapped}{half}.run.weight": load_file(weights)[f"{LINEAR}{half}.weight"] for half in "AB"}, weights)
+    change(folder, bias=None, r=2.0, alpha_pattern={r"model\.language_model\..*": 16})
+    status, said = check(folder)
+    assert (status, "PEFT parity  holds" in said) == (0, True), said
+
+
 def test_an_engine_whose_scaling_is_one_percent_off_is_found(
     folder: Path, check: Check, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 
+from server.adapters.content.config_fields import OTHER_TOOLS
 from server.adapters.content.patterns import MAX_KEY_CHARS, MAX_KEYS, Pattern
 from server.adapters.content.peft_config import FIELDS, NO_EFFECT, READ, LoRAConfig, parse_peft_config
 
@@ -105,6 +106,91 @@ def test_a_value_that_cannot_be_served_is_refused(fields: dict[str, Any], words:
 @pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
 def test_a_start_that_leaves_the_base_as_it_is_is_served(init: object) -> None:
     parse(init_lora_weights=init)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"r": 2.0},
+        {"lora_alpha": 4.0},
+        {"bias": None},
+        {"task_type": None},
+        {"task_type": ""},
+        {"task_type": "SEQ_2_SEQ_LM"},
+        {"task_type": "TaskType.CAUSAL_LM"},
+        {"peft_type": "PeftType.LORA"},
+        {"peft_type": "lora"},
+        {"init_lora_weights": "true"},
+        {"use_rslora": None},
+        {"modules_to_save": None},
+        {"rank_pattern": None, "alpha_pattern": None, "exclude_modules": None, "layers_to_transform": None},
+    ],
+)
+def test_another_way_to_say_the_same_is_served(fields: dict[str, Any]) -> None:
+    """``r: 8.0``, ``bias: null`` and a task_type of an encoder-decoder were refused, and change no delta."""
+    assert parse(**fields) == parse()
+
+
+def test_whole_numbers_of_a_pattern_may_be_floats() -> None:
+    config = parse(rank_pattern={"q_proj": 8.0})
+    assert config.rank("q_proj") == 8
+    assert type(config.rank("q_proj")) is int
+
+
+@pytest.mark.parametrize("name", [name for name, said in OTHER_TOOLS.items() if said == NO_EFFECT])
+def test_a_field_of_another_tool_without_effect_may_say_anything(name: str) -> None:
+    assert parse(**{name: [7]}) == parse()
+
+
+@pytest.mark.parametrize("name", [name for name, said in OTHER_TOOLS.items() if said != NO_EFFECT])
+def test_a_field_of_another_tool_that_changes_the_delta_is_refused(name: str) -> None:
+    parse(**{name: False})
+    assert f"{name} = 'yes' is not supported: {OTHER_TOOLS[name]}" in refusal(**{name: "yes"})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"trl_version": "0.30.1"},
+        {"tokenizer_name_or_path": "someone/model"},
+        {"git_commit": "abc123"},
+        {"created_at": "2026-11-27"},
+        {"training_seed": 42},
+        {"loraplus_lr_ratio": 16},
+        {"head_dropout": 0.1},
+        {"_comment": "the third run"},
+        {"//": "made by hand"},
+        {"new_config": {"enabled": False, "modules": [], "inner": {"path": None, "kind": ""}}},
+        {"new_method": "none"},
+        {"new_list": [None, False]},
+    ],
+)
+def test_an_unknown_field_that_asks_for_nothing_or_records_how_it_was_made_is_served(fields: dict[str, Any]) -> None:
+    assert parse(**fields) == parse()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"lora_version": 2},
+        {"delta_scale": 0.5},
+        {"scaling_version": "b"},
+        {"new_method": "square"},
+        {"new_flag": True},
+        {"new_config": {"enabled": False, "first_layer": 0}},
+        {"new_list": [0]},
+        {"at_inference_time": "half"},
+        {"lora_nums": 4},
+    ],
+)
+def test_an_unknown_field_that_may_change_the_delta_is_refused_with_a_way_out(fields: dict[str, Any]) -> None:
+    [(name, value)] = fields.items()
+    assert f"{name} = {value!r} is not supported: this version does not know what it asks for" in refusal(**fields)
+    assert "take it out of adapter_config.json if it changes no weight" in refusal(**fields)
+
+
+def test_a_start_that_changed_the_base_can_be_converted() -> None:
+    assert "or convert it to plain LoRA: quickchange adapters convert FOLDER" in refusal(init_lora_weights="pissa")
 
 
 def test_scaling_is_alpha_by_rank_or_by_its_root() -> None:

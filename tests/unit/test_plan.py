@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -217,3 +217,118 @@ def test_every_problem_is_told_and_of_each_kind_three_names() -> None:
     found = problems({**GOOD, **ghosts, "what": (1,), f"{Q}.lora_A.weight": (2, 7)}, target_modules=["lm_head"])
     assert len(found) == 4
     assert "x.ghost0, x.ghost1, x.ghost2 and 2 more" in found[1]
+
+
+WRAPPED: Mapping[str, str] = {
+    "torch.compile inside of PEFT": "base_model.model._orig_mod.model.",
+    "torch.compile around PEFT": "_orig_mod.base_model.model.model.",
+    "PEFT twice": "base_model.model.base_model.model.model.",
+    "DDP": "module.base_model.model.model.",
+    "DDP and torch.compile": "_orig_mod.module.base_model.model.model.",
+    "FSDP": "_fsdp_wrapped_module.base_model.model._fsdp_wrapped_module.model.",
+    "Fabric": "_forward_module.base_model.model.model.",
+    "TRL with a value head": "pretrained_model.base_model.model.model.",
+    "a multimodal model of transformers 5": "base_model.model.model.language_model.",
+    "a multimodal model of transformers 4": "base_model.model.language_model.model.",
+    "the model without its head": "base_model.model.",
+    "no prefix": "model.",
+}
+
+
+def renamed(prefix: str, tensors: Mapping[str, Shape] = GOOD) -> dict[str, Shape]:
+    """The tensors of the base's ``model.`` under another prefix."""
+    return {prefix + name.removeprefix("base_model.model.model."): shape for name, shape in tensors.items()}
+
+
+@pytest.mark.parametrize("prefix", WRAPPED.values(), ids=WRAPPED)
+def test_the_same_modules_inside_of_a_wrapper_are_served(prefix: str) -> None:
+    """Such names were refused with "was it trained on another base?", and the weights are the base's own modules'."""
+    found = plan(renamed(prefix))
+    assert found.modules == plan(GOOD).modules
+    assert list(found.names.values()) == list(GOOD)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda name: name.replace("layers.0.", "layers.0._checkpoint_wrapped_module."),
+        lambda name: name.replace("q_proj.", "q_proj._fsdp_wrapped_module."),
+        lambda name: name.replace(".weight", ".default.weight"),
+        lambda name: name.replace(".weight", ".my-run_2.weight"),
+        lambda name: name.replace(".weight", ".default._fsdp_wrapped_module.weight"),
+    ],
+)
+def test_wrappers_of_layers_and_an_adapters_name_are_no_part_of_a_name(change: Callable[[str], str]) -> None:
+    found = plan({change(name): shape for name, shape in GOOD.items()})
+    assert found.modules == plan(GOOD).modules
+    assert list(found.names.values()) == list(GOOD)
+
+
+@pytest.mark.parametrize(
+    ("name", "plain", "shape", "fields"),
+    [
+        (f"{E}.lora_embedding_A.run", f"{E}.lora_embedding_A", (2, 20), {}),
+        (
+            f"{E}.token_adapter.trainable_tokens_delta.run", f"{E}.token_adapter.trainable_tokens_delta", (1, 6),
+            {"trainable_token_indices": [3]},
+        ),
+        (f"{N}.modules_to_save.run.weight", f"{N}.weight", (6,), {"modules_to_save": ["norm"]}),
+    ],
+)  # fmt: skip
+def test_an_adapters_name_in_other_tensors(name: str, plain: str, shape: Shape, fields: dict[str, Any]) -> None:
+    others = {f"{E}.lora_embedding_B.run": (6, 2)} if "embedding" in name else {}
+    found = plan({**GOOD, **others, name: shape}, **fields)
+    assert found.names[name] == plain
+
+
+def test_a_saved_modules_own_copy_of_the_base_is_passed_over() -> None:
+    tensors = {f"{N}.modules_to_save.default.weight": (6,), f"{N}.original_module.weight": (6,)}
+    assert set(plan({**GOOD, **tensors}, modules_to_save=["norm"]).parts["model.norm"].own) == {"weight"}
+
+
+def test_patterns_are_of_the_names_in_the_model_that_was_trained() -> None:
+    """The delta of a multimodal model's adapter must not lose the alpha that its config gives to its own names."""
+    fields: dict[str, Any] = {"alpha_pattern": {r"model\.language_model\.layers\.0\.q_proj": 8}}
+    parts = plan(renamed("base_model.model.model.language_model."), **fields).parts
+    scalings = {name: part.low_rank.scaling for name, part in parts.items() if part.low_rank is not None}
+    assert scalings == {"model.layers.0.q_proj": 4.0, "model.layers.0.v_proj": 2.0}
+
+
+def test_tokens_are_of_the_names_in_the_model_that_was_trained() -> None:
+    name = "base_model.model.language_model.model.embed.token_adapter.trainable_tokens_delta"
+    found = plan({name: (2, 6)}, trainable_token_indices={"language_model.model.embed": [3, 4]})
+    assert set(found.parts) == {"model.embed", "lm_head"}
+
+
+@pytest.mark.parametrize(
+    ("prefix", "wrapper"),
+    [
+        ("base_model.model.policy.model.", "have policy before the base's modules (policy.model.layers.0.q_proj"),
+        ("base_model.model.talker.model.", "have talker before"),
+        ("base_model.model.model.vision_tower.encoder.", "have model.vision_tower.encoder before"),
+    ],
+)
+def test_a_wrapper_that_may_hold_another_model_is_named(prefix: str, wrapper: str) -> None:
+    [problem] = problems(renamed(prefix))
+    assert wrapper in problem
+    assert "another base" not in problem
+    assert "save the adapter of the language model alone" in problem
+
+
+def test_a_module_inside_and_outside_of_a_wrapper_is_there_twice() -> None:
+    both = {**GOOD, **renamed("base_model.model._orig_mod.model.")}
+    assert "base_model.model._orig_mod.model.layers.0.q_proj.lora_A.weight (twice)" in problems(both)[0]
+
+
+def test_a_name_that_two_modules_of_the_base_could_have_is_nobodys() -> None:
+    modules = {"model.layers.0.q_proj": linear(6, 4), "model.language_model.layers.0.q_proj": linear(6, 4)}
+    base = BaseSignature("base", f"sha256:{'a' * 64}", modules)
+    entries = {name: TensorEntry(name, "F32", shape, 0, 0) for name, shape in renamed("language_model.").items()}
+    with pytest.raises(PlanError, match=r"has no module language_model\.layers\.0\.q_proj"):
+        make_plan(entries, parse_peft_config({"peft_type": "LORA", "r": 2}), base, max_rank=8)
+
+
+def test_two_adapters_in_one_file_are_named() -> None:
+    other = {name.replace(".weight", ".other.weight"): shape for name, shape in GOOD.items()}
+    first = {name.replace(".weight", ".first.weight"): shape for name, shape in GOOD.items()}
+    assert "it holds several adapters (first, other): save one alone" in problems({**first, **other})[0]

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +149,7 @@ def _judge(path: Path, base: BaseSignature, limits: Limits, name: str, files: Ad
         raise ValueError(
             f"it needs {plan.num_bytes} bytes in memory; the limit is {limits.max_memory} (setting adapter_memory)"
         )
+    config = replace(config, trained_names=plan.trained_names)
     return Listing(name, path, config, sidecar, defaults, plan, files.created, files.unread)
 
 

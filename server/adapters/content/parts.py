@@ -24,7 +24,8 @@ def module_plan(module: str, tensors: ModuleTensors, config: LoRAConfig, shape: 
 
 def _targets(module: str, config: LoRAConfig, shape: ModuleShape) -> list[str]:
     """Parameters of the module that ``target_parameters`` names, in the order in which PEFT wraps them."""
-    full = {parameter: f"{module}.{parameter}" for parameter, size in shape.parameters.items() if len(size) in (2, 3)}
+    matrices = [parameter for parameter, size in shape.parameters.items() if len(size) in (2, 3)]
+    full = {parameter: config.trained_name(f"{module}.{parameter}") for parameter in matrices}
     return [
         parameter
         for parameter, name in full.items()

@@ -4,64 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from server.adapters.content.config_fields import CONVERT, FIELDS, NO_EFFECT, READ, is_active, refusal
 from server.adapters.content.patterns import NO_PATTERN, Pattern
 
-READ, NO_EFFECT = "read", "has no effect when serving"
-_CONVERT = "convert it to plain LoRA: quickchange adapters convert FOLDER"
+__all__ = ["FIELDS", "NO_EFFECT", "READ", "LoRAConfig", "parse_peft_config"]
 
-FIELDS: Mapping[str, str] = {
-    "alora_invocation_tokens": "it would act only from its invocation tokens on; train it again without them",
-    "alpha_pattern": READ,
-    "arrow_config": "it chooses among other adapters for every token; serve those adapters themselves",
-    "auto_mapping": NO_EFFECT,
-    "base_model_name_or_path": NO_EFFECT,
-    "bias": READ,
-    "corda_config": NO_EFFECT,
-    "ensure_weight_tying": READ,
-    "eva_config": NO_EFFECT,
-    "exclude_modules": READ,
-    "fan_in_fan_out": NO_EFFECT,
-    "inference_mode": NO_EFFECT,
-    "init_lora_weights": READ,
-    "kasa_config": "it cuts the base's own weights; train it again without it",
-    "layer_replication": "it makes a deeper model of the base's layers; train it again without it",
-    "layers_pattern": NO_EFFECT,
-    "layers_to_transform": READ,
-    "loftq_config": NO_EFFECT,
-    "lora_alpha": READ,
-    "lora_bias": READ,
-    "lora_dropout": NO_EFFECT,
-    "lora_ga_config": NO_EFFECT,
-    "megatron_config": "it was trained on Megatron's parallel layers; train it again on transformers' model",
-    "megatron_core": NO_EFFECT,
-    "modules_to_save": READ,
-    "monteclora_config": f"it adds random samples to the weights; {_CONVERT}",
-    "peft_type": READ,
-    "peft_version": NO_EFFECT,
-    "qalora_group_size": NO_EFFECT,
-    "r": READ,
-    "rank_pattern": READ,
-    "revision": NO_EFFECT,
-    "runtime_config": NO_EFFECT,
-    "target_modules": READ,
-    "target_parameters": READ,
-    "task_type": READ,
-    "trainable_token_indices": READ,
-    "use_bdlora": f"its matrices are block-diagonal; {_CONVERT}",
-    "use_dora": READ,
-    "use_qalora": "it averages groups of inputs of a quantized base; train it again without it",
-    "use_rslora": READ,
-    "velora_config": NO_EFFECT,
-}
-"""Every field of PEFT's ``LoraConfig``: read here, without effect when serving, or why it is refused when active."""
-
-_OLD_FIELDS = frozenset({"enable_lora", "merge_weights"})
-"""Fields of early PEFT versions that did not change what an adapter computes."""
-
-_PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
+_PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "true", "false")
+_TASKS = (None, "", "CAUSAL_LM", "SEQ_2_SEQ_LM")
 MAX_NUMBER = 1e9
 MAX_TOKENS = 1 << 20
 
@@ -72,7 +24,8 @@ class LoRAConfig:
 
     A module's scaling is ``alpha / r``, with rsLoRA ``alpha / sqrt(r)`` (Kalajdzievski 2023). ``target_modules`` is
     empty where it is a regular expression, which is never evaluated. ``token_indices`` are by the end of a module's
-    name, the key "" standing for every module. What ``bias`` and ``tied`` did is in the tensors.
+    name, the key "" standing for every module. What ``bias`` and ``tied`` did is in the tensors. ``trained_names`` are
+    those of modules of the base that had another name in the model that was trained: patterns are of that one's names.
     """
 
     r: int
@@ -88,19 +41,32 @@ class LoRAConfig:
     target_parameters: tuple[str, ...] = ()
     modules_to_save: tuple[str, ...] = ()
     token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    trained_names: Mapping[str, str] = field(default_factory=dict)
+
+    def trained_name(self, name: str) -> str:
+        """What a module, or a parameter of it, was called in the model that was trained."""
+        module, _, parameter = name.rpartition(".")
+        if module in self.trained_names:
+            return f"{self.trained_names[module]}.{parameter}"
+        return self.trained_names.get(name, name)
 
     def rank(self, module: str) -> float:
         """A module's rank, which its tensors must have."""
-        return self.rank_pattern.get(module, self.r)
+        return self.rank_pattern.get(self.trained_name(module), self.r)
+
+    def alpha_of(self, module: str) -> float:
+        """A module's alpha."""
+        return self.alpha_pattern.get(self.trained_name(module), self.alpha)
 
     def scaling(self, module: str) -> float:
         """The factor on a module's delta."""
-        alpha, rank = self.alpha_pattern.get(module, self.alpha), self.rank(module)
+        alpha, rank = self.alpha_of(module), self.rank(module)
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
     def tokens_of(self, module: str) -> tuple[int, ...]:
         """The tokens whose rows of an embedding or head were trained."""
-        return next((indices for end, indices in self.token_indices.items() if module.endswith(end)), ())
+        name = self.trained_name(module)
+        return next((indices for end, indices in self.token_indices.items() if name.endswith(end)), ())
 
 
 def parse_peft_config(data: Any) -> LoRAConfig:
@@ -110,7 +76,7 @@ def parse_peft_config(data: Any) -> LoRAConfig:
     _check_kind(data)
     _check_init(data)
     for name, value in data.items():
-        if name not in _OLD_FIELDS and (why := _refusal(name, value)):
+        if why := refusal(name, value):
             raise ValueError(f"adapter_config.json: {name} = {value!r:.80} is not supported: {why}")
     if data.get("use_dora") and data.get("lora_bias"):
         raise ValueError("adapter_config.json: use_dora and lora_bias exclude each other in PEFT: it is damaged")
@@ -132,14 +98,19 @@ def parse_peft_config(data: Any) -> LoRAConfig:
 
 
 def _check_kind(data: Mapping[str, Any]) -> None:
-    if data.get("peft_type") != "LORA":
+    if _enum(data.get("peft_type")) != "LORA":
         raise ValueError(
-            f"adapter_config.json: peft_type is {data.get('peft_type')!r:.40}: only LORA is served; {_CONVERT}"
+            f"adapter_config.json: peft_type is {data.get('peft_type')!r:.40}: only LORA is served; {CONVERT}"
         )
-    if data.get("task_type") not in (None, "CAUSAL_LM"):
+    if _enum(data.get("task_type")) not in _TASKS:  # a task names the head; which there is, the tensors say
         raise ValueError(
             f"adapter_config.json: task_type is {data['task_type']!r:.40}: only CAUSAL_LM adapters are served"
         )
+
+
+def _enum(value: Any) -> Any:
+    """A member of one of PEFT's enumerations, which some tools write by its Python name or in small letters."""
+    return value.rpartition(".")[2].upper() if isinstance(value, str) else value
 
 
 def _check_init(data: Mapping[str, Any]) -> None:
@@ -150,19 +121,10 @@ def _check_init(data: Mapping[str, Any]) -> None:
         way = "train it again with another init_lora_weights"
     else:
         way = "save the adapter with path_initial_model_for_weight_conversion, so that it fits the unchanged base"
+        way += f", or {CONVERT}"
     raise ValueError(
         f"adapter_config.json: init_lora_weights is {init!r:.40}, which changes the base's own weights; {way}"
     )
-
-
-def _refusal(name: str, value: Any) -> str | None:
-    """Why this value is refused, if it is; a field that is not in the table is refused when active."""
-    said = FIELDS.get(name, "this version does not know what it asks for; train it again without it")
-    return said if said not in (READ, NO_EFFECT) and _active(value) else None
-
-
-def _active(value: Any) -> bool:
-    return value not in (None, False, "none") and value != {} and value != []
 
 
 def _flag(data: Mapping[str, Any], name: str) -> bool:
@@ -173,7 +135,7 @@ def _flag(data: Mapping[str, Any], name: str) -> bool:
 
 
 def _bias(data: Mapping[str, Any]) -> Any:
-    value = data.get("bias", "none")
+    value = "none" if data.get("bias") is None else data["bias"]
     if value not in ("none", "all", "lora_only"):
         raise ValueError(f"adapter_config.json: bias is {value!r:.40}: it must be 'none', 'all' or 'lora_only'")
     return value
@@ -184,11 +146,11 @@ def _number(data: Mapping[str, Any], name: str, *, whole: bool = False) -> Any:
 
 
 def _checked(value: Any, name: str, *, whole: bool) -> Any:
-    kinds = (int,) if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < MAX_NUMBER:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value < MAX_NUMBER or (whole and value != int(value)):
         kind = "integer" if whole else "number"
         raise ValueError(f"adapter_config.json: {name} is {value!r:.40}: it must be a positive {kind}")
-    return value
+    return int(value) if whole else value
 
 
 def _pattern(data: Mapping[str, Any], name: str, *, whole: bool = False) -> Pattern:
@@ -199,9 +161,8 @@ def _pattern(data: Mapping[str, Any], name: str, *, whole: bool = False) -> Patt
         pattern = Pattern.of(value)
     except ValueError as error:
         raise ValueError(f"adapter_config.json: {name}: {error}") from None
-    for key, number in value.items():
-        _checked(number, f"{name}[{key!r:.80}]", whole=whole)
-    return pattern
+    numbers = [_checked(number, f"{name}[{key!r:.80}]", whole=whole) for key, number in value.items()]
+    return replace(pattern, values=tuple(numbers))
 
 
 def _names(data: Mapping[str, Any], name: str) -> tuple[str, ...]:
@@ -219,7 +180,7 @@ def _expected_modules(data: Mapping[str, Any]) -> tuple[str, ...]:
     if value is None or isinstance(value, str):
         return ()
     names = _names(data, "target_modules")
-    return () if _active(data.get("exclude_modules")) or data.get("layers_to_transform") is not None else names
+    return () if is_active(data.get("exclude_modules")) or data.get("layers_to_transform") is not None else names
 
 
 def _token_indices(data: Mapping[str, Any]) -> Mapping[str, tuple[int, ...]]:

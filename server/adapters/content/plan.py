@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from server.adapters.content.fit import problems_of
+from server.adapters.content.module_names import ModuleNames
 from server.adapters.content.module_plan import LowRank, ModulePlan, TokenRows
 from server.adapters.content.parts import module_plan
 from server.adapters.content.peft_config import LoRAConfig
 from server.adapters.content.safetensors import TensorEntry
 from server.adapters.content.signature import BaseSignature, ModuleShape, embedding, linear
-from server.adapters.content.tensor_names import ModuleTensors, sort_tensors
+from server.adapters.content.tensor_names import ModuleTensors, SortedTensors, sort_tensors
 from server.adapters.content.words import first
 
 __all__ = [
@@ -29,9 +30,16 @@ _FLOATS = ("F32", "F16", "BF16")
 
 @dataclass(frozen=True)
 class Plan:
-    """Every module an adapter touches, and how."""
+    """Every module an adapter touches, and how.
+
+    ``names`` has each tensor's name as PEFT writes it for this base.
+
+    ``trained_names`` are what modules were called in the model that was trained, where that is not the base's name.
+    """
 
     parts: Mapping[str, ModulePlan]
+    names: Mapping[str, str] = field(default_factory=dict)
+    trained_names: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -65,8 +73,10 @@ class PlanError(ValueError):
 
 def make_plan(entries: Mapping[str, TensorEntry], config: LoRAConfig, base: BaseSignature, *, max_rank: int) -> Plan:
     """The plan of a weights file. Raises ``PlanError`` with all that is wrong."""
-    found, strange = sort_tensors(entries, {*base.modules, *base.others}, config.modules_to_save)
-    problems = [*_tensor_problems(entries, strange), *_module_problems(found, base)]
+    names = ModuleNames({*base.modules, *base.others})
+    tensors_of = sort_tensors(entries, names, config.modules_to_save)
+    found, config = tensors_of.modules, replace(config, trained_names=tensors_of.trained_names)
+    problems = [*_tensor_problems(entries, tensors_of), *_module_problems(found, names, base)]
     parts: dict[str, ModulePlan] = {}
     for module, tensors in found.items():
         if module in base.modules:
@@ -78,24 +88,34 @@ def make_plan(entries: Mapping[str, TensorEntry], config: LoRAConfig, base: Base
     problems += _absent(found, config, base) if found else []
     if problems:
         raise PlanError(problems)
-    return Plan(_tie(parts, found, base))
+    return Plan(_tie(parts, found, base), tensors_of.plain, tensors_of.trained_names)
 
 
-def _tensor_problems(entries: Mapping[str, TensorEntry], strange: list[str]) -> Iterator[str]:
-    if not entries:
+def _tensor_problems(entries: Mapping[str, TensorEntry], tensors_of: SortedTensors) -> Iterator[str]:
+    strange, adapters = tensors_of.strange, list(tensors_of.adapters)
+    if not tensors_of.modules and not strange:
         yield "it holds no tensors, so it would change nothing"
+    if len(adapters) > 1:
+        yield f"it holds several adapters ({first(adapters)}): save one alone, save_pretrained(selected_adapters=[...])"
+        return
     if wrong := [f"{name} ({entry.dtype})" for name, entry in entries.items() if entry.dtype not in _FLOATS]:
         yield f"its tensors must be floats (F32, F16 or BF16), and some are not: {first(wrong)}"
     if strange:
         yield f"it holds tensors that are no part of a LoRA adapter for this base: {first(strange)}"
 
 
-def _module_problems(found: Mapping[str, ModuleTensors], base: BaseSignature) -> Iterator[str]:
+def _module_problems(found: Mapping[str, ModuleTensors], names: ModuleNames, base: BaseSignature) -> Iterator[str]:
     unknown = [module for module in found if module not in base.modules and module not in base.others]
     if old := [module for module in unknown if _OLD_EXPERT.search(module)]:
         yield (
             f"it was written for transformers 4, whose experts were modules: load it with PEFT and save it again, and "
             f"they become parameters ({first(old)})"
+        )
+    elif wrapped := {module: wrapper for module in unknown if (wrapper := names.unknown_wrapper(module))}:
+        wrappers = list(dict.fromkeys(wrapped.values()))
+        yield (
+            f"its tensors' names have {first(wrappers)} before the base's modules ({first(list(wrapped))}), which is a "
+            "wrapper or another part of a larger model: save the adapter of the language model alone"
         )
     elif unknown:
         yield f"the base {base.name} has no module {first(unknown)}: was it trained on another base?"
@@ -106,10 +126,10 @@ def _module_problems(found: Mapping[str, ModuleTensors], base: BaseSignature) ->
 def _absent(found: Mapping[str, ModuleTensors], config: LoRAConfig, base: BaseSignature) -> Iterator[str]:
     """Modules that the config names, that the base has, and for which no tensor came."""
     modules, saved = config.target_modules, config.modules_to_save
-    for field, names, fits in (("target_modules", modules, _is_or_ends), ("modules_to_save", saved, str.endswith)):
+    for key, names, fits in (("target_modules", modules, _is_or_ends), ("modules_to_save", saved, str.endswith)):
         absent = [name for name in names if _any(fits, base.modules, name) and not _any(fits, found, name)]
         if absent:
-            yield f"{field} in adapter_config.json names {first(absent)}, and there is no tensor of such a module"
+            yield f"{key} in adapter_config.json names {first(absent)}, and there is no tensor of such a module"
 
 
 def _is_or_ends(module: str, name: str) -> bool:

@@ -4,6 +4,7 @@ A module's low-rank delta is ``lora_A.weight`` and ``lora_B.weight``, with one `
 parameter nested in it; an embedding's is ``lora_embedding_A`` and ``lora_embedding_B``. ``lora_B.bias`` is lora_bias's,
 ``lora_magnitude_vector`` DoRA's, ``token_adapter.trainable_tokens_delta`` trainable_token_indices'. A parameter's own
 name is what modules_to_save or ``bias`` trained; after ``base_layer`` it is the base's of a module that has a delta.
+Where a model's state was saved as it was in memory, the adapter's name stands in them too: ``lora_A.default.weight``.
 """
 
 from __future__ import annotations
@@ -12,19 +13,25 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from server.adapters.content.module_names import PREFIX, ModuleNames, trained_name, without_hooks
 from server.adapters.content.safetensors import TensorEntry
 
-_PREFIX = "base_model.model."
+_ADAPTER = r"(?:\.(?P<adapter>(?!(?:weight|bias)$)[^.]+))?"
 _ROLES = (
-    ("lora", re.compile(r"(.+?)((?:\.base_layer)*)\.lora_([AB])(?:\.default)?\.weight")),
-    ("lora_bias", re.compile(r"(.+)\.lora_B(?:\.default)?\.bias")),
-    ("embedding", re.compile(r"(.+)\.lora_embedding_([AB])(?:\.default)?")),
-    ("magnitude", re.compile(r"(.+)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?")),
-    ("tokens", re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta(?:\.default)?")),
-    ("nothing", re.compile(r".+\.(?:lora_velora_embed(?:\.default)?|(?:original_module|modules_to_save)\.bias)")),
-    ("base", re.compile(r"(.+?)(?:\.token_adapter)?\.base_layer\.([A-Za-z0-9_]+)")),
-    ("own", re.compile(r"(.+)\.([A-Za-z0-9_]+)")),
+    ("lora", re.compile(rf"(?P<module>.+?)(?P<depth>(?:\.base_layer)*)\.lora_(?P<part>[AB]){_ADAPTER}\.weight")),
+    ("lora_bias", re.compile(rf"(?P<module>.+)\.lora_B{_ADAPTER}\.bias")),
+    ("embedding", re.compile(rf"(?P<module>.+)\.lora_embedding_(?P<part>[AB]){_ADAPTER}")),
+    ("magnitude", re.compile(rf"(?P<module>.+)\.lora_magnitude_vector{_ADAPTER}(?:\.weight)?")),
+    ("tokens", re.compile(rf"(?P<module>.+)\.token_adapter\.trainable_tokens_delta{_ADAPTER}")),
+    (
+        "nothing",
+        re.compile(r".+\.(?:lora_velora_embed(?:\.[^.]+)?|original_module\.[A-Za-z0-9_]+|modules_to_save\.bias)"),
+    ),
+    ("saved", re.compile(rf"(?P<module>.+)\.modules_to_save{_ADAPTER}\.(?P<part>[A-Za-z0-9_]+)")),
+    ("base", re.compile(r"(?P<module>.+?)(?:\.token_adapter)?\.base_layer\.(?P<part>[A-Za-z0-9_]+)")),
+    ("own", re.compile(r"(?P<module>.+)\.(?P<part>[A-Za-z0-9_]+)")),
 )
+_PARAMETERS = ("saved", "base", "own")
 
 
 @dataclass
@@ -43,35 +50,71 @@ class ModuleTensors:
     base: set[str] = field(default_factory=set)
 
 
-def sort_tensors(
-    entries: Mapping[str, TensorEntry], modules: Iterable[str], saved: Iterable[str]
-) -> tuple[dict[str, ModuleTensors], list[str]]:
-    """Tensors by module, and the names that say nothing; ``saved`` are the ends of names of modules saved whole."""
-    known, ends = set(modules), tuple(saved)
-    found: dict[str, ModuleTensors] = {}
-    strange: list[str] = []
+@dataclass
+class SortedTensors:
+    """Tensors by module of the base, or by a name that it does not have.
+
+    ``strange`` are names that say nothing, ``trained_names`` those of modules in the model that was trained where they
+    are others, ``adapters`` the names of PEFT's adapters in the tensors' names, ``plain`` each tensor's name as PEFT
+    writes it.
+    """
+
+    modules: dict[str, ModuleTensors] = field(default_factory=dict)
+    strange: list[str] = field(default_factory=list)
+    trained_names: dict[str, str] = field(default_factory=dict)
+    adapters: dict[str, None] = field(default_factory=dict)
+    plain: dict[str, str] = field(default_factory=dict)
+
+
+def sort_tensors(entries: Mapping[str, TensorEntry], names: ModuleNames, saved: Iterable[str]) -> SortedTensors:
+    """Tensors by module; ``saved`` are the ends of names of modules saved whole."""
+    ends = tuple(saved) or ("\n",)
+    found = SortedTensors()
     seen: set[tuple[str, ...]] = set()
     for name, entry in entries.items():
-        role, match = _role(name.removeprefix(_PREFIX))
-        what = () if match is None else ("own" if role == "base" else role, *match.groups())
-        if match is None or (role == "own" and match[1] not in known) or what in seen:
-            strange.append(f"{name} (twice)" if what in seen else name)
-        elif role != "nothing":
-            seen.add(what)
-            _put(found.setdefault(match[1], ModuleTensors()), role, match, entry, saved=match[1].endswith(ends or "\n"))
-    return found, strange
+        inside = without_hooks(name).removeprefix(PREFIX)
+        role, match = _role(inside)
+        if role == "nothing":
+            continue
+        module = None if match is None else names.find(match["module"])
+        if match is None or (role in ("saved", "own") and module is None):
+            found.strange.append(name)
+            continue
+        parts = match.groupdict()
+        if parts.get("adapter"):
+            found.adapters[parts["adapter"]] = None
+        kind = "own" if role in _PARAMETERS else role
+        what = (kind, module or match["module"], parts.get("depth") or "", parts.get("part") or "")
+        if what in seen:
+            found.strange.append(f"{name} (twice)")
+            continue
+        seen.add(what)
+        _note_names(found, name, inside, match, module)
+        whole = role == "saved" or match["module"].endswith(ends)
+        _put(found.modules.setdefault(what[1], ModuleTensors()), role, match, entry, saved=whole)
+    return found
 
 
 def _role(name: str) -> tuple[str, re.Match[str] | None]:
     return next(((role, match) for role, form in _ROLES if (match := form.fullmatch(name))), ("", None))
 
 
+def _note_names(found: SortedTensors, name: str, inside: str, match: re.Match[str], module: str | None) -> None:
+    """The module's name in the model that was trained, and the tensor's as PEFT writes it."""
+    written, tail = match["module"], inside[match.end("module") :]
+    if match.groupdict().get("adapter"):
+        tail = inside[match.end("module") : match.start("adapter") - 1] + inside[match.end("adapter") :]
+    found.plain[name] = f"{PREFIX}{module or written}{tail.removeprefix('.modules_to_save')}"
+    if module is not None and (trained := trained_name(written)) != module:
+        found.trained_names[module] = trained
+
+
 def _put(tensors: ModuleTensors, role: str, match: re.Match[str], entry: TensorEntry, *, saved: bool) -> None:
     match role:
         case "lora":
-            tensors.levels.setdefault(match[2].count("."), {})[match[3]] = entry
+            tensors.levels.setdefault(match["depth"].count("."), {})[match["part"]] = entry
         case "embedding":
-            tensors.embedding[match[2]] = entry
+            tensors.embedding[match["part"]] = entry
         case "lora_bias":
             tensors.lora_bias = entry
         case "magnitude":
@@ -79,6 +122,6 @@ def _put(tensors: ModuleTensors, role: str, match: re.Match[str], entry: TensorE
         case "tokens":
             tensors.tokens = entry
         case _:
-            tensors.own[match[2]] = entry
+            tensors.own[match["part"]] = entry
             if role == "base" or not saved:
-                tensors.base.add(match[2])
+                tensors.base.add(match["part"])
