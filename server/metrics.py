@@ -8,6 +8,7 @@ BASE = "base"
 COMPOSITION = "_composition"
 """The adapter label of requests that add several adapters up; no adapter can have this name."""
 FINISH_REASONS = ("stop", "length", "cancelled", "failed")
+ENGINE_FAILURES = ("step", "command", "accounting", "integrity")
 
 _REQUEST_SECONDS = (
     0.01,
@@ -143,6 +144,14 @@ class Metrics:
             registry=self.registry,
         )
         self.engine_up = Gauge("quickchange_engine_up", "1 while the engine thread lives.", registry=self.registry)
+        self.engine_failures = Counter(
+            "quickchange_engine_failures",
+            "Failures that the engine thread survived: of a step, a command, its accounting, or a check of its books.",
+            ("kind",),
+            registry=self.registry,
+        )
+        for kind in ENGINE_FAILURES:
+            self.engine_failures.labels(kind)
         self.step_duration = Histogram(
             "quickchange_step_duration_seconds",
             "Duration of an engine step.",

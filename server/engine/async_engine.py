@@ -29,6 +29,13 @@ Argument = TypeVar("Argument")
 
 MAX_FAILED_STEPS = 3
 """Steps that may fail in a row before the engine gives up."""
+_FAILURES = {
+    "step": "a step failed; its sequences are given up",
+    "command": "a command failed; nothing else is disturbed",
+    "accounting": "the engine's metrics could not be updated",
+    "integrity": "the engine's books contradict themselves; they are made anew",
+}
+"""What is logged of each kind of failure that the thread survives; the kinds are those of ``Metrics``."""
 
 
 @dataclass(frozen=True)
@@ -143,9 +150,9 @@ class AsyncEngine:
     def start(self) -> None:
         """Start the thread; outputs go to the running event loop."""
         self._loop = asyncio.get_running_loop()
+        self._thread.start()  # where that fails, nothing is alive
         self._alive = True
         self._engine.metrics.engine_up.set(1)
-        self._thread.start()
 
     def check_capacity(self, num_sequences: int) -> None:
         """Raises ``EngineUnavailable`` or ``QueueFull`` where so many sequences would be refused."""
@@ -191,8 +198,10 @@ class AsyncEngine:
         self._inbox.put(UnloadAdapter(digest))
 
     async def stop(self, timeout: float) -> None:
-        """Stop taking sequences, give the running ones ``timeout`` seconds, and end the thread."""
+        """Stop taking sequences, give the running ones ``timeout`` seconds, and end the thread, if it was started."""
         self._alive = False
+        if self._thread.ident is None:
+            return
         deadline = self._loop.time() + timeout
         while self._streams and self._loop.time() < deadline and self._thread.is_alive():
             await asyncio.sleep(0.05)
@@ -207,10 +216,15 @@ class AsyncEngine:
         """In the event loop: hand each output to its stream, if somebody still reads it."""
         for output in outputs:
             stream = self._streams.get(output.sequence_id)
-            if stream is not None:
+            if stream is None:
+                continue
+            try:
                 stream.put(output)
-                if output.last:
-                    del self._streams[output.sequence_id]
+            except Exception:
+                logger.exception("an output could not be handed over; its sequence is ended, and no other")
+                self._close_stream(output.sequence_id)
+            if output.last:
+                self._streams.pop(output.sequence_id, None)
 
     def _end_all(self, error: Exception) -> None:
         """In the event loop: nobody waits for a thread that is gone."""
@@ -221,21 +235,25 @@ class AsyncEngine:
         self._refuse_loads(error)
 
     def _run(self) -> None:
-        """The thread: commands, then a step, while there is something to do."""
+        """The thread: commands, then a step, while there is something to do.
+
+        What fails here ends the sequence, the adapter or the step that it was about. The thread ends by ``Stop``, by
+        steps that keep failing, and by what is no ``Exception``.
+        """
         reason = EngineUnavailable("The engine was stopped.")
         try:
             while self._take_commands():
                 since = time.perf_counter()
                 outputs = self._step()
-                _call(self._loop, self._dispatch, outputs)
-                self._engine.account(outputs, time.perf_counter() - since)
+                self._send(outputs)
+                self._attempt("accounting", self._engine.account, outputs, time.perf_counter() - since)
         except BaseException as error:
             logger.exception("the engine died")
             reason = EngineUnavailable(f"The engine died ({type(error).__name__}); restart the server.")
         finally:
-            self._engine.metrics.engine_up.set(0)
             _call(self._loop, self._end_all, reason)
             self._refuse_loads(reason)
+            self._engine.metrics.engine_up.set(0)
 
     def _refuse_loads(self, reason: Exception) -> None:
         """Adapters that were still to be loaded never will be."""
@@ -251,7 +269,8 @@ class AsyncEngine:
             self._failed_steps += 1
             if self._failed_steps >= MAX_FAILED_STEPS:
                 raise
-            logger.exception("a step failed; its sequences are given up")
+            logger.exception(_FAILURES["step"])
+            self._count("step")
             return self._engine.give_up("the step failed")
         self._failed_steps = 0
         return outputs
@@ -260,34 +279,52 @@ class AsyncEngine:
         """Carry out what is in the inbox, waiting where there is nothing to compute. False after ``Stop``."""
         while self._engine.idle or not self._inbox.empty():
             if self._engine.idle and self._inbox.empty():
-                self._engine.report_load()
+                self._audit()
             command = self._inbox.get()
             if isinstance(command, Stop):
                 return False
             self._carry_out(command)
         return True
 
+    def _audit(self) -> None:
+        """When the engine goes idle: check its books, mend them where they are wrong, and report them."""
+        if self._attempt("integrity", self._engine.check_integrity) is not None:
+            self._send(self._engine.mend("the engine's books were wrong"))
+        self._attempt("accounting", self._engine.report_load)
+
     def _carry_out(self, command: Command) -> None:
+        """Do what a command says. One that fails has failed for what it is about, and for nothing else."""
         match command:
             case Add(sequence):
-                self._engine.add(sequence)
+                if self._attempt("command", self._engine.add, sequence) is not None:
+                    self._send(self._engine.evict(sequence.id, "it could not be queued"))
             case Abort(sequence_id):
-                self._engine.abort(sequence_id)
+                if self._attempt("command", self._engine.abort, sequence_id) is not None:
+                    self._send(self._engine.evict(sequence_id, "it could not be ended"))
             case LoadAdapter(digest, weights, done):
-                error = _error_of(self._engine.runner.add_adapter, digest, weights)
+                error = self._attempt("command", self._engine.runner.add_adapter, digest, weights)
                 if error is not None:
-                    self._engine.remove_adapter(digest)
+                    self._attempt("command", self._engine.remove_adapter, digest)
                 done(error)
             case UnloadAdapter(digest):
-                self._engine.remove_adapter(digest)
+                self._attempt("command", self._engine.remove_adapter, digest)
 
+    def _attempt(self, kind: str, action: Callable[..., object], *arguments: object) -> Exception | None:
+        """Do something whose failure must not end the thread; what went wrong, logged and counted."""
+        try:
+            action(*arguments)
+        except Exception as error:
+            logger.exception(_FAILURES[kind])
+            self._count(kind)
+            return error
+        return None
 
-def _error_of(action: Callable[[str, LoRAWeights], None], digest: str, weights: LoRAWeights) -> Exception | None:
-    try:
-        action(digest, weights)
-    except Exception as error:  # noqa: BLE001 - it is handed to who asked for the adapter
-        return error
-    return None
+    def _count(self, kind: str) -> None:
+        with contextlib.suppress(Exception):
+            self._engine.metrics.engine_failures.labels(kind).inc()
+
+    def _send(self, outputs: list[StepOutput]) -> None:
+        _call(self._loop, self._dispatch, outputs)
 
 
 def _call(loop: asyncio.AbstractEventLoop, function: Callable[[Argument], None], argument: Argument) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
@@ -61,10 +62,22 @@ class Engine:
         if self.scheduler.speculation is not None:
             self.scheduler.speculation.forget(digest)
 
+    def evict(self, sequence_id: int, reason: str) -> list[StepOutput]:
+        """End a sequence that could not be added or aborted, whatever the books say of it."""
+        self.scheduler.evict({sequence_id})
+        return _failed([sequence_id], reason)
+
     def give_up(self, reason: str) -> list[StepOutput]:
         """End the sequences of the last batch, after a step that failed; all that run where none was made."""
-        given_up = self.scheduler.give_up(self.batch)
-        return [StepOutput(sequence_id, None, failed=reason) for sequence_id in given_up]
+        return _failed(self.scheduler.give_up(self.batch), reason)
+
+    def check_integrity(self) -> None:
+        """Raise ``IntegrityError`` where the books of sequences and slots contradict each other."""
+        self.scheduler.check_integrity()
+
+    def mend(self, reason: str) -> list[StepOutput]:
+        """Make the books sound again, and end the sequences that cannot go on."""
+        return _failed(self.scheduler.mend(), reason)
 
     def step(self) -> list[StepOutput]:
         """A token or more for every sequence whose prompt is computed, a chunk further for the others."""
@@ -87,12 +100,14 @@ class Engine:
         self.report_load()
 
     def report_load(self) -> None:
-        """Set the gauges of queue, batch and slots; once more when the engine goes idle, with the books checked."""
+        """Set the gauges of queue, batch and slots."""
         self.metrics.queued.set(len(self.scheduler.waiting))
         self.metrics.running.set(len(self.scheduler.running))
         slots = self.scheduler.slots
         self.metrics.kv_slots_used.set(slots.num_used)
         self.metrics.kv_slots_cached.set(slots.num_cached)
         self.metrics.kv_memory.set(slots.num_bytes)
-        if self.idle:
-            self.scheduler.check_integrity()
+
+
+def _failed(sequence_ids: Iterable[int], reason: str) -> list[StepOutput]:
+    return [StepOutput(sequence_id, None, failed=reason) for sequence_id in sequence_ids]

@@ -9,10 +9,11 @@ much that a long prompt delays nobody by more than a step of bounded size; and w
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from server.engine.slots import SlotTable
 from server.engine.speculation import Speculation
+from server.integrity import IntegrityError, ensure
 from server.sequence import Batch, FinishReason, Segment, Sequence, SequenceStatus, StepOutput
 
 
@@ -52,7 +53,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; it must leave room for one token at least."""
-        assert len(sequence.prompt_ids) < self.max_model_len
+        ensure(len(sequence.prompt_ids) < self.max_model_len, "a prompt leaves no room for a token")
         self.waiting.append(sequence)
 
     def abort(self, sequence_id: int) -> None:
@@ -76,10 +77,32 @@ class Scheduler:
         if batch is not None:
             ended = {segment.sequence.id for segment in batch.segments}
             ended |= {sequence.id for sequence in self.slots.holders_of_targets(batch.moves)}
-        for sequence_id in sorted(ended):
-            self.abort(sequence_id)
-        self.slots.clear()
+        self.evict(ended)
         return sorted(ended)
+
+    def evict(self, sequence_ids: Collection[int]) -> None:
+        """End sequences whatever the books say of them, and write the books of slots anew around the others.
+
+        Where ``abort`` relies on the books, this relies on nothing: it is for what a failure left.
+        """
+        for sequence in (*self.running.values(), *self.waiting):
+            if sequence.id in sequence_ids:
+                sequence.status, sequence.slot = SequenceStatus.FINISHED, None
+        self.running = {number: one for number, one in self.running.items() if number not in sequence_ids}
+        self.waiting = deque(one for one in self.waiting if one.id not in sequence_ids)
+        self.slots.rebuild(self.running.values())
+
+    def mend(self) -> list[int]:
+        """Make the books sound again after a failed ``check_integrity``; ids of the sequences that this had to end.
+
+        Sequences that run keep their slots; where that is not sound either, all of them end.
+        """
+        self.evict(())
+        try:
+            self.check_integrity()
+        except IntegrityError:
+            return self.give_up(None)
+        return []
 
     def schedule(self) -> Batch:
         """The next step's rows: decoding sequences, then prompt chunks."""
@@ -96,6 +119,7 @@ class Scheduler:
                 budget -= length
         if self.speculation is not None and budget:
             segments = self.speculation.extend(segments, room=budget)
+        ensure(bool(segments), "there are sequences, and nothing to compute of them")
         return Batch(tuple(segments), self.slots.begin(segments))
 
     def update(self, batch: Batch, token_ids: Iterable[int | None]) -> list[StepOutput]:
@@ -106,14 +130,15 @@ class Scheduler:
             tokens = [drawn.popleft() for _ in range(segment.num_sampled)]
             segment.sequence.num_computed = segment.end
             outputs += self._accept(segment, tokens) if tokens else ()
-        assert not drawn, "there are more tokens than rows that yield one"
+        ensure(not drawn, "there are more tokens than rows that yield one")
         return outputs
 
     def check_integrity(self) -> None:
         """Running sequences and held slots are the same."""
         self.slots.check_integrity()
-        assert self.slots.num_used == len(self.running), "a slot leaks"
-        assert all(sequence.status is SequenceStatus.RUNNING for sequence in self.running.values())
+        ensure(self.slots.num_used == len(self.running), "a slot leaks")
+        running = all(sequence.status is SequenceStatus.RUNNING for sequence in self.running.values())
+        ensure(running, "a sequence runs that has ended")
 
     def _admit(self) -> None:
         """Let in who finds a slot and memory, the oldest first; who waits for a prefix lets others pass."""
@@ -122,10 +147,10 @@ class Scheduler:
                 return
             if self.slots.awaits(sequence):
                 continue
+            self.running[sequence.id] = sequence  # first, so that a failure from here on ends it with the others
             self.waiting.remove(sequence)
-            self.slots.place(sequence)
             sequence.status = SequenceStatus.RUNNING
-            self.running[sequence.id] = sequence
+            self.slots.place(sequence)
 
     def _accept(self, segment: Segment, tokens: list[int | None]) -> list[StepOutput]:
         """The next token, and one more for each draft that it, or the one before, has come out as."""
@@ -159,5 +184,5 @@ class Scheduler:
 
     def _finish(self, sequence: Sequence) -> None:
         sequence.status = SequenceStatus.FINISHED
-        del self.running[sequence.id]
+        self.running.pop(sequence.id, None)
         self.slots.free(sequence)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from server.engine.prefixes import NOTHING, Prefix
+from server.integrity import IntegrityError, ensure
 from server.sequence import CopyPrefix, Move, ReleaseTail, Segment, Sequence
 
 MIN_PREFIX = 16
@@ -143,9 +144,9 @@ class SlotTable:
 
     def free(self, sequence: Sequence) -> None:
         """Take a sequence's slot back; what it has computed is kept for others."""
-        assert sequence.slot is not None
-        slot = self._slots[sequence.slot]
-        assert slot.holder is sequence
+        slot = None if sequence.slot is None else self._slots[sequence.slot]
+        if slot is None or slot.holder is not sequence:
+            raise IntegrityError("a slot is given back by a sequence that does not hold it")
         num_valid = min(sequence.num_computed, sequence.num_tokens)
         useful = self.reuses and num_valid >= MIN_PREFIX
         slot.prefix = Prefix.of(sequence, num_valid) if useful else NOTHING
@@ -158,24 +159,32 @@ class SlotTable:
         numbers = {move.target if isinstance(move, CopyPrefix) else move.slot for move in moves}
         return [holder for number in numbers if (holder := self._slots[number].holder) is not None]
 
-    def clear(self) -> None:
-        """Empty all slots that nobody holds, after a step whose moves may not have been done."""
-        idle = [slot for slot in self._slots if slot.idle]
-        self._moves = [ReleaseTail(slot.number, 0) for slot in idle]
-        for slot in idle:
-            slot.prefix, slot.num_touched = NOTHING, 0
-            self._account(slot)
+    def rebuild(self, holders: Iterable[Sequence]) -> None:
+        """Write the books anew, whatever they say: ``holders`` keep their slots, and all others are emptied.
+
+        After a failure nothing that it may have spoiled is reused.
+        """
+        held = {sequence.slot: sequence for sequence in holders}
+        self._moves, self._awaited = [], {}
+        for slot in self._slots:
+            slot.holder = held.get(slot.number)
+            if slot.holder is None:
+                slot.prefix, slot.num_touched, slot.num_reserved = NOTHING, 0, 0
+                self._moves.append(ReleaseTail(slot.number, 0))
+            slot.num_bytes = self._bytes_of(max(slot.num_touched, slot.num_reserved))
+        self.num_bytes = sum(slot.num_bytes for slot in self._slots)
 
     def check_integrity(self) -> None:
         """Each holder knows its slot, positions are within bounds, and memory is within its limit."""
         for slot in self._slots:
-            assert slot.holder is None or slot.holder.slot == slot.number, "a holder sits elsewhere"
-            assert slot.num_valid <= slot.num_touched <= self.max_len, "a slot holds more than was written"
-            assert slot.idle or slot.num_touched <= slot.num_reserved, "a sequence wrote beyond its room"
-            assert not slot.idle or not slot.num_reserved, "room is reserved for nobody"
-            assert slot.num_bytes == self._bytes_of(max(slot.num_touched, slot.num_reserved)), "a slot is miscounted"
-        assert self.num_bytes == sum(slot.num_bytes for slot in self._slots), "memory is miscounted"
-        assert self.num_bytes <= self.max_bytes, "more memory is taken than there may be"
+            ensure(slot.holder is None or slot.holder.slot == slot.number, "a holder sits elsewhere")
+            ensure(slot.num_valid <= slot.num_touched <= self.max_len, "a slot holds more than was written")
+            ensure(slot.idle or slot.num_touched <= slot.num_reserved, "a sequence wrote beyond its room")
+            ensure(not slot.idle or not slot.num_reserved, "room is reserved for nobody")
+            num_bytes = self._bytes_of(max(slot.num_touched, slot.num_reserved))
+            ensure(slot.num_bytes == num_bytes, "a slot is miscounted")
+        ensure(self.num_bytes == sum(slot.num_bytes for slot in self._slots), "memory is miscounted")
+        ensure(self.num_bytes <= self.max_bytes, "more memory is taken than there may be")
 
     def _account(self, slot: Slot) -> None:
         """Count what a slot takes now."""

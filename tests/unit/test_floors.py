@@ -21,6 +21,7 @@ FLOORS = {
     "server": 0,  # the package itself: a docstring
     "server.settings": 0,
     "server.errors": 0,
+    "server.integrity": 0,
     "server.sequence": 0,
     "server.metrics": 0,
     "server.engine": 1,
