@@ -46,6 +46,7 @@ class Metrics:
         self._versions: dict[str, str] = {}
         self._make_request_metrics()
         self._make_kv_metrics()
+        self._make_adapter_metrics()
         self._make_engine_metrics()
         self._make_speculation_metrics()
         self.know_adapter(BASE)
@@ -111,11 +112,7 @@ class Metrics:
             "quickchange_kv_memory_limit_bytes", "Memory that keys and values may take.", registry=self.registry
         )
 
-    def _make_engine_metrics(self) -> None:
-        self.queued = Gauge(
-            "quickchange_sequences_queued", "Sequences that wait for a KV slot.", registry=self.registry
-        )
-        self.running = Gauge("quickchange_sequences_running", "Sequences in the batch.", registry=self.registry)
+    def _make_adapter_metrics(self) -> None:
         self.adapters_loaded = Gauge(
             "quickchange_adapters_loaded", "Adapters that can be asked for.", registry=self.registry
         )
@@ -143,6 +140,12 @@ class Metrics:
             buckets=_LOAD_SECONDS,
             registry=self.registry,
         )
+
+    def _make_engine_metrics(self) -> None:
+        self.queued = Gauge(
+            "quickchange_sequences_queued", "Sequences that wait for a KV slot.", registry=self.registry
+        )
+        self.running = Gauge("quickchange_sequences_running", "Sequences in the batch.", registry=self.registry)
         self.engine_up = Gauge("quickchange_engine_up", "1 while the engine thread lives.", registry=self.registry)
         self.engine_failures = Counter(
             "quickchange_engine_failures",

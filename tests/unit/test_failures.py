@@ -32,10 +32,10 @@ class DraftedRunner(ScriptedRunner):
 
     def run(self, batch: Batch) -> torch.Tensor:
         logits = super().run(batch)
-        for row, (sequence, _, given) in enumerate(batch.draws):
-            if given is not None:
+        for row, draw in enumerate(batch.draws):
+            if draw.given is not None:
                 logits[row] = 0.0
-                logits[row, min(given + 1, EOS)] = 1.0
+                logits[row, min(draw.given + 1, EOS)] = 1.0
         return logits
 
 
