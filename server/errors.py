@@ -10,6 +10,7 @@ QuickchangeError
 │   └── AdminOff
 ├── ServiceError                what the server cannot do just now, or did wrong
 │   ├── QueueFull
+│   ├── AdapterPending
 │   ├── EngineUnavailable
 │   └── GenerationFailed
 ├── AdapterError                a folder that is not served, and why
@@ -103,6 +104,14 @@ class QueueFull(ServiceError):
     def __init__(self, limit: int) -> None:
         self.limit = limit
         super().__init__(f"The server is busy: {limit} generations are queued already. Try again later.")
+
+
+class AdapterPending(ServiceError):
+    """An adapter whose folder changed, and was not read again yet."""
+
+    def __init__(self, adapter: str) -> None:
+        self.adapter = adapter
+        super().__init__(f"The adapter '{adapter}' changed and is being read again. Try again in a moment.")
 
 
 class EngineUnavailable(ServiceError):

@@ -25,7 +25,7 @@ class Intake:
     ``level`` is how loud an adapter that appears is logged: at start there may be thousands.
     ``moving_in(entry, adapter, manifest)`` surrounds the move of a name to another version; ``arrived(entry)`` and
     ``left(entry)`` are told of names that come and go. ``has_weights(entry)`` says whether the version that a name
-    means can be served without its folder.
+    means can be served without its folder. ``wanted(name)`` is called where a request waits for a look at its folder.
     """
 
     def __init__(self, registry: AdapterRegistry, reader: AdapterReader, *, metrics: Metrics) -> None:
@@ -36,6 +36,8 @@ class Intake:
         self.arrived: Callable[[Entry], None] = lambda entry: None
         self.left: Callable[[Entry], None] = lambda entry: None
         self.has_weights: Callable[[Entry], bool] = lambda entry: True
+        self.wanted: Callable[[str], None] = lambda name: None
+        self._awaited: set[str] = set()
         self._hashing: dict[Entry, asyncio.Task[Adapter]] = {}
         self._unhashed: asyncio.Queue[Entry] = asyncio.Queue()
 
@@ -52,6 +54,7 @@ class Intake:
             logger.exception("adapter folder %s could not be read", one_line(name))
             self._refuse(name, path, f"it could not be read ({type(error).__name__})")
             return True
+        self._awaited.discard(name)
         self.refusals.pop(name, None)
         entry = self.registry.add(listing, signature)
         if (known := self.reader.known_digests(listing, signature)) is None:
@@ -76,6 +79,7 @@ class Intake:
         try:
             manifest = await self.reader.manifest(path, signature, name)
             await self._move(entry, manifest, signature)
+            self._awaited.discard(name)
             _tell_unread(manifest)
         except AdapterRejected as error:
             self._refuse_change(entry, path, error.reason)
@@ -86,8 +90,16 @@ class Intake:
             self._refuse_change(entry, path, f"it could not be read ({type(error).__name__})")
         return True
 
+    def look_again(self, name: str) -> None:
+        """Have a folder looked at that a request found changed since it was read; logged until it was taken in."""
+        if name in self.registry and name not in self._awaited:
+            self._awaited.add(name)
+            logger.info("adapter %s: its folder changed since it was read, so it is looked at again", name)
+        self.wanted(name)
+
     def vanish(self, name: str) -> None:
         """Take a name away with its folder."""
+        self._awaited.discard(name)
         self.refusals.pop(name, None)
         if name in self.registry:
             self._withdraw(name)
@@ -196,6 +208,7 @@ class Intake:
         self._refuse(entry.name, path, reason)
 
     def _refuse(self, name: str, path: Path, reason: str) -> None:
+        self._awaited.discard(name)
         if name in self.registry and self.registry.get(name).current is None:
             self._withdraw(name)
         self.refusals[name] = (path, reason)

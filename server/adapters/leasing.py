@@ -18,14 +18,14 @@ from server.adapters.reader import AdapterReader, FolderMoved
 from server.adapters.registry import DIGITS, Adapter, AdapterRegistry, Entry
 from server.adapters.residency import Residency
 from server.adapters.versions import Pin
-from server.errors import AdapterRejected, InvalidRequest, ModelNotFound, QueueFull
+from server.errors import AdapterPending, AdapterRejected, InvalidRequest, ModelNotFound, QueueFull
 from server.metrics import COMPOSITION
 from server.sequence import AdapterUse
 
 logger = logging.getLogger("quickchange.adapters")
 
-PATIENCE = 10.0
-"""Seconds that a request waits for a folder that is just being changed."""
+PATIENCE = 3.0
+"""Seconds that a request waits for a look at a folder that was just changed, before it is told to come again."""
 _LOOK_AGAIN = 0.1
 
 LoadWeights = Callable[[Manifest], Awaitable[float]]
@@ -108,7 +108,8 @@ class AdapterLibrary:
     async def acquire(self, model: str, *, user: str | None = None, scale: float | None = None) -> Lease:
         """The adapters that a model's name means, in memory.
 
-        Raises ``ModelNotFound``, ``InvalidRequest`` where the name's grammar or a composition is wrong, ``QueueFull``.
+        Raises ``ModelNotFound``, ``InvalidRequest`` where the name's grammar or a composition is wrong, ``QueueFull``,
+        ``AdapterPending`` where a folder that changed is still to be read again.
         """
         parts = self._parts(model, user, scale)
         loop = asyncio.get_running_loop()
@@ -117,19 +118,25 @@ class AdapterLibrary:
             try:
                 return await self._lease(parts)
             except FolderMoved as error:
-                ours = any(part.name == str(error) for part in parts)
-                if loop.time() > deadline or (ours and self._is_gone(str(error), parts)):
+                name = str(error)
+                self.intake.look_again(name)
+                if any(part.name == name for part in parts) and self._is_gone(name, parts):
                     raise ModelNotFound(model) from None
+                if loop.time() > deadline:
+                    raise AdapterPending(name) from None
             except AdapterRejected as error:
                 if loop.time() > deadline or any(part.name == error.adapter for part in parts):
                     raise ModelNotFound(error.adapter) from error
             await asyncio.sleep(_LOOK_AGAIN)
 
     async def served(self, name: str) -> Adapter:
-        """The version that a bare name means. Raises ``ModelNotFound`` where there is none."""
+        """The version that a bare name means. Raises ``ModelNotFound``, ``AdapterPending``."""
         try:
             return await self._version(Part(name))
-        except (AdapterRejected, FolderMoved) as error:
+        except FolderMoved as error:
+            self.intake.look_again(name)
+            raise AdapterPending(name) from error
+        except AdapterRejected as error:
             raise ModelNotFound(name) from error
 
     def delta_norm(self, weights_digest: str) -> float | None:
@@ -282,6 +289,8 @@ class AdapterLibrary:
                 self.registry.publish(Adapter.read(manifest), manifest.listing, entry.signature)
                 raise moved
         kept = await self.reader.kept(adapter.name, adapter.version_digest)
+        if kept is None and entry is not None and entry.current is adapter:
+            kept = await self.reader.unchanged(adapter.path, adapter.name, adapter.version_digest, entry.signature)
         if kept is None:
             raise moved
         return kept

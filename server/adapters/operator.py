@@ -9,12 +9,15 @@ import time
 import uuid
 from pathlib import Path
 
-from server.adapters.leasing import PATIENCE, AdapterLibrary
+from server.adapters.leasing import AdapterLibrary
 from server.adapters.names import is_name
 from server.adapters.registry import Adapter
 from server.adapters.versions import Pin, VersionStore
 from server.adapters.watcher import AdapterWatcher
 from server.errors import AdapterRejected, InvalidRequest
+
+PATIENCE = 10.0
+"""Seconds that a folder which is to be served may go on changing."""
 
 
 class AdapterOperator:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from server.adapters.content.folder import Signature, signature_of
+from server.adapters.content.folder import Signature, signature_of, sizes_of
 from server.adapters.content.manifest import BaseSignature, Limits, Listing, Manifest, list_folder, read_manifest
 from server.adapters.content.manners import AdapterDefaults
 from server.adapters.versions import CachedDigest, VersionStore
@@ -39,6 +39,7 @@ class AdapterReader:
         self._base, self._limits, self._judge_manners = base, limits, judge_manners
         self._digests: dict[str, CachedDigest] = {}
         self._unsaved = 0
+        self._others: dict[Path, Signature] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapters")
 
     async def run(self, function: Callable[..., T], *arguments: object) -> T:
@@ -55,6 +56,13 @@ class AdapterReader:
     async def manifest(self, path: Path, signature: Signature, name: str) -> Manifest:
         """The whole folder, if it is as it was when it had settled. Raises ``FolderMoved`` or ``AdapterRejected``."""
         return await self.run(self._read_settled, path, signature, name)
+
+    async def unchanged(self, path: Path, name: str, version_digest: str, signature: Signature) -> Manifest | None:
+        """A version from its folder, whose times moved since ``signature``; None where it holds something else.
+
+        A hard link, ``touch``, ``chmod`` or a checkout moves times; the digest tells that nothing else changed.
+        """
+        return await self.run(self._read_unchanged, path, name, version_digest, signature)
 
     async def kept(self, name: str, version_digest: str) -> Manifest | None:
         """A version of a name from the state directory; None where it is not there, or no longer what it was."""
@@ -119,6 +127,20 @@ class AdapterReader:
         if signature_of(path) != signature:
             raise FolderMoved(name)
         return manifest
+
+    def _read_unchanged(self, path: Path, name: str, version_digest: str, signature: Signature) -> Manifest | None:
+        now = signature_of(path)
+        if sizes_of(now) != sizes_of(signature) or self._others.get(path) == now:
+            return None
+        try:
+            manifest = self._read(path, name)
+        except (OSError, AdapterRejected):
+            return None
+        if manifest.version_digest == version_digest:
+            self._others.pop(path, None)
+            return manifest
+        self._others[path] = now  # not read again for every request that asks
+        return None
 
     def _read_kept(self, name: str, version_digest: str) -> Manifest | None:
         folder = None if self.store is None else self.store.folder(version_digest)

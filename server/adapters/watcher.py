@@ -11,8 +11,9 @@ import asyncio
 import contextlib
 import logging
 import os
+import stat
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,8 @@ logger = logging.getLogger("quickchange.adapters")
 
 _MOST_OF_THE_TIME = 20
 """Looks may take one part in so many of the time, however many folders there are."""
+_SLOW_LOOK = 5.0
+"""Seconds of a look that are worth a warning."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,12 @@ class AdapterWatcher:
         self._mounted: dict[str, Path] = {}
         self._aliases_signature: Signature | None = None
         self._pins_signature: object = None
-        self._stirred = asyncio.Event()
+        self._pending: set[str] = set()
+        self._durations = (0.0, 0.0)
+        self._stirred = False
+        self._woken = asyncio.Event()
         self._scanning = asyncio.Lock()
+        intake.wanted = self.look_soon
 
     async def start(self) -> None:
         """Take in what is there. A folder that is just being copied gets a moment to settle."""
@@ -79,36 +86,42 @@ class AdapterWatcher:
         listening = asyncio.create_task(self._listen())
         try:
             while True:
-                since = time.monotonic()
                 settled = await self._scan_and_report()
                 pause = self.settle if listening.done() or not settled else 10 * self.settle
-                pause = max(pause, _MOST_OF_THE_TIME * (time.monotonic() - since))
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._stirred.wait(), pause)
-                    await asyncio.sleep(self.settle / 4)  # a stir is seldom alone
-                self._stirred.clear()
+                await self._rest(max(pause, _MOST_OF_THE_TIME * min(self._durations)))
         finally:
             listening.cancel()
 
-    async def scan(self) -> bool:
-        """One look. True where every folder had settled."""
+    async def scan(self, names: Collection[str] | None = None) -> bool:
+        """One look, at all folders or at those of some names. True where every folder had settled."""
         async with self._scanning:
             now = time.monotonic()
             try:
-                found = await asyncio.to_thread(self._look)
+                found = await asyncio.to_thread(self._timed_look, names)
             except OSError as error:
                 logger.warning("the adapter folders cannot be looked at (%s); what was served stays", error.strerror)
                 return False
-            waiting = [name for name, one in found.items() if not await self._take(name, one, now)]
-            gone = [name for name in self._handled if name not in found]
+            waiting = {name for name, one in found.items() if not await self._take(name, one, now)}
+            gone = {name for name in self._handled if name not in found and (names is None or name in names)}
             for name in gone:
                 if now - self._missing.setdefault(name, now) >= self.grace:
                     self._forget(name)
             self._missing = {name: since for name, since in self._missing.items() if name not in found}
+            sightings = {name: self._sighting(name, one, now) for name, one in found.items()}
+            self._pending = waiting | self._missing.keys()
+            if names is not None:
+                self._seen |= sightings
+                return not self._pending
             self._hidden = {name: signature for name, signature in self._hidden.items() if name in found}
             await self._look_at_small_files()
-            self._seen = {name: self._sighting(name, one, now) for name, one in found.items()}
-            return not waiting and not self._missing
+            self._seen = sightings
+            return not self._pending
+
+    def look_soon(self, name: str) -> None:
+        """Look at the folder of a name again, without waiting for the next look at all of them."""
+        if name not in self._pending:
+            self._pending.add(name)
+            self._woken.set()
 
     async def mount(self, name: str, path: Path) -> None:
         """Serve a folder inside the adapter folders under a name of its own, from the next look on."""
@@ -135,15 +148,28 @@ class AdapterWatcher:
         """Whether what the last look found of a name was taken in, for better or worse."""
         return name in self._handled and name not in self._missing
 
-    async def _scan_and_report(self) -> bool:
+    async def _rest(self, seconds: float) -> None:
+        """Until events or ``seconds`` call for the next look at everything, look at what is pending."""
+        due = time.monotonic() + seconds
+        while not self._stirred and (left := due - time.monotonic()) > 0:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._woken.wait(), min(left, self.settle / 2) if self._pending else left)
+            self._woken.clear()
+            if self._pending and not self._stirred:
+                await self._scan_and_report(frozenset(self._pending))
+        if self._stirred:
+            await asyncio.sleep(self.settle / 4)  # a stir is seldom alone
+        self._stirred = False
+
+    async def _scan_and_report(self, names: Collection[str] | None = None) -> bool:
         try:
-            return await self.scan()
+            return await self.scan(names)
         except Exception:
             logger.exception("looking at the adapter folders failed; trying again")
             return False
 
     async def _listen(self) -> None:
-        """Set ``_stirred`` at every event in the folders, as long as the system tells of them."""
+        """Bring the next look forward at every event in the folders, as long as the system tells of them."""
         paths = [folder for folder in self.folders if folder.is_dir()]
         if self._store is not None:
             paths.append(self._store.state_dir)
@@ -151,7 +177,8 @@ class AdapterWatcher:
             return  # the folder is still to be made: only looking finds it
         try:
             async for _ in awatch(*paths, debounce=200, step=50, watch_filter=None, rust_timeout=5_000):
-                self._stirred.set()
+                self._stirred = True
+                self._woken.set()
         except (OSError, RuntimeError) as error:
             logger.info("no events from the adapter folders (%s); looking every %g s", error, self.settle)
 
@@ -186,10 +213,25 @@ class AdapterWatcher:
         self._mounted.pop(name, None)
         self.intake.vanish(name)
 
-    def _look(self) -> dict[str, Found]:
+    def _timed_look(self, names: Collection[str] | None) -> dict[str, Found]:
+        """A look whose length, if it is one at everything, bounds how often such looks are taken.
+
+        The shorter one of two in a row counts, so that a disk that stalls once delays nothing.
+        """
+        since = time.perf_counter()
+        found = self._look(names)
+        seconds = time.perf_counter() - since
+        if names is None:
+            self._durations = (self._durations[1], seconds)
+        if seconds > _SLOW_LOOK:
+            logger.warning("looking at %d adapter folders took %.1f s", len(found), seconds)
+        return found
+
+    def _look(self, names: Collection[str] | None = None) -> dict[str, Found]:
         """Each adapter folder by name, with its files' names, inodes, sizes and times."""
         found: dict[str, Found] = {}
-        for name, path in [*self._mounted.items(), *self._sub_folders()]:
+        mounted = [(name, path) for name, path in self._mounted.items() if names is None or name in names]
+        for name, path in [*mounted, *self._sub_folders(names)]:
             if name not in found and (name not in self._mounted or path.resolve() == path):
                 with contextlib.suppress(OSError):
                     changed = os.stat(path, follow_symlinks=False).st_ctime
@@ -197,12 +239,13 @@ class AdapterWatcher:
                     found[name] = Found(path, signature, max([changed, *(one[4] / 1e9 for one in signature)]))
         return found
 
-    def _sub_folders(self) -> Iterator[tuple[str, Path]]:
+    def _sub_folders(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Path]]:
+        """The folders of some names, or of all that are there."""
         for folder in self.folders:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                for entry in sorted(os.scandir(folder), key=lambda one: one.name):
-                    if not entry.name.startswith(".") and entry.is_dir(follow_symlinks=False):
-                        yield entry.name, folder / entry.name
+                for name in sorted(os.listdir(folder) if names is None else names):
+                    if not name.startswith(".") and _is_folder(folder / name):
+                        yield name, folder / name
 
     async def _look_at_small_files(self) -> None:
         """Read the aliases and the pins again where they changed."""
@@ -221,6 +264,14 @@ class AdapterWatcher:
         if pins != self._pins_signature:
             self._pins_signature = pins
             self._on_pins(await asyncio.to_thread(self._store.pins))
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether a folder, and no link to one, is there. Raises ``OSError`` where that cannot be told."""
+    try:
+        return stat.S_ISDIR(os.lstat(path).st_mode)
+    except FileNotFoundError:
+        return False
 
 
 def _file_signature(path: Path) -> Signature:

@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse, Response
 
 from server.api.disconnect import ClientGone
 from server.errors import (
+    AdapterPending,
     AdapterRejected,
     AdminOff,
     BaseModelNotFound,
@@ -60,6 +61,7 @@ ROWS: Mapping[type[QuickchangeError], Row] = {
     InvalidKey: Row(401, _CLIENT, "invalid_api_key"),
     AdminOff: Row(403, _CLIENT, "admin_off"),
     QueueFull: Row(503, _BUSY, "server_overloaded", retry_after=1),
+    AdapterPending: Row(503, _BUSY, "adapter_pending", retry_after=1),
     EngineUnavailable: Row(503, _BUSY, "engine_unavailable", retry_after=5),
     GenerationFailed: Row(500, _SERVER, "generation_failed"),
     AdapterRejected: Row(400, _CLIENT, "adapter_rejected"),

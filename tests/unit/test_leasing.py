@@ -12,7 +12,7 @@ import pytest
 
 from server.adapters import leasing as module
 from server.adapters.versions import Pin
-from server.errors import InvalidRequest, ModelNotFound, QueueFull
+from server.errors import AdapterPending, InvalidRequest, ModelNotFound, QueueFull
 from tests.adapter_folders import CONFIG, SIDECAR, Shelf, make, tensors, write
 
 
@@ -344,11 +344,12 @@ async def test_a_composition_that_cannot_fit_is_refused_rather_than_waited_for(t
 async def test_a_folder_that_never_settles_is_not_waited_for_for_ever(
     shelf: Shelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It was a 404, as if there were no such adapter; it is one that is to be asked for again."""
     monkeypatch.setattr(module, "PATIENCE", 0.2)
     make(shelf.first, "a")
     await shelf.watcher.scan()
     write(shelf.first / "a", config=CONFIG | {"lora_alpha": 16})
-    with pytest.raises(ModelNotFound):
+    with pytest.raises(AdapterPending, match="Try again"):
         await shelf.use("a")
 
 

@@ -36,6 +36,8 @@ UNREAD_FILES = {
 The sidecar is none of them: it says which base the adapter is for.
 """
 
+_READ_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, *OPTIONAL_FILES})
+
 
 @dataclass(frozen=True)
 class AdapterFiles:
@@ -147,3 +149,8 @@ def signature_of(path: Path) -> Signature:
                 status = entry.stat(follow_symlinks=False)
                 files.append((entry.name, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
     return tuple(sorted(files))
+
+
+def sizes_of(signature: Signature) -> frozenset[tuple[str, int]]:
+    """Names and sizes of the files that an adapter is read from."""
+    return frozenset((one[0], one[2]) for one in signature if one[0] in _READ_FILES)

@@ -1,0 +1,157 @@
+"""A folder that changes in nothing but its times disturbs no request, and one that is being read again is no 404."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.adapters import leasing as leasing_module
+from server.adapters.content.manifest import Manifest
+from server.adapters.watcher import AdapterWatcher, Found
+from server.api.errors import reply_to
+from server.errors import AdapterPending
+from tests.adapter_folders import CONFIG, Shelf, make, write
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+def touch(path: Path) -> None:
+    os.utime(path / WEIGHTS_FILE)
+
+
+def rewrite(path: Path) -> None:
+    """The same bytes in new files, as a checkout or an rsync without times leaves them."""
+    for file in list(path.iterdir()):
+        file.with_suffix(".new").write_bytes(file.read_bytes())
+        file.with_suffix(".new").replace(file)
+
+
+HARMLESS: dict[str, Callable[[Path], object]] = {
+    "a hard link made": lambda path: os.link(path / WEIGHTS_FILE, path.parent.parent / "link"),
+    "touched": touch,
+    "mode changed": lambda path: (path / WEIGHTS_FILE).chmod(0o640),
+    "rewritten": rewrite,
+    "a file more": lambda path: (path / "README.md").write_text("a card"),
+    "a checkpoint more": lambda path: (path / "checkpoint-500").mkdir(),
+}
+
+
+@pytest.mark.parametrize("change", HARMLESS.values(), ids=HARMLESS)
+async def test_a_change_of_nothing_but_times_disturbs_no_request(
+    tmp_path: Path, change: Callable[[Path], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hard link to a served file moves its ctime: an intact adapter that was not in memory was a 404 until the next
+    look, ten seconds a request. No look is taken here at all."""
+    monkeypatch.setattr(leasing_module, "PATIENCE", 0.0)
+    shelf = Shelf(tmp_path, room=1)
+    path = make(shelf.first, "a")
+    make(shelf.first, "b", lora_alpha=16)
+    await shelf.watcher.scan()
+    label = await shelf.use("a")
+    await shelf.use("b")
+    change(path)
+    for _ in range(3):
+        assert await shelf.use("a") == label
+        await shelf.use("b")
+    assert len(shelf.loaded) == 8
+    await shelf.watcher.scan()
+    assert await shelf.use("a") == label
+
+
+async def test_a_folder_renamed_away_and_back_within_the_grace_fails_no_request(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path, room=1, grace=60)
+    path = make(shelf.first, "a")
+    make(shelf.first, "b", lora_alpha=16)
+    await shelf.watcher.scan()
+    label = await shelf.use("a")
+    await shelf.use("b")
+    path.rename(shelf.first / ".aside")
+    await shelf.watcher.scan()
+    waiting = asyncio.ensure_future(shelf.use("a"))
+    await asyncio.sleep(0.15)
+    (shelf.first / ".aside").rename(path)
+    assert await waiting == label
+
+
+async def test_a_stalled_look_makes_no_adapter_wait_for_twenty_times_its_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A disk that stalled for seconds during a look kept what changed meanwhile out for minutes where the system tells
+    of no events: a 404 after ten seconds each time, and no line in the log."""
+    look = AdapterWatcher._look
+    stalled: list[float] = []
+
+    async def deaf(self: AdapterWatcher) -> None:
+        return
+
+    def stall_once(self: AdapterWatcher, *arguments: Any) -> dict[str, Found]:
+        found = look(self, *arguments)
+        if shelf.names and not stalled:
+            time.sleep(0.3)
+            os.link(path / WEIGHTS_FILE, tmp_path / "link")
+            stalled.append(time.monotonic())
+        return found
+
+    monkeypatch.setattr(AdapterWatcher, "_listen", deaf)
+    monkeypatch.setattr(AdapterWatcher, "_look", stall_once)
+    caplog.set_level(logging.INFO)
+    shelf = Shelf(tmp_path, settle=0.1)
+    path = make(shelf.first, "a")
+    await shelf.watcher.start()
+    watching = asyncio.create_task(shelf.watcher.run())
+    try:
+        while not stalled:
+            await asyncio.sleep(0.01)
+        assert (await asyncio.wait_for(shelf.use("a"), 2)).startswith("a@")
+    finally:
+        watching.cancel()
+    assert "adapter a: its folder changed since it was read, so it is looked at again" in caplog.messages
+
+
+async def test_who_asks_while_a_changed_folder_is_still_to_be_read_is_told_to_come_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leasing_module, "PATIENCE", 0.0)
+    shelf = Shelf(tmp_path)
+    path = make(shelf.first, "a")
+    await shelf.watcher.scan()
+    before = await shelf.version("a")
+    write(path, config=CONFIG | {"lora_alpha": 16})
+    with pytest.raises(AdapterPending) as caught:
+        await shelf.use("a")
+    reply = reply_to(caught.value, request_id="r")
+    assert (reply.status, reply.headers["Retry-After"]) == (503, "1")
+    assert reply.body["error"]["code"] == "adapter_pending"
+    await shelf.watcher.scan()
+    assert await shelf.use("a") != f"a@{before[:12]}"
+
+
+async def test_a_version_is_not_read_again_for_every_request_while_its_folder_holds_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal sizes look like equal content: only reading tells, and once is enough."""
+    monkeypatch.setattr(leasing_module, "PATIENCE", 0.0)
+    shelf = Shelf(tmp_path)
+    path = make(shelf.first, "a", lora_alpha=16)
+    await shelf.watcher.scan()
+    await shelf.version("a")
+    read, reads = shelf.reader._read, Counter[str]()
+
+    def count(path: Path, name: str) -> Manifest:
+        reads[name] += 1
+        return read(path, name)
+
+    monkeypatch.setattr(shelf.reader, "_read", count)
+    write(path, config=CONFIG | {"lora_alpha": 61})
+    for _ in range(3):
+        with pytest.raises(AdapterPending):
+            await shelf.use("a")
+    assert reads["a"] == 1
