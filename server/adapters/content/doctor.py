@@ -35,12 +35,13 @@ from server.adapters.content.manifest import (
     parse_json,
     parse_optional,
     read_manifest,
+    weights_header,
 )
 from server.adapters.content.manners import AdapterDefaults
 from server.adapters.content.opening import PermissionDenied, open_folder
 from server.adapters.content.peft_config import FIELDS, READ, LoRAConfig, parse_peft_config
 from server.adapters.content.plan import LowRank, Plan, PlanError, make_plan
-from server.adapters.content.safetensors import TensorEntry, read_header
+from server.adapters.content.safetensors import TensorEntry
 from server.adapters.content.sidecar import Sidecar, parse_sidecar
 from server.errors import AdapterRejected
 
@@ -181,8 +182,8 @@ def _field_problem(name: str, value: Any) -> str | None:
 def _judge_weights(found: Examination, data: bytes, base: BaseSignature, limits: Limits) -> None:
     """The container, the values, and, where the config says what they mean, the tensors."""
     entries: Mapping[str, TensorEntry] = {}
-    with found.noting(f"{WEIGHTS_FILE}: "):
-        entries = read_header(data)
+    with found.noting():
+        entries = weights_header(data, len(data))
     with found.noting():
         check_values(data, {name: entry for name, entry in entries.items() if entry.dtype in EXPONENTS})
     if not entries or found.config is None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from server.adapters.content.file_kinds import what_is_missing
 from server.adapters.content.opening import PermissionDenied, open_file, open_folder
 from server.adapters.content.safetensors import MAX_HEADER_BYTES
 
@@ -72,7 +73,7 @@ def read_files(path: Path, *, max_bytes: int, whole: bool = True) -> AdapterFile
         weights = read_file_at(folder, WEIGHTS_FILE, max_bytes, header_only=not whole)
         others, unread = _read_others(folder)
         if config is None or weights is None:
-            raise ValueError(_what_is_missing(set(os.listdir(folder))))
+            raise ValueError(what_is_missing(folder, config=CONFIG_FILE, weights=WEIGHTS_FILE))
         created = int(os.fstat(folder).st_mtime)
     finally:
         os.close(folder)
@@ -122,18 +123,6 @@ def read_file_at(folder: int, name: str, limit: int, *, header_only: bool = Fals
             data += file.read(min(int.from_bytes(data, "little"), MAX_HEADER_BYTES))
             return data, max(size, len(data))
         return data, len(data)
-
-
-def _what_is_missing(names: set[str]) -> str:
-    if WEIGHTS_FILE not in names and any(name.endswith((".bin", ".pt", ".pth", ".pkl")) for name in names):
-        return (
-            f"{WEIGHTS_FILE} is missing and the weights are a pickle, which can run code when opened; load the adapter "
-            "with PEFT where you trust it and save it again: save_pretrained writes safetensors"
-        )
-    missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if name not in names]
-    return (
-        f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing: copy PEFT's two files into the folder"
-    )
 
 
 Signature = tuple[tuple[str, int, int, int, int], ...]

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from server.adapters.content.file_kinds import kind_of_bytes
 from server.adapters.content.folder import (
     CONFIG_FILE,
     GENERATION_FILE,
@@ -140,10 +141,7 @@ def _judge(path: Path, base: BaseSignature, limits: Limits, name: str, files: Ad
     sidecar = parse_optional(files, SIDECAR_FILE, parse_sidecar)
     check_sidecar(sidecar, base)
     defaults = manners_of(files, sidecar, base, limits)
-    try:
-        entries = read_header(files.weights, files.weights_size)
-    except ValueError as error:
-        raise ValueError(f"{WEIGHTS_FILE}: {error}") from None
+    entries = weights_header(files.weights, files.weights_size)
     plan = make_plan(entries, config, base, max_rank=limits.max_rank)
     if limits.max_memory is not None and plan.num_bytes > limits.max_memory:
         raise ValueError(
@@ -153,12 +151,20 @@ def _judge(path: Path, base: BaseSignature, limits: Limits, name: str, files: Ad
     return Listing(name, path, config, sidecar, defaults, plan, files.created, files.unread)
 
 
+def weights_header(data: bytes, size: int) -> Mapping[str, TensorEntry]:
+    """The weights file's tensors. Raises ``ValueError`` that names the file, and what it is where it is another one."""
+    try:
+        return read_header(data, size)
+    except ValueError as error:
+        raise ValueError(kind_of_bytes(WEIGHTS_FILE, data) or f"{WEIGHTS_FILE}: {error}") from None
+
+
 def parse_json(data: bytes, name: str) -> Any:
-    """A file's JSON. Raises ``ValueError`` that names the file."""
+    """A file's JSON. Raises ``ValueError`` that names the file, and what it is where it is another one."""
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name} is not valid JSON: {error}") from None
+        raise ValueError(kind_of_bytes(name, data) or f"{name} is not valid JSON: {error}") from None
 
 
 def parse_optional(files: AdapterFiles, name: str, parse: Callable[[Any], Any]) -> Any:

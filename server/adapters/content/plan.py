@@ -25,6 +25,7 @@ __all__ = [
 ]  # fmt: skip
 
 _OLD_EXPERT = re.compile(r"\.experts\.\d+\.")
+_FACTOR = re.compile(r"\.lora_[AB]\.(?:[^.]+\.)?weight$")
 _FLOATS = ("F32", "F16", "BF16")
 
 
@@ -74,6 +75,8 @@ class PlanError(ValueError):
 def make_plan(entries: Mapping[str, TensorEntry], config: LoRAConfig, base: BaseSignature, *, max_rank: int) -> Plan:
     """The plan of a weights file. Raises ``PlanError`` with all that is wrong."""
     names = ModuleNames({*base.modules, *base.others})
+    if pieces := _pieces(entries):
+        raise PlanError([pieces])
     tensors_of = sort_tensors(entries, names, config.modules_to_save)
     found, config = tensors_of.modules, replace(config, trained_names=tensors_of.trained_names)
     problems = [*_tensor_problems(entries, tensors_of), *_module_problems(found, names, base)]
@@ -89,6 +92,21 @@ def make_plan(entries: Mapping[str, TensorEntry], config: LoRAConfig, base: Base
     if problems:
         raise PlanError(problems)
     return Plan(_tie(parts, found, base), tensors_of.plain, tensors_of.trained_names)
+
+
+def _pieces(entries: Mapping[str, TensorEntry]) -> str | None:
+    """What a run on several devices saved where it did not gather its tensors first."""
+    if empty := [name for name, entry in entries.items() if 0 in entry.shape]:
+        return (
+            f"{len(empty)} of its tensors are empty ({first(empty)}): DeepSpeed ZeRO-3 saved them without gathering; "
+            "set stage3_gather_16bit_weights_on_model_save, or run zero_to_fp32.py on the checkpoint"
+        )
+    if flat := [name for name, entry in entries.items() if _FACTOR.search(name) and len(entry.shape) == 1]:
+        return (
+            f"its tensors are flat ({first(flat)}), the pieces of FSDP: save it with a full state dict "
+            "(fsdp_state_dict_type FULL_STATE_DICT)"
+        )
+    return None
 
 
 def _tensor_problems(entries: Mapping[str, TensorEntry], tensors_of: SortedTensors) -> Iterator[str]:

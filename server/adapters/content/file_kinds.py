@@ -1,0 +1,128 @@
+"""What lies in a folder that is not PEFT's two files, told by names and first bytes, and what to do about it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+
+_CONVERT = "convert it: quickchange adapters convert FOLDER"
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+_STATE_OF_A_RUN = re.compile(r"(?:training_args|optimizer|scheduler|scaler|rng_state|trainer_state).*")
+"""Files that a trainer writes beside an adapter and that hold no weights of it."""
+
+_BY_NAME: tuple[tuple[re.Pattern[str], str], ...] = (
+    (
+        re.compile(r"adapter_model-\d+-of-\d+\.safetensors|adapter_model\.safetensors\.index\.json"),
+        "the adapter is in shards ({0}): load their tensors with safetensors and save them as one "
+        "adapter_model.safetensors",
+    ),
+    (re.compile(r"(?:\d+_)?adapters\.safetensors"), f"{{0}} is an adapter of mlx-lm: {_CONVERT}"),
+    (re.compile(r".+\.gguf"), f"{{0}} is no file of PEFT's: if it is a LoRA in GGUF, {_CONVERT}"),
+    (
+        re.compile(r"pytorch_lora_weights\.safetensors"),
+        "{0} is a LoRA of diffusers, for a model that makes images: it has no place in a language model",
+    ),
+    (
+        re.compile(r"model(?:-\d+-of-\d+)?\.safetensors(?:\.index\.json)?|pytorch_model.*\.bin|consolidated.*"),
+        "{0} is a whole model, not an adapter: serve it with --base-model, or save the adapter before it is merged",
+    ),
+    (
+        re.compile(r"zero_to_fp32\.py|global_step\d+"),
+        "it is a checkpoint of DeepSpeed ({0}): run zero_to_fp32.py, or save with "
+        "stage3_gather_16bit_weights_on_model_save, and put PEFT's two files here",
+    ),
+    (
+        re.compile(r".+\.(?:incomplete|part|crdownload|aria2)"),
+        "{0} is a download that is not finished: download it again",
+    ),
+)
+"""Names of files, in the order in which they decide, and what is to be said of a folder that has them."""
+
+_BY_BYTES: tuple[tuple[re.Pattern[bytes], str], ...] = (
+    (
+        re.compile(rb"version https://git-lfs\."),
+        "a git-lfs pointer in place of the file: run git lfs pull where it was cloned, and copy it again",
+    ),
+    (
+        re.compile(rb"[./]*(?:\.git)?/annex/objects/"),
+        "a git-annex pointer in place of the file: run git annex get where it was cloned, and copy it again",
+    ),
+    (
+        re.compile(rb"(?i)\s*<(?:!doctype html|html|\?xml)"),
+        "a web page in place of the file: download it again (a login or a licence may be asked for)",
+    ),
+    (
+        re.compile(rb"(?:Entry|Repository) not found|Access to model|Invalid username or password"),
+        "a hub's error message in place of the file: download it again (a login or a licence may be asked for)",
+    ),
+    (re.compile(rb"GGUF"), f"in GGUF, not safetensors: give it a name in .gguf and {_CONVERT}"),
+    (
+        re.compile(rb"PK\x03\x04|\x80[\x02-\x05]"),
+        "a pickle of torch.save, which can run code when opened, under another name: load it where you trust it and "
+        "save it again as safetensors",
+    ),
+    (re.compile(rb"\x1f\x8b|\x28\xb5\x2f\xfd|BZh|\xfd7zXZ"), "a compressed archive: unpack it"),
+)
+
+
+def kind_of_bytes(name: str, data: bytes) -> str | None:
+    """A sentence on a file that is something else than its name says; None where its first bytes do not tell."""
+    start = data[:512]
+    return next((f"{name}: it is {said}" for form, said in _BY_BYTES if form.match(start)), None)
+
+
+def what_is_missing(folder: int, *, config: str, weights: str) -> str:
+    """A sentence on a folder, given by its descriptor, that has not both of PEFT's files."""
+    names, nested = _look(folder, config)
+    missing = [name for name in (config, weights) if name not in names]
+    if weights in missing:
+        if nested:
+            return f"the adapter is in a folder inside ({nested[0]}): put that one right into the adapter folder"
+        if (known := _by_name(names)) is not None:
+            return known
+        if any(name.endswith(_PICKLES) and not _STATE_OF_A_RUN.fullmatch(name) for name in names):
+            return (
+                f"{weights} is missing and the weights are a pickle, which can run code when opened; load the "
+                "adapter with PEFT where you trust it and save it again: save_pretrained writes safetensors"
+            )
+    verb = "is" if len(missing) == 1 else "are"
+    return f"{' and '.join(missing)} {verb} missing: copy PEFT's two files into the folder"
+
+
+def _by_name(names: Sequence[str]) -> str | None:
+    for form, said in _BY_NAME:
+        if found := [name for name in names if form.fullmatch(name)]:
+            return said.format(_shown(found[0]))
+    return None
+
+
+def _look(folder: int, config: str) -> tuple[list[str], list[str]]:
+    """The names in a folder, and of its folders those that hold an adapter, the newest checkpoint first."""
+    with os.scandir(folder) as entries:
+        listed = list(entries)
+    names = sorted(entry.name for entry in listed)
+    nested = [
+        entry.name
+        for entry in listed
+        if entry.is_dir(follow_symlinks=False) and _holds(folder, f"{entry.name}/{config}")
+    ]
+    return names, [_shown(name) for name in sorted(nested, key=_number, reverse=True)]
+
+
+def _holds(folder: int, path: str) -> bool:
+    try:
+        os.stat(path, dir_fd=folder, follow_symlinks=False)
+    except OSError:
+        return False
+    return True
+
+
+def _number(name: str) -> tuple[int, str]:
+    digits = re.search(r"(\d{1,18})$", name)
+    return (int(digits[1]) if digits else -1, name)
+
+
+def _shown(name: str) -> str:
+    """A stranger's file name, short and in characters that a line can hold."""
+    return "".join(char if char.isprintable() else "?" for char in name[:80])
