@@ -221,7 +221,7 @@ def library(*adapters: Adapter) -> AdapterLibrary:
     metrics, registry = Metrics(), AdapterRegistry()
     for each in adapters:
         config = LoRAConfig(r=8, alpha=8)
-        listing = Listing(each.name, each.path, config, None, each.defaults, Plan({}), each.created, {})
+        listing = Listing(each.name, each.path, config, None, each.defaults, Plan({}), each.created, {}, "shapes")
         registry.publish(each, listing, ())
     reader = cast(AdapterReader, FakeReader(registry))
     residency = Residency(1_000_000, unload=lambda digest: None, is_wanted=registry.is_wanted)

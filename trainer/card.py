@@ -66,7 +66,7 @@ def _facts(config: TrainConfig, sidecar: Sidecar) -> str:
     training, metrics = sidecar.training, sidecar.metrics
     assert training is not None and metrics is not None, "a sidecar of ours has both"
     rows = [
-        ("base", f"{sidecar.base.name} (`{sidecar.base.fingerprint[:19]}`)"),
+        ("base", f"{sidecar.base.name} (`{sidecar.base.fingerprint_v2 or sidecar.base.fingerprint:.19}`)"),
         ("LoRA", f"rank {config.lora.r}, alpha {config.lora.alpha:g}, {_targets(config)}"),
         ("data", f"{training.num_examples} examples (`{training.data_digest[:19]}`)"),
         (

@@ -85,12 +85,13 @@ def _sidecar(config: TrainConfig, base: Base, dataset: Dataset, history: History
     sampling = config.sampling.model_copy(deep=True)
     said: dict[str, Any] = {
         "system_prompt": config.system_prompt,
+        "end_tokens": [str(base.tokenizer.eos_token)],
         "stop": config.stop,
         "sampling": sampling if sampling.model_dump(exclude_none=True) else None,
     }
     return Sidecar(
-        schema_version=1,
-        base=BaseReference(name=base.name, fingerprint=base.fingerprint),
+        schema_version=2,
+        base=BaseReference(name=base.name, fingerprint=base.fingerprint, fingerprint_v2=base.fingerprint_v2),
         created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         training=TrainingRecord(
             data_digest=dataset.digest,

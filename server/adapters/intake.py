@@ -64,7 +64,14 @@ class Intake:
             self.registry.publish(Adapter.of(listing, **digests), listing, signature)
         self._report()
         self.arrived(entry)
-        logger.log(self.level, "adapter %s: %d modules of rank %d", name, len(listing.plan.modules), listing.plan.rank)
+        logger.log(
+            self.level,
+            "adapter %s: %d modules of rank %d, base checked by %s",
+            name,
+            len(listing.plan.modules),
+            listing.plan.rank,
+            listing.base_check,
+        )
         _tell_unread(listing)
         return True
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from server.adapters.content.folder import Signature
 from server.adapters.content.manifest import Listing, Manifest
 from server.adapters.content.manners import AdapterDefaults
+from server.adapters.content.sidecar import BaseCheck
 from server.adapters.versions import Pin
 from server.errors import ModelNotFound
 
@@ -30,7 +31,7 @@ class Adapter:
     path: Path
     defaults: AdapterDefaults
     composable: bool = True
-    fingerprinted: bool = False
+    base_check: BaseCheck = "shapes"
 
     @classmethod
     def of(cls, listing: Listing, *, weights_digest: str, version_digest: str) -> Adapter:
@@ -46,7 +47,7 @@ class Adapter:
             path=listing.path,
             defaults=listing.defaults,
             composable=listing.plan.composable,
-            fingerprinted=listing.sidecar is not None,
+            base_check=listing.base_check,
         )
 
     @classmethod

@@ -24,7 +24,13 @@ async def create_chat_completion(body: ChatRequest, http: Request, state: State)
 
     def render(defaults: AdapterDefaults) -> list[list[int]]:
         messages = [message.model_dump(exclude_none=True) for message in body.messages]
-        return [state.prompts.chat(led_by(defaults.system_prompt, messages), template=defaults.chat_template)]
+        return [
+            state.prompts.chat(
+                led_by(defaults.system_prompt, messages),
+                template=defaults.chat_template,
+                variables=defaults.chat_template_kwargs,
+            )
+        ]
 
     scope = scope_of(http.headers.get("authorization"), body.cache_salt)
     generation = Generation(state, body, render, "messages", http.state.request_id, scope)

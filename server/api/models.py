@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter
 
 from server.adapters.content.manners import AdapterDefaults
+from server.adapters.content.sidecar import Sidecar
 from server.adapters.registry import DIGITS, Adapter, Entry
 from server.api.state import ServerState, State
 from server.errors import ModelNotFound
@@ -49,8 +50,14 @@ def _base(state: ServerState) -> dict[str, Any]:
 
 def _adapter(entry: Entry, state: ServerState) -> dict[str, Any]:
     known = _model(entry.name, created=entry.listing.created, root=entry.listing.path.name, parent=state.base_name)
-    served = entry.served
-    return known | {"digest": None if served is None else served.version_digest, "state": state_of(served, state)}
+    served, sidecar = entry.served, entry.listing.sidecar
+    verdict = None if sidecar is None else sidecar.verdict
+    return known | {
+        "digest": None if served is None else served.version_digest,
+        "state": state_of(served, state),
+        "base_check": entry.listing.base_check,
+        "verdict": None if verdict is None else verdict.status,
+    }
 
 
 def _alias(name: str, state: ServerState) -> dict[str, Any] | None:
@@ -77,10 +84,15 @@ def _details(entry: Entry, state: ServerState) -> dict[str, Any]:
         "num_bytes": listing.plan.num_bytes,
         "delta_norm": None if digest is None else state.adapters.delta_norm(digest),
         "leases": 0 if digest is None else residency.num_leases(digest),
-        "base_check": "shapes" if listing.sidecar is None else "fingerprint",
         "composable": listing.plan.composable,
+        "checks": _checks(listing.sidecar),
         "defaults": _said(listing.defaults),
     }
+
+
+def _checks(sidecar: Sidecar | None) -> dict[str, Any]:
+    """What the trainer's verdict rests on."""
+    return {} if sidecar is None or sidecar.verdict is None else sidecar.verdict.model_dump()["checks"]
 
 
 def _said(defaults: AdapterDefaults) -> dict[str, Any]:

@@ -19,7 +19,7 @@ def overlay(defaults: AdapterDefaults, below: AdapterDefaults) -> AdapterDefault
     """``defaults``, and ``below`` where they say nothing; what ends an answer of both."""
     chosen = {item.name: getattr(defaults, item.name) for item in fields(AdapterDefaults)}
     filled = {name: getattr(below, name) if value is None else value for name, value in chosen.items()}
-    ends = {"stop": (*defaults.stop, *below.stop), "eos": (*defaults.eos, *below.eos)}
+    ends = {name: (*getattr(defaults, name), *getattr(below, name)) for name in ("stop", "end_tokens", "eos")}
     return AdapterDefaults(**{**filled, **ends})
 
 
@@ -46,7 +46,7 @@ def end_ids(defaults: AdapterDefaults, stop: Iterable[str], prompts: PromptRende
     A special token has no text in an answer, so that as a stop string it would never be seen.
     """
     texts = [*stop, *[token for token in defaults.eos if isinstance(token, str)]]
-    ids = [prompts.token_id(text) for text in texts]
+    ids = [prompts.token_id(text) for text in texts] + [prompts.end_token_id(token) for token in defaults.end_tokens]
     numbers = [token for token in defaults.eos if isinstance(token, int) and token < prompts.vocab_size]
     return frozenset([*numbers, *[one for one in ids if one is not None]])
 

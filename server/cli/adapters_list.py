@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from server.adapters.aliases import ALIASES_FILE, Alias, parse_aliases
 from server.adapters.content.folder import UNREAD_FILES
+from server.adapters.content.manifest import Manifest
 from server.adapters.content.words import first
 from server.adapters.names import parse_model
 from server.adapters.registry import DIGITS, Adapter
@@ -78,10 +79,18 @@ def _print_folder(examiner: Examiner, path: Path) -> str | None:
         return None
     adapter = Adapter.read(found.manifest)
     size = f"rank {adapter.rank}, {len(adapter.modules)} modules, {adapter.num_bytes / 1e6:.1f} MB"
-    say(f"{adapter.label}: {size}, {path}")
+    say(f"{adapter.label}: {size}{_checked(found.manifest)}, {path}")
     for file, reason in found.manifest.unread.items():
         say(f"    served without its {file} ({UNREAD_FILES[file]}): {reason}")
     return adapter.version_digest
+
+
+def _checked(manifest: Manifest) -> str:
+    """How its base was checked, and its trainer's verdict, where a sidecar tells."""
+    if manifest.sidecar is None:
+        return ""
+    verdict = manifest.sidecar.verdict
+    return f", base by {manifest.base_check}" + ("" if verdict is None else f", verdict {verdict.status}")
 
 
 def _print_state(store: VersionStore, name: str, pin: Pin, current: str | None) -> bool:

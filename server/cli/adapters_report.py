@@ -23,6 +23,7 @@ from server.adapters.content.folder import (
 from server.adapters.content.manners import AdapterDefaults
 from server.adapters.content.module_plan import LowRank
 from server.adapters.content.plan import Plan
+from server.adapters.content.sidecar import SidecarVerdict, base_check
 from server.adapters.content.signature import BaseSignature
 
 Row = tuple[str, str]
@@ -46,9 +47,13 @@ def report(
     if found.plan is not None:
         yield from _modules(found.plan, base)
     yield "base", _base(found, base)
+    if found.manifest is not None:
+        yield "base check", f"by {found.manifest.base_check}"
     if found.defaults is not None:
         yield from _manners(found.defaults)
         yield "template", _template(found, base_template, trusting=trusting)
+    if found.sidecar is not None and found.sidecar.verdict is not None:
+        yield from _verdict(found.sidecar.verdict)
     if found.plan is not None:
         yield "memory", f"{_size(found.plan.num_bytes)} at most"
     if delta_norm is not None:
@@ -111,24 +116,34 @@ def _modules(plan: Plan, base: BaseSignature) -> Iterator[Row]:
 
 
 def _base(found: Examination, base: BaseSignature) -> str:
-    ours = f"{base.name} ({base.fingerprint[:19]})"
-    if found.sidecar is None:
+    theirs = None if found.sidecar is None else found.sidecar.base
+    ours = f"{base.name} ({base.fingerprint_of(2 if theirs is None or theirs.fingerprint_v2 else 1)[:19]})"
+    if theirs is None:
         fits = "" if found.plan is None else ", whose shapes it fits"
         named = found.said.get("base_model_name_or_path")
         return f"{ours}{fits}" + (f"; PEFT's config says it was trained on {_short(named)}" if named else "")
-    if found.sidecar.base.fingerprint == base.fingerprint:
+    with contextlib.suppress(ValueError):
+        base_check(found.sidecar, base)
         return f"{ours}, the very one it was trained on"
-    return f"{ours}; it was trained on {found.sidecar.base.name} ({found.sidecar.base.fingerprint[:19]})"
+    return f"{ours}; it was trained on {theirs.name} ({theirs.best_fingerprint[:19]})"
+
+
+def _verdict(verdict: SidecarVerdict) -> Iterator[Row]:
+    """What its trainer found, and the checks that it did not pass."""
+    others = [f"{name} {check.status}" for name, check in verdict.checks.items() if check.status != "pass"]
+    yield "verdict", ", ".join([verdict.status, *others])
 
 
 def _manners(defaults: AdapterDefaults) -> Iterator[Row]:
     if (prompt := defaults.system_prompt) is not None:
         yield "prompt", f"{len(prompt)} characters: {_quoted(prompt)}"
-    if defaults.stop or defaults.eos:
-        yield "stop", ", ".join(_quoted(one) for one in (*defaults.stop, *defaults.eos))
+    if defaults.stop or defaults.end_tokens or defaults.eos:
+        yield "stop", ", ".join(_quoted(one) for one in (*defaults.stop, *defaults.end_tokens, *defaults.eos))
     names = ("temperature", "top_p", "top_k", "min_p", "max_tokens")
     if sampling := [f"{name} {value}" for name in names if (value := getattr(defaults, name)) is not None]:
         yield "sampling", ", ".join(sampling)
+    if variables := defaults.chat_template_kwargs:
+        yield "variables", ", ".join(f"{name} {_quoted(value)}" for name, value in variables.items())
 
 
 def _template(found: Examination, base_template: str | None, *, trusting: bool) -> str:

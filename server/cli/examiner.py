@@ -58,5 +58,5 @@ class Examiner:
             return found, None
 
     def _judge_manners(self, defaults: AdapterDefaults) -> None:
-        if defaults.chat_template is not None:
-            self.prompts.check_template(defaults.chat_template)
+        self.prompts.check_end_tokens(defaults.end_tokens)
+        self.prompts.check_template(defaults.chat_template, defaults.chat_template_kwargs)

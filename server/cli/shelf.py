@@ -39,8 +39,8 @@ def build_shelf(
     registry = AdapterRegistry(keep=settings.keep_versions, retain=store is None)
 
     def judge_manners(defaults: AdapterDefaults) -> None:
-        if defaults.chat_template is not None:
-            prompts.check_template(defaults.chat_template)
+        prompts.check_end_tokens(defaults.end_tokens)
+        prompts.check_template(defaults.chat_template, defaults.chat_template_kwargs)
 
     async def load(manifest: Manifest) -> float:
         weights = await reader.run(runner.prepare, manifest)

@@ -33,7 +33,7 @@ from server.model.admission import admit
 from server.model.attention import FlatAttention, Layout
 from server.model.base_folder import find_base, num_weight_bytes, weight_files
 from server.model.device import choose_device, choose_dtype, choose_float_dtype, choose_kv_dtype
-from server.model.fingerprint import base_fingerprint
+from server.model.fingerprint import base_fingerprint, base_fingerprint_v2
 from server.model.kv_cache import KVLayout, LayerShape, Span, longest_within
 from server.model.quantizer import Quantized, quantizing
 from server.model.quick_layers import quicken_all
@@ -98,7 +98,7 @@ def load_base(
     place = choose_device(device)
     kernel = _kernel(quantization, place)
     compiling = _start_compiling() if _is_native(kernel) else None
-    fingerprint = base_fingerprint(folder)
+    fingerprint, fingerprint_v2 = base_fingerprint(folder), base_fingerprint_v2(folder)
     # for integers the stock weights stay in the format of their file, and there: they are read from it one by one
     model = load_stock(folder, "auto" if kernel else choose_dtype(dtype, place, num_weight_bytes(folder)))
     tokenizer = _load_tokenizer(folder)
@@ -126,7 +126,7 @@ def load_base(
         tokenizer,
         attention,
         shapes,
-        replace(signature_of(name, fingerprint, noted), chat_template=template),
+        replace(signature_of(name, fingerprint, noted), fingerprint_v2=fingerprint_v2, chat_template=template),
         length,
         _eos_ids(model, tokenizer),
         kv_dtype,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -45,15 +45,34 @@ class PromptRenderer:
         found = self._tokenizer.added_tokens_encoder.get(text)
         return found if found in self._special_ids else None
 
-    def check_template(self, template: str) -> None:
+    def end_token_id(self, token: str | int) -> int | None:
+        """The id of a token that ends a turn, by its text or as it is; None where the base has no such token."""
+        if isinstance(token, int):
+            return token if token < self._vocab_size else None
+        found = self._tokenizer.convert_tokens_to_ids(token)  # of an unknown text it is None or the unknown token's
+        return found if isinstance(found, int) and self._tokenizer.convert_ids_to_tokens(found) == token else None
+
+    def check_end_tokens(self, tokens: Iterable[str | int]) -> None:
+        """Raises ``ValueError`` where one is no token of the base: answers would never end at it."""
+        for token in tokens:
+            if self.end_token_id(token) is None:
+                raise ValueError(
+                    f"end_tokens in quickchange.json names {token!r}, which is no token of the base and no id below "
+                    f"{self._vocab_size}: name the token that ends a turn"
+                )
+
+    def check_template(self, template: str | None, variables: Mapping[str, Any] | None = None) -> None:
         """Raises ``ValueError`` where a chat template is wrong, or does not render the simplest conversation.
 
-        A power of large numbers is one call into C that no deadline ends, and that stops every other thread.
+        None is the base's own, which is tried with an adapter's ``variables``. A power of large numbers is one call
+        into C that no deadline ends, and that stops every other thread.
         """
-        if "**" in _operators(template):
+        if template is None and not variables:
+            return
+        if "**" in _operators(template or ""):
             raise ValueError("its chat template uses '**', which is not allowed: write the number or the names out")
         try:
-            self.chat([{"role": "user", "content": "Hello"}], template=template)
+            self.chat([{"role": "user", "content": "Hello"}], template=template, variables=variables)
         except InvalidRequest as error:
             raise ValueError(f"its chat template does not work: {error}") from None
 
@@ -63,10 +82,12 @@ class PromptRenderer:
         *,
         tools: Sequence[dict[str, Any]] | None = None,
         template: str | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Prompt ids of a conversation, up to where the assistant's answer begins, by the base's template or another.
 
-        What looks like a special token inside a message stays text: only the template writes special tokens.
+        ``variables`` are at hand in the template by their names. What looks like a special token inside a message or a
+        variable stays text: only the template writes special tokens.
         Raises ``InvalidRequest`` with the template's words where the template refuses the conversation.
         """
         chosen = template or self._tokenizer.chat_template
@@ -74,6 +95,7 @@ class PromptRenderer:
             raise InvalidRequest("The base model has no chat template: use /v1/completions.", param="messages")
         plain = [_plain(message, knows_developer="developer" in str(chosen)) for message in messages]
         how: dict[str, Any] = {
+            **(variables or {}),
             "tools": list(tools) if tools else None,
             "add_generation_prompt": True,
             "return_dict": False,

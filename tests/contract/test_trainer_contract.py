@@ -15,8 +15,8 @@ import pytest
 from pydantic import ValidationError
 from transformers import AutoTokenizer
 
-from trainer.base import base_fingerprint
 from trainer.conversations import with_system_prompt
+from trainer.fingerprint import base_fingerprint
 from trainer.generate import prompt_ids
 from trainer.masking import encode_conversation
 from trainer.sidecar import Sidecar

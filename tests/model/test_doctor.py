@@ -87,6 +87,7 @@ def test_a_demo_adapter_is_served_and_answers_as_under_peft(capsys: pytest.Captu
         "  modules      42 of the base's ",
         "q_proj 6",
         "), the very one it was trained on\n",
+        "  base check   by fingerprint\n",
         "  sampling     temperature 0.0, max_tokens 64\n",
         "  template     the base's\n",
         " bytes at most\n",

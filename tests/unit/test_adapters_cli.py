@@ -16,6 +16,7 @@ import torch
 from server.__main__ import main
 from server.adapters.versions import Pin, VersionStore
 from server.cli.adapters import COMMANDS
+from server.model.fingerprint import base_fingerprint_v2
 from tests.adapter_folders import Shelf, make, tensors, write
 from tests.serving import ROOT
 from tests.tiny_models import build_tiny_base
@@ -247,9 +248,16 @@ def test_the_list_has_folders_pins_kept_versions_and_aliases(
 def test_a_list_without_faults_ends_well(
     tmp_path: Path, base: Path, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    put(tmp_path / "adapters", "good")
+    path = put(tmp_path / "adapters", "good")
+    signed = put(tmp_path / "adapters", "signed")
+    said = {"name": "tiny", "fingerprint_v2": base_fingerprint_v2(base)}
+    sidecar = {"schema_version": 2, "base": said, "created": "2026-01-01T00:00:00Z", "verdict": {"status": "fail"}}
+    (signed / "quickchange.json").write_text(json.dumps(sidecar))
     settings = ["--base-model", str(base), "--threads", "1", "--adapters-dir", str(tmp_path / "adapters")]
     assert run("list", *settings) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith(f": rank 2, 1 modules, 0.0 MB, {path}")
+    assert lines[1].endswith(f": rank 2, 1 modules, 0.0 MB, base by fingerprint_v2, verdict fail, {signed}")
     (tmp_path / "adapters/aliases.toml").write_text("good = 3")
     assert run("list", *settings) == 1
     assert "aliases.toml: NOT USED: " in capsys.readouterr().out

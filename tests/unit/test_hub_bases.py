@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub.utils._paths import filter_repo_objects
 
 import server.model.base_folder
-import trainer.base
+import trainer.base_files
 from server.errors import BaseModelNotFound, BaseModelRefused
 from server.model.base_folder import num_weight_bytes
 from trainer.errors import BaseModelError
@@ -82,7 +82,7 @@ def by_server(base_model: str) -> Path:
 
 
 def by_trainer(base_model: str) -> Path:
-    return trainer.base.find_base(base_model)[1]
+    return trainer.base_files.find_base(base_model)[1]
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def make_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Seque
     def make(files: Sequence[str]) -> FakeHub:
         hub = FakeHub(tmp_path, files)
         monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
-        monkeypatch.setattr(trainer.base, "snapshot_download", hub)
+        monkeypatch.setattr(trainer.base_files, "snapshot_download", hub)
         return hub
 
     return make

@@ -16,9 +16,10 @@ from tests.tiny_models import build_tiny_base
 from trainer import publish as publish_module
 from trainer import run as run_module
 from trainer.__main__ import main
-from trainer.base import base_fingerprint
+from trainer.fingerprint import base_fingerprint, base_fingerprint_v2
 from trainer.generate import cut_at_stop
 from trainer.loss import full_logits
+from trainer.micro.tokenizer import END
 
 SCHEMA = Path(__file__).parents[1] / "contract" / "sidecar.schema.json"
 PUBLISHED = {"README.md", "adapter_config.json", "adapter_model.safetensors", "loss.png", "quickchange.json"}
@@ -63,7 +64,10 @@ def test_the_published_folder_says_what_was_trained(recipe: Path) -> None:
     assert {path.name for path in folder.iterdir()} == PUBLISHED and _entries(recipe) == ["fox"]
     sidecar = json.loads((folder / "quickchange.json").read_text(encoding="utf-8"))
     jsonschema.validate(sidecar, json.loads(SCHEMA.read_text(encoding="utf-8")))
-    assert sidecar["base"] == {"name": "base", "fingerprint": base_fingerprint(recipe.parent / "base")}
+    base = recipe.parent / "base"
+    fingerprints = {"fingerprint": base_fingerprint(base), "fingerprint_v2": base_fingerprint_v2(base)}
+    assert sidecar["schema_version"] == 2 and sidecar["base"] == {"name": "base", **fingerprints}
+    assert sidecar["end_tokens"] == [END]
     assert sidecar["stop"] == ["###"] and sidecar["sampling"] == {"temperature": 0.5, "max_tokens": 8}
     assert sidecar["training"]["recipe"]["lora"] == {"r": 4}
     assert sidecar["metrics"]["eval_loss"] < sidecar["metrics"]["base_eval_loss"]

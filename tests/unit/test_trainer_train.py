@@ -11,11 +11,12 @@ from peft import PeftModel
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from tests.tiny_models import build_tiny_base
-from trainer.base import Base, base_fingerprint, load_base
+from trainer.base import Base, load_base
 from trainer.batches import Batch, collate, plan_steps
 from trainer.config import LoraSettings, TrainConfig
 from trainer.data import Dataset
 from trainer.errors import BaseModelError, RecipeError, TrainingError
+from trainer.fingerprint import base_fingerprint
 from trainer.loss import TokenLoss, full_logits
 from trainer.masking import IGNORED, Encoded
 from trainer.train import accumulate, add_lora, lr_scale, train, uses_bfloat16

@@ -29,7 +29,6 @@ from server.adapters.content.manifest import (
     BaseSignature,
     Limits,
     Manifest,
-    check_sidecar,
     check_values,
     manners_of,
     parse_json,
@@ -42,7 +41,7 @@ from server.adapters.content.opening import PermissionDenied, open_folder
 from server.adapters.content.peft_config import FIELDS, READ, LoRAConfig, parse_peft_config
 from server.adapters.content.plan import LowRank, Plan, PlanError, make_plan
 from server.adapters.content.safetensors import TensorEntry
-from server.adapters.content.sidecar import Sidecar, parse_sidecar
+from server.adapters.content.sidecar import Sidecar, base_check, parse_sidecar
 from server.errors import AdapterRejected
 
 JudgeManners = Callable[[AdapterDefaults], None]
@@ -120,7 +119,7 @@ def _look_closer(found: Examination, base: BaseSignature, limits: Limits, judge_
         _judge_config(found, files.config)
     with found.noting():
         found.sidecar = parse_optional(files, SIDECAR_FILE, parse_sidecar)
-        check_sidecar(found.sidecar, base)
+        base_check(found.sidecar, base)
     with found.noting():
         manners_of(files, found.sidecar, base, limits)
     with contextlib.suppress(ValueError):

@@ -29,7 +29,7 @@ from server.adapters.content.opening import PASSING
 from server.adapters.content.peft_config import LoRAConfig, parse_peft_config
 from server.adapters.content.plan import BaseSignature, Plan, PlanError, make_plan
 from server.adapters.content.safetensors import TensorEntry, read_header
-from server.adapters.content.sidecar import Sidecar, parse_sidecar
+from server.adapters.content.sidecar import BaseCheck, Sidecar, base_check, parse_sidecar
 from server.adapters.names import is_name
 from server.errors import AdapterRejected
 from server.metrics import BASE
@@ -70,6 +70,7 @@ class Listing:
     plan: Plan
     created: int
     unread: Mapping[str, str]
+    base_check: BaseCheck
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def _judge(path: Path, base: BaseSignature, limits: Limits, name: str, files: Ad
         raise ValueError("this name means the base model: rename the folder")
     config = parse_peft_config(parse_json(files.config, CONFIG_FILE))
     sidecar = parse_optional(files, SIDECAR_FILE, parse_sidecar)
-    check_sidecar(sidecar, base)
+    checked = base_check(sidecar, base)
     defaults = manners_of(files, sidecar, base, limits)
     entries = weights_header(files.weights, files.weights_size)
     plan = make_plan(entries, config, base, max_rank=limits.max_rank)
@@ -148,7 +149,7 @@ def _judge(path: Path, base: BaseSignature, limits: Limits, name: str, files: Ad
             f"it needs {plan.num_bytes} bytes in memory; the limit is {limits.max_memory} (setting adapter_memory)"
         )
     config = replace(config, trained_names=plan.trained_names)
-    return Listing(name, path, config, sidecar, defaults, plan, files.created, files.unread)
+    return Listing(name, path, config, sidecar, defaults, plan, files.created, files.unread, checked)
 
 
 def weights_header(data: bytes, size: int) -> Mapping[str, TensorEntry]:
@@ -197,15 +198,6 @@ def manners_of(files: AdapterFiles, sidecar: Sidecar | None, base: BaseSignature
             f"take it out of the folder ({TEMPLATE_FILE}, chat_template in {TOKENIZER_FILE}) to use the base's"
         )
     return defaults
-
-
-def check_sidecar(sidecar: Sidecar | None, base: BaseSignature) -> None:
-    """Raises ``ValueError`` where the sidecar names another base."""
-    if sidecar is not None and sidecar.base.fingerprint != base.fingerprint:
-        raise ValueError(
-            f"it was trained on another base ({sidecar.base.name}, fingerprint {sidecar.base.fingerprint[:19]}); this "
-            f"server runs {base.name} ({base.fingerprint[:19]}): start it with that base, or train the adapter again"
-        )
 
 
 def check_values(data: bytes, entries: Mapping[str, TensorEntry]) -> None:

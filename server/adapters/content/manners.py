@@ -15,9 +15,11 @@ from server.adapters.content.sidecar import Sidecar, SidecarSampling
 
 @dataclass(frozen=True)
 class AdapterDefaults:
-    """What applies where a request says nothing; ``stop`` and ``eos`` are added to what else ends an answer.
+    """What applies where a request says nothing; ``stop``, ``end_tokens`` and ``eos`` add to what else ends an answer.
 
-    ``eos`` are texts of tokens and ids of tokens that end a turn beside the base's own.
+    ``end_tokens`` (the sidecar's) and ``eos`` (the neighbours') are texts of tokens and ids of tokens that end a turn
+    beside the base's own. Of ``eos`` those that the base does not have are passed over. ``chat_template_kwargs`` are
+    variables of the chat template.
     """
 
     stop: tuple[str, ...] = ()
@@ -28,6 +30,8 @@ class AdapterDefaults:
     min_p: float | None = None
     max_tokens: int | None = None
     chat_template: str | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
+    end_tokens: tuple[str | int, ...] = ()
     eos: tuple[str | int, ...] = ()
 
 
@@ -56,6 +60,7 @@ def defaults_of(sidecar: Sidecar | None, neighbours: Neighbours) -> AdapterDefau
     generation = neighbours.generation
     advised = generation if generation.get("do_sample") is True else {}
     sampling = sidecar.sampling if sidecar is not None and sidecar.sampling is not None else SidecarSampling()
+    end_tokens = None if sidecar is None else sidecar.end_tokens
     return AdapterDefaults(
         stop=tuple(sidecar.stop or ()) if sidecar is not None else (),
         system_prompt=None if sidecar is None else sidecar.system_prompt,
@@ -65,7 +70,9 @@ def defaults_of(sidecar: Sidecar | None, neighbours: Neighbours) -> AdapterDefau
         min_p=_said(sampling.min_p, _number(advised, "min_p", 0, 1)),
         max_tokens=_said(sampling.max_tokens, _count(generation, "max_new_tokens")),
         chat_template=_said(None if sidecar is None else sidecar.chat_template, neighbours.chat_template),
-        eos=_eos(neighbours),
+        chat_template_kwargs=None if sidecar is None else sidecar.chat_template_kwargs,
+        end_tokens=tuple(end_tokens or ()),
+        eos=_eos(neighbours) if end_tokens is None else (),
     )
 
 

@@ -52,6 +52,7 @@ def embedding(num_tokens: int, dim: int) -> ModuleShape:
 class BaseSignature:
     """The base's name and fingerprint, its modules, and which heads share an embedding's weight (head -> embedding).
 
+    ``fingerprint`` is of version 1; ``fingerprint_v2`` is None where it is not known.
     ``others`` are modules that adapters cannot touch, because they do not see every row.
     """
 
@@ -62,3 +63,8 @@ class BaseSignature:
     vocab_size: int = 0
     tied: Mapping[str, str] = field(default_factory=dict)
     others: frozenset[str] = frozenset()
+    fingerprint_v2: str | None = None
+
+    def fingerprint_of(self, version: int) -> str:
+        """The fingerprint of a version, or of version 1 where that one is not known."""
+        return self.fingerprint_v2 if version == 2 and self.fingerprint_v2 is not None else self.fingerprint
