@@ -95,6 +95,10 @@ class Settings(BaseSettings):
         False,
         description="Use chat templates that adapters bring from other trainers or a hub (in a sandbox).",
     )
+    trusted_templates: str | None = Field(
+        None,
+        description="Adapters whose chat templates are used without that: their names, with commas between them.",
+    )
     admin_key: SecretStr | None = Field(
         None,
         description="Key for loading, pinning and deleting adapters over HTTP; without it, that is off.",
@@ -125,6 +129,11 @@ class Settings(BaseSettings):
         if value is not None and len(value.get_secret_value()) < 16:
             raise ValueError("a key must have 16 characters or more")
         return value
+
+    @property
+    def trusted_names(self) -> frozenset[str]:
+        """The adapters that ``trusted_templates`` names."""
+        return frozenset(name.strip() for name in (self.trusted_templates or "").split(",") if name.strip())
 
     @property
     def base_name(self) -> str:

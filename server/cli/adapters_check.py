@@ -76,7 +76,7 @@ def _examine(path: Path, settings: Settings, *, probed: bool) -> tuple[Examinati
         found,
         examiner.base.signature,
         base_template=examiner.prompts.chat_template,
-        trusting=settings.trust_chat_templates,
+        trusting=settings.trust_chat_templates or found.name in settings.trusted_names,
         delta_norm=None if weights is None else weights.delta_norm,
     )
     for label, text in rows:

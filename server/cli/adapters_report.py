@@ -152,7 +152,11 @@ def _template(found: Examination, base_template: str | None, *, trusting: bool) 
         return "the base's"
     if found.sidecar is not None and found.sidecar.chat_template is not None and not found.source:
         return f"its own, from {SIDECAR_FILE}"
-    trust = "trusted, and rendered in a sandbox" if trusting else "not trusted without --trust-chat-templates"
+    trust = (
+        "trusted, and rendered in a sandbox"
+        if trusting
+        else "not trusted without --trust-chat-templates or --trusted-templates"
+    )
     return f"a stranger's, which is not the base's: {trust}"
 
 

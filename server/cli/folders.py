@@ -18,6 +18,7 @@ def limits_of(settings: Settings) -> Limits:
         max_bytes=settings.max_adapter_bytes,
         max_memory=settings.adapter_memory,
         trust_chat_templates=settings.trust_chat_templates,
+        trusted_templates=settings.trusted_names,
     )
 
 

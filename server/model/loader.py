@@ -25,6 +25,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from server.adapters.content.signature import BaseSignature
+from server.adapters.content.templates import default_template
 from server.errors import BaseModelRefused, SettingsError
 from server.int8.kernels import Kernel, choose_kernel
 from server.int8.native import NativeKernel
@@ -120,7 +121,7 @@ def load_base(
     _check_calls(name, attention, len(shapes), config)
     if compiling is not None:
         compiling.join()
-    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
+    template = default_template(tokenizer.chat_template)
     return Base(
         model,
         tokenizer,

@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from server.adapters.content.templates import default_template
 from server.errors import InvalidRequest
 from server.text.deadline import DeadlineExceeded, deadline
 
@@ -36,9 +37,8 @@ class PromptRenderer:
 
     @property
     def chat_template(self) -> str | None:
-        """The base's own."""
-        template = self._tokenizer.chat_template
-        return template if isinstance(template, str) else None
+        """The base's own; of several named ones the default."""
+        return default_template(self._tokenizer.chat_template)
 
     def token_id(self, text: str) -> int | None:
         """The id of a text that is one special token, which never shows in an answer."""
@@ -90,6 +90,7 @@ class PromptRenderer:
         variable stays text: only the template writes special tokens.
         Raises ``InvalidRequest`` with the template's words where the template refuses the conversation.
         """
+        template = None if template == self.chat_template else template  # the base may have another one for tools
         chosen = template or self._tokenizer.chat_template
         if not chosen:
             raise InvalidRequest("The base model has no chat template: use /v1/completions.", param="messages")

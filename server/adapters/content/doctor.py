@@ -121,9 +121,9 @@ def _look_closer(found: Examination, base: BaseSignature, limits: Limits, judge_
         found.sidecar = parse_optional(files, SIDECAR_FILE, parse_sidecar)
         base_check(found.sidecar, base)
     with found.noting():
-        manners_of(files, found.sidecar, base, limits)
+        manners_of(found.name, files, found.sidecar, base, limits)
     with contextlib.suppress(ValueError):
-        found.defaults = manners_of(files, found.sidecar, base, replace(limits, trust_chat_templates=True))
+        found.defaults = manners_of(found.name, files, found.sidecar, base, replace(limits, trust_chat_templates=True))
     if found.defaults is not None:
         with found.noting():
             judge_manners(found.defaults)

@@ -30,6 +30,7 @@ from server.adapters.content.peft_config import LoRAConfig, parse_peft_config
 from server.adapters.content.plan import BaseSignature, Plan, PlanError, make_plan
 from server.adapters.content.safetensors import TensorEntry, read_header
 from server.adapters.content.sidecar import BaseCheck, Sidecar, base_check, parse_sidecar
+from server.adapters.content.templates import is_same
 from server.adapters.names import is_name
 from server.errors import AdapterRejected
 from server.metrics import BASE
@@ -47,12 +48,16 @@ EXPONENTS: Mapping[str, tuple[np.dtype[Any], int]] = {
 
 @dataclass(frozen=True)
 class Limits:
-    """Largest rank, most bytes of a weights file, most bytes in memory; whether templates of others are trusted."""
+    """Largest rank, most bytes of a weights file, most bytes in memory; whose chat templates are trusted.
+
+    ``trust_chat_templates`` trusts every adapter's, ``trusted_templates`` those of the adapters it names.
+    """
 
     max_rank: int
     max_bytes: int
     max_memory: int | None = None
     trust_chat_templates: bool = True
+    trusted_templates: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,8 @@ def read_manifest(path: Path, base: BaseSignature, limits: Limits, *, name: str 
         listing = _judge(path, base, limits, name or path.name, files)
         check_values(files.weights, read_header(files.weights))
         weights_digest = _digest(files.config, files.weights)
-        manners = [files.others.get(SIDECAR_FILE, b""), (listing.defaults.chat_template or "").encode()]
+        template = _manners_as_written(files, listing.sidecar).chat_template or ""
+        manners = [files.others.get(SIDECAR_FILE, b""), template.encode()]
         manners += [files.others.get(GENERATION_FILE, b""), repr(listing.defaults.eos).encode()]
         return Manifest(
             **vars(listing),
@@ -141,7 +147,7 @@ def _judge(path: Path, base: BaseSignature, limits: Limits, name: str, files: Ad
     config = parse_peft_config(parse_json(files.config, CONFIG_FILE))
     sidecar = parse_optional(files, SIDECAR_FILE, parse_sidecar)
     checked = base_check(sidecar, base)
-    defaults = manners_of(files, sidecar, base, limits)
+    defaults = manners_of(name, files, sidecar, base, limits)
     entries = weights_header(files.weights, files.weights_size)
     plan = make_plan(entries, config, base, max_rank=limits.max_rank)
     if limits.max_memory is not None and plan.num_bytes > limits.max_memory:
@@ -181,23 +187,32 @@ def _object(files: AdapterFiles, name: str) -> Mapping[str, Any]:
     return found or {}
 
 
-def manners_of(files: AdapterFiles, sidecar: Sidecar | None, base: BaseSignature, limits: Limits) -> AdapterDefaults:
+def manners_of(
+    name: str, files: AdapterFiles, sidecar: Sidecar | None, base: BaseSignature, limits: Limits
+) -> AdapterDefaults:
     """The manners that sidecar and neighbours ask for. Raises ``ValueError`` where a template is not trusted."""
+    defaults = _manners_as_written(files, sidecar)
+    template = defaults.chat_template
+    if template is None or is_same(template, base.chat_template):
+        return replace(defaults, chat_template=None if template is None else base.chat_template)
+    own = sidecar is not None and sidecar.chat_template is not None and SOURCE_FILE not in files.others
+    if not own and not limits.trust_chat_templates and name not in limits.trusted_templates:
+        raise ValueError(
+            "it brings a chat template of its own, which is not the base's: allow that with --trust-chat-templates, or "
+            f"for this adapter with --trusted-templates {name}, or take it out of the folder ({TEMPLATE_FILE}, "
+            f"chat_template in {TOKENIZER_FILE}) to use the base's"
+        )
+    return defaults
+
+
+def _manners_as_written(files: AdapterFiles, sidecar: Sidecar | None) -> AdapterDefaults:
+    """What sidecar and neighbours ask for, whoever wrote it."""
     template = files.others.get(TEMPLATE_FILE)
     try:
         text = None if template is None else template.decode()
     except UnicodeDecodeError:
         raise ValueError(f"{TEMPLATE_FILE} is not UTF-8 text") from None
-    neighbours = Neighbours(text, _object(files, TOKENIZER_FILE), _object(files, GENERATION_FILE))
-    defaults = defaults_of(sidecar, neighbours)
-    own = sidecar is not None and sidecar.chat_template is not None and SOURCE_FILE not in files.others
-    foreign = defaults.chat_template is not None and not own and defaults.chat_template != base.chat_template
-    if foreign and not limits.trust_chat_templates:
-        raise ValueError(
-            "it brings a chat template of its own, which is not the base's: allow that with --trust-chat-templates, or "
-            f"take it out of the folder ({TEMPLATE_FILE}, chat_template in {TOKENIZER_FILE}) to use the base's"
-        )
-    return defaults
+    return defaults_of(sidecar, Neighbours(text, _object(files, TOKENIZER_FILE), _object(files, GENERATION_FILE)))
 
 
 def check_values(data: bytes, entries: Mapping[str, TensorEntry]) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from server.adapters.content.sidecar import Sidecar, SidecarSampling
+from server.adapters.content.templates import default_template
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,7 @@ class Neighbours:
         if self.template:
             return self.template
         found = self.tokenizer.get("chat_template")
-        if isinstance(found, list):
-            named = [one for one in found if isinstance(one, dict) and one.get("name") == "default"]
-            found = named[-1].get("template") if named else None
-        return found if isinstance(found, str) and found else None
+        return default_template(found) if isinstance(found, str | list) else None
 
 
 def defaults_of(sidecar: Sidecar | None, neighbours: Neighbours) -> AdapterDefaults:
