@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
@@ -10,17 +11,20 @@ import torch
 from torch import nn
 
 from server.adapters.content.signature import Kind
+from server.integrity import ensure
 from server.lora.layer import AdaptedModule, LoRAEmbedding, LoRALinear, LoRARows
 from server.lora.place import put
 from server.lora.rows import Rows, Seating
 from server.lora.shared import SharedInput
 from server.lora.stack import Shape, Stack, shape_of
-from server.lora.weights import LoRAWeights
+from server.lora.weights import LoRAWeights, num_held_bytes
 from server.native.routine import Deltas
 from server.sequence import Batch, Segment
 
 if TYPE_CHECKING:
     from server.lora.compiled import CompiledDeltas
+
+logger = logging.getLogger("quickchange.lora")
 
 # What benchmarks/lora_bank.py measured, in rows of a stack.
 _ALONE, _ROW_ALONE = 12, 0.3
@@ -47,6 +51,9 @@ class LoRABank:
     any thread may read them. ``groups`` are linears that receive the same tensor; ``max_seats`` bounds how
     many are computed side by side. With ``compiled`` a routine adds the deltas: float32 on a CPU that has routines;
     ``products`` are those that add deltas themselves, each with its linears.
+
+    Adapters that are computed side by side are copied for it. Together with the weights the copies take ``max_bytes``
+    at most: where there is no memory for them, adapters are computed one after another.
     """
 
     def __init__(
@@ -57,6 +64,7 @@ class LoRABank:
         max_seats: int,
         compiled: bool = False,
         products: Sequence[tuple[Product, Parts]] = (),
+        max_bytes: int | None = None,
     ) -> None:
         self.base_modules: Mapping[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
         self.groups = groups
@@ -64,12 +72,16 @@ class LoRABank:
         self._device = next(model.parameters()).device
         self._layers: dict[str, AdaptedModule] = {}
         self._digests: set[str] = set()
+        self._leaving: set[str] = set()
+        self._bytes: dict[str, int] = {}
+        self._max_bytes = max_bytes
         self._rows = Rows()
         self._inputs = {
             module: shared for modules in groups for shared in (self._input(modules),) for module in modules
         }
         self._stacks: dict[Shape, Stack] = {}
         self._stack_of: dict[str, Stack] = {}
+        self._without_copies: set[Stack] = set()
         self._arranged: tuple[Batch, Sequence[Seating]] | None = None
         self._used: set[str] = set()
         self._unsteady: set[str] = set()
@@ -82,25 +94,63 @@ class LoRABank:
         self.tiled = {name: one for one in products if compiled for name, _ in one[1]}
 
     @property
+    def copies(self) -> bool:
+        """Whether adapters are copied to be computed side by side; a routine takes them as they are."""
+        return self.compiled is None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all adapters' weights."""
+        return sum(self._bytes.values())
+
+    @property
     def num_stacked_bytes(self) -> int:
         """Bytes of the copies that lie side by side."""
         return sum(stack.num_bytes for stack in self._stacks.values())
 
-    def add(self, digest: str, weights: LoRAWeights) -> None:
-        """Make an adapter usable; one that is there already is no error."""
+    def add(self, digest: str, weights: LoRAWeights) -> int:
+        """Make an adapter usable; the bytes that it takes. One that is there already is no error.
+
+        Where it fails, nothing of it is left.
+        """
+        self._finish_removals()
         if digest in self._digests:
-            return
+            return self._bytes[digest]
+        try:
+            self._bytes[digest] = self._put_in(digest, weights)
+            self._make_room()
+            self._digests.add(digest)
+            return self._bytes[digest]
+        except BaseException:
+            self.remove(digest)
+            raise
+
+    def remove(self, digest: str) -> None:
+        """Free an adapter, also one that was half added; one that is not there is no error.
+
+        Where it fails, the adapter cannot be used any more, and the next ``add`` or ``remove`` frees what is left.
+        """
+        self._digests.discard(digest)
+        self._leaving.add(digest)
+        self._finish_removals()
+
+    def _put_in(self, digest: str, weights: LoRAWeights) -> int:
         deltas = {name: delta.in_tiles() if name in self.tiled else delta for name, delta in weights.deltas.items()}
         for module, delta in deltas.items():
             if module not in self._layers:
                 self._wrap(module, delta.kind)
             self._layers[module].put(digest, delta)
-        self._digests.add(digest)
+        tensors = [tensor for delta in deltas.values() for tensor in delta.tensors()]
         if self.compiled is not None:
             self.compiled.add(digest, deltas)
             if any(not delta.plain or delta.kind == "rows" for delta in deltas.values()):
                 self._unsteady.add(digest)
-            return
+            return num_held_bytes([*tensors, *self.compiled.kept(digest)])
+        self._put_side_by_side(digest, weights)
+        return num_held_bytes(tensors)
+
+    def _put_side_by_side(self, digest: str, weights: LoRAWeights) -> None:
+        """Note what is computed together: by modules that receive the same tensor, by adapters of the same shape."""
         for shared in {id(one): one for module in weights.deltas if (one := self._inputs.get(module))}.values():
             shared.add(digest, weights.deltas, weights.shared)
         if (shape := shape_of(weights.deltas)) is not None:
@@ -108,21 +158,29 @@ class LoRABank:
             stack.adapters[digest] = weights.deltas
             self._stack_of[digest] = stack
 
-    def remove(self, digest: str) -> None:
-        """Free an adapter; one that is not there is no error."""
-        self._digests.discard(digest)
+    def _finish_removals(self) -> None:
+        for digest in tuple(self._leaving):
+            self._take_out(digest)
+            self._leaving.discard(digest)
+
+    def _take_out(self, digest: str) -> None:
+        """Every step of it may be done twice, and finds what a failed addition or removal has left."""
         if self.compiled is not None:
             self.compiled.remove(digest)
             self._unsteady.discard(digest)
-        if (stack := self._stack_of.pop(digest, None)) is not None:
+        self._stack_of.pop(digest, None)
+        for shape, stack in list(self._stacks.items()):
             stack.remove(digest)
-            self._stacks = {shape: one for shape, one in self._stacks.items() if one.adapters}
+            if not stack.adapters:
+                del self._stacks[shape]
+        self._without_copies.clear()
+        for shared in self._inputs.values():
+            shared.remove(digest)
         for module, layer in list(self._layers.items()):
             layer.drop(digest)
-            if isinstance(layer, LoRALinear):
-                self._inputs[module].remove(digest)
             if not layer.deltas:
                 self._unwrap(module, layer)
+        self._bytes.pop(digest, None)
 
     @torch.inference_mode()
     def arrange(self, batch: Batch) -> Batch:
@@ -130,7 +188,9 @@ class LoRABank:
         places: dict[str, tuple[int, int]] = {}
         seatings: list[Seating] = []
         for stack, digests in self._stacked(batch).items():
-            seats = stack.place(digests)
+            seats = self._seats(stack, digests, [seating.stack for seating in seatings])
+            if not seats:
+                continue
             places |= {digest: (len(seatings), seat) for digest, seat in seats.items()}
             seatings.append(Seating(stack, seats, stack.num_window))
         last = (len(seatings), 0)
@@ -146,7 +206,7 @@ class LoRABank:
     def begin(self, batch: Batch) -> None:
         """Note the rows of each adapter for the forward pass that follows, of an arranged batch or another."""
         used = {use.digest for segment in batch.segments for use in segment.sequence.adapters}
-        assert used <= self._digests, f"sequences run on adapters that are not in memory: {used - self._digests}"
+        ensure(used <= self._digests, f"sequences run on adapters that are not in memory: {used - self._digests}")
         self._used = used
         arranged, seatings = self._arranged or (None, ())
         self._arranged = None
@@ -168,13 +228,60 @@ class LoRABank:
         return self._num_replaced + (0 if self.compiled is None else self.compiled.generation)
 
     def check_integrity(self) -> None:
-        """The books of seats, and of what is wrapped."""
+        """The books of adapters, of seats, and of what is wrapped."""
         for stack in self._stacks.values():
             stack.check_integrity()
-        assert {digest for stack in self._stacks.values() for digest in stack.adapters} == self._stack_of.keys()
-        assert self._stack_of.keys() <= self._digests
+        stacked = {digest for stack in self._stacks.values() for digest in stack.adapters}
+        ensure(stacked == self._stack_of.keys(), "an adapter is in a stack and not in its books")
+        ensure(self._stack_of.keys() <= self._digests, "a stack has an adapter that is gone")
+        ensure(self._bytes.keys() == self._digests, "an adapter's bytes are not counted, or those of none")
+        ensure(self.compiled is None or self.compiled.digests == self._digests, "tables have other adapters")
+        changing = {digest for layer in self._layers.values() for digest in layer.deltas}
+        ensure(changing == self._digests, "modules are changed by other adapters than there are")
+        ensure(all(layer.deltas for layer in self._layers.values()), "a module is wrapped for nobody")
         present = {module for shared in self._inputs.values() for module in shared.present}
-        assert present == {module for module, layer in self._layers.items() if isinstance(layer, LoRALinear)}
+        linears = {module for module, layer in self._layers.items() if isinstance(layer, LoRALinear)}
+        ensure(present == linears, "inputs know of other linears than are wrapped")
+
+    def _make_room(self) -> None:
+        """Give copies up where weights need their memory."""
+        for stack in self._stacks.values():
+            if self._max_bytes is None or self.num_bytes + self.num_stacked_bytes <= self._max_bytes:
+                return
+            stack.clear()
+
+    def _seats(self, stack: Stack, digests: Sequence[str], busy: Sequence[Stack]) -> Mapping[str, int]:
+        """Seats in a stack for as many of these adapters as there is memory for, none for fewer than two.
+
+        Copies that the step does not use make room; those in ``busy`` stacks are in use.
+        """
+        if stack in self._without_copies:
+            return {}
+        room = self._room(stack, len(digests), busy)
+        if room < len(digests):
+            digests = sorted(digests, key=lambda digest: not stack.is_seated(digest))[:room]
+        if len(digests) < 2:
+            return {}
+        try:
+            return stack.place(digests, max_seats=room)
+        except (MemoryError, RuntimeError) as error:
+            self._without_copies.add(stack)
+            logger.warning("no memory to compute adapters side by side, so they are one by one: %s", error)
+            return {}
+
+    def _room(self, stack: Stack, num_seats: int, busy: Sequence[Stack]) -> int:
+        """How many seats a stack may have."""
+        if self._max_bytes is None:
+            return self._max_seats
+        others = [one for one in self._stacks.values() if one is not stack]
+        for other in others:
+            taken = self.num_bytes + sum(one.num_bytes for one in others)
+            if taken + num_seats * stack.seat_bytes <= self._max_bytes:
+                break
+            if other not in busy:
+                other.clear()
+        taken = self.num_bytes + sum(one.num_bytes for one in others)
+        return max(stack.capacity, (self._max_bytes - taken) // stack.seat_bytes)
 
     def _stacked(self, batch: Batch) -> Mapping[Stack, Sequence[str]]:
         """The adapters that are computed side by side, where two or more have few rows."""
@@ -198,28 +305,33 @@ class LoRABank:
         return inputs
 
     def _wrap(self, name: str, kind: Kind) -> None:
+        """Put a module of ours in the place of the base's. From its entry in the books on, ``remove`` undoes it."""
         base = self.base_modules[name]
-        if kind == "linear":
+        if kind != "linear":
+            self._layers[name] = (LoRAEmbedding if kind == "embedding" else LoRARows)(base, self._rows)
+        else:
             shared = self._inputs.setdefault(name, self._input((name,)))
+            in_product = name in self.tiled
+            layer = LoRALinear(base, self._rows, name, shared, self.compiled, in_product=in_product)
+            if self.compiled is not None:
+                self.compiled.table(name)
+            self._layers[name] = layer
             shared.present.add(name)
-            if self.compiled is not None and name in self.tiled:
+            if self.compiled is not None and in_product:
                 product, modules = self.tiled[name]
                 product.deltas = product.deltas or self.compiled.of_product(modules)
-            in_product = name in self.tiled
-            self._layers[name] = LoRALinear(base, self._rows, name, shared, self.compiled, in_product=in_product)
-        else:
-            self._layers[name] = (LoRAEmbedding if kind == "embedding" else LoRARows)(base, self._rows)
         self._replace(name, self._layers[name])
 
     def _unwrap(self, name: str, layer: AdaptedModule) -> None:
+        """Put the base's module back, and only then forget that it was gone."""
+        self._replace(name, self.base_modules[name])
         if isinstance(layer, LoRALinear):
             self._inputs[name].present.discard(name)
-        self._replace(name, self.base_modules[name])
-        del self._layers[name]
         if name in self.tiled:
             product, modules = self.tiled[name]
-            if not any(module in self._layers for module, _ in modules):
+            if not any(module in self._layers for module, _ in modules if module != name):
                 product.deltas = None
+        del self._layers[name]
 
     def _replace(self, name: str, module: nn.Module) -> None:
         self._num_replaced += 1

@@ -6,7 +6,7 @@ Nothing is copied side by side, and no seat has to be filled: an adapter is two 
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -45,8 +45,17 @@ class CompiledDeltas:
         self._low = torch.empty(0, dtype=torch.uint8)
         self._most_parts = 1
 
+    @property
+    def digests(self) -> Set[str]:
+        """The adapters that have a place in the tables."""
+        return self._indices.keys()
+
+    def kept(self, digest: str) -> Sequence[torch.Tensor]:
+        """The tensors of an adapter whose addresses the tables have."""
+        return self._kept[digest]
+
     def add(self, digest: str, deltas: Mapping[str, Delta]) -> None:
-        """Take an adapter's plain deltas of linears."""
+        """Take an adapter's plain deltas of linears. Where this fails, ``remove`` clears what there is of it."""
         if not self._free:
             self._grow()
         index = self._indices[digest] = self._free.pop()
@@ -54,7 +63,7 @@ class CompiledDeltas:
         for module, delta in deltas.items():
             if delta.kind != "linear":
                 continue
-            table = self._table(module)  # the routine reads it for every linear that is wrapped
+            table = self.table(module)
             if delta.plain and delta.tiles is not None:
                 tiles = delta.tiles
                 kept.append(tiles.memory)
@@ -69,13 +78,18 @@ class CompiledDeltas:
         self._ranks[digest] = largest
 
     def remove(self, digest: str) -> None:
-        """Forget an adapter; one that is not there is no error."""
-        if digest in self._indices:
-            index = self._indices.pop(digest)
-            for table in self._tables.values():
-                table[index] = 0
-            self._free.append(index)
-            del self._ranks[digest], self._kept[digest]
+        """Forget an adapter, also one that was half added; one that is not there is no error.
+
+        Its place is free only when no table has an address of it, so that a failure half-way can be made good by
+        removing it again.
+        """
+        if digest not in self._indices:
+            return
+        for table in self._tables.values():
+            table[self._indices[digest]] = 0
+        self._ranks.pop(digest, None)
+        self._kept.pop(digest, None)
+        self._free.append(self._indices.pop(digest))
 
     def begin(self) -> None:
         """Note the runs of the step at hand: of all rows, and of those that are sampled."""
@@ -131,22 +145,35 @@ class CompiledDeltas:
                 noted.rank = max(noted.rank, self._ranks[use.digest])
         return noted
 
-    def _table(self, module: str) -> torch.Tensor:
+    def table(self, module: str) -> torch.Tensor:
+        """A linear's table; the routine reads it for every linear that is wrapped, so it must be there before."""
         if module not in self._tables:
             self._place(module, torch.zeros(self._capacity, ENTRY, dtype=torch.long))
         return self._tables[module]
 
     def _place(self, module: str, table: torch.Tensor) -> None:
-        self._tables[module] = table
+        """Make it the linear's table. The address that is read is never that of memory which is gone."""
+        before = self._tables.get(module)
         number = (self._cell_of[module] - self._cells.data_ptr()) // 8
-        self._cells[number] = table.data_ptr()
+        try:
+            self._tables[module] = table
+            self._cells[number] = table.data_ptr()
+        except BaseException:
+            if before is None:
+                self._tables.pop(module, None)
+            else:
+                self._tables[module] = before
+            raise
 
     def _grow(self) -> None:
         """Room for twice as many adapters."""
-        self._free = list(range(self._capacity, 2 * self._capacity))
-        self._capacity *= 2
-        for module, table in self._tables.items():
-            self._place(module, torch.cat([table, torch.zeros_like(table)]))
+        capacity = 2 * self._capacity
+        larger = {module: torch.zeros(capacity, ENTRY, dtype=torch.long) for module in self._tables}
+        for module, table in larger.items():
+            table[: self._capacity] = self._tables[module][: self._capacity]
+            self._place(module, table)
+        free = list(range(self._capacity, capacity))
+        self._capacity, self._free = capacity, free
 
 
 @dataclass

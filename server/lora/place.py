@@ -25,10 +25,10 @@ class Shortcut(partial[Any]):
 
 def put(parent: nn.Module, attribute: str, module: nn.Module) -> None:
     """Make a module a child, by a shortcut if the one before had one."""
-    shortened = attribute in parent.__dict__
-    setattr(parent, attribute, module)  # which drops a shortcut
-    if shortened:
-        _shorten(parent, attribute, module)
+    shortcut = _shortcut(module) if attribute in parent.__dict__ else None
+    setattr(parent, attribute, module)  # which drops the shortcut before
+    if shortcut is not None:
+        parent.__dict__[attribute] = shortcut
 
 
 def shorten(model: nn.Module) -> None:
@@ -37,7 +37,7 @@ def shorten(model: nn.Module) -> None:
         if not isinstance(parent, PreTrainedModel | Shortcut):
             for attribute, child in parent._modules.items():
                 if child is not None and _is_plain(child):
-                    _shorten(parent, attribute, child)
+                    parent.__dict__[attribute] = _shortcut(child)
 
 
 def lengthen(model: nn.Module) -> None:
@@ -47,10 +47,10 @@ def lengthen(model: nn.Module) -> None:
             parent.__dict__.pop(attribute, None)
 
 
-def _shorten(parent: nn.Module, attribute: str, module: nn.Module) -> None:
+def _shortcut(module: nn.Module) -> Shortcut:
     shortcut = Shortcut(module.forward)
     shortcut.__dict__["module"] = module
-    parent.__dict__[attribute] = shortcut
+    return shortcut
 
 
 def _is_plain(module: nn.Module) -> bool:

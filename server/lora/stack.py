@@ -12,6 +12,7 @@ from itertools import accumulate
 
 import torch
 
+from server.integrity import ensure
 from server.lora.delta import Delta
 
 _PATIENCE = 3
@@ -70,24 +71,50 @@ class Stack:
         """Bytes of the stacked tensors."""
         return sum(tensor.nbytes for tensor in (*self._a.values(), *self._b.values()))
 
+    @property
+    def seat_bytes(self) -> int:
+        """Bytes of one adapter's copy."""
+        some = next(iter(self.adapters.values()))
+        sizes = (
+            (self.columns[module], *_factors(some[module])) for modules in self.inputs.values() for module in modules
+        )
+        return sum((one.stop - one.start) * (len(a) + b.shape[1]) * a.itemsize for one, a, b in sizes)
+
+    def clear(self) -> None:
+        """Give the memory of all copies back; whoever is needed is copied again."""
+        self._holders, self._seats, self._last_used, self._window = [], {}, [], range(0)
+        for tensors in (self.low, self.high, self._a, self._b):
+            tensors.clear()
+
     def remove(self, digest: str) -> None:
-        """Forget an adapter; its seat is free."""
-        del self.adapters[digest]
+        """Forget an adapter, so that its seat is free; one that is not there is no error."""
+        self.adapters.pop(digest, None)
         if digest in self._seats:
             self._holders[self._seats.pop(digest)] = None
 
-    def place(self, digests: Collection[str]) -> Mapping[str, int]:
-        """Seat these adapters, and give their places in the window. Copies only those that have no seat, or move."""
+    def is_seated(self, digest: str) -> bool:
+        """Whether there is a copy of an adapter."""
+        return digest in self._seats
+
+    def place(self, digests: Collection[str], *, max_seats: int | None = None) -> Mapping[str, int]:
+        """Seat these adapters, and give their places in the window. Copies only those that have no seat, or move.
+
+        Memory is taken for ``max_seats`` at most. Where it fails, the copies are all gone.
+        """
         needed = frozenset(digests)
         assert 0 < len(needed) <= self.max_seats
         self._step += 1
-        if not self._seated(needed):
-            self._seat(needed)
-        seats = [self._seats[digest] for digest in needed]
-        for seat in seats:
-            self._last_used[seat] = self._step
-        self._look_at(range(min(seats), max(seats) + 1))
-        return {digest: self._seats[digest] - self._window.start for digest in needed}
+        try:
+            if not self._seated(needed):
+                self._seat(needed, self.max_seats if max_seats is None else min(max_seats, self.max_seats))
+            seats = {digest: self._seats[digest] for digest in needed}
+            for seat in seats.values():
+                self._last_used[seat] = self._step
+            self._look_at(range(min(seats.values()), max(seats.values()) + 1))
+            return {digest: seat - self._window.start for digest, seat in seats.items()}
+        except BaseException:
+            self.clear()
+            raise
 
     @property
     def num_window(self) -> int:
@@ -97,10 +124,11 @@ class Stack:
     def check_integrity(self) -> None:
         """Every seat has one holder or none, and every holder is an adapter of this stack."""
         held = {holder: seat for seat, holder in enumerate(self._holders) if holder is not None}
-        assert held == self._seats, "a seat has two holders, or an adapter two seats"
-        assert held.keys() <= self.adapters.keys(), "a seat is held by an adapter that is gone"
-        assert self.capacity <= self.max_seats
-        assert all(len(tensor) == self.capacity for tensor in (*self._a.values(), *self._b.values()))
+        ensure(held == self._seats, "a seat has two holders, or an adapter two seats")
+        ensure(held.keys() <= self.adapters.keys(), "a seat is held by an adapter that is gone")
+        ensure(self.capacity <= self.max_seats, "there are more seats than there may be")
+        lengths = {len(tensor) for tensor in (*self._a.values(), *self._b.values())}
+        ensure(lengths <= {self.capacity}, "stacked tensors are not as long as there are seats")
 
     def _seated(self, needed: Set[str]) -> bool:
         """Whether all have seats, and the holes between them are few or new."""
@@ -111,10 +139,10 @@ class Stack:
         self._wasted = self._wasted + holes if holes else 0
         return self._wasted < _PATIENCE
 
-    def _seat(self, needed: Set[str]) -> None:
+    def _seat(self, needed: Set[str], max_seats: int) -> None:
         """Seat them without holes, where most of them sit already and others have been idle for longest."""
         if len(needed) > self.capacity:
-            self._grow(len(needed))
+            self._grow(len(needed), max_seats)
         start = self._best_start(needed)
         window = range(start, start + len(needed))
         vacant = [seat for seat in window if self._holders[seat] not in needed]
@@ -146,15 +174,13 @@ class Stack:
                 _put(whole[self.columns[module]], a.t())
                 _put(self._b[module][seat], b)
 
-    def _grow(self, num_seats: int) -> None:
+    def _grow(self, num_seats: int, max_seats: int) -> None:
         """Make room for so many, with all seats free: who is needed is copied again, which is rare."""
         capacity = max(self.capacity, _FEWEST_SEATS)
         while capacity < num_seats:
             capacity *= 2
-        capacity = min(capacity, self.max_seats)
-        self._holders, self._seats, self._window = [], {}, range(0)  # so it stays if memory does not suffice
-        for tensors in (self.low, self.high, self._a, self._b):
-            tensors.clear()
+        capacity = max(num_seats, min(capacity, max_seats))
+        self.clear()
         some = next(iter(self.adapters.values()))
         for name, modules in self.inputs.items():
             like = _factors(some[modules[0]])[0]
@@ -168,10 +194,10 @@ class Stack:
 
     def _look_at(self, window: range) -> None:
         if window != self._window:
-            self._window = window
             part = slice(window.start, window.stop)
             self.low = {name: tensor[part].transpose(1, 2) for name, tensor in self._a.items()}
             self.high = {module: tensor[part] for module, tensor in self._b.items()}
+            self._window = window
 
 
 def _factors(delta: Delta) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -59,14 +59,19 @@ class LoRAWeights:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes in memory, a tensor that two modules share counted once."""
-        tensors = {tensor.data_ptr(): tensor for delta in self.deltas.values() for tensor in delta.tensors()}
-        return sum(tensor.nbytes for tensor in tensors.values())
+        """Bytes in memory."""
+        return num_held_bytes(tensor for delta in self.deltas.values() for tensor in delta.tensors())
 
     @property
     def composable(self) -> bool:
         """Whether it is plain low-rank deltas, which can be scaled and added up."""
         return all(delta.plain for delta in self.deltas.values())
+
+
+def num_held_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the memory that tensors keep from being freed, what several share counted once."""
+    storages = {storage.data_ptr(): storage.nbytes() for storage in (one.untyped_storage() for one in tensors)}
+    return sum(storages.values())
 
 
 def _share(modules: tuple[str, ...], deltas: dict[str, Delta]) -> SharedA | None:

@@ -85,9 +85,15 @@ class Stage:
         del self.adapters[digest]
         self.bank.remove(digest)
 
-    @torch.inference_mode()
     def step(self, segments: Sequence[Segment], *, tolerance: float = 1e-4) -> Batch:
-        """A step; every row is compared with the base's and its adapters' own products."""
+        """A step, whose rows are compared, and the books behind it."""
+        batch = self.compute(segments, tolerance=tolerance)
+        self.bank.check_integrity()
+        return batch
+
+    @torch.inference_mode()
+    def compute(self, segments: Sequence[Segment], *, tolerance: float = 1e-4) -> Batch:
+        """Every row is compared with the base's and its adapters' own products."""
         batch = self.bank.arrange(Batch(tuple(segments)))
         assert sorted(one.sequence.id for one in batch.segments) == sorted(one.sequence.id for one in segments)
         self.bank.begin(batch)
@@ -104,7 +110,6 @@ class Stage:
                 source = (wide if name == "down" else x)[0, row].float()
                 expected = self._expected(name, source, plain[name][number].float(), rows[row])
                 assert torch.allclose(found[name][number].float(), expected, atol=tolerance, rtol=tolerance)
-        self.bank.check_integrity()
         return batch
 
     def _expected(self, name: str, x: torch.Tensor, y: torch.Tensor, uses: Sequence[AdapterUse]) -> torch.Tensor:

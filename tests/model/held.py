@@ -1,0 +1,51 @@
+"""What a LoRA bank really keeps in memory: every tensor that can be reached from it, whatever its own books say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from server.lora.bank import LoRABank
+from server.lora.compiled import CompiledDeltas
+from server.lora.rows import Rows
+from server.lora.shared import SharedInput
+
+NO_WEIGHTS = {CompiledDeltas: {"_cells", "_tables", "_heads", "_low"}, SharedInput: {"_x", "_parts"}}
+"""A routine's tables, and what a step works on."""
+
+
+def held_bytes(bank: LoRABank) -> int:
+    """Bytes behind all tensors that the bank keeps, the base's own, routines' tables and a step's indices left out."""
+    base = {id(parameter) for module in bank.base_modules.values() for parameter in module._parameters.values()}
+    found = [
+        tensor for tensor in _tensors(bank, {id(one) for one in bank.base_modules.values()}) if id(tensor) not in base
+    ]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in found}
+    return sum(storages.values())
+
+
+def _tensors(thing: Any, seen: set[int]) -> Iterator[torch.Tensor]:
+    if isinstance(thing, torch.Tensor):
+        yield thing
+    elif id(thing) not in seen:
+        seen.add(id(thing))
+        for part in _parts(thing):
+            yield from _tensors(part, seen)
+
+
+def _parts(thing: Any) -> list[Any]:
+    if isinstance(thing, dict):
+        return list(thing.values())
+    if isinstance(thing, list | tuple | set | frozenset):
+        return list(thing)
+    if isinstance(thing, Rows):
+        return []
+    if is_dataclass(thing) and not isinstance(thing, type):
+        return [getattr(thing, field.name) for field in fields(thing)]
+    if not isinstance(thing, nn.Module) and not type(thing).__module__.startswith("server.lora"):
+        return []
+    return [part for name, part in vars(thing).items() if name not in NO_WEIGHTS.get(type(thing), ())]
