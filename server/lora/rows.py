@@ -9,6 +9,7 @@ from itertools import accumulate, chain, groupby, repeat
 import torch
 
 from server.lora.stack import Stack
+from server.lora.transfer import to_device
 from server.sequence import AdapterUse, Batch, Segment
 
 
@@ -153,16 +154,9 @@ def _block(seating: Seating, runs: Sequence[Run], device: torch.device) -> Block
     places = [
         min(first + number, end - start - 1) for first in firsts[: seating.num_seats] for number in range(most)
     ]  # [seats * most]
-    even = min(counts) == most
-    return Block(
-        seating.stack,
-        start,
-        end,
-        most,
-        None if even else torch.tensor(places, device=device),
-        None if even else torch.tensor(_back(counts, most), device=device),
-        None if all(scale == 1.0 for scale in scales) else _scales(scales, places, most, device),
-    )
+    gather, back = (None, None) if min(counts) == most else to_device(device, places, _back(counts, most))
+    factors = None if all(scale == 1.0 for scale in scales) else _scales(scales, places, most, device)
+    return Block(seating.stack, start, end, most, gather, back, factors)
 
 
 def _back(counts: Sequence[int], most: int) -> list[int]:
@@ -170,4 +164,5 @@ def _back(counts: Sequence[int], most: int) -> list[int]:
 
 
 def _scales(scales: Sequence[float], places: Sequence[int], most: int, device: torch.device) -> torch.Tensor:
-    return torch.tensor([scales[place] for place in places], device=device).view(-1, most, 1)
+    (factors,) = to_device(device, [scales[place] for place in places], dtype=torch.float32)
+    return factors.view(-1, most, 1)

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from server.errors import BaseModelRefused
 from server.model.attention import FlatAttention, Layout
+from server.model.batched_attention import BatchedAttention
 from server.model.kv_cache import KVCache, Span
 from server.model.rope import fix_rope
 
@@ -44,12 +45,15 @@ _WINDOWS = ("sliding_window", "attention_chunk_size", "local_attention_window_si
 _MAX_LAYERS = 6
 
 
-def admit(config: PretrainedConfig, *, name: str) -> None:
-    """Return if the architecture may be served. Raises ``BaseModelRefused`` with the reason."""
+def admit(config: PretrainedConfig, *, name: str, batched: BatchedAttention | None = None) -> None:
+    """Return if the architecture may be served, with its decoding rows ``batched`` where that is given.
+
+    Raises ``BaseModelRefused`` with the reason.
+    """
     try:
         with torch.random.fork_rng(devices=[]), torch.inference_mode():
             torch.manual_seed(0)
-            _compare(shrink(config))
+            _compare(shrink(config), batched)
     except _Refused as refused:
         raise BaseModelRefused(name, f"{config.model_type}: {refused}") from None
     except Exception as error:
@@ -132,7 +136,7 @@ def _shrink_rope(text: PretrainedConfig) -> None:
         text.original_max_position_embeddings = _TRAINED
 
 
-def _compare(config: PretrainedConfig) -> None:
+def _compare(config: PretrainedConfig, batched: BatchedAttention | None) -> None:
     """Stock logits of two sequences against ours: flat, in chunks, and token by token."""
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     _randomize(model)
@@ -141,22 +145,31 @@ def _compare(config: PretrainedConfig) -> None:
     stock = [model(input_ids=ids[None], use_cache=False).logits[0] for ids in sequences]
     attention = FlatAttention()
     attention.install(model)
-    whole = _flat(
-        model, attention, sequences, [(0, 0, length) if n == 0 else (1, 0, length) for n, length in enumerate(_LENGTHS)]
-    )
+    try:
+        _compare_whole(model, attention, sequences, stock)
+        shapes = [attention.seen_shapes[layer] for layer in sorted(attention.seen_shapes)]
+        attention.batched, cpu = batched, torch.device("cpu")
+        attention.cache = KVCache(shapes, num_slots=2, max_len=_CONTEXT, dtype=torch.float32, device=cpu)
+        decoded = _in_chunks(model, attention, sequences)
+        _check(decoded, stock, "chunks of a prompt and tokens decoded from a KV slot differ")
+    finally:
+        attention.close()
+
+
+def _compare_whole(
+    model: PreTrainedModel, attention: FlatAttention, sequences: list[torch.Tensor], stock: list[torch.Tensor]
+) -> None:
+    """Both sequences in one pass, without a cache."""
+    pieces = [(number, 0, len(ids)) for number, ids in enumerate(sequences)]
+    whole = _flat(model, attention, sequences, pieces)
     _check(whole, stock, "two sequences laid end to end disturb each other")
-    layers = len(attention.seen_shapes)
-    if layers == 0 or attention.num_calls != layers or layers != config.num_hidden_layers:
+    layers, num_layers = len(attention.seen_shapes), model.config.num_hidden_layers
+    if layers == 0 or attention.num_calls != layers or layers != num_layers:
         raise _Refused(
-            f"{config.num_hidden_layers} layers made {attention.num_calls} calls of the attention function that "
+            f"{num_layers} layers made {attention.num_calls} calls of the attention function that "
             f"transformers lets one replace, on {layers} layers; each must make one"
         )
     _check_kept_rows(model, attention, sequences, torch.cat(whole))
-    shapes = [attention.seen_shapes[layer] for layer in range(layers)]
-    attention.cache = KVCache(shapes, num_slots=2, max_len=_CONTEXT, dtype=torch.float32, device=torch.device("cpu"))
-    _check(
-        _in_chunks(model, attention, sequences), stock, "chunks of a prompt and tokens decoded from a KV slot differ"
-    )
 
 
 def _check_kept_rows(

@@ -7,6 +7,8 @@ The modelling code of transformers calls this in place of its own attention func
 from __future__ import annotations
 
 import itertools
+import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +17,11 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from server.lora.transfer import to_device
 from server.model.kv_cache import KVCache, LayerShape, Span
 
 if TYPE_CHECKING:
+    from server.model.batched_attention import BatchedAttention, Plan
     from server.native.attention import RowAttention
 
 _FEW_ROWS = 32
@@ -26,20 +30,23 @@ _numbers = itertools.count()
 
 @dataclass
 class Layout:
-    """Where each row of the flat batch belongs. ``slots`` and ``positions`` are [rows]."""
+    """Where each row of the flat batch belongs. ``slots`` and ``positions`` are [rows].
+
+    ``masks`` and ``plans`` are what attention made of it for the first layer that needed them.
+    """
 
     spans: tuple[Span, ...]
     slots: torch.Tensor
     positions: torch.Tensor
     masks: dict[tuple[int, int, int | None], torch.Tensor] = field(default_factory=dict)
+    plans: dict[tuple[int | None, bool], Plan] = field(default_factory=dict)
     _singles: dict[int | None, tuple[torch.Tensor, int]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, spans: tuple[Span, ...], device: torch.device) -> Layout:
         """The layout of spans laid end to end."""
-        slots = [span.slot for span in spans for _ in range(span.length)]
-        positions = [position for span in spans for position in range(span.start, span.start + span.length)]
-        return cls(spans, torch.tensor(slots, device=device), torch.tensor(positions, device=device))
+        slots, positions = to_device(device, *rows_of(spans))
+        return cls(spans, slots, positions)
 
     def singles(self, window: int | None) -> tuple[torch.Tensor, int]:
         """Rows that are a span of their own with the first key each sees, int64 [n, 2]; the most keys one sees."""
@@ -69,21 +76,45 @@ class Layout:
         return self.masks[key]
 
 
+def rows_of(spans: Sequence[Span]) -> tuple[list[int], list[int]]:
+    """The slot and the position of each row of spans laid end to end."""
+    slots = [span.slot for span in spans for _ in range(span.length)]
+    positions = [position for span in spans for position in range(span.start, span.start + span.length)]
+    return slots, positions
+
+
 def first_key(span: Span, window: int | None) -> int:
     """The first position that any row of the span sees."""
     return 0 if window is None else max(0, span.start - window + 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Scoring:
+    """What becomes of the products of queries and keys; ``sinks`` [heads] and ``softcap`` are few models'."""
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether torch's own attention computes it."""
+        return self.softcap is None and self.sinks is None
 
 
 class FlatAttention:
     """The attention function of one model, registered with transformers under a name of its own.
 
     Without a cache it serves whole sequences only, and notes each layer's shapes: that is the probe at start. ``rows``,
-    where it is set, is the routine for decoding rows, and ``windows`` are those it was called with. ``explicit`` says
-    that some layer has soft caps or sinks.
+    where it is set, is the routine for decoding rows, and ``windows`` are those it was called with. ``batched``, where
+    it is set, attends to what is in the cache, as on accelerators. ``explicit`` says that some layer has soft caps or
+    sinks.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, batched: BatchedAttention | None = None) -> None:
         self.name = f"quickchange_{next(_numbers)}"
+        self.batched = batched
         self.cache: KVCache | None = None
         self.layout: Layout | None = None
         self.rows: RowAttention | None = None
@@ -99,8 +130,17 @@ class FlatAttention:
         return 1 if self.rows is None or self.explicit else _FEW_ROWS
 
     def install(self, model: PreTrainedModel) -> None:
-        """Make the model call this function."""
+        """Make the model call this function; when the model is gone, it is closed."""
         model.set_attn_implementation(self.name)
+        weakref.finalize(model, self.close).atexit = False
+
+    def close(self) -> None:
+        """Free the keys and values, and leave transformers' table of functions; its model cannot be run any more.
+
+        transformers has a way into the table of all models, and none out of it.
+        """
+        AttentionInterface._global_mapping.pop(self.name, None)
+        self.cache = self.layout = self.rows = None
 
     def __call__(
         self,
@@ -124,9 +164,13 @@ class FlatAttention:
         if self.cache is not None:
             self.cache.write(layer, layout, key, value)
         kept = query.dtype if self.cache is None else self.cache.layout.dtype
-        plain = softcap is None and s_aux is None
+        scoring = Scoring(scale, sliding_window, softcap, s_aux)
+        plain = scoring.plain
         self.explicit |= not plain
         queries = query.to(kept)
+        if self.batched is not None and self.cache is not None:
+            attended = self.batched.attend(self.cache, layer, layout, queries, scoring)
+            return attended[None].to(query.dtype), None
         singles = _folded(queries, key.shape[1]) if plain else ()
         parts = []  # [length, heads, value_dim] each
         for span in layout.spans:
@@ -142,7 +186,7 @@ class FlatAttention:
             if plain:
                 parts.append(_chunk(chunk, keys, values, mask, scale))
             else:
-                parts.append(_explicit(chunk[0], keys[0], values[0], mask, scale, softcap, s_aux).transpose(0, 1))
+                parts.append(explicit(chunk, keys, values, mask, scoring)[0].transpose(0, 1))
         attended = parts[0] if len(parts) == 1 else torch.cat(parts)
         return attended[None].to(query.dtype), None
 
@@ -209,8 +253,11 @@ def _folded(query: torch.Tensor, kv_heads: int) -> tuple[torch.Tensor, ...]:
 
 
 def _single(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
-    """One row, folded, on all the keys it is given -> [1, heads, value_dim]."""
-    return F.scaled_dot_product_attention(query, keys, values, scale=scale).view(1, -1, values.shape[-1])
+    """One row, folded, on all the keys it is given -> [1, heads, value_dim].
+
+    Kernels differ in how their result lies in memory: on CUDA in float32 it is row by row, all heads of each.
+    """
+    return F.scaled_dot_product_attention(query, keys, values, scale=scale).reshape(1, -1, values.shape[-1])
 
 
 def _chunk(
@@ -224,27 +271,31 @@ def _chunk(
     return attended[0].transpose(0, 1)
 
 
-def _explicit(
+def explicit(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
     mask: torch.Tensor | None,
-    scale: float,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
+    scoring: Scoring,
 ) -> torch.Tensor:
-    """Attention written out, for soft-capped scores (Gemma 2) and for sinks (GPT-OSS), which only take probability."""
-    heads, rows, dim = query.shape
-    kv_heads = keys.shape[0]
-    # [kv_heads, group, rows, keys]
-    scores = (query.reshape(kv_heads, -1, dim) @ keys.transpose(1, 2)).view(kv_heads, -1, rows, keys.shape[1]) * scale
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
+    """Attention written out, for soft-capped scores (Gemma 2) and for sinks (GPT-OSS), which only take probability.
+
+    query [n, heads, rows, dim], keys and values [n, kv_heads, keys, dim], mask [rows, keys] or [n, 1, 1, rows, keys]
+    -> [n, heads, rows, value_dim].
+    """
+    number, heads, rows, dim = query.shape
+    _, kv_heads, num_keys, _ = keys.shape
+    grouped = query.reshape(number, kv_heads, -1, dim)
+    # [n, kv_heads, group, rows, keys]
+    scores = (grouped @ keys.transpose(2, 3)).view(number, kv_heads, -1, rows, num_keys) * scoring.scale
+    if scoring.softcap is not None:
+        scores = torch.tanh(scores / scoring.softcap) * scoring.softcap
     if mask is not None:
         scores = scores + mask
-    if sinks is not None:
-        column = sinks.view(kv_heads, -1, 1, 1).expand(-1, -1, rows, 1).to(scores.dtype)
+    if scoring.sinks is not None:
+        column = scoring.sinks.view(kv_heads, -1, 1, 1).expand(number, kv_heads, -1, rows, 1).to(scores.dtype)
         weights = torch.cat([scores, column], dim=-1).softmax(-1, dtype=torch.float32)[..., :-1]
     else:
         weights = scores.softmax(-1, dtype=torch.float32)
-    return (weights.to(values.dtype).view(kv_heads, -1, keys.shape[1]) @ values).view(heads, rows, -1)
+    folded = weights.to(values.dtype).view(number, kv_heads, -1, num_keys)
+    return (folded @ values).view(number, heads, rows, -1)

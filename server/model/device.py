@@ -25,6 +25,17 @@ def choose_device(device: str) -> torch.device:
     return torch.device(device)
 
 
+def prepare(device: torch.device) -> None:
+    """What torch is told once before a base is put on a device.
+
+    Where cuDNN may compute attention (bfloat16 on Hopper and Blackwell), it makes a plan for each new length, which
+    takes longer than many steps; in a server every step has new lengths. Products in float32 stay float32 in full,
+    which is torch's default.
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def choose_dtype(dtype: str, device: torch.device, num_weight_bytes: int) -> torch.dtype:
     """The number format of a setting; ``auto`` is bfloat16 where the device has it and the base is large enough."""
     if dtype != "auto":

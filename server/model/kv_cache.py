@@ -17,7 +17,7 @@ import torch
 from server.sequence import CopyPrefix, Move
 
 _MANY_SPANS = 4
-"""Spans from which on one scattered copy costs less than a copy each."""
+"""Spans for each of which a copy costs less than a scattered one for all, on a CPU; on an accelerator it is one."""
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 """Python names it from 3.13 on; the number is Linux's on x86-64 and ARM."""
 
@@ -145,12 +145,13 @@ class KVCache:
     ) -> None:
         self.layout = KVLayout(tuple(shapes), max_len, dtype)
         self._slot_bytes = self.layout.slot_size * dtype.itemsize
+        self._num_copied = _MANY_SPANS if device.type == "cpu" else 1
         self._pages: mmap.mmap | None = None
         if is_paged(device):
             self._pages = _reserve(num_slots * self._slot_bytes)
             memory = torch.frombuffer(self._pages, dtype=dtype)
         else:
-            memory = torch.empty(num_slots * self.layout.slot_size, dtype=dtype, device=device)
+            memory = torch.zeros(num_slots * self.layout.slot_size, dtype=dtype, device=device)
         pairs = self.layout.regions
         self.keys = [self._view(memory, region, num_slots) for region, _ in pairs]
         self.values = [self._view(memory, region, num_slots) for _, region in pairs]
@@ -158,7 +159,7 @@ class KVCache:
 
     def write(self, layer: int, layout: RowsLayout, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store keys and values [1, kv_heads, rows, dim] of rows whose slots and positions the layout tells."""
-        if len(layout.spans) > _MANY_SPANS:
+        if len(layout.spans) > self._num_copied:
             self.keys[layer][layout.slots, :, layout.positions] = keys[0].transpose(0, 1).to(self.layout.dtype)
             self.values[layer][layout.slots, :, layout.positions] = values[0].transpose(0, 1).to(self.layout.dtype)
             return
@@ -182,6 +183,14 @@ class KVCache:
         elif self._pages is not None:
             for begin, end in self.layout.tails(move.length):
                 self._pages.madvise(mmap.MADV_DONTNEED, move.slot * self._slot_bytes + begin, end - begin)
+
+    def clear(self, slot: int, start: int) -> None:
+        """Make positions of a slot from ``start`` on zero.
+
+        Whoever reads beyond a sequence's end, with a weight of 0, must not find an infinity or NaN that another left.
+        """
+        for kept in (*self.keys, *self.values):
+            kept[slot, :, start:].zero_()
 
     def _view(self, memory: torch.Tensor, region: Region, num_slots: int) -> torch.Tensor:
         size = (num_slots, region.heads, self.layout.max_len, region.dim)

@@ -33,7 +33,8 @@ from server.lora.place import shorten
 from server.model.admission import admit
 from server.model.attention import FlatAttention, Layout
 from server.model.base_folder import find_base, num_weight_bytes, weight_files
-from server.model.device import choose_device, choose_dtype, choose_float_dtype, choose_kv_dtype
+from server.model.batched_attention import BatchedAttention
+from server.model.device import choose_device, choose_dtype, choose_float_dtype, choose_kv_dtype, prepare
 from server.model.fingerprint import base_fingerprint, base_fingerprint_v2
 from server.model.kv_cache import KVLayout, LayerShape, Span, longest_within
 from server.model.quantizer import Quantized, quantizing
@@ -75,6 +76,10 @@ class Base:
         """Rows of the embedding: token ids are below this."""
         return self.signature.vocab_size
 
+    def close(self) -> None:
+        """Free the memory of keys and values; no step can be computed any more."""
+        self.attention.close()
+
 
 def load_base(
     base_model: str,
@@ -94,9 +99,9 @@ def load_base(
     """
     folder = find_base(base_model)
     config = _config(folder)
-    admit(config, name=name)
+    place, batched = _place(device)
+    admit(config, name=name, batched=batched)
     length = _length(config, max_model_len)
-    place = choose_device(device)
     kernel = _kernel(quantization, place)
     compiling = _start_compiling() if _is_native(kernel) else None
     fingerprint, fingerprint_v2 = base_fingerprint(folder), base_fingerprint_v2(folder)
@@ -104,7 +109,7 @@ def load_base(
     model = load_stock(folder, "auto" if kernel else choose_dtype(dtype, place, num_weight_bytes(folder)))
     tokenizer = _load_tokenizer(folder)
     nn.Module.to(model, device=place)
-    attention = FlatAttention()
+    attention = FlatAttention(batched)
     attention.install(model)
     if kernel is None:
         shapes, noted, quantized = *_probe(model, attention), None
@@ -135,6 +140,13 @@ def load_base(
         quantized,
         compiled is not None,
     )
+
+
+def _place(device: str) -> tuple[torch.device, BatchedAttention | None]:
+    """The device of the setting, made ready, and how it attends to rows that decode, None for one after another."""
+    place = choose_device(device)
+    prepare(place)
+    return place, None if place.type == "cpu" else BatchedAttention()
 
 
 def _check_calls(name: str, attention: FlatAttention, num_shapes: int, config: PretrainedConfig) -> None:

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 from server.adapters.content.manifest import Manifest
 from server.int8.linear import products_with_deltas
 from server.lora.bank import LoRABank
+from server.lora.transfer import to_device
 from server.lora.weights import LoRAWeights
-from server.model.attention import FlatAttention, Layout
+from server.model.attention import FlatAttention, Layout, rows_of
 from server.model.kv_cache import KVCache, LayerShape, Span
 from server.model.loader import Base
 from server.model.quick_ops import last_units
@@ -76,17 +77,19 @@ class ModelRunner:
     def run(self, batch: Batch) -> torch.Tensor:
         """Logits of the rows that yield a token, [len(batch.draws), vocab]."""
         self._prepare_slots(batch)
-        layout = Layout.of(_spans(batch.segments, self.attention.most_apart), self.model.device)
-        self.attention.layout = layout
+        spans = _spans(batch.segments, self.attention.most_apart)
+        ids = [token for segment in batch.segments for token in segment.ids]
+        slots, positions, input_ids, ends = to_device(
+            self.model.device, *rows_of(spans), ids, _sampled_rows(batch.segments)
+        )
+        layout = self.attention.layout = Layout(spans, slots, positions)
         self.bank.begin(batch)
         if self.tapes is not None:
             self.tapes.begin(layout)
-        ids = [token for segment in batch.segments for token in segment.ids]
-        ends = torch.tensor(_sampled_rows(batch.segments), dtype=torch.long, device=self.model.device)
         if self._last_units is not None:  # which are a whole layer's greater part in a prompt
             self._last_units.only = ends if any(span.length > 1 for span in layout.spans) else None
         output = self.model(
-            input_ids=torch.tensor([ids], device=self.model.device),
+            input_ids=input_ids[None],
             position_ids=layout.positions[None],
             use_cache=False,
             logits_to_keep=ends,
@@ -95,9 +98,14 @@ class ModelRunner:
         return logits
 
     def _prepare_slots(self, batch: Batch) -> None:
-        assert self.attention.cache is not None
+        cache = self.attention.cache
+        assert cache is not None
         for move in batch.moves:
-            self.attention.cache.do(move)
+            cache.do(move)
+        if self.attention.batched is not None:  # which reads positions that a sequence has not written yet
+            for segment in batch.segments:
+                if segment.start == segment.sequence.num_cached:
+                    cache.clear(segment.slot, segment.start)
 
     def prepare(self, manifest: Manifest) -> LoRAWeights:
         """An adapter's tensors, for ``add_adapter``; any thread may call this, while steps run.

@@ -20,6 +20,7 @@ from server.lora.weights import LoRAWeights
 from server.metrics import Metrics
 from server.model import loader
 from server.model.attention import FlatAttention
+from server.model.batched_attention import BatchedAttention
 from server.model.kv_cache import KVCache
 from server.model.quantizer import Quantized, quantizing
 from server.model.quick_layers import quicken_all
@@ -157,13 +158,14 @@ def host(
     groups: Sequence[tuple[str, ...]] = (),
     kernel: type[Kernel] | None = None,
     compiled: bool = False,
+    batched: BatchedAttention | None = None,
 ) -> Hosted:
     """Install the engine in a model, in the order in which ``load_base`` does; its stock forward is gone afterwards.
 
-    With a ``kernel`` its linears and embedding become int8; with ``compiled`` routines do what they can, and rotate in
-    the modelling code, too.
+    ``batched`` attends as on an accelerator. With a ``kernel`` its linears and embedding become int8; with ``compiled``
+    routines do what they can, and rotate in the modelling code, too.
     """
-    attention = FlatAttention()
+    attention = FlatAttention(batched)
     attention.install(model)
     quantized = nullcontext() if kernel is None else quantizing(model, kernel, torch.float32)
     with quantized as what:
