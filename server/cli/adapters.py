@@ -9,7 +9,7 @@ USAGE = """\
 usage: quickchange adapters [list] [--SETTING VALUE ...]   every adapter: served or not and why, pins, kept versions
        quickchange adapters check DIR|NAME [--no-probe]    everything about one, and whether it answers as under PEFT
        quickchange adapters add REPO_ID[@REVISION]         fetch one from the Hugging Face hub
-       quickchange adapters convert FOLDER                 write another kind of PEFT adapter as LoRA
+       quickchange adapters convert SOURCE                 write one of mlx-lm, GGUF, Ollama or another tuner as LoRA
        quickchange adapters pin NAME[@VERSION]             keep one in memory, or hold its name at a kept version
        quickchange adapters unpin NAME                     let a name follow its folder again
        quickchange adapters rollback NAME                  hold a name at the version before
@@ -40,7 +40,7 @@ def add(arguments: Sequence[str]) -> int:
 
 
 def convert(arguments: Sequence[str]) -> int:
-    """Write an adapter of another kind as LoRA."""
+    """Write an adapter of another kind or another trainer as LoRA."""
     from server.cli.adapters_convert import main
 
     return main(arguments)

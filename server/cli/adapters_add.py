@@ -102,7 +102,7 @@ def fetch(source: Source, folder: Path, *, max_bytes: int) -> str:
         sizes = {sibling.rfilename: sibling.size for sibling in info.siblings or ()}
         for name in _choose(sizes, source.repo_id, max_bytes):
             if not sys.stderr.isatty():  # where there is a terminal, the hub's library draws a bar
-                print(f"fetching {name} ({_shown(sizes[name])})", file=sys.stderr, flush=True)
+                print(f"fetching {name} ({shown_size(sizes[name])})", file=sys.stderr, flush=True)
             api.hf_hub_download(source.repo_id, name, revision=commit, local_dir=folder)
     except NotPublished:
         raise
@@ -177,5 +177,6 @@ def _sentence(error: BaseException, source: Source) -> str:
     )
 
 
-def _shown(size: int | None) -> str:
+def shown_size(size: int | None) -> str:
+    """Bytes for a person to read."""
     return "size unknown" if size is None else f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size} bytes"

@@ -1,7 +1,8 @@
-"""``quickchange adapters convert``: a PEFT adapter of another kind, rewritten as plain LoRA on the unchanged base.
+"""``quickchange adapters convert``: adapters of other kinds and other trainers as plain LoRA in PEFT's format.
 
-PEFT does the rewriting: a singular value decomposition of what each module's weight gains, cut to a rank. How near
-that comes is measured on the base, and what is too far off is not published.
+Other tuners of PEFT are rewritten by PEFT: a singular value decomposition of what each module's weight gains, cut to a
+rank. How near that comes is measured on the base, and what is too far off is not published. Other formats are
+``convert_format``'s: the same numbers under other names and in another order.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from server.adapters.content.folder import CONFIG_FILE, WEIGHTS_FILE
+from server.cli.adapters_add import shown_size
+from server.cli.convert_format import Format, default_name, format_of, publish_converted, read_source
 from server.cli.options import command_parser, parse_options
 from server.cli.publish import NotPublished, choose_target, published_folder
 from server.cli.settings import parse_settings
+from server.cli.terminal import say
 from server.model.base_folder import find_base
 from server.settings import Settings
 
@@ -24,8 +28,15 @@ if TYPE_CHECKING:
     from server.cli.conversion import Conversion
 
 DESCRIPTION = """\
-Rewrite the PEFT adapter in FOLDER, which the server refuses because it is not plain LoRA, as plain LoRA beside the
-other adapters. The base must be the one it was trained on: it is loaded in float32 to measure how near that comes."""
+Write SOURCE as plain LoRA in PEFT's format, beside the other adapters. SOURCE is one of
+
+  a folder of mlx-lm             adapters.safetensors and mlx-lm's adapter_config.json, LoRA or DoRA
+  a .gguf file                   a LoRA adapter as llama.cpp's convert_lora_to_gguf.py writes it
+  a Modelfile of Ollama          its ADAPTER is converted; SYSTEM and PARAMETER become defaults of the adapter
+  a folder of PEFT               an adapter which the server refuses because it is not plain LoRA
+
+The base must be the one it was trained on (--base-model). The first three are checked against it by names and shapes.
+For the last one it is loaded in float32, to measure how near LoRA comes."""
 
 BY_PEFT = frozenset({
     "C3A", "DELORA", "FOURIERFT", "GRALORA", "LOHA", "LOKR", "MISS", "PSOFT", "RANDLORA", "TINYLORA", "UNILORA",
@@ -53,65 +64,119 @@ DEFAULT_ENERGY, DEFAULT_MAX_ERROR, MOST_LOST = 0.9999, 0.01, 0.1
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Convert, measure and publish; the exit status is 1 where there is no new adapter afterwards."""
+    """Convert, check and publish; the exit status is 1 where there is no new adapter afterwards."""
     options, settings = _parse(arguments)
-    name = options.name or f"{options.folder.resolve().name}-lora"
+    kind = format_of(options.source)
     try:
-        target = choose_target(settings, name)
-        config = _read_config(options.folder)
-        base_folder = find_base(settings.base_model)
-        from server.cli.conversion import convert  # torch, and seconds
-
-        with published_folder(target) as folder:
-            found = convert(
-                options.folder,
-                folder,
-                base_folder,
-                config=config,
-                merging=config["peft_type"] in BY_MERGING,
-                rank=options.rank or options.energy,
-                threads=settings.threads,
-            )
-            _check(found, options, settings)
+        target = _choose_target(options, settings, kind)
+        if kind == "peft":
+            _convert_tuner(options, settings, target)
+        else:
+            _convert_format(options, settings, target, kind)
     except NotPublished as error:
         print(f"quickchange: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
+    print(f"next: quickchange adapters check {target if options.out else target.name}")
+    return 0
+
+
+def _convert_format(options: argparse.Namespace, settings: Settings, target: Path, kind: Format) -> None:
+    """Convert an adapter of another trainer, and say what came out."""
+    source = read_source(
+        options.source, kind, max_bytes=settings.max_adapter_bytes, chat_template=options.chat_template
+    )
+    made = publish_converted(source, target, settings)
+    say(
+        f"{target.name}: {source.adapter.kind} as PEFT's, of rank {made.rank} on {made.num_modules} modules, "
+        f"{shown_size(made.num_bytes)}, in {target}"
+    )
+    for line in made.said:
+        say(line)
+    say(f"checked: every tensor fits the base {settings.base_name} by name and shape")
+
+
+def _convert_tuner(options: argparse.Namespace, settings: Settings, target: Path) -> None:
+    """Convert an adapter of another tuner of PEFT, measure, and say what came out."""
+    config = _read_config(options.source)
+    base_folder = find_base(settings.base_model)
+    from server.cli.conversion import convert  # torch, and seconds
+
+    with published_folder(target) as folder:
+        found = convert(
+            options.source,
+            folder,
+            base_folder,
+            config=config,
+            merging=config["peft_type"] in BY_MERGING,
+            rank=options.rank or options.energy,
+            threads=settings.threads,
+        )
+        _check(found, options, settings)
     ranks = sorted({min(found.ranks), max(found.ranks)})
     print(
-        f"{name}: {config['peft_type']} as LoRA of rank {' to '.join(map(str, ranks))} on {len(found.ranks)} modules, "
-        f"{found.num_bytes / 1e6:.1f} MB, in {target}"
+        f"{target.name}: {config['peft_type']} as LoRA of rank {' to '.join(map(str, ranks))} on {len(found.ranks)} "
+        f"modules, {found.num_bytes / 1e6:.1f} MB, in {target}"
     )
-    print(f"its logits differ by {_measured(found)}\nnext: quickchange adapters check {name}")
-    return 0
+    print(f"its logits differ by {_measured(found)}")
+
+
+def _choose_target(options: argparse.Namespace, settings: Settings, kind: Format) -> Path:
+    """The folder to make. Raises ``NotPublished``."""
+    if options.out is None:
+        return choose_target(settings, options.name or default_name(options.source, kind))
+    out = options.out.absolute()
+    return choose_target(settings.model_copy(update={"adapters_dir": out.parent}), out.name)
 
 
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Settings]:
     parser = command_parser("adapters convert", DESCRIPTION)
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="PEFT's two files, the weights as safetensors")
-    parser.add_argument("--name", help="what the new adapter is called; without it, FOLDER's name and '-lora'")
-    size = parser.add_mutually_exclusive_group()
+    parser.add_argument("source", metavar="SOURCE", type=Path, help="a folder, a .gguf file or a Modelfile")
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument(
+        "--name", help="what the new adapter is called; without it, SOURCE's name (of PEFT's, and '-lora')"
+    )
+    place.add_argument("--out", metavar="DIR", type=Path, help="the folder to make, instead of one in --adapters-dir")
+    template = "for a Modelfile with a TEMPLATE: 'base' for the base's own chat template, or a file in Jinja's language"
+    parser.add_argument("--chat-template", metavar="base|FILE", help=template)
+    tuners = parser.add_argument_group("for other tuners of PEFT")
+    size = tuners.add_mutually_exclusive_group()
     size.add_argument("--rank", type=int, help="the same rank for every module")
     size.add_argument(
-        "--energy", type=float, default=DEFAULT_ENERGY,
-        help="the share of each module's gain to keep, as a sum of squares; it decides the ranks (%(default)s)",
+        "--energy", type=float,
+        help=f"the share of each module's gain to keep, as a sum of squares; it decides the ranks ({DEFAULT_ENERGY})",
     )  # fmt: skip
-    error = "the largest difference of logits, as a share of the largest logit (%(default)s)"
-    parser.add_argument("--max-error", type=float, default=DEFAULT_MAX_ERROR, help=error)
+    error = f"the largest difference of logits, as a share of the largest logit ({DEFAULT_MAX_ERROR})"
+    tuners.add_argument("--max-error", type=float, help=error)
     options, rest = parse_options(parser, arguments)
+    _check_options(parser, options)
+    return options, parse_settings("adapters convert", rest)
+
+
+def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Flags out of range, and flags that do nothing for this source, are bad usage; then come the defaults."""
+    kind = format_of(options.source)
+    given = [flag for flag in ("rank", "energy", "max_error") if getattr(options, flag) is not None]
+    if given and kind != "peft":
+        parser.error(f"--{given[0].replace('_', '-')} is for other tuners of PEFT, and {options.source} is none")
+    if options.chat_template is not None and kind != "modelfile":
+        parser.error(f"--chat-template is for a Modelfile, and {options.source} is none")
+    options.energy = DEFAULT_ENERGY if options.energy is None else options.energy
+    options.max_error = DEFAULT_MAX_ERROR if options.max_error is None else options.max_error
     if options.rank is not None and options.rank < 1:
         parser.error("--rank must be 1 or more")
     if not 0 < options.energy < 1:
         parser.error("--energy must lie between 0 and 1")
     if not options.max_error > 0:
         parser.error("--max-error must be more than 0")
-    return options, parse_settings("adapters convert", rest)
 
 
 def _read_config(folder: Path) -> Mapping[str, Any]:
     """The config of an adapter that PEFT may be let at. Raises ``NotPublished``."""
     path = folder / CONFIG_FILE
+    if not folder.exists():
+        raise NotPublished(f"there is no {folder}")
     if missing := [str(needed) for needed in (path, folder / WEIGHTS_FILE) if not needed.is_file()]:
         raise NotPublished(f"{missing[0]} is missing; pickled weights are not read: save them as safetensors first")
     try:

@@ -45,9 +45,9 @@ class Examiner:
         prompts = PromptRenderer(base.tokenizer, vocab_size=base.vocab_size)
         return cls(base, limits_of(settings), prompts, LoRABank(base.model, max_seats=1).base_modules)
 
-    def examine(self, path: Path) -> tuple[Examination, LoRAWeights | None]:
-        """What is to be said of a folder, and its weights where it is served."""
-        name = path.absolute().name
+    def examine(self, path: Path, *, name: str | None = None) -> tuple[Examination, LoRAWeights | None]:
+        """What is to be said of a folder, under its own name or another, and its weights where it is served."""
+        name = name or path.absolute().name
         found = examine(path, self.base.signature, self.limits, name=name, judge_manners=self._judge_manners)
         if found.manifest is None or found.problems:
             return found, None
