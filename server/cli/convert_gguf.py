@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from server.adapters.content.module_names import ModuleNames
 from server.adapters.content.words import first
 from server.cli.gguf_file import GGUFFile, read_gguf
 from server.cli.publish import NotPublished
@@ -92,7 +93,7 @@ class GGUFAdapter:
 
     def convert(self, base: BaseSignature, config: Any) -> LoRATensors:
         """PEFT's tensors of it, for this base and transformers' config of its text model. Raises ``NotPublished``."""
-        from server.cli.lora_folder import LoRATensors, find_module
+        from server.cli.lora_folder import LoRATensors
 
         found = _known(self.architecture)
         if config.model_type not in found.model_types:
@@ -103,14 +104,10 @@ class GGUFAdapter:
         pairs, norms = self._sorted(found)
         if not pairs:
             raise NotPublished("it holds no lora_a and lora_b")
-        deltas = {
-            find_module(name, base.modules): self._delta(name, pair, found, config) for name, pair in pairs.items()
-        }
-        shift = 1.0 if found.norm_shift else 0.0
-        weights = {
-            find_module(name, base.modules): _torch(self._read(tensor) - np.float32(shift))
-            for name, tensor in norms.items()
-        }
+        names = ModuleNames(base.modules)
+        deltas = {names.find(name) or name: self._delta(name, pair, found, config) for name, pair in pairs.items()}
+        shift = np.float32(1.0 if found.norm_shift else 0.0)
+        weights = {names.find(name) or name: _torch(self._read(tensor) - shift) for name, tensor in norms.items()}
         notes = self.notes
         if weights:
             notes += (f"it brings {len(weights)} norms of its own, which llama.cpp passes over; here they are used",)

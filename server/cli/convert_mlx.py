@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from server.adapters.content.folder import CONFIG_FILE, MAX_JSON_BYTES, WEIGHTS_FILE
+from server.adapters.content.module_names import ModuleNames
 from server.adapters.content.safetensors import TensorEntry, read_header
 from server.adapters.content.signature import BaseSignature
 from server.adapters.content.words import first
@@ -50,12 +51,12 @@ class MLXAdapter:
         """PEFT's tensors of it, for the modules of this base. Raises ``NotPublished``."""
         import safetensors.torch
 
-        from server.cli.lora_folder import LoRATensors, find_module
+        from server.cli.lora_folder import LoRATensors
 
-        tensors = safetensors.torch.load(self.data)
+        tensors, names = safetensors.torch.load(self.data), ModuleNames(base.modules)
         deltas: dict[str, Delta] = {}
         for name in _modules_of(self.entries):
-            module = find_module(name, base.modules)
+            module = names.find(name) or name
             parts = {leaf: tensors.get(f"{name}.{leaf}") for leaf in _LEAVES}
             shape = base.modules.get(module)
             if shape is not None and shape.kind == "embedding":

@@ -155,7 +155,7 @@ def _unsaid(modelfile: Modelfile) -> list[str]:
     """Instructions that the sidecar has no field for."""
     found = [f"{name} {value:.60} ({_UNSAID[name]})" for name in _UNSAID for value in modelfile.values(name)]
     if messages := modelfile.values("MESSAGE"):
-        found.append(f"{len(messages)} MESSAGE lines, which Ollama puts before every conversation: send them yourself")
+        found.append(f"MESSAGE ({len(messages)} of them), which Ollama puts before conversations: send them yourself")
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,6 @@ from safetensors.torch import save_file
 
 from server.adapters.content.folder import CONFIG_FILE, WEIGHTS_FILE
 from server.adapters.content.peft_config import parse_peft_config
-
-_WRAPPERS = frozenset({"base_model", "model", "language_model", "text_model"})
 
 
 @dataclass(frozen=True)
@@ -50,19 +48,6 @@ class LoRATensors:
     def ranks(self) -> tuple[int, ...]:
         """Every delta's rank, ascending."""
         return tuple(sorted(delta.rank for delta in self.deltas.values()))
-
-
-def find_module(name: str, modules: Iterable[str]) -> str:
-    """The base's module that another format's name means: it may stand within other wrappers. Else the name itself."""
-    known = set(modules)
-    if name in known:
-        return name
-    parts = name.split(".")
-    while len(parts) > 1 and parts[0] in _WRAPPERS:
-        parts.pop(0)
-    tail = ".".join(parts)
-    found = [module for module in known if module == tail or module.endswith(f".{tail}")]
-    return found[0] if len(found) == 1 else name
 
 
 def write_lora_folder(folder: Path, tensors: LoRATensors, *, base_model: str) -> None:
