@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from server.adapters.content.folder import CONFIG_FILE, WEIGHTS_FILE
 from server.cli.adapters_add import shown_size
-from server.cli.convert_format import Format, default_name, format_of, publish_converted, read_source
+from server.cli.convert_format import Format, default_name, find_source, format_of, publish_converted, read_source
 from server.cli.options import command_parser, parse_options
 from server.cli.publish import NotPublished, choose_target, published_folder
 from server.cli.settings import parse_settings
@@ -31,7 +31,7 @@ DESCRIPTION = """\
 Write SOURCE as plain LoRA in PEFT's format, beside the other adapters. SOURCE is one of
 
   a folder of mlx-lm             adapters.safetensors and mlx-lm's adapter_config.json, LoRA or DoRA
-  a .gguf file                   a LoRA adapter as llama.cpp's convert_lora_to_gguf.py writes it
+  a .gguf file, or its folder    a LoRA adapter as llama.cpp's convert_lora_to_gguf.py writes it
   a Modelfile of Ollama          its ADAPTER is converted; SYSTEM and PARAMETER become defaults of the adapter
   a folder of PEFT               an adapter which the server refuses because it is not plain LoRA
 
@@ -150,6 +150,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Settings]:
     error = f"the largest difference of logits, as a share of the largest logit ({DEFAULT_MAX_ERROR})"
     tuners.add_argument("--max-error", type=float, help=error)
     options, rest = parse_options(parser, arguments)
+    options.source = find_source(options.source)
     _check_options(parser, options)
     return options, parse_settings("adapters convert", rest)
 

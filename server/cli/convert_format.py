@@ -54,6 +54,14 @@ class Converted:
     said: tuple[str, ...]
 
 
+def find_source(path: Path) -> Path:
+    """The one Modelfile or .gguf of a folder that holds no other adapter; else the path itself."""
+    if not path.is_dir() or is_mlx_folder(path) or (path / WEIGHTS_FILE).exists():
+        return path
+    modelfiles, ggufs = [path / "Modelfile"], sorted(path.glob("*.gguf"))
+    return next((found[0] for found in (modelfiles, ggufs) if len(found) == 1 and found[0].is_file()), path)
+
+
 def format_of(path: Path) -> Format:
     """Which format a path is in, by what is there; a folder that is nothing else is PEFT's."""
     if is_mlx_folder(path):

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from server.adapters.content.file_kinds import kind_of_bytes
 from server.adapters.content.module_names import ModuleNames
 from server.adapters.content.words import first
-from server.cli.gguf_file import GGUFFile, read_gguf
+from server.cli.gguf_file import GGUFFile, is_gguf, read_gguf
 from server.cli.publish import NotPublished
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ def read_gguf_adapter(path: Path, *, max_bytes: int) -> GGUFAdapter:
         size = path.stat().st_size
         file = read_gguf(path)
     except ValueError as error:
-        raise NotPublished(f"{path}: {error}") from None
+        raise NotPublished(f"{path.parent}: {_kind_of(path) or f'{path.name}: {error}'}") from None
     except OSError as error:
         raise NotPublished(f"{path} cannot be read: {error.strerror}") from None
     if size > max_bytes:
@@ -165,6 +166,14 @@ def read_gguf_adapter(path: Path, *, max_bytes: int) -> GGUFAdapter:
     if not isinstance(alpha, float | int) or isinstance(alpha, bool) or not 0 <= alpha < float("inf"):
         raise NotPublished(f"{path}: adapter.lora.alpha is {alpha!r:.40}: it must be a number of 0 or more")
     return GGUFAdapter(file, architecture, float(alpha))
+
+
+def _kind_of(path: Path) -> str | None:
+    """What a file is instead of a GGUF, where its first bytes tell."""
+    if not path.is_file() or is_gguf(path):
+        return None
+    with open(path, "rb") as file:
+        return kind_of_bytes(path.name, file.read(512))
 
 
 def _check_kind(file: GGUFFile) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from server.adapters.content.file_kinds import kind_of_bytes
 from server.adapters.content.folder import CONFIG_FILE, MAX_JSON_BYTES, WEIGHTS_FILE
 from server.adapters.content.module_names import ModuleNames
 from server.adapters.content.safetensors import TensorEntry, read_header
@@ -136,7 +137,8 @@ def read_mlx(folder: Path, *, max_bytes: int) -> MLXAdapter:
     try:
         entries = read_header(data)
     except ValueError as error:
-        raise NotPublished(f"{folder / MLX_WEIGHTS_FILE}: {error}") from None
+        what = kind_of_bytes(MLX_WEIGHTS_FILE, data) or f"{MLX_WEIGHTS_FILE}: {error}"
+        raise NotPublished(f"{folder}: {what}") from None
     _check_entries(entries, dora=kind == "dora")
     alpha = _number(parameters.get("alpha"))
     return MLXAdapter(folder, scale, kind == "dora", alpha, entries, data)

@@ -42,9 +42,10 @@ class Wishes:
 
     def sidecar_for(self, base: BaseSignature, present: Mapping[str, Any]) -> dict[str, Any]:
         """The whole sidecar, for this base, over what stands in one that is there already."""
+        fingerprints = {"fingerprint": base.fingerprint, "fingerprint_v2": base.fingerprint_v2}
         return {
-            "schema_version": 1,
-            "base": {"name": base.name, "fingerprint": base.fingerprint},
+            "schema_version": 2,
+            "base": {"name": base.name, **{name: value for name, value in fingerprints.items() if value}},
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             **present,
             **self.sidecar,

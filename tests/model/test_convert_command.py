@@ -70,11 +70,21 @@ def test_a_folder_of_mlx_lm_is_published_under_its_name(
     ]
 
 
+@pytest.mark.parametrize("named", ["its file", "its folder"])
 def test_a_gguf_lora_is_published_where_out_says(
-    source: Path, base: PreTrainedModel, base_folder: Path, tmp_path: Path, capsys: Say
+    named: str, source: Path, base: PreTrainedModel, base_folder: Path, tmp_path: Path, capsys: Say
 ) -> None:
     path = write_gguf(tmp_path / "pirate.gguf", gguf_arrays(source, base, "llama"))
-    assert convert(path, base_folder, tmp_path, "--out", str(tmp_path / "elsewhere" / "mine")) == 0
+    assert (
+        convert(
+            path if named == "its file" else tmp_path,
+            base_folder,
+            tmp_path,
+            "--out",
+            str(tmp_path / "elsewhere" / "mine"),
+        )
+        == 0
+    )
     assert same(base, source, tmp_path / "elsewhere" / "mine") and published(tmp_path) == []
     said = capsys.readouterr()
     assert said.err.splitlines() == [
@@ -108,7 +118,8 @@ def test_a_modelfile_becomes_a_folder_with_a_sidecar_and_a_report(
     made = tmp_path / "adapters" / "pirate"
     assert same(base, source, made) and (made / "LICENSE").read_text() == "MIT\n"
     sidecar = json.loads((made / "quickchange.json").read_text())
-    assert sidecar["base"]["name"] == "tiny" and sidecar["system_prompt"] == 'Answer as a "pirate".'
+    assert sidecar["schema_version"] == 2 and sidecar["base"]["fingerprint_v2"].startswith("sha256:")
+    assert sidecar["system_prompt"] == 'Answer as a "pirate".'
     assert sidecar["stop"] == ["<|end|>"] and sidecar["sampling"] == {"temperature": 0.3}
     assert capsys.readouterr().out.splitlines()[1:] == [
         "FROM llama3.2:1b: here the base is tiny",
@@ -157,7 +168,9 @@ def test_a_base_that_is_not_there_is_told_before_anything_is_loaded(source: Path
     [
         ("none", None, "there is no "),
         ("a.gguf", b"GGUF", "truncated or damaged"),
-        ("a.gguf", b"PK\3\4", "no GGUF file"),
+        ("a.gguf", b"PK\3\4", "a pickle of torch.save"),
+        ("a.gguf", b"version https://git-lfs.github.com/spec/v1", "a git-lfs pointer"),
+        ("a.gguf", b"something else", "no GGUF file"),
         ("a.bin", b"algg" + bytes(99), "an adapter of llama.cpp before GGUF"),
         ("Modelfile", b"FROM x\nADAPTER .\n", "holds neither PEFT's"),
         ("Modelfile", b"FROM x\n", "has no ADAPTER"),
