@@ -4,6 +4,14 @@ PYTHON ?= $(firstword $(foreach name,python3.11 python3,$(shell $(name) -c "prin
 # PyTorch's index of CPU builds, tried first; empty takes torch from PyPI.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
+# make test CPU=avx2 tests as on a CPU with AVX2 alone, CPU=avx512 as on one with AVX-512 but no VNNI.
+CPU ?=
+CPU_avx2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 FBGEMM_ENABLE_INSTRUCTIONS=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES=
+CPU_avx512 := ATEN_CPU_CAPABILITY=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE FBGEMM_ENABLE_INSTRUCTIONS=AVX512 NUMBA_CPU_NAME=skylake-avx512 NUMBA_CPU_FEATURES=
+ifneq ($(CPU),)
+  $(if $(CPU_$(CPU)),,$(error CPU is '$(CPU)': avx2, avx512, or nothing for all that this one has))
+endif
+
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -14,10 +22,10 @@ serve: $(VENV)/.serve  ## ARGS="--port 8001" passes flags on
 	$(BIN)/python -m server $(ARGS)
 
 test: lint
-	$(BIN)/pytest
+	$(CPU_$(CPU)) $(BIN)/pytest
 
 test-full: test
-	$(BIN)/pytest tests/full
+	$(CPU_$(CPU)) $(BIN)/pytest tests/full
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check

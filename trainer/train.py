@@ -181,4 +181,6 @@ def uses_bfloat16(dtype: str) -> bool:
     if dtype != "auto":
         return dtype == "bfloat16"
     capabilities = torch.cpu.get_capabilities()
+    if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):  # ATEN_CPU_CAPABILITY may forbid the rest
+        return bool(capabilities.get("bf16"))
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))

@@ -15,6 +15,7 @@ import torch
 from server.int8.native import native_kernels
 from server.int8.outliers import Outliers
 from server.int8.rows import LEVELS, Int8Rows
+from server.native.capabilities import torch_capabilities
 
 _TINY = 1e-30
 _PIECE_NUMBERS = 1 << 18
@@ -144,7 +145,7 @@ def choose_torch_kernel() -> type[FbgemmKernel | OnednnKernel] | None:
     """The fastest of those that come with torch; None where it has none."""
     _quieten_deprecations()
     has_onednn = torch.backends.mkldnn.is_available() and hasattr(_onednn, "qlinear_pointwise")
-    if has_onednn and torch.cpu.get_capabilities().get("amx_int8"):
+    if has_onednn and torch_capabilities().get("amx_int8"):
         return OnednnKernel
     if "fbgemm" in torch.backends.quantized.supported_engines:
         return FbgemmKernel

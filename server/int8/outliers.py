@@ -15,6 +15,8 @@ FACTOR = 8.0
 """How far above the middle channel one must be: Gaussian ones are 3 times, products of two of them 5."""
 MOST = 8
 """Columns of a product at most, so that they cost next to nothing."""
+_PIECE_NUMBERS = 1 << 16
+"""Sums added to at a time, so that a core's cache holds them while all columns are added."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,14 +36,16 @@ class Outliers:
         return cls(indices, others, columns.t().contiguous())
 
     def added_to(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """The product of the others y [rows, out] with that of these inputs of x [rows, in].
+        """The product of the others y [rows, out] with that of these inputs of x [rows, in], in y.
 
-        A single row is computed as two: torch has other code for one, which adds up in another order.
+        One input after another: a matrix product adds up in an order that depends on the number of rows on some CPUs.
         """
-        mine = x[:, self.indices]
-        if len(x) == 1:
-            return torch.addmm(y.expand(2, -1), mine.expand(2, -1), self.weights)[:1]
-        return y.addmm_(mine, self.weights)
+        step = max(1, _PIECE_NUMBERS // y.shape[1])
+        for rows, sums in zip(x.split(step), y.split(step), strict=True):
+            products = rows[:, self.indices].t()[:, :, None] * self.weights[:, None]  # [n, rows, out]
+            for product in products.unbind():
+                sums += product
+        return y
 
     def put_into(self, weight: torch.Tensor) -> torch.Tensor:
         """A weight [out, in] with these columns exact, in place."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from server.errors import SettingsError
+from server.native.capabilities import torch_capabilities
 
 BF16_FROM_BYTES = 256 * 1024 * 1024
 """A smaller base stays in float32 on a CPU: at one row its step is overhead, not reading, and float32 is exact."""
@@ -65,7 +66,7 @@ def choose_kv_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _multiplies_bfloat16() -> bool:
-    capabilities = torch.cpu.get_capabilities()
+    capabilities = torch_capabilities()
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 

@@ -9,14 +9,16 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import config
 from numba.core import types
+from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
+_configured: str | None = getattr(config, "CPU_FEATURES", None)
+_features = [f for f in (get_host_cpu_features() if _configured is None else _configured).split(",") if f]
 # Before anything is compiled: LLVM halves vectors of 512 bits for CPUs of which some became slower by them.
-_features = getattr(config, "CPU_FEATURES", None) or binding.get_host_cpu_features().flatten()
-vars(config)["CPU_FEATURES"] = f"{_features},-prefer-256-bit"
+vars(config)["CPU_FEATURES"] = ",".join([*_features, "-prefer-256-bit"])
 
 _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 _LANES = 16
@@ -28,9 +30,12 @@ barrier: Any = types.ExternalFunction("GOMP_barrier", types.void())
 
 
 def has_features(*names: str) -> bool:
-    """Whether this CPU has extensions, by LLVM's names."""
-    features = binding.get_host_cpu_features()
-    return all(features.get(name) for name in names)
+    """Whether code is compiled for a CPU with these extensions, by LLVM's names.
+
+    That is this CPU, unless ``NUMBA_CPU_FEATURES`` is set: then only what it names with a plus.
+    """
+    enabled = {feature[1:]: feature[0] == "+" for feature in _features}  # of two the last counts, as for LLVM
+    return all(enabled.get(name) for name in names)
 
 
 def _pointer_to(element: Any) -> Any:

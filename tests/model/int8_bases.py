@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
 
 from benchmarks.parts.perplexity import LENGTH, Comparison, Reader, compare, own_texts
-from server.int8.kernels import FbgemmKernel, Kernel, OnednnKernel, choose_kernel, choose_torch_kernel
+from server.int8.kernels import (
+    FbgemmKernel,
+    Kernel,
+    OnednnKernel,
+    choose_kernel,
+    choose_torch_kernel,
+    weight_levels,
+)
 from server.int8.native import native_kernels
+from server.int8.rows import LEVELS, Int8Rows
 from server.model.loader import Base, load_base
+from tests.instruction_sets import each_product
 
 choose_torch_kernel()  # it quietens torch's word on its quantized tensors, once
-KERNELS: list[type[Kernel]] = [FbgemmKernel, OnednnKernel, *native_kernels().values()]
-"""All that this machine can run."""
-TWO_KERNELS = list(dict.fromkeys([FbgemmKernel, choose_kernel() or OnednnKernel]))
+KERNELS = [FbgemmKernel.name, OnednnKernel.name, *each_product()]
+"""Names of all kernels; those that this CPU lacks are deselected."""
+TWO_KERNELS = list(dict.fromkeys([FbgemmKernel.name, (choose_kernel() or OnednnKernel).name]))
 """The one that is everywhere and the one that is chosen here, for what whole models do: products of all are alike."""
 
 NUM_WINDOWS = 12
@@ -24,9 +36,28 @@ MOST_DIVERGENCE = 0.01
 0.0045."""
 
 
-def name_of(kernel: type[Kernel]) -> str:
-    """For a test's name."""
-    return kernel.name
+def kernel_named(name: str) -> type[Kernel]:
+    """One of ``KERNELS``."""
+    kernels: dict[str, type[Kernel]] = {FbgemmKernel.name: FbgemmKernel, OnednnKernel.name: OnednnKernel}
+    return (kernels | dict(native_kernels()))[name]
+
+
+def rows_for(kernel: type[Kernel], weights: Sequence[torch.Tensor]) -> Int8Rows:
+    """Weights in the levels that a kernel multiplies exactly, as the quantizer makes them."""
+    return Int8Rows.of(weights, levels=weight_levels(kernel))
+
+
+def rounding(kernel: type[Kernel], share: float) -> float:
+    """What rounding a kernel's weights alone may change, where it is ``share`` with 127 levels."""
+    return share * LEVELS / weight_levels(kernel)
+
+
+def rounding_of_both(kernel: type[Kernel], share: float) -> float:
+    """What rounding weights and activations may change, where it is ``share`` with 127 levels of both.
+
+    The two errors are independent and alike, and activations have 127 levels in every kernel.
+    """
+    return share * math.hypot(1.0, LEVELS / weight_levels(kernel)) / math.sqrt(2.0)
 
 
 def load_micro(quantization: str) -> Base:

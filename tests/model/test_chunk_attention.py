@@ -10,7 +10,7 @@ import torch
 
 from server.model.attention import Layout, _chunk
 from server.model.kv_cache import Span
-from server.native.routine import available
+from tests.instruction_sets import needs
 
 SIZES = [(14, 2, 64), (4, 4, 32), (4, 1, 128), (2, 2, 96)]
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int | None, float], torch.Tensor]
@@ -38,33 +38,28 @@ def by_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | No
     return _chunk(q[None].bfloat16(), k[None, :, first:], v[None, :, first:], mask, scale).float()
 
 
-def by_tiles() -> Attend | None:
-    if not available():
-        return None
+def by_tiles() -> Attend:
     from server.native.chunk_attention import chunk_attention
 
     chunks = chunk_attention()
+    assert chunks is not None
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, scale: float) -> torch.Tensor:
-        assert chunks is not None and chunks.can(q, k, v)
+        assert chunks.can(q, k, v)
         first = 0 if window is None else max(0, k.shape[1] - q.shape[1] - window + 1)
         out = torch.full((q.shape[1], len(q), v.shape[-1]), torch.nan)
         chunks(q, k[:, first:], v[:, first:], out, window, scale)
         return out
 
-    return None if chunks is None else attend
+    return attend
 
 
-TILES = by_tiles()
-WAYS: dict[str, Attend] = {"torch": by_torch} | ({} if TILES is None else {"tiles": TILES})
-
-
-@pytest.fixture(params=WAYS)
+@pytest.fixture(params=["torch", pytest.param("tiles", marks=needs("AMX"))])
 def attend(request: pytest.FixtureRequest) -> Iterator[Attend]:
     """Each way that this CPU has, on two threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    yield WAYS[request.param]
+    yield by_torch if request.param == "torch" else by_tiles()
     torch.set_num_threads(before)
 
 
@@ -114,12 +109,11 @@ def test_rows_that_are_nan_or_huge_keep_to_themselves(attend: Attend) -> None:
     assert torch.equal(found[others], clean[others])
 
 
+@needs("AMX")
 @pytest.mark.parametrize("scale", [1.0, 50.0])  # the largest score grows often, and by more than powers may
 @pytest.mark.parametrize("threads", [1, 2, 4])
 def test_by_tiles_a_row_is_the_same_to_the_bit_however_its_prompt_is_cut(threads: int, scale: float) -> None:
-    attend, before = TILES, torch.get_num_threads()
-    if attend is None:
-        return  # there is nothing that promises it
+    attend, before = by_tiles(), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         q, k, v = (random(n, 400, 64, seed=seed) for n, seed in ((6, 0), (2, 1), (2, 2)))

@@ -28,17 +28,23 @@ from server.int8.linear import Int8Linear, Original, PackedProduct, joined
 from server.int8.native import NativeKernel
 from server.int8.outliers import Outliers
 from server.int8.rows import Int8Rows
-from tests.model.int8_bases import KERNELS, assert_micro_understands, name_of
+from tests.instruction_sets import variables_of
+from tests.model.int8_bases import (
+    KERNELS,
+    assert_micro_understands,
+    kernel_named,
+    rounding_of_both,
+    rows_for,
+)
 from tests.serving import ROOT
 
 NUM_INPUTS, NUM_OUTPUTS = 144, 208
 BATCHES = (1, 2, 8, 32)
 
 
-@pytest.fixture(params=KERNELS, ids=name_of)
+@pytest.fixture(params=KERNELS)
 def make(request: pytest.FixtureRequest) -> type[Kernel]:
-    kernel: type[Kernel] = request.param
-    return kernel
+    return kernel_named(request.param)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -46,7 +52,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def kernel_of(make: type[Kernel], *, num_outputs: int = NUM_OUTPUTS) -> Kernel:
-    return make(Int8Rows.of([random(num_outputs, NUM_INPUTS, seed=1)]))
+    return make(rows_for(make, [random(num_outputs, NUM_INPUTS, seed=1)]))
 
 
 def assert_independent(compute: Callable[[torch.Tensor], torch.Tensor], num_inputs: int = NUM_INPUTS) -> None:
@@ -67,10 +73,11 @@ def test_a_row_is_the_same_alone_and_in_batches(make: type[Kernel]) -> None:
 
 
 def test_products_are_near_those_in_floats(make: type[Kernel]) -> None:
-    """Both sides are rounded to a 254th of their largest number."""
+    """Activations are rounded to a 254th of their largest number, weights to as many steps as the kernel has."""
     kernel, x = kernel_of(make), random(32, NUM_INPUTS)
     true = x @ random(NUM_OUTPUTS, NUM_INPUTS, seed=1).t()
-    assert float((kernel(x) - true).norm() / true.norm()) < 0.012  # measured: 0.0087
+    error = float((kernel(x) - true).norm() / true.norm())
+    assert error < rounding_of_both(make, 0.012)  # measured: 0.0087, and 0.0137 with 64 levels
     rounded = x @ kernel.in_floats().t()
     assert float((kernel(x) - rounded).norm() / true.norm()) < 0.009  # measured: 0.0061
 
@@ -105,7 +112,7 @@ def test_numbers_near_the_ends_of_float32_neither_overflow_nor_vanish(make: type
 
 
 def test_the_weights_that_integers_stand_for_are_read_off_exactly(make: type[Kernel]) -> None:
-    rows = Int8Rows.of([random(5, NUM_INPUTS), random(3, NUM_INPUTS, seed=1)])
+    rows = rows_for(make, [random(5, NUM_INPUTS), random(3, NUM_INPUTS, seed=1)])
     kernel = make(rows)
     torch.testing.assert_close(kernel.in_floats(), rows.in_floats(), rtol=1e-6, atol=0.0)
 
@@ -126,7 +133,7 @@ def product_of(
     """A product with the float weights and biases it was made of; the second linear has no bias."""
     weights = [random(size, NUM_INPUTS, seed=number) for number, size in enumerate(sizes)]
     added = [random(size, seed=9) if biases and number != 1 else None for number, size in enumerate(sizes)]
-    return PackedProduct(make(Int8Rows.of(weights), joined(sizes, added)), sizes), weights, added
+    return PackedProduct(make(rows_for(make, weights), joined(sizes, added)), sizes), weights, added
 
 
 def test_parts_of_a_packed_product_are_the_linears_one_by_one(make: type[Kernel]) -> None:
@@ -134,7 +141,7 @@ def test_parts_of_a_packed_product_are_the_linears_one_by_one(make: type[Kernel]
     product, weights, biases = product_of(make, sizes)
     x = random(1, 5, NUM_INPUTS)
     for number, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        alone = PackedProduct(make(Int8Rows.of([weight]), bias), (len(weight),))
+        alone = PackedProduct(make(rows_for(make, [weight]), bias), (len(weight),))
         assert torch.equal(product.part(number, x), alone.part(0, x))
         torch.testing.assert_close(product.in_floats(number), alone.in_floats(0), rtol=1e-6, atol=0.0)
     assert_independent(lambda rows: torch.cat([product.part(number, rows) for number in range(3)], dim=-1))
@@ -205,14 +212,14 @@ def test_bfloat16_comes_out_as_it_went_in(make: type[Kernel]) -> None:
     y = product.part(0, x)
     assert y.dtype == torch.bfloat16 and y.shape == (1, 6, 64)
     true = x.float() @ weights[0].t()
-    assert float((y.float() - true).norm() / true.norm()) < 0.025
+    assert float((y.float() - true).norm() / true.norm()) < rounding_of_both(make, 0.025)
 
 
 def int8_linear(stock: nn.Module, make: type[Kernel]) -> Int8Linear:
     weight = stock.get_parameter("weight").detach()
     turned = weight.t() if isinstance(stock, Conv1D) else weight
     bias = joined((len(turned),), (stock._parameters.get("bias"),))
-    product = PackedProduct(make(Int8Rows.of([turned]), bias), (len(turned),))
+    product = PackedProduct(make(rows_for(make, [turned]), bias), (len(turned),))
     return Int8Linear(stock, Original.of(weight), product, 0)
 
 
@@ -220,7 +227,7 @@ def int8_linear(stock: nn.Module, make: type[Kernel]) -> Int8Linear:
 def test_a_linear_says_what_the_stock_module_said(make: type[Kernel], bias: bool) -> None:
     stock = nn.Linear(NUM_INPUTS, NUM_OUTPUTS, bias=bias).requires_grad_(False)
     ours, x = int8_linear(stock, make), random(3, NUM_INPUTS)
-    assert float((ours(x) - stock(x)).norm() / stock(x).norm()) < 0.025
+    assert float((ours(x) - stock(x)).norm() / stock(x).norm()) < rounding_of_both(make, 0.025)
     assert (ours.in_features, ours.out_features) == (NUM_INPUTS, NUM_OUTPUTS)
     assert ours.weight.shape == stock.weight.shape and ours.weight.dtype == torch.float32
     assert [name for name, _ in ours.named_parameters()] == (["bias"] if bias else [])
@@ -237,9 +244,10 @@ def test_a_conv1d_keeps_its_layout(make: type[Kernel]) -> None:
     stock = Conv1D(NUM_OUTPUTS, NUM_INPUTS).requires_grad_(False)
     stock.bias.copy_(random(NUM_OUTPUTS))
     ours, x = int8_linear(stock, make), random(1, 3, NUM_INPUTS)
-    assert float((ours(x) - stock(x)).norm() / stock(x).norm()) < 0.02
+    assert float((ours(x) - stock(x)).norm() / stock(x).norm()) < rounding_of_both(make, 0.02)
     assert ours.weight.shape == (NUM_INPUTS, NUM_OUTPUTS) and ours.nf == NUM_OUTPUTS
-    assert float((ours.weight - stock.weight).abs().max()) <= float(stock.weight.abs().max()) / 253
+    half_a_step = float(stock.weight.abs().max()) / (2 * weight_levels(make) - 1)
+    assert float((ours.weight - stock.weight).abs().max()) <= half_a_step
     torch.testing.assert_close(ours.in_floats()(x), x @ ours.weight + stock.bias)
 
 
@@ -289,11 +297,11 @@ def test_sums_over_the_largest_numbers_are_exact(make: type[Kernel], levels: int
             torch.testing.assert_close(make(rows)(x), sign * x.sum(-1, keepdim=True).expand(3, 8))
 
 
-def test_without_vnni_weights_have_half_the_levels_and_micro_still_understands() -> None:
-    """FBGEMM as it computes with AVX2 alone, where pairs of products are added in 16 bits."""
-    where = {**os.environ, "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2", "PYTHONPATH": str(ROOT)}
+def test_with_avx2_alone_weights_have_half_the_levels_and_micro_still_understands() -> None:
+    """FBGEMM adds pairs of products in 16 bits there. The variables are those of ``make test CPU=avx2``."""
+    where = {**os.environ, **variables_of("avx2"), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.model.int8_without_vnni"], cwd=ROOT, env=where, capture_output=True, text=True
+        [sys.executable, "-m", "tests.model.int8_with_avx2"], cwd=ROOT, env=where, capture_output=True, text=True
     )
     assert (done.returncode, done.stdout.split()[:1]) == (0, ["64"]), done.stderr
 
@@ -304,7 +312,7 @@ def test_torchs_kernel_is_onednn_with_amx_else_fbgemm_else_none(monkeypatch: pyt
         (False, ["fbgemm"], FbgemmKernel),
         (False, ["qnnpack"], OnednnKernel),
     ):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda amx=amx: {"amx_int8": amx})
+        monkeypatch.setattr(kernels, "torch_capabilities", lambda amx=amx: {"amx_int8": amx})
         monkeypatch.setattr(type(torch.backends.quantized), "supported_engines", engines)
         assert choose_torch_kernel() is expected
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)

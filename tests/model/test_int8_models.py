@@ -15,7 +15,7 @@ from server.int8.linear import Int8Linear
 from server.model import loader
 from tests.model.families import FAMILIES, build, build_from, fix_long_factors
 from tests.model.harness import Ask, difference, host, prompts, stock_logits
-from tests.model.int8_bases import TWO_KERNELS, name_of
+from tests.model.int8_bases import TWO_KERNELS, kernel_named, rounding
 from tests.model.int8_oracle import oracle_of
 from tests.model.peft_cases import CONFIGS, MIXTURES
 
@@ -29,10 +29,9 @@ KEPT_IN_FLOATS = {
 """Ends of names of what is left beside norms and biases."""
 
 
-@pytest.fixture(params=TWO_KERNELS, ids=name_of)
+@pytest.fixture(params=TWO_KERNELS)
 def kernel(request: pytest.FixtureRequest) -> type[Kernel]:
-    made: type[Kernel] = request.param
-    return made
+    return kernel_named(request.param)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -107,7 +106,8 @@ def test_a_gemmas_embedding_has_its_scale() -> None:
     stock, ours = base.get_input_embeddings(), host(copy.deepcopy(base), kernel=FbgemmKernel).model
     ids = torch.arange(3, 90)[None]
     expected = stock(ids)
-    assert float((ours.get_input_embeddings()(ids) - expected).norm() / expected.norm()) < 0.01
+    error = float((ours.get_input_embeddings()(ids) - expected).norm() / expected.norm())
+    assert error < rounding(FbgemmKernel, 0.01)  # it shares the integers of the head, which the kernel multiplies
 
 
 def test_small_linears_stay_in_floats() -> None:

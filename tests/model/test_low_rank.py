@@ -12,12 +12,12 @@ from torch import nn
 from server.lora.bank import LoRABank
 from server.lora.delta import Delta
 from server.lora.weights import LoRAWeights
-from server.native.routine import available
 from server.sequence import AdapterUse, Batch, SamplingParams, Segment
 from server.sequence import Sequence as Generation
+from tests.instruction_sets import NUMBA, needs
 from tests.model.test_lora_bank import HIDDEN, Stage, adapter, ones, sequence, storm
 
-pytestmark = pytest.mark.skipif(not available(), reason="without torch's OpenMP library there are no routines")
+pytestmark = needs(NUMBA)
 LENGTHS = (1, 1, 2, 15, 16, 17, 33, 1)
 RANKS = (1, 3, 4, 7, 8, 9, 16, 33)
 

@@ -19,10 +19,10 @@ from server.lora.delta import Delta
 from server.lora.tiles import DeltaTiles
 from server.lora.weights import LoRAWeights
 from server.sequence import AdapterUse, Batch
+from tests.instruction_sets import needs
 from tests.model.test_low_rank import segments
 
-KERNELS = [kernel for kernel in native_kernels().values() if kernel.adds_deltas]
-pytestmark = pytest.mark.skipif(not KERNELS, reason="without tiles of AMX a routine of its own adds deltas")
+pytestmark = needs("AMX")  # without its tiles a routine of its own adds deltas
 RANKS = (1, 2, 8, 9, 16, 17, 24, 33, 64)
 LENGTHS = (1, 1, 2, 3, 15, 16, 17, 33, 70)
 SIZES = {(896, (896, 128, 128)): False, (32, (16,)): False, (64, (160, 160)): True, (4864, (96,)): True}
@@ -49,7 +49,7 @@ class Stage:
         if outliers:
             columns = torch.tensor([1, num_inputs // 2])
             apart = Outliers.of(columns, [torch.randn(total, num_inputs, generator=self.source)])
-        self.kernel: NativeKernel = KERNELS[0](rows, torch.randn(total, generator=self.source), apart)
+        self.kernel: NativeKernel = native_kernels()["AMX"](rows, torch.randn(total, generator=self.source), apart)
         self.model = nn.Module()
         product = PackedProduct(self.kernel, sizes)
         self.names = [f"linear{number}" for number in range(len(sizes))]

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from server.native.attention import RowAttention, row_attention
-from server.native.routine import available
+from tests.instruction_sets import NUMBA, needs
 
-pytestmark = pytest.mark.skipif(not available(), reason="without torch's OpenMP library there are no routines")
+pytestmark = needs(NUMBA)
 MAX_LEN = 200
 LENGTHS = (1, 2, 15, 16, 17, 33, 190)
 SHAPES = [(1, 1, 16, 16), (2, 4, 64, 64), (2, 7, 64, 64), (3, 1, 80, 80), (1, 8, 128, 128), (2, 3, 80, 16)]

@@ -15,11 +15,11 @@ from server.lora.delta import with_parameters
 from server.model.quick_layers import _PASSED_ON, QuickLayer, forward_of, quicken_all
 from server.model.quick_ops import RMSNorm
 from server.native.passes import passes
-from server.native.routine import available
+from tests.instruction_sets import NUMBA, needs
 from tests.model.families import FAMILIES, build
 from tests.model.harness import put_back_rotation
 
-pytestmark = pytest.mark.skipif(not available(), reason="without torch's OpenMP library there are no routines")
+pytestmark = needs(NUMBA)
 OTHERWISE = {
     "gemma2": "norms behind attention and units",
     "gemma3": "as gemma2",

@@ -17,13 +17,13 @@ from server.lora.place import Shortcut, lengthen, put, shorten
 from server.model.quick_layers import quicken_all
 from server.model.quick_ops import GatedUnits, RMSNorm, Rotation
 from server.native.passes import passes
-from server.native.routine import available
+from tests.instruction_sets import NUMBA, needs
 from tests.model.families import FAMILIES, build
 
 WITH_LAYER_NORMS = {"gpt2", "gpt2_untied", "gpt_neox"}
 
 
-@pytest.mark.parametrize("compiled", [False, available()], ids=["torch", "routines"])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs(NUMBA))], ids=["torch", "routines"])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
 def test_a_quickened_model_gives_the_stock_logits(family: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,7 +42,7 @@ def test_a_quickened_model_gives_the_stock_logits(family: str, compiled: bool, m
     assert bool(norms) == (family not in WITH_LAYER_NORMS)
 
 
-@pytest.mark.skipif(not available(), reason="without torch's OpenMP library there are no routines")
+@needs(NUMBA)
 def test_gated_units_take_rows_in_any_shape() -> None:
     """Mixtures of experts call theirs with rows alone, [rows, dim], which were refused in the middle of a step."""
     stock = LlamaMLP(LlamaConfig(hidden_size=32, intermediate_size=48)).requires_grad_(False)
@@ -57,7 +57,7 @@ def test_gated_units_take_rows_in_any_shape() -> None:
             torch.testing.assert_close(quick(rows), stock(rows) * (1.0 - others), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.skipif(not available(), reason="without torch's OpenMP library there are no routines")
+@needs(NUMBA)
 def test_gated_units_are_found_before_a_product_that_tells_last_bits_apart() -> None:
     """As one of integers does, where a unit lies on a border: a layer kept its stock code, and so all had no tapes."""
 

@@ -17,16 +17,29 @@ from server.metrics import Metrics
 from server.model.base_folder import find_base
 from server.model.loader import Base, load_base, load_stock
 from server.model.runner import ModelRunner
-from server.model.sampler import Sampler
 from server.sequence import AdapterUse, Batch, Draw, SamplingParams, Segment, Sequence
 from server.text.prompt import PromptRenderer
-from tests.model.harness import put_back_rotation
+from tests.instruction_sets import PRODUCTS, needs
+from tests.model.harness import RecordingSampler, difference, put_back_rotation
 from tests.serving import ROOT
 from trainer.micro.topics.python_facts import facts
 from trainer.recipes.demos import classified
 
 CONTEXT = 256
 GREEDY = SamplingParams(temperature=0)
+ROUNDED = 0.1
+"""Of the largest logit: what activations that fall to the other side of a border between integers may change."""
+
+
+@dataclass
+class Played:
+    """What each sequence says, the logits of its tokens, and how many steps and right drafts that took."""
+
+    sequences: list[Sequence]
+    tokens: list[list[int]]
+    logits: list[torch.Tensor]
+    num_steps: int
+    num_accepted: float
 
 
 @dataclass
@@ -42,12 +55,18 @@ class Micro:
         prompts = PromptRenderer(self.base.tokenizer, vocab_size=self.base.vocab_size)
         return tuple(prompts.chat([{"role": "user", "content": question}]))
 
-    def play(self, sequences: list[Sequence], *, drafts: int, at_once: int) -> tuple[list[list[int]], int, float]:
-        """What each sequence says, in how many steps, with how many drafts that were right."""
+    @property
+    def is_exact(self) -> bool:
+        """Whether a row with adapters is the same to the bit in any batch: torch adds deltas in floats."""
+        return self.base.quantized is None or self.base.compiled
+
+    def play(self, sequences: list[Sequence], *, drafts: int, at_once: int) -> Played:
+        """Run the sequences to their ends."""
         scheduler = Scheduler(
             max_num_seqs=at_once, max_num_batched_tokens=256, max_model_len=CONTEXT, max_draft_tokens=drafts
         )
-        engine, steps = Engine(scheduler, self.runner, Sampler(), Metrics()), 0
+        sampler = RecordingSampler()
+        engine, steps = Engine(scheduler, self.runner, sampler, Metrics()), 0
         for sequence in sequences:
             engine.add(sequence)
         while not engine.idle:
@@ -56,7 +75,8 @@ class Micro:
             engine.account(outputs, 0.001)
             steps += 1
         accepted = engine.metrics.registry.get_sample_value("quickchange_accepted_draft_tokens_total") or 0.0
-        return [sequence.output_ids for sequence in sequences], steps, accepted
+        logits = [torch.stack(sampler.logits[sequence.id]) for sequence in sequences]
+        return Played(sequences, [sequence.output_ids for sequence in sequences], logits, steps, accepted)
 
 
 @pytest.fixture(scope="module", params=["none", "int8"])
@@ -102,32 +122,56 @@ def ask(micro: Micro, *, every: int = 1) -> list[Sequence]:
 
 @pytest.mark.parametrize(("at_once", "every"), [(1, 5), (6, 2)])
 def test_answers_are_the_same_with_drafts_and_without(micro: Micro, at_once: int, every: int) -> None:
-    silent, num_steps, none = micro.play(ask(micro, every=every), drafts=0, at_once=at_once)
-    spoken, fewer, accepted = micro.play(ask(micro, every=every), drafts=12, at_once=at_once)
-    assert spoken == silent
-    assert none == 0
-    assert accepted > 300 / every
-    assert fewer < 0.8 * num_steps
+    silent = micro.play(ask(micro, every=every), drafts=0, at_once=at_once)
+    spoken = micro.play(ask(micro, every=every), drafts=12, at_once=at_once)
+    if micro.is_exact:
+        assert spoken.tokens == silent.tokens
+    for number, sequence in enumerate(silent.sequences):
+        if sequence.adapters:
+            assert_same_but_for_rounding(spoken, silent, number)
+        else:
+            assert spoken.tokens[number] == silent.tokens[number]
+    assert silent.num_accepted == 0
+    assert spoken.num_accepted > 300 / every
+    assert spoken.num_steps < 0.8 * silent.num_steps
 
 
+def assert_same_but_for_rounding(ours: Played, theirs: Played, number: int) -> None:
+    """Tokens are equal; where one differs its logits are not far from the other's, and what follows is another text.
+
+    A delta that differs in its last bit may put an activation on the other side of a border between two integers.
+    """
+    pairs = zip(ours.tokens[number], theirs.tokens[number], strict=False)
+    for place, (one, other) in enumerate(pairs):
+        if one != other:
+            assert difference(ours.logits[number][place], theirs.logits[number][place]) < ROUNDED
+            return
+    assert ours.tokens[number] == theirs.tokens[number]
+
+
+@needs(*PRODUCTS)
+@pytest.mark.parametrize("micro", ["int8"], indirect=True)
 def test_answers_are_the_same_by_tapes_and_without(micro: Micro) -> None:
-    if (tapes := micro.runner.tapes) is None:
-        assert not (micro.base.compiled and native_kernels())
-        return
-    played = [micro.play(ask(micro, every=2), drafts=drafts, at_once=6)[0] for drafts in (0, 12)]
+    tapes = micro.runner.tapes
+    assert tapes is not None
+    played = [micro.play(ask(micro, every=2), drafts=drafts, at_once=6).tokens for drafts in (0, 12)]
     before = tapes.num_played
-    assert (before > 0) == bool(native_kernels())
+    assert before > 0
     micro.runner.tapes = None
-    stepped, *_ = micro.play(ask(micro, every=2), drafts=0, at_once=6)
+    stepped = micro.play(ask(micro, every=2), drafts=0, at_once=6).tokens
     micro.runner.tapes = tapes
     assert played == [stepped, stepped] and tapes.num_played == before
+
+
+def test_there_are_tapes_where_the_products_are_routines(micro: Micro) -> None:
+    assert (micro.runner.tapes is not None) == (micro.base.quantized is not None and bool(native_kernels()))
 
 
 @torch.inference_mode()
 def test_a_drafts_row_has_the_logits_of_a_decoding_row(micro: Micro) -> None:
     """Beside right drafts and behind wrong ones: what a row sees is written before it, and by its own sequence."""
     sequence = Sequence(1, micro.prompt("How do I sort a list?"), 20, GREEDY, micro.uses["helpdesk"])
-    (silent,), _, _ = micro.play([sequence], drafts=0, at_once=1)
+    (silent,) = micro.play([sequence], drafts=0, at_once=1).tokens
     prompt = sequence.prompt_ids
     known = Sequence(2, prompt, 20, GREEDY, micro.uses["helpdesk"])
     micro.runner.run(Batch((Segment(known, 0, 0, len(prompt)),)))
@@ -146,4 +190,6 @@ def test_a_drafts_row_has_the_logits_of_a_decoding_row(micro: Micro) -> None:
     for number in range(6):
         known.output_ids = silent[: number + 1]
         one_by_one.append(micro.runner.run(Batch((Segment(known, 0, len(prompt) + number, 1),)))[0])
-    torch.testing.assert_close(drafted, torch.stack(one_by_one), atol=1e-4, rtol=1e-4)
+    if micro.is_exact:
+        torch.testing.assert_close(drafted, torch.stack(one_by_one), atol=1e-4, rtol=1e-4)
+    assert difference(drafted, torch.stack(one_by_one)) < ROUNDED

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from server.native.passes import passes
-from server.native.routine import Routine, available
+from server.native.routine import Routine
 from server.native.tape import Arena, NotTaped, Recorder, Tape, TooLarge, _Made
+from tests.instruction_sets import NUMBA, needs
 
-pytestmark = pytest.mark.skipif(not available(), reason="without torch's OpenMP library there are no routines")
+pytestmark = needs(NUMBA)
 
 
 def made(size: int, first: int, last: int) -> _Made:

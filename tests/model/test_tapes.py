@@ -12,7 +12,6 @@ import torch
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
 from server.int8.kernels import choose_kernel
-from server.int8.native import native_kernels
 from server.lora.delta import Delta, with_parameters
 from server.lora.weights import LoRAWeights
 from server.metrics import Metrics
@@ -23,11 +22,12 @@ from server.native.routine import Routine
 from server.native.tape import Tape
 from server.sequence import AdapterUse, Batch, SamplingParams, Segment
 from server.sequence import Sequence as Generation
+from tests.instruction_sets import PRODUCTS, needs
 from tests.model.families import _COMMON, FAMILIES, _config, build_from
 from tests.model.harness import GREEDY, Hosted, RecordingSampler, host, prompts, put_back_rotation
 from tests.model.peft_cases import CONFIGS
 
-pytestmark = pytest.mark.skipif(not native_kernels(), reason="without routines for products there are no tapes")
+pytestmark = needs(*PRODUCTS)  # without routines for products there are no tapes
 LENGTH = 288
 """Beyond 256 keys a head's scores take twice the room, and steps need other tapes."""
 

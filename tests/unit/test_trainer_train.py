@@ -186,7 +186,10 @@ def test_dtype_auto_asks_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
     assert not uses_bfloat16("auto")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     assert uses_bfloat16("auto")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert not uses_bfloat16("auto"), "what ATEN_CPU_CAPABILITY forbids is not there"
 
 
 def test_the_fingerprint_knows_other_weights_and_another_config(tmp_path: Path) -> None:

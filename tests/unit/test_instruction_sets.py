@@ -1,0 +1,64 @@
+"""Tests of what this CPU lacks are left out and named, and another CPU can be put in its place."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+
+import pytest
+
+from tests import instruction_sets
+from tests.instruction_sets import NUMBA, Selection, needs, variables_of
+from tests.serving import ROOT
+
+
+class Item:
+    """A test with some marks, as pytest collects it."""
+
+    def __init__(self, *marks: pytest.MarkDecorator) -> None:
+        self._marks = marks
+
+    def iter_markers(self, name: str) -> Iterator[pytest.Mark]:
+        return (one.mark for one in self._marks if one.name == name)
+
+
+@pytest.fixture(autouse=True)
+def _a_cpu_with_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(instruction_sets, "on_this_cpu", lambda: frozenset([NUMBA, "AVX-VNNI"]))
+
+
+def test_tests_that_need_what_is_not_there_are_dropped_and_named() -> None:
+    plain, both, tiles = Item(), Item(needs(NUMBA), needs("AVX-VNNI")), Item(needs(NUMBA), needs("AMX"))
+    either = Item(needs("AVX-VNNI", "AMX"))
+    selection = Selection([plain, both, tiles, either])
+    assert selection.kept == [plain, both, either] and selection.dropped == [tiles]
+    told = selection.told()
+    assert told is not None and told.startswith("instruction sets tested: torch's ")
+    assert told.endswith(", Numba, AVX-VNNI; not on this CPU: AMX")
+
+
+def test_where_all_is_there_nothing_is_said_to_be_missing_and_where_nothing_is_asked_nothing_is_said() -> None:
+    told = Selection([Item(needs("AVX-VNNI"))]).told()
+    assert told is not None and told.endswith(", AVX-VNNI")
+    assert Selection([Item()]).told() is None
+
+
+@pytest.mark.parametrize("cpu", ["avx2", "avx512"])
+def test_make_runs_pytest_as_on_another_cpu(cpu: str) -> None:
+    done = make(cpu)
+    assert done.returncode == 0
+    (line,) = (line for line in done.stdout.splitlines() if line.endswith("/pytest"))
+    words: Mapping[str, str] = dict(word.split("=", 1) for word in line.split()[:-1])
+    assert words == variables_of(cpu) and words["ATEN_CPU_CAPABILITY"] == cpu
+
+
+def test_make_refuses_a_cpu_that_it_does_not_know() -> None:
+    done = make("z80")
+    assert done.returncode != 0 and "CPU is 'z80': avx2, avx512, or nothing" in done.stderr
+
+
+def make(cpu: str) -> subprocess.CompletedProcess[str]:
+    tool = shutil.which("make")
+    assert tool is not None
+    return subprocess.run([tool, "-n", "test", f"CPU={cpu}"], cwd=ROOT, capture_output=True, text=True)
