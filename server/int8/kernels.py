@@ -6,6 +6,7 @@ exact, so a row's result does not depend on its neighbours (as in SmoothQuant's 
 
 from __future__ import annotations
 
+import logging
 import warnings
 from functools import cache
 from typing import Any, ClassVar, Protocol
@@ -16,6 +17,8 @@ from server.int8.native import native_kernels
 from server.int8.outliers import Outliers
 from server.int8.rows import LEVELS, Int8Rows
 from server.native.capabilities import torch_capabilities
+
+logger = logging.getLogger("quickchange.model")
 
 _TINY = 1e-30
 _PIECE_NUMBERS = 1 << 18
@@ -136,9 +139,27 @@ def _on_grid(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def choose_kernel() -> type[Kernel] | None:
-    """What multiplies integers fastest on this machine; None where nothing does."""
-    native: type[Kernel] | None = next(iter(native_kernels().values()), None)
-    return native or choose_torch_kernel()
+    """What multiplies integers fastest on this machine; None where nothing does.
+
+    A routine is compiled and tried. Where that fails the next one stands in, and the log says why.
+    """
+    native = (kernel for kernel in native_kernels().values() if _can_multiply(kernel))
+    return next(native, None) or choose_torch_kernel()
+
+
+def _can_multiply(kernel: type[Kernel]) -> bool:
+    try:
+        weight_levels(kernel)
+    except Exception as error:
+        logger.warning(
+            "products by %s could not be compiled (%s: %s): another kernel takes their place",
+            kernel.name,
+            type(error).__name__,
+            str(error)[:300],
+            exc_info=True,
+        )
+        return False
+    return True
 
 
 def choose_torch_kernel() -> type[FbgemmKernel | OnednnKernel] | None:

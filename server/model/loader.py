@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -34,6 +33,7 @@ from server.model.admission import admit
 from server.model.attention import FlatAttention, Layout
 from server.model.base_folder import find_base, num_weight_bytes, weight_files
 from server.model.batched_attention import BatchedAttention
+from server.model.compiling import Compiling
 from server.model.device import choose_device, choose_dtype, choose_float_dtype, choose_kv_dtype, prepare
 from server.model.fingerprint import base_fingerprint, base_fingerprint_v2
 from server.model.kv_cache import KVLayout, LayerShape, Span, longest_within
@@ -103,7 +103,7 @@ def load_base(
     admit(config, name=name, batched=batched)
     length = _length(config, max_model_len)
     kernel = _kernel(quantization, place)
-    compiling = _start_compiling() if _is_native(kernel) else None
+    compiling = Compiling(choose_kv_dtype(torch.float32)) if _is_native(kernel) else None
     fingerprint, fingerprint_v2 = base_fingerprint(folder), base_fingerprint_v2(folder)
     # for integers the stock weights stay in the format of their file, and there: they are read from it one by one
     model = load_stock(folder, "auto" if kernel else choose_dtype(dtype, place, num_weight_bytes(folder)))
@@ -119,13 +119,12 @@ def load_base(
     if kv_memory is not None:
         length = _affordable(KVLayout(tuple(shapes), length, kv_dtype), kv_memory, asked=max_model_len)
     fix_rope(model, length)
-    compiled = _compiled(attention, kv_dtype) if _is_native(kernel) and model.dtype == torch.float32 else None
+    has_routines = compiling is not None and compiling.succeeded()
+    compiled = _compiled(attention, kv_dtype) if has_routines and model.dtype == torch.float32 else None
     if model.dtype == torch.float32 and place.type == "cpu":
         quicken_all(model, compiled)
     shorten(model)
     _check_calls(name, attention, len(shapes), config)
-    if compiling is not None:
-        compiling.join()
     template = default_template(tokenizer.chat_template)
     return Base(
         model,
@@ -176,17 +175,6 @@ def _kernel(quantization: str, device: torch.device) -> type[Kernel] | None:
 def _is_native(kernel: type[Kernel] | None) -> bool:
     """Whether products are routines; beside torch's, other routines were never tried."""
     return kernel is not None and issubclass(kernel, NativeKernel)
-
-
-def _start_compiling() -> threading.Thread | None:
-    """Compile the routines, which takes seconds, while the base is being read."""
-    if not available():
-        return None
-    from server.native.every import compile_every_routine
-
-    thread = threading.Thread(target=compile_every_routine, args=(choose_kv_dtype(torch.float32),), name="compile")
-    thread.start()
-    return thread
 
 
 def _compiled(attention: FlatAttention, kv_dtype: torch.dtype) -> Passes | None:

@@ -8,7 +8,7 @@ knows no such CPU, there are no routines, and torch's own operations do the work
 from __future__ import annotations
 
 import ctypes
-import re
+import sys
 import threading
 from collections.abc import Callable
 from functools import cache
@@ -17,7 +17,6 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
-_LIBRARY = re.compile(r"\S*/lib(?:gomp|omp|iomp5)[^/]*\.so\S*$")
 _SYMBOLS = ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier")
 
 
@@ -26,15 +25,18 @@ _compiling = threading.Lock()
 
 @cache
 def openmp() -> ctypes.CDLL | None:
-    """The OpenMP library in this process that torch runs on; None where there is none that serves."""
-    try:
-        lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
-    except OSError:
+    """The OpenMP library that torch's own calls reach; None where there is none that serves.
+
+    As the dynamic linker binds torch: what is visible to the whole process comes first (torch makes its library so, and
+    one in ``LD_PRELOAD`` is), then what torch is linked to. A library that another package loaded is neither.
+    """
+    if sys.platform != "linux":
         return None
-    found = {match[0] for line in lines if (match := _LIBRARY.search(line))}
-    torchs = [path for path in sorted(found) if Path(path).is_relative_to(Path(torch.__file__).parents[1])]
-    for path in torchs or sorted(found):
-        library = ctypes.CDLL(path)
+    for path in (None, str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")):
+        try:
+            library = ctypes.CDLL(path)
+        except OSError:
+            continue
         if all(hasattr(library, name) for name in ("GOMP_parallel", *_SYMBOLS)):
             return library
     return None
@@ -76,6 +78,7 @@ class Routine:
         self._integers, self._floats = fields.split(), floats.split()
         members: list[tuple[str, Any]] = [(name, ctypes.c_int64) for name in self._integers]
         members += [(name, ctypes.c_double) for name in self._floats]
+        self._num_fields = len(members)
         self._record = type("Record", (ctypes.Structure,), {"_fields_": members})
         self._code = 0
         self._kept: Any = None
@@ -84,6 +87,8 @@ class Routine:
         """Run it on so many threads; what the values are addresses of must be there until it returns."""
         if not self._code:
             self.compile()  # unless another thread just did
+        if len(values) != self._num_fields:  # the rest would be zero, a null pointer
+            raise TypeError(f"{self.__name__} takes {self._num_fields} arguments after threads, got {len(values)}")
         record = self._record(*values)
         self._run(self._code, ctypes.byref(record), threads, 0)
         if Routine.recorder is not None:

@@ -322,6 +322,7 @@ def test_torchs_kernel_is_onednn_with_amx_else_fbgemm_else_none(monkeypatch: pyt
 def test_routines_of_our_own_come_first_and_torchs_kernel_where_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = type("First", (NativeKernel,), {}), type("Second", (NativeKernel,), {})
     monkeypatch.setattr(kernels, "native_kernels", lambda: {"first": first, "second": second})
+    monkeypatch.setattr(kernels, "_can_multiply", lambda kernel: True)
     assert choose_kernel() is first
     monkeypatch.setattr(kernels, "native_kernels", dict)
     assert choose_kernel() is choose_torch_kernel() is not None
