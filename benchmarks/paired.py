@@ -2,8 +2,8 @@
 
     python -m benchmarks.paired SCENARIO [SCENARIO ...] --base FOLDER [--adapters FOLDER] [--quantization int8]
 
-Both sides have the same weights, prompts and lengths, greedy decoding and no early end; clients stand in a closed loop,
-each asking again as soon as it is answered. Without --adapters random ones are made.
+Both sides have the same weights, prompts and lengths and no early end, and decode greedily where nothing else is said;
+clients stand in a closed loop, each asking again as soon as it is answered. Without --adapters random ones are made.
 
 scenarios:
   peft-in-turn  ours with every adapter in one batch / PEFT, set_adapter before each request
@@ -12,6 +12,8 @@ scenarios:
   adapter-tax   ours on --num-adapters adapters mixed / ours on the base alone, no adapter loaded
   one-adapter   ours on one adapter / ours on the base alone, no adapter loaded
   zipf-64       ours on 64 adapters by Zipf's law, 16 clients / ours on 8 adapters by turns, 16 clients
+  temperature-1 ours on the base, sampled at temperature 1 / greedy
+  top-p         ours on the base, sampled at temperature 1 with top_p 0.95 / greedy
   openvino-base, openvino-one, openvino-mixed
                 ours on the base, on one adapter, on all in one batch / OpenVINO GenAI's continuous batching of the
                 folder that --openvino names, which plays one adapter after another
@@ -26,6 +28,7 @@ import json
 import random
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,7 @@ from benchmarks.parts.openvino import OpenVino, missing
 from benchmarks.parts.pairs import Pairs, Round, alternate
 from benchmarks.parts.random_adapters import write_adapters
 from server.model.base_folder import find_base
+from server.sequence import SamplingParams
 
 MANY, MANY_CLIENTS, FEW = 64, 16, 8
 
@@ -98,7 +102,7 @@ class Bench:
 
 def throughput(engine: ClosedLoop, asks: Sequence[Ask], num_clients: int) -> Round:
     """A round's output tokens in a second; the engine is warmed up first, a few tokens of every request."""
-    engine.run([Ask(ask.prompt_ids, 2, ask.adapter) for ask in asks[: 2 * num_clients]], num_clients)
+    engine.run([replace(ask, num_tokens=2) for ask in asks[: 2 * num_clients]], num_clients)
     tokens = sum(ask.num_tokens for ask in asks)
     return lambda: tokens / engine.run(asks, num_clients)
 
@@ -139,6 +143,17 @@ def one_adapter(bench: Bench) -> Pairs:
     return bench.pairs(("one adapter", "base only"), one, bench.alone(bench.asks([None]), hold=0))
 
 
+def sampled(name: str, params: SamplingParams) -> Callable[[Bench], Pairs]:
+    """What drawing tokens costs over taking the likeliest."""
+
+    def scenario(bench: Bench) -> Pairs:
+        greedy = bench.asks([None])
+        drawn = [replace(ask, params=params) for ask in greedy]
+        return bench.pairs((name, "greedy"), bench.alone(drawn, hold=0), bench.alone(greedy, hold=0))
+
+    return scenario
+
+
 def zipf_64(bench: Bench) -> Pairs:
     """What more adapters cost: as many clients on 64 as on 8."""
     rng, mix = random.Random(bench.options.seed), Mix([str(number) for number in range(MANY)], 1.0)
@@ -176,6 +191,8 @@ SCENARIOS: dict[str, Callable[[Bench], Pairs]] = {
     "adapter-tax": adapter_tax,
     "one-adapter": one_adapter,
     "zipf-64": zipf_64,
+    "temperature-1": sampled("temperature 1", SamplingParams()),
+    "top-p": sampled("top_p 0.95", SamplingParams(top_p=0.95)),
     "openvino-base": openvino(lambda num: [None]),
     "openvino-one": openvino(lambda num: [0]),
     "openvino-mixed": openvino(range),

@@ -1,4 +1,4 @@
-"""Engines in this process, all driven the same way: a closed loop of clients, prompts as ids, greedy, no early end."""
+"""Engines in this process, all driven the same way: a closed loop of clients, prompts as ids, no early end."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ from server.model.runner import ModelRunner
 from server.model.sampler import Sampler
 from server.sequence import AdapterUse, SamplingParams, Sequence, StepOutput
 
+GREEDY = SamplingParams(temperature=0.0)
+
 
 @dataclass(frozen=True)
 class Ask:
@@ -34,6 +36,7 @@ class Ask:
     prompt_ids: tuple[int, ...]
     num_tokens: int
     adapter: int | None = None
+    params: SamplingParams = GREEDY
 
 
 class ClosedLoop(Protocol):
@@ -72,8 +75,7 @@ class InProcessEngine:
         """Queue one generation."""
         uses = () if ask.adapter is None else (AdapterUse(self._digests[ask.adapter]),)
         self._number += 1
-        params = SamplingParams(temperature=0.0)
-        sequence = Sequence(self._number, ask.prompt_ids, ask.num_tokens, params, uses, eos_ids)
+        sequence = Sequence(self._number, ask.prompt_ids, ask.num_tokens, ask.params, uses, eos_ids)
         self.engine.add(sequence)
         return sequence
 
@@ -184,6 +186,7 @@ class Peft:
     def _generate(self, batch: SequenceOf[Ask], **named: Any) -> None:
         lengths = {(len(ask.prompt_ids), ask.num_tokens) for ask in batch}
         assert len(lengths) == 1, "a batch of several lengths would need padding"
+        assert all(ask.params.greedy for ask in batch), "sampling is compared within our engine alone"
         ids, num_tokens = torch.tensor([ask.prompt_ids for ask in batch]), batch[0].num_tokens
         done = self._model.generate(
             input_ids=ids,

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
+import random
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -15,10 +21,30 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from server.model.sampler import Sampler, _largest, filtered, uniform
+from server.model import drawing
+from server.model.blocks import block_sums, largest
+from server.model.random_numbers import uniform
+from server.model.sampler import Sampler
+from server.model.top_p import redraw_outside
 from server.sequence import Draw, SamplingParams, Sequence
 
 VOCAB = 60
+LARGE_VOCAB = 151_936
+
+SETTINGS = [
+    SamplingParams(),
+    SamplingParams(temperature=0.3),
+    SamplingParams(temperature=2.0),
+    SamplingParams(top_k=1),
+    SamplingParams(top_k=7, temperature=1.5),
+    SamplingParams(top_k=10_000),
+    SamplingParams(top_p=0.5),
+    SamplingParams(top_p=0.95, temperature=1.7),
+    SamplingParams(top_p=1e-6),
+    SamplingParams(min_p=0.1),
+    SamplingParams(min_p=1.0),
+    SamplingParams(temperature=1.3, top_k=20, top_p=0.8, min_p=0.05),
+]
 
 
 def rows(count: int, *, seed: int = 0, vocab: int = VOCAB) -> torch.Tensor:
@@ -54,29 +80,103 @@ def stock(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     return probabilities
 
 
-@pytest.mark.parametrize(
-    "params",
-    [
-        SamplingParams(),
-        SamplingParams(temperature=0.3),
-        SamplingParams(temperature=2.0),
-        SamplingParams(top_k=1),
-        SamplingParams(top_k=7, temperature=1.5),
-        SamplingParams(top_k=10_000),
-        SamplingParams(top_p=0.5),
-        SamplingParams(top_p=0.95, temperature=1.7),
-        SamplingParams(top_p=1e-6),
-        SamplingParams(min_p=0.1),
-        SamplingParams(min_p=1.0),
-        SamplingParams(temperature=1.3, top_k=20, top_p=0.8, min_p=0.05),
-    ],
-)
-def test_the_distribution_is_the_one_transformers_computes(params: SamplingParams) -> None:
+def reference(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """The distribution [vocab] in double precision, by a sort: likeliest first, equals by token id."""
+    scaled, order = (logits.double() / params.temperature).sort(descending=True, stable=True)
+    width = params.top_k or len(logits)
+    shares = scaled[:width].softmax(0)
+    kept = shares.cumsum(0) - shares < params.top_p
+    kept &= shares >= params.min_p * shares[0]
+    kept[0] = True
+    shares = shares * kept
+    return torch.zeros(len(logits), dtype=torch.float64).scatter_(0, order[:width], shares / shares.sum())
+
+
+def all_draws(logits: torch.Tensor, params: SamplingParams, count: int) -> list[int]:
+    """``count`` tokens of one sequence, all from the same row of logits [vocab]."""
+    drawn, tokens = Sequence(1, (1,), count, params), []
+    batch = 32 if len(logits) == LARGE_VOCAB else 250
+    for first in range(0, count, batch):
+        draws = [Draw(drawn, number) for number in range(first, min(first + batch, count))]
+        tokens += Sampler().sample(logits.expand(len(draws), -1), draws)
+    return [token for token in tokens if token is not None]
+
+
+def in_top_p(weights: list[float], top_p: float) -> list[int]:
+    """The places of one row of weights which are left as they were drawn."""
+    places = list(range(len(weights)))
+    draws = [Draw(sequence(place, top_p=top_p, seed=place), 0) for place in places]
+    table = torch.tensor(weights).expand(len(weights), -1)
+    redraw_outside(places, table, block_sums(table).double(), draws)
+    kept = [place for place, drawn in enumerate(places) if place == drawn]
+    assert set(places) <= set(kept)
+    return kept
+
+
+@pytest.mark.parametrize("params", SETTINGS)
+def test_the_reference_is_the_distribution_transformers_computes(params: SamplingParams) -> None:
     for logits in rows(20):
-        probabilities, ids = filtered(logits, params)
-        ours = torch.zeros(VOCAB).scatter_(0, ids, probabilities / probabilities.sum())
-        torch.testing.assert_close(ours, stock(logits, params), atol=1e-6, rtol=1e-4)
-        assert probabilities.tolist() == sorted(probabilities.tolist(), reverse=True)
+        torch.testing.assert_close(reference(logits, params).float(), stock(logits, params), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("params", SETTINGS)
+@pytest.mark.parametrize("vocab", [VOCAB, 600])
+def test_a_random_number_picks_its_place_in_the_cumulative_distribution(
+    params: SamplingParams, vocab: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Top-p leaves those as they are whose place is inside, and draws the others again from inside."""
+    count = 250
+    monkeypatch.setattr(drawing, "uniform", lambda seed, number: number / count)
+    for logits in rows(2, vocab=vocab):
+        before = reference(logits, replace(params, top_p=1.0)).cumsum(0)
+        kept = reference(logits, params)
+        for number, token in enumerate(all_draws(logits, params, count)):
+            assert kept[token] > 0
+            fraction = number / count
+            first = int(torch.searchsorted(before, fraction, right=True))
+            near_an_edge = float((before - fraction).abs().min()) < 1e-6
+            assert token == first or near_an_edge or kept[first] == 0
+
+
+@pytest.mark.parametrize("params", SETTINGS)
+def test_what_is_drawn_is_never_outside_and_all_that_is_inside_is_drawn(params: SamplingParams) -> None:
+    for seed, logits in enumerate(rows(2, vocab=12)):
+        shares = reference(logits, params)
+        drawn = set(all_draws(logits, replace(params, seed=seed), 500))
+        assert drawn <= {token for token, share in enumerate(shares.tolist()) if share > 0}
+        assert drawn >= {token for token, share in enumerate(shares.tolist()) if share > 0.03}
+
+
+def test_top_p_keeps_the_fewest_that_reach_it_and_equals_by_token_id() -> None:
+    equal = [0.25] * 4
+    assert in_top_p(equal, 0.25) == [0]
+    assert in_top_p(equal, 0.5) == [0, 1]
+    assert in_top_p(equal, 0.51) == [0, 1, 2]
+    assert in_top_p(equal, 0.75) == [0, 1, 2]
+    assert in_top_p(equal, 0.76) == [0, 1, 2, 3]
+    mixed = [0.125, 0.0625, 0.5, 0.125, 0.0625, 0.125, 0.0]
+    assert in_top_p(mixed, 1e-9) == [2]
+    assert in_top_p(mixed, 0.5) == [2]
+    assert in_top_p(mixed, 0.625) == [0, 2]
+    assert in_top_p(mixed, 0.7) == [0, 2, 3]
+    assert in_top_p(mixed, 0.875) == [0, 2, 3, 5]
+    assert in_top_p(mixed, 0.9) == [0, 1, 2, 3, 5]
+
+
+def test_top_k_keeps_the_first_of_equals() -> None:
+    """Far apart and side by side, within one block and over many, by way of blocks and of the whole row."""
+    for vocab in (20, 5000):
+        logits = torch.zeros(1, vocab)
+        logits[0, 7], logits[0, vocab - 2] = 1.0, 1.0
+        for top_k, kept in ((1, {7}), (2, {7, vocab - 2}), (4, {0, 1, 7, vocab - 2})):
+            assert set(all_draws(logits[0], SamplingParams(top_k=top_k, seed=3), 200)) == kept
+
+
+def test_minus_infinity_is_never_drawn() -> None:
+    logits = torch.full((VOCAB,), -math.inf)
+    logits[[3, 50]] = torch.tensor([1.0, 1.5])
+    for params in SETTINGS:
+        assert set(all_draws(logits, params, 50)) <= {3, 50}
 
 
 def test_drawn_tokens_follow_the_distribution() -> None:
@@ -86,6 +186,67 @@ def test_drawn_tokens_follow_the_distribution() -> None:
     counts = Counter(draw_all(logits.expand(draws, -1), drawn))
     for token, share in enumerate(stock(logits[0], params).tolist()):
         assert abs(counts[token] / draws - share) <= 5 * math.sqrt(share * (1 - share) / draws)
+
+
+@pytest.mark.parametrize(
+    ("params", "spread"),
+    [
+        (SamplingParams(seed=1), 0.5),
+        (SamplingParams(seed=2, top_p=0.95), 0.5),
+        (SamplingParams(seed=3, top_p=0.95), 4.0),
+        (SamplingParams(seed=4, top_p=0.3), 0.5),
+        (SamplingParams(seed=5, temperature=0.7, top_k=40, top_p=0.9, min_p=0.02), 4.0),
+    ],
+)
+def test_a_large_vocabulary_is_drawn_from_in_its_proportions(params: SamplingParams, spread: float) -> None:
+    """Flat as a random base's, or peaked as a trained one's: chi-square over tokens in groups of like share."""
+    count, num_groups = 320, 16
+    logits = torch.randn(LARGE_VOCAB, generator=torch.Generator().manual_seed(9)) * spread
+    shares = reference(logits, params)
+    groups = ((shares.cumsum(0) - shares / 2) * num_groups).long().clamp_(max=num_groups - 1)
+    drawn = torch.tensor(all_draws(logits, params, count))
+    assert bool((shares[drawn] > 0).all())
+    expected = torch.zeros(num_groups, dtype=torch.float64).index_add_(0, groups, shares) * count
+    found = torch.bincount(groups[drawn], minlength=num_groups)
+    large = expected >= 5
+    expected = torch.cat([expected[large], expected[~large].sum()[None]])
+    found = torch.cat([found[large], found[~large].sum()[None]])
+    statistic = float(((found - expected) ** 2 / expected.clamp(min=1.0)).sum())
+    assert statistic < len(expected) + 5 * math.sqrt(2 * len(expected))
+
+
+@contextmanager
+def recorded() -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Names of torch's operations, and what each returned first."""
+    operations: list[tuple[str, torch.Tensor]] = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            result = func(*args, **(kwargs or {}))
+            first = result[0] if isinstance(result, tuple | list) else result
+            if isinstance(first, torch.Tensor):
+                operations.append((func.overloadpacket.__name__, first))
+            return result
+
+    new_mode: Callable[[], TorchDispatchMode] = Record  # whose __init__ has no annotations in torch
+    with new_mode():
+        yield operations
+
+
+@pytest.mark.parametrize("params", [*SETTINGS, SamplingParams(top_k=50), SamplingParams(top_p=0.2)])
+def test_nothing_is_sorted_and_double_precision_is_for_sums_of_blocks_alone(params: SamplingParams) -> None:
+    """A sort of the vocabulary took 27 ms a token, and GPUs of some kinds have no float64."""
+    logits = rows(3, vocab=LARGE_VOCAB)
+    logits[1] /= 6
+    with recorded() as operations:
+        assert None not in Sampler().sample(logits, firsts(*[Sequence(n, (1,), 9, params) for n in range(3)]))
+    names = {name for name, _ in operations}
+    assert names >= {"amax", "_softmax"}
+    assert names.isdisjoint({"sort", "argsort", "msort", "_unique2", "multinomial"})
+    doubles = [result for _, result in operations if result.dtype == torch.float64]
+    assert doubles and max(result.shape[-1] for result in doubles if result.dim()) < LARGE_VOCAB / 200
 
 
 def test_greedy_takes_the_likeliest() -> None:
@@ -104,6 +265,28 @@ def test_a_seed_gives_the_same_tokens_in_any_batch() -> None:
         beside.append(Sampler().sample(logits[order], draws)[order.index(2)])
     assert beside == by_itself
     assert len(set(by_itself)) > 1
+
+
+@pytest.mark.parametrize("vocab", [300, 5003, LARGE_VOCAB])
+def test_a_token_is_the_same_alone_and_among_any_neighbours_with_any_number_of_threads(vocab: int) -> None:
+    """To the bit: weights and the sums of their blocks too, on which the choice rests."""
+    settings = [*SETTINGS, SamplingParams(temperature=0), SamplingParams(top_p=0.9), SamplingParams(top_k=50)]
+    logits = rows(len(settings), vocab=vocab)
+    draws = [Draw(Sequence(n, (1,), 9, replace(params, seed=n)), n) for n, params in enumerate(settings)]
+    alone = [Sampler().sample(logits[n : n + 1], draws[n : n + 1])[0] for n in range(len(draws))]
+    weights = [row[None].softmax(-1) for row in logits]
+    threads = torch.get_num_threads()
+    try:
+        for number, num_threads in enumerate((1, 2, 3)):
+            torch.set_num_threads(num_threads)
+            order = random.Random(number).sample(range(len(draws)), len(draws) - 4 * number)
+            tokens = Sampler().sample(logits[order], [draws[n] for n in order])
+            assert tokens == [alone[n] for n in order]
+            together = logits[order].softmax(-1)
+            assert torch.equal(together, torch.cat([weights[n] for n in order]))
+            assert torch.equal(block_sums(together), torch.cat([block_sums(weights[n]) for n in order]))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_another_seed_gives_other_tokens_and_no_seed_other_ones_each_time() -> None:
@@ -125,8 +308,8 @@ def test_rows_that_are_not_finite_fail_alone() -> None:
     logits = rows(5)
     logits[0, 3], logits[1, 0], logits[3] = math.nan, math.inf, -math.inf
     logits[4, 7] = -math.inf
-    for temperature in (0.0, 1.0):
-        sequences = [sequence(n, temperature=temperature, seed=n) for n in range(5)]
+    for params in ({"temperature": 0.0}, {"temperature": 1.0}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}):
+        sequences = [sequence(n, seed=n, **params) for n in range(5)]
         tokens = Sampler().sample(logits, firsts(*sequences))
         assert [token is None for token in tokens] == [True, True, False, True, False]
         assert tokens[2] == Sampler().sample(logits[2:3], firsts(sequences[2]))[0]
@@ -156,14 +339,19 @@ def test_random_numbers_are_even_and_those_of_neighbouring_seeds_have_nothing_in
     """Means, variances and correlations of 4,000 numbers within five standard deviations."""
     count = 4000
     streams = torch.tensor(
-        [[uniform(seed, number) for number in range(count)] for seed in (0, 1, 2, -1, 2**63)], dtype=torch.float64
+        [
+            *[[uniform(seed, number) for number in range(count)] for seed in (0, 1, 2, -1, 2**63)],
+            *[[uniform(0, number, attempt) for number in range(count)] for attempt in (1, 2)],
+            [uniform(0, 0, attempt) for attempt in range(count)],
+        ],
+        dtype=torch.float64,
     )
     assert float(streams.min()) >= 0.0
     assert float(streams.max()) < 1.0
     centred = streams - 0.5
     assert float(centred.mean(1).abs().max()) < 5 * math.sqrt(1 / 12 / count)
     correlations = centred @ centred.T / count * 12
-    assert float((correlations - torch.eye(5)).abs().max()) < 5 * math.sqrt(1 / count)
+    assert float((correlations - torch.eye(len(streams))).abs().max()) < 5 * math.sqrt(1 / count)
     following = (centred[:, 1:] * centred[:, :-1]).mean(1) * 12
     assert float(following.abs().max()) < 5 * math.sqrt(1 / count)
 
@@ -194,7 +382,7 @@ def test_the_largest_is_found_where_it_comes_first(vocab: int, dtype: torch.dtyp
         lowest.fill_(-math.inf)[place] = -1e30
     logits[-2], logits[-1] = 0.0, -math.inf
     for some in (logits, logits[:1], logits.repeat(1, 2)[:, :vocab]):
-        values, indices = _largest(some)
+        values, indices = largest(some)
         expected = [row.index(max(row)) for row in some.tolist()]
         assert indices.tolist() == expected
         assert torch.equal(values, some.max(dim=-1).values) and values.dtype == dtype
@@ -206,7 +394,7 @@ def test_the_largest_of_a_row_that_is_not_finite_is_not(vocab: int) -> None:
         logits = rows(5, vocab=vocab)
         logits[0, place], logits[1, place], logits[3] = math.nan, math.inf, math.nan
         logits[2], logits[2, place] = math.inf, math.nan
-        values, indices = _largest(logits)
+        values, indices = largest(logits)
         assert [value.isnan().item() for value in values] == [True, False, True, True, False]
         last = logits[4].tolist()
         assert (values[1].item(), indices[1].item()) == (math.inf, place)

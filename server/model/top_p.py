@@ -1,0 +1,70 @@
+"""Top-p (Holtzman et al. 2020) by rejection: what is drawn outside of the set is drawn again, among likelier places.
+
+The set is the smallest one of the likeliest places whose weights reach ``top_p`` of the total; equals by place. So a
+place is inside where it and all less likely ones weigh more than what the set may leave out. That takes no order: one
+sum over the row, or over a part of it, or no sum at all where the place alone weighs enough. ``top_p`` of all draws are
+inside, however flat or peaked the row is, and a rejected place bounds the set, so that few attempts reach even a small
+one (the idea of FlashInfer's sampling kernels, Ye et al. 2025).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence as SequenceOf
+
+import torch
+
+from server.model.blocks import BLOCK, block_sums
+from server.model.inverse_cdf import on_host, pick, weights_above
+from server.model.random_numbers import uniform
+from server.sequence import Draw
+
+_PART = 4
+"""One block in so many is looked at first: most places that are inside show it there."""
+
+
+def redraw_outside(places: list[int], weights: torch.Tensor, sums: torch.Tensor, draws: SequenceOf[Draw]) -> None:
+    """Replace those of ``places``, one for each row of weights [rows, width], that top-p leaves out.
+
+    ``sums`` are those of the weights' blocks, on the host, also of such weights as are zero by now.
+    """
+    drawn = weights.gather(1, torch.tensor(places, device=weights.device)[:, None])[:, 0]  # [rows]
+    own, just_less = drawn.tolist(), torch.nextafter(drawn, torch.zeros_like(drawn)).tolist()
+    totals = sums.sum(-1).tolist()
+    outside = [(1.0 - draw.sequence.params.top_p) * total for draw, total in zip(draws, totals, strict=True)]
+    rows = [row for row, draw in enumerate(draws) if draw.sequence.params.top_p < 1.0 and own[row] <= outside[row]]
+    for num_blocks in sorted({sums.shape[1] // _PART, sums.shape[1]} - {0}):
+        if not rows:
+            return
+        part = weights[:, : num_blocks * BLOCK]
+        as_likely = weights_above([part[row] for row in rows], [just_less[row] for row in rows])
+        less_likely = sums[rows, :num_blocks].sum(-1) - on_host(block_sums(as_likely)).sum(-1)
+        rest = dict(zip(rows, less_likely.tolist(), strict=True))
+        rows = [row for row in rows if own[row] + rest[row] <= outside[row]]
+    for row in rows:
+        mass = draws[row].sequence.params.top_p * totals[row]
+        places[row] = _draw_inside(weights[row], mass, places[row], draws[row])
+
+
+def _draw_inside(weights: torch.Tensor, mass: float, place: int, draw: Draw) -> int:
+    """``place`` if it is in the set of a row of weights [width] that reaches ``mass``, else another that is.
+
+    Ends, because each rejected place is followed by one that is likelier, or by one of the whole set.
+    """
+    attempt = 0
+    while True:
+        attempt += 1
+        weight = float(weights[place])
+        candidates = weights_above([weights], [weight])  # [1, width]
+        sums = on_host(block_sums(candidates))
+        likelier = float(sums.sum())
+        if likelier < mass:  # so the set ends among the places of this weight
+            equal = (weights == weight).nonzero()[:, 0]
+            inside = equal[: min(math.ceil((mass - likelier) / weight), len(equal))]
+            if place <= int(inside[-1]):
+                return place
+            candidates[0, inside] = weight
+            sums = on_host(block_sums(candidates))
+        place = pick(candidates, sums, [uniform(draw.sequence.seed, draw.number, attempt)])[0]
+        if likelier < mass:
+            return place
