@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 EMBEDDED_BASE = "micro"
 
@@ -24,6 +26,11 @@ class Settings(BaseSettings):
     )
     adapters_dir: Path = Field(
         Path("adapters"), description="The folder whose sub-folders are adapters; watched while the server runs."
+    )
+    adapter_roots: Annotated[tuple[Path, ...] | None, NoDecode] = Field(
+        None,
+        description="Folders, separated by ':', into which links in the adapter folder are followed; without it, the "
+        "adapter folder itself and the hub's cache; empty, none.",
     )
     demo_adapters: bool = Field(
         True, description="Also serve the adapters that come with the package, where the base is the embedded one."
@@ -130,6 +137,15 @@ class Settings(BaseSettings):
             raise ValueError("a key must have 16 characters or more")
         return value
 
+    @field_validator("adapter_roots", mode="before")
+    @classmethod
+    def _listed(cls, value: object) -> object:
+        """Folders from one text: a JSON list, or separated by ``:``, or by ``,`` as a flag given twice."""
+        if not isinstance(value, str):
+            return value
+        found = _json_list(value) if value.lstrip().startswith("[") else re.split(r"[:,]", value)
+        return [Path(one.strip()).expanduser() for one in found if one.strip()]
+
     @property
     def trusted_names(self) -> frozenset[str]:
         """The adapters that ``trusted_templates`` names."""
@@ -142,3 +158,13 @@ class Settings(BaseSettings):
             return self.served_model_name
         folder = Path(self.base_model).expanduser()
         return folder.resolve().name if folder.is_dir() else folder.name
+
+
+def _json_list(text: str) -> list[str]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+        raise ValueError("write folders separated by ':', or a JSON list of texts")
+    return found

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +73,16 @@ def make(folder: Path, name: str, **config: Any) -> Path:
 class Shelf:
     """Everything that keeps adapters, on two folders, without an engine: what it would load and free is noted."""
 
-    def __init__(self, root: Path, *, room: int = 100, settle: float = 0.0, grace: float = 0.0, state: bool = False):
+    def __init__(
+        self,
+        root: Path,
+        *,
+        room: int = 100,
+        settle: float = 0.0,
+        grace: float = 0.0,
+        state: bool = False,
+        roots: Sequence[Path] = (),
+    ) -> None:
         self.first, self.second = root / "first", root / "second"
         self.first.mkdir(exist_ok=True)
         self.second.mkdir(exist_ok=True)
@@ -82,7 +93,7 @@ class Shelf:
         self.metrics = Metrics()
         self.store = VersionStore(root / "state", keep=3) if state else None
         self.registry = AdapterRegistry(keep=3, retain=not state)
-        self.reader = AdapterReader(BASE, LIMITS, store=self.store)
+        self.reader = AdapterReader(BASE, replace(LIMITS, roots=tuple(roots)), store=self.store)
         self.residency = Residency(
             room * NUM_BYTES, unload=self.freed.append, is_wanted=self.registry.is_wanted, max_waiting=8
         )

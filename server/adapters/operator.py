@@ -128,15 +128,19 @@ class AdapterOperator:
         self._library.set_pins({**self._library.registry.pins, name: pin})
 
     def _inside(self, text: str) -> Path:
-        """A folder inside the adapter folders, none of whose parts begins with a dot or is a link."""
+        """A folder inside the adapter folders, none of whose parts begins with a dot.
+
+        No part above it may be a link; the folder itself may be one, into the roots.
+        """
         given = Path(text)
         for root in self._watcher.folders:
             path = given if given.is_absolute() else root / given
             inside = path.is_relative_to(root) or path.is_relative_to(root.absolute())
             parts = path.absolute().relative_to(root.absolute()).parts if inside else ()
             plain = "\0" not in text and parts and all(is_name(part) for part in parts)
-            if plain and path.is_dir() and path.resolve() == root.resolve().joinpath(*parts):
-                return path
+            place = root.resolve().joinpath(*parts)
+            if plain and place.is_dir() and place.parent.resolve() == place.parent and self._watcher.is_inside(place):
+                return place
         raise InvalidRequest(
             "Invalid 'lora_path': it must be a folder inside the server's adapter folder.", param="lora_path"
         )
@@ -146,4 +150,7 @@ def _remove(path: Path) -> None:
     """Take a folder away in one step, then delete it."""
     aside = path.with_name(f".deleted-{uuid.uuid4().hex}")
     os.rename(path, aside)
-    shutil.rmtree(aside)
+    if aside.is_symlink():
+        aside.unlink()
+    else:
+        shutil.rmtree(aside)

@@ -36,6 +36,7 @@ class AdapterReader:
         judge_manners: Callable[[AdapterDefaults], None] = lambda defaults: None,
     ) -> None:
         self.store = store
+        self.roots = limits.roots
         self._base, self._limits, self._judge_manners = base, limits, judge_manners
         self._digests: dict[str, CachedDigest] = {}
         self._unsaved = 0
@@ -48,10 +49,7 @@ class AdapterReader:
 
     async def listing(self, path: Path, name: str) -> Listing:
         """A folder's headers. Raises ``AdapterRejected``, or ``FolderMoved`` where they cannot be read just now."""
-        try:
-            return await self.run(lambda: list_folder(path, self._base, self._limits, name=name))
-        except OSError as error:
-            raise FolderMoved(name) from error
+        return await self.run(self._list_settled, path, name)
 
     async def manifest(self, path: Path, signature: Signature, name: str) -> Manifest:
         """The whole folder, if it is as it was when it had settled. Raises ``FolderMoved`` or ``AdapterRejected``."""
@@ -113,23 +111,34 @@ class AdapterReader:
         """End the thread when it has done what it is at."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
+    def _list_settled(self, path: Path, name: str) -> Listing:
+        before = signature_of(path, self.roots)
+        try:
+            return list_folder(path, self._base, self._limits, name=name)
+        except OSError as error:
+            raise FolderMoved(name) from error
+        except AdapterRejected:
+            if signature_of(path, self.roots) != before:
+                raise FolderMoved(name) from None
+            raise
+
     def _read_settled(self, path: Path, signature: Signature, name: str) -> Manifest:
-        if signature_of(path) != signature:
+        if signature_of(path, self.roots) != signature:
             raise FolderMoved(name)
         try:
             manifest = self._read(path, name)
         except OSError as error:
             raise FolderMoved(name) from error
         except AdapterRejected:
-            if signature_of(path) != signature:
+            if signature_of(path, self.roots) != signature:
                 raise FolderMoved(name) from None
             raise
-        if signature_of(path) != signature:
+        if signature_of(path, self.roots) != signature:
             raise FolderMoved(name)
         return manifest
 
     def _read_unchanged(self, path: Path, name: str, version_digest: str, signature: Signature) -> Manifest | None:
-        now = signature_of(path)
+        now = signature_of(path, self.roots)
         if sizes_of(now) != sizes_of(signature) or self._others.get(path) == now:
             return None
         try:

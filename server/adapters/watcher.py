@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
-import stat
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,15 @@ from pathlib import Path
 from watchfiles import awatch
 
 from server.adapters.aliases import ALIASES_FILE, MAX_ALIASES_BYTES, Alias, parse_aliases
-from server.adapters.content.folder import Signature, read_file, signature_of
+from server.adapters.content.folder import (
+    Signature,
+    file_signature,
+    follows_links,
+    read_file,
+    signature_of,
+    sub_folders,
+)
+from server.adapters.content.opening import leads_inside
 from server.adapters.intake import Intake
 from server.adapters.versions import Pin, VersionStore
 
@@ -60,6 +68,7 @@ class AdapterWatcher:
     ) -> None:
         self.folders, self.intake, self.settle, self.grace = tuple(folders), intake, settle, grace
         self._store, self._on_aliases, self._on_pins = store, on_aliases, on_pins
+        self._roots, self._linked = intake.reader.roots, False
         self._seen: dict[str, tuple[Found, float]] = {}
         self._handled: dict[str, tuple[Path, Signature]] = {}
         self._missing: dict[str, float] = {}
@@ -69,6 +78,10 @@ class AdapterWatcher:
         self._pins_signature: object = None
         self._pending: set[str] = set()
         self._durations = (0.0, 0.0)
+        self._places: frozenset[Path] = frozenset()
+        self._watched: frozenset[Path] = frozenset()
+        self._listening: asyncio.Task[None] | None = None
+        self._listening_since = -math.inf
         self._stirred = False
         self._woken = asyncio.Event()
         self._scanning = asyncio.Lock()
@@ -83,14 +96,16 @@ class AdapterWatcher:
 
     async def run(self) -> None:
         """Look again and again, until cancelled."""
-        listening = asyncio.create_task(self._listen())
         try:
             while True:
                 settled = await self._scan_and_report()
-                pause = self.settle if listening.done() or not settled else 10 * self.settle
+                self._keep_listening()
+                alone = self._listening is None or self._listening.done() or self._linked or not settled
+                pause = self.settle if alone else 10 * self.settle
                 await self._rest(max(pause, _MOST_OF_THE_TIME * min(self._durations)))
         finally:
-            listening.cancel()
+            if self._listening is not None:
+                self._listening.cancel()
 
     async def scan(self, names: Collection[str] | None = None) -> bool:
         """One look, at all folders or at those of some names. True where every folder had settled."""
@@ -124,10 +139,13 @@ class AdapterWatcher:
             self._woken.set()
 
     async def mount(self, name: str, path: Path) -> None:
-        """Serve a folder inside the adapter folders under a name of its own, from the next look on."""
+        """Serve a folder inside the adapter folders under a name of its own, from the next look on.
+
+        Nothing above the folder may be a link; the folder may be one, into the roots.
+        """
         async with self._scanning:
             self._hidden.pop(name, None)
-            self._mounted[name] = path.resolve()
+            self._mounted[name] = path
             self._handled.pop(name, None)
 
     def forget_pins(self) -> None:
@@ -141,7 +159,7 @@ class AdapterWatcher:
                 self._handled.pop(name, None)
             for own, path in await asyncio.to_thread(lambda: list(self._sub_folders())):
                 if own == name and name not in self._hidden:
-                    self._hidden[name] = await asyncio.to_thread(signature_of, path)
+                    self._hidden[name] = await asyncio.to_thread(signature_of, path, self._roots)
             self._forget(name)
 
     def is_current(self, name: str) -> bool:
@@ -161,6 +179,10 @@ class AdapterWatcher:
             await asyncio.sleep(self.settle / 4)  # a stir is seldom alone
         self._stirred = False
 
+    def is_inside(self, path: Path) -> bool:
+        """Whether a folder, whose path had no links, is where that says, or where links may lead."""
+        return path.resolve() == path or leads_inside(path, self._roots)
+
     async def _scan_and_report(self, names: Collection[str] | None = None) -> bool:
         try:
             return await self.scan(names)
@@ -168,15 +190,30 @@ class AdapterWatcher:
             logger.exception("looking at the adapter folders failed; trying again")
             return False
 
-    async def _listen(self) -> None:
-        """Bring the next look forward at every event in the folders, as long as the system tells of them."""
-        paths = [folder for folder in self.folders if folder.is_dir()]
-        if self._store is not None:
-            paths.append(self._store.state_dir)
-        if not paths or paths[0] != self.folders[0]:
+    def _keep_listening(self) -> None:
+        """Listen in the folders that there are now; another set of them is taken up every ten ``settle`` at most.
+
+        Each folder is named by itself, because a recursive watch goes through links, wherever they lead.
+        """
+        folders = [folder for folder in self.folders if folder.is_dir()]
+        if not folders or folders[0] != self.folders[0]:
             return  # the folder is still to be made: only looking finds it
+        state = () if self._store is None else (self._store.state_dir,)
+        wanted, now = frozenset([*folders, *self._places, *state]), time.monotonic()
+        if wanted == self._watched or now < self._listening_since + 10 * self.settle:
+            return
+        if self._listening is not None:
+            self._listening.cancel()
+        self._watched, self._listening_since = wanted, now
+        self._listening = asyncio.create_task(self._listen(wanted))
+        self._stirred = True  # what happened before the system listens is found by one more look
+
+    async def _listen(self, paths: Collection[Path]) -> None:
+        """Bring the next look forward at every event in the folders, as long as the system tells of them."""
         try:
-            async for _ in awatch(*paths, debounce=200, step=50, watch_filter=None, rust_timeout=5_000):
+            async for _ in awatch(
+                *paths, recursive=False, debounce=200, step=50, watch_filter=None, rust_timeout=5_000
+            ):
                 self._stirred = True
                 self._woken.set()
         except (OSError, RuntimeError) as error:
@@ -223,6 +260,9 @@ class AdapterWatcher:
         seconds = time.perf_counter() - since
         if names is None:
             self._durations = (self._durations[1], seconds)
+            links = any(follows_links(one.signature) for one in found.values())
+            self._linked = links or any(folder.is_symlink() for folder in self.folders)
+            self._places = frozenset(one.path for one in found.values() if not _is_outside(one.signature))
         if seconds > _SLOW_LOOK:
             logger.warning("looking at %d adapter folders took %.1f s", len(found), seconds)
         return found
@@ -232,10 +272,10 @@ class AdapterWatcher:
         found: dict[str, Found] = {}
         mounted = [(name, path) for name, path in self._mounted.items() if names is None or name in names]
         for name, path in [*mounted, *self._sub_folders(names)]:
-            if name not in found and (name not in self._mounted or path.resolve() == path):
+            if name not in found and (name not in self._mounted or self.is_inside(path)):
                 with contextlib.suppress(OSError):
                     changed = os.stat(path, follow_symlinks=False).st_ctime
-                    signature = signature_of(path)
+                    signature = signature_of(path, self._roots)
                     found[name] = Found(path, signature, max([changed, *(one[4] / 1e9 for one in signature)]))
         return found
 
@@ -243,18 +283,16 @@ class AdapterWatcher:
         """The folders of some names, or of all that are there."""
         for folder in self.folders:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                for name in sorted(os.listdir(folder) if names is None else names):
-                    if not name.startswith(".") and _is_folder(folder / name):
-                        yield name, folder / name
+                yield from sub_folders(folder, names)
 
     async def _look_at_small_files(self) -> None:
         """Read the aliases and the pins again where they changed."""
         path = self.folders[0] / ALIASES_FILE
-        signature = await asyncio.to_thread(_file_signature, path)
+        signature = await asyncio.to_thread(file_signature, path, self._roots)
         if signature != self._aliases_signature:
             self._aliases_signature = signature
             try:
-                data = await asyncio.to_thread(read_file, path, MAX_ALIASES_BYTES) if signature else None
+                data = await asyncio.to_thread(read_file, path, MAX_ALIASES_BYTES, self._roots) if signature else None
                 self._on_aliases(parse_aliases(data or b""))
             except (OSError, ValueError) as error:
                 logger.error("%s is not used, the aliases before it stay: %s", ALIASES_FILE, error)
@@ -266,13 +304,6 @@ class AdapterWatcher:
             self._on_pins(await asyncio.to_thread(self._store.pins))
 
 
-def _is_folder(path: Path) -> bool:
-    """Whether a folder, and no link to one, is there. Raises ``OSError`` where that cannot be told."""
-    try:
-        return stat.S_ISDIR(os.lstat(path).st_mode)
-    except FileNotFoundError:
-        return False
-
-
-def _file_signature(path: Path) -> Signature:
-    return tuple(one for one in signature_of(path.parent) if one[0] == path.name)
+def _is_outside(signature: Signature) -> bool:
+    """Whether a folder is a link that leads outside the roots, so that nothing behind it was looked at."""
+    return [name for name, *_ in signature] == [""]

@@ -7,18 +7,19 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from server.adapters.aliases import ALIASES_FILE, Alias, parse_aliases
-from server.adapters.content.folder import UNREAD_FILES
+from server.adapters.aliases import ALIASES_FILE, MAX_ALIASES_BYTES, Alias, parse_aliases
+from server.adapters.content.folder import UNREAD_FILES, read_file, sub_folders
 from server.adapters.content.manifest import Manifest
 from server.adapters.content.words import first
 from server.adapters.names import parse_model
 from server.adapters.registry import DIGITS, Adapter
 from server.adapters.versions import Pin, VersionStore
 from server.cli.adapters_pins import describe
-from server.cli.folders import adapter_folders, open_store
+from server.cli.folders import adapter_folders, adapter_roots, open_store
 from server.cli.options import command_parser, parse_options
 from server.cli.settings import parse_settings
 from server.cli.terminal import say
+from server.errors import SettingsError
 from server.model.base_folder import base_on_disk
 from server.settings import Settings
 
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
     _, rest = parse_options(command_parser("adapters list", DESCRIPTION), arguments)
     settings = parse_settings("adapters list", rest)
     folders, store = adapter_folders(settings), open_store(settings)
-    paths = {path.name: path for folder in reversed(folders) for path in sub_folders(folder)}
+    paths = {name: path for folder in reversed(folders) for name, path in _folders_in(folder)}
     pins = {} if store is None else store.pins()
     kept = [] if store is None else store.names()
     if not paths:
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
             say(f"{name}: no folder of this name")
         if store is not None:
             refused |= _print_state(store, name, pins.get(name, Pin()), version)
-    refused |= _print_aliases(folders[0] / ALIASES_FILE, served, {*served, *kept})
+    refused |= _print_aliases(folders[0] / ALIASES_FILE, adapter_roots(settings), served, {*served, *kept})
     return int(refused)
 
 
@@ -64,11 +65,13 @@ def _examiner(settings: Settings) -> Examiner:
     return Examiner.load(settings)
 
 
-def sub_folders(folder: Path) -> list[Path]:
-    """The folders inside a folder that the server would read."""
-    if not folder.is_dir():
+def _folders_in(folder: Path) -> list[tuple[str, Path]]:
+    try:
+        return list(sub_folders(folder))
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    return [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    except OSError as error:
+        raise SettingsError(f"the adapter folder {folder} cannot be looked at ({error.strerror})") from None
 
 
 def _print_folder(examiner: Examiner, path: Path) -> str | None:
@@ -109,10 +112,10 @@ def _print_state(store: VersionStore, name: str, pin: Pin, current: str | None) 
     return lost
 
 
-def _print_aliases(path: Path, served: AbstractSet[str], known: AbstractSet[str]) -> bool:
+def _print_aliases(path: Path, roots: Sequence[Path], served: AbstractSet[str], known: AbstractSet[str]) -> bool:
     """The aliases of the operator's folder. True where their file is not used."""
     try:
-        aliases = parse_aliases(path.read_bytes())
+        aliases = parse_aliases(read_file(path, MAX_ALIASES_BYTES, roots) or b"")
     except FileNotFoundError:
         return False
     except (OSError, ValueError) as error:

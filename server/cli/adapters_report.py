@@ -75,7 +75,8 @@ def _files(path: Path) -> Iterator[Row]:
             status = one.lstat()
             note = "" if one.name in _READ else ", not read"
             if not stat.S_ISREG(status.st_mode):
-                note = ", a link" if stat.S_ISLNK(status.st_mode) else ", no file"
+                link = stat.S_ISLNK(status.st_mode)
+                note += f", a link to {_quoted(str(one.readlink()))}" if link else ", no file"
             yield label, f"{one.name:<27}{_size(status.st_size)}{note}"
             label = ""
     if len(names) > _MOST_FILES:

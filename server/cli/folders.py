@@ -19,6 +19,7 @@ def limits_of(settings: Settings) -> Limits:
         max_memory=settings.adapter_memory,
         trust_chat_templates=settings.trust_chat_templates,
         trusted_templates=settings.trusted_names,
+        roots=adapter_roots(settings),
     )
 
 
@@ -48,3 +49,12 @@ def adapter_folders(settings: Settings) -> list[Path]:
     if demos is None or demos.resolve() == settings.adapters_dir.resolve():
         return [settings.adapters_dir]
     return [settings.adapters_dir, demos]
+
+
+def adapter_roots(settings: Settings) -> tuple[Path, ...]:
+    """Where links may lead: the folders of the setting, else those of adapters and the hub's cache."""
+    if settings.adapter_roots is not None:
+        return settings.adapter_roots
+    from huggingface_hub.constants import HF_HUB_CACHE  # HF_HOME and HF_HUB_CACHE count as they are now
+
+    return (*adapter_folders(settings), Path(HF_HUB_CACHE))

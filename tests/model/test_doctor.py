@@ -158,10 +158,14 @@ def test_an_untrained_adapter_is_told_so(folder: Path, check: Check) -> None:
     assert status == 1 and "all its deltas are zero" in said
 
 
-def test_a_link_is_not_followed(folder: Path, check: Check) -> None:
+def test_a_link_is_followed_into_the_roots_alone(folder: Path, check: Check, tmp_path: Path) -> None:
     folder.with_name("link").symlink_to(folder)
-    status, said = check("link")
-    assert status == 1 and "the folder is a link, which is not followed" in said
+    assert check("link", "--no-probe")[0] == 0
+    for roots in ("", str(tmp_path / "elsewhere")):
+        status, said = check("link", "--no-probe", f"--adapter-roots={roots}")
+        assert status == 1 and "the folder is a link to '" in said and "--adapter-roots" in said
+    status, said = check("link", "--no-probe", "--adapter-roots", f"{tmp_path / 'elsewhere'}:{folder.parent}")
+    assert status == 0 and "served as link" in said
 
 
 def test_a_strangers_chat_template_is_named_where_it_is_trusted(folder: Path, check: Check) -> None:

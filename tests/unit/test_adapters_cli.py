@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -269,3 +270,26 @@ def test_what_is_kept_is_listed_where_there_are_no_folders(
     assert run("list", "--no-demo-adapters", "--adapters-dir", str(tmp_path / "none")) == 0
     said = capsys.readouterr().out
     assert said.startswith(f"no adapters in {tmp_path / 'none'}\nhelpdesk: no folder of this name\n    versions: bb33")
+
+
+def test_links_are_judged_as_by_the_server(
+    tmp_path: Path, base: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its aliases were read through any link, and waited for where they were a FIFO."""
+    folder, aliases = tmp_path / "adapters", tmp_path / "adapters" / "aliases.toml"
+    (folder / "in").parent.mkdir()
+    (folder / "in").symlink_to(put(folder, ".kept").name)
+    (folder / "out").symlink_to(put(tmp_path, "outside"))
+    (tmp_path / "elsewhere.toml").write_text('support = "in"\n')
+    aliases.symlink_to(tmp_path / "elsewhere.toml")
+    settings = ["--base-model", str(base), "--threads", "1", "--adapters-dir", str(folder)]
+    assert run("list", *settings) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("in@") and "out: NOT SERVED: the folder is a link to '" in lines[1]
+    assert "aliases.toml: NOT USED: aliases.toml is a link to '" in lines[2] and "leads outside" in lines[2]
+    assert run("list", *settings, "--adapter-roots", str(tmp_path)) == 0
+    assert capsys.readouterr().out.splitlines()[2] == "alias support -> in"
+    aliases.unlink()
+    os.mkfifo(aliases)
+    assert run("list", *settings) == 1
+    assert "aliases.toml is not a regular file" in capsys.readouterr().out

@@ -89,7 +89,7 @@ async def test_a_stalled_look_makes_no_adapter_wait_for_twenty_times_its_length(
     look = AdapterWatcher._look
     stalled: list[float] = []
 
-    async def deaf(self: AdapterWatcher) -> None:
+    async def deaf(self: AdapterWatcher, paths: object) -> None:
         return
 
     def stall_once(self: AdapterWatcher, *arguments: Any) -> dict[str, Found]:

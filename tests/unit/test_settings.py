@@ -131,3 +131,28 @@ def test_a_flag_that_is_not_there_ends_with_the_usage(capsys: pytest.CaptureFixt
 def test_the_base_is_named_by_the_last_part_of_its_place(base: str, named: str) -> None:
     assert parse_settings("serve", ["--base-model", base]).base_name == named
     assert parse_settings("serve", ["--base-model", base, "--served-model-name", "mine"]).base_name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "roots"),
+    [
+        ([], None),
+        (["--adapter-roots", "/a:/b"], ["/a", "/b"]),
+        (["--adapter-roots", "/a", "--adapter-roots=/b"], ["/a", "/b"]),
+        (['--adapter-roots=["/a,x", "/b:y"]'], ["/a,x", "/b:y"]),
+        (["--adapter-roots="], []),
+    ],
+)
+def test_roots_are_folders_in_one_text(
+    arguments: list[str], roots: list[str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = None if roots is None else tuple(Path(root) for root in roots)
+    assert parse_settings("serve", arguments).adapter_roots == wanted
+    monkeypatch.setenv("QUICKCHANGE_ADAPTER_ROOTS", "~/x:/y")
+    assert parse_settings("serve", []).adapter_roots == (Path("~/x").expanduser(), Path("/y"))
+
+
+@pytest.mark.parametrize("text", ['["/a"', "[1]", '[["/a"]]'])
+def test_roots_that_are_no_list_are_refused_with_the_way_out(text: str) -> None:
+    with pytest.raises(SettingsError, match=r"adapter_roots .*write folders separated by ':', or a JSON list"):
+        parse_settings("serve", [f"--adapter-roots={text}"])

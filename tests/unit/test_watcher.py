@@ -164,12 +164,16 @@ async def test_a_name_is_not_gone_while_its_successor_is_broken(shelf: Shelf) ->
     assert (await shelf.lender.served("a")).path == mine
 
 
-async def test_hidden_folders_links_and_files_are_left_alone(shelf: Shelf) -> None:
+async def test_hidden_folders_and_files_are_left_alone_and_a_link_outside_is_refused(shelf: Shelf) -> None:
+    """The link was left out without a word, and whoever had put it there looked for the reason."""
     make(shelf.first, ".a.partial")
     (shelf.first / "link").symlink_to(make(shelf.first.parent, "outside"))
     (shelf.first / "README.md").write_text("no adapter")
+    (shelf.first / "linked.md").symlink_to("README.md")
+    (shelf.first / "dangling").symlink_to("nowhere")
     await shelf.watcher.scan()
-    assert (shelf.names, shelf.intake.refusals) == ([], {})
+    assert (shelf.names, list(shelf.intake.refusals)) == ([], ["link"])
+    assert "leads outside the folders that links may lead into" in shelf.intake.refusals["link"][1]
 
 
 async def test_a_missing_adapter_folder_is_waited_for(shelf: Shelf) -> None:
@@ -218,7 +222,7 @@ async def test_events_bring_a_look_forward(tmp_path: Path) -> None:
 async def test_without_events_the_folders_are_looked_at_in_turn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def deaf(self: AdapterWatcher) -> None:
+    async def deaf(self: AdapterWatcher, paths: object) -> None:
         return
 
     monkeypatch.setattr(AdapterWatcher, "_listen", deaf)

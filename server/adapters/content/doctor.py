@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,7 +36,7 @@ from server.adapters.content.manifest import (
     weights_header,
 )
 from server.adapters.content.manners import AdapterDefaults
-from server.adapters.content.opening import PermissionDenied, open_folder
+from server.adapters.content.opening import Folder, PermissionDenied
 from server.adapters.content.peft_config import FIELDS, READ, LoRAConfig, parse_peft_config
 from server.adapters.content.plan import LowRank, Plan, PlanError, make_plan
 from server.adapters.content.safetensors import TensorEntry
@@ -90,9 +89,6 @@ def examine(
 ) -> Examination:
     """Read and judge a folder. ``judge_manners`` raises ``ValueError`` for what cannot be honoured."""
     found = Examination(path, name or path.name)
-    if path.is_symlink():
-        found.problems.append("the folder is a link, which is not followed: put the folder itself there")
-        return found
     try:
         manifest = read_manifest(path, base, limits, name=found.name)
     except OSError as error:
@@ -134,20 +130,16 @@ def _look_closer(found: Examination, base: BaseSignature, limits: Limits, judge_
 def _read_parts(found: Examination, limits: Limits) -> AdapterFiles:
     """The files that can be read; the others are empty or left out."""
     parts: dict[str, bytes] = {}
-    with found.noting():
-        folder = open_folder(found.path)
-        try:
-            for name, limit in {CONFIG_FILE: MAX_JSON_BYTES, WEIGHTS_FILE: limits.max_bytes, **OPTIONAL_FILES}.items():
-                with found.noting():
-                    part = _read_part(folder, name, limit)
-                    parts |= {} if part is None else {name: part}
-        finally:
-            os.close(folder)
+    with found.noting(), Folder.opened(found.path, limits.roots) as folder:
+        for name, limit in {CONFIG_FILE: MAX_JSON_BYTES, WEIGHTS_FILE: limits.max_bytes, **OPTIONAL_FILES}.items():
+            with found.noting():
+                part = _read_part(folder, name, limit)
+                parts |= {} if part is None else {name: part}
     config, weights = parts.pop(CONFIG_FILE, b""), parts.pop(WEIGHTS_FILE, b"")
     return AdapterFiles(config, weights, len(weights), parts, 0)
 
 
-def _read_part(folder: int, name: str, limit: int) -> bytes | None:
+def _read_part(folder: Folder, name: str, limit: int) -> bytes | None:
     """A file's bytes; None where there is none, or an adapter is served without it."""
     try:
         part = read_file_at(folder, name, limit)

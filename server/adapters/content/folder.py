@@ -6,13 +6,15 @@ Nothing that happens to the folder afterwards reaches a running model.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-from collections.abc import Mapping
+import stat
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from server.adapters.content.file_kinds import what_is_missing
-from server.adapters.content.opening import PermissionDenied, open_file, open_folder
+from server.adapters.content.opening import PASSING, Folder, PermissionDenied, leads_inside
 from server.adapters.content.safetensors import MAX_HEADER_BYTES
 
 CONFIG_FILE, WEIGHTS_FILE, SIDECAR_FILE = "adapter_config.json", "adapter_model.safetensors", "quickchange.json"
@@ -37,6 +39,8 @@ UNREAD_FILES = {
 The sidecar is none of them: it says which base the adapter is for.
 """
 
+_NO_ADAPTERS = frozenset({"__MACOSX", "__pycache__", "lost+found", "@eaDir"})
+"""Folders that archivers, file systems and storage boxes put beside others."""
 _READ_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, *OPTIONAL_FILES})
 
 
@@ -65,22 +69,23 @@ class AdapterFiles:
         return {CONFIG_FILE: self.config, WEIGHTS_FILE: self.weights, **self.others}
 
 
-def read_files(path: Path, *, max_bytes: int, whole: bool = True) -> AdapterFiles:
-    """Read the folder. Raises ``ValueError`` or ``OSError`` where it holds no adapter, links or special files."""
-    folder = open_folder(path)
-    try:
+def read_files(path: Path, *, max_bytes: int, whole: bool = True, roots: Sequence[Path] = ()) -> AdapterFiles:
+    """Read the folder, following links into ``roots``.
+
+    Raises ``ValueError`` where it holds no adapter, other links or special files, ``OSError`` where trying again may
+    help.
+    """
+    with Folder.opened(path, roots) as folder:
         config = read_file_at(folder, CONFIG_FILE, MAX_JSON_BYTES)
         weights = read_file_at(folder, WEIGHTS_FILE, max_bytes, header_only=not whole)
         others, unread = _read_others(folder)
         if config is None or weights is None:
-            raise ValueError(what_is_missing(folder, config=CONFIG_FILE, weights=WEIGHTS_FILE))
-        created = int(os.fstat(folder).st_mtime)
-    finally:
-        os.close(folder)
+            raise ValueError(what_is_missing(folder.descriptor, config=CONFIG_FILE, weights=WEIGHTS_FILE))
+        created = int(os.fstat(folder.descriptor).st_mtime)
     return AdapterFiles(config[0], weights[0], weights[1], others, created, unread)
 
 
-def _read_others(folder: int) -> tuple[dict[str, bytes], dict[str, str]]:
+def _read_others(folder: Folder) -> tuple[dict[str, bytes], dict[str, str]]:
     """The optional files, and why some of them are not read."""
     others: dict[str, bytes] = {}
     unread: dict[str, str] = {}
@@ -96,22 +101,25 @@ def _read_others(folder: int) -> tuple[dict[str, bytes], dict[str, str]]:
             others[name] = found[0]
     if SOURCE_FILE in unread:
         others[SOURCE_FILE] = b"{}"  # a template of a folder from a hub is not trusted, whatever the note says
+    if SOURCE_FILE not in others and (source := folder.hub_source) is not None:
+        note = {"repo_id": source[0], "revision": source[1] or "no known revision", "added": "by a link into its cache"}
+        others[SOURCE_FILE] = json.dumps(note).encode()
     return others, unread
 
 
-def read_file(path: Path, limit: int) -> bytes | None:
-    """One file, read as those of an adapter; None where there is none. Raises ``ValueError`` or ``OSError``."""
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+def read_file(path: Path, limit: int, roots: Sequence[Path] = ()) -> bytes | None:
+    """One file, read as those of an adapter; None where there is none. Raises as ``read_files``."""
+    parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        found = read_file_at(folder, path.name, limit)
+        found = read_file_at(Folder(parent, roots), path.name, limit)
     finally:
-        os.close(folder)
+        os.close(parent)
     return None if found is None else found[0]
 
 
-def read_file_at(folder: int, name: str, limit: int, *, header_only: bool = False) -> tuple[bytes, int] | None:
-    """The file's bytes and its size, or None where there is none; links and special files are refused unread."""
-    descriptor = open_file(folder, name)
+def read_file_at(folder: Folder, name: str, limit: int, *, header_only: bool = False) -> tuple[bytes, int] | None:
+    """The file's bytes and its size, or None where there is none; what may not be followed is refused unread."""
+    descriptor = folder.open(name)
     if descriptor is None:
         return None
     with open(descriptor, "rb") as file:
@@ -125,21 +133,74 @@ def read_file_at(folder: int, name: str, limit: int, *, header_only: bool = Fals
         return data, len(data)
 
 
+def sub_folders(folder: Path, names: Collection[str] | None = None) -> Iterator[tuple[str, Path]]:
+    """The adapter folders in a folder by name, of some names or of all, be they folders or links to folders.
+
+    A link that leads in a circle or to a closed folder counts, so that it is refused with a sentence. Raises
+    ``OSError`` where the folder, or what is in it, cannot be looked at.
+    """
+    for name in sorted(os.listdir(folder) if names is None else names):
+        if not name.startswith(".") and name not in _NO_ADAPTERS and _is_folder(folder / name):
+            yield name, folder / name
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        if error.errno in PASSING or not os.path.islink(path):
+            raise
+        return True
+
+
 Signature = tuple[tuple[str, int, int, int, int], ...]
-"""The files of a folder by name, with inode, size, and times of content and of inode in nanoseconds."""
+"""The files of a folder by name, with inode, size, and times of content and of inode in nanoseconds.
+
+What a link leads to, if that is inside the roots, has the link's name with a slash behind it. A folder that is a link
+itself has its own entry, without a name. Folders inside an adapter's are none of its files, and left out.
+"""
 
 
-def signature_of(path: Path) -> Signature:
+def signature_of(path: Path, roots: Sequence[Path] = ()) -> Signature:
     """The folder's signature now; empty where it is gone. The inode's time cannot be set back, so no change hides."""
     files = []
-    with contextlib.suppress(OSError), os.scandir(path) as entries:
-        for entry in entries:
-            with contextlib.suppress(OSError):
-                status = entry.stat(follow_symlinks=False)
-                files.append((entry.name, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+    with contextlib.suppress(OSError):
+        status = os.lstat(path)
+        if stat.S_ISLNK(status.st_mode):
+            files.append(_entry("", status))
+            if not leads_inside(path, roots):
+                return tuple(files)
+        with os.scandir(path) as entries:
+            files += [one for entry in entries for one in _entries(entry.name, entry.path, roots)]
     return tuple(sorted(files))
 
 
-def sizes_of(signature: Signature) -> frozenset[tuple[str, int]]:
-    """Names and sizes of the files that an adapter is read from."""
-    return frozenset((one[0], one[2]) for one in signature if one[0] in _READ_FILES)
+def file_signature(path: Path, roots: Sequence[Path] = ()) -> Signature:
+    """The signature of one file; empty where it is gone."""
+    return tuple(_entries(path.name, os.fspath(path), roots))
+
+
+def follows_links(signature: Signature) -> bool:
+    """Whether what was looked at is reached through links, whose targets tell of no events."""
+    return any(not name or name.endswith("/") for name, *_ in signature)
+
+
+def sizes_of(signature: Signature) -> Mapping[str, int]:
+    """Names and sizes of the files that an adapter is read from, through links where they are links."""
+    sizes = {name.rstrip("/"): size for name, _, size, *_ in sorted(signature)}
+    return {name: size for name, size in sizes.items() if name in _READ_FILES}
+
+
+def _entries(name: str, path: str, roots: Sequence[Path]) -> Iterator[tuple[str, int, int, int, int]]:
+    with contextlib.suppress(OSError):
+        status = os.lstat(path)
+        if not stat.S_ISDIR(status.st_mode):
+            yield _entry(name, status)
+        if stat.S_ISLNK(status.st_mode) and leads_inside(path, roots):
+            yield _entry(f"{name}/", os.stat(path))
+
+
+def _entry(name: str, status: os.stat_result) -> tuple[str, int, int, int, int]:
+    return name, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

@@ -50,7 +50,8 @@ EXPONENTS: Mapping[str, tuple[np.dtype[Any], int]] = {
 class Limits:
     """Largest rank, most bytes of a weights file, most bytes in memory; whose chat templates are trusted.
 
-    ``trust_chat_templates`` trusts every adapter's, ``trusted_templates`` those of the adapters it names.
+    ``trust_chat_templates`` trusts every adapter's, ``trusted_templates`` those of the adapters it names. Links are
+    followed into ``roots``.
     """
 
     max_rank: int
@@ -58,6 +59,7 @@ class Limits:
     max_memory: int | None = None
     trust_chat_templates: bool = True
     trusted_templates: frozenset[str] = frozenset()
+    roots: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,13 +105,14 @@ def list_folder(path: Path, base: BaseSignature, limits: Limits, *, name: str | 
     Raises ``AdapterRejected`` with a sentence that says what to do, ``OSError`` where trying again may help.
     """
     with _refusals(name or path.name):
-        return _judge(path, base, limits, name or path.name, read_files(path, max_bytes=limits.max_bytes, whole=False))
+        files = read_files(path, max_bytes=limits.max_bytes, whole=False, roots=limits.roots)
+        return _judge(path, base, limits, name or path.name, files)
 
 
 def read_manifest(path: Path, base: BaseSignature, limits: Limits, *, name: str | None = None) -> Manifest:
     """Read and judge the whole folder, which may be served under another ``name`` than its own. Raises as above."""
     with _refusals(name or path.name):
-        files = read_files(path, max_bytes=limits.max_bytes)
+        files = read_files(path, max_bytes=limits.max_bytes, roots=limits.roots)
         listing = _judge(path, base, limits, name or path.name, files)
         check_values(files.weights, read_header(files.weights))
         weights_digest = _digest(files.config, files.weights)

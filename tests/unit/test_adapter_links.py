@@ -1,0 +1,453 @@
+"""Links are followed where they stay inside the operator's roots, judged by what was opened."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.adapters.content import folder as folder_module
+from server.adapters.content import opening
+from server.adapters.content.doctor import examine
+from server.adapters.content.folder import read_files, signature_of
+from server.adapters.content.manifest import read_manifest
+from server.adapters.reader import AdapterReader, FolderMoved
+from server.errors import AdapterRejected, InvalidRequest
+from tests.adapter_folders import BASE, CONFIG, LIMITS, SIDECAR, Shelf, make, write
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+
+
+@pytest.fixture(params=["by O_PATH", "by opening"])
+def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to reach what a link leads to: Linux's, and that of systems without ``O_PATH``."""
+    if request.param == "by opening":
+        monkeypatch.setattr(opening, "_O_PATH", None)
+
+
+def snapshot(hub: Path) -> Path:
+    """An adapter as a hub's cache holds it: files of a snapshot are links to blobs."""
+    repository = hub / "models--org--name"
+    blobs, folder = repository / "blobs", repository / "snapshots" / "abc123"
+    blobs.mkdir(parents=True)
+    folder.mkdir(parents=True)
+    for number, file in enumerate(sorted(make(hub.parent, "made").iterdir())):
+        file.rename(blobs / f"sha{number}")
+        (folder / file.name).symlink_to(f"../../blobs/sha{number}")
+    shutil.rmtree(hub.parent / "made")
+    return folder
+
+
+class Volume:
+    """A folder as Kubernetes projects a ConfigMap, a Secret or an image into it: names are links through ``..data``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.count = path, 0
+        path.mkdir(parents=True)
+
+    def put(self, fill: Callable[[Path], object]) -> None:
+        """Another generation, in one step; the one before is removed."""
+        self.count += 1
+        new, before = self.path / f"..2026_11_27_{self.count}", self.path / f"..2026_11_27_{self.count - 1}"
+        new.mkdir()
+        fill(new)
+        (self.path / "..data_tmp").symlink_to(new.name)
+        (self.path / "..data_tmp").rename(self.path / "..data")
+        for entry in new.iterdir():
+            if not (self.path / entry.name).is_symlink():
+                (self.path / entry.name).symlink_to(f"..data/{entry.name}")
+        shutil.rmtree(before, ignore_errors=True)
+
+
+def files(alpha: int) -> Callable[[Path], None]:
+    """Fills a folder with an adapter's files."""
+
+    def fill(path: Path) -> None:
+        made = make(path.parent.parent, ".made", lora_alpha=alpha)
+        for file in made.iterdir():
+            file.rename(path / file.name)
+        made.rmdir()
+
+    return fill
+
+
+@pytest.mark.usefixtures("either_way")
+def test_a_snapshot_of_the_hub_is_read_through_its_links(tmp_path: Path) -> None:
+    folder = snapshot(tmp_path / "hub")
+    linked = tmp_path / "adapters" / "a"
+    linked.parent.mkdir()
+    linked.symlink_to(folder)
+    for path in (folder, linked):
+        found = read_manifest(path, BASE, replace(LIMITS, roots=(tmp_path / "adapters", tmp_path / "hub")), name="a")
+        assert found.weights_digest == read_manifest(make(tmp_path / path.name, "a"), BASE, LIMITS).weights_digest
+    with pytest.raises(AdapterRejected, match=r"the folder is a link to '.*/abc123', which leads outside"):
+        read_manifest(linked, BASE, replace(LIMITS, roots=(tmp_path / "adapters",)))
+    with pytest.raises(AdapterRejected, match=r"adapter_config.json is a link to '../../blobs/sha0', which leads out"):
+        read_manifest(folder, BASE, replace(LIMITS, roots=(folder,)))
+
+
+def test_a_template_in_a_hubs_cache_is_as_untrusted_as_one_that_was_fetched(tmp_path: Path) -> None:
+    """A sidecar's template is trusted where it is our trainer's; a link into a hub's cache says that it is not."""
+    folder = snapshot(tmp_path / "hub")
+    (folder / "quickchange.json").write_text(json.dumps(SIDECAR | {"chat_template": "{{ messages }}"}))
+    limits = replace(LIMITS, roots=(tmp_path,), trust_chat_templates=False)
+    with pytest.raises(AdapterRejected, match="--trust-chat-templates"):
+        read_manifest(folder, BASE, limits, name="a")
+    found = examine(folder, BASE, replace(limits, trust_chat_templates=True), name="a")
+    assert (found.problems, found.source["repo_id"], found.source["revision"]) == ([], "org/name", "abc123")
+
+
+async def test_files_of_a_volume_are_read_and_a_swap_of_its_data_is_a_new_version(tmp_path: Path) -> None:
+    """One volume for each adapter: every file is a link through ``..data``."""
+    shelf = Shelf(tmp_path, roots=(tmp_path / "first",))
+    volume = Volume(shelf.first / "a")
+    volume.put(files(4))
+    await shelf.watcher.scan()
+    before = await shelf.use("a")
+    volume.put(files(16))
+    await shelf.watcher.scan()
+    after = await shelf.use("a")
+    assert after != before
+    assert shelf.registry.get("a").listing.config.alpha == 16
+    await shelf.watcher.scan()
+    assert (await shelf.use("a"), shelf.loaded) == (after, ["a", "a"])
+
+
+async def test_folders_and_aliases_of_a_volume_follow_a_swap_of_its_data(tmp_path: Path) -> None:
+    """One volume for all adapters: ``a -> ..data/a`` and ``aliases.toml -> ..data/aliases.toml``."""
+    (tmp_path / "first").mkdir()
+    shelf = Shelf(tmp_path, roots=(tmp_path / "first",))
+    shutil.rmtree(shelf.first)
+    volume = Volume(shelf.first)
+
+    def generation(alpha: int, alias: str) -> Callable[[Path], None]:
+        def fill(path: Path) -> None:
+            make(path, "a", lora_alpha=alpha)
+            (path / "aliases.toml").write_text(f'{alias} = "a"\n')
+
+        return fill
+
+    volume.put(generation(4, "old"))
+    await shelf.watcher.scan()
+    assert shelf.names == ["a"]
+    before = await shelf.use("old")
+    volume.put(generation(16, "new"))
+    await shelf.watcher.scan()
+    assert await shelf.use("new") != before
+    assert list(shelf.lender.aliases) == ["new"]
+    assert shelf.registry.get("a").listing.path == shelf.first / "a"
+
+
+async def test_a_swap_outside_the_adapter_folder_is_seen_within_the_scan_interval(tmp_path: Path) -> None:
+    """The system tells of no events behind a link: the folders were looked at every ten intervals only."""
+    shelf = Shelf(tmp_path, settle=0.1, roots=(tmp_path,))
+    for number in (1, 2):
+        make(tmp_path / f"v{number}", "a", lora_alpha=number)
+    (tmp_path / "current").symlink_to("v1")
+    (shelf.first / "a").symlink_to(tmp_path / "current" / "a")
+    await asyncio.sleep(0.15)
+    await shelf.watcher.start()
+    before = await shelf.use("a")
+    watching = asyncio.create_task(shelf.watcher.run())
+    await asyncio.sleep(0.1)
+    (tmp_path / "next").symlink_to("v2")
+    (tmp_path / "next").rename(tmp_path / "current")
+    try:
+        for _ in range(60):
+            await asyncio.sleep(0.01)
+            if await shelf.use("a") != before:
+                break
+    finally:
+        watching.cancel()
+    assert shelf.registry.get("a").listing.config.alpha == 2
+
+
+@pytest.mark.usefixtures("either_way")
+def test_files_of_two_generations_are_never_read_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``..data`` is swapped between config and weights: half of one adapter and half of another."""
+    read_file = folder_module.read_file_at
+    calls: list[int] = []
+    volume = Volume(tmp_path / "a")
+    volume.put(files(4))
+
+    def read_and_swap(*arguments: Any, **how: Any) -> Any:
+        found = read_file(*arguments, **how)
+        calls.append(1)
+        if len(calls) == 1:
+            volume.put(files(16))
+        return found
+
+    monkeypatch.setattr(folder_module, "read_file_at", read_and_swap)
+    with pytest.raises(OSError, match="its links were moved while they were read"):
+        read_files(volume.path, max_bytes=100_000, roots=(tmp_path,))
+    assert b'"lora_alpha": 16' in read_files(volume.path, max_bytes=100_000, roots=(tmp_path,)).config
+
+
+async def test_a_swap_while_a_folder_is_read_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A swap at any moment: what is read is one generation, or is not judged."""
+    reader = AdapterReader(BASE, replace(LIMITS, roots=(tmp_path,)))
+    read_file, left = folder_module.read_file_at, [0]
+    volume = Volume(tmp_path / "a")
+
+    def step(*arguments: Any, **how: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            volume.put(files(16))
+        return read_file(*arguments, **how)
+
+    monkeypatch.setattr(folder_module, "read_file_at", step)
+    for moment in range(1, 8):
+        volume.put(files(4))
+        left[0] = moment
+        with pytest.raises(FolderMoved):
+            await reader.manifest(volume.path, signature_of(volume.path, reader.roots), "a")
+    reader.close()
+
+
+async def test_a_swap_while_a_folder_is_listed_is_no_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``a -> ..data/a`` was opened, and its generation deleted: files were missing that were there a moment later."""
+    shelf = Shelf(tmp_path, roots=(tmp_path / "first",))
+    shelf.first.rmdir()
+    volume = Volume(shelf.first)
+    volume.put(lambda path: make(path, "a", lora_alpha=4))
+    read_file = folder_module.read_file_at
+
+    def swap_and_read(*arguments: Any, **how: Any) -> Any:
+        monkeypatch.setattr(folder_module, "read_file_at", read_file)
+        volume.put(lambda path: make(path, "a", lora_alpha=16))
+        return read_file(*arguments, **how)
+
+    monkeypatch.setattr(folder_module, "read_file_at", swap_and_read)
+    assert not await shelf.watcher.scan()
+    assert shelf.intake.refusals == {}
+    assert await shelf.watcher.scan()
+    assert (shelf.names, shelf.registry.get("a").listing.config.alpha) == (["a"], 16)
+
+
+def leaf(path: Path) -> Path:
+    """Something that no adapter may read."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(CONFIG))
+    return path
+
+
+ESCAPES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "to a secret": (lambda root: leaf(root / "secret"), "leads outside"),
+    "to /etc/passwd": (lambda root: "/etc/passwd", "leads outside"),
+    "above": (lambda root: "../../../../../../../../etc/passwd", "leads outside"),
+    "to a folder whose name begins like a root": (lambda root: leaf(root / "adapters-not" / "x"), "leads outside"),
+    "through a link inside": (lambda root: chain(root), "leads outside"),
+    "through /proc": (lambda root: f"/proc/self/root{leaf(root / 'secret')}", "leads outside"),
+    "to this process": (lambda root: "/proc/self/environ", "leads outside"),
+    "to a device": (lambda root: "/dev/zero", "leads outside|to what is not a regular file"),
+    "to a FIFO inside": (lambda root: fifo(root / "adapters" / "fifo"), "not a regular file"),
+    "to a folder inside": (lambda root: root / "adapters", "not a regular file"),
+    "to nothing": (lambda root: "nowhere", "which is not there"),
+    "to itself": (lambda root: CONFIG_FILE, "leads in a circle"),
+}
+
+
+def chain(root: Path) -> Path:
+    link = root / "adapters" / ".inside"
+    link.symlink_to(leaf(root / "secret"))
+    return link
+
+
+def fifo(path: Path) -> Path:
+    os.mkfifo(path)
+    return path
+
+
+@pytest.mark.usefixtures("either_way")
+@pytest.mark.parametrize(("target", "words"), ESCAPES.values(), ids=ESCAPES)
+async def test_a_link_that_leads_elsewhere_is_refused_with_one_sentence_everywhere(
+    tmp_path: Path, target: Callable[[Path], object], words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    shelf = Shelf(tmp_path, roots=(tmp_path / "adapters",))
+    folder = make(tmp_path / "adapters", "a")
+    shelf.watcher.folders = (tmp_path / "adapters",)
+    (folder / CONFIG_FILE).unlink()
+    (folder / CONFIG_FILE).symlink_to(str(target(tmp_path)))
+    before = len(os.listdir("/dev/fd"))
+    await asyncio.wait_for(shelf.watcher.scan(), 5)
+    assert len(os.listdir("/dev/fd")) <= before + 1  # the reader's thread may have one of its own
+    sentence = shelf.intake.refusals["a"][1]
+    assert sentence.startswith(f"{CONFIG_FILE} is a link to ")
+    assert any(word in sentence for word in words.split("|"))
+    assert caplog.messages == [f"adapter folder a is not served: {sentence}"]
+    assert examine(folder, BASE, replace(LIMITS, roots=(tmp_path / "adapters",))).problems == [sentence]
+    assert shelf.metrics.registry.get_sample_value("quickchange_adapter_rejections_total") == 1
+    assert (shelf.names, "alpha" in sentence) == ([], False)
+
+
+async def test_a_linked_folder_that_leads_outside_is_refused_once_whatever_happens_there(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was left out without a word; what lies outside is neither listed nor watched."""
+    shelf = Shelf(tmp_path, roots=(tmp_path / "first",))
+    outside = make(tmp_path, "outside")
+    (shelf.first / "a").symlink_to(outside)
+    (shelf.first / "b").symlink_to("b")
+    for number in range(3):
+        await shelf.watcher.scan()
+        (outside / f"file{number}").write_text("new")
+    assert shelf.names == []
+    assert sorted(line.split(":")[0] for line in caplog.messages) == [
+        "adapter folder a is not served", "adapter folder b is not served",
+    ]  # fmt: skip
+    assert "leads outside" in shelf.intake.refusals["a"][1]
+    assert "leads in a circle" in shelf.intake.refusals["b"][1]
+    assert outside not in shelf.watcher._places
+
+
+@pytest.mark.usefixtures("either_way")
+def test_a_link_moved_after_it_was_judged_is_read_as_it_was_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Judge a path, then open it: a link exchanged in between reads what nobody judged."""
+    folder, secret = make(tmp_path / "adapters", "a"), leaf(tmp_path / "secret")
+    (folder / CONFIG_FILE).rename(folder / "mine")
+    (folder / CONFIG_FILE).symlink_to("mine")
+    secret.write_text("a secret")
+    judge = opening.path_of
+
+    def judge_and_exchange(descriptor: int) -> str | None:
+        where = judge(descriptor)
+        if where is not None and where.endswith("/mine"):
+            (folder / CONFIG_FILE).unlink()
+            (folder / CONFIG_FILE).symlink_to(secret)
+        return where
+
+    monkeypatch.setattr(opening, "path_of", judge_and_exchange)
+    found = read_files(folder, max_bytes=100_000, roots=(tmp_path / "adapters",))
+    assert json.loads(found.config) == CONFIG
+
+
+def test_where_the_system_does_not_tell_where_a_link_leads_it_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make(tmp_path, "a")
+    limits = replace(LIMITS, roots=(tmp_path,))
+    monkeypatch.setattr(opening, "path_of", lambda descriptor: None)
+    assert read_manifest(folder, BASE, limits).name == "a"
+    (folder / CONFIG_FILE).rename(folder / "mine")
+    (folder / CONFIG_FILE).symlink_to("mine")
+    with pytest.raises(AdapterRejected, match="leads outside"):
+        read_manifest(folder, BASE, limits)
+
+
+async def test_an_adapter_folder_that_is_a_link_is_read_and_followed_when_it_is_moved(tmp_path: Path) -> None:
+    """``adapters -> releases/2``, as deployments move it."""
+    for number in (1, 2):
+        make(tmp_path / "releases" / str(number), "a", lora_alpha=number)
+    shelf = Shelf(tmp_path)
+    shelf.first.rmdir()
+    shelf.first.symlink_to("releases/1")
+    await shelf.watcher.scan()
+    before = await shelf.use("a")
+    assert (await shelf.operator.load("b", "a", in_place=False)).name == "b"
+    shelf.first.unlink()
+    shelf.first.symlink_to("releases/2")
+    await shelf.watcher.scan()
+    assert await shelf.use("a") != before
+    assert shelf.watcher._linked
+
+
+async def test_a_linked_folder_can_be_loaded_by_its_path_and_deleted_alone(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path, roots=(tmp_path / "store",))
+    target = make(tmp_path / "store", "a")
+    (shelf.first / "a").symlink_to(target)
+    (shelf.first / "out").symlink_to(make(tmp_path, "outside"))
+    await shelf.watcher.scan()
+    assert (await shelf.operator.load("b", "a", in_place=False)).name == "b"
+    with pytest.raises(InvalidRequest, match="lora_path"):
+        await shelf.operator.load("c", "out", in_place=False)
+    await shelf.operator.delete("a")
+    assert (os.path.lexists(shelf.first / "a"), (target / CONFIG_FILE).is_file()) == (False, True)
+    assert [name for name in os.listdir(shelf.first) if name != "out"] == []
+
+
+LEFTOVERS: dict[str, Callable[[Path], object]] = {
+    "huggingface-cli": lambda path: leaf(path / ".cache" / "huggingface" / "download" / f"{CONFIG_FILE}.metadata"),
+    "git": lambda path: leaf(path / ".git" / "config"),
+    "a Mac": lambda path: (leaf(path / ".DS_Store"), leaf(path / f"._{CONFIG_FILE}")),
+    "an archiver": lambda path: leaf(path.parent / "__MACOSX" / "._a"),
+    "a trainer": lambda path: make(path, "checkpoint-500", lora_alpha=99),
+    "a file system": lambda path: (path.parent / "lost+found").mkdir(),
+    "a storage box": lambda path: leaf(path / "@eaDir" / "x"),
+    "a second name": lambda path: os.link(path / WEIGHTS_FILE, path / "second"),
+}
+
+
+@pytest.mark.parametrize("leave", LEFTOVERS.values(), ids=LEFTOVERS)
+async def test_what_tools_leave_beside_an_adapter_changes_nothing(
+    tmp_path: Path, leave: Callable[[Path], object], caplog: pytest.LogCaptureFixture
+) -> None:
+    shelf = Shelf(tmp_path)
+    path = make(shelf.first, "a")
+    digest = read_manifest(path, BASE, LIMITS).version_digest
+    leave(path)
+    await shelf.watcher.scan()
+    assert await shelf.version("a") == digest
+    assert (shelf.names, shelf.intake.refusals, caplog.messages) == (["a"], {}, [])
+
+
+async def test_a_trainer_that_writes_checkpoints_inside_does_not_unsettle_an_adapter(tmp_path: Path) -> None:
+    """A folder inside counted as a file, whose times moved with every checkpoint."""
+    shelf = Shelf(tmp_path, settle=0.1)
+    path = make(shelf.first, "a")
+    await shelf.watcher.start()
+    (path / "runs").mkdir()
+    await asyncio.sleep(0.12)
+    (path / "runs" / "events").write_text("a step")
+    assert await shelf.watcher.scan()
+    assert shelf.names == ["a"]
+
+
+async def test_content_that_changed_without_its_size_or_times_is_never_served_as_what_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Network file systems have coarse times; bytes are hashed whenever they are loaded."""
+    monkeypatch.setattr("server.adapters.reader.signature_of", lambda path, roots: ())
+    monkeypatch.setattr("server.adapters.watcher.signature_of", lambda path, roots: ())
+    shelf = Shelf(tmp_path, room=1)
+    path = make(shelf.first, "a", lora_alpha=16)
+    make(shelf.first, "b")
+    await shelf.watcher.scan()
+    before = await shelf.use("a")
+    await shelf.use("b")
+    write(path, config=CONFIG | {"lora_alpha": 61})
+    await shelf.watcher.scan()
+    assert await shelf.use("a") != before
+    assert shelf.registry.get("a").listing.config.alpha == 61
+
+
+async def test_no_watch_goes_through_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recursive watch follows links, so that one to ``/`` had the whole disk watched at start."""
+    seen: list[tuple[tuple[Path, ...], bool]] = []
+
+    async def awatch(*paths: Path, recursive: bool, **how: object) -> AsyncIterator[None]:
+        seen.append((paths, recursive))
+        if paths:
+            raise OSError("none here")
+        yield
+
+    monkeypatch.setattr("server.adapters.watcher.awatch", awatch)
+    shelf = Shelf(tmp_path, settle=0.05)
+    make(shelf.first, "a")
+    (shelf.first / "root").symlink_to("/")
+    await shelf.watcher.start()
+    watching = asyncio.create_task(shelf.watcher.run())
+    for _ in range(100):
+        await asyncio.sleep(0.01)
+        if seen:
+            break
+    watching.cancel()
+    assert (set(seen[0][0]), seen[0][1]) == ({shelf.first, shelf.second, shelf.first / "a"}, False)
