@@ -82,6 +82,7 @@ class AdapterWatcher:
         self._watched: frozenset[Path] = frozenset()
         self._listening: asyncio.Task[None] | None = None
         self._listening_since = -math.inf
+        self._complained: int | None = None
         self._stirred = False
         self._woken = asyncio.Event()
         self._scanning = asyncio.Lock()
@@ -99,9 +100,8 @@ class AdapterWatcher:
         try:
             while True:
                 settled = await self._scan_and_report()
-                self._keep_listening()
-                alone = self._listening is None or self._listening.done() or self._linked or not settled
-                pause = self.settle if alone else 10 * self.settle
+                told = self._keep_listening() and not self._linked
+                pause = 10 * self.settle if told and settled else self.settle
                 await self._rest(max(pause, _MOST_OF_THE_TIME * min(self._durations)))
         finally:
             if self._listening is not None:
@@ -114,8 +114,9 @@ class AdapterWatcher:
             try:
                 found = await asyncio.to_thread(self._timed_look, names)
             except OSError as error:
-                logger.warning("the adapter folders cannot be looked at (%s); what was served stays", error.strerror)
+                self._complain(error)
                 return False
+            self._complained = None
             waiting = {name for name, one in found.items() if not await self._take(name, one, now)}
             gone = {name for name in self._handled if name not in found and (names is None or name in names)}
             for name in gone:
@@ -183,6 +184,16 @@ class AdapterWatcher:
         """Whether a folder, whose path had no links, is where that says, or where links may lead."""
         return path.resolve() == path or leads_inside(path, self._roots)
 
+    def _complain(self, error: OSError) -> None:
+        """Log once why looks fail, until one does not."""
+        if self._complained != error.errno:
+            self._complained = error.errno
+            logger.warning(
+                "the adapter folders cannot be looked at (%s: %s); what was served stays",
+                error.filename,
+                error.strerror,
+            )
+
     async def _scan_and_report(self, names: Collection[str] | None = None) -> bool:
         try:
             return await self.scan(names)
@@ -190,23 +201,24 @@ class AdapterWatcher:
             logger.exception("looking at the adapter folders failed; trying again")
             return False
 
-    def _keep_listening(self) -> None:
-        """Listen in the folders that there are now; another set of them is taken up every ten ``settle`` at most.
+    def _keep_listening(self) -> bool:
+        """Listen in the folders that there are now; True where the system tells of events in all of them.
 
-        Each folder is named by itself, because a recursive watch goes through links, wherever they lead.
+        Each folder is named by itself, because a recursive watch goes through links, wherever they lead. Another set
+        of them is taken up after a while that is longer the more there are: that takes 10 ms for a thousand.
         """
         folders = [folder for folder in self.folders if folder.is_dir()]
         if not folders or folders[0] != self.folders[0]:
-            return  # the folder is still to be made: only looking finds it
-        state = () if self._store is None else (self._store.state_dir,)
+            return False  # the folder is still to be made: only looking finds it
+        state = () if self._store is None or not self._store.state_dir.is_dir() else (self._store.state_dir,)
         wanted, now = frozenset([*folders, *self._places, *state]), time.monotonic()
-        if wanted == self._watched or now < self._listening_since + 10 * self.settle:
-            return
-        if self._listening is not None:
-            self._listening.cancel()
-        self._watched, self._listening_since = wanted, now
-        self._listening = asyncio.create_task(self._listen(wanted))
-        self._stirred = True  # what happened before the system listens is found by one more look
+        if wanted != self._watched and now >= self._listening_since + self.settle * (1 + len(wanted) // 200):
+            if self._listening is not None:
+                self._listening.cancel()
+            self._watched, self._listening_since = wanted, now
+            self._listening = asyncio.create_task(self._listen(wanted))
+            self._stirred = True  # what happened before the system listens is found by one more look
+        return wanted == self._watched and self._listening is not None and not self._listening.done()
 
     async def _listen(self, paths: Collection[Path]) -> None:
         """Bring the next look forward at every event in the folders, as long as the system tells of them."""

@@ -156,3 +156,20 @@ async def test_what_is_closed_while_it_is_served_is_told_with_what_becomes_of_th
     assert "still served" not in lines["unused"]
     await shelf.watcher.scan()
     assert shelf.names == ["unused", "used"]
+
+
+async def test_an_adapter_folder_that_cannot_be_looked_at_is_told_once_and_what_was_served_stays(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same line was logged at every look."""
+    make(root, "first/a")
+    shelf = Shelf(root)
+    await shelf.watcher.scan()
+    label = await shelf.use("a")
+    with closed(shelf.first):
+        for _ in range(3):
+            assert not await shelf.watcher.scan()
+        assert await shelf.use("a") == label
+    (line,) = caplog.messages
+    assert str(shelf.first) in line and "Permission denied" in line
+    assert await shelf.watcher.scan()
