@@ -11,6 +11,7 @@ QuickchangeError
 ├── ServiceError                what the server cannot do just now, or did wrong
 │   ├── QueueFull
 │   ├── AdapterPending
+│   ├── AdapterNotLoaded
 │   ├── EngineUnavailable
 │   └── GenerationFailed
 ├── AdapterError                a folder that is not served, and why
@@ -112,6 +113,14 @@ class AdapterPending(ServiceError):
     def __init__(self, adapter: str) -> None:
         self.adapter = adapter
         super().__init__(f"The adapter '{adapter}' changed and is being read again. Try again in a moment.")
+
+
+class AdapterNotLoaded(ServiceError):
+    """An adapter that could not be brought into memory: there is not enough of it, or a bug."""
+
+    def __init__(self, adapter: str) -> None:
+        self.adapter = adapter
+        super().__init__(f"The adapter '{adapter}' could not be loaded into memory. Try again later.")
 
 
 class EngineUnavailable(ServiceError):

@@ -131,8 +131,15 @@ class Metrics:
         self.adapter_memory = Gauge(
             "quickchange_adapter_memory_bytes", "Memory that adapters' weights take.", registry=self.registry
         )
+        self.adapter_copies = Gauge(
+            "quickchange_adapter_copies_bytes",
+            "Memory of the copies of adapters that are computed side by side, within the same limit.",
+            registry=self.registry,
+        )
         self.adapter_memory_limit = Gauge(
-            "quickchange_adapter_memory_limit_bytes", "Memory that adapters' weights may take.", registry=self.registry
+            "quickchange_adapter_memory_limit_bytes",
+            "Memory that adapters' weights and copies may take.",
+            registry=self.registry,
         )
         self.adapter_load_seconds = Histogram(
             "quickchange_adapter_load_seconds",

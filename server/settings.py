@@ -88,7 +88,8 @@ class Settings(BaseSettings):
     adapter_memory: int = Field(
         2_147_483_648,
         ge=1,
-        description="Bytes of memory for adapters' weights; what was used longest ago makes room.",
+        description="Bytes of memory for adapters' weights, and copies of those computed side by side; what was used "
+        "longest ago makes room.",
     )
     state_dir: Path | None = Field(
         None,

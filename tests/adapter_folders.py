@@ -15,6 +15,7 @@ import torch
 from server.adapters.content.manifest import BaseSignature, Limits, Manifest
 from server.adapters.content.signature import linear
 from server.adapters.intake import Intake
+from server.adapters.leases import Loaded
 from server.adapters.leasing import AdapterLibrary
 from server.adapters.operator import AdapterOperator
 from server.adapters.reader import AdapterReader
@@ -110,12 +111,12 @@ class Shelf:
         )
         self.operator = AdapterOperator(self.lender, self.watcher, self.store)
 
-    async def _load(self, manifest: Manifest) -> float:
+    async def _load(self, manifest: Manifest) -> Loaded:
         await self.gate.wait()
         if manifest.name == "unloadable":
             raise AdapterRejected(manifest.name, "no")
         self.loaded.append(manifest.name)
-        return 1.0
+        return Loaded(1.0, NUM_BYTES)
 
     @property
     def names(self) -> list[str]:

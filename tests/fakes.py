@@ -20,6 +20,7 @@ from server.adapters.content.manners import AdapterDefaults
 from server.adapters.content.peft_config import LoRAConfig
 from server.adapters.content.plan import Plan
 from server.adapters.intake import Intake
+from server.adapters.leases import Loaded
 from server.adapters.leasing import AdapterLibrary
 from server.adapters.reader import AdapterReader
 from server.adapters.registry import Adapter, AdapterRegistry
@@ -215,8 +216,8 @@ class FakeReader:
 def library(*adapters: Adapter) -> AdapterLibrary:
     """A library of these adapters, whose weights load at once."""
 
-    async def load(manifest: Manifest) -> float:
-        return 1.0
+    async def load(manifest: Manifest) -> Loaded:
+        return Loaded(1.0, 1000)
 
     metrics, registry = Metrics(), AdapterRegistry()
     for each in adapters:

@@ -7,20 +7,18 @@ import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from server.adapters.aliases import Alias
 from server.adapters.content.manifest import Manifest
-from server.adapters.content.manners import AdapterDefaults
 from server.adapters.intake import Intake
+from server.adapters.leases import Held, Lease, Loaded, loading
 from server.adapters.names import Part, parse_model
 from server.adapters.reader import AdapterReader, FolderMoved
 from server.adapters.registry import DIGITS, Adapter, AdapterRegistry, Entry
 from server.adapters.residency import Residency
 from server.adapters.versions import Pin
-from server.errors import AdapterPending, AdapterRejected, InvalidRequest, ModelNotFound, QueueFull
-from server.metrics import COMPOSITION
-from server.sequence import AdapterUse
+from server.errors import AdapterNotLoaded, AdapterPending, AdapterRejected, InvalidRequest, ModelNotFound, QueueFull
 
 logger = logging.getLogger("quickchange.adapters")
 
@@ -28,59 +26,8 @@ PATIENCE = 3.0
 """Seconds that a request waits for a look at a folder that was just changed, before it is told to come again."""
 _LOOK_AGAIN = 0.1
 
-LoadWeights = Callable[[Manifest], Awaitable[float]]
-"""Puts a version's weights into the engine, and says how far they move the base.
-
-Raises ``AdapterRejected`` where they cannot be served.
-"""
-
-
-@dataclass(frozen=True)
-class Held:
-    """An adapter's part in a request."""
-
-    adapter: Adapter
-    scale: float = 1.0
-
-    @property
-    def label(self) -> str:
-        """``name@digest``, with the factor where it is not 1."""
-        return self.adapter.label if self.scale == 1 else f"{self.adapter.label}:{self.scale:g}"
-
-
-@dataclass(eq=False)
-class Lease:
-    """Adapters that stay in memory until ``release``."""
-
-    held: tuple[Held, ...]
-    _release: Callable[[], None]
-
-    @property
-    def uses(self) -> tuple[AdapterUse, ...]:
-        """What the engine is told."""
-        return tuple(AdapterUse(one.adapter.weights_digest, one.scale) for one in self.held)
-
-    @property
-    def label(self) -> str:
-        """``name@digest``, joined by ``+`` where there are several; it can be asked for as a model."""
-        return "+".join(one.label for one in self.held)
-
-    @property
-    def metrics_label(self) -> str:
-        """The adapter's name; compositions are counted under one name together."""
-        return self.held[0].adapter.name if len(self.held) == 1 else COMPOSITION
-
-    @property
-    def defaults(self) -> AdapterDefaults:
-        """The first one's manners; whatever ends an answer of any of them ends this one."""
-        manners = [one.adapter.defaults for one in self.held]
-        stop = dict.fromkeys(text for one in manners for text in one.stop)
-        eos = dict.fromkeys(token for one in manners for token in one.eos)
-        return replace(manners[0], stop=tuple(stop), eos=tuple(eos))
-
-    def release(self) -> None:
-        """Give it back; once."""
-        self._release()
+LoadWeights = Callable[[Manifest], Awaitable[Loaded]]
+"""Puts a version's weights into the engine. Raises ``AdapterRejected`` or ``AdapterNotLoaded``."""
 
 
 class AdapterLibrary:
@@ -99,7 +46,7 @@ class AdapterLibrary:
         self.metrics = intake.metrics
         self._load_weights = load
         self._preloading: dict[str, asyncio.Task[None]] = {}
-        self._norms: dict[str, float] = {}
+        self._loaded: dict[str, Loaded] = {}
         self._in_use: Counter[str] = Counter()
         self._at_a_time = asyncio.Semaphore(2)  # whole files in memory beside the budget
         intake.moving_in, intake.arrived, intake.left = self._moving_in, self._arrived, self._left
@@ -141,7 +88,11 @@ class AdapterLibrary:
 
     def delta_norm(self, weights_digest: str) -> float | None:
         """The Frobenius norm of what an adapter adds to the base's weights; None until it was loaded once."""
-        return self._norms.get(weights_digest)
+        return None if (loaded := self._loaded.get(weights_digest)) is None else loaded.delta_norm
+
+    def num_bytes(self, adapter: Adapter) -> int:
+        """Bytes that an adapter takes in memory; at most so many until it was loaded once."""
+        return adapter.num_bytes if (loaded := self._loaded.get(adapter.weights_digest)) is None else loaded.num_bytes
 
     def set_aliases(self, aliases: Mapping[str, Alias]) -> None:
         """From now on these are the aliases."""
@@ -183,7 +134,7 @@ class AdapterLibrary:
     async def _preload_once(self, name: str) -> None:
         try:
             lease = await self._lease((Part(name),))
-        except (ModelNotFound, AdapterRejected, FolderMoved, QueueFull) as error:
+        except (ModelNotFound, AdapterRejected, AdapterNotLoaded, FolderMoved, QueueFull) as error:
             logger.warning("the pinned adapter %s is not in memory: %s", name, error)
             return
         entry = self.registry.get(name) if name in self.registry else None
@@ -211,7 +162,7 @@ class AdapterLibrary:
         held = tuple([Held(await self._version(part), part.scale) for part in parts])
         _check_composition(held)
         adapters = {one.adapter.weights_digest: one.adapter for one in held}
-        needs = {digest: adapter.num_bytes for digest, adapter in adapters.items()}
+        needs = {digest: self.num_bytes(adapter) for digest, adapter in adapters.items()}
         if sum(needs.values()) > self.residency.max_bytes:
             raise InvalidRequest("These adapters do not fit into memory together.", param="model")
         await self.residency.hold(needs, lambda digest: self._load(adapters[digest]))
@@ -256,24 +207,27 @@ class AdapterLibrary:
             self.registry.remember(entry, adapter)
         return adapter
 
-    async def _load(self, adapter: Adapter) -> None:
-        """Read a version's bytes again, hash them, and put its weights into the engine."""
+    async def _load(self, adapter: Adapter) -> int:
+        """Read a version's bytes again, hash them, and put its weights into the engine; the bytes that they take."""
         async with self._at_a_time:
             with self.metrics.adapter_load_seconds.time():
-                await self._read_and_put(adapter)
+                return await self._read_and_put(adapter)
 
-    async def _read_and_put(self, adapter: Adapter) -> None:
-        manifest = await self._bytes_of(adapter)
+    async def _read_and_put(self, adapter: Adapter) -> int:
+        with loading(adapter.name):
+            manifest = await self._bytes_of(adapter)
         try:
-            await self._put(manifest)
+            return await self._put(manifest)
         except AdapterRejected as error:
             entry = self.registry.get(adapter.name) if adapter.name in self.registry else None
             if entry is not None and entry.current is adapter:
                 self.intake.refuse(entry, error.reason)
             raise
 
-    async def _put(self, manifest: Manifest) -> None:
-        self._norms[manifest.weights_digest] = await self._load_weights(manifest)
+    async def _put(self, manifest: Manifest) -> int:
+        with loading(manifest.name):
+            loaded = self._loaded[manifest.weights_digest] = await self._load_weights(manifest)
+        return loaded.num_bytes
 
     async def _bytes_of(self, adapter: Adapter) -> Manifest:
         entry = self.registry.get(adapter.name) if adapter.name in self.registry else None
@@ -323,8 +277,11 @@ class AdapterLibrary:
         before, needs = entry.current, {adapter.weights_digest: adapter.num_bytes}
         hot = before is not None and self.residency.state(before.weights_digest) is not None
         ahead = hot and entry.pin.version is None and self.residency.has_room(adapter.num_bytes)
-        if ahead:
-            await self.residency.hold(needs, lambda digest: self._put(manifest))
+        try:
+            if ahead:
+                await self.residency.hold(needs, lambda digest: self._put(manifest))
+        except AdapterNotLoaded:
+            ahead = False  # it is loaded when it is asked for
         try:
             yield
         finally:
@@ -341,7 +298,7 @@ class AdapterLibrary:
         digest = adapter.weights_digest
         self.residency.drop_unwanted(digest)
         if self.residency.state(digest) is None and not self.registry.is_wanted(digest):
-            self._norms.pop(digest, None)
+            self._loaded.pop(digest, None)
 
     def _arrived(self, entry: Entry) -> None:
         if entry.pin.resident:

@@ -1,6 +1,7 @@
 """Which weights are in memory, within a budget of bytes: the event loop owns the books, so there are no locks.
 
-Weights in use or pinned never go; of the others the least recently used go first. Who needs weights that find no room
+Weights in use or pinned never go; of the others the least recently used go first. What weights take at most is
+reserved before they are loaded, and what they really take is counted afterwards. Who needs weights that find no room
 waits in turn, and whoever comes later and needs room waits behind. What is in memory already is had at once, unless
 somebody has waited too long for room that this would keep taken.
 """
@@ -13,12 +14,14 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from server.errors import QueueFull
+from server.integrity import ensure
 
 PATIENCE = 1.0
 """Seconds after which the first in the queue is let in before those whose weights are in memory."""
 
 
-Load = Callable[[str], Awaitable[None]]
+Load = Callable[[str], Awaitable[int]]
+"""Loads weights by their digest, and says how many bytes they take."""
 
 
 @dataclass(eq=False)
@@ -37,7 +40,8 @@ class Residency:
     """Bytes by weights digest, leases and pins.
 
     ``unload(digest)`` frees weights; ``is_wanted(digest)`` says whether anybody may ask for them again. ``num_bytes``
-    are taken, by weights in memory and by those on their way; at most ``max_waiting`` wait for room.
+    are taken, by weights in memory and by those on their way; at most ``max_waiting`` wait for room. Weights that
+    nobody uses leave ``spare`` of the ``max_bytes`` free, for what else needs memory; weights in use may take it.
     """
 
     def __init__(
@@ -47,8 +51,9 @@ class Residency:
         unload: Callable[[str], None],
         is_wanted: Callable[[str], bool],
         max_waiting: int = 256,
+        spare: int = 0,
     ) -> None:
-        self.max_bytes, self.max_waiting = max_bytes, max_waiting
+        self.max_bytes, self.max_waiting, self.spare = max_bytes, max_waiting, spare
         self.num_bytes = 0
         self.num_evicted = 0
         self._unload, self._is_wanted = unload, is_wanted
@@ -108,7 +113,7 @@ class Residency:
     def release(self, digests: Iterable[str]) -> None:
         """Give leases back; weights that nobody can ask for again go at once."""
         for digest in digests:
-            assert self._leases[digest] > 0, "released more often than leased"
+            ensure(self._leases[digest] > 0, "released more often than leased")
             self._leases[digest] -= 1
             if not self._leases[digest]:
                 del self._leases[digest]
@@ -122,10 +127,10 @@ class Residency:
 
     def check_integrity(self) -> None:
         """What is leased is in memory or on its way."""
-        assert self.num_bytes == sum(self._bytes.values()), "bytes are miscounted"
-        assert all(count > 0 for count in self._leases.values()), "a lease is negative"
-        assert set(self._leases) <= set(self._bytes), "leased weights are not in memory"
-        assert set(self._loading) <= set(self._bytes), "weights on their way have no room"
+        ensure(self.num_bytes == sum(self._bytes.values()), "bytes are miscounted")
+        ensure(all(count > 0 for count in self._leases.values()), "a lease is negative")
+        ensure(set(self._leases) <= set(self._bytes), "leased weights are not in memory")
+        ensure(set(self._loading) <= set(self._bytes), "weights on their way have no room")
 
     async def _reserve(self, needs: Mapping[str, int], load: Load) -> list[asyncio.Task[None]]:
         now = asyncio.get_running_loop().time()
@@ -158,12 +163,8 @@ class Residency:
         """Lease, evicting as much as the missing ones need, and set them on their way."""
         self._leases.update(needs.keys())
         missing = {digest: size for digest, size in needs.items() if digest not in self._bytes}
-        coming = sum(missing.values())
-        for digest in [digest for digest in self._bytes if missing and self._is_movable(digest)]:
-            if self.num_bytes + coming <= self.max_bytes:
-                break
-            self._remove(digest)
-            self.num_evicted += 1
+        if missing:
+            self._evict(sum(missing.values()))
         for digest in needs:
             if digest in missing:
                 self._bytes[digest] = missing[digest]
@@ -176,15 +177,27 @@ class Residency:
     async def _bring(self, digest: str, load: Load) -> None:
         """Load for all who wait; each of them may be cancelled without disturbing the others."""
         try:
-            await load(digest)
+            taken = await load(digest)
         except BaseException:
             del self._loading[digest]
             self.num_bytes -= self._bytes.pop(digest)
             self._admit()
             raise
         del self._loading[digest]
+        self.num_bytes += taken - self._bytes[digest]
+        self._bytes[digest] = taken
+        if self.num_bytes > self.max_bytes:
+            self._evict(0)
         self.drop_unwanted(digest)
         self._admit()
+
+    def _evict(self, coming: int) -> None:
+        """Free what was used longest ago, until there is room for what is coming, and ``spare`` is free beside it."""
+        for digest in [digest for digest in self._bytes if self._is_movable(digest)]:
+            if self.num_bytes + coming <= self.max_bytes - self.spare:
+                return
+            self._remove(digest)
+            self.num_evicted += 1
 
     def _fits(self, needs: Mapping[str, int]) -> bool:
         """Whether there is or can be made room; also where only pins are in the way, because waiting would not help."""

@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse, Response
 
 from server.api.disconnect import ClientGone
 from server.errors import (
+    AdapterNotLoaded,
     AdapterPending,
     AdapterRejected,
     AdminOff,
@@ -62,6 +63,7 @@ ROWS: Mapping[type[QuickchangeError], Row] = {
     AdminOff: Row(403, _CLIENT, "admin_off"),
     QueueFull: Row(503, _BUSY, "server_overloaded", retry_after=1),
     AdapterPending: Row(503, _BUSY, "adapter_pending", retry_after=1),
+    AdapterNotLoaded: Row(503, _BUSY, "adapter_not_loaded", retry_after=5),
     EngineUnavailable: Row(503, _BUSY, "engine_unavailable", retry_after=5),
     GenerationFailed: Row(500, _SERVER, "generation_failed"),
     AdapterRejected: Row(400, _CLIENT, "adapter_rejected"),

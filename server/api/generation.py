@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 
 from server.adapters.content.manners import AdapterDefaults
-from server.adapters.leasing import Lease
+from server.adapters.leases import Lease
 from server.api.protocol import GenerationRequest
 from server.api.sampling import completion_length, end_ids, overlay, sampling_params, stop_strings
 from server.api.shapes import Json

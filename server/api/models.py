@@ -81,7 +81,7 @@ def _details(entry: Entry, state: ServerState) -> dict[str, Any]:
         "rank": listing.plan.rank,
         "targets": sorted({name.rpartition(".")[2] for name in listing.plan.modules}),
         "num_modules": len(listing.plan.modules),
-        "num_bytes": listing.plan.num_bytes,
+        "num_bytes": listing.plan.num_bytes if served is None else state.adapters.num_bytes(served),
         "delta_norm": None if digest is None else state.adapters.delta_norm(digest),
         "leases": 0 if digest is None else residency.num_leases(digest),
         "composable": listing.plan.composable,

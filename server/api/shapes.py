@@ -9,7 +9,7 @@ import uuid
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from server.adapters.leasing import Lease
+from server.adapters.leases import Lease
 from server.sequence import FinishReason
 
 Json = dict[str, Any]

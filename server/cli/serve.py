@@ -119,7 +119,7 @@ def build(settings: Settings) -> Service:
         slots=slots,
         max_draft_tokens=0 if settings.speculation == "none" else settings.max_draft_tokens,
     )
-    runner = _runner(base, slots.num_slots)
+    runner = _runner(base, slots.num_slots, settings.adapter_memory)
     engine = AsyncEngine(Engine(scheduler, runner, Sampler(), metrics), max_queued_seqs=settings.max_queued_seqs)
     prompts = PromptRenderer(base.tokenizer, vocab_size=base.vocab_size)
     shelf = build_shelf(settings, base, runner, engine, prompts, metrics)
@@ -159,9 +159,9 @@ def _slots(settings: Settings, base: Base) -> SlotTable:
     )
 
 
-def _runner(base: Base, num_slots: int) -> ModelRunner:
+def _runner(base: Base, num_slots: int, adapter_memory: int) -> ModelRunner:
     try:
-        return ModelRunner.of(base, num_slots=num_slots)
+        return ModelRunner.of(base, num_slots=num_slots, adapter_memory=adapter_memory)
     except (RuntimeError, MemoryError, OSError) as error:
         raise SettingsError(
             f"there is no memory for {num_slots} KV slots of {base.max_model_len} tokens: lower --max-num-seqs or "

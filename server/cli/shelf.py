@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from server.adapters.content.manifest import Manifest
 from server.adapters.content.manners import AdapterDefaults
 from server.adapters.intake import Intake
+from server.adapters.leases import Loaded
 from server.adapters.leasing import AdapterLibrary
 from server.adapters.operator import AdapterOperator
 from server.adapters.reader import AdapterReader
@@ -20,6 +21,9 @@ from server.model.loader import Base
 from server.model.runner import ModelRunner
 from server.settings import Settings
 from server.text.prompt import PromptRenderer
+
+COPIES_SHARE = 4
+"""One part in so many of the adapters' memory is kept free of idle weights, for copies of adapters that run."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +46,10 @@ def build_shelf(
         prompts.check_end_tokens(defaults.end_tokens)
         prompts.check_template(defaults.chat_template, defaults.chat_template_kwargs)
 
-    async def load(manifest: Manifest) -> float:
+    async def load(manifest: Manifest) -> Loaded:
         weights = await reader.run(runner.prepare, manifest)
-        await engine.load_adapter(manifest.weights_digest, weights)
-        return weights.delta_norm
+        num_bytes = await engine.load_adapter(manifest.weights_digest, weights)
+        return Loaded(weights.delta_norm, num_bytes)
 
     reader = AdapterReader(base.signature, limits_of(settings), store=store, judge_manners=judge_manners)
     residency = Residency(
@@ -53,6 +57,7 @@ def build_shelf(
         unload=engine.unload_adapter,
         is_wanted=registry.is_wanted,
         max_waiting=settings.max_queued_seqs,
+        spare=settings.adapter_memory // COPIES_SHARE if runner.bank.copies else 0,
     )
     intake = Intake(registry, reader, metrics=metrics)
     library = AdapterLibrary(registry, residency, intake, reader, load)

@@ -54,11 +54,11 @@ class Abort:
 
 @dataclass(frozen=True)
 class LoadAdapter:
-    """Put an adapter's rows in; ``done`` is called in the engine thread with None or what went wrong."""
+    """Put an adapter's rows in; ``done`` is called in the engine thread with their bytes or what went wrong."""
 
     digest: str
     weights: LoRAWeights
-    done: Callable[[Exception | None], None]
+    done: Callable[[int | Exception], None]
 
 
 @dataclass(frozen=True)
@@ -178,20 +178,21 @@ class AsyncEngine:
         self._inbox.put(Add(sequence))
         return stream
 
-    async def load_adapter(self, digest: str, weights: LoRAWeights) -> None:
-        """Put prepared rows into the bank, between two steps."""
+    async def load_adapter(self, digest: str, weights: LoRAWeights) -> int:
+        """Put prepared rows into the bank, between two steps; the bytes that they take there."""
         if not self._alive:
             raise EngineUnavailable("The engine is not running.")
-        loop, loaded = self._loop, self._loop.create_future()
+        loop = self._loop
+        loaded: asyncio.Future[int] = loop.create_future()
 
-        def settle(error: Exception | None) -> None:
+        def settle(result: int | Exception) -> None:
             if not loaded.done():
-                loaded.set_result(None) if error is None else loaded.set_exception(error)
+                loaded.set_exception(result) if isinstance(result, Exception) else loaded.set_result(result)
 
-        self._inbox.put(LoadAdapter(digest, weights, lambda error: _call(loop, settle, error)))
+        self._inbox.put(LoadAdapter(digest, weights, lambda result: _call(loop, settle, result)))
         if not self._thread.is_alive():
             self._refuse_loads(EngineUnavailable("The engine is not running."))
-        await loaded
+        return await loaded
 
     def unload_adapter(self, digest: str) -> None:
         """Free an adapter's rows, between two steps; nobody may be using it."""
@@ -302,12 +303,18 @@ class AsyncEngine:
                 if self._attempt("command", self._engine.abort, sequence_id) is not None:
                     self._send(self._engine.evict(sequence_id, "it could not be ended"))
             case LoadAdapter(digest, weights, done):
-                error = self._attempt("command", self._engine.runner.add_adapter, digest, weights)
-                if error is not None:
-                    self._attempt("command", self._engine.remove_adapter, digest)
-                done(error)
+                done(self._load(digest, weights))
             case UnloadAdapter(digest):
                 self._attempt("command", self._engine.remove_adapter, digest)
+
+    def _load(self, digest: str, weights: LoRAWeights) -> int | Exception:
+        try:
+            return self._engine.runner.add_adapter(digest, weights)
+        except Exception as error:
+            logger.exception(_FAILURES["command"])
+            self._count("command")
+            self._attempt("command", self._engine.remove_adapter, digest)
+            return error
 
     def _attempt(self, kind: str, action: Callable[..., object], *arguments: object) -> Exception | None:
         """Do something whose failure must not end the thread; what went wrong, logged and counted."""

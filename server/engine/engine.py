@@ -25,8 +25,13 @@ class Runner(Protocol):
         """Logits of the rows that yield a token, [len(batch.draws), vocab]."""
         ...
 
-    def add_adapter(self, digest: str, weights: LoRAWeights) -> None:
-        """Make an adapter's rows available."""
+    @property
+    def num_copied_bytes(self) -> int:
+        """Memory of the copies of adapters that are computed side by side."""
+        ...
+
+    def add_adapter(self, digest: str, weights: LoRAWeights) -> int:
+        """Make an adapter's rows available; the bytes that they take."""
         ...
 
     def remove_adapter(self, digest: str) -> None:
@@ -107,6 +112,7 @@ class Engine:
         self.metrics.kv_slots_used.set(slots.num_used)
         self.metrics.kv_slots_cached.set(slots.num_cached)
         self.metrics.kv_memory.set(slots.num_bytes)
+        self.metrics.adapter_copies.set(self.runner.num_copied_bytes)
 
 
 def _failed(sequence_ids: Iterable[int], reason: str) -> list[StepOutput]:

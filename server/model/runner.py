@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 class ModelRunner:
     """The base, its KV cache and its adapters. ``attention`` is installed in ``model`` already.
 
-    ``groups`` are linears that receive the same tensor; with ``compiled`` routines add the deltas.
+    ``groups`` are linears that receive the same tensor; with ``compiled`` routines add the deltas. Adapters and copies
+    of them take ``adapter_memory`` bytes at most.
     """
 
     def __init__(
@@ -40,10 +41,13 @@ class ModelRunner:
         kv_dtype: torch.dtype | None = None,
         groups: Sequence[tuple[str, ...]] = (),
         compiled: bool = False,
+        adapter_memory: int | None = None,
     ) -> None:
         self.model, self.attention = model, attention
         products = products_with_deltas(dict(model.named_modules())) if compiled else ()
-        self.bank = LoRABank(model, groups, max_seats=num_slots, compiled=compiled, products=products)
+        self.bank = LoRABank(
+            model, groups, max_seats=num_slots, compiled=compiled, products=products, max_bytes=adapter_memory
+        )
         dtype = model.dtype if kv_dtype is None else kv_dtype
         attention.cache = KVCache(shapes, num_slots=num_slots, max_len=max_len, dtype=dtype, device=model.device)
         if attention.rows is not None:
@@ -56,7 +60,9 @@ class ModelRunner:
         self._last_units = last_units(model)
 
     @classmethod
-    def of(cls, base: Base, *, num_slots: int, max_len: int | None = None) -> ModelRunner:
+    def of(
+        cls, base: Base, *, num_slots: int, max_len: int | None = None, adapter_memory: int | None = None
+    ) -> ModelRunner:
         """For a base as it was loaded, with slots as long as its longest sequence, or shorter."""
         return cls(
             base.model,
@@ -67,7 +73,13 @@ class ModelRunner:
             kv_dtype=base.kv_dtype,
             groups=base.groups,
             compiled=base.compiled,
+            adapter_memory=adapter_memory,
         )
+
+    @property
+    def num_copied_bytes(self) -> int:
+        """Memory of the copies of adapters that are computed side by side."""
+        return self.bank.num_stacked_bytes
 
     def arrange(self, batch: Batch) -> Batch:
         """The same rows in the order in which their adapters are computed fastest, for ``run``."""
@@ -114,9 +126,9 @@ class ModelRunner:
         """
         return LoRAWeights.of(manifest, self.bank.base_modules, self.bank.groups, self.bank.tiled)
 
-    def add_adapter(self, digest: str, weights: LoRAWeights) -> None:
-        """Make an adapter usable."""
-        self.bank.add(digest, weights)
+    def add_adapter(self, digest: str, weights: LoRAWeights) -> int:
+        """Make an adapter usable; the bytes that it takes."""
+        return self.bank.add(digest, weights)
 
     def remove_adapter(self, digest: str) -> None:
         """Free an adapter."""

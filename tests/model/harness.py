@@ -31,6 +31,7 @@ from server.model.shapes import Noted
 from server.sequence import AdapterUse, Draw, SamplingParams
 from server.sequence import Sequence as Generation
 from tests.model.families import CONTEXT, VOCAB_SIZE
+from tests.model.held import held_bytes
 
 BUDGET = 16
 NUM_SLOTS = 3
@@ -143,8 +144,10 @@ class Hosted:
         )
 
     def add(self, digest: str, weights: LoRAWeights) -> str:
-        """Put an adapter in."""
+        """Put an adapter in; what the bank then counts is what it keeps in memory."""
         self.runner.add_adapter(digest, weights)
+        bank = self.runner.bank
+        assert held_bytes(bank) == bank.num_bytes + bank.num_stacked_bytes
         return digest
 
 

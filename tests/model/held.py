@@ -11,6 +11,7 @@ from torch import nn
 
 from server.lora.bank import LoRABank
 from server.lora.compiled import CompiledDeltas
+from server.lora.layer import AdaptedModule
 from server.lora.rows import Rows
 from server.lora.shared import SharedInput
 
@@ -20,10 +21,9 @@ NO_WEIGHTS = {CompiledDeltas: {"_cells", "_tables", "_heads", "_low"}, SharedInp
 
 def held_bytes(bank: LoRABank) -> int:
     """Bytes behind all tensors that the bank keeps, the base's own, routines' tables and a step's indices left out."""
-    base = {id(parameter) for module in bank.base_modules.values() for parameter in module._parameters.values()}
-    found = [
-        tensor for tensor in _tensors(bank, {id(one) for one in bank.base_modules.values()}) if id(tensor) not in base
-    ]
+    modules = bank.base_modules.values()
+    base = {id(parameter) for module in modules for parameter in module._parameters.values()}
+    found = [tensor for tensor in _tensors(bank, {id(module) for module in modules}) if id(tensor) not in base]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in found}
     return sum(storages.values())
 
@@ -46,6 +46,8 @@ def _parts(thing: Any) -> list[Any]:
         return []
     if is_dataclass(thing) and not isinstance(thing, type):
         return [getattr(thing, field.name) for field in fields(thing)]
-    if not isinstance(thing, nn.Module) and not type(thing).__module__.startswith("server.lora"):
+    if isinstance(thing, nn.Module) and not isinstance(thing, AdaptedModule):
+        return list(thing._parameters.values())  # a module of the base with other parameters: all else is the base's
+    if not type(thing).__module__.startswith("server.lora"):
         return []
     return [part for name, part in vars(thing).items() if name not in NO_WEIGHTS.get(type(thing), ())]

@@ -88,8 +88,11 @@ class Memory:
             self.held[move.slot][kept:] = [None] * (LENGTH - kept)
             self.written[move.slot] = min(self.written[move.slot], move.length)
 
-    def add_adapter(self, digest: str, weights: LoRAWeights) -> None:
+    num_copied_bytes = 0
+
+    def add_adapter(self, digest: str, weights: LoRAWeights) -> int:
         """Not needed here."""
+        return 0
 
     def remove_adapter(self, digest: str) -> None:
         """Not needed here."""

@@ -54,8 +54,11 @@ class ScriptedRunner:
             logits[row, self.script(sequence.id, len(sequence.output_ids))] = 9.0
         return logits
 
-    def add_adapter(self, digest: str, weights: LoRAWeights) -> None:
+    num_copied_bytes = 0
+
+    def add_adapter(self, digest: str, weights: LoRAWeights) -> int:
         """Not needed here."""
+        return 0
 
     def remove_adapter(self, digest: str) -> None:
         """Not needed here."""

@@ -56,8 +56,11 @@ class ScriptedRunner:
         assert len(logits) == len(batch.draws) == len(batch.sampling)
         return torch.stack(logits) if logits else torch.empty(0, VOCAB)
 
-    def add_adapter(self, digest: str, weights: LoRAWeights) -> None:
+    num_copied_bytes = 0
+
+    def add_adapter(self, digest: str, weights: LoRAWeights) -> int:
         """Not needed here."""
+        return 0
 
     def remove_adapter(self, digest: str) -> None:
         """Note it."""

@@ -35,13 +35,26 @@ from starlette.types import Message
 from server.adapters.content import folder as folder_module
 from server.adapters.content.folder import signature_of
 from server.adapters.content.manifest import Limits, Manifest, list_folder, read_manifest
+from server.adapters.leases import Loaded
 from server.adapters.reader import AdapterReader, FolderMoved
 from server.api.app import ServerState, create_app
 from server.engine.async_engine import AsyncEngine
 from server.errors import AdapterRejected, InvalidRequest, ModelNotFound
 from server.text import prompt as prompt_module
 from server.text.prompt import PromptRenderer
-from tests.adapter_folders import BASE, CONFIG, FINGERPRINT, LIMITS, PREFIX, SIDECAR, Shelf, make, tensors, write
+from tests.adapter_folders import (
+    BASE,
+    CONFIG,
+    FINGERPRINT,
+    LIMITS,
+    NUM_BYTES,
+    PREFIX,
+    SIDECAR,
+    Shelf,
+    make,
+    tensors,
+    write,
+)  # fmt: skip
 from tests.fakes import EOS, FakeEngine, small_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -893,10 +906,10 @@ async def test_what_is_loaded_is_what_the_answers_label_says(tmp_path: Path) -> 
     loaded: dict[str, list[float]] = {}
 
     class Noting(Shelf):
-        async def _load(self, manifest: Manifest) -> float:
+        async def _load(self, manifest: Manifest) -> Loaded:
             loaded.setdefault(manifest.weights_digest, []).append(manifest.config.alpha)
             await asyncio.sleep(0.001)
-            return 1.0
+            return Loaded(1.0, NUM_BYTES)
 
     shelf = Noting(tmp_path, room=2)
     path = make(shelf.first, "a", lora_alpha=1)

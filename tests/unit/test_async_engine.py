@@ -46,10 +46,13 @@ class ScriptedRunner:
             logits[row, min(sequence.ids(sequence.num_tokens - 1, sequence.num_tokens)[0] + 1, 9)] = 1.0
         return logits * float("nan") if self.not_finite else logits
 
-    def add_adapter(self, digest: str, weights: LoRAWeights) -> None:
+    num_copied_bytes = 0
+
+    def add_adapter(self, digest: str, weights: LoRAWeights) -> int:
         if digest == "bad":
             raise MemoryError("no room")
         self.adapters.add(digest)
+        return 3
 
     def remove_adapter(self, digest: str) -> None:
         self.adapters.discard(digest)
@@ -209,7 +212,7 @@ async def test_stopping_without_patience_answers_who_still_waits(engine: AsyncEn
 async def test_adapters_are_loaded_between_steps_and_errors_come_back(
     engine: AsyncEngine, runner: ScriptedRunner
 ) -> None:
-    await engine.load_adapter("good", LoRAWeights({}))
+    assert await engine.load_adapter("good", LoRAWeights({})) == 3
     assert runner.adapters == {"good"}
     with pytest.raises(MemoryError):
         await engine.load_adapter("bad", LoRAWeights({}))

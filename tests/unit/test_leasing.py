@@ -364,7 +364,7 @@ async def test_hundreds_of_adapters_that_come_and_go_leave_nothing(shelf: Shelf)
     assert (len(shelf.loaded), len(shelf.freed)) == (300, 300)
     assert shelf.residency.num_bytes == 0
     assert not shelf.registry._names
-    assert not shelf.lender._norms
+    assert not shelf.lender._loaded
     assert len(next(iter(shelf.metrics.registry.collect())).samples) == series
 
 

@@ -1,0 +1,85 @@
+"""What a request holds of adapters, and what loading one of them gives."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from server.adapters.content.manners import AdapterDefaults
+from server.adapters.reader import FolderMoved
+from server.adapters.registry import Adapter
+from server.errors import AdapterNotLoaded, QuickchangeError
+from server.metrics import COMPOSITION
+from server.sequence import AdapterUse
+
+logger = logging.getLogger("quickchange.adapters")
+
+
+@dataclass(frozen=True)
+class Held:
+    """An adapter's part in a request."""
+
+    adapter: Adapter
+    scale: float = 1.0
+
+    @property
+    def label(self) -> str:
+        """``name@digest``, with the factor where it is not 1."""
+        return self.adapter.label if self.scale == 1 else f"{self.adapter.label}:{self.scale:g}"
+
+
+@dataclass(eq=False)
+class Lease:
+    """Adapters that stay in memory until ``release``."""
+
+    held: tuple[Held, ...]
+    _release: Callable[[], None]
+
+    @property
+    def uses(self) -> tuple[AdapterUse, ...]:
+        """What the engine is told."""
+        return tuple(AdapterUse(one.adapter.weights_digest, one.scale) for one in self.held)
+
+    @property
+    def label(self) -> str:
+        """``name@digest``, joined by ``+`` where there are several; it can be asked for as a model."""
+        return "+".join(one.label for one in self.held)
+
+    @property
+    def metrics_label(self) -> str:
+        """The adapter's name; compositions are counted under one name together."""
+        return self.held[0].adapter.name if len(self.held) == 1 else COMPOSITION
+
+    @property
+    def defaults(self) -> AdapterDefaults:
+        """The first one's manners; whatever ends an answer of any of them ends this one."""
+        manners = [one.adapter.defaults for one in self.held]
+        stop = dict.fromkeys(text for one in manners for text in one.stop)
+        eos = dict.fromkeys(token for one in manners for token in one.eos)
+        return replace(manners[0], stop=tuple(stop), eos=tuple(eos))
+
+    def release(self) -> None:
+        """Give it back; once."""
+        self._release()
+
+
+class Loaded(NamedTuple):
+    """Weights in the engine: how far they move the base, and the bytes that they take."""
+
+    delta_norm: float
+    num_bytes: int
+
+
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """What fails inside, but for what is known to be the folder's fault, is an ``AdapterNotLoaded`` and in the log."""
+    try:
+        yield
+    except (QuickchangeError, FolderMoved):
+        raise
+    except Exception as error:
+        logger.exception("adapter %s could not be loaded", name)
+        raise AdapterNotLoaded(name) from error
