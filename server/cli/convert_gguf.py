@@ -118,12 +118,14 @@ class GGUFAdapter:
         """Tensors' names by module: A and B, and weights of norms."""
         pairs: dict[str, dict[str, str]] = {}
         norms: dict[str, str] = {}
+        known: dict[str, str]
         for name in self.file.tensors:
             module, letter = _module_of(name, architecture)
-            if letter is None:
-                norms[module] = name
-            else:
-                pairs.setdefault(module, {})[letter] = name
+            known = norms if letter is None else pairs.setdefault(module, {})
+            key = letter or module
+            if key in known:
+                raise NotPublished(f"two tensors are the same one of {module}: {known[key]} and {name}")
+            known[key] = name
         return pairs, norms
 
     def _delta(self, module: str, pair: Mapping[str, str], architecture: Architecture, config: Any) -> Delta:

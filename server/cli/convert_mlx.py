@@ -58,6 +58,8 @@ class MLXAdapter:
         deltas: dict[str, Delta] = {}
         for name in _modules_of(self.entries):
             module = names.find(name) or name
+            if module in deltas:
+                raise NotPublished(f"two modules of it are {module} of the base: {name} is one of them")
             parts = {leaf: tensors.get(f"{name}.{leaf}") for leaf in _LEAVES}
             shape = base.modules.get(module)
             if shape is not None and shape.kind == "embedding":

@@ -7,6 +7,7 @@ import json
 import re
 import warnings
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,29 @@ import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import GemmaConfig, PreTrainedModel
 
 from server.adapters.content.signature import BaseSignature, ModuleShape, embedding, linear
+from tests.model.families import FAMILIES, build, build_from
 
+FAMILIES_OF = {
+    "llama": ("llama", "mistral"), "qwen2": ("qwen2",), "qwen3": ("qwen3",), "gemma": ("gemma",), "gemma2": ("gemma2",),
+    "gemma3": ("gemma3",), "phi3": ("phi3",), "smollm3": ("smollm3",),
+}  # fmt: skip
+"""Families of tests/model/families.py by llama.cpp's name for them, and gemma."""
+
+PROVED = [(architecture, family) for architecture, families in FAMILIES_OF.items() for family in families]
 _PEFT_NAME = re.compile(r"base_model\.model\.(.+?)\.(lora|lora_embedding|lora_magnitude_vector)(_A|_B|)(?:\.weight)?")
+
+
+@cache
+def base(family: str) -> PreTrainedModel:
+    """A small random base, of which k has fewer heads than q."""
+    if family != "gemma":
+        return build(family)
+    like = FAMILIES["llama"].to_dict()
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    return build_from(GemmaConfig(**{name: like[name] for name in names}, num_key_value_heads=2, head_dim=16))
 
 
 def signature_of(model: PreTrainedModel) -> BaseSignature:

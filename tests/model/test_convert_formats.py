@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,15 @@ import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GemmaConfig, PreTrainedModel
 
 from server.cli.convert_gguf import ARCHITECTURES, read_gguf_adapter
 from server.cli.convert_mlx import is_mlx_folder, read_mlx
 from server.cli.lora_folder import Delta, LoRATensors, write_lora_folder
 from server.cli.publish import NotPublished
-from tests.model.families import FAMILIES, build, build_from
 from tests.model.foreign_adapters import (
+    FAMILIES_OF,
+    PROVED,
+    base,
     gguf_arrays,
     logits_of,
     make_peft,
@@ -33,25 +33,8 @@ EXACT = 1e-5
 """Largest difference of logits, as a share of the largest, that the order of sums in float32 explains."""
 
 LIMIT = 1 << 24
-FAMILIES_OF = {
-    "llama": ("llama", "mistral"), "qwen2": ("qwen2",), "qwen3": ("qwen3",), "gemma": ("gemma",), "gemma2": ("gemma2",),
-    "gemma3": ("gemma3",), "phi3": ("phi3",), "smollm3": ("smollm3",),
-}  # fmt: skip
-"""Families of tests/model/families.py by llama.cpp's name for them, and gemma."""
-
-PROVED = [(architecture, family) for architecture, families in FAMILIES_OF.items() for family in families]
 EVERYTHING = {"target_modules": "all-linear"}
 WITH_EMBEDDING = {"target_modules": ["embed_tokens", "lm_head", "q_proj", "k_proj", "down_proj"]}
-
-
-@cache
-def base(family: str) -> PreTrainedModel:
-    """A small random base, of which k has fewer heads than q."""
-    if family != "gemma":
-        return build(family)
-    like = FAMILIES["llama"].to_dict()
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    return build_from(GemmaConfig(**{name: like[name] for name in names}, num_key_value_heads=2, head_dim=16))
 
 
 def converted_gguf(path: Path, family: str, out: Path) -> LoRATensors:
@@ -182,6 +165,7 @@ GGUF_REFUSALS: dict[str, tuple[dict[str, Any], Mapping[str, torch.Tensor], str]]
     "half a pair": ({}, {"blk.0.attn_q.weight.lora_a": A}, "no lora_b beside it"),
     "ranks apart": ({}, {**PAIR, "blk.0.attn_q.weight.lora_b": torch.ones(64, 3)}, "do not fit each other"),
     "odd rows": ({}, {**PAIR, "blk.0.attn_q.weight.lora_b": torch.ones(63, 2)}, "do not divide"),
+    "a block twice": ({}, {**PAIR, "blk.00.attn_q.weight.lora_a": A}, "two tensors are the same one"),
     "nothing": ({}, {"blk.0.attn_norm.weight": torch.ones(64)}, "no lora_a and lora_b"),
 }
 
@@ -292,6 +276,13 @@ MLX_REFUSALS: dict[str, tuple[Callable[[Path], None], str]] = {
     "switch layer": (
         with_tensors(**{f"{Q}lora_a": torch.ones(4, 2, 64), f"{Q}lora_b": torch.ones(4, 64, 2)}),
         "a delta for each expert",
+    ),
+    "a module twice": (
+        with_tensors(
+            language_model__layers__0__self_attn__q_proj__lora_a=torch.ones(64, 4),
+            language_model__layers__0__self_attn__q_proj__lora_b=torch.ones(4, 64),
+        ),
+        "two modules of it are model.layers.0.self_attn.q_proj",
     ),
     "half a pair": (with_tensors(**{f"{Q}lora_b": None}), "has no lora_b"),
     "ranks apart": (with_tensors(**{f"{Q}lora_b": torch.ones(3, 64)}), "do not fit each other"),
