@@ -19,7 +19,8 @@ QuickchangeError
 └── StartError                  the server does not start
     ├── BaseModelNotFound
     ├── BaseModelRefused
-    └── SettingsError
+    ├── SettingsError
+    └── StartFailed
 """
 
 from __future__ import annotations
@@ -161,3 +162,12 @@ class BaseModelRefused(StartError):
 
 class SettingsError(StartError):
     """A setting that cannot be used on this machine or with this base."""
+
+
+class StartFailed(StartError):
+    """A part of the server that could not be started; the log above has where."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(
+            f"the server did not start, and nothing of it is left running: {type(error).__name__}: {error}"
+        )

@@ -34,6 +34,7 @@ from server.errors import (
     QuickchangeError,
     RequestError,
     SettingsError,
+    StartFailed,
     UnsupportedParameter,
 )
 
@@ -70,6 +71,7 @@ ROWS: Mapping[type[QuickchangeError], Row] = {
     BaseModelNotFound: INTERNAL,
     BaseModelRefused: INTERNAL,
     SettingsError: INTERNAL,
+    StartFailed: INTERNAL,
 }
 
 _HTTP_CODES: Mapping[int, tuple[str | None, str]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.resources import files
 from pathlib import Path
 
@@ -49,6 +50,20 @@ def adapter_folders(settings: Settings) -> list[Path]:
     if demos is None or demos.resolve() == settings.adapters_dir.resolve():
         return [settings.adapters_dir]
     return [settings.adapters_dir, demos]
+
+
+def check_folders(settings: Settings) -> None:
+    """Raise ``SettingsError`` where a folder of adapters cannot be read; one that is not there yet is no error."""
+    for folder in adapter_folders(settings):
+        try:
+            os.scandir(folder).close()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise SettingsError(
+                f"the adapters' folder {folder} cannot be read ({error.strerror}): let this user list it, or "
+                "name another one by --adapters-dir"
+            ) from None
 
 
 def adapter_roots(settings: Settings) -> tuple[Path, ...]:

@@ -29,7 +29,7 @@ from server.engine.async_engine import AsyncEngine
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
 from server.engine.slots import SlotTable
-from server.errors import SettingsError
+from server.errors import SettingsError, StartError, StartFailed
 from server.metrics import Metrics
 from server.model.device import available_threads
 from server.model.kv_cache import KVLayout, num_slots_within
@@ -53,18 +53,43 @@ MOST_NAMES = 20
 """Adapters named in the log at start."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Service:
-    """All parts of a running server."""
+    """All parts of a running server. ``start_error`` is why it did not start, where it did not."""
 
     state: ServerState
     engine: AsyncEngine
     watcher: AdapterWatcher
     settings: Settings
+    start_error: Exception | None = None
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
-        """Start the engine and read the adapters before the first request; stop both after the last."""
+        """Start the engine and read the adapters before the first request; stop both after the last.
+
+        A start that fails half-way stops what it had started.
+        """
+        working: list[asyncio.Task[None]] = []
+        try:
+            await self._start()
+            working += [asyncio.create_task(work) for work in (self.watcher.run(), self.watcher.intake.hash_all())]
+            yield
+        finally:
+            for task in working:
+                task.cancel()
+            try:
+                await self.engine.stop(self.settings.shutdown_timeout)
+            finally:
+                self.state.adapters.reader.close()
+
+    async def _start(self) -> None:
+        try:
+            await self._start_all()
+        except Exception as error:
+            self.start_error = error
+            raise
+
+    async def _start_all(self) -> None:
         await self._quieten_reader()
         self.engine.start()
         await self.watcher.start()
@@ -75,14 +100,6 @@ class Service:
         logger.info("models: %s%s", shown, more)
         gc.collect()
         gc.freeze()  # what is there now stays: a full collection among it stops every thread for a third of a second
-        working = [asyncio.create_task(work) for work in (self.watcher.run(), self.watcher.intake.hash_all())]
-        try:
-            yield
-        finally:
-            for task in working:
-                task.cancel()
-            await self.engine.stop(self.settings.shutdown_timeout)
-            self.state.adapters.reader.close()
 
     async def _quieten_reader(self) -> None:
         """Adapters are prepared with one thread, so that the engine's threads need not wait for theirs.
@@ -170,14 +187,20 @@ def _runner(base: Base, num_slots: int, adapter_memory: int) -> ModelRunner:
 
 
 def run_server(settings: Settings, bound: socket.socket) -> int:
-    """Serve on a socket that is bound, until a signal ends it."""
+    """Serve on a socket that is bound, until a signal ends it. Raises a ``StartError`` where the start fails."""
     service = build(settings)
     host, port = bound.getsockname()[:2]
     logger.info("serving on http://%s:%d (OpenAI API under /v1)", f"[{host}]" if ":" in host else host, port)
     server = uvicorn.Server(uvicorn_config(service))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _already_stopped)
-    server.run(sockets=[bound])
+    try:
+        server.run(sockets=[bound])
+    except SystemExit:  # how uvicorn ends where the lifespan did not begin
+        if service.start_error is None:
+            raise
+    if (error := service.start_error) is not None:
+        raise error if isinstance(error, StartError) else StartFailed(error) from error
     return 0 if server.started else 1
 
 

@@ -8,6 +8,7 @@ that it does not need is a hole, computed for nothing.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence, Set
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -69,9 +70,9 @@ class Stack:
     @property
     def num_bytes(self) -> int:
         """Bytes of the stacked tensors."""
-        return sum(tensor.nbytes for tensor in (*self._a.values(), *self._b.values()))
+        return self.capacity * self.seat_bytes if self.capacity else 0
 
-    @property
+    @cached_property
     def seat_bytes(self) -> int:
         """Bytes of one adapter's copy."""
         some = next(iter(self.adapters.values()))

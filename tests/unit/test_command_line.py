@@ -17,6 +17,7 @@ FAILING = (
     "serve --max-num-seqs none",
     "serve --base-model no-such-folder",
     "serve --base-model tests",
+    "serve --adapters-dir pyproject.toml",
     "chat --base-model no-such-folder --port 1 Hello",
     "chat --url http://127.0.0.1:1 Hello",
     "adapters list --max-num-seqs none",

@@ -1,0 +1,129 @@
+"""A start that fails half-way says why, and leaves no thread, no socket and no task behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from server.adapters.content.manifest import BaseSignature, Limits
+from server.adapters.reader import AdapterReader
+from server.adapters.watcher import AdapterWatcher
+from server.cli import serve
+from server.cli.folders import check_folders
+from server.cli.serve import Service, run_server
+from server.cli.serve_command import bind
+from server.engine.async_engine import AsyncEngine
+from server.engine.engine import Engine
+from server.engine.scheduler import Scheduler
+from server.errors import SettingsError, StartFailed
+from server.metrics import Metrics
+from server.model.sampler import Sampler
+from server.settings import Settings
+from tests.fakes import FakeEngine, server_state
+from tests.unit.test_async_engine import ScriptedRunner
+
+
+class Parts:
+    """The parts of a server without a model, each with a thread of its own; what is in ``broken`` does not start."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        scheduler = Scheduler(max_num_seqs=1, max_num_batched_tokens=8, max_model_len=100)
+        self.engine = AsyncEngine(Engine(scheduler, ScriptedRunner(), Sampler(), Metrics()), max_queued_seqs=2)
+        state = server_state(FakeEngine())
+        state.adapters.reader = state.adapters.intake.reader = AdapterReader(
+            BaseSignature("base", "", {}), Limits(max_rank=8, max_bytes=1000)
+        )
+        self.watcher = AdapterWatcher([tmp_path], state.adapters.intake, settle=0.01, grace=0.0)
+        self.service = Service(replace(state, engine=self.engine), self.engine, self.watcher, Settings())
+
+    def break_(self, owner: Any, name: str) -> None:
+        """Let a method raise."""
+
+        def raising(*given: object) -> None:
+            raise RuntimeError("can't start new thread")
+
+        setattr(owner, name, raising)
+
+
+@pytest.fixture
+def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Parts]:
+    made = Parts(tmp_path)
+    monkeypatch.setattr(serve, "build", lambda settings: made.service)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    threads = torch.get_num_threads()
+    yield made
+    torch.set_num_threads(threads)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def threads_left() -> set[str]:
+    """Those that a server starts."""
+    for thread in threading.enumerate():
+        if thread.name.startswith("adapters"):
+            thread.join(5)  # it ends when it has done what it is at
+    return {thread.name for thread in threading.enumerate() if thread.name.startswith(("adapters", "engine"))}
+
+
+@pytest.mark.parametrize("broken", ["reader", "engine", "watcher"])
+def test_a_start_that_fails_half_way_leaves_no_thread_and_says_why(parts: Parts, broken: str) -> None:
+    """The engine's thread and the reader's stayed where the adapters could not be read."""
+    reader = parts.service.state.adapters.reader
+    owner, name = {
+        "reader": (reader, "run"),
+        "engine": (parts.engine._thread, "start"),
+        "watcher": (parts.watcher, "start"),
+    }[broken]
+    parts.break_(owner, name)
+    with bind("127.0.0.1", 0) as bound:
+        with pytest.raises(StartFailed, match=r"did not start.*RuntimeError: can't start new thread"):
+            run_server(Settings(), bound)
+        address = bound.getsockname()
+    assert threads_left() == set()
+    assert not parts.engine.alive
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(address, timeout=5)
+
+
+def test_a_known_reason_is_told_as_it_is(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def start() -> None:
+        raise SettingsError("choose another folder")
+
+    monkeypatch.setattr(parts.watcher, "start", start)
+    with bind("127.0.0.1", 0) as bound, pytest.raises(SettingsError, match=r"^choose another folder$"):
+        run_server(Settings(), bound)
+    assert threads_left() == set()
+
+
+def test_a_folder_that_cannot_be_read_is_told_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scandir(path: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    settings = Settings(adapters_dir=tmp_path / "later", demo_adapters=False)
+    check_folders(settings)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "scandir", scandir)
+        with pytest.raises(SettingsError, match=r"later cannot be read \(Permission denied\).*--adapters-dir"):
+            check_folders(settings)
+    (tmp_path / "later").write_text("no folder")
+    with pytest.raises(SettingsError, match=r"later cannot be read \(Not a directory\)"):
+        check_folders(settings)
+
+
+def test_an_address_that_is_taken_leaves_no_socket() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(SettingsError, match=r"cannot listen on 127.0.0.1"):
+            bind("127.0.0.1", taken.getsockname()[1])
