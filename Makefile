@@ -1,4 +1,4 @@
-# make serve, make test, make test-full, make lint, make clean. Needs Python 3.11 or later and make, nothing else.
+# make serve, make test, make test-full, make test-gpu, make lint, make clean. Needs Python 3.11 or later and make, nothing else.
 
 PYTHON ?= $(firstword $(foreach name,python3.11 python3,$(shell $(name) -c "print('$(name)')" 2>/dev/null)))
 # PyTorch's index of CPU builds, tried first; empty takes torch from PyPI.
@@ -16,7 +16,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: serve test test-full lint clean
+.PHONY: serve test test-full test-gpu lint clean
 
 serve: $(VENV)/.serve  ## ARGS="--port 8001" passes flags on
 	$(BIN)/python -m server $(ARGS)
@@ -26,6 +26,9 @@ test: lint
 
 test-full: test
 	$(CPU_$(CPU)) $(BIN)/pytest tests/full
+
+test-gpu:  ## installs nothing: PYTHON=/path/to/an/interpreter with a torch for CUDA, or .venv's where none is named
+	$(if $(filter file,$(origin PYTHON)),$(BIN)/python,"$(PYTHON)") -m pytest -W default tests/gpu
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check

@@ -14,6 +14,7 @@ scenarios:
   zipf-64       ours on 64 adapters by Zipf's law, 16 clients / ours on 8 adapters by turns, 16 clients
   temperature-1 ours on the base, sampled at temperature 1 / greedy
   top-p         ours on the base, sampled at temperature 1 with top_p 0.95 / greedy
+  generate      ours on the base / transformers' generate on the base, in batches of --clients
   openvino-base, openvino-one, openvino-mixed
                 ours on the base, on one adapter, on all in one batch / OpenVINO GenAI's continuous batching of the
                 folder that --openvino names, which plays one adapter after another
@@ -32,7 +33,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.parts.engines import Ask, ClosedLoop, InProcessEngine, Peft, in_process_engine
+from benchmarks.parts.engines import Ask, ClosedLoop, InProcessEngine, Peft, Stock, in_process_engine
 from benchmarks.parts.jobs import Mix
 from benchmarks.parts.openvino import OpenVino, missing
 from benchmarks.parts.pairs import Pairs, Round, alternate
@@ -58,6 +59,7 @@ class Bench:
             self._ours = in_process_engine(
                 given.base,
                 self.adapters,
+                device=given.device,
                 dtype=given.dtype,
                 quantization=given.quantization,
                 max_num_seqs=max(given.clients, MANY_CLIENTS),
@@ -65,10 +67,18 @@ class Bench:
             )
         return self._ours
 
+    @property
+    def _dtype(self) -> str:
+        """The floating-point format that ours has or began with."""
+        return str(self.ours.base.model.dtype).removeprefix("torch.")
+
+    def stock(self) -> Stock:
+        """The stock base on the same device, in the same floating-point format."""
+        return Stock(self.options.base, device=self.ours.base.model.device, dtype=self._dtype)
+
     def peft(self, num_adapters: int, *, mixed: bool) -> Peft:
-        """PEFT on the same base in the floating-point format that ours has or began with."""
-        dtype = str(self.ours.base.model.dtype).removeprefix("torch.")
-        return Peft(self.options.base, self.adapters[:num_adapters], dtype=dtype, mixed=mixed)
+        """PEFT on the same base in the same floating-point format, on the CPU."""
+        return Peft(self.options.base, self.adapters[:num_adapters], dtype=self._dtype, mixed=mixed)
 
     def asks(self, adapters: Sequence[int | None], count: int | None = None) -> list[Ask]:
         """A round's requests, on these adapters in turn; prompts are the same for every side and round."""
@@ -154,6 +164,13 @@ def sampled(name: str, params: SamplingParams) -> Callable[[Bench], Pairs]:
     return scenario
 
 
+def stock_generate(bench: Bench) -> Pairs:
+    """The base alone on both sides."""
+    asks = bench.asks([None])
+    theirs = throughput(bench.stock(), asks, bench.options.clients)
+    return bench.pairs(("ours", "transformers generate"), bench.alone(asks, hold=0), theirs)
+
+
 def zipf_64(bench: Bench) -> Pairs:
     """What more adapters cost: as many clients on 64 as on 8."""
     rng, mix = random.Random(bench.options.seed), Mix([str(number) for number in range(MANY)], 1.0)
@@ -193,6 +210,7 @@ SCENARIOS: dict[str, Callable[[Bench], Pairs]] = {
     "zipf-64": zipf_64,
     "temperature-1": sampled("temperature 1", SamplingParams()),
     "top-p": sampled("top_p 0.95", SamplingParams(top_p=0.95)),
+    "generate": stock_generate,
     "openvino-base": openvino(lambda num: [None]),
     "openvino-one": openvino(lambda num: [0]),
     "openvino-mixed": openvino(range),
@@ -207,6 +225,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--adapters", type=Path, help="a folder of adapter folders; without it, random ones are made")
     parser.add_argument("--num-adapters", type=int, default=8)
     parser.add_argument("--rank", type=int, default=8, help="of the adapters that are made")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda", "mps"), help="of ours and of generate")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--quantization", default="none", help="our side's linears: none or int8")
     parser.add_argument("--openvino", type=Path, metavar="FOLDER", help="the base as optimum-intel has converted it")

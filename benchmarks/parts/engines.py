@@ -27,6 +27,7 @@ from server.model.sampler import Sampler
 from server.sequence import AdapterUse, SamplingParams, Sequence, StepOutput
 
 GREEDY = SamplingParams(temperature=0.0)
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,10 @@ class InProcessEngine:
     def adapter_bytes(self) -> list[int]:
         """Bytes of each adapter's tensors."""
         return [weights.num_bytes for weights in self._adapters.values()]
+
+    def close(self) -> None:
+        """Free the memory of keys and values."""
+        self.base.close()
 
     def add(self, ask: Ask, *, eos_ids: frozenset[int] = frozenset()) -> Sequence:
         """Queue one generation."""
@@ -122,6 +127,7 @@ def in_process_engine(
     base_model: str,
     adapters: SequenceOf[Path] = (),
     *,
+    device: str = "cpu",
     dtype: str = "auto",
     quantization: str = "none",
     max_num_seqs: int = 32,
@@ -135,7 +141,7 @@ def in_process_engine(
     Raises what ``load_base`` and ``read_manifest`` raise."""
     torch.set_num_threads(available_threads())
     base = load_base(
-        base_model, name="base", device="cpu", dtype=dtype, max_model_len=max_len, quantization=quantization
+        base_model, name="base", device=device, dtype=dtype, max_model_len=max_len, quantization=quantization
     )
     num_slots = 2 * max_num_seqs if prefix_caching else max_num_seqs
     layout = KVLayout(tuple(base.shapes), max_len, base.kv_dtype)
@@ -153,6 +159,23 @@ def in_process_engine(
     made = InProcessEngine(base, Engine(scheduler, runner, Sampler(), Metrics()), runner, weights)
     made.hold(len(adapters))
     return made
+
+
+class Stock:
+    """transformers' own ``generate`` on the base: batches of requests of one length, all of which end together."""
+
+    def __init__(self, base_model: str, *, device: torch.device, dtype: str) -> None:
+        torch.set_num_threads(available_threads())
+        loaded = AutoModelForCausalLM.from_pretrained(find_base(base_model), dtype=getattr(torch, dtype))
+        self._model = torch.nn.Module.to(loaded, device=device).eval()
+        self._device = device
+
+    def run(self, asks: SequenceOf[Ask], num_clients: int) -> float:
+        """``num_clients`` at a time. Seconds."""
+        since = time.perf_counter()
+        for first in range(0, len(asks), num_clients):
+            generate(self._model, asks[first : first + num_clients], self._device)
+        return time.perf_counter() - since
 
 
 class Peft:
@@ -174,27 +197,29 @@ class Peft:
             for first in range(0, len(asks), num_clients):
                 batch = asks[first : first + num_clients]
                 names = ["__base__" if ask.adapter is None else str(ask.adapter) for ask in batch]
-                self._generate(batch, adapter_names=names)
+                generate(self._model, batch, _CPU, adapter_names=names)
         else:
             for ask in asks:
                 assert ask.adapter is not None, "with set_adapter there is always one"
                 self._model.set_adapter(str(ask.adapter))
-                self._generate([ask])
+                generate(self._model, [ask], _CPU)
         return time.perf_counter() - since
 
-    @torch.inference_mode()
-    def _generate(self, batch: SequenceOf[Ask], **named: Any) -> None:
-        lengths = {(len(ask.prompt_ids), ask.num_tokens) for ask in batch}
-        assert len(lengths) == 1, "a batch of several lengths would need padding"
-        assert all(ask.params.greedy for ask in batch), "sampling is compared within our engine alone"
-        ids, num_tokens = torch.tensor([ask.prompt_ids for ask in batch]), batch[0].num_tokens
-        done = self._model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=num_tokens,
-            min_new_tokens=num_tokens,
-            pad_token_id=0,
-            **named,
-        )
-        assert done.shape[1] == ids.shape[1] + num_tokens
+
+@torch.inference_mode()
+def generate(model: Any, batch: SequenceOf[Ask], device: torch.device, **named: Any) -> None:
+    """One greedy batch, waited for; all asks must be of one length."""
+    lengths = {(len(ask.prompt_ids), ask.num_tokens) for ask in batch}
+    assert len(lengths) == 1, "a batch of several lengths would need padding"
+    assert all(ask.params.greedy for ask in batch), "sampling is compared within our engine alone"
+    ids, num_tokens = torch.tensor([ask.prompt_ids for ask in batch], device=device), batch[0].num_tokens
+    done = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=num_tokens,
+        min_new_tokens=num_tokens,
+        pad_token_id=0,
+        **named,
+    )
+    assert done.cpu().shape[1] == ids.shape[1] + num_tokens
