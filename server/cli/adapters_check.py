@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,22 +69,22 @@ def _examine(path: Path, settings: Settings, *, probed: bool) -> tuple[Examinati
     from server.cli.examiner import Examiner  # torch, and seconds
     from server.cli.parity import answer_here
 
-    examiner = Examiner.load(settings, dtype="float32" if probed else settings.dtype)
-    found, weights = examiner.examine(path)
-    served = f"served as {found.name}" if weights is not None else "NOT SERVED"
-    say(f"{path}: {served}")
-    rows = report(
-        found,
-        examiner.base.signature,
-        base_template=examiner.prompts.chat_template,
-        trusting=settings.trust_chat_templates or found.name in settings.trusted_names,
-        delta_norm=None if weights is None else weights.delta_norm,
-    )
-    for label, text in rows:
-        say_row(label, text)
-    if weights is None or found.manifest is None or not probed:
-        return found, None
-    return found, answer_here(examiner.base, found.manifest, weights)
+    with closing(Examiner.load(settings, dtype="float32" if probed else settings.dtype)) as examiner:
+        found, weights = examiner.examine(path)
+        served = f"served as {found.name}" if weights is not None else "NOT SERVED"
+        say(f"{path}: {served}")
+        rows = report(
+            found,
+            examiner.base.signature,
+            base_template=examiner.prompts.chat_template,
+            trusting=settings.trust_chat_templates or found.name in settings.trusted_names,
+            delta_norm=None if weights is None else weights.delta_norm,
+        )
+        for label, text in rows:
+            say_row(label, text)
+        if weights is None or found.manifest is None or not probed:
+            return found, None
+        return found, answer_here(examiner.base, found.manifest, weights)
 
 
 def _why_unprobed(base_folder: Path, *, wanted: bool) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -95,8 +96,7 @@ def publish_converted(source: Source, target: Path, settings: Settings) -> Conve
     print(f"reading the base {settings.base_model}, against which it is checked", file=sys.stderr, flush=True)
     from server.cli.examiner import Examiner  # torch, and seconds
 
-    examiner = Examiner.load(settings, dtype=settings.dtype)
-    with published_folder(target) as folder:
+    with closing(Examiner.load(settings, dtype=settings.dtype)) as examiner, published_folder(target) as folder:
         print(f"converting {source.adapter.kind}", file=sys.stderr, flush=True)
         return fill_folder(source, folder, examiner, name=target.name, base_model=settings.base_model)
 

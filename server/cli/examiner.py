@@ -45,6 +45,10 @@ class Examiner:
         prompts = PromptRenderer(base.tokenizer, vocab_size=base.vocab_size)
         return cls(base, limits_of(settings), prompts, LoRABank(base.model, max_seats=1).base_modules)
 
+    def close(self) -> None:
+        """Let go of the base."""
+        self.base.close()
+
     def examine(self, path: Path, *, name: str | None = None) -> tuple[Examination, LoRAWeights | None]:
         """What is to be said of a folder, under its own name or another, and its weights where it is served."""
         name = name or path.absolute().name

@@ -165,7 +165,11 @@ def _slots(settings: Settings, base: Base) -> SlotTable:
     num_slots = num_slots_within(settings.kv_memory, layout, base.model.device, wanted=wanted)
     if num_slots < settings.max_num_seqs:
         logger.warning(
-            "kv_memory holds %d sequences of %d tokens: no more are computed at once", num_slots, base.max_model_len
+            "kv_memory holds %d sequences of %d tokens, and %s takes memory for whole ones: no more are computed at "
+            "once; lower --max-model-len, or raise --kv-memory",
+            num_slots,
+            base.max_model_len,
+            base.model.device,
         )
     return SlotTable(
         num_slots,

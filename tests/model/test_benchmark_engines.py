@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
-from benchmarks.parts.engines import Ask, InProcessEngine, Peft, in_process_engine
+from benchmarks.parts.engines import Ask, InProcessEngine, Peft, Stock, in_process_engine
 from benchmarks.parts.random_adapters import write_adapters
 from benchmarks.parts.step_timers import Stack, timing
 from benchmarks.random_base import SHAPES, write_base
@@ -25,8 +26,10 @@ def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]
 
 
 @pytest.fixture(scope="module")
-def engine(base: Path, adapters: list[Path]) -> InProcessEngine:
-    return in_process_engine(str(base), adapters, dtype="float32", max_num_seqs=4, max_len=64)
+def engine(base: Path, adapters: list[Path]) -> Iterator[InProcessEngine]:
+    made = in_process_engine(str(base), adapters, dtype="float32", max_num_seqs=4, max_len=64)
+    yield made
+    made.close()
 
 
 def test_a_random_base_has_a_token_for_every_row_of_its_embedding(base: Path) -> None:
@@ -71,3 +74,8 @@ def test_peft_runs_the_same_asks(base: Path, adapters: list[Path], mixed: bool) 
     peft = Peft(str(base), adapters, dtype="float32", mixed=mixed)
     assert peft.run([Ask((5, 6, 7), 3, 0), Ask((8, 9, 7), 3, 1)], 2) > 0
     assert torch.is_grad_enabled()
+
+
+def test_so_does_stock_generate_on_any_device(base: Path) -> None:
+    stock = Stock(str(base), device=torch.device("cpu"), dtype="float32")
+    assert stock.run([Ask((5, 6, 7), 3), Ask((8, 9, 7), 3), Ask((8, 9, 5), 3)], 2) > 0

@@ -84,7 +84,9 @@ def micro(request: pytest.FixtureRequest) -> Iterator[Micro]:
     """The embedded base with three adapters."""
     with pytest.MonkeyPatch.context() as patch:
         put_back_rotation(load_stock(find_base("micro")), patch)
-        yield _load(request.param)
+        micro = _load(request.param)
+        yield micro
+        micro.base.close()
 
 
 def _load(quantization: str) -> Micro:
