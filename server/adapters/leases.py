@@ -55,11 +55,13 @@ class Lease:
 
     @property
     def defaults(self) -> AdapterDefaults:
-        """The first one's manners; whatever ends an answer of any of them ends this one."""
+        """The first one's manners; what ends an answer of any of them ends this one, and tokens are those of all."""
         manners = [one.adapter.defaults for one in self.held]
         stop = dict.fromkeys(text for one in manners for text in one.stop)
         eos = dict.fromkeys(token for one in manners for token in one.eos)
-        return replace(manners[0], stop=tuple(stop), eos=tuple(eos))
+        ends = dict.fromkeys(token for one in manners for token in one.end_tokens)
+        added = next((one.added_tokens for one in manners if one.added_tokens), ())
+        return replace(manners[0], stop=tuple(stop), eos=tuple(eos), end_tokens=tuple(ends), added_tokens=added)
 
     def release(self) -> None:
         """Give it back; once."""

@@ -346,3 +346,7 @@ def _check_composition(held: tuple[Held, ...]) -> None:
                 "biases or saved weights).",
                 param="model",
             )
+    if len({one.adapter.defaults.added_tokens for one in held} - {()}) > 1:
+        raise InvalidRequest(
+            "These adapters cannot be added to each other: their tokenizers have different added tokens.", param="model"
+        )

@@ -22,8 +22,9 @@ router = APIRouter()
 async def create_completion(body: CompletionRequest, http: Request, state: State) -> Response:
     """The continuation of one or several texts; choice ``prompt * n + i`` is answer ``i`` to a prompt."""
 
-    def render(_: AdapterDefaults) -> list[list[int]]:
-        return [_ids(prompt, state.prompts) for prompt in body.prompt]
+    def render(defaults: AdapterDefaults) -> list[list[int]]:
+        prompts = state.prompts.with_tokens(defaults.added_tokens)
+        return [_ids(prompt, prompts) for prompt in body.prompt]
 
     scope = scope_of(http.headers.get("authorization"), body.cache_salt)
     generation = Generation(state, body, render, "prompt", http.state.request_id, scope)

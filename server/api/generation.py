@@ -184,7 +184,8 @@ class Generation:
         self._prompt_tokens = sum(map(len, prompts))
         lengths = [self._completion_length(len(prompt), defaults) for prompt in prompts]
         stop = stop_strings(self.request, defaults)
-        eos_ids = self.state.eos_ids | end_ids(defaults, stop, self.state.prompts)
+        tokenizer = self.state.prompts.with_tokens(defaults.added_tokens)  # made already by ``render``, in a thread
+        eos_ids = self.state.eos_ids | end_ids(defaults, stop, tokenizer)
         for prompt, max_tokens in zip(prompts, lengths, strict=True):
             for index in range(self.request.n):
                 stream = self.state.engine.submit(
@@ -195,7 +196,7 @@ class Generation:
                     eos_ids=eos_ids,
                     scope=self.scope,
                 )
-                detokenizer = Detokenizer(self.state.prompts.decode, stop)
+                detokenizer = Detokenizer(tokenizer.decode, stop)
                 self._choices.append(Choice(len(self._choices), stream, detokenizer, eos_ids))
 
     def _completion_length(self, prompt_tokens: int, defaults: AdapterDefaults) -> int:

@@ -99,6 +99,7 @@ def _said(defaults: AdapterDefaults) -> dict[str, Any]:
     """What an adapter says of its manners; of its chat template only that it has one."""
     said = {item.name: getattr(defaults, item.name) for item in fields(defaults)}
     said["chat_template"] = "its own" if defaults.chat_template is not None else None
+    said["added_tokens"] = "its own" if defaults.added_tokens else None
     return {name: value for name, value in said.items() if value not in (None, ())}
 
 

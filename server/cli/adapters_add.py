@@ -26,14 +26,17 @@ from huggingface_hub.errors import (
 )
 
 from server.adapters.content.folder import (
+    ADDED_FILE,
     CONFIG_FILE,
     GENERATION_FILE,
     MAX_JSON_BYTES,
+    MAX_TOKENS_BYTES,
     OPTIONAL_FILES,
     SIDECAR_FILE,
     SOURCE_FILE,
     TEMPLATE_FILE,
     TOKENIZER_FILE,
+    TOKENS_FILE,
     WEIGHTS_FILE,
 )
 from server.cli.options import command_parser, parse_options
@@ -45,7 +48,7 @@ Fetch a PEFT adapter from the Hugging Face hub into --adapters-dir. Only its own
 only, never a pickle or code. HF_TOKEN and HF_ENDPOINT mean what they mean to huggingface_hub."""
 
 CARD_FILE = "README.md"
-COMPANION_FILES = (SIDECAR_FILE, TOKENIZER_FILE, TEMPLATE_FILE, GENERATION_FILE)
+COMPANION_FILES = (SIDECAR_FILE, TOKENIZER_FILE, TOKENS_FILE, ADDED_FILE, TEMPLATE_FILE, GENERATION_FILE)
 """What may stand beside PEFT's two files and says how the adapter wants to be talked to."""
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl")
@@ -140,7 +143,7 @@ def _choose(sizes: Mapping[str, int | None], repo_id: str, max_bytes: int) -> li
 
 
 def _check_size(name: str, size: int, max_bytes: int) -> None:
-    limit, setting = OPTIONAL_FILES.get(name, MAX_JSON_BYTES), ""
+    limit, setting = {**OPTIONAL_FILES, TOKENS_FILE: MAX_TOKENS_BYTES}.get(name, MAX_JSON_BYTES), ""
     if name == WEIGHTS_FILE:
         limit, setting = max_bytes, " (setting max_adapter_bytes)"
     if size > limit:

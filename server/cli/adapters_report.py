@@ -12,11 +12,9 @@ from typing import Any
 from server.adapters.content.doctor import Examination
 from server.adapters.content.folder import (
     CONFIG_FILE,
-    GENERATION_FILE,
+    OPTIONAL_FILES,
     SIDECAR_FILE,
-    SOURCE_FILE,
-    TEMPLATE_FILE,
-    TOKENIZER_FILE,
+    TOKENS_FILE,
     UNREAD_FILES,
     WEIGHTS_FILE,
 )
@@ -28,7 +26,7 @@ from server.adapters.content.signature import BaseSignature
 
 Row = tuple[str, str]
 
-_READ = (CONFIG_FILE, WEIGHTS_FILE, SIDECAR_FILE, TEMPLATE_FILE, TOKENIZER_FILE, GENERATION_FILE, SOURCE_FILE)
+_READ = (CONFIG_FILE, WEIGHTS_FILE, TOKENS_FILE, *OPTIONAL_FILES)
 _MOST_FILES, _MOST_CHARS = 40, 160
 
 
@@ -51,6 +49,7 @@ def report(
         yield "base check", f"by {found.manifest.base_check}"
     if found.defaults is not None:
         yield from _manners(found.defaults)
+        yield from _tokens(found.defaults, base)
         yield "template", _template(found, base_template, trusting=trusting)
     if found.sidecar is not None and found.sidecar.verdict is not None:
         yield from _verdict(found.sidecar.verdict)
@@ -145,6 +144,16 @@ def _manners(defaults: AdapterDefaults) -> Iterator[Row]:
         yield "sampling", ", ".join(sampling)
     if variables := defaults.chat_template_kwargs:
         yield "variables", ", ".join(f"{name} {_quoted(value)}" for name, value in variables.items())
+
+
+def _tokens(defaults: AdapterDefaults, base: BaseSignature) -> Iterator[Row]:
+    """Added tokens that the base's tokenizer does not have in this way."""
+    own = set() if base.tokenizer is None else set(base.tokenizer.added)
+    if new := [f"{_quoted(token.content)} {token.id}" for token in defaults.added_tokens if token not in own]:
+        yield (
+            "tokens",
+            ", ".join(new[:_MOST_FILES]) + (f" and {len(new) - _MOST_FILES} more" * (len(new) > _MOST_FILES)),
+        )
 
 
 def _template(found: Examination, base_template: str | None, *, trusting: bool) -> str:

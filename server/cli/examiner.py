@@ -11,7 +11,6 @@ from torch import nn
 
 from server.adapters.content.doctor import Examination, examine
 from server.adapters.content.manifest import Limits
-from server.adapters.content.manners import AdapterDefaults
 from server.cli.folders import limits_of
 from server.errors import AdapterRejected
 from server.lora.bank import LoRABank
@@ -52,7 +51,7 @@ class Examiner:
     def examine(self, path: Path, *, name: str | None = None) -> tuple[Examination, LoRAWeights | None]:
         """What is to be said of a folder, under its own name or another, and its weights where it is served."""
         name = name or path.absolute().name
-        found = examine(path, self.base.signature, self.limits, name=name, judge_manners=self._judge_manners)
+        found = examine(path, self.base.signature, self.limits, name=name, judge_manners=self.prompts.check_manners)
         if found.manifest is None or found.problems:
             return found, None
         try:
@@ -60,7 +59,3 @@ class Examiner:
         except AdapterRejected as error:
             found.problems.append(error.reason)
             return found, None
-
-    def _judge_manners(self, defaults: AdapterDefaults) -> None:
-        self.prompts.check_end_tokens(defaults.end_tokens)
-        self.prompts.check_template(defaults.chat_template, defaults.chat_template_kwargs)

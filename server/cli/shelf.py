@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from server.adapters.content.manifest import Manifest
-from server.adapters.content.manners import AdapterDefaults
 from server.adapters.intake import Intake
 from server.adapters.leases import Loaded
 from server.adapters.leasing import AdapterLibrary
@@ -42,16 +41,12 @@ def build_shelf(
     store = open_store(settings)
     registry = AdapterRegistry(keep=settings.keep_versions, retain=store is None)
 
-    def judge_manners(defaults: AdapterDefaults) -> None:
-        prompts.check_end_tokens(defaults.end_tokens)
-        prompts.check_template(defaults.chat_template, defaults.chat_template_kwargs)
-
     async def load(manifest: Manifest) -> Loaded:
         weights = await reader.run(runner.prepare, manifest)
         num_bytes = await engine.load_adapter(manifest.weights_digest, weights)
         return Loaded(weights.delta_norm, num_bytes)
 
-    reader = AdapterReader(base.signature, limits_of(settings), store=store, judge_manners=judge_manners)
+    reader = AdapterReader(base.signature, limits_of(settings), store=store, judge_manners=prompts.check_manners)
     residency = Residency(
         settings.adapter_memory,
         unload=engine.unload_adapter,

@@ -32,6 +32,7 @@ from server.lora.place import shorten
 from server.model.admission import admit
 from server.model.attention import FlatAttention, Layout
 from server.model.base_folder import find_base, num_weight_bytes, weight_files
+from server.model.base_tokenizer import tokenizer_signature
 from server.model.batched_attention import BatchedAttention
 from server.model.compiling import Compiling
 from server.model.device import choose_device, choose_dtype, choose_float_dtype, choose_kv_dtype, prepare
@@ -125,13 +126,13 @@ def load_base(
         quicken_all(model, compiled)
     shorten(model)
     _check_calls(name, attention, len(shapes), config)
-    template = default_template(tokenizer.chat_template)
+    signature = replace(signature_of(name, fingerprint, noted), fingerprint_v2=fingerprint_v2)
     return Base(
         model,
         tokenizer,
         attention,
         shapes,
-        replace(signature_of(name, fingerprint, noted), fingerprint_v2=fingerprint_v2, chat_template=template),
+        _with_tokenizer(signature, tokenizer, folder),
         length,
         _eos_ids(model, tokenizer),
         kv_dtype,
@@ -146,6 +147,12 @@ def _place(device: str) -> tuple[torch.device, BatchedAttention | None]:
     place = choose_device(device)
     prepare(place)
     return place, None if place.type == "cpu" else BatchedAttention()
+
+
+def _with_tokenizer(signature: BaseSignature, tokenizer: PreTrainedTokenizerBase, folder: Path) -> BaseSignature:
+    """The signature with what adapters' templates and tokenizers are compared with."""
+    template = default_template(tokenizer.chat_template)
+    return replace(signature, chat_template=template, tokenizer=tokenizer_signature(tokenizer, folder))
 
 
 def _check_calls(name: str, attention: FlatAttention, num_shapes: int, config: PretrainedConfig) -> None:

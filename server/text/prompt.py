@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import threading
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
 from jinja2 import Environment, TemplateError
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from server.adapters.content.added_tokens import AddedToken
+from server.adapters.content.manners import AdapterDefaults
 from server.adapters.content.templates import default_template
 from server.errors import InvalidRequest
 from server.text.deadline import DeadlineExceeded, deadline
 
 Message = Mapping[str, Any]
+
+MAX_TOKENIZERS = 8
+"""Tokenizers kept beside the base's, for adapters with added tokens; each takes as much memory as the base's."""
 
 _MAX_TEMPLATE_MESSAGE = 300
 _MAX_TEMPLATE_SECONDS = 2.0
@@ -22,12 +32,18 @@ _MAX_TEMPLATE_CHARS = 4 * 1024 * 1024
 
 
 class PromptRenderer:
-    """Renders with one tokenizer; safe to call from several threads, because nothing is kept between calls."""
+    """Renders with one tokenizer; safe to call from several threads.
+
+    Nothing is kept between calls but the renderers of adapters with added tokens of their own, the last few of them.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, vocab_size: int | None = None) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = len(tokenizer) if vocab_size is None else vocab_size
-        self._special_ids = frozenset(tokenizer.all_special_ids)
+        hidden = [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
+        self._special_ids = frozenset([*tokenizer.all_special_ids, *hidden])
+        self._with_tokens: OrderedDict[tuple[AddedToken, ...], PromptRenderer] = OrderedDict()
+        self._lock = threading.Lock()
         tokenizer("x")  # a tokenizer with truncation or padding in its file drops them at its first call, in one thread
 
     @property
@@ -39,6 +55,28 @@ class PromptRenderer:
     def chat_template(self) -> str | None:
         """The base's own; of several named ones the default."""
         return default_template(self._tokenizer.chat_template)
+
+    def with_tokens(self, tokens: tuple[AddedToken, ...]) -> PromptRenderer:
+        """The renderer of an adapter whose tokenizer has these added tokens; this one where there are none.
+
+        The first time takes as long as the base's tokenizer takes to load. Raises ``ValueError`` where it cannot be.
+        """
+        if not tokens:
+            return self
+        with self._lock:
+            if tokens not in self._with_tokens:
+                tokenizer = _with_added_tokens(self._tokenizer, tokens)
+                self._with_tokens[tokens] = PromptRenderer(tokenizer, vocab_size=self._vocab_size)
+            self._with_tokens.move_to_end(tokens)
+            while len(self._with_tokens) > MAX_TOKENIZERS:
+                self._with_tokens.popitem(last=False)
+            return self._with_tokens[tokens]
+
+    def check_manners(self, defaults: AdapterDefaults) -> None:
+        """Raises ``ValueError`` where an adapter's end tokens, added tokens or chat template cannot be honoured."""
+        prompts = self.with_tokens(defaults.added_tokens)
+        prompts.check_end_tokens(defaults.end_tokens)
+        prompts.check_template(defaults.chat_template, defaults.chat_template_kwargs)
 
     def token_id(self, text: str) -> int | None:
         """The id of a text that is one special token, which never shows in an answer."""
@@ -139,6 +177,26 @@ class PromptRenderer:
         text = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text
+
+
+def _with_added_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[AddedToken]) -> PreTrainedTokenizerBase:
+    """The base's tokenizer with other added tokens. Raises ``ValueError`` where one does not get its id."""
+    said = json.loads(tokenizer.backend_tokenizer.to_str())
+    said["added_tokens"] = [asdict(token) for token in tokens]
+    made = copy.copy(tokenizer)
+    try:
+        made._tokenizer = Tokenizer.from_str(json.dumps(said))
+    except Exception as error:  # noqa: BLE001 - the library raises no narrower one
+        raise ValueError(f"its added tokens cannot be used: {_words(error)}") from None
+    for token in tokens:
+        if made._tokenizer.token_to_id(token.content) != token.id:
+            raise ValueError(
+                f"its tokenizer gives the token {token.content!r:.60} the id {token.id}, which it cannot have beside "
+                "the base's vocabulary: add tokens to the base's tokenizer one after another, and train it again"
+            )
+    if made.all_special_ids != tokenizer.all_special_ids:
+        raise ValueError("its tokenizer lacks special tokens of the base's: take tokenizer.json out of the folder")
+    return made
 
 
 def _operators(template: str) -> set[str]:

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AddedToken
 
 from server.__main__ import main
 from server.adapters.content.doctor import examine
@@ -18,6 +20,7 @@ from server.adapters.content.manifest import Manifest, read_manifest
 from server.cli import adapters_check, parity
 from server.errors import AdapterRejected
 from server.lora.weights import LoRAWeights
+from server.model.loader import load_stock
 from tests.adapter_folders import BASE, LIMITS, make, tensors, write
 from tests.model.peft_cases import CASES, base_of, make_adapter
 from tests.serving import ROOT
@@ -272,6 +275,27 @@ def test_names_inside_of_wrappers_answer_as_under_peft(folder: Path, check: Chec
     change(folder, bias=None, r=2.0, alpha_pattern={r"model\.language_model\..*": 16})
     status, said = check(folder)
     assert (status, "PEFT parity  holds" in said) == (0, True), said
+
+
+def test_rows_trained_for_new_tokens_answer_as_under_peft_and_have_a_text(
+    base: Path, tmp_path: Path, check: Check
+) -> None:
+    """Its tokens were accepted, and neither the prompt nor the answer had them."""
+    tokenizer = tiny_tokenizer()
+    first = len(tokenizer)
+    tokenizer.add_tokens([AddedToken("<call>", special=True), AddedToken("<tool>")])
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], trainable_token_indices=[first, first + 1])
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(3)
+        model = get_peft_model(load_stock(base), config)
+        for name, tensor in model.named_parameters():
+            if "lora_B" in name or "trainable_tokens_delta" in name:
+                tensor.normal_()
+        model.save_pretrained(str(tmp_path / "caller"))
+    tokenizer.save_pretrained(tmp_path / "caller")
+    status, said = check("caller")
+    assert (status, "PEFT parity  holds" in said) == (0, True), said
+    assert f"  tokens       '<call>' {first}, '<tool>' {first + 1}\n" in said
 
 
 def test_an_engine_whose_scaling_is_one_percent_off_is_found(

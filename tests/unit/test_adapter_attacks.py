@@ -200,7 +200,7 @@ for path in paths:
     events.clear()
 """
 EXPECTED_FILES = {CONFIG_FILE, WEIGHTS_FILE, SIDECAR_FILE, "chat_template.jinja", "tokenizer_config.json"} | {
-    "generation_config.json", "source.json",
+    "generation_config.json", "source.json", "tokenizer.json", "added_tokens.json",
 }  # fmt: skip
 
 

@@ -18,16 +18,19 @@ from server.adapters.content.folder import (
     OPTIONAL_FILES,
     SIDECAR_FILE,
     SOURCE_FILE,
+    TOKENS_FILE,
     UNREAD_FILES,
     WEIGHTS_FILE,
     AdapterFiles,
     read_file_at,
+    read_tokens_at,
 )
 from server.adapters.content.manifest import (
     EXPONENTS,
     BaseSignature,
     Limits,
     Manifest,
+    check_tokenizer,
     check_values,
     manners_of,
     parse_json,
@@ -117,6 +120,8 @@ def _look_closer(found: Examination, base: BaseSignature, limits: Limits, judge_
         found.sidecar = parse_optional(files, SIDECAR_FILE, parse_sidecar)
         base_check(found.sidecar, base)
     with found.noting():
+        check_tokenizer(files, base)
+    with found.noting():
         manners_of(found.name, files, found.sidecar, base, limits)
     with contextlib.suppress(ValueError):
         found.defaults = manners_of(found.name, files, found.sidecar, base, replace(limits, trust_chat_templates=True))
@@ -135,8 +140,10 @@ def _read_parts(found: Examination, limits: Limits) -> AdapterFiles:
             with found.noting():
                 part = _read_part(folder, name, limit)
                 parts |= {} if part is None else {name: part}
+        with found.noting():
+            parts[TOKENS_FILE] = read_tokens_at(folder, {}, whole=True)
     config, weights = parts.pop(CONFIG_FILE, b""), parts.pop(WEIGHTS_FILE, b"")
-    return AdapterFiles(config, weights, len(weights), parts, 0)
+    return AdapterFiles(config, weights, len(weights), parts, 0, tokens=parts.pop(TOKENS_FILE, b""))
 
 
 def _read_part(folder: Folder, name: str, limit: int) -> bytes | None:

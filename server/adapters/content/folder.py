@@ -13,12 +13,14 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from server.adapters.content.added_tokens import listed_in_head
 from server.adapters.content.file_kinds import what_is_missing
 from server.adapters.content.opening import PASSING, Folder, PermissionDenied, leads_inside
 from server.adapters.content.safetensors import MAX_HEADER_BYTES
 
 CONFIG_FILE, WEIGHTS_FILE, SIDECAR_FILE = "adapter_config.json", "adapter_model.safetensors", "quickchange.json"
 TEMPLATE_FILE, TOKENIZER_FILE = "chat_template.jinja", "tokenizer_config.json"
+TOKENS_FILE, ADDED_FILE = "tokenizer.json", "added_tokens.json"
 GENERATION_FILE, SOURCE_FILE = "generation_config.json", "source.json"
 MAX_JSON_BYTES = 1024 * 1024
 OPTIONAL_FILES = {
@@ -27,12 +29,16 @@ OPTIONAL_FILES = {
     TOKENIZER_FILE: 16 * MAX_JSON_BYTES,
     GENERATION_FILE: MAX_JSON_BYTES,
     SOURCE_FILE: MAX_JSON_BYTES,
+    ADDED_FILE: MAX_JSON_BYTES,
 }
+MAX_TOKENS_BYTES, _TOKENS_HEAD = 48 * MAX_JSON_BYTES, MAX_JSON_BYTES // 4
 UNREAD_FILES = {
     TEMPLATE_FILE: "the base's chat template is used",
     TOKENIZER_FILE: "its chat template and end token are unknown",
     GENERATION_FILE: "its sampling and end tokens are unknown",
     SOURCE_FILE: "the adapter counts as fetched from a hub",
+    TOKENS_FILE: "tokens that it adds are unknown",
+    ADDED_FILE: "tokens that it adds are unknown",
 }
 """Files that an adapter is served without where the server's user may not read them, and what that means.
 
@@ -41,14 +47,15 @@ The sidecar is none of them: it says which base the adapter is for.
 
 _NO_ADAPTERS = frozenset({"__MACOSX", "__pycache__", "lost+found", "@eaDir"})
 """Folders that archivers, file systems and storage boxes put beside others."""
-_READ_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, *OPTIONAL_FILES})
+_READ_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, TOKENS_FILE, *OPTIONAL_FILES})
 
 
 @dataclass(frozen=True)
 class AdapterFiles:
     """The bytes of a folder. ``weights`` is the whole file, or only its header where no more was asked for.
 
-    ``unread`` are files that are there and may not be read, and why.
+    So is ``tokens``, the tokenizer, whose list of added tokens stands at the beginning. ``unread`` are files that are
+    there and may not be read, and why.
     """
 
     config: bytes
@@ -57,6 +64,7 @@ class AdapterFiles:
     others: Mapping[str, bytes] = field(repr=False)
     created: int
     unread: Mapping[str, str] = field(default_factory=dict)
+    tokens: bytes = field(default=b"", repr=False)
 
     @property
     def whole(self) -> bool:
@@ -66,7 +74,8 @@ class AdapterFiles:
     def by_name(self) -> dict[str, bytes]:
         """Every file, as it is to be kept."""
         assert self.whole
-        return {CONFIG_FILE: self.config, WEIGHTS_FILE: self.weights, **self.others}
+        tokens = {TOKENS_FILE: self.tokens} if self.tokens else {}
+        return {CONFIG_FILE: self.config, WEIGHTS_FILE: self.weights, **self.others, **tokens}
 
 
 def read_files(path: Path, *, max_bytes: int, whole: bool = True, roots: Sequence[Path] = ()) -> AdapterFiles:
@@ -79,10 +88,11 @@ def read_files(path: Path, *, max_bytes: int, whole: bool = True, roots: Sequenc
         config = read_file_at(folder, CONFIG_FILE, MAX_JSON_BYTES)
         weights = read_file_at(folder, WEIGHTS_FILE, max_bytes, header_only=not whole)
         others, unread = _read_others(folder)
+        tokens = read_tokens_at(folder, unread, whole=whole)
         if config is None or weights is None:
             raise ValueError(what_is_missing(folder.descriptor, config=CONFIG_FILE, weights=WEIGHTS_FILE))
         created = int(os.fstat(folder.descriptor).st_mtime)
-    return AdapterFiles(config[0], weights[0], weights[1], others, created, unread)
+    return AdapterFiles(config[0], weights[0], weights[1], others, created, unread, tokens)
 
 
 def _read_others(folder: Folder) -> tuple[dict[str, bytes], dict[str, str]]:
@@ -107,6 +117,18 @@ def _read_others(folder: Folder) -> tuple[dict[str, bytes], dict[str, str]]:
     return others, unread
 
 
+def read_tokens_at(folder: Folder, unread: dict[str, str], *, whole: bool) -> bytes:
+    """The tokenizer, or as much of it as lists the added tokens; nothing where there is none or it may not be read."""
+    try:
+        found = read_file_at(folder, TOKENS_FILE, MAX_TOKENS_BYTES, most=None if whole else _TOKENS_HEAD)
+        if found is not None and len(found[0]) < found[1] and listed_in_head(found[0]) is None:
+            found = read_file_at(folder, TOKENS_FILE, MAX_TOKENS_BYTES)
+    except PermissionDenied as error:
+        unread[TOKENS_FILE] = str(error)
+        return b""
+    return b"" if found is None else found[0]
+
+
 def read_file(path: Path, limit: int, roots: Sequence[Path] = ()) -> bytes | None:
     """One file, read as those of an adapter; None where there is none. Raises as ``read_files``."""
     parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -117,8 +139,13 @@ def read_file(path: Path, limit: int, roots: Sequence[Path] = ()) -> bytes | Non
     return None if found is None else found[0]
 
 
-def read_file_at(folder: Folder, name: str, limit: int, *, header_only: bool = False) -> tuple[bytes, int] | None:
-    """The file's bytes and its size, or None where there is none; what may not be followed is refused unread."""
+def read_file_at(
+    folder: Folder, name: str, limit: int, *, header_only: bool = False, most: int | None = None
+) -> tuple[bytes, int] | None:
+    """The file's bytes, of which ``most`` are read, and its size; None where there is none.
+
+    What may not be followed is refused unread.
+    """
     descriptor = folder.open(name)
     if descriptor is None:
         return None
@@ -126,11 +153,11 @@ def read_file_at(folder: Folder, name: str, limit: int, *, header_only: bool = F
         size = os.fstat(descriptor).st_size
         if size > limit:
             raise ValueError(f"{name} has {size} bytes; the limit is {limit}")
-        data = file.read(8 if header_only else size)
+        data = file.read(8 if header_only else min(size, size if most is None else most))
         if header_only:
             data += file.read(min(int.from_bytes(data, "little"), MAX_HEADER_BYTES))
             return data, max(size, len(data))
-        return data, len(data)
+        return data, len(data) if most is None else max(size, len(data))
 
 
 def sub_folders(folder: Path, names: Collection[str] | None = None) -> Iterator[tuple[str, Path]]:

@@ -12,19 +12,30 @@ from typing import Any
 
 import numpy as np
 
+from server.adapters.content.added_tokens import (
+    AddedToken,
+    listed_in_head,
+    nameless,
+    parse_decoder,
+    parse_ids,
+    parse_listed,
+    tokens_to_serve,
+)
 from server.adapters.content.file_kinds import kind_of_bytes
 from server.adapters.content.folder import (
+    ADDED_FILE,
     CONFIG_FILE,
     GENERATION_FILE,
     SIDECAR_FILE,
     SOURCE_FILE,
     TEMPLATE_FILE,
     TOKENIZER_FILE,
+    TOKENS_FILE,
     WEIGHTS_FILE,
     AdapterFiles,
     read_files,
 )
-from server.adapters.content.manners import AdapterDefaults, Neighbours, defaults_of
+from server.adapters.content.manners import AdapterDefaults, Neighbours, defaults_of, token_text
 from server.adapters.content.opening import PASSING
 from server.adapters.content.peft_config import LoRAConfig, parse_peft_config
 from server.adapters.content.plan import BaseSignature, Plan, PlanError, make_plan
@@ -115,10 +126,13 @@ def read_manifest(path: Path, base: BaseSignature, limits: Limits, *, name: str 
         files = read_files(path, max_bytes=limits.max_bytes, roots=limits.roots)
         listing = _judge(path, base, limits, name or path.name, files)
         check_values(files.weights, read_header(files.weights))
+        check_tokenizer(files, base)
+        files = files if listing.defaults.added_tokens else replace(files, tokens=b"")
         weights_digest = _digest(files.config, files.weights)
         template = _manners_as_written(files, listing.sidecar).chat_template or ""
         manners = [files.others.get(SIDECAR_FILE, b""), template.encode()]
         manners += [files.others.get(GENERATION_FILE, b""), repr(listing.defaults.eos).encode()]
+        manners += [repr(tokens).encode()] if (tokens := listing.defaults.added_tokens) else []
         return Manifest(
             **vars(listing),
             weights_digest=weights_digest,
@@ -157,6 +171,7 @@ def _judge(path: Path, base: BaseSignature, limits: Limits, name: str, files: Ad
         raise ValueError(
             f"it needs {plan.num_bytes} bytes in memory; the limit is {limits.max_memory} (setting adapter_memory)"
         )
+    _check_trained_tokens(plan, defaults, base)
     config = replace(config, trained_names=plan.trained_names)
     return Listing(name, path, config, sidecar, defaults, plan, files.created, files.unread, checked)
 
@@ -193,8 +208,11 @@ def _object(files: AdapterFiles, name: str) -> Mapping[str, Any]:
 def manners_of(
     name: str, files: AdapterFiles, sidecar: Sidecar | None, base: BaseSignature, limits: Limits
 ) -> AdapterDefaults:
-    """The manners that sidecar and neighbours ask for. Raises ``ValueError`` where a template is not trusted."""
-    defaults = _manners_as_written(files, sidecar)
+    """The manners that sidecar and neighbours ask for.
+
+    Raises ``ValueError`` where a template is not trusted, or the tokenizer's added tokens cannot be served.
+    """
+    defaults = replace(_manners_as_written(files, sidecar), added_tokens=_added_tokens(files, base))
     template = defaults.chat_template
     if template is None or is_same(template, base.chat_template):
         return replace(defaults, chat_template=None if template is None else base.chat_template)
@@ -216,6 +234,63 @@ def _manners_as_written(files: AdapterFiles, sidecar: Sidecar | None) -> Adapter
     except UnicodeDecodeError:
         raise ValueError(f"{TEMPLATE_FILE} is not UTF-8 text") from None
     return defaults_of(sidecar, Neighbours(text, _object(files, TOKENIZER_FILE), _object(files, GENERATION_FILE)))
+
+
+def _added_tokens(files: AdapterFiles, base: BaseSignature) -> tuple[AddedToken, ...]:
+    """The added tokens of the tokenizer beside the adapter; none where they are the base's, or cannot be compared."""
+    config = _object(files, TOKENIZER_FILE)
+    if base.tokenizer is None:
+        return ()
+    if files.tokens:
+        where, listed = TOKENS_FILE, _listed(files.tokens)
+    elif config.get("added_tokens_decoder") is not None:
+        where, listed = TOKENIZER_FILE, parse_decoder(config["added_tokens_decoder"], TOKENIZER_FILE)
+    elif ADDED_FILE in files.others:
+        ids = parse_json(files.others[ADDED_FILE], ADDED_FILE)
+        where, listed = ADDED_FILE, parse_ids(ids, base.tokenizer, special=_special(config), where=ADDED_FILE)
+    else:
+        return ()
+    padding = token_text(config.get("pad_token"))
+    return tokens_to_serve(listed, base.tokenizer, num_rows=base.vocab_size, padding=padding, where=where)
+
+
+def _listed(tokenizer: bytes) -> tuple[AddedToken, ...]:
+    """The added tokens of ``tokenizer.json``, of which no more than the beginning need be there."""
+    listed = listed_in_head(tokenizer)
+    if listed is None:
+        found = parse_json(tokenizer, TOKENS_FILE)
+        listed = found.get("added_tokens", []) if isinstance(found, dict) else found
+    return parse_listed(listed, TOKENS_FILE)
+
+
+def _special(config: Mapping[str, Any]) -> set[str]:
+    """The texts of tokens that ``tokenizer_config.json`` calls special."""
+    more = [config.get(name) for name in ("additional_special_tokens", "extra_special_tokens")]
+    named = [value for name, value in config.items() if name.endswith("_token")]
+    listed = [token for tokens in more if isinstance(tokens, list) for token in tokens]
+    texts = [token_text(token) for token in (*named, *listed)]
+    return {text for text in texts if isinstance(text, str)}
+
+
+def check_tokenizer(files: AdapterFiles, base: BaseSignature) -> None:
+    """Raises ``ValueError`` where the whole tokenizer beside an adapter gives texts other ids than the base's."""
+    if not files.tokens or base.tokenizer is None:
+        return
+    if difference := base.tokenizer.difference(files.tokens, lambda: parse_json(files.tokens, TOKENS_FILE)):
+        raise ValueError(
+            f"its tokenizer is not the base's: its {difference} in {TOKENS_FILE} differs, so that prompts would have "
+            f"other token ids; serve the base it was trained on, or take {TOKENS_FILE} out of the folder for the base's"
+        )
+
+
+def _check_trained_tokens(plan: Plan, defaults: AdapterDefaults, base: BaseSignature) -> None:
+    """Raises ``ValueError`` where rows were trained for tokens that have no text."""
+    trained = sorted({token for part in plan.parts.values() if part.tokens for token in part.tokens.indices})
+    if base.tokenizer is not None and (token := nameless(trained, base.tokenizer, defaults.added_tokens)) is not None:
+        raise ValueError(
+            f"trainable_token_indices in {CONFIG_FILE} names token {token}, which the base's tokenizer does not have: "
+            f"put the tokenizer that it was trained with ({TOKENS_FILE}, {TOKENIZER_FILE}) into the folder"
+        )
 
 
 def check_values(data: bytes, entries: Mapping[str, TensorEntry]) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from server.adapters.content.added_tokens import AddedToken
 from server.adapters.content.sidecar import Sidecar, SidecarSampling
 from server.adapters.content.templates import default_template
 
@@ -20,7 +21,7 @@ class AdapterDefaults:
 
     ``end_tokens`` (the sidecar's) and ``eos`` (the neighbours') are texts of tokens and ids of tokens that end a turn
     beside the base's own. Of ``eos`` those that the base does not have are passed over. ``chat_template_kwargs`` are
-    variables of the chat template.
+    variables of the chat template. ``added_tokens`` are all of the adapter's tokenizer, where they are not the base's.
     """
 
     stop: tuple[str, ...] = ()
@@ -34,6 +35,7 @@ class AdapterDefaults:
     chat_template_kwargs: Mapping[str, Any] | None = None
     end_tokens: tuple[str | int, ...] = ()
     eos: tuple[str | int, ...] = ()
+    added_tokens: tuple[AddedToken, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,13 @@ def _count(source: Mapping[str, Any], name: str) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31 else None
 
 
+def token_text(token: Any) -> Any:
+    """The text of a token in ``tokenizer_config.json``, where it stands as it is or with its flags."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
 def _eos(neighbours: Neighbours) -> tuple[str | int, ...]:
-    token = neighbours.tokenizer.get("eos_token")
-    text = token.get("content") if isinstance(token, dict) else token
+    text = token_text(neighbours.tokenizer.get("eos_token"))
     ids = neighbours.generation.get("eos_token_id")
     listed = ids if isinstance(ids, list) else [ids]
     found: list[str | int] = [text] if isinstance(text, str) and text.isprintable() and text else []

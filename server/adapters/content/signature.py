@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from server.adapters.content.added_tokens import TokenizerSignature
+
 Shape = tuple[int, ...]
 Kind = Literal["linear", "embedding", "rows"]
 
@@ -53,7 +55,8 @@ class BaseSignature:
     """The base's name and fingerprint, its modules, and which heads share an embedding's weight (head -> embedding).
 
     ``fingerprint`` is of version 1; ``fingerprint_v2`` is None where it is not known.
-    ``others`` are modules that adapters cannot touch, because they do not see every row.
+    ``others`` are modules that adapters cannot touch, because they do not see every row. ``vocab_size`` is the number
+    of the embedding's rows, ``tokenizer`` None where an adapter's cannot be compared with it.
     """
 
     name: str
@@ -64,6 +67,7 @@ class BaseSignature:
     tied: Mapping[str, str] = field(default_factory=dict)
     others: frozenset[str] = frozenset()
     fingerprint_v2: str | None = None
+    tokenizer: TokenizerSignature | None = field(default=None, compare=False)
 
     def fingerprint_of(self, version: int) -> str:
         """The fingerprint of a version, or of version 1 where that one is not known."""
