@@ -227,7 +227,7 @@ def test_a_step_on_a_device_reads_nothing_back_and_copies_a_list_or_two_onto_it(
         model, hosted.runner.attention, shapes, num_slots=5, max_len=100, groups=hosted.noted.groups
     )
     for digest in ("one", "two", "three"):
-        hosted.add(digest, adapter_of(model))
+        hosted.runner.add_adapter(digest, adapter_of(model))
     sequences = started(hosted, 5, 30, 9, 12, 40)
     uses = [(), (AdapterUse("one"),), (AdapterUse("two", 0.5),), (AdapterUse("one"), AdapterUse("three")), ()]
     for sequence, adapters in zip(sequences, uses, strict=True):
