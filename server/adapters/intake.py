@@ -38,6 +38,7 @@ class Intake:
         self.has_weights: Callable[[Entry], bool] = lambda entry: True
         self.wanted: Callable[[str], None] = lambda name: None
         self._awaited: set[str] = set()
+        self._troubles: dict[str, int | None] = {}
         self._hashing: dict[Entry, asyncio.Task[Adapter]] = {}
         self._unhashed: asyncio.Queue[Entry] = asyncio.Queue()
 
@@ -48,13 +49,14 @@ class Intake:
         except AdapterRejected as error:
             await self._fall_back(name, path, signature, error.reason)
             return True
-        except FolderMoved:
+        except FolderMoved as error:
+            self._note_trouble(name, error)
             return False
         except Exception as error:
             logger.exception("adapter folder %s could not be read", one_line(name))
             self._refuse(name, path, f"it could not be read ({type(error).__name__})")
             return True
-        self._awaited.discard(name)
+        self._settle(name)
         self.refusals.pop(name, None)
         entry = self.registry.add(listing, signature)
         if (known := self.reader.known_digests(listing, signature)) is None:
@@ -86,11 +88,12 @@ class Intake:
         try:
             manifest = await self.reader.manifest(path, signature, name)
             await self._move(entry, manifest, signature)
-            self._awaited.discard(name)
+            self._settle(name)
             _tell_unread(manifest)
         except AdapterRejected as error:
             self._refuse_change(entry, path, error.reason)
-        except FolderMoved:
+        except FolderMoved as error:
+            self._note_trouble(name, error)
             return False
         except Exception as error:
             logger.exception("adapter folder %s could not be read", one_line(name))
@@ -106,7 +109,7 @@ class Intake:
 
     def vanish(self, name: str) -> None:
         """Take a name away with its folder."""
-        self._awaited.discard(name)
+        self._settle(name)
         self.refusals.pop(name, None)
         if name in self.registry:
             self._withdraw(name)
@@ -207,6 +210,20 @@ class Intake:
         self.left(self.registry.withdraw(name))
         self._report()
 
+    def _note_trouble(self, name: str, error: FolderMoved) -> None:
+        """Log once why the system does not let a folder be read just now, until it does."""
+        cause = error.__cause__
+        if isinstance(cause, OSError) and self._troubles.get(name) != cause.errno:
+            self._troubles[name] = cause.errno
+            logger.warning(
+                "adapter folder %s cannot be read just now: %s; trying again", one_line(name), cause.strerror
+            )
+
+    def _settle(self, name: str) -> None:
+        """Nothing is waited for any more where a folder was read, refused or is gone."""
+        self._awaited.discard(name)
+        self._troubles.pop(name, None)
+
     def _refuse_change(self, entry: Entry, path: Path, reason: str) -> None:
         """Refuse what a folder holds now; the name stays where the version it means can still be served."""
         entry.refused = reason
@@ -215,7 +232,7 @@ class Intake:
         self._refuse(entry.name, path, reason)
 
     def _refuse(self, name: str, path: Path, reason: str) -> None:
-        self._awaited.discard(name)
+        self._settle(name)
         if name in self.registry and self.registry.get(name).current is None:
             self._withdraw(name)
         self.refusals[name] = (path, reason)

@@ -16,7 +16,7 @@ import pytest
 from server.adapters.content import folder as folder_module
 from server.adapters.content import opening
 from server.adapters.content.doctor import examine
-from server.adapters.content.folder import read_files, signature_of
+from server.adapters.content.folder import read_file, read_files, signature_of
 from server.adapters.content.manifest import read_manifest
 from server.adapters.reader import AdapterReader, FolderMoved
 from server.errors import AdapterRejected, InvalidRequest
@@ -91,6 +91,19 @@ def test_a_snapshot_of_the_hub_is_read_through_its_links(tmp_path: Path) -> None
         read_manifest(linked, BASE, replace(LIMITS, roots=(tmp_path / "adapters",)))
     with pytest.raises(AdapterRejected, match=r"adapter_config.json is a link to '../../blobs/sha0', which leads out"):
         read_manifest(folder, BASE, replace(LIMITS, roots=(folder,)))
+
+
+@pytest.mark.usefixtures("either_way")
+def test_a_chain_of_links_is_followed_to_its_end(tmp_path: Path) -> None:
+    """One file is here, the other a link to a link to another folder."""
+    folder, other = make(tmp_path, "a"), tmp_path / "other"
+    other.mkdir()
+    (folder / CONFIG_FILE).rename(folder / "mine")
+    (folder / CONFIG_FILE).symlink_to("mine")
+    (folder / WEIGHTS_FILE).rename(other / "weights")
+    (folder / "hop").symlink_to("../other/weights")
+    (folder / WEIGHTS_FILE).symlink_to("hop")
+    assert read_manifest(folder, BASE, replace(LIMITS, roots=(tmp_path,))).plan.rank == 2
 
 
 def test_a_template_in_a_hubs_cache_is_as_untrusted_as_one_that_was_fetched(tmp_path: Path) -> None:
@@ -326,8 +339,10 @@ def test_a_link_moved_after_it_was_judged_is_read_as_it_was_judged(
         return where
 
     monkeypatch.setattr(opening, "path_of", judge_and_exchange)
-    found = read_files(folder, max_bytes=100_000, roots=(tmp_path / "adapters",))
-    assert json.loads(found.config) == CONFIG
+    found = read_file(folder / CONFIG_FILE, 100_000, (tmp_path / "adapters",))
+    assert json.loads(found or b"") == CONFIG
+    with pytest.raises(ValueError, match="leads outside"):
+        read_file(folder / CONFIG_FILE, 100_000, (tmp_path / "adapters",))
 
 
 def test_where_the_system_does_not_tell_where_a_link_leads_it_is_refused(

@@ -437,8 +437,11 @@ async def test_weights_pinned_in_memory_go_with_their_folder(shelf: Shelf) -> No
     assert (shelf.residency.num_bytes, shelf.residency.pinned) == (0, frozenset())
 
 
-async def test_an_error_of_the_system_is_no_verdict(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder seen while the process had no descriptor to spare was refused until somebody touched it."""
+async def test_an_error_of_the_system_is_no_verdict(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A folder seen while the process had no descriptor to spare was refused until somebody touched it. Then it was
+    tried again without a word, for as long as the trouble lasted."""
     make(shelf.first, "a")
 
     def exhausted(*arguments: object, **named: object) -> int:
@@ -447,7 +450,9 @@ async def test_an_error_of_the_system_is_no_verdict(shelf: Shelf, monkeypatch: p
     with monkeypatch.context() as patch:
         patch.setattr("server.adapters.content.folder.os.open", exhausted)
         assert not await shelf.watcher.scan()
+        assert not await shelf.watcher.scan()
     assert shelf.intake.refusals == {}
+    assert caplog.messages == ["adapter folder a cannot be read just now: Too many open files; trying again"]
     await shelf.watcher.scan()
     assert (await shelf.use("a")).startswith("a@")
 

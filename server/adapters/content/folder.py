@@ -92,6 +92,7 @@ def read_files(path: Path, *, max_bytes: int, whole: bool = True, roots: Sequenc
         if config is None or weights is None:
             raise ValueError(what_is_missing(folder.descriptor, config=CONFIG_FILE, weights=WEIGHTS_FILE))
         created = int(os.fstat(folder.descriptor).st_mtime)
+        folder.check_links()
     return AdapterFiles(config[0], weights[0], weights[1], others, created, unread, tokens)
 
 

@@ -36,11 +36,7 @@ class PermissionDenied(ValueError):
 
 @dataclass
 class Folder:
-    """An open folder. A link is followed where what it leads to is inside one of ``roots``.
-
-    Links that name one folder, as those of a Kubernetes volume name ``..data``, must lead into one folder: where they
-    do not, that name was moved meanwhile, and the files are of two generations.
-    """
+    """An open folder. A link is followed where what it leads to is inside one of ``roots``."""
 
     descriptor: int
     roots: Sequence[Path] = ()
@@ -74,13 +70,18 @@ class Folder:
         except FileNotFoundError:
             return None
         if where is not None:
-            self._note(target.link, os.path.dirname(where), descriptor)
+            self._places[name] = where
         return descriptor
 
-    def _note(self, link: str, place: str, descriptor: int) -> None:
-        if self._places.setdefault(os.path.dirname(link), place) != place:
-            os.close(descriptor)
-            raise OSError(errno.ESTALE, "its links were moved while they were read")
+    def check_links(self) -> None:
+        """Raises ``OSError`` where a link that was followed leads elsewhere by now.
+
+        Then a link on its way, as ``..data`` of a Kubernetes volume, was moved while files were read one after the
+        other, and they may be of two generations.
+        """
+        for name, where in self._places.items():
+            if _Target(name, name, self.roots, self.descriptor).place() != where:
+                raise OSError(errno.ESTALE, "its links were moved while they were read")
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,16 @@ class _Target:
         with contextlib.suppress(OSError):
             return os.readlink(self.path, dir_fd=self.folder)
         return ""
+
+    def place(self) -> str | None:
+        """Where a link leads now; None where it leads nowhere."""
+        with contextlib.suppress(OSError, ValueError):
+            found = self._reach()
+            try:
+                return path_of(found)
+            finally:
+                os.close(found)
+        return None
 
     def _follow(self) -> tuple[int, str]:
         named = f"{self.what} is a link to {self.link!r:.200}"
@@ -151,8 +162,6 @@ class _Target:
                 f"{named}, which leads outside the folders that links may lead into: put the {self._kind} itself "
                 "there, or name the folder it leads into in --adapter-roots"
             )
-        if os.fstat(found).st_nlink == 0:
-            raise OSError(errno.ESTALE, "it was deleted while it was read")
         if not self._is_kind(found):
             raise ValueError(f"{named}, which is not a {'folder' if self.folder is None else 'regular file'}")
         return where
@@ -207,7 +216,8 @@ def is_inside(path: str, folders: Iterable[str]) -> bool:
 
 def leads_inside(path: str | os.PathLike[str], roots: Sequence[Path]) -> bool:
     """Whether a link seems to lead into a root: enough to look at times, not to read."""
-    return bool(roots) and is_inside(os.path.realpath(path), [os.path.realpath(root) for root in roots])
+    where = os.path.realpath(path)
+    return any(is_inside(where, [os.path.realpath(root)]) for root in roots)
 
 
 def _places_of(roots: Sequence[Path]) -> Iterator[str]:
