@@ -307,9 +307,10 @@ class AdapterLibrary:
     def _has_weights(self, entry: Entry) -> bool:
         """Whether the version that a name means is in memory, on its way there, or kept."""
         served = entry.served
-        if served is None:
-            return False
-        return self.residency.state(served.weights_digest) is not None or self.reader.has_kept(served.version_digest)
+        if served is not None and self.residency.state(served.weights_digest) is not None:
+            return True
+        version = entry.pin.version or (None if entry.current is None else entry.current.version_digest)
+        return version is not None and self.reader.has_kept(version)
 
     def _left(self, entry: Entry) -> None:
         if entry.pin.resident:

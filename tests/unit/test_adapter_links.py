@@ -20,7 +20,7 @@ from server.adapters.content.folder import read_file, read_files, signature_of
 from server.adapters.content.manifest import read_manifest
 from server.adapters.reader import AdapterReader, FolderMoved
 from server.errors import AdapterRejected, InvalidRequest
-from tests.adapter_folders import BASE, CONFIG, LIMITS, SIDECAR, Shelf, make, write
+from tests.adapter_folders import BASE, CONFIG, LIMITS, SIDECAR, Shelf, make
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
@@ -387,61 +387,6 @@ async def test_a_linked_folder_can_be_loaded_by_its_path_and_deleted_alone(tmp_p
     await shelf.operator.delete("a")
     assert (os.path.lexists(shelf.first / "a"), (target / CONFIG_FILE).is_file()) == (False, True)
     assert [name for name in os.listdir(shelf.first) if name != "out"] == []
-
-
-LEFTOVERS: dict[str, Callable[[Path], object]] = {
-    "huggingface-cli": lambda path: leaf(path / ".cache" / "huggingface" / "download" / f"{CONFIG_FILE}.metadata"),
-    "git": lambda path: leaf(path / ".git" / "config"),
-    "a Mac": lambda path: (leaf(path / ".DS_Store"), leaf(path / f"._{CONFIG_FILE}")),
-    "an archiver": lambda path: leaf(path.parent / "__MACOSX" / "._a"),
-    "a trainer": lambda path: make(path, "checkpoint-500", lora_alpha=99),
-    "a file system": lambda path: (path.parent / "lost+found").mkdir(),
-    "a storage box": lambda path: leaf(path / "@eaDir" / "x"),
-    "a second name": lambda path: os.link(path / WEIGHTS_FILE, path / "second"),
-}
-
-
-@pytest.mark.parametrize("leave", LEFTOVERS.values(), ids=LEFTOVERS)
-async def test_what_tools_leave_beside_an_adapter_changes_nothing(
-    tmp_path: Path, leave: Callable[[Path], object], caplog: pytest.LogCaptureFixture
-) -> None:
-    shelf = Shelf(tmp_path)
-    path = make(shelf.first, "a")
-    digest = read_manifest(path, BASE, LIMITS).version_digest
-    leave(path)
-    await shelf.watcher.scan()
-    assert await shelf.version("a") == digest
-    assert (shelf.names, shelf.intake.refusals, caplog.messages) == (["a"], {}, [])
-
-
-async def test_a_trainer_that_writes_checkpoints_inside_does_not_unsettle_an_adapter(tmp_path: Path) -> None:
-    """A folder inside counted as a file, whose times moved with every checkpoint."""
-    shelf = Shelf(tmp_path, settle=0.1)
-    path = make(shelf.first, "a")
-    await shelf.watcher.start()
-    (path / "runs").mkdir()
-    await asyncio.sleep(0.12)
-    (path / "runs" / "events").write_text("a step")
-    assert await shelf.watcher.scan()
-    assert shelf.names == ["a"]
-
-
-async def test_content_that_changed_without_its_size_or_times_is_never_served_as_what_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Network file systems have coarse times; bytes are hashed whenever they are loaded."""
-    monkeypatch.setattr("server.adapters.reader.signature_of", lambda path, roots: ())
-    monkeypatch.setattr("server.adapters.watcher.signature_of", lambda path, roots: ())
-    shelf = Shelf(tmp_path, room=1)
-    path = make(shelf.first, "a", lora_alpha=16)
-    make(shelf.first, "b")
-    await shelf.watcher.scan()
-    before = await shelf.use("a")
-    await shelf.use("b")
-    write(path, config=CONFIG | {"lora_alpha": 61})
-    await shelf.watcher.scan()
-    assert await shelf.use("a") != before
-    assert shelf.registry.get("a").listing.config.alpha == 61
 
 
 async def test_no_watch_goes_through_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

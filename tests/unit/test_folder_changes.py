@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 
 from server.adapters import leasing as leasing_module
+from server.adapters import watcher as watcher_module
 from server.adapters.content.manifest import Manifest
 from server.adapters.watcher import AdapterWatcher, Found
 from server.api.errors import reply_to
-from server.errors import AdapterPending
+from server.errors import AdapterPending, ModelNotFound
 from tests.adapter_folders import CONFIG, Shelf, make, write
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -155,3 +156,44 @@ async def test_a_version_is_not_read_again_for_every_request_while_its_folder_ho
         with pytest.raises(AdapterPending):
             await shelf.use("a")
     assert reads["a"] == 1
+
+
+async def test_a_look_that_takes_long_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(watcher_module, "_SLOW_LOOK", 0.0)
+    make(tmp_path / "first", "a")
+    await Shelf(tmp_path).watcher.scan()
+    assert [line for line in caplog.messages if line.startswith("looking at 1 adapter folders took ")]
+
+
+async def test_an_adapter_refused_when_it_is_loaded_is_not_said_to_be_served(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log said that the version read before is still served, where there was none."""
+    shelf = Shelf(tmp_path)
+    make(shelf.first, "unloadable")
+    await shelf.watcher.scan()
+    with pytest.raises(ModelNotFound):
+        await shelf.use("unloadable")
+    assert caplog.messages == ["adapter folder unloadable is not served: no"]
+
+
+async def test_a_name_pinned_at_a_kept_version_outlives_what_its_folder_becomes(tmp_path: Path) -> None:
+    """After a restart the pinned version is in the state directory alone."""
+    kept = Shelf(tmp_path, state=True)
+    make(kept.first, "a")
+    await kept.watcher.scan()
+    old = await kept.use("a")
+    write(kept.first / "a", config=CONFIG | {"lora_alpha": 16})
+    await kept.watcher.scan()
+    await kept.use("a")
+    await kept.operator.pin("a", old.partition("@")[2])
+    again = Shelf(tmp_path, state=True)
+    await again.watcher.start()
+    entry = again.registry.get("a")
+    await again.intake.hash(entry)
+    assert entry.served is None
+    os.truncate(again.first / "a" / "adapter_model.safetensors", 10)
+    await again.watcher.scan()
+    assert await again.use("a") == old

@@ -455,14 +455,3 @@ async def test_an_error_of_the_system_is_no_verdict(
     assert caplog.messages == ["adapter folder a cannot be read just now: Too many open files; trying again"]
     await shelf.watcher.scan()
     assert (await shelf.use("a")).startswith("a@")
-
-
-async def test_an_adapter_refused_when_it_is_loaded_is_not_said_to_be_served(
-    shelf: Shelf, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The log said that the version read before is still served, where there was none."""
-    make(shelf.first, "unloadable")
-    await shelf.watcher.scan()
-    with pytest.raises(ModelNotFound):
-        await shelf.use("unloadable")
-    assert caplog.messages == ["adapter folder unloadable is not served: no"]
