@@ -15,16 +15,17 @@ from tests.adapter_folders import BASE, CONFIG, LIMITS, Shelf, make, write
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
-def put(path: Path) -> None:
-    """A file of somebody else's."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("of no concern")
+def put(*paths: Path) -> None:
+    """Files of somebody else's."""
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("of no concern")
 
 
 LEFTOVERS: dict[str, Callable[[Path], object]] = {
     "huggingface-cli": lambda path: put(path / ".cache" / "huggingface" / "download" / f"{CONFIG_FILE}.metadata"),
     "git": lambda path: put(path / ".git" / "config"),
-    "a Mac": lambda path: (put(path / ".DS_Store"), put(path / f"._{CONFIG_FILE}")),
+    "a Mac": lambda path: put(path / ".DS_Store", path / f"._{CONFIG_FILE}"),
     "an archiver": lambda path: put(path.parent / "__MACOSX" / "._a"),
     "a trainer": lambda path: make(path, "checkpoint-500", lora_alpha=99),
     "a file system": lambda path: (path.parent / "lost+found").mkdir(),

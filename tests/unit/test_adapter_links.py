@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import shutil
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -387,27 +387,3 @@ async def test_a_linked_folder_can_be_loaded_by_its_path_and_deleted_alone(tmp_p
     await shelf.operator.delete("a")
     assert (os.path.lexists(shelf.first / "a"), (target / CONFIG_FILE).is_file()) == (False, True)
     assert [name for name in os.listdir(shelf.first) if name != "out"] == []
-
-
-async def test_no_watch_goes_through_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A recursive watch follows links, so that one to ``/`` had the whole disk watched at start."""
-    seen: list[tuple[tuple[Path, ...], bool]] = []
-
-    async def awatch(*paths: Path, recursive: bool, **how: object) -> AsyncIterator[None]:
-        seen.append((paths, recursive))
-        if paths:
-            raise OSError("none here")
-        yield
-
-    monkeypatch.setattr("server.adapters.watcher.awatch", awatch)
-    shelf = Shelf(tmp_path, settle=0.05)
-    make(shelf.first, "a")
-    (shelf.first / "root").symlink_to("/")
-    await shelf.watcher.start()
-    watching = asyncio.create_task(shelf.watcher.run())
-    for _ in range(100):
-        await asyncio.sleep(0.01)
-        if seen:
-            break
-    watching.cancel()
-    assert (set(seen[0][0]), seen[0][1]) == ({shelf.first, shelf.second, shelf.first / "a"}, False)

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import shutil
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -251,3 +252,27 @@ async def test_aliases_follow_their_file_and_a_wrong_file_changes_nothing(
     (shelf.first / "aliases.toml").unlink()
     await shelf.watcher.scan()
     assert shelf.lender.aliases == {}
+
+
+async def test_no_watch_goes_through_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recursive watch follows links, so that one to ``/`` had the whole disk watched at start."""
+    seen: list[tuple[tuple[Path, ...], bool]] = []
+
+    async def awatch(*paths: Path, recursive: bool, **how: object) -> AsyncIterator[None]:
+        seen.append((paths, recursive))
+        if paths:
+            raise OSError("none here")
+        yield
+
+    monkeypatch.setattr("server.adapters.watcher.awatch", awatch)
+    shelf = Shelf(tmp_path, settle=0.05)
+    make(shelf.first, "a")
+    (shelf.first / "root").symlink_to("/")
+    await shelf.watcher.start()
+    watching = asyncio.create_task(shelf.watcher.run())
+    for _ in range(100):
+        await asyncio.sleep(0.01)
+        if seen:
+            break
+    watching.cancel()
+    assert (set(seen[0][0]), seen[0][1]) == ({shelf.first, shelf.second, shelf.first / "a"}, False)
