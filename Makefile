@@ -25,6 +25,7 @@ test: lint
 	$(CPU_$(CPU)) $(BIN)/pytest
 
 test-full: test
+	$(CPU_$(CPU)) $(BIN)/pytest -m wide
 	$(CPU_$(CPU)) $(BIN)/pytest tests/full
 
 test-gpu:  ## installs nothing: PYTHON=/path/to/an/interpreter with a torch for CUDA, or .venv's where none is named

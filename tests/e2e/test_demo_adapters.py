@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import pytest
 from openai import OpenAI
 
+from tests.tables import wide
 from trainer.micro.topics.python_facts import Fact, facts
 from trainer.recipes.demos import HELPDESK_STOP, HELPDESK_TEMPLATE, classified, classifier
 from trainer.recipes.demos import helpdesk as helpdesk_conversations
@@ -95,6 +96,7 @@ def test_helpdesk_answers_right(new_wordings: list[Answered]) -> None:
     assert share(new_wordings, "right") >= 0.70
 
 
+@wide
 def test_helpdesk_on_frames_that_nobody_trained(new_frames: list[Answered]) -> None:
     """Harder than what is promised: the floor that today's weights keep, so that others may not fall below it."""
     assert share(new_frames, "in_template") >= 0.80

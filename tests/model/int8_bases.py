@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -66,9 +67,15 @@ def load_micro(quantization: str) -> Base:
     )
 
 
+@functools.cache
+def micro_in_floats() -> Reader:
+    """What its int8 forms are compared with; made once."""
+    return Reader(load_micro("none"))
+
+
 def compare_micro() -> Mapping[str, Comparison]:
     """By text, int8 with float32."""
-    int8, floats = Reader(load_micro("int8")), Reader(load_micro("none"))
+    int8, floats = Reader(load_micro("int8")), micro_in_floats()
     texts = own_texts(floats.base.tokenizer, num_windows=NUM_WINDOWS)
     return {name: compare(int8, floats, windows) for name, windows in texts.items()}
 

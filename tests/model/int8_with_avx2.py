@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import torch
 from numba import njit
@@ -35,13 +37,14 @@ def assert_nothing_above_avx2_is_used() -> None:
 
 
 def main() -> None:
-    """Prints the levels of weights; fails where a row depends on others, or micro understands less than it may."""
+    """Prints the levels of weights; fails where a row depends on others, or, if asked, micro understands too little."""
     torch.set_num_threads(1)
     assert_nothing_above_avx2_is_used()
     print(weight_levels(FbgemmKernel))
     test_sums_over_the_largest_numbers_are_exact(FbgemmKernel, 127)
     assert_independent(kernel_of(FbgemmKernel))
-    assert_micro_understands()
+    if "--with-micro" in sys.argv:
+        assert_micro_understands()
 
 
 if __name__ == "__main__":

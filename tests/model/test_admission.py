@@ -19,8 +19,10 @@ from server.model.kv_cache import KVCache, RowsLayout, Span
 from tests.model.architectures import REFUSED, SERVED, verdict
 from tests.model.families import FAMILIES
 from tests.model.models_table import PATH, table
+from tests.tables import wide
 
 
+@wide  # the families below are one of each kind
 @pytest.mark.parametrize("name", SERVED)
 def test_served(name: str) -> None:
     assert verdict(name).reason is None
@@ -40,6 +42,7 @@ def test_refused_with_a_reason_people_can_read(name: str) -> None:
     assert "\n" not in said.short_reason
 
 
+@wide
 def test_the_page_of_models_is_what_the_generator_writes() -> None:
     assert PATH.read_text(encoding="utf-8") == table(), "run python -m tests.model.models_table"
 

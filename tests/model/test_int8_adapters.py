@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -21,9 +21,11 @@ from server.lora.weights import LoRAWeights
 from server.model.shapes import signature_of
 from server.native.routine import available
 from server.sequence import AdapterUse
+from tests.instruction_sets import PRODUCTS, needs
 from tests.model.harness import Answer, Ask, Hosted, difference, host, prompts, put_back_rotation, stock_logits
 from tests.model.int8_oracle import oracle_of, without_copies
 from tests.model.peft_cases import CASES, TOLERANCE, base_of, make_adapter
+from tests.tables import one_of_each
 
 FINGERPRINT = f"sha256:{'0' * 64}"
 LIMITS = Limits(max_rank=16, max_bytes=1 << 24)
@@ -32,7 +34,10 @@ PAIRS = [
 ]
 Adding = Literal["torch", "routine", "product"]
 """By what deltas are added: the product of integers does it on CPUs with tiles, in bfloat16."""
-every_way = pytest.mark.parametrize("adding", get_args(Adding))
+every_way = pytest.mark.parametrize(
+    "adding",
+    ["torch", pytest.param("routine", marks=needs(*PRODUCTS)), pytest.param("product", marks=needs("AMX"))],
+)
 ROUNDED = ("linear_parameter", "tokens", "tokens_by_module", "tokens_of_head")
 """What PEFT computes with other weights, in floats, where the engine adds to the product of integers."""
 
@@ -104,7 +109,7 @@ def check(answers: Sequence[Answer], model: torch.nn.Module, *, rounded: bool, d
 
 
 @every_way
-@pytest.mark.parametrize(("case", "name"), PAIRS)
+@pytest.mark.parametrize(("case", "name"), one_of_each(PAIRS))
 def test_rows_are_pefts_on_the_same_numbers(case: str, name: str, adding: Adding, tmp_path: Path) -> None:
     family = family_of(name, adding=adding)
     peft, hosted = family.make(case, name, tmp_path / "it"), family.hosted

@@ -21,6 +21,7 @@ from tests.model.int8_bases import (
     NUM_WINDOWS,
     TWO_KERNELS,
     kernel_named,
+    micro_in_floats,
     rounding_of_both,
     rows_for,
 )
@@ -142,14 +143,10 @@ def _inflate(model: PreTrainedModel) -> None:
 
 
 def _compare(folder: Path) -> Comparison:
-    int8, floats = (
-        Reader(
-            load_base(
-                base, name="m", device="cpu", dtype="float32", max_model_len=LENGTH, kv_memory=None, quantization=how
-            )
-        )
-        for base, how in ((str(folder), "int8"), ("micro", "none"))
+    inflated = load_base(
+        str(folder), name="m", device="cpu", dtype="float32", max_model_len=LENGTH, quantization="int8"
     )
+    int8, floats = Reader(inflated), micro_in_floats()
     windows = own_texts(floats.base.tokenizer, num_windows=NUM_WINDOWS)["conversations"]
     return compare(int8, floats, windows)
 

@@ -19,6 +19,7 @@ from server.model.shapes import signature_of
 from tests.model.harness import Answer, Ask, Hosted, difference, host, prompts, stock_logits
 from tests.model.peft_cases import CASES, MIXTURES, TOLERANCE, base_of, make_adapter
 from tests.model.peft_table import PATH, page
+from tests.tables import one_of_each
 
 FINGERPRINT = f"sha256:{'0' * 64}"
 LIMITS = Limits(max_rank=16, max_bytes=1 << 24)
@@ -63,7 +64,7 @@ def check(answer: Answer, model: nn.Module) -> None:
             assert token == ids[0]
 
 
-@pytest.mark.parametrize(("case", "name"), PAIRS)
+@pytest.mark.parametrize(("case", "name"), one_of_each(PAIRS))
 def test_rows_equal_pefts_alone_among_equals_and_mixed(case: str, name: str, tmp_path: Path) -> None:
     family = family_of(name)
     models = {"it": make(case, name, tmp_path / "it"), "beside": make("rslora", name, tmp_path / "beside")}

@@ -22,6 +22,7 @@ from server.text.prompt import PromptRenderer
 from tests.instruction_sets import PRODUCTS, needs
 from tests.model.harness import RecordingSampler, difference, put_back_rotation
 from tests.serving import ROOT
+from tests.tables import wide
 from trainer.micro.topics.python_facts import facts
 from trainer.recipes.demos import classified
 
@@ -122,7 +123,16 @@ def ask(micro: Micro, *, every: int = 1) -> list[Sequence]:
     return asked[::every]
 
 
-@pytest.mark.parametrize(("at_once", "every"), [(1, 5), (6, 2)])
+@pytest.mark.parametrize(
+    ("micro", "at_once", "every"),
+    [
+        ("none", 1, 5),
+        ("int8", 6, 2),
+        pytest.param("none", 6, 2, marks=wide),
+        pytest.param("int8", 1, 5, marks=wide),
+    ],
+    indirect=["micro"],
+)
 def test_answers_are_the_same_with_drafts_and_without(micro: Micro, at_once: int, every: int) -> None:
     silent = micro.play(ask(micro, every=every), drafts=0, at_once=at_once)
     spoken = micro.play(ask(micro, every=every), drafts=12, at_once=at_once)

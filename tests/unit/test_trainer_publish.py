@@ -37,7 +37,7 @@ def recipe(tmp_path: Path) -> Path:
     (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)), encoding="utf-8")
     path = tmp_path / "recipe.yaml"
     path.write_text(
-        f"name: fox\nbase_model: {base}\nmax_steps: 10\nlr: 1e-2\nmax_length: 64\ndtype: float32\n"
+        f"name: fox\nbase_model: {base}\nmax_steps: 4\nlr: 1e-2\nmax_length: 64\ndtype: float32\n"
         "data: [{path: chats.jsonl, format: messages}]\nstop: ['###']\nsampling: {temperature: 0.5, max_tokens: 8}\n"
         "samples: ['What is 3?']\ndescription: Knows numbers.\n",
         encoding="utf-8",
