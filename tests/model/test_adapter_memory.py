@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from server.lora.weights import LoRAWeights
-from server.native.routine import available
+from tests.instruction_sets import NUMBA, needs
 from tests.model.held import held_bytes
 from tests.model.test_lora_bank import HIDDEN, Stage, adapter, ones, recipes, sequence, some_uses
 
@@ -27,7 +27,7 @@ def kinds() -> dict[str, LoRAWeights]:
     "compiled",
     [
         False,
-        pytest.param(True, marks=pytest.mark.skipif(not available(), reason="no OpenMP library of torch's here")),
+        pytest.param(True, marks=needs(NUMBA)),
     ],
     ids=["batched", "compiled"],
 )

@@ -18,7 +18,8 @@ from server.lora.bank import LoRABank
 from server.lora.delta import Delta
 from server.lora.stack import Stack
 from server.lora.weights import LoRAWeights
-from server.native.routine import Deltas, available
+from server.native.routine import Deltas
+from tests.instruction_sets import NUMBA, needs
 from tests.model.held import held_bytes
 from tests.model.test_lora_bank import HIDDEN, Stage, adapter, ones
 
@@ -65,14 +66,13 @@ class Operations(TorchDispatchMode):
 
 
 Failing = type[Lines] | type[Operations]
-needs_routines = pytest.mark.skipif(not available(), reason="without torch's OpenMP library there are no routines")
 every_way = pytest.mark.parametrize("way", [Lines, Operations])
 every_bank = pytest.mark.parametrize(
     ("way", "compiled"),
     [
         pytest.param(Lines, False, id="lines"),  # where nothing is compiled, adding takes no operation of torch
-        pytest.param(Lines, True, id="compiled-lines", marks=needs_routines),
-        pytest.param(Operations, True, id="compiled-operations", marks=needs_routines),
+        pytest.param(Lines, True, id="compiled-lines", marks=needs(NUMBA)),
+        pytest.param(Operations, True, id="compiled-operations", marks=needs(NUMBA)),
     ],
 )
 
@@ -206,7 +206,7 @@ def deltas_of(product: Fused) -> Deltas | None:
     return product.deltas
 
 
-@needs_routines
+@needs(NUMBA)
 @every_way
 def test_an_adapter_in_tiles_that_cannot_be_added_leaves_no_address_of_it(way: Failing) -> None:
     """What is read by a product's routine on a CPU with AMX is looked at here on any."""
@@ -229,7 +229,7 @@ def test_an_adapter_in_tiles_that_cannot_be_added_leaves_no_address_of_it(way: F
     assert deltas_of(product) is None and held_bytes(bank) == 0
 
 
-@needs_routines
+@needs(NUMBA)
 @every_way
 def test_tables_that_cannot_grow_are_what_they_were(way: Failing) -> None:
     stage = Stage(compiled=True)

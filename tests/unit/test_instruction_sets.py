@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -44,6 +46,30 @@ def test_where_all_is_there_nothing_is_said_to_be_missing_and_where_nothing_is_a
     assert Selection([Item()]).told() is None
 
 
+SKIPS = re.compile(r"pytest\.(mark\.)?(skip|skipif|importorskip|xfail)\b")
+
+
+def test_no_test_is_skipped_or_ends_before_it_has_asserted_anything() -> None:
+    """One test of attention returned on every CPU without tiles, and passed."""
+    wrong = []
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        text = path.read_text(encoding="utf-8")
+        wrong += [f"{path}: {match[0]}" for match in SKIPS.finditer(text)]
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_"):
+                wrong += [f"{path}:{line}: return in {node.name}" for line in returns_of(node)]
+    assert wrong == []
+
+
+def returns_of(node: ast.AST) -> Iterator[int]:
+    """Lines with a return of the function itself, not of one that is defined in it."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Return):
+            yield child.lineno
+        elif not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ClassDef):
+            yield from returns_of(child)
+
+
 @pytest.mark.parametrize("cpu", ["avx2", "avx512"])
 def test_make_runs_pytest_as_on_another_cpu(cpu: str) -> None:
     done = make(cpu)
@@ -61,4 +87,6 @@ def test_make_refuses_a_cpu_that_it_does_not_know() -> None:
 def make(cpu: str) -> subprocess.CompletedProcess[str]:
     tool = shutil.which("make")
     assert tool is not None
-    return subprocess.run([tool, "-n", "test", f"CPU={cpu}"], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(
+        [tool, "-n", "test", f"CPU={cpu}", "PYTHON=python3"], cwd=ROOT, capture_output=True, text=True
+    )
