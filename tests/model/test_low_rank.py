@@ -15,7 +15,7 @@ from server.lora.weights import LoRAWeights
 from server.sequence import AdapterUse, Batch, SamplingParams, Segment
 from server.sequence import Sequence as Generation
 from tests.instruction_sets import NUMBA, needs
-from tests.model.test_lora_bank import HIDDEN, Stage, adapter, ones, sequence, storm
+from tests.model.test_lora_bank import HIDDEN, SEEDS, Stage, adapter, ones, sequence, storm
 
 pytestmark = needs(NUMBA)
 LENGTHS = (1, 1, 2, 15, 16, 17, 33, 1)
@@ -35,7 +35,7 @@ def stage(threads: int) -> Stage:
     return Stage(compiled=True)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_random_mixtures_are_what_each_adapter_gives_by_itself(seed: int, stage: Stage) -> None:
     storm(stage, seed)
     assert stage.num_blocks == 0

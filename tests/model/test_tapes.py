@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 
@@ -26,6 +27,7 @@ from tests.instruction_sets import PRODUCTS, needs
 from tests.model.families import _COMMON, FAMILIES, _config, build_from
 from tests.model.harness import GREEDY, Hosted, RecordingSampler, host, prompts, put_back_rotation
 from tests.model.peft_cases import CONFIGS
+from tests.tables import one_of_each
 
 pytestmark = needs(*PRODUCTS)  # without routines for products there are no tapes
 LENGTH = 288
@@ -156,8 +158,7 @@ class Play:
         return {number: torch.stack(logits) for number, logits in self.sampler.logits.items()}
 
 
-@pytest.mark.parametrize("threads", [1, 2], ids=["one_thread", "two_threads"])
-@pytest.mark.parametrize("name", CONFIG)
+@pytest.mark.parametrize(("name", "threads"), one_of_each(itertools.product(CONFIG, (1, 2))))
 def test_whatever_happens_logits_are_those_of_steps_in_python(
     name: str, threads: int, host_family: Callable[[str], Hosted], restore_threads: None
 ) -> None:
