@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from server.adapters.content.manners import AdapterDefaults
 from server.adapters.leases import Lease
 from server.api.protocol import GenerationRequest
-from server.api.sampling import completion_length, end_ids, overlay, sampling_params, stop_strings
+from server.api.sampling import check_token_ids, completion_length, end_ids, overlay, sampling_params, stop_strings
 from server.api.shapes import Json
 from server.api.state import ServerState
 from server.engine.async_engine import OutputStream
@@ -133,6 +133,7 @@ class Generation:
 
         Raises every error that is known by then, so that it can be answered with a status of its own.
         """
+        check_token_ids(self.request, self.state.prompts.vocab_size)
         self.state.engine.check_capacity(self.num_choices)
         self.lease = await self._acquire()
         defaults = self._defaults()
@@ -185,7 +186,7 @@ class Generation:
         lengths = [self._completion_length(len(prompt), defaults) for prompt in prompts]
         stop = stop_strings(self.request, defaults)
         tokenizer = self.state.prompts.with_tokens(defaults.added_tokens)  # made already by ``render``, in a thread
-        eos_ids = self.state.eos_ids | end_ids(defaults, stop, tokenizer)
+        eos_ids = self.state.eos_ids | end_ids(defaults, stop, tokenizer) | frozenset(self.request.stop_token_ids or ())
         for prompt, max_tokens in zip(prompts, lengths, strict=True):
             for index in range(self.request.n):
                 stream = self.state.engine.submit(
@@ -196,7 +197,7 @@ class Generation:
                     eos_ids=eos_ids,
                     scope=self.scope,
                 )
-                detokenizer = Detokenizer(tokenizer.decode, stop)
+                detokenizer = Detokenizer(tokenizer.decode, stop, min_tokens=self.request.min_tokens or 0)
                 self._choices.append(Choice(len(self._choices), stream, detokenizer, eos_ids))
 
     def _completion_length(self, prompt_tokens: int, defaults: AdapterDefaults) -> int:

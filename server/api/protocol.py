@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
@@ -21,6 +24,8 @@ from server.errors import UnsupportedParameter
 MAX_CHOICES = 128
 MAX_STOP_LENGTH = 1024
 MAX_SALT_LENGTH = 256
+MAX_TOKEN_IDS = 1024
+MAX_BIAS = 100
 
 # No effect on the answer of this server, whatever the value.
 IGNORED = frozenset(
@@ -43,20 +48,14 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
     "echo": (False,),
-    "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
     "ignore_eos": (False,),
-    "logit_bias": ({},),
     "logprobs": (False,),
-    "min_tokens": (0,),
     "modalities": (["text"],),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "skip_special_tokens": (True,),
-    "stop_token_ids": ([],),
     "store": (False,),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
@@ -117,8 +116,41 @@ def _are_ids(items: list[Any]) -> bool:
     return all(type(item) is int and item >= 0 for item in items)
 
 
+def _parse_biases(value: object) -> tuple[tuple[int, float], ...]:
+    """``{"50256": -100}`` as token ids and numbers."""
+    if not isinstance(value, dict):
+        raise PydanticCustomError("object_type", "it should be an object of token ids and numbers")
+    if len(value) > MAX_TOKEN_IDS:
+        raise PydanticCustomError("too_long", f"it should have at most {MAX_TOKEN_IDS} entries")
+    return tuple(_parse_bias(key, bias) for key, bias in value.items())
+
+
+def _parse_bias(key: object, bias: object) -> tuple[int, float]:
+    if not isinstance(key, str) or re.fullmatch(r"0|[1-9][0-9]{0,9}", key) is None:
+        raise PydanticCustomError("token_id", "its keys should be token ids, and {key} is none", {"key": _shown(key)})
+    if isinstance(bias, bool) or not isinstance(bias, int | float) or not -MAX_BIAS <= bias <= MAX_BIAS:
+        message = f"the bias of token {key} should be a number from -{MAX_BIAS} to {MAX_BIAS}"
+        raise PydanticCustomError("bias", message)
+    return int(key), float(bias)
+
+
+def _shown(key: object) -> str:
+    return repr(key)[:40]
+
+
 Text = Annotated[str, AfterValidator(_well_formed)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+RepetitionPenalty = Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)]
+Biases = Annotated[tuple[tuple[int, float], ...], PlainValidator(_parse_biases)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH), AfterValidator(_well_formed)]
+
+
+@dataclass(frozen=True)
+class Processed:
+    """Marks a field whose value is for the logits processor of the same name, unless it is ``neutral``."""
+
+    neutral: object
 
 
 class _Strict(BaseModel):
@@ -214,6 +246,12 @@ class GenerationRequest(_Strict):
     cache_salt: Annotated[Text, Field(min_length=1, max_length=MAX_SALT_LENGTH)] | None = None
     n: int = Field(1, ge=1, le=8)
     stop: Annotated[list[StopString], Field(min_length=1, max_length=16), BeforeValidator(_as_list)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_TOKEN_IDS)] | None = None
+    frequency_penalty: Annotated[Penalty | None, Processed(neutral=0)] = None
+    presence_penalty: Annotated[Penalty | None, Processed(neutral=0)] = None
+    repetition_penalty: Annotated[RepetitionPenalty | None, Processed(neutral=1)] = None
+    logit_bias: Annotated[Biases | None, Processed(neutral=())] = None
+    min_tokens: Annotated[int | None, Field(ge=0, lt=2**31), Processed(neutral=0)] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -232,6 +270,23 @@ class GenerationRequest(_Strict):
                 "stream_options", "it is only allowed when 'stream' is true", {"field": "stream_options"}
             )
         return self
+
+    @model_validator(mode="after")
+    def _min_tokens_fit(self) -> Self:
+        if self.min_tokens and self.max_completion is not None and self.min_tokens > self.max_completion:
+            message = f"it is greater than the {self.max_completion} tokens that the answer may have"
+            raise PydanticCustomError("min_tokens", message, {"field": "min_tokens"})
+        return self
+
+    @property
+    def processors(self) -> tuple[tuple[str, Any], ...]:
+        """Names and values of the logits processors that the request asks for."""
+        asked = []
+        for name, mark in processed_fields().items():
+            value = getattr(self, name)
+            if value is not None and value != mark.neutral:
+                asked.append((name, value))
+        return tuple(asked)
 
     @property
     def num_prompts(self) -> int:
@@ -277,3 +332,10 @@ class CompletionRequest(GenerationRequest):
     def num_prompts(self) -> int:
         """As many as the list is long."""
         return len(self.prompt)
+
+
+@cache
+def processed_fields() -> dict[str, Processed]:
+    """The fields of a request that are for logits processors."""
+    fields = GenerationRequest.model_fields.items()
+    return {name: mark for name, field in fields for mark in field.metadata if isinstance(mark, Processed)}

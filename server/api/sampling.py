@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from server.adapters.content.manners import AdapterDefaults
 from server.api.protocol import GenerationRequest
-from server.errors import ContextLengthExceeded
+from server.errors import ContextLengthExceeded, InvalidRequest
 from server.sequence import SamplingParams
 from server.text.prompt import PromptRenderer
 
@@ -32,6 +32,7 @@ def sampling_params(request: GenerationRequest, defaults: AdapterDefaults, *, in
         top_k=max(top_k, 0),
         min_p=float(_first(request.min_p, defaults.min_p, 0.0)),
         seed=None if request.seed is None else request.seed + index,
+        processors=request.processors,
     )
 
 
@@ -49,6 +50,17 @@ def end_ids(defaults: AdapterDefaults, stop: Iterable[str], prompts: PromptRende
     ids = [prompts.token_id(text) for text in texts] + [prompts.end_token_id(token) for token in defaults.end_tokens]
     numbers = [token for token in defaults.eos if isinstance(token, int) and token < prompts.vocab_size]
     return frozenset([*numbers, *[one for one in ids if one is not None]])
+
+
+def check_token_ids(request: GenerationRequest, vocab_size: int) -> None:
+    """Raises ``InvalidRequest`` where a request names a token that the base does not have."""
+    biased = [token for token, _ in request.logit_bias or ()]
+    for param, token_ids in (("logit_bias", biased), ("stop_token_ids", request.stop_token_ids or ())):
+        beyond = [token for token in token_ids if token >= vocab_size]
+        if beyond:
+            raise InvalidRequest(
+                f"Invalid '{param}': token ids should be below {vocab_size}, and {beyond[0]} is not.", param=param
+            )
 
 
 def completion_length(

@@ -12,11 +12,15 @@ import torch
 
 from server.model.blocks import largest
 from server.model.drawing import draw_tokens
+from server.model.logits.registry import LogitsProcessing
 from server.sequence import Draw
 
 
 class Sampler:
-    """Chooses tokens; it remembers nothing."""
+    """Chooses tokens; of sequences with logits processors it keeps those."""
+
+    def __init__(self) -> None:
+        self._processing = LogitsProcessing()
 
     def sample(self, logits: torch.Tensor, draws: SequenceOf[Draw]) -> list[int | None]:
         """A token for each row of ``logits`` [len(draws), vocab].
@@ -25,7 +29,7 @@ class Sampler:
         """
         if not draws:
             return []
-        logits = logits.float()
+        logits = self._processing(logits.float(), draws)
         values, likeliest = largest(logits)
         finite, greedy = values.isfinite().tolist(), likeliest.tolist()  # of a row with NaN the largest is NaN
         chosen: list[int | None] = [

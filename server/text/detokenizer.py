@@ -14,12 +14,14 @@ class Detokenizer:
     Only a window of the last tokens is decoded at each step. It begins at a token after which the text was whole, and
     keeps the piece before it, because the first token of a decoded run may lose its leading space (SentencePiece).
     Of several stop strings the one that is complete first ends the text; of those that end together, the longest.
+    One that is complete within the first ``min_tokens`` tokens is text like any other.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str]) -> None:
+    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str], *, min_tokens: int = 0) -> None:
         assert all(stop), "an empty stop string stops everything"
         self._decode = decode
         self._stop = tuple(stop)
+        self._min_tokens, self._num_tokens = min_tokens, 0
         self._window: list[int] = []
         self._num_context = 0  # tokens of the window that are there only for the sake of those behind them
         self._num_shown = 0  # characters of the window's text that were handed on
@@ -35,6 +37,7 @@ class Detokenizer:
         """What may be shown now that this token is known."""
         if self._stopped:
             return ""
+        self._num_tokens += 1
         self._window.append(token_id)
         text = self._decode(self._window)
         whole = text.rstrip(_BROKEN)
@@ -74,7 +77,7 @@ class Detokenizer:
     def _show(self, delta: str) -> str:
         text = self._held + delta
         ends = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
-        if ends:
+        if ends and self._num_tokens > self._min_tokens:
             self._stopped, self._held = True, ""
             return text[: min(ends)[1]]
         num_held = self._num_held(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from openai import OpenAI
 
@@ -12,16 +13,29 @@ from tests.serving import ServerProcess
 QUESTIONS = ("How do I sort a list?", "Tell me about the evening.", "What is the capital of Italy? " * 30)
 
 
-def answer(client: OpenAI, job: tuple[str, str]) -> tuple[str | None, int | None]:
-    model, question = job
+SETTINGS: tuple[dict[str, Any], ...] = (
+    {"temperature": 0},
+    {"temperature": 1, "seed": 1},
+    {"temperature": 0.8, "top_p": 0.9, "seed": 2, "frequency_penalty": 0.5},
+    {"temperature": 1.2, "seed": 3, "extra_body": {"top_k": 30, "min_p": 0.02, "repetition_penalty": 1.1}},
+    {"temperature": 0, "presence_penalty": 1.0, "logit_bias": {"300": -100}, "extra_body": {"min_tokens": 35}},
+)
+"""Greedy and with fixed seeds, with filters and penalties: each job has one of them."""
+
+Job = tuple[str, str, dict[str, Any]]
+
+
+def answer(client: OpenAI, job: Job) -> tuple[str | None, int | None]:
+    model, question, settings = job
     said = client.chat.completions.create(
-        model=model, messages=[{"role": "user", "content": question}], temperature=0, max_tokens=40
+        model=model, messages=[{"role": "user", "content": question}], max_tokens=40, **settings
     )
     return said.choices[0].message.content, said.usage.completion_tokens if said.usage else None
 
 
 def test_sixteen_clients_on_five_adapters_and_the_base(client: OpenAI, server: ServerProcess) -> None:
-    jobs = [(model, question) for question in QUESTIONS for model in ("micro", *DEMOS)][:16]
+    asked = [(model, question) for question in QUESTIONS for model in ("micro", *DEMOS)][:16]
+    jobs = [(*each, SETTINGS[number % len(SETTINGS)]) for number, each in enumerate(asked)]
     alone = [answer(client, job) for job in jobs]
     steps = server.metric("quickchange_step_sequences_count")
     sequences = server.metric("quickchange_step_sequences_sum")
@@ -46,7 +60,7 @@ def test_a_long_prompt_does_not_stall_who_is_being_answered(client: OpenAI, serv
         stream=True,
     )
     with ThreadPoolExecutor(1) as pool:
-        long = pool.submit(answer, client, ("micro", "word " * 1800))
+        long = pool.submit(answer, client, ("micro", "word " * 1800, SETTINGS[0]))
         assert sum(1 for _ in stream) > 3
         long.result()
     within = server.metric("quickchange_step_rows_bucket", le="512.0") - before

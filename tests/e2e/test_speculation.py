@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from openai import OpenAI
@@ -30,7 +31,17 @@ def silent(watched: Path) -> Iterator[OpenAI]:
         assert server.metric("quickchange_draft_tokens_total") == 0
 
 
-def streamed(client: OpenAI, model: str, question: str, seed: int | None) -> tuple[str, str | None, int | None]:
+PENALTIES: dict[str, Any] = {
+    "frequency_penalty": 0.3,
+    "presence_penalty": 0.5,
+    "logit_bias": {"300": 1.5, "301": -100},
+    "extra_body": {"repetition_penalty": 1.05, "min_tokens": 30},
+}
+
+
+def streamed(
+    client: OpenAI, model: str, question: str, seed: int | None, **more: Any
+) -> tuple[str, str | None, int | None]:
     """The text of a stream, how it ended, and how many tokens were counted."""
     text, reason, tokens = "", None, None
     for chunk in client.chat.completions.create(
@@ -41,6 +52,7 @@ def streamed(client: OpenAI, model: str, question: str, seed: int | None) -> tup
         max_tokens=90,
         stream=True,
         stream_options={"include_usage": True},
+        **more,
     ):
         if chunk.usage is not None:
             tokens = chunk.usage.completion_tokens
@@ -58,6 +70,10 @@ def test_streams_are_the_same_with_speculation_and_without(
     for seed, asked in ((None, ASKED), (5, dict(reversed(ASKED)).items())):  # sampled, one question a model
         for model, question in asked:
             assert streamed(client, model, question, seed) == streamed(silent, model, question, seed)
+    for seed in (None, 5):
+        for model, question in (ASKED[0], ASKED[3]):
+            said = streamed(client, model, question, seed, **PENALTIES)
+            assert said == streamed(silent, model, question, seed, **PENALTIES)
     accepted = server.metric("quickchange_accepted_draft_tokens_total") - before
     assert 50 < accepted < server.metric("quickchange_draft_tokens_total")
 

@@ -44,6 +44,11 @@ STEADY = "steady"
 DEMOS = ("tolstoy", "dostoevsky", "shakespeare")
 PROMPTS = {"Write about a house by the river.": 24, "Once upon a time,": 32, "Tell me about Peter and his brother.": 40}
 """What is asked, and how many tokens may be answered."""
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "Once upon a time,": {"temperature": 0.8, "top_p": 0.9, "seed": 5},
+    "Tell me about Peter and his brother.": {"temperature": 1, "seed": 6, "frequency_penalty": 0.3, "min_tokens": 20},
+}
+"""How prompts are answered that are not answered greedily; always by the same seed."""
 STORY, STEADY_TOKENS = "Tell me a story.", 150
 TOPICS = ("horses", "war", "the moon", "Petersburg", "old age", "money", "love", "a journey", "bread", "winter")
 NUM_CLIENTS = 8
@@ -90,8 +95,9 @@ class Answer:
 
 
 def ask(client: httpx.Client, model: str, prompt: str, max_tokens: int) -> Answer:
-    """Stream an answer at temperature 0."""
+    """Stream an answer, greedily or by a fixed seed."""
     body = {"model": model, "messages": [{"role": "user", "content": prompt}], "temperature": 0, "stream": True}
+    body |= SETTINGS.get(prompt, {})
     answer = Answer(model, prompt, time.time())
     try:
         with client.stream("POST", "/v1/chat/completions", json=body | {"max_tokens": max_tokens}) as response:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -103,12 +105,14 @@ def ask(number: int, prompt: list[int], **fields: object) -> Sequence:
     return Sequence(number, tuple(prompt), **{"max_tokens": 20, "params": GREEDY, **fields})  # type: ignore[arg-type]
 
 
-def random_asks(source: random.Random, model_number: int) -> list[Sequence]:
+def random_asks(source: random.Random, *, penalized: bool) -> list[Sequence]:
     """Prompts of all lengths, greedy and seeded, on adapters or none, with and without an end token."""
     asks = []
     for number in range(14):
         greedy = source.random() < 0.5
         params = GREEDY if greedy else SamplingParams(temperature=source.choice((0.3, 1.0)), seed=number, top_p=0.95)
+        if penalized:
+            params = replace(params, processors=random_processors(number))
         asks.append(
             ask(
                 number,
@@ -123,15 +127,32 @@ def random_asks(source: random.Random, model_number: int) -> list[Sequence]:
     return asks
 
 
-def play(number: int, drafts: int) -> tuple[dict[int, list[tuple[int | None, object]]], int, float]:
+def random_processors(number: int) -> tuple[tuple[str, Any], ...]:
+    """Small penalties, so that the model still repeats itself, a bias, a least length: some of them."""
+    source = random.Random(f"processors {number}")
+    every: dict[str, Any] = {
+        "frequency_penalty": source.choice((0.2, 0.05, -0.1)),
+        "presence_penalty": source.choice((0.3, -0.3)),
+        "repetition_penalty": source.choice((1.05, 0.95)),
+        "logit_bias": tuple((token, source.uniform(-2, 2)) for token in source.sample(range(VOCAB), 4)),
+        "min_tokens": source.randint(1, 20),
+    }
+    return tuple((name, every[name]) for name in source.sample(sorted(every), source.randint(1, 4)))
+
+
+Said = dict[int, list[tuple[int | None, object]]]
+"""Tokens and ends of each sequence."""
+
+
+def play(number: int, drafts: int, *, penalized: bool = False) -> tuple[Said, int, float]:
     """What every sequence of a random story got, how many steps it took, and how many drafts were right."""
     source = random.Random(number)
     order, sharpness = source.choice((1, 2, 3)), source.choice((2.0, 6.0, 20.0))
     engine, runner = make(
         habits(number, order=order, sharpness=sharpness), drafts=drafts, slots=source.randint(1, 5), budget=11
     )
-    got: dict[int, list[tuple[int | None, object]]] = {}
-    for sequence in random_asks(source, number):
+    got: Said = {}
+    for sequence in random_asks(source, penalized=penalized):
         engine.add(sequence)
         for output in step(engine) if source.random() < 0.5 else ():
             got.setdefault(output.sequence_id, []).append((output.token_id, output.finish_reason))
@@ -148,6 +169,19 @@ def test_every_sequence_gets_the_tokens_it_gets_without_drafts(number: int) -> N
     assert none == 0
     for drafts in (1, 3, 12):
         assert play(number, drafts)[0] == without
+
+
+def test_every_sequence_with_penalties_gets_the_tokens_it_gets_without_drafts() -> None:
+    """A draft's row has the penalties of the drafts before it, whether they were right or not."""
+    num_accepted = 0.0
+    for number in range(8):
+        without, _, none = play(number, drafts=0, penalized=True)
+        assert none == 0
+        spoken, _, accepted = play(number, drafts=6, penalized=True)
+        assert spoken == without
+        assert spoken != play(number, drafts=6)[0]
+        num_accepted += accepted
+    assert num_accepted > 150
 
 
 def test_the_stories_above_are_not_empty() -> None:

@@ -217,3 +217,32 @@ def test_metrics_speak_the_format_that_is_asked_for() -> None:
 
 def test_the_version_can_be_asked_for() -> None:
     assert ask(create_app(server_state(FakeEngine())), "GET", "/version").json() == {"version": "0.0.test"}
+
+
+@pytest.mark.parametrize(("field", "value"), [("stop_token_ids", [3, 10**6]), ("logit_bias", {"3": 1, "1000000": 1})])
+def test_tokens_that_the_base_does_not_have_are_refused_by_name(field: str, value: object) -> None:
+    engine = FakeEngine()
+    for stream in (False, True):
+        response = ask(create_app(server_state(engine)), "POST", CHAT, json={**ONE, field: value, "stream": stream})
+        error = response.json()["error"]
+        assert (response.status_code, error["param"], error["code"]) == (400, field, "invalid_value")
+        assert "1000000" in error["message"]
+    assert engine.submitted == []
+
+
+def test_stop_token_ids_end_an_answer_and_are_not_in_it() -> None:
+    there = encode(" there")
+    engine = FakeEngine([Script(ids=encode("hello"), then="stop")])
+    answer = ask(create_app(server_state(engine)), "POST", CHAT, json={**ONE, "stop_token_ids": there}).json()
+    assert engine.submitted[0].eos_ids == {EOS, *there}
+    assert (answer["choices"][0]["message"]["content"], answer["choices"][0]["finish_reason"]) == ("hello", "stop")
+
+
+def test_every_answer_of_a_request_has_its_processors() -> None:
+    engine = FakeEngine()
+    body = {"model": BASE, "prompt": ["a", "b"], "n": 2, "seed": 3, "presence_penalty": 1, "logit_bias": {"5": -1}}
+    ask(create_app(server_state(engine)), "POST", COMPLETIONS, json=body)
+    assert [each.params.seed for each in engine.submitted] == [3, 4, 3, 4]
+    assert {each.params.processors for each in engine.submitted} == {
+        (("presence_penalty", 1.0), ("logit_bias", ((5, -1.0),)))
+    }

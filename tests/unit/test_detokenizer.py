@@ -167,3 +167,19 @@ def test_special_tokens_are_not_shown() -> None:
         return str(small_tokenizer().decode(list(ids), skip_special_tokens=True))
 
     assert shown(decode, [*encode("the cat"), EOS]) == "the cat"
+
+
+def pushed(text: str, *, stop: str, min_tokens: int) -> tuple[str, bool]:
+    """What is shown of a text whose characters are tokens, and whether a stop string ended it."""
+    detokenizer = Detokenizer(lambda ids: "".join(map(chr, ids)), [stop], min_tokens=min_tokens)
+    shown = "".join(detokenizer.push(ord(character)) for character in text) + detokenizer.finish()
+    return shown, detokenizer.stopped
+
+
+def test_a_stop_string_among_the_first_tokens_is_text() -> None:
+    """As vLLM has it: one that is complete behind them counts, even if it began before."""
+    assert pushed("one stop and a stop here", stop="stop", min_tokens=0) == ("one ", True)
+    assert pushed("one stop and a stop here", stop="stop", min_tokens=7) == ("one ", True)
+    assert pushed("one stop and a stop here", stop="stop", min_tokens=8) == ("one stop and a ", True)
+    assert pushed("one stop and a stop here", stop="stop", min_tokens=19) == ("one stop and a stop here", False)
+    assert pushed("stop", stop="stop", min_tokens=99) == ("stop", False)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,9 +46,66 @@ def test_a_field_that_is_not_honoured_may_ask_for_nothing_only(field: str) -> No
 
 def test_false_is_not_zero() -> None:
     with pytest.raises(UnsupportedParameter):
-        chat(presence_penalty=False)
+        chat(top_logprobs=False)
+    for field in ("frequency_penalty", "presence_penalty", "repetition_penalty", "min_tokens"):
+        with pytest.raises(ValidationError):
+            chat(**{field: False})
     with pytest.raises(UnsupportedParameter):
         completion("x", logprobs=0)
+
+
+NOTHING_ASKED: dict[str, Any] = {
+    "frequency_penalty": 0,
+    "presence_penalty": 0.0,
+    "repetition_penalty": 1,
+    "logit_bias": {},
+    "min_tokens": 0,
+    "stop_token_ids": [],
+}
+
+
+@pytest.mark.parametrize("field", NOTHING_ASKED)
+def test_a_penalty_that_asks_for_nothing_makes_no_processor(field: str) -> None:
+    for value in (NOTHING_ASKED[field], None):
+        assert sampling_params(chat(**{field: value}), NOTHING, index=0) == SamplingParams()
+
+
+def test_processors_get_the_values_that_were_asked() -> None:
+    asked = {"frequency_penalty": -2, "presence_penalty": 0.5, "repetition_penalty": 1.25, "min_tokens": 3}
+    for request in (chat(**asked, logit_bias={"7": -100, "0": 1.5}), completion("x", **asked, logit_bias={"7": -100})):
+        params = sampling_params(request, NOTHING, index=0)
+        biases = dict(params.processors).pop("logit_bias")
+        assert biases == ((7, -100.0), (0, 1.5))[: len(biases)]
+        assert {name: value for name, value in params.processors if name != "logit_bias"} == asked
+
+
+OUT_OF_RANGE: dict[str, tuple[object, ...]] = {
+    "frequency_penalty": (2.1, -2.1, "1", math.nan),
+    "presence_penalty": (2.1, -2.1, "1", math.inf),
+    "repetition_penalty": (0, -1, 1000, math.inf, "1"),
+    "min_tokens": (-1, 1.5, "1", 2**31),
+    "stop_token_ids": (3, [-1], ["3"], [True], [1.5], [0] * 1025),
+    "logit_bias": (
+        *([], "x", {str(token): 1 for token in range(1025)}),
+        *({key: 1} for key in ("a", "-1", "07", "1.5", "", "7 ", 7)),
+        *({"7": bias} for bias in (100.5, -101, "1", True, None, math.nan, math.inf)),
+    ),
+}
+
+
+@pytest.mark.parametrize("field", OUT_OF_RANGE)
+def test_values_out_of_range_are_refused_by_the_name_of_their_field(field: str) -> None:
+    for value in OUT_OF_RANGE[field]:
+        with pytest.raises(ValidationError) as caught:
+            chat(**{field: value})
+        assert {error["loc"][0] for error in caught.value.errors()} == {field}
+
+
+def test_an_answer_cannot_be_longer_than_its_limit_and_as_short() -> None:
+    assert chat(min_tokens=5, max_tokens=5).min_tokens == 5
+    for limit in ("max_tokens", "max_completion_tokens"):
+        with pytest.raises(ValidationError, match="the 4 tokens that the answer may have"):
+            chat(**{"min_tokens": 5, limit: 4})
 
 
 @pytest.mark.parametrize("field", sorted(IGNORED))
@@ -121,3 +182,14 @@ def test_a_completion_is_as_long_as_asked_or_as_there_is_room_for() -> None:
     for prompt, asked in ((10, 55), (64, None), (65, None)):
         with pytest.raises(ContextLengthExceeded):
             completion_length(prompt, asked=asked, default=5, limit=64)
+
+
+def test_every_field_is_in_the_documentation_and_no_other() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
+    fields = {*ChatRequest.model_fields, *CompletionRequest.model_fields}
+    assert set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == fields
+    exceptions = text.partition("with two exceptions")[2].replace("\n", " ")
+    ignored, _, neutral = exceptions.partition("asks for nothing:")
+    assert set(re.findall(r"`(\w+)`", ignored)) == IGNORED
+    values = {name: ", ".join(json.dumps(value) for value in NEUTRAL[name]) for name in NEUTRAL}
+    assert dict(re.findall(r"`(\w+)` \((.*?)\)[,.]", neutral)) == values
