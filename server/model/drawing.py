@@ -75,7 +75,7 @@ def _softmax(logits: torch.Tensor, params: SequenceOf[SamplingParams]) -> torch.
 def _apply_min_p(weights: torch.Tensor, params: SequenceOf[SamplingParams]) -> None:
     """Set weights [rows, width] less than ``min_p`` of their row's largest to zero, in place."""
     shares = torch.tensor([one.min_p for one in params], dtype=weights.dtype, device=weights.device)
-    least = shares * weights.amax(-1)
+    least = (shares * weights.amax(-1)).cpu()
     floors = torch.nextafter(least, torch.zeros_like(least)).tolist()
     for row, floor in zip(weights, floors, strict=True):
         if floor > 0.0:

@@ -28,7 +28,7 @@ def redraw_outside(places: list[int], weights: torch.Tensor, sums: torch.Tensor,
 
     ``sums`` are those of the weights' blocks, on the host, also of such weights as are zero by now.
     """
-    drawn = weights.gather(1, torch.tensor(places, device=weights.device)[:, None])[:, 0]  # [rows]
+    drawn = weights.gather(1, torch.tensor(places, device=weights.device)[:, None])[:, 0].cpu()  # [rows]
     own, just_less = drawn.tolist(), torch.nextafter(drawn, torch.zeros_like(drawn)).tolist()
     totals = sums.sum(-1).tolist()
     outside = [(1.0 - draw.sequence.params.top_p) * total for draw, total in zip(draws, totals, strict=True)]
