@@ -165,12 +165,14 @@ class AdapterLibrary:
         needs = {digest: self.num_bytes(adapter) for digest, adapter in adapters.items()}
         if sum(needs.values()) > self.residency.max_bytes:
             raise InvalidRequest("These adapters do not fit into memory together.", param="model")
-        await self.residency.hold(needs, lambda digest: self._load(adapters[digest]))
+        try:
+            await self.residency.hold(needs, lambda digest: self._load(adapters[digest]))
+        finally:
+            self._report()  # others may have made room, whether it was of use or not
         self._in_use.update({one.adapter.name for one in held})
         for one in held:
             self.metrics.know_adapter(one.adapter.name)
             self._show_version(one.adapter.name)
-        self._report()
         return Lease(held, lambda: self._release(held))
 
     async def _version(self, part: Part) -> Adapter:

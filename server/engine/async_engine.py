@@ -131,6 +131,7 @@ class AsyncEngine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._alive = False
         self._failed_steps = 0
+        self._accounting_failed = False
 
     @property
     def alive(self) -> bool:
@@ -247,7 +248,7 @@ class AsyncEngine:
                 since = time.perf_counter()
                 outputs = self._step()
                 self._send(outputs)
-                self._attempt("accounting", self._engine.account, outputs, time.perf_counter() - since)
+                self._account(outputs, time.perf_counter() - since)
         except BaseException as error:
             logger.exception("the engine died")
             reason = EngineUnavailable(f"The engine died ({type(error).__name__}); restart the server.")
@@ -255,6 +256,18 @@ class AsyncEngine:
             _call(self._loop, self._end_all, reason)
             self._refuse_loads(reason)
             self._engine.metrics.engine_up.set(0)
+
+    def _account(self, outputs: list[StepOutput], seconds: float) -> None:
+        """Count a step that has been answered. What fails at every step is in the log once, until it works again."""
+        try:
+            self._engine.account(outputs, seconds)
+        except Exception:
+            if not self._accounting_failed:
+                logger.exception(_FAILURES["accounting"])
+            self._count("accounting")
+            self._accounting_failed = True
+            return
+        self._accounting_failed = False
 
     def _refuse_loads(self, reason: Exception) -> None:
         """Adapters that were still to be loaded never will be."""

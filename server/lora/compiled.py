@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from server.integrity import IntegrityError
 from server.lora.delta import Delta
 from server.lora.rows import Layout, Rows
 from server.native.blocks import HALF, ROW_BLOCK, STEP, padded
@@ -131,7 +132,8 @@ class CompiledDeltas:
         rows = self._rows
         if not rows.active and Routine.recorder is None:
             return 0
-        assert num_rows in (rows.num_rows, rows.num_sampled), f"a module got {num_rows} of {rows.num_rows} rows"
+        if num_rows not in (rows.num_rows, rows.num_sampled):
+            raise IntegrityError(f"a module got {num_rows} of {rows.num_rows} rows")
         return self._heads[num_rows != rows.num_rows].data_ptr()
 
     def _noted(self, layout: Layout) -> _Noted:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from server.integrity import IntegrityError
 from server.lora.bank import LoRABank
 from server.lora.delta import Delta
 from server.lora.weights import LoRAWeights
@@ -81,7 +82,7 @@ def test_a_module_that_gets_other_rows_than_the_batchs_is_not_computed(stage: St
     """The routine would write behind its result."""
     stage.add("a", adapter(1, ("q",), 4))
     stage.step([sequence(0, [("a", 1.0)], 5), sequence(2, [], 1)])
-    with pytest.raises(AssertionError, match="got 4 of 6 rows"):
+    with pytest.raises(IntegrityError, match="got 4 of 6 rows"):
         stage.model.get_submodule("q")(torch.randn(1, 4, HIDDEN))
 
 

@@ -42,7 +42,7 @@ async def test_everybody_who_waits_for_a_load_that_fails_is_told_and_the_next_on
     shelf.failures = 1
     results = await asyncio.gather(*(shelf.lender.acquire("a") for _ in range(3)), return_exceptions=True)
     assert [type(result) for result in results] == [AdapterNotLoaded] * 3
-    assert shelf.residency.num_bytes == 0
+    assert shelf.residency.num_bytes == shelf.metrics.adapter_memory._value.get() == 0
     await shelf.use("b")
     await shelf.use("a")
     assert shelf.loaded == ["b", "a"]
@@ -76,6 +76,15 @@ async def test_a_pinned_adapter_that_cannot_be_loaded_is_logged_and_loaded_later
     shelf.lender.preload()
     await asyncio.sleep(0.05)
     assert shelf.loaded == ["a"]
+
+
+async def test_room_that_was_made_for_a_load_that_failed_is_reported(shelf: Failing) -> None:
+    await shelf.use("b")
+    shelf.residency.max_bytes = NUM_BYTES
+    shelf.failures = 1
+    with pytest.raises(AdapterNotLoaded):
+        await shelf.lender.acquire("a")
+    assert shelf.residency.num_bytes == shelf.metrics.adapter_memory._value.get() == 0
 
 
 async def test_what_an_adapter_takes_is_told_once_it_was_loaded(shelf: Failing) -> None:

@@ -36,6 +36,7 @@ class Parts:
     """The parts of a server without a model, each with a thread of its own; what is in ``broken`` does not start."""
 
     def __init__(self, tmp_path: Path) -> None:
+        self._before = threading.enumerate()
         scheduler = Scheduler(max_num_seqs=1, max_num_batched_tokens=8, max_model_len=100)
         self.engine = AsyncEngine(Engine(scheduler, ScriptedRunner(), Sampler(), Metrics()), max_queued_seqs=2)
         state = server_state(FakeEngine())
@@ -44,6 +45,13 @@ class Parts:
         )
         self.watcher = AdapterWatcher([tmp_path], state.adapters.intake, settle=0.01, grace=0.0)
         self.service = Service(replace(state, engine=self.engine), self.engine, self.watcher, Settings())
+
+    def threads(self) -> set[str]:
+        """Names of the server's threads that are still there, when each has had time to end."""
+        new = [thread for thread in threading.enumerate() if thread not in self._before]
+        for thread in new:
+            thread.join(5)
+        return {thread.name for thread in new if thread.is_alive()}
 
     def break_(self, owner: Any, name: str) -> None:
         """Let a method raise."""
@@ -66,14 +74,6 @@ def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Parts]:
         signal.signal(number, handler)
 
 
-def threads_left() -> set[str]:
-    """Those that a server starts."""
-    for thread in threading.enumerate():
-        if thread.name.startswith("adapters"):
-            thread.join(5)  # it ends when it has done what it is at
-    return {thread.name for thread in threading.enumerate() if thread.name.startswith(("adapters", "engine"))}
-
-
 @pytest.mark.parametrize("broken", ["reader", "engine", "watcher"])
 def test_a_start_that_fails_half_way_leaves_no_thread_and_says_why(parts: Parts, broken: str) -> None:
     """The engine's thread and the reader's stayed where the adapters could not be read."""
@@ -88,7 +88,7 @@ def test_a_start_that_fails_half_way_leaves_no_thread_and_says_why(parts: Parts,
         with pytest.raises(StartFailed, match=r"did not start.*RuntimeError: can't start new thread"):
             run_server(Settings(), bound)
         address = bound.getsockname()
-    assert threads_left() == set()
+    assert parts.threads() == set()
     assert not parts.engine.alive
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(address, timeout=5)
@@ -101,7 +101,7 @@ def test_a_known_reason_is_told_as_it_is(parts: Parts, monkeypatch: pytest.Monke
     monkeypatch.setattr(parts.watcher, "start", start)
     with bind("127.0.0.1", 0) as bound, pytest.raises(SettingsError, match=r"^choose another folder$"):
         run_server(Settings(), bound)
-    assert threads_left() == set()
+    assert parts.threads() == set()
 
 
 def test_a_folder_that_cannot_be_read_is_told_before_anything_starts(
