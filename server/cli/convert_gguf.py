@@ -102,6 +102,7 @@ class GGUFAdapter:
                 f"it was made for llama.cpp's architecture {self.architecture} ({' or '.join(found.model_types)}), and "
                 f"the base {base.name} is {config.model_type}: name the base it was trained on by --base-model"
             )
+        self._check_heads(config)
         pairs, norms = self._sorted(found)
         if not pairs:
             raise NotPublished("it holds no lora_a and lora_b")
@@ -113,6 +114,14 @@ class GGUFAdapter:
         if weights:
             notes += (f"it brings {len(weights)} norms of its own, which llama.cpp passes over; here they are used",)
         return LoRATensors(deltas, weights, notes)
+
+    def _check_heads(self, config: Any) -> None:
+        """Ollama's converter writes the base's numbers of heads: another base has its rows in another order."""
+        numbers = {"head_count": config.num_attention_heads, "head_count_kv": _num_key_value_heads(config)}
+        for what, needed in numbers.items():
+            said = self.file.metadata.get(f"{self.architecture}.attention.{what}", needed)
+            if said != needed:
+                raise NotPublished(f"{self.architecture}.attention.{what} is {said!r:.40}, and the base's is {needed}")
 
     def _sorted(self, architecture: Architecture) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
         """Tensors' names by module: A and B, and weights of norms."""
@@ -227,8 +236,12 @@ def _heads(module: str, config: Any) -> int:
     if module.endswith(".q_proj"):
         return int(config.num_attention_heads)
     if module.endswith(".k_proj"):
-        return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+        return _num_key_value_heads(config)
     return 0
+
+
+def _num_key_value_heads(config: Any) -> int:
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 
 def _unpermuted(b: NDArray[Any], heads: int, name: str) -> NDArray[Any]:

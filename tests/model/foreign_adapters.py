@@ -162,7 +162,8 @@ def write_gguf(
     if alpha is not None:
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
     for key, value in (more or {}).items():
-        writer.add_array(key, value) if isinstance(value, list) else writer.add_string(key, value)
+        add: Any = {list: writer.add_array, int: writer.add_uint32, str: writer.add_string}[type(value)]
+        add(key, value)
     kind = gguf.GGMLQuantizationType[quantization]
     for name, tensor in tensors.items():
         array = np.ascontiguousarray(tensor.numpy(), dtype=np.float32)

@@ -155,6 +155,7 @@ GGUF_REFUSALS: dict[str, tuple[dict[str, Any], Mapping[str, torch.Tensor], str]]
     "unknown key": ({"more": {"adapter.lora.rotation": "x"}}, PAIR, "adapter.lora.rotation"),
     "unknown architecture": ({"architecture": "mamba"}, PAIR, "general.architecture is 'mamba'"),
     "another architecture": ({"architecture": "qwen2"}, PAIR, "the base base is llama"),
+    "other heads": ({"more": {"llama.attention.head_count_kv": 4}}, PAIR, "head_count_kv is 4, and the base's is 2"),
     "negative alpha": ({"alpha": -1.0}, PAIR, "adapter.lora.alpha"),
     "alpha not a number": ({"alpha": float("nan")}, PAIR, "adapter.lora.alpha"),
     "experts": ({}, {"blk.0.ffn_up_exps.weight.lora_a": torch.ones(2, 2, 64)}, "experts"),
