@@ -32,7 +32,7 @@ Write SOURCE as plain LoRA in PEFT's format, beside the other adapters. SOURCE i
 
   a folder of mlx-lm             adapters.safetensors and mlx-lm's adapter_config.json, LoRA or DoRA
   a .gguf file, or its folder    a LoRA adapter as llama.cpp's convert_lora_to_gguf.py writes it
-  a Modelfile of Ollama          its ADAPTER is converted; SYSTEM and PARAMETER become defaults of the adapter
+  a Modelfile of Ollama          its ADAPTER is converted; SYSTEM, PARAMETER, TEMPLATE become its defaults
   a folder of PEFT               an adapter which the server refuses because it is not plain LoRA
 
 The base must be the one it was trained on (--base-model). The first three are checked against it by names and shapes.
@@ -138,7 +138,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Settings]:
         "--name", help="what the new adapter is called; without it, SOURCE's name (of PEFT's, and '-lora')"
     )
     place.add_argument("--out", metavar="DIR", type=Path, help="the folder to make, instead of one in --adapters-dir")
-    template = "for a Modelfile with a TEMPLATE: 'base' for the base's own chat template, or a file in Jinja's language"
+    template = "for a Modelfile, instead of its TEMPLATE: 'base' for the base's own chat template, or a file in Jinja"
     parser.add_argument("--chat-template", metavar="base|FILE", help=template)
     tuners = parser.add_argument_group("for other tuners of PEFT")
     size = tuners.add_mutually_exclusive_group()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sys
@@ -16,9 +17,10 @@ from server.adapters.content.sidecar import parse_sidecar
 from server.cli.adapters_add import COMPANION_FILES
 from server.cli.convert_gguf import GGUFAdapter, read_gguf_adapter
 from server.cli.convert_mlx import MLXAdapter, is_mlx_folder, read_mlx
-from server.cli.convert_modelfile import Wishes, adapter_path, read_modelfile, read_wishes
+from server.cli.convert_modelfile import Wishes, adapter_path, read_modelfile, read_wishes, settle_template
 from server.cli.gguf_file import is_gguf
 from server.cli.publish import NotPublished, published_folder
+from server.errors import InvalidRequest
 from server.model.base_folder import find_base
 from server.settings import Settings
 
@@ -106,8 +108,8 @@ def fill_folder(source: Source, folder: Path, examiner: Examiner, *, name: str, 
     base = examiner.base.signature
     said = _write_adapter(source.adapter, folder, examiner, base_model)
     if source.wishes is not None:
-        _write_wishes(source.wishes, folder, examiner)
         said += (f"FROM {source.wishes.base}: here the base is {base.name}",)
+        said += _write_wishes(source.wishes, folder, examiner)
         said += tuple(f"not carried over: {one}" for one in source.wishes.lost)
     found, weights = examiner.examine(folder, name=name)
     if weights is None or found.plan is None:
@@ -141,16 +143,31 @@ def _write_adapter(
     return tensors.notes
 
 
-def _write_wishes(wishes: Wishes, folder: Path, examiner: Examiner) -> None:
-    path = folder / SIDECAR_FILE
+def _write_wishes(wishes: Wishes, folder: Path, examiner: Examiner) -> tuple[str, ...]:
+    """The sidecar and the licences; returns what is to be said."""
+    path, notes = folder / SIDECAR_FILE, wishes.notes
     present: Any = json.loads(path.read_bytes()) if path.is_file() else {}
     sidecar = wishes.sidecar_for(examiner.base.signature, present if isinstance(present, dict) else {})
+    if wishes.template is not None:
+        template, note = settle_template(wishes.template, examiner.prompts, begin=_begin(examiner))
+        notes += (note,)
+        sidecar |= {} if template is None else {"chat_template": template}
     try:
         parse_sidecar(sidecar)
     except ValueError as error:
         raise NotPublished(f"the Modelfile cannot be written as a sidecar: {error}") from None
     path.write_text(json.dumps(sidecar, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     wishes.write_into(folder)
+    return notes
+
+
+def _begin(examiner: Examiner) -> str:
+    """The text of the token that begins every prompt, by the base's tokenizer or its chat template; "" for none."""
+    bos = examiner.base.tokenizer.bos_token_id
+    starts = [examiner.prompts.completion("x")[:1]]
+    with contextlib.suppress(InvalidRequest):
+        starts.append(examiner.prompts.chat([{"role": "user", "content": "x"}])[:1])
+    return str(examiner.base.tokenizer.bos_token) if bos is not None and [bos] in starts else ""
 
 
 def _read_adapter(path: Path, max_bytes: int) -> MLXAdapter | GGUFAdapter | PEFTAdapter:

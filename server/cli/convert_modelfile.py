@@ -1,39 +1,56 @@
 """Ollama's Modelfile as an adapter folder: ADAPTER becomes the tensors, SYSTEM and PARAMETER the sidecar.
 
-What the sidecar cannot say is named, never dropped in silence. TEMPLATE is a program in Go's template language and is
-not run: whoever converts says which chat template applies instead.
+What the sidecar cannot say is named, never dropped in silence. A simple TEMPLATE is translated to Jinja; where it is
+not, whoever converts says which chat template applies instead.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from server.adapters.content.folder import MAX_JSON_BYTES
 from server.adapters.content.signature import BaseSignature
 from server.adapters.content.words import first
+from server.cli.go_template import translate
 from server.cli.modelfile import MAX_BYTES, Modelfile, parse_modelfile
 from server.cli.publish import NotPublished
+from server.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from server.text.prompt import Message, PromptRenderer
 
 BASES_TEMPLATE = "base"
 """The value of ``--chat-template`` that means the base's own."""
 
 MAX_STOP_STRINGS = 16
 
+_SYSTEM, _ASKED = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello, who is there?"}
+_ANSWER = {"role": "assistant", "content": "It is me."}
+_PROBES: Sequence[Sequence[Message]] = (
+    (_ASKED,), (_SYSTEM, _ASKED), (_ASKED, _ANSWER, _ASKED), (_SYSTEM, _ASKED, _ANSWER, _ASKED),
+)  # fmt: skip
+"""Conversations by which two templates are told apart."""
+
 _UNSAID = {"DRAFT": "a draft model", "PARSER": "a parser of answers", "REQUIRES": "a version of Ollama"}
 
 
 @dataclass(frozen=True)
 class Wishes:
-    """What a Modelfile asks for beside its adapter: fields of the sidecar, licences, and what is not carried over."""
+    """What a Modelfile asks for beside its adapter: fields of the sidecar, licences, and what is not carried over.
+
+    ``template`` is a TEMPLATE that can be translated, ``notes`` say what became of other ones.
+    """
 
     sidecar: dict[str, Any]
     licences: tuple[str, ...]
     base: str
     lost: tuple[str, ...] = ()
+    template: str | None = None
+    notes: tuple[str, ...] = ()
 
     def write_into(self, folder: Path) -> None:
         """Put the licences beside the adapter."""
@@ -99,11 +116,34 @@ def read_wishes(modelfile: Modelfile, *, chat_template: str | None) -> Wishes:
         sidecar["stop"] = read.stop[:MAX_STOP_STRINGS]
     if read.sampling:
         sidecar["sampling"] = read.sampling
-    template, note = _choose_template(modelfile, chat_template)
-    if template is not None:
-        sidecar["chat_template"] = template
-    lost = [*read.lost(), *_unsaid(modelfile), *note]
-    return Wishes(sidecar, tuple(modelfile.values("LICENSE")), modelfile.values("FROM")[-1], tuple(lost))
+    translated = None
+    if chat_template is not None and chat_template != BASES_TEMPLATE:
+        sidecar["chat_template"] = _read_template(Path(chat_template))
+    elif chat_template is None:
+        translated = _translatable(modelfile)
+    asked = [name for name in ("TEMPLATE", "RENDERER") if modelfile.last(name)]
+    used = "the base's own" if chat_template == BASES_TEMPLATE else f"that of {chat_template}"
+    return Wishes(
+        sidecar,
+        tuple(modelfile.values("LICENSE")),
+        modelfile.values("FROM")[-1],
+        (*read.lost(), *_unsaid(modelfile)),
+        translated,
+        tuple(f"{name}: not used, the chat template is {used}" for name in asked if chat_template is not None),
+    )
+
+
+def settle_template(template: str, prompts: PromptRenderer, *, begin: str) -> tuple[str | None, str]:
+    """A TEMPLATE as Jinja, None where it is the base's own, and what is to be said of it.
+
+    ``begin`` is the text of the token that begins every prompt of this base; Ollama puts it there by itself.
+    """
+    is_there = bool(begin) and template.lstrip().startswith(begin)
+    translated = translate(template, begin="" if is_there else begin)
+    ours = [_renders(prompts, probe, None) for probe in _PROBES]
+    if None not in ours and ours == [_renders(prompts, probe, translated) for probe in _PROBES]:
+        return None, "TEMPLATE: it is the base's own chat template"
+    return translated, "TEMPLATE: translated to Jinja, in quickchange.json; it is not the base's"
 
 
 @dataclass
@@ -160,18 +200,33 @@ def _unsaid(modelfile: Modelfile) -> list[str]:
     return found
 
 
-def _choose_template(modelfile: Modelfile, chosen: str | None) -> tuple[str | None, list[str]]:
-    """The sidecar's chat template, None for the base's, and what is to be said of it. Raises ``NotPublished``."""
-    asked = [name for name in ("TEMPLATE", "RENDERER") if modelfile.last(name)]
-    if chosen is not None and chosen != BASES_TEMPLATE:
-        return _read_template(Path(chosen)), [f"{name}: the chat template of {chosen} is used" for name in asked]
-    if asked and chosen is None:
-        raise NotPublished(
-            f"it has a {' and a '.join(asked)}, which are of Ollama's own kind and are not run here. Say which chat "
-            f"template the adapter is to have: --chat-template {BASES_TEMPLATE} for the base's own, which is what most "
-            "Modelfiles repeat, or --chat-template FILE.jinja for another one"
-        )
-    return None, [f"{name}: the base's own chat template is used" for name in asked]
+def _translatable(modelfile: Modelfile) -> str | None:
+    """A TEMPLATE that can be translated, None where there is none. Raises ``NotPublished`` for any other."""
+    template = modelfile.last("TEMPLATE")
+    what, why = "TEMPLATE", ""
+    if modelfile.last("RENDERER"):
+        what, why = "RENDERER", "which is code of Ollama's own"
+    elif template is None:
+        return None
+    else:
+        try:
+            translate(template)
+        except ValueError as error:
+            why = f"which cannot be translated from Go's template language: {error}"
+    if not why:
+        return template
+    raise NotPublished(
+        f"it has a {what}, {why}. Say which chat template the adapter is to have: --chat-template {BASES_TEMPLATE} for "
+        "the base's own, which is what most Modelfiles repeat, or --chat-template FILE.jinja for another one"
+    )
+
+
+def _renders(prompts: PromptRenderer, messages: Sequence[Message], template: str | None) -> list[int] | None:
+    """Prompt ids by a template, None for the base's; None where it refuses."""
+    try:
+        return prompts.chat(messages, template=template)
+    except InvalidRequest:
+        return None
 
 
 def _read_template(path: Path) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from server.cli.adapters_convert import main
 from tests.model.foreign_adapters import gguf_arrays, logits_of, make_peft, write_gguf, write_mlx
@@ -97,7 +97,7 @@ MODELFILE = '''\
 FROM llama3.2:1b
 ADAPTER ./lora.gguf
 SYSTEM """Answer as a "pirate"."""
-TEMPLATE """{{ .Prompt }}"""
+TEMPLATE """{{ range .Messages }}{{ .Content }}{{ end }}"""
 PARAMETER stop "<|end|>"
 PARAMETER temperature 0.3
 PARAMETER num_ctx 4096
@@ -123,11 +123,37 @@ def test_a_modelfile_becomes_a_folder_with_a_sidecar_and_a_report(
     assert sidecar["stop"] == ["<|end|>"] and sidecar["sampling"] == {"temperature": 0.3}
     assert capsys.readouterr().out.splitlines()[1:] == [
         "FROM llama3.2:1b: here the base is tiny",
+        "TEMPLATE: not used, the chat template is the base's own",
         "not carried over: PARAMETER num_ctx 4096",
-        "not carried over: TEMPLATE: the base's own chat template is used",
         "checked: every tensor fits the base tiny by name and shape",
         "next: quickchange adapters check pirate",
     ]
+
+
+TEMPLATE = (
+    "{{ if .System }}<|system|>{{ .System }}<|end|>{{ end }}{{ if .Prompt }}<|user|>{{ .Prompt }}<|end|>{{ end }}"
+    "<|assistant|>{{ .Response }}<|end|>"
+)
+"""That of the tiny base in Go's language; the token that begins a text is Ollama's to put before it."""
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_simple_template_is_the_bases_or_goes_into_the_sidecar_as_jinja(
+    ours: bool, source: Path, base_folder: Path, tmp_path: Path, capsys: Say
+) -> None:
+    template = TEMPLATE if ours else TEMPLATE.replace("<|user|>", "USER: ")
+    (tmp_path / "Modelfile").write_text(f'FROM x\nADAPTER ./peft\nTEMPLATE """{template}"""\n')
+    assert convert(tmp_path / "Modelfile", base_folder, tmp_path, "--name=mine") == 0
+    sidecar = json.loads((tmp_path / "adapters" / "mine" / "quickchange.json").read_text())
+    said = capsys.readouterr().out
+    if ours:
+        assert "chat_template" not in sidecar and "TEMPLATE: it is the base's own chat template" in said
+        return
+    assert "TEMPLATE: translated to Jinja" in said
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    text = tokenizer.apply_chat_template(messages, chat_template=sidecar["chat_template"], tokenize=False)
+    assert text == "<|begin|><|system|>Be brief.<|end|>USER: Hi<|end|><|assistant|>"
 
 
 @pytest.mark.parametrize("kind", ["peft", "mlx"])

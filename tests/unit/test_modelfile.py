@@ -130,16 +130,31 @@ def test_a_parameter_that_is_no_number_is_refused() -> None:
         read_wishes(parse_modelfile("FROM x\nPARAMETER top_k many\n"), chat_template=None)
 
 
-@pytest.mark.parametrize("name", ["TEMPLATE", "RENDERER"])
-def test_a_template_of_gos_is_not_dropped_in_silence(name: str, tmp_path: Path) -> None:
-    modelfile = parse_modelfile(f'FROM x\n{name} "{{{{ .Prompt }}}}"\n')
-    with pytest.raises(NotPublished, match=f"{name}.*--chat-template base"):
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (
+            'TEMPLATE "{{ range .Messages }}{{ end }}"',
+            r"TEMPLATE, which cannot be .*: \{\{ range .Messages \}\} is not read",
+        ),
+        ("RENDERER qwen3-coder", "RENDERER, which is code of Ollama's own"),
+    ],
+)
+def test_a_template_that_cannot_be_translated_is_not_dropped_in_silence(line: str, words: str, tmp_path: Path) -> None:
+    modelfile, name = parse_modelfile(f"FROM x\n{line}\n"), line.partition(" ")[0]
+    with pytest.raises(NotPublished, match=words + ".*--chat-template base"):
         read_wishes(modelfile, chat_template=None)
     kept = read_wishes(modelfile, chat_template="base")
-    assert kept.sidecar == {} and kept.lost == (f"{name}: the base's own chat template is used",)
+    assert kept.sidecar == {} and kept.notes == (f"{name}: not used, the chat template is the base's own",)
     (tmp_path / "t.jinja").write_text("{{ messages }}")
     given = read_wishes(modelfile, chat_template=str(tmp_path / "t.jinja"))
     assert given.sidecar == {"chat_template": "{{ messages }}"}
+
+
+def test_a_simple_template_is_translated_unless_another_one_is_chosen() -> None:
+    modelfile = parse_modelfile('FROM x\nTEMPLATE "{{ .Prompt }}"\n')
+    assert read_wishes(modelfile, chat_template=None).template == "{{ .Prompt }}"
+    assert read_wishes(modelfile, chat_template="base").template is None
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\xff"])
