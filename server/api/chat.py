@@ -25,7 +25,7 @@ async def create_chat_completion(body: ChatRequest, http: Request, state: State)
     def render(defaults: AdapterDefaults) -> list[list[int]]:
         messages = [message.model_dump(exclude_none=True) for message in body.messages]
         return [
-            state.prompts.with_tokens(defaults.added_tokens).chat(
+            state.prompts.of(defaults).chat(
                 led_by(defaults.system_prompt, messages),
                 template=defaults.chat_template,
                 variables=defaults.chat_template_kwargs,

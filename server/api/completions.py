@@ -23,7 +23,7 @@ async def create_completion(body: CompletionRequest, http: Request, state: State
     """The continuation of one or several texts; choice ``prompt * n + i`` is answer ``i`` to a prompt."""
 
     def render(defaults: AdapterDefaults) -> list[list[int]]:
-        prompts = state.prompts.with_tokens(defaults.added_tokens)
+        prompts = state.prompts.of(defaults)
         return [_ids(prompt, prompts) for prompt in body.prompt]
 
     scope = scope_of(http.headers.get("authorization"), body.cache_salt)

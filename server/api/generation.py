@@ -185,7 +185,7 @@ class Generation:
         self._prompt_tokens = sum(map(len, prompts))
         lengths = [self._completion_length(len(prompt), defaults) for prompt in prompts]
         stop = stop_strings(self.request, defaults)
-        tokenizer = self.state.prompts.with_tokens(defaults.added_tokens)  # made already by ``render``, in a thread
+        tokenizer = self.state.prompts.of(defaults)  # made already by ``render``, in a thread
         eos_ids = self.state.eos_ids | end_ids(defaults, stop, tokenizer) | frozenset(self.request.stop_token_ids or ())
         for prompt, max_tokens in zip(prompts, lengths, strict=True):
             for index in range(self.request.n):

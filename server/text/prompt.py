@@ -8,7 +8,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from jinja2 import Environment, TemplateError
@@ -37,12 +37,19 @@ class PromptRenderer:
     Nothing is kept between calls but the renderers of adapters with added tokens of their own, the last few of them.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, vocab_size: int | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        vocab_size: int | None = None,
+        hidden_ids: frozenset[int] = frozenset(),
+    ) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = len(tokenizer) if vocab_size is None else vocab_size
-        hidden = [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
-        self._special_ids = frozenset([*tokenizer.all_special_ids, *hidden])
-        self._with_tokens: OrderedDict[tuple[AddedToken, ...], PromptRenderer] = OrderedDict()
+        special = [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
+        self._hidden_ids = hidden_ids  # special in answers, and not for the tokenizer
+        self._special_ids = frozenset([*tokenizer.all_special_ids, *special, *hidden_ids])
+        self._adapters: OrderedDict[tuple[tuple[AddedToken, ...], bool], PromptRenderer] = OrderedDict()
         self._lock = threading.Lock()
         tokenizer("x")  # a tokenizer with truncation or padding in its file drops them at its first call, in one thread
 
@@ -56,25 +63,37 @@ class PromptRenderer:
         """The base's own; of several named ones the default."""
         return default_template(self._tokenizer.chat_template)
 
-    def with_tokens(self, tokens: tuple[AddedToken, ...]) -> PromptRenderer:
-        """The renderer of an adapter whose tokenizer has these added tokens; this one where there are none.
+    def of(self, defaults: AdapterDefaults) -> PromptRenderer:
+        """The renderer of an adapter, whose tokenizer may have added tokens of its own; else this one.
 
-        The first time takes as long as the base's tokenizer takes to load. Raises ``ValueError`` where it cannot be.
+        A special token that only the adapter has would never be in a prompt where the template is the base's, which
+        does not know it, so there messages write it. The first time takes as long as the base's tokenizer takes to
+        load. Raises ``ValueError`` where it cannot be.
         """
-        if not tokens:
+        if not defaults.added_tokens:
             return self
+        by_messages = defaults.chat_template in (None, self.chat_template)
+        key = (defaults.added_tokens, by_messages)
         with self._lock:
-            if tokens not in self._with_tokens:
-                tokenizer = _with_added_tokens(self._tokenizer, tokens)
-                self._with_tokens[tokens] = PromptRenderer(tokenizer, vocab_size=self._vocab_size)
-            self._with_tokens.move_to_end(tokens)
-            while len(self._with_tokens) > MAX_TOKENIZERS:
-                self._with_tokens.popitem(last=False)
-            return self._with_tokens[tokens]
+            if key not in self._adapters:
+                self._adapters[key] = self._with_tokens(defaults.added_tokens, by_messages=by_messages)
+            self._adapters.move_to_end(key)
+            while len(self._adapters) > MAX_TOKENIZERS:
+                self._adapters.popitem(last=False)
+            return self._adapters[key]
+
+    def _with_tokens(self, tokens: tuple[AddedToken, ...], *, by_messages: bool) -> PromptRenderer:
+        own = self._tokenizer.added_tokens_encoder
+        plain = [token for token in tokens if by_messages and token.special and token.content not in own]
+        tokenizer = _with_added_tokens(
+            self._tokenizer, [replace(token, special=False) if token in plain else token for token in tokens]
+        )
+        hidden = frozenset(token.id for token in plain)
+        return PromptRenderer(tokenizer, vocab_size=self._vocab_size, hidden_ids=hidden)
 
     def check_manners(self, defaults: AdapterDefaults) -> None:
         """Raises ``ValueError`` where an adapter's end tokens, added tokens or chat template cannot be honoured."""
-        prompts = self.with_tokens(defaults.added_tokens)
+        prompts = self.of(defaults)
         prompts.check_end_tokens(defaults.end_tokens)
         prompts.check_template(defaults.chat_template, defaults.chat_template_kwargs)
 
@@ -174,7 +193,8 @@ class PromptRenderer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, without special tokens."""
-        text = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        shown = [number for number in ids if number not in self._hidden_ids] if self._hidden_ids else list(ids)
+        text = self._tokenizer.decode(shown, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text
 

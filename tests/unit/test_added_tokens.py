@@ -108,31 +108,40 @@ def state_with(engine: FakeEngine, *adapters: Any) -> Any:
 def test_prompts_are_what_the_adapters_own_tokenizer_makes(folder: Path) -> None:
     """The prompt's ``<call>`` became four ids, and the id that was trained for it was never used."""
     theirs = AutoTokenizer.from_pretrained(folder)
-    ours = renderer().with_tokens(read(folder).defaults.added_tokens)
+    ours = renderer().of(read(folder).defaults)
     text = "hello<call> there <tool>, how"
     assert CALL in theirs(text)["input_ids"]
     assert ours.completion(text) == theirs(text)["input_ids"]
-    how: dict[str, Any] = {"add_generation_prompt": True, "return_dict": False, "sanitize_control_tokens": True}
+    how: dict[str, Any] = {"add_generation_prompt": True, "return_dict": False}
     assert ours.chat(MESSAGES) == theirs.apply_chat_template(MESSAGES, **how)
-    assert TOOL in ours.chat(MESSAGES)
-    assert CALL not in ours.chat(MESSAGES), "a message writes no special token"
-    assert ours.chat(MESSAGES, template=OWN_TEMPLATE)[-1] == CALL
+    assert {CALL, TOOL} <= set(ours.chat(MESSAGES))
+
+
+def test_a_template_of_its_own_writes_its_special_tokens_and_messages_do_not(folder: Path) -> None:
+    """A trainer that adds the tokens of a chat format to a base must not let messages write turns."""
+    theirs = AutoTokenizer.from_pretrained(folder)
+    ours = renderer().of(replace(read(folder).defaults, chat_template=OWN_TEMPLATE))
+    how: dict[str, Any] = {"chat_template": OWN_TEMPLATE, "return_dict": False, "sanitize_control_tokens": True}
+    ids = ours.chat(MESSAGES, template=OWN_TEMPLATE)
+    assert ids == theirs.apply_chat_template(MESSAGES, **how)
+    assert (ids[-1], ids.count(CALL), ids.count(TOOL)) == (CALL, 1, 1)
+    assert ours.decode([CALL, TOOL]) == "<tool>"
 
 
 def test_answers_are_what_the_adapters_own_tokenizer_decodes(folder: Path) -> None:
     """The ids decoded to nothing, whether special or not."""
     theirs = AutoTokenizer.from_pretrained(folder)
-    ours = renderer().with_tokens(read(folder).defaults.added_tokens)
+    ours = renderer().of(read(folder).defaults)
     ids = [*encode("hello "), CALL, TOOL, *encode("there"), TOOL]
     assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True) == "hello <tool>there<tool>"
 
 
 def test_the_base_and_other_adapters_keep_the_bases_tokens(folder: Path) -> None:
     prompts = renderer()
-    prompts.with_tokens(read(folder).defaults.added_tokens)
+    prompts.of(read(folder).defaults)
     assert prompts.completion("a <tool>") == encode("a <tool>")
     assert max(prompts.chat(MESSAGES)) < NUM_IDS
-    assert prompts.with_tokens(()) is prompts
+    assert prompts.of(AdapterDefaults()) is prompts
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -264,7 +273,7 @@ def test_what_the_base_calls_special_stays_special(folder: Path) -> None:
     """A folder cannot make it possible that a message writes the base's control tokens."""
     special_flags(folder)
     edit(folder, lambda said: said["added_tokens"].remove(said["added_tokens"][EOS]))
-    ours = renderer().with_tokens(read(folder).defaults.added_tokens)
+    ours = renderer().of(read(folder).defaults)
     assert ours.chat([{"role": "user", "content": "a<|end|>"}]).count(EOS) == 1
     assert ours.decode([EOS, CALL]) == "<call>"
 
@@ -272,7 +281,7 @@ def test_what_the_base_calls_special_stays_special(folder: Path) -> None:
 def test_a_flag_of_a_token_of_the_base_is_the_adapters(folder: Path) -> None:
     """Some releases of a model's tokenizer take the white space behind a token away, others do not."""
     edit(folder, lambda said: said["added_tokens"][2].update(rstrip=True))
-    ours = renderer().with_tokens(read(folder).defaults.added_tokens)
+    ours = renderer().of(read(folder).defaults)
     theirs = AutoTokenizer.from_pretrained(folder)
     assert ours.completion("<|end|>  a") == theirs("<|end|>  a")["input_ids"] == encode("<|end|>a")
 
@@ -370,10 +379,10 @@ def test_only_the_last_few_tokenizers_are_kept(folder: Path, monkeypatch: pytest
     monkeypatch.setattr(prompt_module, "MAX_TOKENIZERS", 2)
     tokens = read(folder).defaults.added_tokens
     prompts = renderer()
-    sets = [tokens, tokens[:-1], tokens[:-2]]
-    first = [prompts.with_tokens(one) for one in sets]
-    assert prompts.with_tokens(sets[2]) is first[2]
-    assert prompts.with_tokens(sets[0]) is not first[0]
+    sets = [AdapterDefaults(added_tokens=some) for some in (tokens, tokens[:-1], tokens[:-2])]
+    first = [prompts.of(defaults) for defaults in sets]
+    assert prompts.of(sets[2]) is first[2]
+    assert prompts.of(sets[0]) is not first[0]
 
 
 def test_a_base_without_a_fast_tokenizer_takes_adapters_as_before(folder: Path) -> None:
