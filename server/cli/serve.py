@@ -25,6 +25,7 @@ from server.adapters.content.manners import AdapterDefaults
 from server.adapters.watcher import AdapterWatcher
 from server.api.app import ServerState, create_app
 from server.cli.shelf import build_shelf
+from server.cli.user_cache import user_cache
 from server.engine.async_engine import AsyncEngine
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
@@ -124,6 +125,7 @@ def build(settings: Settings) -> Service:
         max_model_len=settings.max_model_len,
         quantization=settings.quantization,
         kv_memory=settings.kv_memory,
+        outlier_cache=user_cache("outliers"),
     )
     _log_base(base, time.perf_counter() - since)
     metrics = _metrics(base)

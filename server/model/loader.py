@@ -34,6 +34,7 @@ from server.model.attention import FlatAttention, Layout
 from server.model.base_folder import find_base, num_weight_bytes, weight_files
 from server.model.base_tokenizer import tokenizer_signature
 from server.model.batched_attention import BatchedAttention
+from server.model.calibration import Calibration
 from server.model.compiling import Compiling
 from server.model.device import choose_device, choose_dtype, choose_float_dtype, choose_kv_dtype, prepare
 from server.model.fingerprint import base_fingerprint, base_fingerprint_v2
@@ -91,11 +92,11 @@ def load_base(
     max_model_len: int | None,
     kv_memory: int | None = None,
     quantization: str = "none",
+    outlier_cache: Path | None = None,
 ) -> Base:
     """Load the base that the setting names; ``kv_memory``, in bytes, bounds its longest sequence.
 
-    With ``quantization`` "int8" its linears and embedding become integers.
-
+    With ``quantization`` "int8" its linears and embedding become integers; ``outlier_cache`` keeps what that measures.
     Raises ``BaseModelNotFound``, ``BaseModelRefused`` or ``SettingsError``.
     """
     folder = find_base(base_model)
@@ -115,7 +116,8 @@ def load_base(
     if kernel is None:
         shapes, noted, quantized = *_probe(model, attention), None
     else:
-        shapes, noted, quantized = _quantize(model, kernel, attention, tokenizer, folder=folder, dtype=dtype)
+        calibration = Calibration(fingerprint_v2, weight_files(folder), length, outlier_cache)
+        shapes, noted, quantized = _quantize(model, kernel, attention, tokenizer, dtype=dtype, calibration=calibration)
     kv_dtype = model.dtype if kernel is None else choose_kv_dtype(model.dtype)
     if kv_memory is not None:
         length = _affordable(KVLayout(tuple(shapes), length, kv_dtype), kv_memory, asked=max_model_len)
@@ -291,18 +293,19 @@ def _quantize(
     attention: FlatAttention,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    folder: Path,
     dtype: str,
+    calibration: Calibration,
 ) -> tuple[list[LayerShape], Noted, Quantized]:
     """A probe in which linears and embedding become integers, while their weights are read from the files."""
+    outliers = calibration.outliers(model, attention, tokenizer)
     float_dtype = choose_float_dtype(dtype, _num_unpacked_bytes(model))
-    with quantizing(model, kernel, float_dtype, files=weight_files(folder)) as quantized:
+    with quantizing(model, kernel, float_dtype, files=calibration.files, outliers=outliers) as quantized:
         shapes, noted = _probe(model, attention, _ordinary_ids(tokenizer))
     return shapes, noted, quantized
 
 
 def _ordinary_ids(tokenizer: PreTrainedTokenizerBase) -> Sequence[int]:
-    """Tokens of a sentence, as many as a probe takes: int8 looks at what channels do on them."""
+    """Tokens of a sentence, as many as a probe takes."""
     ids = [int(token) for token in tokenizer(_SENTENCE, add_special_tokens=False)["input_ids"]]
     return ids[:PROBE_ROWS] if len(ids) >= PROBE_ROWS else range(3, 3 + PROBE_ROWS)
 

@@ -6,10 +6,11 @@ those of the linears that get the same input, and their pages are given back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -45,21 +46,68 @@ class Quantized:
     left: dict[str, int] = field(default_factory=dict)
 
 
+OutlierInputs = Mapping[str, torch.Tensor | None]
+"""Indices of the inputs that stand out, by linear; None where none does."""
+
+
+def quantizable(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The linears that become integers when a batch gets to them."""
+    linears = {name: one for name, one in model.named_modules() if type(one) in (nn.Linear, Conv1D)}
+    return {name: one for name, one in linears.items() if min(one.get_parameter("weight").shape) >= SMALLEST_SIDE}
+
+
+@contextmanager
+def noting_outliers(model: PreTrainedModel, *, files: Iterable[Path] = ()) -> Iterator[dict[str, torch.Tensor | None]]:
+    """While a batch runs, note which inputs of each linear stand out in it; the model stays as it is.
+
+    Its weights are read from ``files``, whose pages are given back. The head computes no logits: of many rows they
+    would be as large as the model.
+    """
+    mapped, found = MappedFiles(files), dict[str, torch.Tensor | None]()
+    last: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+
+    def note(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if not last or args[0] is not last[0][0]:
+                last[:] = [(args[0], find_outliers(args[0]))]
+            found[name] = last[0][1]
+
+        return hook
+
+    def give_back(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            mapped.give_back(parameter)
+
+    handles = [module.register_forward_hook(note(name)) for name, module in quantizable(model).items()]
+    handles += [module.register_forward_hook(give_back) for module in model.modules()]
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.__dict__["forward"] = lambda x: x[..., :1]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+        if head is not None:
+            head.__dict__.pop("forward", None)
+
+
 @contextmanager
 def quantizing(
-    model: PreTrainedModel, kernel: type[Kernel], dtype: torch.dtype, *, files: Iterable[Path] = ()
+    model: PreTrainedModel,
+    kernel: type[Kernel],
+    dtype: torch.dtype,
+    *,
+    files: Iterable[Path] = (),
+    outliers: OutlierInputs = MappingProxyType({}),
 ) -> Iterator[Quantized]:
     """While a batch runs, make the linears it gets to integers; what is left becomes ``dtype`` at the end.
 
-    ``files`` are those that hold the model's weights: pages of their mappings are given back.
+    ``files`` are those that hold the model's weights: pages of their mappings are given back. ``outliers`` are inputs
+    that stand out; of linears that are not among them the batch tells.
     """
-    quantizer = _Quantizer(model, kernel, MappedFiles(files))
-    linears = {name: one for name, one in model.named_modules() if type(one) in (nn.Linear, Conv1D)}
-    handles = [
-        module.register_forward_hook(quantizer.note(name))
-        for name, module in linears.items()
-        if min(module.get_parameter("weight").shape) >= SMALLEST_SIDE
-    ]
+    quantizer = _Quantizer(model, kernel, MappedFiles(files), outliers)
+    handles = [module.register_forward_hook(quantizer.note(name)) for name, module in quantizable(model).items()]
     head = model.get_output_embeddings()
     if type(head) is nn.Linear:
         head.__dict__["forward"] = quantizer.in_pieces(head)
@@ -76,8 +124,8 @@ def quantizing(
 class _Quantizer:
     """Where the probe is: the linears that got the input at hand, which are packed when another input comes."""
 
-    def __init__(self, model: PreTrainedModel, kernel: type[Kernel], mapped: MappedFiles) -> None:
-        self._model, self._kernel, self._mapped = model, kernel, mapped
+    def __init__(self, model: PreTrainedModel, kernel: type[Kernel], mapped: MappedFiles, known: OutlierInputs) -> None:
+        self._model, self._kernel, self._mapped, self._known = model, kernel, mapped, known
         self._levels = weight_levels(kernel)
         self._embedding = model.get_input_embeddings()
         self._embedded: tuple[Original, Int8Rows] | None = None
@@ -92,7 +140,8 @@ class _Quantizer:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if args[0] is not self._input:
                 self._pack()
-                self._input, self._outliers = args[0], find_outliers(args[0])
+                self._input = args[0]
+                self._outliers = self._known[name] if name in self._known else find_outliers(args[0])
             if all(module is not one for _, one in self._same_input):
                 self._same_input.append((name, module))
 
