@@ -60,7 +60,7 @@ def test_weights_and_copies_stay_within_the_limit_in_whatever_mixture(seed: int)
     for number, one in enumerate(weights):
         stage.add(str(number), one)
     fullest = 0
-    for number in range(80):
+    for number in range(60):
         uses = [some_uses(source, stage.adapters) for _ in range(source.randint(2, 14))]
         stage.step([sequence(2 * place, use, source.choice((1, 1, 2, 5))) for place, use in enumerate(uses)])
         held = held_bytes(stage.bank)
@@ -71,7 +71,7 @@ def test_weights_and_copies_stay_within_the_limit_in_whatever_mixture(seed: int)
             again = stage.adapters[gone]
             stage.remove(gone)
             stage.add(gone, again)
-    assert stage.num_blocks > 10 and fullest > limit - 3000
+    assert stage.num_blocks > 5 and fullest > limit - 3000
 
 
 def test_copies_give_way_to_weights_and_adapters_are_computed_one_by_one() -> None:
