@@ -5,7 +5,7 @@ PYTHON ?= $(firstword $(foreach name,python3.11 python3,$(shell $(name) -c "prin
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 # make test CPU=avx2 tests as on a CPU with AVX2 alone, CPU=avx512 as on one with AVX-512 but no VNNI.
-CPU ?=
+CPU :=
 CPU_avx2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 FBGEMM_ENABLE_INSTRUCTIONS=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES=
 CPU_avx512 := ATEN_CPU_CAPABILITY=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE FBGEMM_ENABLE_INSTRUCTIONS=AVX512 NUMBA_CPU_NAME=skylake-avx512 NUMBA_CPU_FEATURES=
 ifneq ($(CPU),)
