@@ -32,7 +32,8 @@ CUT_ELSEWHERE = 0.1
 """Of the largest logit: what another cut of a prompt may change; measured: 0.047 at most, and often nothing."""
 Uses = tuple[AdapterUse, ...]
 PARAMS = (SamplingParams(temperature=0), SamplingParams(temperature=1.0, seed=1))
-SETTINGS = Settings(_env_file=None)
+DEFAULTS = {name: field.default for name, field in Settings.model_fields.items()}
+"""Of a server, whatever this machine's environment says."""
 
 
 class NotingScheduler(Scheduler):
@@ -41,9 +42,9 @@ class NotingScheduler(Scheduler):
     def __init__(self) -> None:
         super().__init__(
             max_num_seqs=8,
-            max_num_batched_tokens=SETTINGS.max_num_batched_tokens,
-            max_prefill_tokens=SETTINGS.max_prefill_tokens,
-            max_draft_tokens=SETTINGS.max_draft_tokens,
+            max_num_batched_tokens=DEFAULTS["max_num_batched_tokens"],
+            max_prefill_tokens=DEFAULTS["max_prefill_tokens"],
+            max_draft_tokens=DEFAULTS["max_draft_tokens"],
             max_model_len=CONTEXT,
         )
         self.pieces: dict[int, list[int]] = defaultdict(list)
