@@ -24,7 +24,10 @@ def tokenizer_signature(tokenizer: PreTrainedTokenizerBase, folder: Path | None 
 
     def read() -> list[str]:
         file = None if folder is None else folder / _FILE
-        return [backend.to_str(), *([file.read_text(encoding="utf-8")] if file is not None and file.is_file() else [])]
+        return [
+            backend.to_str(pretty=True),
+            *([file.read_text(encoding="utf-8")] if file is not None and file.is_file() else []),
+        ]
 
     added = tuple(_added(number, token) for number, token in sorted(backend.get_added_tokens_decoder().items()))
     num_ids = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1

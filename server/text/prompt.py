@@ -26,6 +26,7 @@ Message = Mapping[str, Any]
 MAX_TOKENIZERS = 8
 """Tokenizers kept beside the base's, for adapters with added tokens; each takes as much memory as the base's."""
 
+_ADDED_TOKENS = '"added_tokens":'
 _MAX_TEMPLATE_MESSAGE = 300
 _MAX_TEMPLATE_SECONDS = 2.0
 _MAX_TEMPLATE_CHARS = 4 * 1024 * 1024
@@ -201,11 +202,13 @@ class PromptRenderer:
 
 def _with_added_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[AddedToken]) -> PreTrainedTokenizerBase:
     """The base's tokenizer with other added tokens. Raises ``ValueError`` where one does not get its id."""
-    said = json.loads(tokenizer.backend_tokenizer.to_str())
-    said["added_tokens"] = [asdict(token) for token in tokens]
+    text = tokenizer.backend_tokenizer.to_str()
+    start = text.index(_ADDED_TOKENS) + len(_ADDED_TOKENS)
+    _, end = json.JSONDecoder().raw_decode(text, start)
+    listed = json.dumps([asdict(token) for token in tokens])
     made = copy.copy(tokenizer)
     try:
-        made._tokenizer = Tokenizer.from_str(json.dumps(said))
+        made._tokenizer = Tokenizer.from_str(text[:start] + listed + text[end:])
     except Exception as error:  # noqa: BLE001 - the library raises no narrower one
         raise ValueError(f"its added tokens cannot be used: {_words(error)}") from None
     for token in tokens:

@@ -319,6 +319,31 @@ def test_a_tokenizer_that_is_another_elsewhere_is_refused(
     assert "take tokenizer.json out of the folder for the base's" in said
 
 
+def test_a_model_written_as_the_bases_is_not_parsed(folder: Path) -> None:
+    """Parsing a vocabulary of 150,000 tokens takes seconds, in which nobody else is answered."""
+    assert PADDED.tokenizer is not None
+    data = (folder / TOKENS).read_bytes()
+    assert PADDED.tokenizer.difference(data, lambda: pytest.fail("parsed")) is None
+    lowercase = data.replace(b'"normalizer": null', b'"normalizer": {"type": "Lowercase"}')
+    assert PADDED.tokenizer.difference(lowercase, lambda: pytest.fail("parsed")) == "normalizer"
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda data: b'{"model": {}, ' + data[1:],
+        lambda data: b'{"outer": ' + data + b"}",
+        lambda data: data + b" ",
+        lambda data: data[:-1] + b', "model": {}}',
+    ],
+)
+def test_a_model_that_only_looks_as_the_bases_is_parsed(folder: Path, wrap: Callable[[bytes], bytes]) -> None:
+    assert PADDED.tokenizer is not None
+    data = wrap((folder / TOKENS).read_bytes())
+    expected = json.loads(data).get("model", {}) == json.loads((folder / TOKENS).read_bytes())["model"]
+    assert (PADDED.tokenizer.difference(data, lambda: json.loads(data)) is None) == expected
+
+
 @pytest.mark.parametrize(
     ("added", "words"),
     [

@@ -20,6 +20,9 @@ SECTIONS = {"model": "vocabulary or merges", "normalizer": "normalizer", "pre_to
 """Parts of ``tokenizer.json`` that decide the ids of a text without added tokens."""
 
 _MAX_JUDGED = 64
+_MODEL = b'\n  "model": {'
+"""Where the last and by far the largest section begins in the file as the library writes it."""
+
 _DEFAULTS: Mapping[str, Any] = {"use_regex": True, "str_rep": "▁", "replacement": "▁", "split": True}
 """What a key of a section means where it is missing."""
 
@@ -55,10 +58,15 @@ class TokenizerSignature:
     _judged: dict[bytes, str | None] = field(default_factory=dict, repr=False)
 
     @cached_property
-    def sections(self) -> Mapping[str, frozenset[bytes]]:
+    def _sections(self) -> Mapping[str, frozenset[bytes]]:
         """The digests of each section, one for each form."""
-        found = [_digests(json.loads(text)) for text in self.read()]
-        return {name: frozenset(digests[name] for digests in found) for name in SECTIONS}
+        return _joined([_digests(json.loads(text)) for text in self.read()])
+
+    @cached_property
+    def _sections_as_written(self) -> Mapping[str, frozenset[bytes]]:
+        """The same, with the model as it is written, which takes a hundredth of the time."""
+        found = [_digests_as_written(text.encode()) for text in self.read()]
+        return _joined([digests for digests in found if digests is not None])
 
     def difference(self, data: bytes, parse: Callable[[], Any]) -> str | None:
         """What of an adapter's ``tokenizer.json`` is not as the base's; ``parse`` reads it, once for equal bytes."""
@@ -66,17 +74,20 @@ class TokenizerSignature:
         if key not in self._judged:
             if len(self._judged) >= _MAX_JUDGED:
                 self._judged.clear()
-            self._judged[key] = self._difference(parse())
+            self._judged[key] = self._difference(data, parse)
         return self._judged[key]
 
-    def _difference(self, tokenizer: Any) -> str | None:
-        if not isinstance(tokenizer, dict):
-            return "structure"
+    def _difference(self, data: bytes, parse: Callable[[], Any]) -> str | None:
         try:
-            digests = _digests(tokenizer)
+            sections, digests = self._sections_as_written, _digests_as_written(data)
+            if digests is None or digests["model"] not in sections["model"]:
+                tokenizer = parse()
+                if not isinstance(tokenizer, dict):
+                    return "structure"
+                sections, digests = self._sections, _digests(tokenizer)
         except RecursionError:
             return "structure"
-        return next((said for name, said in SECTIONS.items() if digests[name] not in self.sections[name]), None)
+        return next((said for name, said in SECTIONS.items() if digests[name] not in sections[name]), None)
 
 
 def listed_in_head(data: bytes) -> list[Any] | None:
@@ -188,6 +199,22 @@ def _skip(text: str, at: int, mark: str) -> int:
         return at
     inner = found[1:].lstrip()
     return at + len(rest) - len(inner)
+
+
+def _joined(found: Sequence[Mapping[str, bytes]]) -> Mapping[str, frozenset[bytes]]:
+    return {name: frozenset(digests[name] for digests in found) for name in SECTIONS}
+
+
+def _digests_as_written(data: bytes) -> Mapping[str, bytes] | None:
+    """Digests with the model's of its bytes; None where the file is not laid out as the library does it."""
+    at = data.find(_MODEL)
+    try:
+        before = json.loads(data[:at].rstrip().removesuffix(b",") + b"}")
+    except (ValueError, RecursionError):
+        return None
+    if at < 0 or not isinstance(before, dict) or "model" in before:
+        return None
+    return {**_digests(before), "model": hashlib.sha256(data[at:]).digest()}
 
 
 def _digests(tokenizer: Mapping[str, Any]) -> Mapping[str, bytes]:
