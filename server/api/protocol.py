@@ -245,7 +245,7 @@ class GenerationRequest(_Strict):
     user: Text | None = None
     cache_salt: Annotated[Text, Field(min_length=1, max_length=MAX_SALT_LENGTH)] | None = None
     n: int = Field(1, ge=1, le=8)
-    stop: Annotated[list[StopString], Field(min_length=1, max_length=16), BeforeValidator(_as_list)] | None = None
+    stop: Annotated[list[StopString], Field(max_length=16), BeforeValidator(_as_list)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_TOKEN_IDS)] | None = None
     frequency_penalty: Annotated[Penalty | None, Processed(neutral=0)] = None
     presence_penalty: Annotated[Penalty | None, Processed(neutral=0)] = None

@@ -70,6 +70,11 @@ def test_a_penalty_that_asks_for_nothing_makes_no_processor(field: str) -> None:
         assert sampling_params(chat(**{field: value}), NOTHING, index=0) == SamplingParams()
 
 
+def test_an_empty_list_of_stop_strings_asks_for_none() -> None:
+    """It was a 400; clients send it where nothing was set."""
+    assert stop_strings(chat(stop=[]), NOTHING) == stop_strings(completion("x", stop=[]), NOTHING) == ()
+
+
 def test_processors_get_the_values_that_were_asked() -> None:
     asked = {"frequency_penalty": -2, "presence_penalty": 0.5, "repetition_penalty": 1.25, "min_tokens": 3}
     for request in (chat(**asked, logit_bias={"7": -100, "0": 1.5}), completion("x", **asked, logit_bias={"7": -100})):
