@@ -12,6 +12,7 @@ import contextlib
 import logging
 import math
 import os
+import stat
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,11 +43,15 @@ _SLOW_LOOK = 5.0
 
 @dataclass(frozen=True)
 class Found:
-    """A folder as it was found; ``changed`` is when anything in it last did, in seconds since the epoch."""
+    """A folder as it was found; ``changed`` is when anything in it last did, in seconds since the epoch.
+
+    ``inode`` is the folder's own, or that of the folder that a link leads to.
+    """
 
     path: Path
     signature: Signature
     changed: float
+    inode: int
 
 
 class AdapterWatcher:
@@ -78,8 +83,8 @@ class AdapterWatcher:
         self._pins_signature: object = None
         self._pending: set[str] = set()
         self._durations = (0.0, 0.0)
-        self._places: frozenset[Path] = frozenset()
-        self._watched: frozenset[Path] = frozenset()
+        self._places: frozenset[tuple[Path, int]] = frozenset()
+        self._watched: frozenset[tuple[Path, int]] = frozenset()
         self._listening: asyncio.Task[None] | None = None
         self._listening_since = -math.inf
         self._complained: int | None = None
@@ -205,18 +210,20 @@ class AdapterWatcher:
         """Listen in the folders that there are now; True where the system tells of events in all of them.
 
         Each folder is named by itself, because a recursive watch goes through links, wherever they lead. Another set
-        of them is taken up after a while that is longer the more there are: that takes 10 ms for a thousand.
+        of them, or another folder in the place of one, is taken up after a while that is longer the more there are:
+        that takes 10 ms for a thousand.
         """
-        folders = [folder for folder in self.folders if folder.is_dir()]
-        if not folders or folders[0] != self.folders[0]:
+        folders = self.folders if self._store is None else (*self.folders, self._store.state_dir)
+        there = [(folder, folder.stat().st_ino) for folder in folders if folder.is_dir()]
+        if not there or there[0][0] != self.folders[0]:
             return False  # the folder is still to be made: only looking finds it
-        state = () if self._store is None or not self._store.state_dir.is_dir() else (self._store.state_dir,)
-        wanted, now = frozenset([*folders, *self._places, *state]), time.monotonic()
+        wanted, now = frozenset([*there, *self._places]), time.monotonic()
         if wanted != self._watched and now >= self._listening_since + self.settle * (1 + len(wanted) // 200):
             if self._listening is not None:
                 self._listening.cancel()
             self._watched, self._listening_since = wanted, now
-            self._listening = asyncio.create_task(self._listen(wanted))
+            paths = [path for path, _ in wanted]
+            self._listening = asyncio.create_task(self._listen(paths))
             self._stirred = True  # what happened before the system listens is found by one more look
         return wanted == self._watched and self._listening is not None and not self._listening.done()
 
@@ -274,7 +281,7 @@ class AdapterWatcher:
             self._durations = (self._durations[1], seconds)
             links = any(follows_links(one.signature) for one in found.values())
             self._linked = links or any(folder.is_symlink() for folder in self.folders)
-            self._places = frozenset(one.path for one in found.values() if not _is_outside(one.signature))
+            self._places = frozenset((one.path, one.inode) for one in found.values() if not _is_outside(one.signature))
         if seconds > _SLOW_LOOK:
             logger.warning("looking at %d adapter folders took %.1f s", len(found), seconds)
         return found
@@ -286,9 +293,10 @@ class AdapterWatcher:
         for name, path in [*mounted, *self._sub_folders(names)]:
             if name not in found and (name not in self._mounted or self.is_inside(path)):
                 with contextlib.suppress(OSError):
-                    changed = os.stat(path, follow_symlinks=False).st_ctime
+                    status = os.lstat(path)
                     signature = signature_of(path, self._roots)
-                    found[name] = Found(path, signature, max([changed, *(one[4] / 1e9 for one in signature)]))
+                    changed = max([status.st_ctime, *(one[4] / 1e9 for one in signature)])
+                    found[name] = Found(path, signature, changed, _inode(path, status))
         return found
 
     def _sub_folders(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Path]]:
@@ -314,6 +322,14 @@ class AdapterWatcher:
         if pins != self._pins_signature:
             self._pins_signature = pins
             self._on_pins(await asyncio.to_thread(self._store.pins))
+
+
+def _inode(path: Path, status: os.stat_result) -> int:
+    """That of a folder, or of what a link leads to; the link's own where it leads nowhere."""
+    if stat.S_ISLNK(status.st_mode):
+        with contextlib.suppress(OSError):
+            return os.stat(path).st_ino
+    return status.st_ino
 
 
 def _is_outside(signature: Signature) -> bool:

@@ -276,3 +276,25 @@ async def test_no_watch_goes_through_a_link(tmp_path: Path, monkeypatch: pytest.
             break
     watching.cancel()
     assert (set(seen[0][0]), seen[0][1]) == ({shelf.first, shelf.second, shelf.first / "a"}, False)
+
+
+async def test_events_are_told_of_a_folder_that_took_anothers_place(tmp_path: Path) -> None:
+    """A watch belongs to the folder that was there: a change of its successor was seen after ten intervals."""
+    shelf = Shelf(tmp_path, settle=0.1)
+    path = make(shelf.first, "a")
+    await asyncio.sleep(0.12)
+    await shelf.watcher.start()
+    watching = asyncio.create_task(shelf.watcher.run())
+    await asyncio.sleep(0.2)
+    path.rename(shelf.first / ".before")
+    make(shelf.first, ".made").rename(path)
+    await asyncio.sleep(0.5)
+    write(path, config=CONFIG | {"lora_alpha": 16})
+    try:
+        for _ in range(60):
+            await asyncio.sleep(0.01)
+            if shelf.registry.get("a").listing.config.alpha == 16:
+                break
+    finally:
+        watching.cancel()
+    assert shelf.registry.get("a").listing.config.alpha == 16
