@@ -117,6 +117,36 @@ async def test_a_stalled_look_makes_no_adapter_wait_for_twenty_times_its_length(
     assert "adapter a: its folder changed since it was read, so it is looked at again" in caplog.messages
 
 
+async def test_a_folder_that_a_request_waits_for_is_looked_at_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looks at all folders are rare where they take long, and no request waits for the next one."""
+    look, looks = AdapterWatcher._look, Counter[bool]()
+
+    async def deaf(self: AdapterWatcher, paths: object) -> None:
+        return
+
+    def slow(self: AdapterWatcher, names: Any = None) -> dict[str, Found]:
+        looks[names is None] += 1
+        time.sleep(0.1 if names is None else 0)
+        return look(self, names)
+
+    monkeypatch.setattr(AdapterWatcher, "_listen", deaf)
+    monkeypatch.setattr(AdapterWatcher, "_look", slow)
+    shelf = Shelf(tmp_path, settle=0.02)
+    path = make(shelf.first, "a")
+    await shelf.watcher.start()
+    watching = asyncio.create_task(shelf.watcher.run())
+    try:
+        await asyncio.sleep(0.3)  # from now on the next look at all folders is two seconds away
+        before = looks[True]
+        os.link(path / WEIGHTS_FILE, tmp_path / "link")
+        assert (await asyncio.wait_for(shelf.use("a"), 1)).startswith("a@")
+    finally:
+        watching.cancel()
+    assert (looks[True], looks[False] > 0) == (before, True)
+
+
 async def test_who_asks_while_a_changed_folder_is_still_to_be_read_is_told_to_come_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
