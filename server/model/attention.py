@@ -167,10 +167,10 @@ class FlatAttention:
         scoring = Scoring(scale, sliding_window, softcap, s_aux)
         plain = scoring.plain
         self.explicit |= not plain
-        queries = query.to(kept)
+        queries = query if kept == query.dtype else query.to(kept)
         if self.batched is not None and self.cache is not None:
-            attended = self.batched.attend(self.cache, layer, layout, queries, scoring)
-            return attended[None].to(query.dtype), None
+            attended = self.batched.attend(self.cache, layer, layout, queries, scoring)[None]
+            return attended if kept == query.dtype else attended.to(query.dtype), None
         singles = _folded(queries, key.shape[1]) if plain else ()
         parts = []  # [length, heads, value_dim] each
         for span in layout.spans:

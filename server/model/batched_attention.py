@@ -44,10 +44,9 @@ class RowGroup:
 
     def seen(self, kept: torch.Tensor) -> torch.Tensor:
         """Of [slots, kv_heads, max_len, dim] what the group looks at [n, kv_heads, keys, dim]; copied if need be."""
-        part = kept.narrow(2, self.first, self.end - self.first)
         if isinstance(self.slots, range):
-            return part[self.slots.start : self.slots.stop]
-        return part.index_select(0, self.slots)
+            return kept[self.slots.start : self.slots.stop, :, self.first : self.end]
+        return kept[:, :, self.first : self.end].index_select(0, self.slots)
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,13 +188,13 @@ def _of_group(
     group: RowGroup, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scoring: Scoring
 ) -> torch.Tensor:
     """query [1, heads, n, dim] -> [n, heads, value_dim]. Query heads that share keys lie where rows would."""
-    _, num_heads, num_rows, _ = query.shape
+    _, num_heads, num_rows, dim = query.shape
     seen_keys, seen_values = group.seen(keys), group.seen(values)  # [n, kv_heads, keys, dim]
     if not scoring.plain:
         queries = query.permute(2, 1, 0, 3)  # [n, heads, 1, dim]
         mask = None if group.mask is None else group.mask[:, None]
         return explicit(queries, seen_keys, seen_values, mask, scoring)[:, :, 0]
-    folded = query[0].unflatten(0, (keys.shape[1], -1)).permute(2, 0, 1, 3)  # [n, kv_heads, group, dim]
+    folded = query.view(keys.shape[1], -1, num_rows, dim).permute(2, 0, 1, 3)  # [n, kv_heads, group, dim]
     attended = F.scaled_dot_product_attention(folded, seen_keys, seen_values, attn_mask=group.mask, scale=scoring.scale)
     return attended.reshape(num_rows, num_heads, -1)
 
@@ -204,11 +203,11 @@ def _of_chunk(
     chunk: Chunk, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scoring: Scoring
 ) -> torch.Tensor:
     """query [1, heads, rows, dim] -> [rows, heads, value_dim]. Query heads that share keys are a batch."""
-    _, num_heads, num_rows, _ = query.shape
+    _, num_heads, num_rows, dim = query.shape
     seen_keys, seen_values, mask = chunk.seen(keys), chunk.seen(values), chunk.mask
     if not scoring.plain:
         return explicit(query, seen_keys, seen_values, mask, scoring)[0].transpose(0, 1)
-    split = query[0].unflatten(0, (keys.shape[1], -1)).transpose(0, 1)  # [group, kv_heads, rows, dim]
+    split = query.view(keys.shape[1], -1, num_rows, dim).transpose(0, 1)  # [group, kv_heads, rows, dim]
     each_keys, each_values = (seen.expand(len(split), -1, -1, -1) for seen in (seen_keys, seen_values))
     attended = F.scaled_dot_product_attention(
         split, each_keys, each_values, attn_mask=mask, is_causal=mask is None, scale=scoring.scale

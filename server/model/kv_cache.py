@@ -155,13 +155,17 @@ class KVCache:
         pairs = self.layout.regions
         self.keys = [self._view(memory, region, num_slots) for region, _ in pairs]
         self.values = [self._view(memory, region, num_slots) for _, region in pairs]
+        self._rows = [
+            (keys.transpose(1, 2), values.transpose(1, 2)) for keys, values in zip(self.keys, self.values, strict=True)
+        ]  # [slots, max_len, kv_heads, dim]
         self._slots: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def write(self, layer: int, layout: RowsLayout, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store keys and values [1, kv_heads, rows, dim] of rows whose slots and positions the layout tells."""
         if len(layout.spans) > self._num_copied:
-            self.keys[layer][layout.slots, :, layout.positions] = keys[0].transpose(0, 1).to(self.layout.dtype)
-            self.values[layer][layout.slots, :, layout.positions] = values[0].transpose(0, 1).to(self.layout.dtype)
+            at, dtype = (layout.slots, layout.positions), self.layout.dtype
+            for kept, new in zip(self._rows[layer], (keys, values), strict=True):
+                kept.index_put_(at, new[0].transpose(0, 1) if new.dtype == dtype else new[0].transpose(0, 1).to(dtype))
             return
         for span in layout.spans:
             for kept, new in zip(self.slot(layer, span.slot), (keys, values), strict=True):
