@@ -209,6 +209,15 @@ async def test_books_that_are_wrong_when_the_engine_goes_idle_are_mended(
     assert {ReleaseTail(number, 0) for number in range(4)} <= set(scheduler.slots._moves)
 
 
+async def test_a_check_that_always_fails_disturbs_nobody(started: AsyncEngine) -> None:
+    """Be it that the check itself is wrong."""
+    Failing(started._engine.scheduler, "check_integrity", times=10)
+    for _ in range(3):
+        assert await tokens(submit(started)) == ANSWER
+    await until(lambda: failures(started).get("integrity", 0) >= 3)
+    del started._engine.scheduler.__dict__["check_integrity"]
+
+
 async def test_an_update_that_fails_half_way_ends_its_sequences_and_leaves_sound_slots(
     started: AsyncEngine, runner: ScriptedRunner
 ) -> None:
