@@ -16,13 +16,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: serve test test-full test-gpu lint clean
+.PHONY: serve test test-model test-others test-full test-gpu lint clean
 
 serve: $(VENV)/.serve  ## ARGS="--port 8001" passes flags on
 	$(BIN)/python -m server $(ARGS)
 
 test: lint
-	$(CPU_$(CPU)) $(BIN)/pytest
+	@echo "pytest, in two halves at once: what each prints comes when it has ended, after some minutes"
+	@$(MAKE) --jobs=2 --keep-going --output-sync=target --no-print-directory test-others test-model
+
+test-model:
+	$(CPU_$(CPU)) $(BIN)/pytest tests/model
+
+test-others:
+	$(CPU_$(CPU)) $(BIN)/pytest --ignore=tests/model
 
 test-full: test
 	$(CPU_$(CPU)) $(BIN)/pytest -m wide
