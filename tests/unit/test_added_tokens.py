@@ -90,6 +90,10 @@ def refusal(path: Path, base: BaseSignature = PADDED) -> str:
     return caught.value.reason
 
 
+def trained_rows(num_tokens: int) -> dict[str, torch.Tensor]:
+    return {"base_model.model.model.embed.token_adapter.trainable_tokens_delta": torch.ones(num_tokens, 6)}
+
+
 def renderer() -> PromptRenderer:
     return PromptRenderer(small_tokenizer(), vocab_size=NUM_ROWS)
 
@@ -199,7 +203,7 @@ def test_tokens_come_from_the_other_files_where_there_is_no_fast_tokenizer(folde
 
 
 def test_rows_trained_for_new_tokens_are_served_with_their_text(folder: Path) -> None:
-    rows = {"base_model.model.model.embed.token_adapter.trainable_tokens_delta": torch.ones(2, 6)}
+    rows = trained_rows(2)
     write(folder, config=CONFIG | {"trainable_token_indices": [CALL, TOOL]}, weights={**tensors(), **rows})
     manifest = read(folder)
     assert manifest.plan.parts["lm_head"].tokens is not None
@@ -429,6 +433,15 @@ def test_a_base_without_a_fast_tokenizer_takes_adapters_as_before(folder: Path) 
 )
 def test_the_list_of_added_tokens_is_read_from_the_beginning_of_the_file(text: str, listed: Any) -> None:
     assert listed_in_head(text.encode()) == listed
+
+
+def test_a_pointer_in_place_of_the_tokenizer_is_told_and_refuses_nothing(folder: Path) -> None:
+    (folder / TOKENS).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n")
+    manifest = read(folder)
+    assert manifest.defaults.added_tokens == ()
+    assert "git-lfs pointer" in manifest.unread[TOKENS]
+    write(folder, config=CONFIG | {"trainable_token_indices": [CALL]}, weights={**tensors(), **trained_rows(1)})
+    assert f"names token {CALL}" in refusal(folder)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '"x"', '{"added_tokens": 7}', "[" * 100_000])

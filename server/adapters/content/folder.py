@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from server.adapters.content.added_tokens import listed_in_head
-from server.adapters.content.file_kinds import what_is_missing
+from server.adapters.content.file_kinds import kind_of_bytes, what_is_missing
 from server.adapters.content.opening import PASSING, Folder, PermissionDenied, leads_inside
 from server.adapters.content.safetensors import MAX_HEADER_BYTES
 
@@ -126,6 +126,9 @@ def read_tokens_at(folder: Folder, unread: dict[str, str], *, whole: bool) -> by
             found = read_file_at(folder, TOKENS_FILE, MAX_TOKENS_BYTES)
     except PermissionDenied as error:
         unread[TOKENS_FILE] = str(error)
+        return b""
+    if found is not None and (kind := kind_of_bytes(TOKENS_FILE, found[0])) is not None:
+        unread[TOKENS_FILE] = kind  # as a repository's largest file after the weights it is often not fetched
         return b""
     return b"" if found is None else found[0]
 
