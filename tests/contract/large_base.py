@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 SIZES: Mapping[str, int] = {
@@ -22,7 +23,12 @@ SIZES: Mapping[str, int] = {
 
 def contents() -> dict[str, bytearray]:
     """The tensors' bytes."""
-    return {name: bytearray(hashlib.shake_128(name.encode()).digest(size)) for name, size in SIZES.items()}
+    return {name: bytearray(_noise(name, size)) for name, size in SIZES.items()}
+
+
+@cache
+def _noise(name: str, size: int) -> bytes:
+    return hashlib.shake_128(name.encode()).digest(size)
 
 
 def write_base(folder: Path, tensors: Mapping[str, bytes | bytearray], *, shards: int = 1) -> Path:
@@ -47,4 +53,4 @@ def _write(path: Path, tensors: Mapping[str, bytes | bytearray], names: Sequence
         begin, end = end, end + len(tensors[name])
         header[name] = {"dtype": "U8", "shape": [end - begin], "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(bytes(tensors[name]) for name in names))
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(tensors[name] for name in names))
