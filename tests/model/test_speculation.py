@@ -19,6 +19,7 @@ from server.metrics import Metrics
 from server.model.sampler import Sampler
 from server.sequence import AdapterUse, Batch, FinishReason, SamplingParams, Segment, Sequence
 from tests.model.engines import finish, step, tracked
+from tests.tables import wide
 
 VOCAB = 24
 GREEDY = SamplingParams(temperature=0)
@@ -162,7 +163,7 @@ def play(number: int, drafts: int, *, penalized: bool = False) -> tuple[Said, in
     return got, len(runner.batches), count(engine, "accepted_draft_tokens")
 
 
-@pytest.mark.parametrize("number", range(25))
+@pytest.mark.parametrize("number", [*range(8), *(pytest.param(number, marks=wide) for number in range(8, 25))])
 def test_every_sequence_gets_the_tokens_it_gets_without_drafts(number: int) -> None:
     """Greedy and seeded, in any mixture with chunks of prompts, whatever the model's habits."""
     without, _, none = play(number, drafts=0)
