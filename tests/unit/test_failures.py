@@ -226,7 +226,8 @@ async def test_an_update_that_fails_half_way_ends_its_sequences_and_leaves_sound
     """Of two sequences that end in the same step the first has given its slot back, the second has not."""
     streams = [await hold(started, runner), submit(started)]
     slots = started._engine.scheduler.slots
-    stock, failed = slots.free, []
+    stock = slots.free
+    failed: list[Sequence] = []
 
     def free(sequence: Sequence) -> None:
         if slots.num_used == 1 and not failed:
