@@ -9,6 +9,7 @@ one (the idea of FlashInfer's sampling kernels, Ye et al. 2025).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence as SequenceOf
 
@@ -51,20 +52,32 @@ def _draw_inside(weights: torch.Tensor, mass: float, place: int, draw: Draw) -> 
 
     Ends, because each rejected place is followed by one that is likelier, or by one of the whole set.
     """
-    attempt = 0
-    while True:
-        attempt += 1
+    for attempt in itertools.count(1):
         weight = float(weights[place])
-        candidates = weights_above([weights], [weight])  # [1, width]
-        sums = on_host(block_sums(candidates))
+        candidates, sums = _above(weights, weight)
         likelier = float(sums.sum())
-        if likelier < mass:  # so the set ends among the places of this weight
+        ends_here = likelier < mass  # the set ends among the places of this weight
+        if ends_here:
             equal = (weights == weight).nonzero()[:, 0]
             inside = equal[: min(math.ceil((mass - likelier) / weight), len(equal))]
             if place <= int(inside[-1]):
-                return place
+                break
             candidates[0, inside] = weight
             sums = on_host(block_sums(candidates))
         place = pick(candidates, sums, [uniform(draw.sequence.seed, draw.number, attempt)])[0]
-        if likelier < mass:
-            return place
+        if ends_here or _is_surely_inside(weights, mass, place):
+            break
+    return place
+
+
+def _is_surely_inside(weights: torch.Tensor, mass: float, place: int) -> bool:
+    """Whether the weights of all that is as likely, but for one place, are less than ``mass``."""
+    own = weights[place].cpu()
+    _, sums = _above(weights, float(torch.nextafter(own, torch.zeros_like(own))))
+    return float(sums.sum()) - float(own) < mass
+
+
+def _above(weights: torch.Tensor, floor: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weights of one row [width] above ``floor`` as a row [1, width], and the sums of its blocks."""
+    above = weights_above([weights], [floor])
+    return above, on_host(block_sums(above))
