@@ -59,9 +59,9 @@ def _draw(logits: torch.Tensor, draws: SequenceOf[Draw]) -> list[int]:
     if any(one.min_p > 0.0 for one in params):
         _apply_min_p(weights, params)
         sums = on_host(block_sums(weights))
-    places = pick(weights, sums, [uniform(draw.sequence.seed, draw.number) for draw in draws])
+    places, own = pick(weights, sums, [uniform(draw.sequence.seed, draw.number) for draw in draws])
     if any(one.top_p < 1.0 for one in params):
-        redraw_outside(places, weights, all_sums, draws)
+        redraw_outside(places, own, weights, all_sums, draws)
     return places
 
 

@@ -13,10 +13,11 @@ import itertools
 import math
 from collections.abc import Sequence as SequenceOf
 
+import numpy as np
 import torch
 
 from server.model.blocks import BLOCK, block_sums
-from server.model.inverse_cdf import on_host, pick, weights_above
+from server.model.inverse_cdf import Doubles, on_host, pick, totals, weights_above
 from server.model.random_numbers import uniform
 from server.sequence import Draw
 
@@ -24,27 +25,27 @@ _PART = 4
 """One block in so many is looked at first: most places that are inside show it there."""
 
 
-def redraw_outside(places: list[int], weights: torch.Tensor, sums: torch.Tensor, draws: SequenceOf[Draw]) -> None:
+def redraw_outside(
+    places: list[int], own: Doubles, weights: torch.Tensor, sums: Doubles, draws: SequenceOf[Draw]
+) -> None:
     """Replace those of ``places``, one for each row of weights [rows, width], that top-p leaves out.
 
-    ``sums`` are those of the weights' blocks, on the host, also of such weights as are zero by now.
+    ``own`` are the places' weights, ``sums`` those of the blocks, also of such weights as are zero by now.
     """
-    drawn = weights.gather(1, torch.tensor(places, device=weights.device)[:, None])[:, 0].cpu()  # [rows]
-    own, just_less = drawn.tolist(), torch.nextafter(drawn, torch.zeros_like(drawn)).tolist()
-    totals = sums.sum(-1).tolist()
-    outside = [(1.0 - draw.sequence.params.top_p) * total for draw, total in zip(draws, totals, strict=True)]
+    just_less = np.nextafter(own.astype(np.float32), np.float32(0.0))
+    whole = totals(sums)
+    mass = whole * [draw.sequence.params.top_p for draw in draws]
+    outside = whole - mass
     rows = [row for row, draw in enumerate(draws) if draw.sequence.params.top_p < 1.0 and own[row] <= outside[row]]
     for num_blocks in sorted({sums.shape[1] // _PART, sums.shape[1]} - {0}):
         if not rows:
             return
         part = weights[:, : num_blocks * BLOCK]
-        as_likely = weights_above([part[row] for row in rows], [just_less[row] for row in rows])
-        less_likely = sums[rows, :num_blocks].sum(-1) - on_host(block_sums(as_likely)).sum(-1)
-        rest = dict(zip(rows, less_likely.tolist(), strict=True))
-        rows = [row for row in rows if own[row] + rest[row] <= outside[row]]
+        as_likely = weights_above([part[row] for row in rows], [float(just_less[row]) for row in rows])
+        less_likely = totals(sums[rows, :num_blocks]) - totals(on_host(block_sums(as_likely)))
+        rows = [row for row, rest in zip(rows, less_likely, strict=True) if own[row] + rest <= outside[row]]
     for row in rows:
-        mass = draws[row].sequence.params.top_p * totals[row]
-        places[row] = _draw_inside(weights[row], mass, places[row], draws[row])
+        places[row] = _draw_inside(weights[row], float(mass[row]), places[row], draws[row])
 
 
 def _draw_inside(weights: torch.Tensor, mass: float, place: int, draw: Draw) -> int:
@@ -55,7 +56,7 @@ def _draw_inside(weights: torch.Tensor, mass: float, place: int, draw: Draw) -> 
     for attempt in itertools.count(1):
         weight = float(weights[place])
         candidates, sums = _above(weights, weight)
-        likelier = float(sums.sum())
+        likelier = float(totals(sums)[0])
         ends_here = likelier < mass  # the set ends among the places of this weight
         if ends_here:
             equal = (weights == weight).nonzero()[:, 0]
@@ -64,20 +65,19 @@ def _draw_inside(weights: torch.Tensor, mass: float, place: int, draw: Draw) -> 
                 break
             candidates[0, inside] = weight
             sums = on_host(block_sums(candidates))
-        place = pick(candidates, sums, [uniform(draw.sequence.seed, draw.number, attempt)])[0]
-        if ends_here or _is_surely_inside(weights, mass, place):
+        (place,), own = pick(candidates, sums, [uniform(draw.sequence.seed, draw.number, attempt)])
+        if ends_here or _is_surely_inside(weights, mass, float(own[0])):
             break
     return place
 
 
-def _is_surely_inside(weights: torch.Tensor, mass: float, place: int) -> bool:
-    """Whether the weights of all that is as likely, but for one place, are less than ``mass``."""
-    own = weights[place].cpu()
-    _, sums = _above(weights, float(torch.nextafter(own, torch.zeros_like(own))))
-    return float(sums.sum()) - float(own) < mass
+def _is_surely_inside(weights: torch.Tensor, mass: float, own: float) -> bool:
+    """Whether the weights of all places that are as likely, but for one, are less than ``mass``."""
+    _, sums = _above(weights, float(np.nextafter(np.float32(own), np.float32(0.0))))
+    return float(totals(sums)[0]) - own < mass
 
 
-def _above(weights: torch.Tensor, floor: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _above(weights: torch.Tensor, floor: float) -> tuple[torch.Tensor, Doubles]:
     """The weights of one row [width] above ``floor`` as a row [1, width], and the sums of its blocks."""
     above = weights_above([weights], [floor])
     return above, on_host(block_sums(above))
