@@ -19,6 +19,7 @@ from server.errors import InvalidRequest
 from server.metrics import BASE
 from server.sequence import FinishReason, StepOutput
 from server.text.detokenizer import Detokenizer
+from server.text.prompt import PromptRenderer
 
 Render = Callable[[AdapterDefaults], list[list[int]]]
 
@@ -137,7 +138,8 @@ class Generation:
         self.state.engine.check_capacity(self.num_choices)
         self.lease = await self._acquire()
         defaults = self._defaults()
-        self._submit(await asyncio.to_thread(self.render, defaults), defaults)
+        prompts, tokenizer = await asyncio.to_thread(self._rendered, defaults)
+        self._submit(prompts, defaults, tokenizer)
         self._pumps = [asyncio.create_task(self._pump(choice)) for choice in self._choices]
         self._peeked = await self._next(patience)
 
@@ -181,11 +183,14 @@ class Generation:
             )
         return None
 
-    def _submit(self, prompts: list[list[int]], defaults: AdapterDefaults) -> None:
+    def _rendered(self, defaults: AdapterDefaults) -> tuple[list[list[int]], PromptRenderer]:
+        """Prompts and the tokenizer of the answers, which may have to be made first: in a thread."""
+        return self.render(defaults), self.state.prompts.of(defaults)
+
+    def _submit(self, prompts: list[list[int]], defaults: AdapterDefaults, tokenizer: PromptRenderer) -> None:
         self._prompt_tokens = sum(map(len, prompts))
         lengths = [self._completion_length(len(prompt), defaults) for prompt in prompts]
         stop = stop_strings(self.request, defaults)
-        tokenizer = self.state.prompts.of(defaults)  # made already by ``render``, in a thread
         eos_ids = self.state.eos_ids | end_ids(defaults, stop, tokenizer) | frozenset(self.request.stop_token_ids or ())
         for prompt, max_tokens in zip(prompts, lengths, strict=True):
             for index in range(self.request.n):

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_HEADER_BYTES = 256 * 1024 * 1024
-MAX_NAME_BYTES, MAX_DIMENSIONS, MAX_ALIGNMENT = 512, 4, 1 << 20
+MAX_TENSORS, MAX_NAME_BYTES, MAX_DIMENSIONS, MAX_ALIGNMENT = 100_000, 512, 4, 1 << 20
 DEFAULT_ALIGNMENT = 32
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -162,6 +162,8 @@ def _read_start(header: _Header) -> tuple[int, int]:
     if version not in VERSIONS:
         raise ValueError(f"its GGUF version is {version}; versions 2 and 3 are read: write it again with a newer tool")
     num_tensors = header.count("Q", "the number of tensors", each=_MIN_TENSOR_BYTES)
+    if num_tensors > MAX_TENSORS:
+        raise ValueError(f"it announces {num_tensors} tensors; {MAX_TENSORS} are read at most")
     return num_tensors, header.count("Q", "the number of keys", each=_MIN_KEY_BYTES)
 
 

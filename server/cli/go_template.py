@@ -16,6 +16,8 @@ from dataclasses import dataclass
 _TOKEN = re.compile(r"\(|\)|\.?[A-Za-z]+")
 _FIELDS = {".System": "system", ".Prompt": "prompt", ".Response": "response"}
 _MAX_DEPTH = 20
+_SPACE = " \t\r\n"
+"""What Go trims (text/template/parse, ``spaceChars``); an ideographic or a hard space stays."""
 
 _DRIVER = """\
 {%- if tools -%}{{ raise_exception('This chat template has no place for tools') }}{%- endif -%}
@@ -95,17 +97,17 @@ def _split(template: str) -> deque[Text | str]:
         if end < 0:
             raise ValueError(f"{template[start : start + 60]!r} is not closed")
         action = template[start + 2 : end]
-        trims_left = action[:1] == "-" and action[1:2].isspace()
-        trims_right = action[-1:] == "-" and action[-2:-1].isspace()
+        trims_left = action[:1] == "-" and action[1:2] in tuple(_SPACE)
+        trims_right = action[-1:] == "-" and action[-2:-1] in tuple(_SPACE)
         text = template[position:start]
-        text = text.lstrip() if trims else text
-        pieces.append(Text(text.rstrip() if trims_left else text))
+        text = text.lstrip(_SPACE) if trims else text
+        pieces.append(Text(text.rstrip(_SPACE) if trims_left else text))
         action = action[1 if trims_left else 0 : -1 if trims_right else None].strip()
         if not (action.startswith("/*") and action.endswith("*/")):
             pieces.append(action)
         position, trims = end + 2, trims_right
     rest = template[position:]
-    pieces.append(Text(rest.lstrip() if trims else rest))
+    pieces.append(Text(rest.lstrip(_SPACE) if trims else rest))
     return pieces
 
 

@@ -22,6 +22,7 @@ from server.errors import InvalidRequest
 from server.text.deadline import DeadlineExceeded, deadline
 
 Message = Mapping[str, Any]
+_Key = tuple[tuple[AddedToken, ...], bool]
 
 MAX_TOKENIZERS = 8
 """Tokenizers kept beside the base's, for adapters with added tokens; each takes as much memory as the base's."""
@@ -50,8 +51,8 @@ class PromptRenderer:
         special = [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
         self._hidden_ids = hidden_ids  # special in answers, and not for the tokenizer
         self._special_ids = frozenset([*tokenizer.all_special_ids, *special, *hidden_ids])
-        self._adapters: OrderedDict[tuple[tuple[AddedToken, ...], bool], PromptRenderer] = OrderedDict()
-        self._lock = threading.Lock()
+        self._adapters: OrderedDict[_Key, PromptRenderer] = OrderedDict()
+        self._lock, self._making = threading.Lock(), threading.Lock()
         tokenizer("x")  # a tokenizer with truncation or padding in its file drops them at its first call, in one thread
 
     @property
@@ -75,13 +76,25 @@ class PromptRenderer:
             return self
         by_messages = defaults.chat_template in (None, self.chat_template)
         key = (defaults.added_tokens, by_messages)
+        if (found := self._made(key)) is not None:
+            return found
+        with self._making:  # one after another: each takes as much memory as the base's, and seconds
+            if (found := self._made(key)) is None:
+                found = self._with_tokens(defaults.added_tokens, by_messages=by_messages)
+                self._remember(key, found)
+            return found
+
+    def _made(self, key: _Key) -> PromptRenderer | None:
         with self._lock:
-            if key not in self._adapters:
-                self._adapters[key] = self._with_tokens(defaults.added_tokens, by_messages=by_messages)
-            self._adapters.move_to_end(key)
+            if key in self._adapters:
+                self._adapters.move_to_end(key)
+            return self._adapters.get(key)
+
+    def _remember(self, key: _Key, made: PromptRenderer) -> None:
+        with self._lock:
+            self._adapters[key] = made
             while len(self._adapters) > MAX_TOKENIZERS:
                 self._adapters.popitem(last=False)
-            return self._adapters[key]
 
     def _with_tokens(self, tokens: tuple[AddedToken, ...], *, by_messages: bool) -> PromptRenderer:
         own = self._tokenizer.added_tokens_encoder

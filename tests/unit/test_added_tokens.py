@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
+import tracemalloc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from transformers import AddedToken as HfToken
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from server.adapters.content.added_tokens import listed_in_head
+from server.adapters.content.doctor import examine
 from server.adapters.content.manifest import BaseSignature, Manifest, list_folder, read_manifest
 from server.adapters.content.manners import AdapterDefaults
 from server.adapters.content.signature import embedding, linear
@@ -301,6 +305,19 @@ def test_a_version_is_of_its_tokens_and_keeps_its_tokenizer(folder: Path) -> Non
     )
 
 
+@pytest.mark.parametrize("ids", [{"<call>": CALL}, {"<far>": NUM_ROWS}])
+def test_a_kept_version_is_the_version_where_another_file_lists_other_tokens(ids: object, folder: Path) -> None:
+    """The tokenizer that decided was not kept, so the kept folder had the tokens of the file that had not decided."""
+    small_tokenizer().save_pretrained(folder)
+    (folder / ADDED).write_text(json.dumps(ids))
+    before = read(folder)
+    assert before.defaults.added_tokens == ()
+    kept = make(folder.parent, "kept")
+    for name, data in before.files.by_name().items():
+        (kept / name).write_bytes(data)
+    assert read(kept).version_digest == before.version_digest
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -330,6 +347,20 @@ def test_a_model_written_as_the_bases_is_not_parsed(folder: Path) -> None:
     assert PADDED.tokenizer.difference(data, lambda: pytest.fail("parsed")) is None
     lowercase = data.replace(b'"normalizer": null', b'"normalizer": {"type": "Lowercase"}')
     assert PADDED.tokenizer.difference(lowercase, lambda: pytest.fail("parsed")) == "normalizer"
+
+
+@pytest.mark.parametrize("hostile", [b'{"added_tokens": [], "model": [%s0]}', b'{"model": [%s0], "added_tokens": []}'])
+def test_a_tokenizer_of_more_parts_than_the_bases_is_not_parsed(hostile: bytes, folder: Path) -> None:
+    """48 MB of empty lists took 50 seconds and 2.5 GB, wherever they stood."""
+    (folder / TOKENS).write_bytes(hostile % (b"[]," * 1_000_000))
+    tracemalloc.start()
+    try:
+        assert "its vocabulary or merges in tokenizer.json differs" in refusal(folder)
+        [problem] = examine(folder, PADDED, LIMITS).problems
+        assert "its vocabulary or merges in tokenizer.json differs" in problem
+        assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(
@@ -412,6 +443,28 @@ def test_only_the_last_few_tokenizers_are_kept(folder: Path, monkeypatch: pytest
     first = [prompts.of(defaults) for defaults in sets]
     assert prompts.of(sets[2]) is first[2]
     assert prompts.of(sets[0]) is not first[0]
+
+
+def test_a_tokenizer_that_is_being_made_delays_no_other(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one was made, which takes seconds, the event loop waited for those that were there."""
+    tokens, prompts = read(folder).defaults.added_tokens, renderer()
+    there, new = AdapterDefaults(added_tokens=tokens), AdapterDefaults(added_tokens=tokens[:-1])
+    first = prompts.of(there)
+    begun, go_on = threading.Event(), threading.Event()
+    make_tokenizer = prompt_module._with_added_tokens
+
+    def slowly(*arguments: Any) -> Any:
+        begun.set()
+        assert go_on.wait(10)
+        return make_tokenizer(*arguments)
+
+    monkeypatch.setattr(prompt_module, "_with_added_tokens", slowly)
+    with ThreadPoolExecutor(3) as threads:
+        making = [threads.submit(prompts.of, new) for _ in range(2)]
+        assert begun.wait(10)
+        assert threads.submit(prompts.of, there).result(timeout=10) is first
+        go_on.set()
+        assert making[0].result(timeout=10) is making[1].result(timeout=10)
 
 
 def test_a_base_without_a_fast_tokenizer_takes_adapters_as_before(folder: Path) -> None:

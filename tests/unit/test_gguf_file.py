@@ -84,6 +84,9 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian"),
     "more keys than bytes": (container(num_keys=1 << 62), "the number of keys is 4611686018427387904"),
     "more tensors than bytes": (container(num_tensors=1 << 62), "the number of tensors"),
+    "a hundred thousand tensors": (
+        container(num_tensors=100_001, data=b"\0" * 32 * 100_001), "100000 are read at most",
+    ),
     "a string beyond the end": (
         container(struct.pack("<Q", 1 << 62) + b"x" * 99, num_keys=1), "the length of a key is 4611686018427387904",
     ),

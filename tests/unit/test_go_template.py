@@ -71,6 +71,7 @@ def render(template: str, *messages: str, tools: Sequence[dict[str, str]] = ()) 
         (ALPACA, ("s:Be brief", "u:Hi"), "\nBe brief\n\n### Instruction:\nHi\n\n### Response:\n"),
         ("{{ .Prompt }}", ("u:Hi", "a:Yes?", "u:Go"), "HiYes?Go"),
         ("{{/* a note */}}Q: {{ .Prompt }}\n", ("u:Hi",), "Q: Hi\n"),
+        ("\u3000{{- .Prompt -}} \n\xa0\n", ("u:Hi",), "\u3000Hi\xa0\n"),
         ("{{ if and .System (not .Response) }}S{{ else if .Prompt }}P{{ else }}N{{ end }}", ("u:Hi",), "P"),
         ("{{ if or .System .Prompt }}\"{{ .Prompt }}\" {% x %} é😀{{ end }}", ("u:{{ x }}",), '"{{ x }}" {% x %} é😀'),
     ],

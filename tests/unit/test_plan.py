@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from server.adapters.content.module_names import ModuleNames
 from server.adapters.content.peft_config import parse_peft_config
 from server.adapters.content.plan import Plan, PlanError, make_plan
 from server.adapters.content.safetensors import TensorEntry
@@ -313,6 +314,19 @@ def test_a_wrapper_that_may_hold_another_model_is_named(prefix: str, wrapper: st
     assert wrapper in problem
     assert "another base" not in problem
     assert "save the adapter of the language model alone" in problem
+
+
+def test_names_of_many_parts_take_no_longer_by_their_square(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each part was taken for the end of a wrapper: a header of 16 MB took the adapters' thread minutes."""
+    find, looked_up = ModuleNames.find, []
+
+    def counted(names: ModuleNames, name: str) -> str | None:
+        looked_up.append(name)
+        return find(names, name)
+
+    monkeypatch.setattr(ModuleNames, "find", counted)
+    assert "has no module" in problems({f"base_model.model.{'a.' * 230}m.lora_A.weight": (1, 1)})[0]
+    assert len(looked_up) < 30
 
 
 def test_a_module_inside_and_outside_of_a_wrapper_is_there_twice() -> None:

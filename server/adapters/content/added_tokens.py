@@ -20,6 +20,10 @@ SECTIONS = {"model": "vocabulary or merges", "normalizer": "normalizer", "pre_to
 """Parts of ``tokenizer.json`` that decide the ids of a text without added tokens."""
 
 _MAX_JUDGED = 64
+_PARTS_PER_TOKEN = 16
+_ALWAYS_READ = 1024 * 1024
+"""Bytes of a ``tokenizer.json`` that may be parsed whatever the base's is."""
+
 _MODEL = b'\n  "model": {'
 """Where the last and by far the largest section begins in the file as the library writes it."""
 
@@ -68,6 +72,18 @@ class TokenizerSignature:
         found = [_digests_as_written(text.encode()) for text in self.read()]
         return _joined([digests for digests in found if digests is not None])
 
+    @cached_property
+    def _max_parts(self) -> int:
+        """The most parts of a ``tokenizer.json`` with this vocabulary, in any form, with any added tokens."""
+        return max(_num_parts(text.encode()) for text in self.read()) + _PARTS_PER_TOKEN * MAX_TOKENS
+
+    def is_exceeded_by(self, data: bytes) -> bool:
+        """Whether an adapter's ``tokenizer.json`` has more parts than one with this vocabulary can have.
+
+        Parsed, a part takes up to fifty times its bytes, so that such a file is refused unparsed.
+        """
+        return len(data) > _ALWAYS_READ and _num_parts(data) > self._max_parts
+
     def difference(self, data: bytes, parse: Callable[[], Any]) -> str | None:
         """What of an adapter's ``tokenizer.json`` is not as the base's; ``parse`` reads it, once for equal bytes."""
         key = hashlib.sha256(data).digest()
@@ -81,6 +97,8 @@ class TokenizerSignature:
         try:
             sections, digests = self._sections_as_written, _digests_as_written(data)
             if digests is None or digests["model"] not in sections["model"]:
+                if self.is_exceeded_by(data):
+                    return SECTIONS["model"]
                 tokenizer = parse()
                 if not isinstance(tokenizer, dict):
                     return "structure"
@@ -189,6 +207,11 @@ def _id(key: Any) -> int | None:
 
 def _shown(token: AddedToken) -> str:
     return f"{token.content!r:.60}"
+
+
+def _num_parts(data: bytes) -> int:
+    """No fewer than there are values in this JSON, inside of one another."""
+    return sum(data.count(mark) for mark in (b"[", b"{", b","))
 
 
 def _skip(text: str, at: int, mark: str) -> int:

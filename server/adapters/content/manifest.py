@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from server.adapters.content.added_tokens import (
+    SECTIONS,
     AddedToken,
     listed_in_head,
     nameless,
@@ -127,7 +128,7 @@ def read_manifest(path: Path, base: BaseSignature, limits: Limits, *, name: str 
         listing = _judge(path, base, limits, name or path.name, files)
         check_values(files.weights, read_header(files.weights))
         check_tokenizer(files, base)
-        files = files if listing.defaults.added_tokens else replace(files, tokens=b"")
+        files = files if listing.defaults.added_tokens else _without_idle_tokenizer(files, base)
         weights_digest = _digest(files.config, files.weights)
         template = _manners_as_written(files, listing.sidecar).chat_template or ""
         manners = [files.others.get(SIDECAR_FILE, b""), template.encode()]
@@ -242,6 +243,8 @@ def _added_tokens(files: AdapterFiles, base: BaseSignature) -> tuple[AddedToken,
     if base.tokenizer is None:
         return ()
     if files.tokens:
+        if base.tokenizer.is_exceeded_by(files.tokens):
+            raise ValueError(_other_tokenizer(SECTIONS["model"]))
         where, listed = TOKENS_FILE, _listed(files.tokens)
     elif config.get("added_tokens_decoder") is not None:
         where, listed = TOKENIZER_FILE, parse_decoder(config["added_tokens_decoder"], TOKENIZER_FILE)
@@ -252,6 +255,15 @@ def _added_tokens(files: AdapterFiles, base: BaseSignature) -> tuple[AddedToken,
         return ()
     padding = token_text(config.get("pad_token"))
     return tokens_to_serve(listed, base.tokenizer, num_rows=base.vocab_size, padding=padding, where=where)
+
+
+def _without_idle_tokenizer(files: AdapterFiles, base: BaseSignature) -> AdapterFiles:
+    """The files without a tokenizer that changes nothing, where the other files list no other tokens than it."""
+    rest = replace(files, tokens=b"")
+    with suppress(ValueError):
+        if not _added_tokens(rest, base):
+            return rest
+    return files
 
 
 def _listed(tokenizer: bytes) -> tuple[AddedToken, ...]:
@@ -277,10 +289,14 @@ def check_tokenizer(files: AdapterFiles, base: BaseSignature) -> None:
     if not files.tokens or base.tokenizer is None:
         return
     if difference := base.tokenizer.difference(files.tokens, lambda: parse_json(files.tokens, TOKENS_FILE)):
-        raise ValueError(
-            f"its tokenizer is not the base's: its {difference} in {TOKENS_FILE} differs, so that prompts would have "
-            f"other token ids; serve the base it was trained on, or take {TOKENS_FILE} out of the folder for the base's"
-        )
+        raise ValueError(_other_tokenizer(difference))
+
+
+def _other_tokenizer(part: str) -> str:
+    return (
+        f"its tokenizer is not the base's: its {part} in {TOKENS_FILE} differs, so that prompts would have other token "
+        f"ids; serve the base it was trained on, or take {TOKENS_FILE} out of the folder for the base's"
+    )
 
 
 def _check_trained_tokens(plan: Plan, defaults: AdapterDefaults, base: BaseSignature) -> None:

@@ -27,11 +27,16 @@ def without_hooks(name: str) -> str:
     return _HOOKS.sub("", name).removesuffix(".")
 
 
+_MOST_HOLDERS = 12
+"""Holders that may stand in a module's name beside those of its own name."""
+
+
 class ModuleNames:
     """The base's modules, found by their own names or by those that they have inside of wrappers."""
 
     def __init__(self, modules: Iterable[str]) -> None:
         self._own = frozenset(modules)
+        self._most_parts = max((name.count(".") + 1 for name in self._own), default=0) + _MOST_HOLDERS
         self._by_tail: dict[str, str | None] = {}
         for name in self._own:
             tail = _tail(name)
@@ -44,7 +49,7 @@ class ModuleNames:
     def unknown_wrapper(self, name: str) -> str | None:
         """What stands before a name of the base's, where that alone keeps the module from being found."""
         parts = name.split(".")
-        starts = range(1, len(parts))
+        starts = range(max(1, len(parts) - self._most_parts), len(parts))
         return next((".".join(parts[:start]) for start in starts if self.find(".".join(parts[start:]))), None)
 
 
