@@ -12,27 +12,23 @@ ifneq ($(CPU),)
   $(if $(CPU_$(CPU)),,$(error CPU is '$(CPU)': avx2, avx512, or nothing for all that this one has))
 endif
 
+# Two processes, a core each; a file's tests stay together, as they share what they have loaded.
+PYTEST_WORKERS := --numprocesses=2 --dist=loadfile
+
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: serve test test-model test-others test-full test-gpu lint clean
+.PHONY: serve test test-full test-gpu lint clean
 
 serve: $(VENV)/.serve  ## ARGS="--port 8001" passes flags on
 	$(BIN)/python -m server $(ARGS)
 
 test: lint
-	@echo "pytest, in two halves at once: what each prints comes when it has ended, after some minutes"
-	@$(MAKE) --jobs=2 --keep-going --output-sync=target --no-print-directory test-others test-model
-
-test-model:
-	$(CPU_$(CPU)) $(BIN)/pytest tests/model
-
-test-others:
-	$(CPU_$(CPU)) $(BIN)/pytest --ignore=tests/model
+	$(CPU_$(CPU)) $(BIN)/pytest $(PYTEST_WORKERS)
 
 test-full: test
-	$(CPU_$(CPU)) $(BIN)/pytest -m wide
+	$(CPU_$(CPU)) $(BIN)/pytest $(PYTEST_WORKERS) -m wide
 	$(CPU_$(CPU)) $(BIN)/pytest tests/full
 
 test-gpu:  ## installs nothing: PYTHON=/path/to/an/interpreter with a torch for CUDA, or .venv's where none is named

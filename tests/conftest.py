@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator
+from typing import Any
 
 import pytest
 
@@ -15,12 +16,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # their core, two small threads are a hundred times slower than one.
 os.environ["OMP_WAIT_POLICY"] = "passive"
 
-_SELECTION = pytest.StashKey[Selection[pytest.Item]]()
+_TOLD = pytest.StashKey[str | None]()
+"""The line on instruction sets; with pytest-xdist it comes from a worker, as only those collect tests."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the tests that need what this CPU lacks."""
-    selection = config.stash[_SELECTION] = Selection(items)
+    selection = Selection(items)
+    config.stash[_TOLD] = selection.told()
     items[:] = selection.kept
     if selection.dropped:
         config.hook.pytest_deselected(items=selection.dropped)
@@ -32,9 +35,21 @@ def pytest_terminal_summary(
 ) -> Generator[None, None, None]:
     """Name at the end the instruction sets that were tested, and those that need another CPU."""
     yield
-    selection = config.stash.get(_SELECTION, None)
-    if selection is not None and (line := selection.told()):
+    if line := config.stash.get(_TOLD, None):
         terminalreporter.write_line(line)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker's line goes to the process that prints."""
+    output: dict[str, object] | None = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["instruction_sets"] = session.config.stash.get(_TOLD, None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take a worker's line."""
+    node.config.stash[_TOLD] = getattr(node, "workeroutput", {}).get("instruction_sets")
 
 
 @pytest.fixture(autouse=True)
