@@ -94,11 +94,11 @@ class TokenizerSignature:
         return self._judged[key]
 
     def _difference(self, data: bytes, parse: Callable[[], Any]) -> str | None:
+        if self.is_exceeded_by(data):
+            return SECTIONS["model"]
         try:
             sections, digests = self._sections_as_written, _digests_as_written(data)
             if digests is None or digests["model"] not in sections["model"]:
-                if self.is_exceeded_by(data):
-                    return SECTIONS["model"]
                 tokenizer = parse()
                 if not isinstance(tokenizer, dict):
                     return "structure"
@@ -230,12 +230,13 @@ def _joined(found: Sequence[Mapping[str, bytes]]) -> Mapping[str, frozenset[byte
 
 def _digests_as_written(data: bytes) -> Mapping[str, bytes] | None:
     """Digests with the model's of its bytes; None where the file is not laid out as the library does it."""
-    at = data.find(_MODEL)
+    if (at := data.find(_MODEL)) < 0:
+        return None
     try:
         before = json.loads(data[:at].rstrip().removesuffix(b",") + b"}")
     except (ValueError, RecursionError):
         return None
-    if at < 0 or not isinstance(before, dict) or "model" in before:
+    if not isinstance(before, dict) or "model" in before:
         return None
     return {**_digests(before), "model": hashlib.sha256(data[at:]).digest()}
 
