@@ -76,13 +76,18 @@ class Detokenizer:
 
     def _show(self, delta: str) -> str:
         text = self._held + delta
-        ends = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
-        if ends and self._num_tokens > self._min_tokens:
+        ends = self._ends(text) if self._num_tokens > self._min_tokens else []
+        if ends:
             self._stopped, self._held = True, ""
             return text[: min(ends)[1]]
         num_held = self._num_held(text)
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held]
+
+    def _ends(self, text: str) -> list[tuple[int, int]]:
+        """End and begin of each stop string in ``text`` that was not complete in what is held already."""
+        firsts = {stop: max(0, len(self._held) - len(stop) + 1) for stop in self._stop}
+        return [(at + len(stop), at) for stop in self._stop if (at := text.find(stop, firsts[stop])) >= 0]
 
     def _num_held(self, text: str) -> int:
         """Length of the longest end of ``text`` with which a stop string begins."""

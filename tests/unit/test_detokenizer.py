@@ -169,17 +169,26 @@ def test_special_tokens_are_not_shown() -> None:
     assert shown(decode, [*encode("the cat"), EOS]) == "the cat"
 
 
-def pushed(text: str, *, stop: str, min_tokens: int) -> tuple[str, bool]:
+def pushed(text: str, *stop: str, min_tokens: int) -> tuple[str, bool]:
     """What is shown of a text whose characters are tokens, and whether a stop string ended it."""
-    detokenizer = Detokenizer(lambda ids: "".join(map(chr, ids)), [stop], min_tokens=min_tokens)
+    detokenizer = Detokenizer(lambda ids: "".join(map(chr, ids)), stop, min_tokens=min_tokens)
     shown = "".join(detokenizer.push(ord(character)) for character in text) + detokenizer.finish()
     return shown, detokenizer.stopped
 
 
 def test_a_stop_string_among_the_first_tokens_is_text() -> None:
     """As vLLM has it: one that is complete behind them counts, even if it began before."""
-    assert pushed("one stop and a stop here", stop="stop", min_tokens=0) == ("one ", True)
-    assert pushed("one stop and a stop here", stop="stop", min_tokens=7) == ("one ", True)
-    assert pushed("one stop and a stop here", stop="stop", min_tokens=8) == ("one stop and a ", True)
-    assert pushed("one stop and a stop here", stop="stop", min_tokens=19) == ("one stop and a stop here", False)
-    assert pushed("stop", stop="stop", min_tokens=99) == ("stop", False)
+    assert pushed("one stop and a stop here", "stop", min_tokens=0) == ("one ", True)
+    assert pushed("one stop and a stop here", "stop", min_tokens=7) == ("one ", True)
+    assert pushed("one stop and a stop here", "stop", min_tokens=8) == ("one stop and a ", True)
+    assert pushed("one stop and a stop here", "stop", min_tokens=19) == ("one stop and a stop here", False)
+    assert pushed("stop", "stop", min_tokens=99) == ("stop", False)
+
+
+def test_a_stop_string_among_the_first_tokens_stays_text_while_a_longer_one_may_follow() -> None:
+    """It was held back as the beginning of the longer one, and ended the answer at the next token."""
+    assert pushed("abq", "ab", "abab!", min_tokens=2) == ("abq", False)
+    assert pushed("ababq", "ab", "abab!", min_tokens=2) == ("ab", True)
+    assert pushed("abab!q", "ab", "abab!", min_tokens=4) == ("", True)
+    assert pushed("ab", "ab", "abab!", min_tokens=2) == ("ab", False)
+    assert pushed("aaa", "aa", "aaaa", min_tokens=2) == ("a", True)
