@@ -248,7 +248,7 @@ class AsyncEngine:
                 since = time.perf_counter()
                 outputs = self._step()
                 self._send(outputs)
-                self._account(outputs, time.perf_counter() - since)
+                self._account(self._engine.account, outputs, time.perf_counter() - since)
         except BaseException as error:
             logger.exception("the engine died")
             reason = EngineUnavailable(f"The engine died ({type(error).__name__}); restart the server.")
@@ -257,10 +257,10 @@ class AsyncEngine:
             self._refuse_loads(reason)
             self._engine.metrics.engine_up.set(0)
 
-    def _account(self, outputs: list[StepOutput], seconds: float) -> None:
-        """Count a step that has been answered. What fails at every step is in the log once, until it works again."""
+    def _account(self, action: Callable[..., None], *arguments: object) -> None:
+        """Update metrics, whose failure disturbs nobody: one that keeps failing is logged once until it works."""
         try:
-            self._engine.account(outputs, seconds)
+            action(*arguments)
         except Exception:
             if not self._accounting_failed:
                 logger.exception(_FAILURES["accounting"])
@@ -304,7 +304,7 @@ class AsyncEngine:
         """When the engine goes idle: check its books, mend them where they are wrong, and report them."""
         if self._attempt("integrity", self._engine.check_integrity) is not None:
             self._send(self._engine.mend("the engine's books were wrong"))
-        self._attempt("accounting", self._engine.report_load)
+        self._account(self._engine.report_load)
 
     def _carry_out(self, command: Command) -> None:
         """Do what a command says. One that fails has failed for what it is about, and for nothing else."""

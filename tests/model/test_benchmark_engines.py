@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from benchmarks import sampling
 from benchmarks.parts.engines import Ask, InProcessEngine, Peft, Stock, in_process_engine
 from benchmarks.parts.random_adapters import write_adapters
 from benchmarks.parts.step_timers import Stack, timing
@@ -79,3 +80,18 @@ def test_peft_runs_the_same_asks(base: Path, adapters: list[Path], mixed: bool) 
 def test_so_does_stock_generate_on_any_device(base: Path) -> None:
     stock = Stock(str(base), device=torch.device("cpu"), dtype="float32")
     assert stock.run([Ask((5, 6, 7), 3), Ask((8, 9, 7), 3), Ask((8, 9, 5), 3)], 2) > 0
+
+
+def test_choosing_tokens_is_timed_for_every_setting_by_itself_and_within_steps(
+    engine: InProcessEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "CONTEXT", 8)
+    monkeypatch.setattr(engine.engine, "sampler", engine.engine.sampler)
+    within = sampling.in_engine(engine, 2, 4 * len(sampling.SETTINGS))
+    for step in (sampling.on_random_logits(2, 600, 0.5), within):
+        times = sampling.measure(step, 1)
+        assert times.keys() == sampling.SETTINGS.keys()
+        assert all(0 < choosing <= whole for choosing, whole in times.values())
+    assert len(engine.engine.scheduler.running) == 2, "they decode to the last step that is timed"
+    while not engine.engine.idle:
+        engine.step()

@@ -167,6 +167,20 @@ async def test_outputs_reach_their_clients_where_metrics_fail(
     assert len([record for record in caplog.records if "metrics" in record.message]) <= 3, "one a step"
 
 
+async def test_a_metric_that_keeps_failing_is_logged_once_however_often_the_engine_goes_idle(
+    started: AsyncEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each time it went idle there was another traceback."""
+    gauge = Failing(started._engine.metrics.kv_memory, "set", times=1000)
+    check = Failing(started._engine, "check_integrity", times=0)
+    for _ in range(4):
+        check.num_calls = 0
+        assert await tokens(submit(started)) == ANSWER
+        await until(lambda: check.num_calls > 0)  # the engine is idle
+    assert len([record for record in caplog.records if "metrics" in record.message]) == 1
+    gauge.left = 0
+
+
 async def test_an_output_that_cannot_be_handed_over_ends_its_own_sequence_alone(
     started: AsyncEngine, runner: ScriptedRunner
 ) -> None:
