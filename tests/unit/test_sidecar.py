@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
@@ -96,6 +97,29 @@ def test_what_a_sidecar_says_wrong_is_named(folder: Path, said: dict[str, Any], 
     with pytest.raises(AdapterRejected, match=r"quickchange\.json: ") as refused:
         read(folder, **said)
     assert words in str(refused.value)
+
+
+DEEP = json.loads("[" * 300 + "]" * 300)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(DEEP, "nested more than 32 deep"), ("\ud800", "half of a surrogate pair")]
+)
+@pytest.mark.parametrize("place", ["chat_template_kwargs", "checks"])
+def test_values_that_no_answer_could_show_are_refused(folder: Path, place: str, value: Any, words: str) -> None:
+    """The adapter was served, and its details were a 500."""
+    said: dict[str, Any] = {
+        "chat_template_kwargs": {"chat_template_kwargs": {"x": value}},
+        "checks": {"verdict": {"status": "pass", "checks": {"x": {"status": "pass", "figures": value}}}},
+    }[place]
+    with pytest.raises(AdapterRejected, match=words):
+        read(folder, **said)
+
+
+def test_values_that_are_nested_a_little_are_shown(folder: Path) -> None:
+    nested = json.loads("[" * 30 + "]" * 30)
+    *_, details = told(read(folder, chat_template_kwargs={"x": nested, "y": "é😀"}))
+    assert details["defaults"]["chat_template_kwargs"] == {"x": nested, "y": "é😀"}
 
 
 TOOL, PAD, HELLO = encode("<|tool|>")[0], encode("<|pad|>")[0], encode("hello")[0]

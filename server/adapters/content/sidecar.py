@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -20,6 +21,9 @@ from pydantic_core import PydanticCustomError
 from server.adapters.content.signature import BaseSignature
 
 VERSIONS = (1, 2)
+MAX_DEPTH = 32
+"""Objects and lists inside of one another."""
+
 RESERVED_VARIABLES = frozenset(
     {
         "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "documents", "max_length",
@@ -182,6 +186,27 @@ def base_check(sidecar: Sidecar | None, base: BaseSignature) -> BaseCheck:
     )
 
 
+def _check_value(name: str, value: Any) -> None:
+    """Raises ``ValueError`` for what a model's details could not show: deep nesting, and text that is no Unicode."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        if wrong := next((part for part in level if isinstance(part, str) and not _is_unicode(part)), None):
+            raise ValueError(f"quickchange.json: {name} has {wrong!r:.80}: half of a surrogate pair is no character")
+        level = [part for whole in level for part in _parts(whole)]
+    if level:
+        raise ValueError(f"quickchange.json: {name} is nested more than {MAX_DEPTH} deep: make it flat")
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return (*value, *value.values())
+    return value if isinstance(value, list) else ()
+
+
+def _is_unicode(text: str) -> bool:
+    return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
+
+
 def parse_sidecar(data: Any) -> Sidecar:
     """The checked sidecar. Raises ``ValueError`` naming field and value."""
     version = data.get("schema_version") if isinstance(data, dict) else None
@@ -191,8 +216,11 @@ def parse_sidecar(data: Any) -> Sidecar:
             "update it, or train the adapter with a trainer of its version"
         )
     try:
-        return Sidecar.model_validate(data)
+        sidecar = Sidecar.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "the file"
         raise ValueError(f"quickchange.json: {field} is {first['input']!r:.80}: {first['msg']}") from None
+    for name, value in data.items():
+        _check_value(name, value)
+    return sidecar
