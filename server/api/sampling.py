@@ -46,10 +46,9 @@ def end_ids(defaults: AdapterDefaults, stop: Iterable[str], prompts: PromptRende
 
     A special token has no text in an answer, so that as a stop string it would never be seen.
     """
-    texts = [*stop, *[token for token in defaults.eos if isinstance(token, str)]]
-    ids = [prompts.token_id(text) for text in texts] + [prompts.end_token_id(token) for token in defaults.end_tokens]
-    numbers = [token for token in defaults.eos if isinstance(token, int) and token < prompts.vocab_size]
-    return frozenset([*numbers, *[one for one in ids if one is not None]])
+    ids = [prompts.token_id(text) for text in stop]
+    ids += [prompts.end_token_id(token) for token in (*defaults.end_tokens, *defaults.eos)]
+    return frozenset(token_id for token_id in ids if token_id is not None)
 
 
 def check_token_ids(request: GenerationRequest, vocab_size: int) -> None:

@@ -23,6 +23,7 @@ from server.adapters.content.manifest import BaseSignature, Manifest, list_folde
 from server.adapters.content.manners import AdapterDefaults
 from server.adapters.content.signature import embedding, linear
 from server.api.app import create_app
+from server.api.sampling import end_ids
 from server.errors import AdapterRejected
 from server.model.base_tokenizer import tokenizer_signature
 from server.text import prompt as prompt_module
@@ -191,6 +192,28 @@ def test_a_new_token_may_end_every_answer(folder: Path) -> None:
     app = state_with(engine, adapter("poet", **vars(defaults)))
     ask(app, "POST", CHAT, json={"model": "poet", "messages": MESSAGES})
     assert engine.submitted[0].eos_ids == {EOS, CALL}
+
+
+def test_an_end_token_that_is_not_marked_special_ends_every_answer() -> None:
+    """A base's added token with ``special: false``, named as ``eos_token`` by an adapter, never ended an answer."""
+    base = trained(HfToken("<tool>", special=False, normalized=False))
+    prompts = PromptRenderer(base, vocab_size=NUM_ROWS)
+    assert end_ids(AdapterDefaults(eos=("<tool>", "<ghost>")), (), prompts) == {base.convert_tokens_to_ids("<tool>")}
+    assert end_ids(AdapterDefaults(), ("<tool>",), prompts) == set(), "as a stop string it is seen in the text"
+
+
+@pytest.mark.parametrize(
+    "named", [{"eos_token": "<tool>"}, {"pad_token": "<tool>"}, {"extra_special_tokens": {"tool_token": "<tool>"}}]
+)
+def test_an_added_token_with_a_name_is_special_as_in_transformers(folder: Path, named: dict[str, Any]) -> None:
+    """It was shown in answers where its list said ``special: false``."""
+    edit(folder, lambda said: said.update(named), CONFIG_OF_TOKENS)
+    defaults = read(folder).defaults
+    ours = renderer().of(defaults)
+    ids = [*encode("hello"), TOOL, *encode(" there")]
+    assert ours.decode(ids) == AutoTokenizer.from_pretrained(folder).decode(ids, skip_special_tokens=True)
+    assert ours.decode(ids) == "hello there"
+    assert (TOOL in end_ids(defaults, (), ours)) == ("eos_token" in named)
 
 
 @pytest.mark.parametrize("source", [CONFIG_OF_TOKENS, ADDED])

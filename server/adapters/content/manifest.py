@@ -253,6 +253,8 @@ def _added_tokens(files: AdapterFiles, base: BaseSignature) -> tuple[AddedToken,
         where, listed = ADDED_FILE, parse_ids(ids, base.tokenizer, special=_special(config), where=ADDED_FILE)
     else:
         return ()
+    named = _named_special(config)
+    listed = tuple(replace(token, special=token.special or token.content in named) for token in listed)
     padding = token_text(config.get("pad_token"))
     return tokens_to_serve(listed, base.tokenizer, num_rows=base.vocab_size, padding=padding, where=where)
 
@@ -275,13 +277,22 @@ def _listed(tokenizer: bytes) -> tuple[AddedToken, ...]:
     return parse_listed(listed, TOKENS_FILE)
 
 
-def _special(config: Mapping[str, Any]) -> set[str]:
-    """The texts of tokens that ``tokenizer_config.json`` calls special."""
-    more = [config.get(name) for name in ("additional_special_tokens", "extra_special_tokens")]
+def _named_special(config: Mapping[str, Any]) -> set[str]:
+    """The texts of tokens that have a name in ``tokenizer_config.json``, as ``eos_token``.
+
+    They are special in transformers whatever the tokenizer's list of added tokens says of them.
+    """
     named = [value for name, value in config.items() if name.endswith("_token")]
+    more = config.get("extra_special_tokens")
+    named += more.values() if isinstance(more, dict) else []
+    return {text for token in named if isinstance(text := token_text(token), str)}
+
+
+def _special(config: Mapping[str, Any]) -> set[str]:
+    """The texts of tokens that ``tokenizer_config.json`` calls special, by a name or in a list."""
+    more = [config.get(name) for name in ("additional_special_tokens", "extra_special_tokens")]
     listed = [token for tokens in more if isinstance(tokens, list) for token in tokens]
-    texts = [token_text(token) for token in (*named, *listed)]
-    return {text for text in texts if isinstance(text, str)}
+    return _named_special(config) | {text for token in listed if isinstance(text := token_text(token), str)}
 
 
 def check_tokenizer(files: AdapterFiles, base: BaseSignature) -> None:
