@@ -65,9 +65,9 @@ DEFAULT_ENERGY, DEFAULT_MAX_ERROR, MOST_LOST = 0.9999, 0.01, 0.1
 
 def main(arguments: Sequence[str]) -> int:
     """Convert, check and publish; the exit status is 1 where there is no new adapter afterwards."""
-    options, settings = _parse(arguments)
-    kind = format_of(options.source)
     try:
+        options, settings = _parse(arguments)
+        kind = format_of(options.source)
         target = _choose_target(options, settings, kind)
         if kind == "peft":
             _convert_tuner(options, settings, target)
@@ -75,6 +75,9 @@ def main(arguments: Sequence[str]) -> int:
             _convert_format(options, settings, target, kind)
     except NotPublished as error:
         print(f"quickchange: {error}", file=sys.stderr)
+        return 1
+    except PermissionError as error:
+        print(f"quickchange: permission denied: {error.filename}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

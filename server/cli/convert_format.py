@@ -203,6 +203,8 @@ def _copy(source: Path, folder: Path, *names: str) -> None:
 
 
 def _refuse_old_ggml(path: Path) -> None:
+    if not path.is_file():
+        return
     with open(path, "rb") as file:
         magic = file.read(4)
     if magic in _OLD_GGML:

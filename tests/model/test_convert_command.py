@@ -25,7 +25,8 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def base(base_folder: Path) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
-    return model.eval()  # type: ignore[no-any-return]
+    model.eval()
+    return model
 
 
 @pytest.fixture

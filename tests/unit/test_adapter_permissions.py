@@ -15,6 +15,7 @@ import pytest
 from server.adapters.content.doctor import examine
 from server.adapters.content.folder import OPTIONAL_FILES, UNREAD_FILES
 from server.adapters.content.manifest import list_folder, read_manifest
+from server.cli.adapters_convert import main as convert
 from server.errors import AdapterRejected, ModelNotFound
 from tests.adapter_folders import BASE, LIMITS, SIDECAR, Shelf, write
 from tests.adapter_folders import make as make_folder
@@ -98,6 +99,21 @@ async def test_an_optional_file_that_may_not_be_read_refuses_no_adapter(
     (line,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert line.startswith(f"adapter a is served without its {name} ({UNREAD_FILES[name]}): permission denied: {name}")
     assert name in shelf.registry.get("a").listing.unread
+
+
+@pytest.mark.parametrize("name", ["Modelfile", "a.gguf", "folder"])
+def test_a_source_to_convert_that_may_not_be_read_is_a_line(
+    root: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command ended with a traceback."""
+    source = root / name
+    if name == "folder":
+        source.mkdir()
+    else:
+        source.write_bytes(b"GGUF")
+    with closed(source):
+        assert convert([str(source), "--out", str(root / "made")]) == 1
+    assert capsys.readouterr().err.startswith(f"quickchange: permission denied: {source}")
 
 
 async def test_a_file_that_may_be_read_again_is_read(root: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from server.adapters.content.sidecar import parse_sidecar
+from server.cli.convert_format import read_source
 from server.cli.convert_modelfile import adapter_path, read_modelfile, read_wishes
 from server.cli.modelfile import Modelfile, parse_modelfile
 from server.cli.publish import NotPublished
@@ -191,3 +193,10 @@ def test_a_file_that_is_no_modelfile_is_refused(content: bytes | None, tmp_path:
         (tmp_path / "Modelfile").write_bytes(content)
     with pytest.raises(NotPublished, match="Modelfile"):
         read_modelfile(tmp_path / "Modelfile")
+
+
+def test_a_fifo_in_place_of_a_modelfile_is_not_waited_for(tmp_path: Path) -> None:
+    """The command waited for ever for somebody to write into it."""
+    os.mkfifo(tmp_path / "Modelfile")
+    with pytest.raises(NotPublished, match="it is no regular file"):
+        read_source(tmp_path / "Modelfile", "modelfile", max_bytes=100, chat_template=None)
