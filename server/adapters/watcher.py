@@ -281,7 +281,7 @@ class AdapterWatcher:
             self._durations = (self._durations[1], seconds)
             links = any(follows_links(one.signature) for one in found.values())
             self._linked = links or any(folder.is_symlink() for folder in self.folders)
-            self._places = frozenset((one.path, one.inode) for one in found.values() if not _is_outside(one.signature))
+            self._places = frozenset((one.path, one.inode) for one in found.values() if _can_be_watched(one))
         if seconds > _SLOW_LOOK:
             logger.warning("looking at %d adapter folders took %.1f s", len(found), seconds)
         return found
@@ -330,6 +330,12 @@ def _inode(path: Path, status: os.stat_result) -> int:
         with contextlib.suppress(OSError):
             return os.stat(path).st_ino
     return status.st_ino
+
+
+def _can_be_watched(found: Found) -> bool:
+    """Whether the system may tell of events in a folder: of one that may not be read it does not, and looks find it."""
+    effective = os.access in os.supports_effective_ids
+    return not _is_outside(found.signature) and os.access(found.path, os.R_OK, effective_ids=effective)
 
 
 def _is_outside(signature: Signature) -> bool:

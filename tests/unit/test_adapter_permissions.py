@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -38,6 +39,19 @@ def root() -> Iterator[Path]:
     path.chmod(0o755)
     yield path
     shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def other_user() -> Iterator[None]:
+    """Within the block root is another user; any other stays who it is."""
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
 
 
 @contextlib.contextmanager
@@ -81,6 +95,34 @@ def test_a_folder_of_another_user_is_permission_denied(root: Path) -> None:
     folder = make(root, "a")
     with closed(folder), pytest.raises(AdapterRejected, match=r"^.*permission denied: the folder .*chmod a\+rx it"):
         read_manifest(folder, BASE, LIMITS)
+
+
+def test_a_folder_that_may_be_listed_and_not_entered_is_the_one_to_open(root: Path) -> None:
+    """The way out was a chmod of the file, which everybody could read already."""
+    folder = make(root, "a")
+    folder.chmod(0o744 if os.geteuid() == 0 else 0o400)
+    mode = "0744" if os.geteuid() == 0 else "0400"
+    with other_user(), pytest.raises(AdapterRejected) as refused:
+        read_manifest(folder, BASE, LIMITS)
+    folder.chmod(0o755)
+    assert refused.value.reason.startswith("permission denied: adapter_config.json cannot be reached")
+    assert f"the folder's mode is {mode}" in refused.value.reason and "chmod a+rx the folder" in refused.value.reason
+
+
+async def test_a_closed_folder_takes_the_events_from_no_other(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The system's refusal to tell of one folder ended the events of all, which were looked at every second then."""
+    closed_one, other = make(root, "first/closed"), make(root, "first/other")
+    shelf = Shelf(root, settle=0.05)
+    caplog.set_level(logging.INFO)
+    with closed(closed_one):
+        await asyncio.sleep(0.06)
+        await shelf.watcher.start()
+        watching = asyncio.create_task(shelf.watcher.run())
+        await asyncio.sleep(0.3)
+        listening = shelf.watcher._listening
+        assert listening is not None and not listening.done()
+        watching.cancel()
+    assert shelf.names == [other.name] and "no events" not in caplog.text
 
 
 @pytest.mark.parametrize("name", sorted(UNREAD_FILES))

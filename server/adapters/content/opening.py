@@ -190,6 +190,8 @@ class _Target:
 
     def _denied(self, what: str) -> str:
         """Who may read it, who the server is, and the ways out."""
+        if self._is_shut_in():
+            return self._shut_in()
         found, user = "", os.geteuid()
         with contextlib.suppress(OSError):  # a folder above it may be closed as well
             status = os.stat(self.path, dir_fd=self.folder)
@@ -197,6 +199,25 @@ class _Target:
         return (
             f"permission denied: {what} cannot be read ({found}the server runs as user {user}): chmod "
             f"{'a+rx' if self.folder is None else 'a+r'} it, chown it to user {user}, or run the server as its owner"
+        )
+
+    def _is_shut_in(self) -> bool:
+        """Whether the folder that a file is in may be listed and not entered, as one of mode 0744 of another user."""
+        if self.folder is None:
+            return False
+        try:
+            os.stat(self.path, dir_fd=self.folder, follow_symlinks=False)
+        except OSError as error:
+            return error.errno in _DENIED
+        return False
+
+    def _shut_in(self) -> str:
+        assert self.folder is not None
+        status, user = os.fstat(self.folder), os.geteuid()
+        return (
+            f"permission denied: {self.what} cannot be reached, because its folder may not be entered (the folder's "
+            f"mode is {stat.S_IMODE(status.st_mode):04o} and its owner {status.st_uid}; the server runs as user "
+            f"{user}): chmod a+rx the folder, chown it to user {user}, or run the server as its owner"
         )
 
 
