@@ -240,6 +240,18 @@ def test_rows_trained_for_new_tokens_are_served_with_their_text(folder: Path) ->
     assert f"names token {CALL}, which the base's tokenizer does not have: put the tokenizer" in refusal(folder)
 
 
+@pytest.mark.parametrize(("content", "words"), [(b"", "tokenizer.json is empty"), (b'{"ver', "is not valid JSON")])
+def test_rows_trained_for_new_tokens_beside_a_damaged_tokenizer_are_refused_with_what_it_is(
+    folder: Path, content: bytes, words: str
+) -> None:
+    """One was told to put the tokenizer into the folder, where it was, empty."""
+    rows = trained_rows(2)
+    write(folder, config=CONFIG | {"trainable_token_indices": [CALL, TOOL]}, weights={**tensors(), **rows})
+    (folder / TOKENS).write_bytes(content)
+    (folder / CONFIG_OF_TOKENS).unlink()
+    assert words in refusal(folder)
+
+
 def test_new_tokens_without_rows_of_their_own_have_the_bases_as_in_training(folder: Path) -> None:
     assert read(folder).defaults.added_tokens
 

@@ -127,6 +127,9 @@ def read_tokens_at(folder: Folder, unread: dict[str, str], *, whole: bool) -> by
     except PermissionDenied as error:
         unread[TOKENS_FILE] = str(error)
         return b""
+    if found is not None and not found[0].strip():
+        unread[TOKENS_FILE] = f"{TOKENS_FILE} is empty: copy it into the folder again"
+        return b""
     if found is not None and (kind := kind_of_bytes(TOKENS_FILE, found[0])) is not None:
         unread[TOKENS_FILE] = kind  # as a repository's largest file after the weights it is often not fetched
         return b""

@@ -172,7 +172,7 @@ def _judge(path: Path, base: BaseSignature, limits: Limits, name: str, files: Ad
         raise ValueError(
             f"it needs {plan.num_bytes} bytes in memory; the limit is {limits.max_memory} (setting adapter_memory)"
         )
-    _check_trained_tokens(plan, defaults, base)
+    _check_trained_tokens(plan, defaults, base, files.unread.get(TOKENS_FILE))
     config = replace(config, trained_names=plan.trained_names)
     return Listing(name, path, config, sidecar, defaults, plan, files.created, files.unread, checked)
 
@@ -310,12 +310,20 @@ def _other_tokenizer(part: str) -> str:
     )
 
 
-def _check_trained_tokens(plan: Plan, defaults: AdapterDefaults, base: BaseSignature) -> None:
-    """Raises ``ValueError`` where rows were trained for tokens that have no text."""
+def _check_trained_tokens(plan: Plan, defaults: AdapterDefaults, base: BaseSignature, unread: str | None) -> None:
+    """Raises ``ValueError`` where rows were trained for tokens that have no text.
+
+    ``unread`` is why the tokenizer in the folder is not read, where there is one.
+    """
     trained = sorted({token for part in plan.parts.values() if part.tokens for token in part.tokens.indices})
     if base.tokenizer is not None and (token := nameless(trained, base.tokenizer, defaults.added_tokens)) is not None:
+        where = f"trainable_token_indices in {CONFIG_FILE} names token {token}"
+        if unread is not None:
+            raise ValueError(
+                f"{where}, which the base's tokenizer does not have, and the one in the folder cannot be read: {unread}"
+            )
         raise ValueError(
-            f"trainable_token_indices in {CONFIG_FILE} names token {token}, which the base's tokenizer does not have: "
+            f"{where}, which the base's tokenizer does not have: "
             f"put the tokenizer that it was trained with ({TOKENS_FILE}, {TOKENIZER_FILE}) into the folder"
         )
 
