@@ -130,7 +130,11 @@ REFUSED: list[tuple[Mapping[str, Shape], dict[str, Any], str]] = [
         "written for transformers 4, whose experts were modules: load it with PEFT and save it again",
     ),
     ({**GOOD, "model.layers.0.conv.lora_A.weight": (2, 6)}, {}, "do not see every row of a batch"),
-    ({**GOOD, f"{Q}.lora_A.default.weight": (2, 6)}, {}, f"{Q}.lora_A.default.weight (twice)"),
+    (
+        {**GOOD, f"{Q}.lora_A.default.weight": (2, 6)},
+        {},
+        f"{Q}.lora_A.default.weight (twice): {Q}.lora_A.weight is the same tensor of model.layers.0.q_proj",
+    ),
     ({**GOOD, "prompt_embeddings": (2, 6)}, {}, "no part of a LoRA adapter for this base: prompt_embeddings"),
     ({**GOOD, f"{Q}.lora_B.weight": (5, 2)}, {}, "do not fit the base base: model.layers.0.q_proj (A [2, 6], B [5, 2]"),
     ({**GOOD, f"{Q}.lora_A.weight": (3, 6)}, {}, "the base needs [3, 6] and [4, 3]"),

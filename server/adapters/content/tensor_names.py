@@ -70,7 +70,7 @@ def sort_tensors(entries: Mapping[str, TensorEntry], names: ModuleNames, saved: 
     """Tensors by module; ``saved`` are the ends of names of modules saved whole."""
     ends = tuple(saved) or ("\n",)
     found = SortedTensors()
-    seen: set[tuple[str, ...]] = set()
+    seen: dict[tuple[str, ...], str] = {}
     for name, entry in entries.items():
         inside = without_hooks(name).removeprefix(PREFIX)
         role, match = _role(inside)
@@ -86,9 +86,9 @@ def sort_tensors(entries: Mapping[str, TensorEntry], names: ModuleNames, saved: 
         kind = "own" if role in _PARAMETERS else role
         what = (kind, module or match["module"], parts.get("depth") or "", parts.get("part") or "")
         if what in seen:
-            found.strange.append(f"{name} (twice)")
+            found.strange.append(f"{name} (twice): {seen[what]} is the same tensor of {what[1]}")
             continue
-        seen.add(what)
+        seen[what] = name
         _note_names(found, name, inside, match, module)
         whole = role == "saved" or match["module"].endswith(ends)
         _put(found.modules.setdefault(what[1], ModuleTensors()), role, match, entry, saved=whole)
