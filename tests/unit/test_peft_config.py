@@ -62,7 +62,7 @@ def test_a_field_that_nobody_knows_is_refused_only_when_active() -> None:
             {"peft_type": "LOHA"},
             "peft_type is 'LOHA': only LORA is served; convert it to plain LoRA: quickchange adapt",
         ),
-        ({"peft_type": None}, "peft_type is None"),
+        ({"peft_type": None}, 'peft_type is None: if the adapter is a LoRA, add "peft_type": "LORA"'),
         ({"task_type": "SEQ_CLS"}, "only CAUSAL_LM adapters are served"),
         ({"init_lora_weights": "pissa"}, "changes the base's own weights; save the adapter with path_initial_model"),
         ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
@@ -70,6 +70,7 @@ def test_a_field_that_nobody_knows_is_refused_only_when_active() -> None:
         ({"init_lora_weights": "corda"}, "path_initial_model_for_weight_conversion"),
         ({"init_lora_weights": "lora_ga"}, "path_initial_model_for_weight_conversion"),
         ({"init_lora_weights": "loftq"}, "train it again with another init_lora_weights"),
+        ({"init_lora_weights": "flux"}, "is 'flux', which this version does not know, and which may change the base's"),
         ({"init_lora_weights": {"a": 1}}, "init_lora_weights is {'a': 1}"),
         ({"use_dora": True, "lora_bias": True}, "exclude each other"),
         ({"use_dora": "yes"}, "use_dora is 'yes': it must be true or false"),
@@ -187,6 +188,12 @@ def test_an_unknown_field_that_may_change_the_delta_is_refused_with_a_way_out(fi
     [(name, value)] = fields.items()
     assert f"{name} = {value!r} is not supported: this version does not know what it asks for" in refusal(**fields)
     assert "take it out of adapter_config.json if it changes no weight" in refusal(**fields)
+
+
+def test_a_config_without_a_kind_is_told_which_to_add_and_not_to_convert() -> None:
+    """It was told to convert what is plain LoRA already."""
+    with pytest.raises(ValueError, match=r'peft_type is missing: if the adapter is a LoRA, add "peft_type": "LORA"$'):
+        parse_peft_config({name: value for name, value in CONFIG.items() if name != "peft_type"})
 
 
 def test_a_start_that_changed_the_base_can_be_converted() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -12,6 +13,8 @@ from server.adapters.content.patterns import NO_PATTERN, Pattern
 
 __all__ = ["FIELDS", "NO_EFFECT", "READ", "LoRAConfig", "parse_peft_config"]
 
+_CUTTING_INIT = re.compile(r"(?:pissa|olora|corda|lora_ga|loftq)(?:_.*)?", re.DOTALL)
+"""Values of ``init_lora_weights`` with which PEFT changes the base's weights, in small letters."""
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "true", "false")
 _TASKS = (None, "", "CAUSAL_LM", "SEQ_2_SEQ_LM")
 MAX_NUMBER = 1e9
@@ -98,6 +101,9 @@ def parse_peft_config(data: Any) -> LoRAConfig:
 
 
 def _check_kind(data: Mapping[str, Any]) -> None:
+    if data.get("peft_type") is None:
+        found = "is None" if "peft_type" in data else "is missing"
+        raise ValueError(f'adapter_config.json: peft_type {found}: if the adapter is a LoRA, add "peft_type": "LORA"')
     if _enum(data.get("peft_type")) != "LORA":
         raise ValueError(
             f"adapter_config.json: peft_type is {data.get('peft_type')!r:.40}: only LORA is served; {CONVERT}"
@@ -117,7 +123,13 @@ def _check_init(data: Mapping[str, Any]) -> None:
     init = data.get("init_lora_weights", True)
     if init is None or isinstance(init, bool) or (isinstance(init, str) and init.lower() in _PLAIN_INITS):
         return
-    if isinstance(init, str) and init.lower() == "loftq":
+    if not isinstance(init, str) or not _CUTTING_INIT.fullmatch(init.lower()):
+        raise ValueError(
+            f"adapter_config.json: init_lora_weights is {init!r:.40}, which this version does not know, and which may "
+            "change the base's own weights: set it to true if it changes none, else save the adapter with "
+            "path_initial_model_for_weight_conversion"
+        )
+    if init.lower() == "loftq":
         way = "train it again with another init_lora_weights"
     else:
         way = "save the adapter with path_initial_model_for_weight_conversion, so that it fits the unchanged base"
