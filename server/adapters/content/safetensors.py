@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 MAX_HEADER_BYTES = 16 * 1024 * 1024
 MAX_NAME_CHARS, MAX_DIMENSIONS = 512, 8
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_OTHER_DTYPE = re.compile(r"(?:[FIUC]|BF)\d{1,3}(?:_[A-Z0-9]{1,16})?")
+"""What names of number formats look like, those of 8 bits and fewer among them."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,8 @@ def _entry(name: str, value: object, offset: int) -> TensorEntry:
             and all(_is_size(size) for size in (*shape, begin, end))
         ):
             sizes = tuple(int(str(size)) for size in shape)
+        case {"dtype": str(dtype)} if dtype not in DTYPE_BYTES and _OTHER_DTYPE.fullmatch(dtype):
+            raise ValueError(f"tensor {name!r} has the type {dtype}, which is not served: save it as F32, F16 or BF16")
         case _:
             raise ValueError(f"the header's entry for tensor {name!r} is malformed")
     if end - begin != math.prod(sizes) * DTYPE_BYTES[dtype]:
