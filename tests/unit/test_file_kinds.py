@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -66,6 +68,8 @@ def test_other_content_under_the_name_of_the_weights_is_named(folder: Path, cont
         ),
         (["adapters.safetensors", "0000100_adapters.safetensors"], f"is an adapter of mlx-lm: {CONVERT}"),
         (["support-lora.gguf"], f"support-lora.gguf is no file of PEFT's: if it is a LoRA in GGUF, {CONVERT}"),
+        (["Modelfile"], f"Modelfile is a model description of Ollama's: if it names an ADAPTER, {CONVERT}"),
+        (["Modelfile", "model.gguf", "model.safetensors"], f"if it names an ADAPTER, {CONVERT}"),
         (["model.safetensors"], "model.safetensors is a whole model, not an adapter: serve it with --base-model"),
         (["model-00001-of-00003.safetensors", "model.safetensors.index.json"], "is a whole model, not an adapter"),
         (["pytorch_model.bin", "training_args.bin"], "pytorch_model.bin is a whole model"),
@@ -105,6 +109,31 @@ def test_an_adapter_in_a_folder_inside_is_named(folder: Path, nested: list[str],
         if name != "runs":
             shutil.copy(folder / CONFIG, folder / name)
     assert reason(folder).startswith(f"the adapter is in a folder inside ({shown}): put that one right into")
+
+
+def test_a_modelfile_comes_before_the_adapter_in_a_folder_beside_it(folder: Path) -> None:
+    """The folder inside was named, and what the Modelfile says of the adapter would have been lost."""
+    (folder / WEIGHTS).unlink()
+    (folder / "Modelfile").write_text("FROM base\nADAPTER ./inside\n")
+    make(folder, "inside")
+    assert reason(folder).startswith("Modelfile is a model description of Ollama's")
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_hubs_cache_of_a_repository_is_told_by_the_snapshot_in_it(tmp_path: Path, linked: bool) -> None:
+    """It was told that PEFT's two files are missing, which lie two folders below."""
+    repository = tmp_path / ("hub/models--org--name" if linked else "models--org--name")
+    (repository / "blobs").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    for age, revision in enumerate(("b" * 40, "a" * 40)):
+        path = make(repository / "snapshots", revision)
+        os.utime(path, (1_000_000 - age, 1_000_000 - age))
+    if linked:
+        (tmp_path / "linked").symlink_to(repository)
+        repository = tmp_path / "linked"
+    with pytest.raises(AdapterRejected) as refused:
+        read_manifest(repository, BASE, replace(LIMITS, roots=(tmp_path,)))
+    assert f"a hub's cache of a whole repository, and the adapter is in snapshots/{'b' * 40}:" in refused.value.reason
 
 
 def test_a_hostile_name_is_shown_in_a_line(folder: Path) -> None:

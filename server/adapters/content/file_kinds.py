@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Sequence
 
 _CONVERT = "convert it: quickchange adapters convert FOLDER"
+_MODELFILE, _SNAPSHOTS = "Modelfile", "snapshots"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _STATE_OF_A_RUN = re.compile(r"(?:training_args|optimizer|scheduler|scaler|rng_state|trainer_state).*")
 """Files that a trainer writes beside an adapter and that hold no weights of it."""
@@ -77,6 +79,13 @@ def what_is_missing(folder: int, *, config: str, weights: str) -> str:
     names, nested = _look(folder, config)
     missing = [name for name in (config, weights) if name not in names]
     if weights in missing:
+        if _MODELFILE in names:
+            return f"{_MODELFILE} is a model description of Ollama's: if it names an ADAPTER, {_CONVERT}"
+        if revisions := _revisions(folder, config):
+            return (
+                f"it is a hub's cache of a whole repository, and the adapter is in {revisions[0]}: put a link to that "
+                "folder into the adapter folder, or copy it with cp -rL"
+            )
         if nested:
             return f"the adapter is in a folder inside ({nested[0]}): put that one right into the adapter folder"
         if (known := _by_name(names)) is not None:
@@ -108,6 +117,23 @@ def _look(folder: int, config: str) -> tuple[list[str], list[str]]:
         if entry.is_dir(follow_symlinks=False) and _holds(folder, f"{entry.name}/{config}")
     ]
     return names, [_shown(name) for name in sorted(nested, key=_number, reverse=True)]
+
+
+def _revisions(folder: int, config: str) -> list[str]:
+    """Where the adapters are in a hub's cache of a repository, the newest first."""
+    found: list[tuple[int, str]] = []
+    with contextlib.suppress(OSError):
+        snapshots = os.open(_SNAPSHOTS, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+        try:
+            with os.scandir(snapshots) as entries:
+                found = [
+                    (entry.stat(follow_symlinks=False).st_mtime_ns, entry.name)
+                    for entry in entries
+                    if entry.is_dir(follow_symlinks=False) and _holds(snapshots, f"{entry.name}/{config}")
+                ]
+        finally:
+            os.close(snapshots)
+    return [f"{_SNAPSHOTS}/{_shown(name)}" for _, name in sorted(found, reverse=True)]
 
 
 def _holds(folder: int, path: str) -> bool:
