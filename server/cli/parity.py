@@ -31,7 +31,6 @@ MAX_DIFFERENCE = 1e-3
 """Of logits, as a share of the largest; float32 explains some 1e-6."""
 
 _PROMPT_TOKENS, _NEW_TOKENS, _CHUNK = 20, 8, 12
-_PREFIX = "base_model.model."
 _SENTENCE = (
     "A quick brown fox jumps over a lazy dog in 1923, and then? Nobody knows why it did so, nor what came of it."
 )
