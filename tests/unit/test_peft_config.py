@@ -93,6 +93,7 @@ def test_a_field_that_nobody_knows_is_refused_only_when_active() -> None:
         ({"rank_pattern": {"a" * 600: 1}}, f"has 600 characters; the limit is {MAX_KEY_CHARS}"),
         ({"rank_pattern": {str(n): 1 for n in range(3000)}}, f"it has 3000 keys; the limit is {MAX_KEYS}"),
         ({"target_modules": [3]}, "target_modules is [3]: it must be a list of names"),
+        ({"target_modules": ["q_proj"] * 20_001}, "target_modules has 20001 names; the limit is 20000"),
         ({"modules_to_save": "lm_head"}, "modules_to_save is 'lm_head'"),
         ({"target_parameters": {}}, "target_parameters is {}"),
         ({"trainable_token_indices": [1, 1]}, "it must be a list of different token ids"),

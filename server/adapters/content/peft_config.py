@@ -19,6 +19,7 @@ _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "true", "false")
 _TASKS = (None, "", "CAUSAL_LM", "SEQ_2_SEQ_LM")
 MAX_NUMBER = 1e9
 MAX_TOKENS = 1 << 20
+MAX_NAMES = 20_000
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,9 @@ def _names(data: Mapping[str, Any], name: str) -> tuple[str, ...]:
         return ()
     if not isinstance(value, list) or not all(isinstance(one, str) and one for one in value):
         raise ValueError(f"adapter_config.json: {name} is {value!r:.80}: it must be a list of names")
-    return tuple(value)
+    if len(value) > MAX_NAMES:
+        raise ValueError(f"adapter_config.json: {name} has {len(value)} names; the limit is {MAX_NAMES}")
+    return tuple(dict.fromkeys(value))
 
 
 def _expected_modules(data: Mapping[str, Any]) -> tuple[str, ...]:

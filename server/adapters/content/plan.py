@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from server.adapters.content.fit import problems_of
@@ -143,19 +143,26 @@ def _module_problems(found: Mapping[str, ModuleTensors], names: ModuleNames, bas
 
 def _absent(found: Mapping[str, ModuleTensors], config: LoRAConfig, base: BaseSignature) -> Iterator[str]:
     """Modules that the config names, that the base has, and for which no tensor came."""
-    modules, saved = config.target_modules, config.modules_to_save
-    for key, names, fits in (("target_modules", modules, _is_or_ends), ("modules_to_save", saved, str.endswith)):
-        absent = [name for name in names if _any(fits, base.modules, name) and not _any(fits, found, name)]
-        if absent:
-            yield f"{key} in adapter_config.json names {first(absent)}, and there is no tensor of such a module"
+    missing = _ends(base.modules) - _ends(base.modules.keys() & found.keys())
+    absent = {
+        "target_modules": [name for name in config.target_modules if name in missing],
+        "modules_to_save": [
+            name for name in config.modules_to_save if _any_ends(base.modules, name) and not _any_ends(found, name)
+        ],
+    }
+    for key, names in absent.items():
+        if names:
+            yield f"{key} in adapter_config.json names {first(names)}, and there is no tensor of such a module"
 
 
-def _is_or_ends(module: str, name: str) -> bool:
-    return module == name or module.endswith("." + name)
+def _ends(modules: Iterable[str]) -> set[str]:
+    """Every module's name, and its ends behind a dot."""
+    parts = [module.split(".") for module in modules]
+    return {".".join(part[start:]) for part in parts for start in range(len(part))}
 
 
-def _any(fits: Callable[[str, str], bool], modules: Mapping[str, object], name: str) -> bool:
-    return any(fits(module, name) for module in modules)
+def _any_ends(modules: Iterable[str], end: str) -> bool:
+    return any(module.endswith(end) for module in modules)
 
 
 def _tie(
