@@ -23,6 +23,7 @@ from tests.adapter_folders import make as make_folder
 
 NOBODY = 65534
 FILES = ("adapter_config.json", "adapter_model.safetensors", "quickchange.json")
+TOKENS = ("tokenizer.json", "added_tokens.json")
 
 
 def make(folder: Path, name: str, **config: object) -> Path:
@@ -125,7 +126,20 @@ async def test_a_closed_folder_takes_the_events_from_no_other(root: Path, caplog
     assert shelf.names == [other.name] and "no events" not in caplog.text
 
 
-@pytest.mark.parametrize("name", sorted(UNREAD_FILES))
+@pytest.mark.parametrize("name", TOKENS)
+def test_a_closed_list_of_tokens_refuses_the_adapter(root: Path, name: str) -> None:
+    """It was served with the base's tokens, so that prompts had other ids than in training where it added some."""
+    folder = make(root, "a")
+    (folder / name).write_text("{}")
+    with closed(folder / name):
+        for judge in (list_folder, read_manifest):
+            with pytest.raises(AdapterRejected, match=f"^.*permission denied: {name} cannot be read"):
+                judge(folder, BASE, LIMITS)
+        [problem] = examine(folder, BASE, LIMITS).problems
+    assert problem.startswith(f"permission denied: {name}")
+
+
+@pytest.mark.parametrize("name", sorted(UNREAD_FILES.keys() - set(TOKENS)))
 async def test_an_optional_file_that_may_not_be_read_refuses_no_adapter(
     root: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -190,7 +204,7 @@ def test_a_file_that_nobody_reads_may_be_closed(root: Path, caplog: pytest.LogCa
 
 
 def test_every_optional_file_is_decided_upon() -> None:
-    assert set(OPTIONAL_FILES) - set(UNREAD_FILES) == {"quickchange.json"}
+    assert set(OPTIONAL_FILES) - set(UNREAD_FILES) == {"quickchange.json", "added_tokens.json"}
 
 
 async def test_what_is_closed_while_it_is_served_is_told_with_what_becomes_of_the_version_before(

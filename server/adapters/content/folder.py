@@ -38,11 +38,12 @@ UNREAD_FILES = {
     GENERATION_FILE: "its sampling and end tokens are unknown",
     SOURCE_FILE: "the adapter counts as fetched from a hub",
     TOKENS_FILE: "tokens that it adds are unknown",
-    ADDED_FILE: "tokens that it adds are unknown",
 }
 """Files that an adapter is served without where the server's user may not read them, and what that means.
 
-The sidecar is none of them: it says which base the adapter is for.
+``tokenizer.json`` is one only where a pointer or a web page lies in its place. Where it or ``added_tokens.json`` is
+closed the adapter is refused: with the base's tokens its prompts would have other ids than in training. So it is where
+the sidecar is closed, which says which base the adapter is for.
 """
 
 _NO_ADAPTERS = frozenset({"__MACOSX", "__pycache__", "lost+found", "@eaDir"})
@@ -119,14 +120,10 @@ def _read_others(folder: Folder) -> tuple[dict[str, bytes], dict[str, str]]:
 
 
 def read_tokens_at(folder: Folder, unread: dict[str, str], *, whole: bool) -> bytes:
-    """The tokenizer, or as much of it as lists the added tokens; nothing where there is none or it may not be read."""
-    try:
-        found = read_file_at(folder, TOKENS_FILE, MAX_TOKENS_BYTES, most=None if whole else _TOKENS_HEAD)
-        if found is not None and len(found[0]) < found[1] and listed_in_head(found[0]) is None:
-            found = read_file_at(folder, TOKENS_FILE, MAX_TOKENS_BYTES)
-    except PermissionDenied as error:
-        unread[TOKENS_FILE] = str(error)
-        return b""
+    """The tokenizer, or as much of it as lists the added tokens; nothing where there is none, or another thing."""
+    found = read_file_at(folder, TOKENS_FILE, MAX_TOKENS_BYTES, most=None if whole else _TOKENS_HEAD)
+    if found is not None and len(found[0]) < found[1] and listed_in_head(found[0]) is None:
+        found = read_file_at(folder, TOKENS_FILE, MAX_TOKENS_BYTES)
     if found is not None and not found[0].strip():
         unread[TOKENS_FILE] = f"{TOKENS_FILE} is empty: copy it into the folder again"
         return b""
