@@ -175,6 +175,7 @@ def test_an_unknown_field_that_asks_for_nothing_or_records_how_it_was_made_is_se
     "fields",
     [
         {"lora_version": 2},
+        {"dora_version": 2},
         {"delta_scale": 0.5},
         {"scaling_version": "b"},
         {"new_method": "square"},

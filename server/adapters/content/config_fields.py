@@ -87,10 +87,10 @@ _SOURCE = (
     "description", "comment", "notes", "name_or_path", "run_name", "run_id", "created_at", "created_by", "library_name",
 )  # fmt: skip
 _RECORD = re.compile(
-    rf"(?i)(?:.*_)?(?:{'|'.join(_RECIPE)})|(?!.*(?:lora|adapter|delta|scal|alpha|rank))(?:.*_)?(?:{'|'.join(_SOURCE)})"
+    rf"(?i)(?:.*_)?(?:{'|'.join(_RECIPE)})|(?!.*(?:[dlm]ora|adapter|delta|scal|alpha|rank))(?:.*_)?(?:{'|'.join(_SOURCE)})"
     r"|(?://|_comment).*"
 )
-"""Names of fields that record how an adapter was made or where it comes from. ``lora_version`` may mean a method."""
+"""Names of fields that record how an adapter was made or where it comes from. ``lora_version`` and ``dora_version`` may mean a method."""
 
 
 def refusal(name: str, value: Any) -> str | None:
