@@ -90,7 +90,10 @@ _RECORD = re.compile(
     rf"(?i)(?:.*_)?(?:{'|'.join(_RECIPE)})|(?!.*(?:[dlm]ora|adapter|delta|scal|alpha|rank))(?:.*_)?(?:{'|'.join(_SOURCE)})"
     r"|(?://|_comment).*"
 )
-"""Names of fields that record how an adapter was made or where it comes from. ``lora_version`` and ``dora_version`` may mean a method."""
+"""Names of fields that record how an adapter was made or where it comes from.
+
+``lora_version`` and ``dora_version`` may mean a method.
+"""
 
 
 def refusal(name: str, value: Any) -> str | None:
