@@ -81,7 +81,7 @@ def what_is_missing(folder: int, *, config: str, weights: str) -> str:
     if weights in missing:
         if _MODELFILE in names:
             return f"{_MODELFILE} is a model description of Ollama's: if it names an ADAPTER, {_CONVERT}"
-        if revisions := _revisions(folder, config):
+        if _SNAPSHOTS in names and (revisions := _revisions(folder, config)):
             return (
                 f"it is a hub's cache of a whole repository, and the adapter is in {revisions[0]}: put a link to that "
                 "folder into the adapter folder, or copy it with cp -rL"
