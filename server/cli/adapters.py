@@ -14,7 +14,8 @@ usage: quickchange adapters [list] [--SETTING VALUE ...]   every adapter: served
        quickchange adapters unpin NAME                     let a name follow its folder again
        quickchange adapters rollback NAME                  hold a name at the version before
 
-Each takes --help, and every setting of `quickchange serve`. VERSION is the beginning of a version's digest.
+Each takes --help, and every setting of `quickchange serve`, before the name of the command or after
+it. VERSION is the beginning of a version's digest.
 """
 
 
@@ -80,7 +81,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 
 def main(arguments: Sequence[str]) -> int:
     """Run a sub-command, ``list`` where none is named; the exit status is 2 for one that there is not."""
-    given = list(arguments)
+    given = _with_command_first(arguments)
     if given[:1] in (["help"], ["--help"], ["-h"]):
         print(USAGE, end="")
         return 0
@@ -89,3 +90,17 @@ def main(arguments: Sequence[str]) -> int:
         print(f"quickchange adapters: there is no command {name!r}\n{USAGE}", file=sys.stderr, end="")
         return 2
     return COMMANDS[name](given)
+
+
+def _with_command_first(arguments: Sequence[str]) -> list[str]:
+    """The arguments with the settings that stand before the command's name put behind it."""
+    given = list(arguments)
+    if not given or not given[0].startswith("--"):
+        return given
+    from server.cli.options import bind_values
+
+    bound = bind_values(given)
+    at = next((index for index, argument in enumerate(bound) if not argument.startswith("-")), None)
+    if at is None or bound[at] not in COMMANDS:
+        return given
+    return [bound[at], *bound[:at], *bound[at + 1 :]]

@@ -26,8 +26,15 @@ def parse_options(
 ) -> tuple[argparse.Namespace, list[str]]:
     """A command's own options, and the arguments that are left, which are settings.
 
-    Values are bound to their flags by '=' before, so that a setting's value is never taken for a positional argument;
     ``switches`` are the command's flags without a value.
+    """
+    return parser.parse_known_args(bind_values(arguments, switches=switches))
+
+
+def bind_values(arguments: Sequence[str], *, switches: Sequence[str] = ()) -> list[str]:
+    """The arguments with values bound to their flags by '='.
+
+    So a setting's value is never taken for a positional argument.
     """
     fields = Settings.model_fields.items()
     flags = [f"--{name.replace('_', '-')}" for name, field in fields if field.annotation is bool]
@@ -41,4 +48,4 @@ def parse_options(
             continue
         bound.append(argument)
         pending = argument.startswith("--") and "=" not in argument and argument not in alone
-    return parser.parse_known_args(bound)
+    return bound

@@ -74,6 +74,27 @@ def test_every_sub_command_explains_itself(command: str, capsys: pytest.CaptureF
     assert f"quickchange adapters {command}" in said and "quickchange serve" in said
 
 
+@pytest.mark.parametrize(
+    "before",
+    [
+        ["--state-dir", "STATE"],
+        ["--state-dir=STATE", "--no-prefix-caching"],
+        ["--base-model", "list", "--state-dir", "STATE"],
+    ],
+)
+def test_settings_may_stand_before_the_command(store: VersionStore, before: list[str]) -> None:
+    """The command's name was an unrecognized argument there."""
+    settings = [word.replace("STATE", str(store.state_dir)) for word in before]
+    assert main(["adapters", *settings, "pin", "helpdesk"]) == 0
+    assert store.pins() == {"helpdesk": Pin(None, resident=True)}
+
+
+def test_what_is_no_command_behind_a_setting_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["adapters", "--log-level", "info", "dance"])
+    assert "dance" in capsys.readouterr().err
+
+
 def test_a_name_is_kept_in_memory_and_stays_at_its_version(store: VersionStore, run: Run) -> None:
     store.set_pin("helpdesk", Pin(OLD))
     assert run("pin", "helpdesk") == 0
