@@ -25,6 +25,8 @@ QuickchangeError
 
 from __future__ import annotations
 
+import re
+
 MAX_LINE = 900
 
 
@@ -32,6 +34,18 @@ def one_line(text: str) -> str:
     """Somebody's text in characters that a line of a log and a JSON body can hold, and not too many of them."""
     shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text[:MAX_LINE])
     return shown if len(text) <= MAX_LINE else f"{shown}..."
+
+
+_PATH = re.compile(
+    r"""(?P<quote>['"])/(?:(?!(?P=quote))[^\\]|\\.)*(?P=quote)"""  # as repr writes it
+    r"""|['"]/.{198}"""  # as repr writes it, cut off after 200 characters
+    r"""|(?<![^\s(=['"])/[^\s'",;:)\]]+"""
+)
+
+
+def without_paths(text: str) -> str:
+    """A sentence for clients, who need not know where the server's files are: absolute paths are left out."""
+    return _PATH.sub("(a path on the server)", text)
 
 
 class QuickchangeError(Exception):
@@ -75,11 +89,16 @@ class ContextLengthExceeded(RequestError):
 
 
 class ModelNotFound(RequestError):
-    """No base and no adapter of this name."""
+    """No base and no adapter of this name that is served; ``refused`` says why the folder of this name is not."""
 
-    def __init__(self, model: str) -> None:
-        self.model = model
-        super().__init__(f"The model `{model}` does not exist or you do not have access to it.", param="model")
+    def __init__(self, model: str, *, refused: str | None = None) -> None:
+        self.model, self.refused = model, refused
+        super().__init__(
+            f"The model `{model}` does not exist or you do not have access to it."
+            if refused is None
+            else f"The adapter `{model}` is not served: {without_paths(refused)}",
+            param="model",
+        )
 
 
 class InvalidKey(RequestError):

@@ -58,22 +58,27 @@ class AdapterLibrary:
         Raises ``ModelNotFound``, ``InvalidRequest`` where the name's grammar or a composition is wrong, ``QueueFull``,
         ``AdapterPending`` where a folder that changed is still to be read again.
         """
-        parts = self._parts(model, user, scale)
+        try:
+            parts = self._parts(model, user, scale)
+        except ModelNotFound:
+            raise self.not_found(model) from None
         loop = asyncio.get_running_loop()
         deadline = loop.time() + PATIENCE
         while True:
             try:
                 return await self._lease(parts)
+            except ModelNotFound as error:
+                raise self.not_found(error.model) from None
             except FolderMoved as error:
                 name = str(error)
                 self.intake.look_again(name)
                 if any(part.name == name for part in parts) and self._is_gone(name, parts):
-                    raise ModelNotFound(model) from None
+                    raise self.not_found(model) from None
                 if loop.time() > deadline:
                     raise AdapterPending(name) from None
             except AdapterRejected as error:
                 if loop.time() > deadline or any(part.name == error.adapter for part in parts):
-                    raise ModelNotFound(error.adapter) from error
+                    raise ModelNotFound(error.adapter, refused=error.reason) from error
             await asyncio.sleep(_LOOK_AGAIN)
 
     async def served(self, name: str) -> Adapter:
@@ -84,7 +89,12 @@ class AdapterLibrary:
             self.intake.look_again(name)
             raise AdapterPending(name) from error
         except AdapterRejected as error:
-            raise ModelNotFound(name) from error
+            raise ModelNotFound(name, refused=error.reason) from error
+
+    def not_found(self, model: str) -> ModelNotFound:
+        """What to raise for a name that is not served: with the reason, where its folder was refused."""
+        _, reason = self.intake.refusals.get(model, (None, None))
+        return ModelNotFound(model[:200], refused=reason)
 
     def delta_norm(self, weights_digest: str) -> float | None:
         """The Frobenius norm of what an adapter adds to the base's weights; None until it was loaded once."""

@@ -11,7 +11,7 @@ from server.adapters.content.manners import AdapterDefaults
 from server.adapters.content.sidecar import Sidecar
 from server.adapters.registry import DIGITS, Adapter, Entry
 from server.api.state import ServerState, State
-from server.errors import ModelNotFound
+from server.errors import without_paths
 
 router = APIRouter()
 
@@ -34,7 +34,7 @@ async def get_model(model: str, state: State) -> dict[str, Any]:
         return _adapter(entry, state) | _details(entry, state)
     if (alias := _alias(model, state)) is not None:
         return alias
-    raise ModelNotFound(model[:200])
+    raise state.adapters.not_found(model)
 
 
 def state_of(adapter: Adapter | None, state: ServerState) -> str:
@@ -76,8 +76,8 @@ def _details(entry: Entry, state: ServerState) -> dict[str, Any]:
         "weights_digest": digest,
         "versions": [one.version_digest[:DIGITS] for one in entry.versions],
         "pinned": {"version": entry.pin.version, "resident": entry.pin.resident},
-        "refused": entry.refused,
-        "unread": dict(listing.unread),
+        "refused": None if entry.refused is None else without_paths(entry.refused),
+        "unread": {file: without_paths(reason) for file, reason in listing.unread.items()},
         "rank": listing.plan.rank,
         "targets": sorted({name.rpartition(".")[2] for name in listing.plan.modules}),
         "num_modules": len(listing.plan.modules),
@@ -86,7 +86,7 @@ def _details(entry: Entry, state: ServerState) -> dict[str, Any]:
         "leases": 0 if digest is None else residency.num_leases(digest),
         "composable": listing.plan.composable,
         "checks": _checks(listing.sidecar),
-        "defaults": _said(listing.defaults),
+        "defaults": _said(listing.defaults, state.prompts.chat_template),
     }
 
 
@@ -95,10 +95,11 @@ def _checks(sidecar: Sidecar | None) -> dict[str, Any]:
     return {} if sidecar is None or sidecar.verdict is None else sidecar.verdict.model_dump()["checks"]
 
 
-def _said(defaults: AdapterDefaults) -> dict[str, Any]:
-    """What an adapter says of its manners; of its chat template only that it has one."""
+def _said(defaults: AdapterDefaults, base_template: str | None) -> dict[str, Any]:
+    """What an adapter says of its manners; of its chat template only whose it is."""
     said = {item.name: getattr(defaults, item.name) for item in fields(defaults)}
-    said["chat_template"] = "its own" if defaults.chat_template is not None else None
+    if defaults.chat_template is not None:
+        said["chat_template"] = "the base's" if defaults.chat_template == base_template else "its own"
     said["added_tokens"] = "its own" if defaults.added_tokens else None
     return {name: value for name, value in said.items() if value not in (None, ())}
 

@@ -211,6 +211,19 @@ def test_a_list_of_models_says_how_the_base_was_checked_and_what_the_trainer_fou
     assert found["checks"] == {}
 
 
+def test_details_say_whose_chat_template_it_is(folder: Path) -> None:
+    """A copy of the base's with another line feed at its end was called the adapter's own."""
+    base_template = "{{ messages[0].content }}\n{{ messages | length }}\n"
+    texts = {"the base's": base_template.replace("\n", "\r\n") + "\n", "its own": "{{ messages[0].content }}"}
+    for said, text in texts.items():
+        (folder / "chat_template.jinja").write_bytes(text.encode())
+        manifest = read_manifest(folder, replace(BASE, chat_template=base_template), LIMITS)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(small_tokenizer(), "chat_template", base_template)
+            *_, details = told(manifest)
+        assert details["defaults"]["chat_template"] == said
+
+
 async def test_the_log_says_how_the_base_was_checked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     shelf = Shelf(tmp_path)
     for name, sidecar in (("signed", SIDECAR), ("plain", None)):
