@@ -23,6 +23,7 @@ def problems_of(
         yield f"tensors do not fit the base {base.name}: {first(wrong, '; ')}"
     yield from _rank_problems(parts, config, max_rank)
     yield from _config_problems(parts, config)
+    yield from _absent_rows(parts, config, base)
 
 
 def _shape_problems(module: str, part: ModulePlan) -> Iterator[str]:
@@ -94,6 +95,25 @@ def _token_problems(module: str, part: ModulePlan, base: BaseSignature) -> Itera
     for head in heads:
         if base.modules[head].parameters.keys() != {"weight"}:
             yield f"it brings rows for tokens of {module}, whose head {head} has a bias, which PEFT leaves out"
+
+
+def _absent_rows(parts: Mapping[str, ModulePlan], config: LoRAConfig, base: BaseSignature) -> Iterator[str]:
+    """Tokens for whose rows no tensor came. A tied head has none where its tokens are the embedding's."""
+    with_rows = {module for module, part in parts.items() if part.tokens is not None}
+    tied = {
+        head
+        for head, source in base.tied.items()
+        if source in with_rows and config.tokens_of(head) == config.tokens_of(source)
+    }
+    trained = [config.trained_name(module) for module in with_rows | tied]
+    for end, indices in config.token_indices.items():
+        if parts and not any(name.endswith(end) for name in trained):
+            tokens = f"{len(indices)} {'token' if len(indices) == 1 else 'tokens'}" + (f" of {end}" if end else "")
+            yield (
+                f"trainable_token_indices in adapter_config.json names {tokens}, and there is no tensor of their rows "
+                "(token_adapter.trainable_tokens_delta): save the adapter again, or take the field out if no rows were "
+                "trained"
+            )
 
 
 def _rank_problems(parts: Mapping[str, ModulePlan], config: LoRAConfig, max_rank: int) -> Iterator[str]:

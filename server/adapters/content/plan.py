@@ -139,6 +139,17 @@ def _module_problems(found: Mapping[str, ModuleTensors], names: ModuleNames, bas
         yield f"the base {base.name} has no module {first(unknown)}: was it trained on another base?"
     if partial := [module for module in found if module in base.others]:
         yield f"modules that do not see every row of a batch cannot be adapted here: {first(partial)}"
+    if bare := [f"{module}.{name}" for module, tensors in found.items() for name in _bare_weights(tensors)]:
+        yield (
+            f"it brings {first(bare)} beside a delta of that module, which PEFT would ignore: take it out, or name it "
+            "as PEFT does (base_layer.weight) if it was trained"
+        )
+
+
+def _bare_weights(tensors: ModuleTensors) -> list[str]:
+    """Parameters but biases that stand beside a delta as if there were none. PEFT before 0.6 wrote biases so."""
+    has_delta = tensors.levels or tensors.embedding
+    return sorted(name for name in tensors.bare if "bias" not in name) if has_delta else []
 
 
 def _absent(found: Mapping[str, ModuleTensors], config: LoRAConfig, base: BaseSignature) -> Iterator[str]:

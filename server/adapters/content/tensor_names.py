@@ -38,7 +38,8 @@ _PARAMETERS = ("saved", "base", "own")
 class ModuleTensors:
     """The tensors of one module. ``levels`` has A and B by the depth of nesting.
 
-    ``base`` says which of ``own`` PEFT writes into the base's parameter itself, which a tied module shares.
+    ``base`` says which of ``own`` PEFT writes into the base's parameter itself, which a tied module shares. ``bare``
+    says which have the name of a parameter that no wrapper holds: PEFT finds it only in a module without a delta.
     """
 
     levels: dict[int, dict[str, TensorEntry]] = field(default_factory=dict)
@@ -48,6 +49,7 @@ class ModuleTensors:
     tokens: TensorEntry | None = None
     own: dict[str, TensorEntry] = field(default_factory=dict)
     base: set[str] = field(default_factory=set)
+    bare: set[str] = field(default_factory=set)
 
 
 @dataclass
@@ -125,3 +127,5 @@ def _put(tensors: ModuleTensors, role: str, match: re.Match[str], entry: TensorE
             tensors.own[match["part"]] = entry
             if role == "base" or not saved:
                 tensors.base.add(match["part"])
+            if role == "own" and not saved:
+                tensors.bare.add(match["part"])
