@@ -177,7 +177,7 @@ class Generation:
         request = self.request
         if request.model != self.state.base_name:
             return await self.state.adapters.acquire(request.model, user=request.user, scale=request.lora_scale)
-        if request.lora_scale is not None:
+        if request.lora_scale not in (None, 1.0):
             raise InvalidRequest(
                 "Invalid 'lora_scale': the base has no adapter to scale; name one in 'model'.", param="lora_scale"
             )

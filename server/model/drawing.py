@@ -1,7 +1,7 @@
 """Tokens drawn with temperature, top-k, top-p and min-p, without sorting the vocabulary.
 
-A token is drawn by the inverse of the cumulative distribution, tokens in the order of their ids: first among the sums
-of blocks, then within one block. Filters are applied in transformers' order. Each keeps the first tokens of one order,
+A token is drawn in proportion to its weight, first among the sums of blocks, then within one block (``categorical``).
+Filters are applied in transformers' order. Each keeps the first tokens of one order,
 the likeliest first and equals by id:
 
 - top-k gathers its tokens, and all that follows sees rows of k candidates (``top_k``);
@@ -21,8 +21,8 @@ from collections.abc import Sequence as SequenceOf
 import torch
 
 from server.model.blocks import block_sums
-from server.model.inverse_cdf import on_host, pick
-from server.model.random_numbers import uniform
+from server.model.categorical import TokenIds, on_host, pick
+from server.model.random_numbers import stream
 from server.model.top_k import likeliest
 from server.model.top_p import redraw_outside
 from server.sequence import Draw, SamplingParams
@@ -46,22 +46,22 @@ def draw_tokens(logits: torch.Tensor, draws: SequenceOf[Draw]) -> list[int]:
 
 def _draw_of_top_k(logits: torch.Tensor, draws: SequenceOf[Draw], top_k: int) -> list[int]:
     ids = likeliest(logits, top_k)  # [rows, top_k]
-    places = torch.tensor(_draw(logits.gather(1, ids), draws), device=ids.device)
-    tokens: list[int] = ids.gather(1, places[:, None])[:, 0].tolist()
-    return tokens
+    tokens = ids.cpu().numpy()
+    places = _draw(logits.gather(1, ids), draws, tokens)
+    return [int(row[place]) for row, place in zip(tokens, places, strict=True)]
 
 
-def _draw(logits: torch.Tensor, draws: SequenceOf[Draw]) -> list[int]:
-    """A place in each row of logits [len(draws), width], by every filter but top-k."""
+def _draw(logits: torch.Tensor, draws: SequenceOf[Draw], ids: TokenIds | None = None) -> list[int]:
+    """A place in each row of logits [len(draws), width], by every filter but top-k; ``ids`` are the places' tokens."""
     params = [draw.sequence.params for draw in draws]
     weights = _softmax(logits, params)
     sums = all_sums = on_host(block_sums(weights))
     if any(one.min_p > 0.0 for one in params):
         _apply_min_p(weights, params)
         sums = on_host(block_sums(weights))
-    places, own = pick(weights, sums, [uniform(draw.sequence.seed, draw.number) for draw in draws])
+    places, own = pick(weights, sums, [stream(draw.sequence.seed, draw.number) for draw in draws], ids)
     if any(one.top_p < 1.0 for one in params):
-        redraw_outside(places, own, weights, all_sums, draws)
+        redraw_outside(places, own, weights, all_sums, draws, ids)
     return places
 
 

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from server.model.blocks import BLOCK, block_sums
-from server.model.inverse_cdf import Doubles, on_host, pick, totals, weights_above
-from server.model.random_numbers import uniform
+from server.model.categorical import Doubles, TokenIds, on_host, pick, totals, weights_above
+from server.model.random_numbers import stream
 from server.sequence import Draw
 
 _PART = 4
@@ -26,11 +26,17 @@ _PART = 4
 
 
 def redraw_outside(
-    places: list[int], own: Doubles, weights: torch.Tensor, sums: Doubles, draws: SequenceOf[Draw]
+    places: list[int],
+    own: Doubles,
+    weights: torch.Tensor,
+    sums: Doubles,
+    draws: SequenceOf[Draw],
+    ids: TokenIds | None = None,
 ) -> None:
     """Replace those of ``places``, one for each row of weights [rows, width], that top-p leaves out.
 
-    ``own`` are the places' weights, ``sums`` those of the blocks, also of such weights as are zero by now.
+    ``own`` are the places' weights, ``sums`` those of the blocks, also of such weights as are zero by now. ``ids``
+    [rows, width] are the places' tokens where these are not the places themselves.
     """
     just_less = np.nextafter(own.astype(np.float32), np.float32(0.0))
     whole = totals(sums)
@@ -45,10 +51,11 @@ def redraw_outside(
         less_likely = totals(sums[rows, :num_blocks]) - totals(on_host(block_sums(as_likely)))
         rows = [row for row, rest in zip(rows, less_likely, strict=True) if own[row] + rest <= outside[row]]
     for row in rows:
-        places[row] = _draw_inside(weights[row], float(mass[row]), places[row], draws[row])
+        tokens = None if ids is None else ids[row : row + 1]
+        places[row] = _draw_inside(weights[row], float(mass[row]), places[row], draws[row], tokens)
 
 
-def _draw_inside(weights: torch.Tensor, mass: float, place: int, draw: Draw) -> int:
+def _draw_inside(weights: torch.Tensor, mass: float, place: int, draw: Draw, ids: TokenIds | None) -> int:
     """``place`` if it is in the set of a row of weights [width] that reaches ``mass``, else another that is.
 
     Ends, because each rejected place is followed by one that is likelier, or by one of the whole set.
@@ -65,7 +72,7 @@ def _draw_inside(weights: torch.Tensor, mass: float, place: int, draw: Draw) -> 
                 break
             candidates[0, inside] = weight
             sums = on_host(block_sums(candidates))
-        (place,), own = pick(candidates, sums, [uniform(draw.sequence.seed, draw.number, attempt)])
+        (place,), own = pick(candidates, sums, [stream(draw.sequence.seed, draw.number, attempt)], ids)
         if ends_here or _is_surely_inside(weights, mass, float(own[0])):
             break
     return place

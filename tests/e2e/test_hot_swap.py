@@ -256,6 +256,7 @@ def test_adapters_are_scaled_and_added_up(stage: Stage) -> None:
     assert stage.ask("one:0").text == base.text
     assert stage.ask("one", extra_body={"lora_scale": 0.5}) == stage.ask("one:0.5")
     assert stage.ask("one", extra_body={"lora_scale": 1}) == one
+    assert stage.ask("micro", extra_body={"lora_scale": 1}) == stage.ask("micro")
 
 
 @pytest.mark.parametrize(

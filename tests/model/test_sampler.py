@@ -22,10 +22,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from server.model import drawing
 from server.model.blocks import block_sums
-from server.model.inverse_cdf import on_host
-from server.model.random_numbers import uniform
+from server.model.categorical import on_host
+from server.model.random_numbers import exponentials, stream
 from server.model.sampler import Sampler
 from server.model.top_p import redraw_outside
 from server.sequence import Draw, SamplingParams, Sequence
@@ -121,23 +120,18 @@ def test_the_reference_is_the_distribution_transformers_computes(params: Samplin
         torch.testing.assert_close(reference(logits, params).float(), stock(logits, params), atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("params", SETTINGS)
-@pytest.mark.parametrize("vocab", [VOCAB, 600])
-def test_a_random_number_picks_its_place_in_the_cumulative_distribution(
-    params: SamplingParams, vocab: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Top-p leaves those as they are whose place is inside, and draws the others again from inside."""
-    count = 250
-    monkeypatch.setattr(drawing, "uniform", lambda seed, number: number / count)
-    for logits in rows(2, vocab=vocab):
-        before = reference(logits, replace(params, top_p=1.0)).cumsum(0)
-        kept = reference(logits, params)
-        for number, token in enumerate(all_draws(logits, params, count)):
-            assert kept[token] > 0
-            fraction = number / count
-            first = int(torch.searchsorted(before, fraction, right=True))
-            near_an_edge = float((before - fraction).abs().min()) < 1e-6
-            assert token == first or near_an_edge or kept[first] == 0
+@pytest.mark.parametrize("params", [SamplingParams(seed=1), SamplingParams(seed=2, top_p=0.95)])
+def test_rounding_changes_few_of_the_tokens_that_are_drawn(params: SamplingParams) -> None:
+    """A neighbour in the batch may round logits otherwise, which an inverse CDF over 152k tokens showed 60 times more.
+
+    The most that any way to draw could keep is one less half the difference of the distributions.
+    """
+    logits = torch.randn(LARGE_VOCAB, generator=torch.Generator().manual_seed(5)) * 2
+    noise = torch.randn(LARGE_VOCAB, generator=torch.Generator().manual_seed(6)) * 1e-3
+    count = 320
+    as_it_was, rounded = all_draws(logits, params, count), all_draws(logits + noise, params, count)
+    assert len(set(as_it_was)) > count / 2
+    assert sum(one != other for one, other in zip(as_it_was, rounded, strict=True)) <= 3
 
 
 @pytest.mark.parametrize("params", SETTINGS)
@@ -336,23 +330,20 @@ def test_nothing_is_drawn_behind_a_draft_that_was_wrong(temperature: float) -> N
     assert Sampler().sample(logits, draws) == [right[0], right[1], None, None]
 
 
-def test_random_numbers_are_even_and_those_of_neighbouring_seeds_have_nothing_in_common() -> None:
+def test_random_numbers_are_exponential_and_those_of_neighbouring_streams_have_nothing_in_common() -> None:
     """Means, variances and correlations of 4,000 numbers within five standard deviations."""
     count = 4000
-    streams = torch.tensor(
-        [
-            *[[uniform(seed, number) for number in range(count)] for seed in (0, 1, 2, -1, 2**63)],
-            *[[uniform(0, number, attempt) for number in range(count)] for attempt in (1, 2)],
-            [uniform(0, 0, attempt) for attempt in range(count)],
-        ],
-        dtype=torch.float64,
-    )
-    assert float(streams.min()) >= 0.0
-    assert float(streams.max()) < 1.0
-    centred = streams - 0.5
+    streams = [stream(seed, 0) for seed in (0, 1, 2, -1, 2**63)]
+    streams += [stream(0, number, attempt) for number, attempt in ((1, 0), (2, 0), (0, 1), (0, 2), (1, 1))]
+    rows = [exponentials(streams, np.arange(count))]
+    rows.append(exponentials([stream(7, number) for number in range(count)], np.arange(2)).T)  # token after token
+    rows.append(exponentials([stream(7, 0, attempt) for attempt in range(1, count + 1)], np.arange(1)).T)
+    numbers = torch.from_numpy(np.concatenate(rows))
+    assert bool((numbers > 0).all()) and bool(numbers.isfinite().all())
+    centred = 0.5 - (-numbers).exp()  # even, between -0.5 and 0.5
     assert float(centred.mean(1).abs().max()) < 5 * math.sqrt(1 / 12 / count)
     correlations = centred @ centred.T / count * 12
-    assert float((correlations - torch.eye(len(streams))).abs().max()) < 5 * math.sqrt(1 / count)
+    assert float((correlations - torch.eye(len(centred))).abs().max()) < 5 * math.sqrt(1 / count)
     following = (centred[:, 1:] * centred[:, :-1]).mean(1) * 12
     assert float(following.abs().max()) < 5 * math.sqrt(1 / count)
 
