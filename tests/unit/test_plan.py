@@ -220,7 +220,7 @@ def test_numbers_that_are_no_floats_are_refused() -> None:
 def test_every_problem_is_told_and_of_each_kind_three_names() -> None:
     ghosts = {f"x.ghost{n}.lora_A.weight": (2, 6) for n in range(5)}
     found = problems({**GOOD, **ghosts, "what": (1,), f"{Q}.lora_A.weight": (2, 7)}, target_modules=["lm_head"])
-    assert len(found) == 4
+    assert len(found) == 5
     assert "x.ghost0, x.ghost1, x.ghost2 and 2 more" in found[1]
 
 

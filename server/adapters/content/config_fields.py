@@ -29,7 +29,7 @@ FIELDS: Mapping[str, str] = {
     "init_lora_weights": READ,
     "kasa_config": "it cuts the base's own weights; train it again without it",
     "layer_replication": "it makes a deeper model of the base's layers; train it again without it",
-    "layers_pattern": NO_EFFECT,
+    "layers_pattern": READ,
     "layers_to_transform": READ,
     "loftq_config": NO_EFFECT,
     "lora_alpha": READ,

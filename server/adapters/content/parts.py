@@ -13,7 +13,7 @@ from server.adapters.content.tensor_names import ModuleTensors
 
 def module_plan(module: str, tensors: ModuleTensors, config: LoRAConfig, shape: ModuleShape) -> ModulePlan:
     """The plan, whose shapes are still to be checked. Raises ``ValueError`` where tensors are missing or too many."""
-    targets = _targets(module, config, shape) if tensors.levels else []
+    targets = target_parameters_of(module, config, shape) if tensors.levels else []
     low_rank = None if targets else _low_rank(module, tensors, config, shape)
     parameters = _parameters(module, tensors, targets, config, shape)
     if shape.kind != "rows" and parameters:
@@ -22,7 +22,7 @@ def module_plan(module: str, tensors: ModuleTensors, config: LoRAConfig, shape: 
     return ModulePlan(shape, low_rank, tensors.magnitude, tensors.lora_bias, tensors.own, tokens, parameters)
 
 
-def _targets(module: str, config: LoRAConfig, shape: ModuleShape) -> list[str]:
+def target_parameters_of(module: str, config: LoRAConfig, shape: ModuleShape) -> list[str]:
     """Parameters of the module that ``target_parameters`` names, in the order in which PEFT wraps them."""
     matrices = [parameter for parameter, size in shape.parameters.items() if len(size) in (2, 3)]
     full = {parameter: config.trained_name(f"{module}.{parameter}") for parameter in matrices}

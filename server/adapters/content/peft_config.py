@@ -9,12 +9,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from server.adapters.content.config_fields import CONVERT, FIELDS, NO_EFFECT, READ, is_active, refusal
+from server.adapters.content.module_names import without_hooks
 from server.adapters.content.patterns import NO_PATTERN, Pattern
 
 __all__ = ["FIELDS", "NO_EFFECT", "READ", "LoRAConfig", "parse_peft_config"]
 
 _CUTTING_INIT = re.compile(r"(?:pissa|olora|corda|lora_ga|loftq)(?:_.*)?", re.DOTALL)
 """Values of ``init_lora_weights`` with which PEFT changes the base's weights, in small letters."""
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*")
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "true", "false")
 _TASKS = (None, "", "CAUSAL_LM", "SEQ_2_SEQ_LM")
 MAX_NUMBER = 1e9
@@ -27,9 +29,11 @@ class LoRAConfig:
     """What an adapter's config says of its tensors.
 
     A module's scaling is ``alpha / r``, with rsLoRA ``alpha / sqrt(r)`` (Kalajdzievski 2023). ``target_modules`` is
-    empty where it is a regular expression, which is never evaluated. ``token_indices`` are by the end of a module's
-    name, the key "" standing for every module. What ``bias`` and ``tied`` did is in the tensors. ``trained_names`` are
-    those of modules of the base that had another name in the model that was trained: patterns are of that one's names.
+    empty where it is a regular expression, which is never evaluated; so are ``excluded`` (``exclude_modules``) and
+    ``layers`` (``layers_to_transform``). ``narrowed`` says whether fields take modules out of it, evaluated or not.
+    ``token_indices`` are by the end of a module's name, the key "" standing for every module. What ``bias`` and
+    ``tied`` did is in the tensors. ``trained_names`` are those of modules of the base that had another name in the
+    model that was trained: patterns are of that one's names.
     """
 
     r: int
@@ -42,6 +46,10 @@ class LoRAConfig:
     bias: Literal["none", "all", "lora_only"] = "none"
     tied: bool = False
     target_modules: tuple[str, ...] = ()
+    narrowed: bool = False
+    excluded: tuple[str, ...] = ()
+    layers: frozenset[int] = frozenset()
+    layers_pattern: tuple[str, ...] = ()
     target_parameters: tuple[str, ...] = ()
     modules_to_save: tuple[str, ...] = ()
     token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -84,6 +92,7 @@ def parse_peft_config(data: Any) -> LoRAConfig:
             raise ValueError(f"adapter_config.json: {name} = {value!r:.80} is not supported: {why}")
     if data.get("use_dora") and data.get("lora_bias"):
         raise ValueError("adapter_config.json: use_dora and lora_bias exclude each other in PEFT: it is damaged")
+    patterns = _layer_patterns(data)
     return LoRAConfig(
         r=_number(data, "r", whole=True),
         alpha=_number(data, "lora_alpha"),
@@ -94,7 +103,11 @@ def parse_peft_config(data: Any) -> LoRAConfig:
         lora_bias=_flag(data, "lora_bias"),
         bias=_bias(data),
         tied=_flag(data, "ensure_weight_tying"),
-        target_modules=_expected_modules(data),
+        target_modules=_listed(data, "target_modules"),
+        narrowed=is_active(data.get("exclude_modules")) or data.get("layers_to_transform") is not None,
+        excluded=_listed(data, "exclude_modules"),
+        layers=frozenset() if patterns is None else _layers(data),
+        layers_pattern=patterns or (),
         target_parameters=_names(data, "target_parameters"),
         modules_to_save=_names(data, "modules_to_save"),
         token_indices=_token_indices(data),
@@ -189,13 +202,32 @@ def _names(data: Mapping[str, Any], name: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(value))
 
 
-def _expected_modules(data: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names that must have tensors: a list says so, unless other fields take modules out of it again."""
-    value = data.get("target_modules")
-    if value is None or isinstance(value, str):
+def _listed(data: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    """A list of modules without the wrappers around them in training; nothing where it is an expression."""
+    if isinstance(data.get(name), str) or not is_active(data.get(name)):
         return ()
-    names = _names(data, "target_modules")
-    return () if is_active(data.get("exclude_modules")) or data.get("layers_to_transform") is not None else names
+    return tuple(dict.fromkeys(without_hooks(module) for module in _names(data, name)))
+
+
+def _layers(data: Mapping[str, Any]) -> frozenset[int]:
+    """The numbers of the layers that have a delta; none where all have one."""
+    value = data.get("layers_to_transform")
+    if not is_active(value):
+        return frozenset()
+    listed = [value] if type(value) is int else value
+    if not isinstance(listed, list) or not all(type(one) is int and 0 <= one < 1 << 31 for one in listed):
+        raise ValueError(
+            f"adapter_config.json: layers_to_transform is {value!r:.80}: it must be a list of layers' numbers"
+        )
+    return frozenset(listed)
+
+
+def _layer_patterns(data: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Names of the lists that hold the layers; None where one of them is an expression, or none at all."""
+    value = data.get("layers_pattern")
+    listed = [value] if isinstance(value, str) and value else value or []
+    plain = isinstance(listed, list) and all(isinstance(one, str) and _PLAIN_NAME.fullmatch(one) for one in listed)
+    return tuple(listed) if plain and len(listed) <= MAX_NAMES else None
 
 
 def _token_indices(data: Mapping[str, Any]) -> Mapping[str, tuple[int, ...]]:

@@ -1,6 +1,6 @@
 """What an adapter's tensors do to which modules of the base: read from the tensors' names, checked against the base.
 
-``target_modules`` may be a regular expression and is never evaluated.
+``target_modules`` may be a regular expression, which is never evaluated.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from server.adapters.content.parts import module_plan
 from server.adapters.content.peft_config import LoRAConfig
 from server.adapters.content.safetensors import TensorEntry
 from server.adapters.content.signature import BaseSignature, ModuleShape, embedding, linear
+from server.adapters.content.targets import target_problems
 from server.adapters.content.tensor_names import ModuleTensors, SortedTensors, sort_tensors
 from server.adapters.content.words import first
 
@@ -88,7 +89,7 @@ def make_plan(entries: Mapping[str, TensorEntry], config: LoRAConfig, base: Base
             except ValueError as error:
                 problems.append(str(error))
     problems += problems_of(parts, config, base, max_rank=max_rank)
-    problems += _absent(found, config, base) if found else []
+    problems += [*target_problems(parts, config, base), *_absent(found, config, base)] if found else []
     if problems:
         raise PlanError(problems)
     return Plan(_tie(parts, found, base), tensors_of.plain, tensors_of.trained_names)
@@ -156,7 +157,7 @@ def _absent(found: Mapping[str, ModuleTensors], config: LoRAConfig, base: BaseSi
     """Modules that the config names, that the base has, and for which no tensor came."""
     missing = _ends(base.modules) - _ends(base.modules.keys() & found.keys())
     absent = {
-        "target_modules": [name for name in config.target_modules if name in missing],
+        "target_modules": [name for name in config.target_modules if name in missing and not config.narrowed],
         "modules_to_save": [
             name for name in config.modules_to_save if _any_ends(base.modules, name) and not _any_ends(found, name)
         ],
