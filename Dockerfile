@@ -11,6 +11,9 @@ RUN deploy/install-torch /opt/venv/bin/python
 COPY LICENSE README.md ./
 COPY micro_base micro_base
 COPY adapters adapters
+COPY adapter_format adapter_format
+COPY base_files base_files
+COPY cpu_kernels cpu_kernels
 COPY trainer trainer
 COPY server server
 RUN /opt/venv/bin/pip install --no-cache-dir --disable-pip-version-check -c constraints.txt .

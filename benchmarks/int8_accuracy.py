@@ -30,9 +30,9 @@ from benchmarks.parts.perplexity import (
     compare,
     own_texts,
 )
-from server.int8.kernels import HALF_LEVELS
 from server.model.device import available_threads
 from server.model.loader import Base, load_base
+from server.quantization.kernels import HALF_LEVELS
 
 _BOOKS = ("Little-Women_514.txt", "The-Time-Machine_35.txt")
 

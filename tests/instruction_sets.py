@@ -29,8 +29,8 @@ def each_product() -> list[object]:
 @cache
 def on_this_cpu() -> frozenset[str]:
     """All that are there; torch and Numba may be told to use less, see CONTRIBUTING.md."""
-    from server.int8.native import native_kernels
-    from server.native.routine import available
+    from cpu_kernels.routine import available
+    from server.quantization.native import native_kernels
 
     return frozenset([*native_kernels(), *([NUMBA] if available() else [])])
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.nn.functional as F
 
-from server.int8.kernels import OnednnKernel, choose_torch_kernel
-from server.int8.rows import Int8Rows
+from server.quantization.kernels import OnednnKernel, choose_torch_kernel
+from server.quantization.rows import Int8Rows
 
 Shape = tuple[int, int]
 """A linear: inputs, outputs."""

@@ -17,10 +17,10 @@ from typing import Any
 from torch import nn
 
 from benchmarks.parts.engines import InProcessEngine
-from server.int8.linear import Int8Linear
 from server.lora.layer import AdaptedModule
 from server.lora.place import lengthen, shorten
 from server.model.attention import FlatAttention
+from server.quantization.linear import Int8Linear
 
 KINDS = ("linears", "LoRA", "attention", "norms", "elementwise", "embedding", "head", "sampling", "scheduling", "rest")
 

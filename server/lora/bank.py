@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import nn
 
+from cpu_kernels.routine import Deltas
 from server.adapters.content.signature import Kind
 from server.integrity import ensure
 from server.lora.layer import AdaptedModule, LoRAEmbedding, LoRALinear, LoRARows
@@ -18,7 +19,6 @@ from server.lora.rows import Rows, Seating
 from server.lora.shared import SharedInput
 from server.lora.stack import Shape, Stack, shape_of
 from server.lora.weights import LoRAWeights, num_held_bytes
-from server.native.routine import Deltas
 from server.sequence import Batch, Segment
 
 if TYPE_CHECKING:

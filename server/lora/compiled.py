@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 
 import torch
 
+from cpu_kernels.blocks import HALF, ROW_BLOCK, STEP, padded
+from cpu_kernels.low_rank import ENTRY, HEAD, RUN, add_deltas
+from cpu_kernels.low_rank_tiles import LISTED, TILE
+from cpu_kernels.routine import Routine
 from server.integrity import IntegrityError
 from server.lora.delta import Delta
 from server.lora.rows import Layout, Rows
-from server.native.blocks import HALF, ROW_BLOCK, STEP, padded
-from server.native.low_rank import ENTRY, HEAD, RUN, add_deltas
-from server.native.low_rank_tiles import LISTED, TILE
-from server.native.routine import Routine
 
 _FEWEST = 8
 _LINE = 64

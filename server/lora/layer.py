@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from cpu_kernels.routine import Routine
 from server.lora.delta import Delta
 from server.lora.rows import Rows
 from server.lora.shared import SharedInput
-from server.native.routine import Routine
 
 if TYPE_CHECKING:
     from server.lora.compiled import CompiledDeltas

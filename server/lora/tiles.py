@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from server.native.blocks import HALF, STEP
+from cpu_kernels.blocks import HALF, STEP
 
 _REACH = 512
 """Numbers that a tile has, so far from where B's last outputs begin it reaches; A's last ones reach a line further."""

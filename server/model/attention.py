@@ -21,8 +21,8 @@ from server.lora.transfer import to_device
 from server.model.kv_cache import KVCache, LayerShape, Span
 
 if TYPE_CHECKING:
+    from cpu_kernels.attention import RowAttention
     from server.model.batched_attention import BatchedAttention, Plan
-    from server.native.attention import RowAttention
 
 _FEW_ROWS = 32
 _numbers = itertools.count()

@@ -16,11 +16,11 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from server.int8.outliers import FACTOR, MOST
 from server.model.attention import FlatAttention, Layout
 from server.model.calibration_texts import TEXTS
 from server.model.kv_cache import Span
 from server.model.quantizer import OutlierInputs, noting_outliers, quantizable
+from server.quantization.outliers import FACTOR, MOST
 
 logger = logging.getLogger("quickchange.model")
 

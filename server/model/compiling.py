@@ -7,7 +7,7 @@ import threading
 
 import torch
 
-from server.native.routine import available
+from cpu_kernels.routine import available
 
 logger = logging.getLogger("quickchange.model")
 
@@ -29,7 +29,7 @@ class Compiling:
         if not available():
             return
         try:
-            from server.native.every import compile_every_routine
+            from cpu_kernels.every import compile_every_routine
 
             compile_every_routine(self._kv_dtype)
         except Exception as error:

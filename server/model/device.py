@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
+from cpu_kernels.capabilities import torch_capabilities
 from server.errors import SettingsError
-from server.native.capabilities import torch_capabilities
 
 BF16_FROM_BYTES = 256 * 1024 * 1024
 """A smaller base stays in float32 on a CPU: at one row its step is overhead, not reading, and float32 is exact."""

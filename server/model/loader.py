@@ -23,11 +23,10 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from cpu_kernels.routine import available
 from server.adapters.content.signature import BaseSignature
 from server.adapters.content.templates import default_template
 from server.errors import BaseModelRefused, SettingsError
-from server.int8.kernels import Kernel, choose_kernel
-from server.int8.native import NativeKernel
 from server.lora.place import shorten
 from server.model.admission import admit
 from server.model.attention import FlatAttention, Layout
@@ -44,10 +43,11 @@ from server.model.quantizer import Quantized, quantizing
 from server.model.quick_layers import quicken_all
 from server.model.rope import fix_rope
 from server.model.shapes import PROBE_ROWS, Noted, noting_shapes, signature_of
-from server.native.routine import available
+from server.quantization.kernels import Kernel, choose_kernel
+from server.quantization.native import NativeKernel
 
 if TYPE_CHECKING:
-    from server.native.passes import Passes
+    from cpu_kernels.passes import Passes
 
 logger = logging.getLogger("quickchange.model")
 
@@ -198,8 +198,8 @@ def _compiled(attention: FlatAttention, kv_dtype: torch.dtype) -> Passes | None:
     """Routines for this CPU, where there are such; that for attention is installed."""
     if not available():
         return None
-    from server.native.attention import row_attention
-    from server.native.passes import passes
+    from cpu_kernels.attention import row_attention
+    from cpu_kernels.passes import passes
 
     attention.rows = row_attention(kv_dtype)
     return passes()

@@ -19,12 +19,12 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from server.int8.embedding import Int8Embedding
-from server.int8.kernels import Kernel, weight_levels
-from server.int8.linear import Int8Linear, Original, PackedProduct, joined
-from server.int8.outliers import Outliers, find_outliers
-from server.int8.rows import Int8Rows, pieces
 from server.model.mapped_files import MappedFiles, trim
+from server.quantization.embedding import Int8Embedding
+from server.quantization.kernels import Kernel, weight_levels
+from server.quantization.linear import Int8Linear, Original, PackedProduct, joined
+from server.quantization.outliers import Outliers, find_outliers
+from server.quantization.rows import Int8Rows, pieces
 
 SMALLEST_SIDE = 32
 """Linears with fewer inputs or outputs stay in floats: routers and gates, which decide more than they cost."""

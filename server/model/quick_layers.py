@@ -16,7 +16,7 @@ from torch import nn
 from server.model.quick_ops import GatedUnits, RMSNorm, quicken
 
 if TYPE_CHECKING:
-    from server.native.passes import Passes
+    from cpu_kernels.passes import Passes
 
 _CHILDREN = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 _PASSED_ON = frozenset({"attention_mask", "position_ids", "past_key_values", "use_cache", "position_embeddings"})

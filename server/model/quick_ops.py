@@ -15,11 +15,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from server.int8.linear import Int8Linear
 from server.lora.layer import as_base
+from server.quantization.linear import Int8Linear
 
 if TYPE_CHECKING:
-    from server.native.passes import Passes
+    from cpu_kernels.passes import Passes
 
 _TOLERANCE = 1e-5
 _APART, _JOINED = ("gate_proj", "up_proj", "down_proj"), ("gate_up_proj", "down_proj")

@@ -9,7 +9,6 @@ import torch
 from transformers import PreTrainedModel
 
 from server.adapters.content.manifest import Manifest
-from server.int8.linear import products_with_deltas
 from server.lora.bank import LoRABank
 from server.lora.transfer import to_device
 from server.lora.weights import LoRAWeights
@@ -17,6 +16,7 @@ from server.model.attention import FlatAttention, Layout, rows_of
 from server.model.kv_cache import KVCache, LayerShape, Span
 from server.model.loader import Base
 from server.model.quick_ops import last_units
+from server.quantization.linear import products_with_deltas
 from server.sequence import Batch, Segment
 
 if TYPE_CHECKING:

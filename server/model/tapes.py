@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from cpu_kernels.attention import scores_size
+from cpu_kernels.tape import Arena, NotTaped, Recorder, Tape, TooLarge
 from server.lora.bank import LoRABank
 from server.model.attention import FlatAttention, Layout
 from server.model.quick_layers import forward_of
 from server.model.quick_ops import layers_of
-from server.native.attention import scores_size
-from server.native.tape import Arena, NotTaped, Recorder, Tape, TooLarge
 
 logger = logging.getLogger("quickchange.model")
 

@@ -15,7 +15,6 @@ from transformers import GenerationMixin, PreTrainedModel
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
 from server.engine.slots import SlotTable
-from server.int8.kernels import Kernel
 from server.lora.weights import LoRAWeights
 from server.metrics import Metrics
 from server.model import loader
@@ -28,6 +27,7 @@ from server.model.rope import fix_rope
 from server.model.runner import ModelRunner
 from server.model.sampler import Sampler
 from server.model.shapes import Noted
+from server.quantization.kernels import Kernel
 from server.sequence import AdapterUse, Draw, SamplingParams
 from server.sequence import Sequence as Generation
 from tests.model.families import CONTEXT, VOCAB_SIZE

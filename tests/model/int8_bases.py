@@ -9,16 +9,16 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from benchmarks.parts.perplexity import LENGTH, Comparison, Reader, compare, own_texts
-from server.int8.kernels import (
+from server.model.loader import Base, load_base
+from server.quantization.kernels import (
     FbgemmKernel,
     Kernel,
     OnednnKernel,
     choose_torch_kernel,
     weight_levels,
 )
-from server.int8.native import native_kernels
-from server.int8.rows import LEVELS, Int8Rows
-from server.model.loader import Base, load_base
+from server.quantization.native import native_kernels
+from server.quantization.rows import LEVELS, Int8Rows
 from tests.instruction_sets import each_product
 
 choose_torch_kernel()  # it quietens torch's word on its quantized tensors, once

@@ -18,8 +18,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from server.int8.embedding import Int8Embedding
-from server.int8.linear import Int8Linear
+from server.quantization.embedding import Int8Embedding
+from server.quantization.linear import Int8Linear
 
 
 class OracleLinear(nn.Linear):

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from numba import njit
 
-from server.int8.kernels import FbgemmKernel, choose_kernel, weight_levels
-from server.int8.native import native_kernels
+from cpu_kernels.intrinsics import has_features
 from server.model.device import choose_kv_dtype
-from server.native.intrinsics import has_features
+from server.quantization.kernels import FbgemmKernel, choose_kernel, weight_levels
+from server.quantization.native import native_kernels
 from tests.model.int8_bases import assert_micro_understands
 from tests.model.test_int8 import assert_independent, kernel_of, test_sums_over_the_largest_numbers_are_exact
 

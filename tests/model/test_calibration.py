@@ -13,13 +13,13 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from server.cli.user_cache import user_cache
-from server.int8.outliers import MOST, find_outliers
 from server.model import calibration
 from server.model.attention import FlatAttention
 from server.model.calibration import MOST_TOKENS, Calibration, calibration_ids
 from server.model.calibration_texts import TEXTS
 from server.model.loader import load_base, load_stock
 from server.model.quantizer import OutlierInputs, quantizable
+from server.quantization.outliers import MOST, find_outliers
 from tests.tiny_models import build_tiny_base
 
 FINGERPRINT, OTHER = "sha256:" + "a" * 64, "sha256:" + "b" * 64

@@ -39,7 +39,7 @@ def by_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | No
 
 
 def by_tiles() -> Attend:
-    from server.native.chunk_attention import chunk_attention
+    from cpu_kernels.chunk_attention import chunk_attention
 
     chunks = chunk_attention()
     assert chunks is not None

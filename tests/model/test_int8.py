@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from server.int8 import kernels
-from server.int8.embedding import Int8Embedding
-from server.int8.kernels import (
+from server.quantization import kernels
+from server.quantization.embedding import Int8Embedding
+from server.quantization.kernels import (
     HALF_LEVELS,
     FbgemmKernel,
     Kernel,
@@ -24,10 +24,10 @@ from server.int8.kernels import (
     choose_torch_kernel,
     weight_levels,
 )
-from server.int8.linear import Int8Linear, Original, PackedProduct, joined
-from server.int8.native import NativeKernel
-from server.int8.outliers import Outliers
-from server.int8.rows import Int8Rows
+from server.quantization.linear import Int8Linear, Original, PackedProduct, joined
+from server.quantization.native import NativeKernel
+from server.quantization.outliers import Outliers
+from server.quantization.rows import Int8Rows
 from tests.instruction_sets import variables_of
 from tests.model.int8_bases import (
     KERNELS,

@@ -15,11 +15,11 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from cpu_kernels.routine import available
 from server.adapters.content.manifest import BaseSignature, Limits, read_manifest
-from server.int8.kernels import choose_kernel
 from server.lora.weights import LoRAWeights
 from server.model.shapes import signature_of
-from server.native.routine import available
+from server.quantization.kernels import choose_kernel
 from server.sequence import AdapterUse
 from tests.instruction_sets import PRODUCTS, needs
 from tests.model.harness import Answer, Ask, Hosted, difference, host, prompts, put_back_rotation, stock_logits

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from server.errors import SettingsError
-from server.int8.embedding import Int8Embedding
-from server.int8.kernels import FbgemmKernel, Kernel
-from server.int8.linear import Int8Linear
 from server.model import loader
+from server.quantization.embedding import Int8Embedding
+from server.quantization.kernels import FbgemmKernel, Kernel
+from server.quantization.linear import Int8Linear
 from tests.model.families import FAMILIES, build, build_from, fix_long_factors
 from tests.model.harness import Ask, difference, host, prompts, stock_logits
 from tests.model.int8_bases import TWO_KERNELS, kernel_named, rounding

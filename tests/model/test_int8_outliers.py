@@ -9,12 +9,12 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.parts.perplexity import LENGTH, Comparison, Reader, compare, own_texts
-from server.int8.kernels import Kernel, weight_levels
-from server.int8.linear import PackedProduct
-from server.int8.outliers import MOST, Outliers, find_outliers
 from server.model import quantizer
 from server.model.base_folder import find_base
 from server.model.loader import load_base, load_stock
+from server.quantization.kernels import Kernel, weight_levels
+from server.quantization.linear import PackedProduct
+from server.quantization.outliers import MOST, Outliers, find_outliers
 from tests.model.int8_bases import (
     MOST_DIVERGENCE,
     MOST_EXCESS,

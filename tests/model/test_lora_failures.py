@@ -14,11 +14,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import server.lora
+from cpu_kernels.routine import Deltas
 from server.lora.bank import LoRABank
 from server.lora.delta import Delta
 from server.lora.stack import Stack
 from server.lora.weights import LoRAWeights
-from server.native.routine import Deltas
 from tests.instruction_sets import NUMBA, needs
 from tests.model.held import held_bytes
 from tests.model.test_lora_bank import HIDDEN, Stage, adapter, ones

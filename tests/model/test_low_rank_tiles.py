@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from server.int8.linear import Int8Linear, Original, PackedProduct, products_with_deltas
-from server.int8.native import NativeKernel, native_kernels
-from server.int8.outliers import Outliers
-from server.int8.rows import Int8Rows
 from server.lora.bank import LoRABank
 from server.lora.delta import Delta
 from server.lora.tiles import DeltaTiles
 from server.lora.weights import LoRAWeights
+from server.quantization.linear import Int8Linear, Original, PackedProduct, products_with_deltas
+from server.quantization.native import NativeKernel, native_kernels
+from server.quantization.outliers import Outliers
+from server.quantization.rows import Int8Rows
 from server.sequence import AdapterUse, Batch
 from tests.instruction_sets import needs
 from tests.model.test_low_rank import segments

@@ -13,16 +13,16 @@ import torch.nn.functional as F
 from numba import jit, njit
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from server.int8 import kernels, native
-from server.int8.kernels import ZERO, _on_grid
-from server.int8.native import NativeKernel, native_kernels
-from server.int8.outliers import Outliers
-from server.int8.rows import LEVELS, Int8Rows
+from cpu_kernels import routine
+from cpu_kernels.attention import row_attention
+from cpu_kernels.passes import exponential, passes
 from server.model import loader
 from server.model.attention import FlatAttention
-from server.native import routine
-from server.native.attention import row_attention
-from server.native.passes import exponential, passes
+from server.quantization import kernels, native
+from server.quantization.kernels import ZERO, _on_grid
+from server.quantization.native import NativeKernel, native_kernels
+from server.quantization.outliers import Outliers
+from server.quantization.rows import LEVELS, Int8Rows
 from tests.instruction_sets import NUMBA, each_product, needs
 
 pytestmark = needs(NUMBA)

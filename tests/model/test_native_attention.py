@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from server.native.attention import RowAttention, row_attention
+from cpu_kernels.attention import RowAttention, row_attention
 from tests.instruction_sets import NUMBA, needs
 
 pytestmark = needs(NUMBA)

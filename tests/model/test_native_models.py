@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from server.int8.kernels import choose_kernel
+from cpu_kernels.attention import row_attention
 from server.model.quick_ops import GatedUnits
 from server.model.runner import ModelRunner
-from server.native.attention import row_attention
+from server.quantization.kernels import choose_kernel
 from tests.instruction_sets import NUMBA, needs
 from tests.model.families import FAMILIES, build
 from tests.model.harness import Answer, Ask, difference, host, prompts, put_back_rotation

@@ -11,10 +11,10 @@ from transformers.models.llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
+from cpu_kernels.passes import passes
 from server.lora.delta import with_parameters
 from server.model.quick_layers import _PASSED_ON, QuickLayer, forward_of, quicken_all
 from server.model.quick_ops import RMSNorm
-from server.native.passes import passes
 from tests.instruction_sets import NUMBA, needs
 from tests.model.families import FAMILIES, build
 from tests.model.harness import put_back_rotation

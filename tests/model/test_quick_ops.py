@@ -12,11 +12,11 @@ from transformers.models.llama import LlamaConfig, modeling_llama
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
+from cpu_kernels.passes import passes
 from server.lora.delta import with_parameters
 from server.lora.place import Shortcut, lengthen, put, shorten
 from server.model.quick_layers import quicken_all
 from server.model.quick_ops import GatedUnits, RMSNorm, Rotation
-from server.native.passes import passes
 from tests.instruction_sets import NUMBA, needs
 from tests.model.families import FAMILIES, build
 

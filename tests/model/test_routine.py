@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from server.int8 import kernels
-from server.int8.native import NativeKernel
+from cpu_kernels import every, routine
+from cpu_kernels.product import FIELDS
+from cpu_kernels.routine import Routine
 from server.model.compiling import Compiling
 from server.model.loader import Base, load_base
-from server.native import every, routine
-from server.native.product import FIELDS
-from server.native.routine import Routine
+from server.quantization import kernels
+from server.quantization.native import NativeKernel
 from tests.instruction_sets import NUMBA, PRODUCTS, needs
 
 pytestmark = needs(NUMBA)

@@ -12,11 +12,11 @@ import torch
 from server.adapters.content.manifest import Limits, read_manifest
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
-from server.int8.native import native_kernels
 from server.metrics import Metrics
 from server.model.base_folder import find_base
 from server.model.loader import Base, load_base, load_stock
 from server.model.runner import ModelRunner
+from server.quantization.native import native_kernels
 from server.sequence import AdapterUse, Batch, Draw, SamplingParams, Segment, Sequence
 from server.text.prompt import PromptRenderer
 from tests.instruction_sets import PRODUCTS, needs

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from server.native.passes import passes
-from server.native.routine import Routine
-from server.native.tape import Arena, NotTaped, Recorder, Tape, TooLarge, _Made
+from cpu_kernels.passes import passes
+from cpu_kernels.routine import Routine
+from cpu_kernels.tape import Arena, NotTaped, Recorder, Tape, TooLarge, _Made
 from tests.instruction_sets import NUMBA, needs
 
 pytestmark = needs(NUMBA)

@@ -10,17 +10,17 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from cpu_kernels.routine import Routine
+from cpu_kernels.tape import Tape
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
-from server.int8.kernels import choose_kernel
 from server.lora.delta import Delta, with_parameters
 from server.lora.weights import LoRAWeights
 from server.metrics import Metrics
 from server.model import tapes
 from server.model.runner import ModelRunner
 from server.model.tapes import Tapes
-from server.native.routine import Routine
-from server.native.tape import Tape
+from server.quantization.kernels import choose_kernel
 from server.sequence import AdapterUse, Batch, SamplingParams, Segment
 from server.sequence import Sequence as Generation
 from tests.instruction_sets import PRODUCTS, needs

@@ -10,14 +10,18 @@ import tomllib
 from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import packages_distributions
+from itertools import product
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 
+# What server and trainer share. It imports neither of them.
+SHARED = ("adapter_format", "base_files", "cpu_kernels")
 # The longest prefix of a module's name decides.
 FLOORS = {
+    **dict.fromkeys(SHARED, 0),
     "server": 0,  # the package itself: a docstring
     "server.settings": 0,
     "server.errors": 0,
@@ -26,9 +30,8 @@ FLOORS = {
     "server.metrics": 0,
     "server.engine": 1,
     "server.adapters": 1,
-    "server.native": 1,
     "server.text": 1,
-    "server.int8": 2,
+    "server.quantization": 2,
     "server.lora": 2,
     "server.text.prompt": 2,
     "server.model": 3,
@@ -40,14 +43,28 @@ FLOORS = {
 }
 # Who may import what is not ours. A name that is not here is free for all.
 ALLOWED = {
-    "torch": ("server.native", "server.int8", "server.lora", "server.model", "server.engine.engine", "server.cli"),
-    "transformers": ("server.int8.linear", "server.lora.place", "server.text.prompt", "server.model", "server.cli"),
+    "torch": (
+        "base_files",
+        "cpu_kernels",
+        "server.quantization",
+        "server.lora",
+        "server.model",
+        "server.engine.engine",
+        "server.cli",
+    ),
+    "transformers": (
+        "server.quantization.linear",
+        "server.lora.place",
+        "server.text.prompt",
+        "server.model",
+        "server.cli",
+    ),
     "fastapi": ("server.api", "server.cli.serve"),
     "starlette": ("server.api", "server.cli.serve"),
     "uvicorn": ("server.cli",),
     "peft": ("server.cli.conversion", "server.cli.parity"),
-    "numba": ("server.native",),
-    "llvmlite": ("server.native",),
+    "numba": ("cpu_kernels",),
+    "llvmlite": ("cpu_kernels",),
 }
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60
 # "path" or "path:function" -> why it may be longer.
@@ -97,24 +114,42 @@ def is_within(module: str, package: str) -> bool:
     return module == package or module.startswith(f"{package}.")
 
 
+def is_ours(module: str) -> bool:
+    return module.split(".")[0] in ("server", *SHARED)
+
+
+def package_of(module: str) -> list[str]:
+    """``server.api`` of ``server.api.chat``, ``cpu_kernels`` of ``cpu_kernels.routine``."""
+    parts = module.split(".")
+    return parts[:1] if parts[0] in SHARED else parts[:2]
+
+
+def is_ground_floor(module: str, imported: str) -> bool:
+    """Whether a noun of the server imports another, or a shared package."""
+    return module.split(".")[0] == "server" and floor_of(module) == floor_of(imported) == 0
+
+
 def floor_of(module: str) -> int:
     return FLOORS[max((name for name in FLOORS if is_within(module, name)), key=len)]
 
 
 def test_every_module_has_a_floor_of_its_own_or_its_packages() -> None:
-    modules = [module_of(path) for path in sources("server")]
-    homeless = [module for module in modules if module != "server" and floor_of(module) == 0 and module not in FLOORS]
+    modules = [module_of(path) for path in sources("server", *SHARED)]
+    homeless = [module for module in modules if module.startswith("server.") and floor_of(module) == 0]
+    homeless = [module for module in homeless if module not in FLOORS]
     assert homeless == []
     assert [name for name in FLOORS if name not in modules] == []
 
 
 def test_a_module_imports_from_lower_floors_or_its_own_package_on_its_own_floor() -> None:
     wrong = []
-    for path in sources("server"):
+    for path in sources("server", *SHARED):
         module = module_of(path)
-        for imported in filter(lambda name: is_within(name, "server"), imports_of(path)):
+        for imported in filter(is_ours, imports_of(path)):
             same_package = (
-                module.split(".")[:2] == imported.split(".")[:2] or floor_of(module) == 0 or module == "server.__main__"
+                package_of(module) == package_of(imported)
+                or module == "server.__main__"
+                or is_ground_floor(module, imported)
             )
             if floor_of(imported) > floor_of(module) or (floor_of(imported) == floor_of(module) and not same_package):
                 wrong.append(f"{module} (floor {floor_of(module)}) imports {imported} (floor {floor_of(imported)})")
@@ -123,7 +158,7 @@ def test_a_module_imports_from_lower_floors_or_its_own_package_on_its_own_floor(
 
 def test_torch_and_the_web_framework_stay_on_their_floors() -> None:
     wrong = []
-    for path in sources("server"):
+    for path in sources("server", *SHARED):
         module = module_of(path)
         for imported in imports_of(path):
             homes = ALLOWED.get(imported.split(".")[0])
@@ -132,10 +167,10 @@ def test_torch_and_the_web_framework_stay_on_their_floors() -> None:
     assert wrong == []
 
 
-def test_server_and_trainer_never_import_each_other() -> None:
+def test_server_trainer_and_what_they_share_never_import_each_other() -> None:
     wrong = [
         f"{module_of(path)} imports {imported}"
-        for mine, other in (("server", "trainer"), ("trainer", "server"))
+        for mine, other in (("server", "trainer"), ("trainer", "server"), *product(SHARED, ("server", "trainer")))
         for path in sources(mine)
         for imported in imports_of(path)
         if is_within(imported, other) or is_within(imported, "tests")
@@ -144,7 +179,7 @@ def test_server_and_trainer_never_import_each_other() -> None:
 
 
 def test_the_lowest_floors_load_without_torch() -> None:
-    modules = [module_of(path) for path in sources("server") if floor_of(module_of(path)) <= 1]
+    modules = [module_of(path) for path in sources("server", *SHARED) if floor_of(module_of(path)) <= 1]
     modules = [module for module in modules if not any(is_within(module, home) for home in ALLOWED["torch"])]
     assert "server.engine.scheduler" in modules
     program = (
@@ -158,8 +193,8 @@ def test_whatever_is_imported_is_a_declared_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = {re.split(r"[^\w.-]", line, maxsplit=1)[0].lower() for line in project["dependencies"]}
     pinned = {"pydantic_core", "llvmlite"}  # by pydantic and Numba, to the digit or nearly
-    used = {name.split(".")[0] for path in sources("server", "trainer") for name in imports_of(path)}
-    foreign = used - sys.stdlib_module_names - {"server", "trainer", "micro_base"} - pinned
+    used = {name.split(".")[0] for path in sources("server", "trainer", *SHARED) for name in imports_of(path)}
+    foreign = used - sys.stdlib_module_names - {"server", "trainer", "micro_base", *SHARED} - pinned
     homes = packages_distributions()
     undeclared = {
         name
@@ -169,7 +204,7 @@ def test_whatever_is_imported_is_a_declared_dependency() -> None:
     assert undeclared == set()
 
 
-@pytest.mark.parametrize("package", ["server", "trainer", "benchmarks"])
+@pytest.mark.parametrize("package", ["server", "trainer", "benchmarks", *SHARED])
 def test_files_and_functions_stay_short(package: str) -> None:
     long = {}
     for path in sources(package):
@@ -187,5 +222,5 @@ def test_files_and_functions_stay_short(package: str) -> None:
 
 
 def test_every_module_has_a_name_that_says_something() -> None:
-    modules = [module_of(path) for path in sources("server", "trainer", "tests", "benchmarks")]
+    modules = [module_of(path) for path in sources("server", "trainer", "tests", "benchmarks", *SHARED)]
     assert [module for module in modules if NAMELESS.search(module.rpartition(".")[2])] == []

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from server.native.intrinsics import (
+from cpu_kernels.intrinsics import (
     barrier,
     dots,
     float_of,
@@ -19,7 +19,7 @@ from server.native.intrinsics import (
     thread_number,
     weighted_sum,
 )
-from server.native.routine import Routine
+from cpu_kernels.routine import Routine
 
 FIELDS = "x y y_stride inputs outputs runs table"
 """``x`` float32 [rows, inputs], ``y`` float32 [rows, outputs] whose rows lie a stride apart. ``runs`` int64: how many,

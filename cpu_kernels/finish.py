@@ -6,11 +6,11 @@ from typing import Any
 
 from numba import njit
 
-from server.native.blocks import BLOCK, BY_GELU, BY_SILU, CHUNK, HALF, NO_GATING, ROW_BLOCK
-from server.native.byte_products import scale_rows
-from server.native.gating import GELU, SILU, gated_sums, gelu_vectors, silu_vectors
-from server.native.intrinsics import floats, longs, scratch
-from server.native.low_rank_tiles import low_by_b, touches
+from cpu_kernels.blocks import BLOCK, BY_GELU, BY_SILU, CHUNK, HALF, NO_GATING, ROW_BLOCK
+from cpu_kernels.byte_products import scale_rows
+from cpu_kernels.gating import GELU, SILU, gated_sums, gelu_vectors, silu_vectors
+from cpu_kernels.intrinsics import floats, longs, scratch
+from cpu_kernels.low_rank_tiles import low_by_b, touches
 
 _scale_rows, _scale_with_outliers = scale_rows(), scale_rows(with_outliers=True)
 _scale_with_deltas, _scale_with_both = scale_rows(with_deltas=True), scale_rows(with_outliers=True, with_deltas=True)

@@ -13,10 +13,10 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
-from server.int8.native import native_kernels
-from server.int8.outliers import Outliers
-from server.int8.rows import LEVELS, Int8Rows
-from server.native.capabilities import torch_capabilities
+from cpu_kernels.capabilities import torch_capabilities
+from server.quantization.native import native_kernels
+from server.quantization.outliers import Outliers
+from server.quantization.rows import LEVELS, Int8Rows
 
 logger = logging.getLogger("quickchange.model")
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from llvmlite import ir
 
-from server.native.blocks import BLOCK, TILE_BYTES, TILE_ROWS
-from server.native.intrinsics import loop, void_intrinsic
-from server.native.vectors import FLOATS, LANES, NUMBERS, Vector, Vectors
+from cpu_kernels.blocks import BLOCK, TILE_BYTES, TILE_ROWS
+from cpu_kernels.intrinsics import loop, void_intrinsic
+from cpu_kernels.vectors import FLOATS, LANES, NUMBERS, Vector, Vectors
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 _HALVES = ir.VectorType(ir.IntType(16), 2 * LANES)

@@ -12,9 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from server.int8.outliers import Outliers
-from server.int8.rows import LEVELS, Int8Rows, pieces
-from server.native.blocks import (
+from cpu_kernels.blocks import (
     BLOCK,
     BY_GELU,
     BY_SILU,
@@ -27,7 +25,9 @@ from server.native.blocks import (
     padded,
     sums_size,
 )
-from server.native.routine import Routine, available
+from cpu_kernels.routine import Routine, available
+from server.quantization.outliers import Outliers
+from server.quantization.rows import LEVELS, Int8Rows, pieces
 
 _ZERO = LEVELS + 1
 _memory = threading.local()
@@ -127,7 +127,7 @@ def native_kernels() -> dict[str, type[NativeKernel]]:
     """Those that this machine can run, by name, fastest first."""
     if not available():
         return {}
-    from server.native.product import products
+    from cpu_kernels.product import products
 
     named: dict[str, Any] = {}
     for name, routine in products().items():

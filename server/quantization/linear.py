@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from server.int8.kernels import Kernel
-from server.int8.native import NativeKernel
-from server.int8.rows import pieces
-from server.native.blocks import HALF, STEP
-from server.native.routine import Deltas
+from cpu_kernels.blocks import HALF, STEP
+from cpu_kernels.routine import Deltas
+from server.quantization.kernels import Kernel
+from server.quantization.native import NativeKernel
+from server.quantization.rows import pieces
 
 
 class PackedProduct:

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from numba import njit
 
-from server.native.blocks import ROW_BLOCK, TILE_BYTES, TILE_ROWS, padded
-from server.native.intrinsics import (
+from cpu_kernels.blocks import ROW_BLOCK, TILE_BYTES, TILE_ROWS, padded
+from cpu_kernels.intrinsics import (
     barrier,
     floats,
     has_features,
@@ -23,8 +23,8 @@ from server.native.intrinsics import (
     scratch,
     thread_number,
 )
-from server.native.routine import Routine
-from server.native.softmax import (
+from cpu_kernels.routine import Routine
+from cpu_kernels.softmax import (
     FACTORS,
     STATE_SIZE,
     begin_rows,
@@ -35,8 +35,8 @@ from server.native.softmax import (
     hide_keys,
     scale_sums,
 )
-from server.native.tiles import configure_tiles, may_use_tiles, release_tiles, tile_products
-from server.native.transposes import pack_queries, pack_values, unpack_sums
+from cpu_kernels.tiles import configure_tiles, may_use_tiles, release_tiles, tile_products
+from cpu_kernels.transposes import pack_queries, pack_values, unpack_sums
 
 _FIELDS = "q keys values out packed scratch scratch_size rows first num_keys width window heads kv_heads dim value_dim"
 _FIELDS += " q_row q_head key_head value_head"

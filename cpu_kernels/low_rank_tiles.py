@@ -13,8 +13,8 @@ import numpy as np
 from llvmlite import ir
 from numba import njit
 
-from server.native.blocks import FEW, HALF, ROW_BLOCK, STEP, TILE_ROWS
-from server.native.intrinsics import (
+from cpu_kernels.blocks import FEW, HALF, ROW_BLOCK, STEP, TILE_ROWS
+from cpu_kernels.intrinsics import (
     float_of,
     floats,
     halves,
@@ -26,10 +26,10 @@ from server.native.intrinsics import (
     thread_number,
     void_intrinsic,
 )
-from server.native.low_rank import ENTRY, HEAD, RUN
-from server.native.passes import to_bfloat16
-from server.native.tiles import B_TILES, LOW_TILE, tile_function
-from server.native.vectors import NUMBERS, Vectors
+from cpu_kernels.low_rank import ENTRY, HEAD, RUN
+from cpu_kernels.passes import to_bfloat16
+from cpu_kernels.tiles import B_TILES, LOW_TILE, tile_function
+from cpu_kernels.vectors import NUMBERS, Vectors
 
 LISTED = 6
 """Of a run in a list: first row, end, where its tiles would begin for row 0, where B would for output 0, B's bytes of

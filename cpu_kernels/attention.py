@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from numba import njit
 
-from server.native.chunk_attention import chunk_attention
-from server.native.intrinsics import (
+from cpu_kernels.chunk_attention import chunk_attention
+from cpu_kernels.intrinsics import (
     barrier,
     dots,
     floats,
@@ -22,8 +22,8 @@ from server.native.intrinsics import (
     thread_number,
     weighted_sum,
 )
-from server.native.passes import exponential, to_bfloat16
-from server.native.routine import Routine
+from cpu_kernels.passes import exponential, to_bfloat16
+from cpu_kernels.routine import Routine
 
 _FIELDS = "q k v keys values out scores scores_size slots positions singles num_singles rows kv_heads group dim"
 _FIELDS += " value_dim q_row q_head k_row k_head v_row v_head key_slot key_head value_slot value_head"

@@ -6,9 +6,9 @@ from typing import Any
 
 from llvmlite import ir
 
-from server.native.blocks import BLOCK, HALF, ROW_BLOCK
-from server.native.intrinsics import loop, prefetch_lines, void_intrinsic
-from server.native.vectors import FLOATS, NUMBERS, Vector, Vectors
+from cpu_kernels.blocks import BLOCK, HALF, ROW_BLOCK
+from cpu_kernels.intrinsics import loop, prefetch_lines, void_intrinsic
+from cpu_kernels.vectors import FLOATS, NUMBERS, Vector, Vectors
 
 _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 _AHEAD = 4096

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from server.native.attention import row_attention
-from server.native.low_rank import add_deltas
-from server.native.passes import passes
-from server.native.tape import player
+from cpu_kernels.attention import row_attention
+from cpu_kernels.low_rank import add_deltas
+from cpu_kernels.passes import passes
+from cpu_kernels.tape import player
 
 
 def compile_every_routine(kv_dtype: torch.dtype) -> None:

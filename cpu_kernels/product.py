@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from server.native.blocks import (
+from cpu_kernels.blocks import (
     BLOCK,
     BY_SILU,
     CHUNK,
@@ -23,11 +23,11 @@ from server.native.blocks import (
     TILE_ROWS,
     WHOLE,
 )
-from server.native.byte_products import dot_products
-from server.native.finish import deltas_of_blocks, finish, finish_with_deltas, no_deltas
-from server.native.gating import BESIDE, GELU, SILU, Gate, gated_beside_products, gated_sums
-from server.native.grid import MIDDLE, largest_bits, put_bytes
-from server.native.intrinsics import (
+from cpu_kernels.byte_products import dot_products
+from cpu_kernels.finish import deltas_of_blocks, finish, finish_with_deltas, no_deltas
+from cpu_kernels.gating import BESIDE, GELU, SILU, Gate, gated_beside_products, gated_sums
+from cpu_kernels.grid import MIDDLE, largest_bits, put_bytes
+from cpu_kernels.intrinsics import (
     barrier,
     bits_of,
     bytes_at,
@@ -39,9 +39,9 @@ from server.native.intrinsics import (
     scratch,
     thread_number,
 )
-from server.native.low_rank_tiles import list_runs, low_by_b, pairs_of, put_low, put_low_of_rows
-from server.native.routine import Routine
-from server.native.tiles import configure_few_rows, configure_tiles, may_use_tiles, release_tiles, tile_products
+from cpu_kernels.low_rank_tiles import list_runs, low_by_b, pairs_of, put_low, put_low_of_rows
+from cpu_kernels.routine import Routine
+from cpu_kernels.tiles import configure_few_rows, configure_tiles, may_use_tiles, release_tiles, tile_products
 
 FIELDS = "x rows y gating grid largest apart sums inputs outputs width blocks weights constants"
 FIELDS += " others num_outliers outliers outlier_weights runs parts"

@@ -10,8 +10,8 @@ from typing import Any
 
 from llvmlite import ir
 
-from server.native.blocks import BLOCK, TILE_BYTES, TILE_ROWS
-from server.native.intrinsics import loop, prefetch_lines, void_intrinsic
+from cpu_kernels.blocks import BLOCK, TILE_BYTES, TILE_ROWS
+from cpu_kernels.intrinsics import loop, prefetch_lines, void_intrinsic
 
 _I8, _I64 = ir.IntType(8), ir.IntType(64)
 _AHEAD = 8192

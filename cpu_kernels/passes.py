@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from numba import njit
 
-from server.native.gating import gelu_vectors, silu_vectors
-from server.native.intrinsics import bits_of, float_of, floats, num_threads, scratch, thread_number
-from server.native.routine import Routine
+from cpu_kernels.gating import gelu_vectors, silu_vectors
+from cpu_kernels.intrinsics import bits_of, float_of, floats, num_threads, scratch, thread_number
+from cpu_kernels.routine import Routine
 
 _ALONE = 1 << 14
 """Numbers that one thread computes sooner than it can share them."""

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from server.native.intrinsics import barrier, call, longs, thread_number
-from server.native.passes import passes
-from server.native.routine import Routine
+from cpu_kernels.intrinsics import barrier, call, longs, thread_number
+from cpu_kernels.passes import passes
+from cpu_kernels.routine import Routine
 
 _aten = torch.ops.aten
 _EMPTY = {_aten.empty.memory_format, _aten.empty_like.default}

@@ -12,8 +12,8 @@ from typing import Any
 
 from llvmlite import ir
 
-from server.native.intrinsics import loop, void_intrinsic
-from server.native.vectors import LANES, NUMBERS, Vector, Vectors
+from cpu_kernels.intrinsics import loop, void_intrinsic
+from cpu_kernels.vectors import LANES, NUMBERS, Vector, Vectors
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 _ROW = 4 * 2 * LANES

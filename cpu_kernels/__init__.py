@@ -1,0 +1,1 @@
+"""Kernels compiled for the CPU they run on, on threads that torch has already (``routine``). Imports neither side."""
