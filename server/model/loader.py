@@ -37,10 +37,10 @@ from server.model.calibration import Calibration
 from server.model.compiling import Compiling
 from server.model.device import choose_device, choose_dtype, choose_float_dtype, choose_kv_dtype, prepare
 from server.model.fingerprint import base_fingerprint, base_fingerprint_v2
+from server.model.fused_layers import fuse_layers
 from server.model.fused_norms import fuse_norms
 from server.model.kv_cache import KVLayout, LayerShape, Span, longest_within
 from server.model.quantizer import Quantized, quantizing
-from server.model.quick_layers import quicken_all
 from server.model.rope import fix_rope
 from server.model.shapes import PROBE_ROWS, Noted, noting_shapes, signature_of
 from server.quantization.kernels import Kernel, choose_kernel
@@ -125,7 +125,7 @@ def load_base(
     fix_rope(model, length)
     has_routines = compiling is not None and compiling.succeeded()
     compiled = _compiled(attention, kv_dtype) if has_routines and model.dtype == torch.float32 else None
-    _quicken(model, compiled, on_cpu=batched is None)
+    _fuse(model, compiled, on_cpu=batched is None)
     _check_calls(name, attention, len(shapes), config)
     signature = replace(signature_of(name, fingerprint, noted), fingerprint_v2=fingerprint_v2)
     return Base(
@@ -143,12 +143,12 @@ def load_base(
     )
 
 
-def _quicken(model: PreTrainedModel, compiled: Passes | None, *, on_cpu: bool) -> None:
+def _fuse(model: PreTrainedModel, compiled: Passes | None, *, on_cpu: bool) -> None:
     """Put modules that compute the same in fewer operations in the places of others."""
     if not on_cpu:
         fuse_norms(model)
     elif model.dtype == torch.float32:
-        quicken_all(model, compiled)
+        fuse_layers(model, compiled)
     shorten(model)
 
 

@@ -13,9 +13,9 @@ from server.lora.bank import LoRABank
 from server.lora.transfer import to_device
 from server.lora.weights import LoRAWeights
 from server.model.attention import FlatAttention, Layout, rows_of
+from server.model.fused_ops import last_units
 from server.model.kv_cache import KVCache, LayerShape, Span
 from server.model.loader import Base
-from server.model.quick_ops import last_units
 from server.quantization.linear import products_with_deltas
 from server.sequence import Batch, Segment
 

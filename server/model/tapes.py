@@ -14,8 +14,8 @@ from cpu_kernels.attention import scores_size
 from cpu_kernels.tape import Arena, NotTaped, Recorder, Tape, TooLarge
 from server.lora.bank import LoRABank
 from server.model.attention import FlatAttention, Layout
-from server.model.quick_layers import forward_of
-from server.model.quick_ops import layers_of
+from server.model.fused_layers import forward_of
+from server.model.fused_ops import layers_of
 
 logger = logging.getLogger("quickchange.model")
 

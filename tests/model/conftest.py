@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from server.model.quick_ops import Rotation
+from server.model.fused_ops import Rotation
 from tests.model import engines
 
 

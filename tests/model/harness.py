@@ -20,9 +20,9 @@ from server.metrics import Metrics
 from server.model import loader
 from server.model.attention import FlatAttention
 from server.model.batched_attention import BatchedAttention
+from server.model.fused_layers import fuse_layers
 from server.model.kv_cache import KVCache
 from server.model.quantizer import Quantized, quantizing
-from server.model.quick_layers import quicken_all
 from server.model.rope import fix_rope
 from server.model.runner import ModelRunner
 from server.model.sampler import Sampler
@@ -175,7 +175,7 @@ def host(
         shapes, noted = loader._probe(model, attention)
     fix_rope(model, max_model_len)
     if compiled:
-        quicken_all(model, loader._compiled(attention, torch.float32))
+        fuse_layers(model, loader._compiled(attention, torch.float32))
     num_slots = max_num_seqs if kv_memory is None else max_num_seqs + NUM_CACHES
     runner = ModelRunner(
         model,

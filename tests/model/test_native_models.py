@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cpu_kernels.attention import row_attention
-from server.model.quick_ops import GatedUnits
+from server.model.fused_ops import GatedUnits
 from server.model.runner import ModelRunner
 from server.quantization.kernels import choose_kernel
 from tests.instruction_sets import NUMBA, needs

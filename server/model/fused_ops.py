@@ -26,16 +26,16 @@ _APART, _JOINED = ("gate_proj", "up_proj", "down_proj"), ("gate_up_proj", "down_
 _EPSILONS = ("variance_epsilon", "eps")
 
 
-def quicken(model: nn.Module, passes: Passes | None = None) -> None:
+def fuse_ops(model: nn.Module, passes: Passes | None = None) -> None:
     """Replace the norms of a float32 model, and the rotation in its modelling code.
 
     With ``passes``, routines compiled for this CPU, each of these is one, and so is what gates a layer's units.
     """
     for name, module in list(model.named_modules()):
-        quick = RMSNorm.like(module, passes) or (None if passes is None else GatedUnits.like(module, passes))
-        if quick is not None:
+        fused = RMSNorm.like(module, passes) or (None if passes is None else GatedUnits.like(module, passes))
+        if fused is not None:
             parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, quick)
+            setattr(model.get_submodule(parent), attribute, fused)
     code = sys.modules[type(model).__module__]
     stock = getattr(code, "apply_rotary_pos_emb", None)
     stock = stock.stock if isinstance(stock, Rotation) else stock
@@ -220,16 +220,16 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, signed: torch.Tensor, half: int
     return torch.addcmul(x * cos, x.roll(half, -1), signed)
 
 
-def _rotates_alike(quick: Rotation) -> bool:
+def _rotates_alike(fused: Rotation) -> bool:
     """Whether a rotation gives what the stock code does."""
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, heads, 3, 16, generator=generator) for heads in (4, 2))
     cos, sin = (torch.randn(1, 3, 16, generator=generator) for _ in range(2))
     try:
-        expected = quick.stock(q, k, cos, sin)
+        expected = fused.stock(q, k, cos, sin)
     except (RuntimeError, TypeError, ValueError):
         return False
-    return all(_alike(ours, theirs) for ours, theirs in zip(quick(q, k, cos, sin), expected, strict=True))
+    return all(_alike(ours, theirs) for ours, theirs in zip(fused(q, k, cos, sin), expected, strict=True))
 
 
 def _alike(ours: torch.Tensor, theirs: Any) -> bool:

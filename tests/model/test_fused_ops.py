@@ -15,8 +15,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from cpu_kernels.passes import passes
 from server.lora.delta import with_parameters
 from server.lora.place import Shortcut, lengthen, put, shorten
-from server.model.quick_layers import quicken_all
-from server.model.quick_ops import GatedUnits, RMSNorm, Rotation
+from server.model.fused_layers import fuse_layers
+from server.model.fused_ops import GatedUnits, RMSNorm, Rotation
 from tests.instruction_sets import NUMBA, needs
 from tests.model.families import FAMILIES, build
 
@@ -26,7 +26,7 @@ WITH_LAYER_NORMS = {"gpt2", "gpt2_untied", "gpt_neox"}
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs(NUMBA))], ids=["torch", "routines"])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
-def test_a_quickened_model_gives_the_stock_logits(family: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fused_model_gives_the_stock_logits(family: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     stock = build(family)
     code = sys.modules[type(stock).__module__]
     if hasattr(code, "apply_rotary_pos_emb"):
@@ -34,7 +34,7 @@ def test_a_quickened_model_gives_the_stock_logits(family: str, compiled: bool, m
     ids = torch.arange(3, 40)[None] % stock.config.get_text_config().vocab_size
     expected = stock(ids).logits
     model = copy.deepcopy(stock)
-    quicken_all(model, passes() if compiled else None)
+    fuse_layers(model, passes() if compiled else None)
     shorten(model)
     got = model(ids).logits
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
@@ -46,15 +46,15 @@ def test_a_quickened_model_gives_the_stock_logits(family: str, compiled: bool, m
 def test_gated_units_take_rows_in_any_shape() -> None:
     """Mixtures of experts call theirs with rows alone, [rows, dim], which were refused in the middle of a step."""
     stock = LlamaMLP(LlamaConfig(hidden_size=32, intermediate_size=48)).requires_grad_(False)
-    quick, x = GatedUnits.like(stock, passes()), torch.randn(2, 3, 32)
-    assert quick is not None
+    fused, x = GatedUnits.like(stock, passes()), torch.randn(2, 3, 32)
+    assert fused is not None
     for rows in (x, x[:1], x[0], x[0, :1], x.transpose(0, 1), x[:0]):
-        torch.testing.assert_close(quick(rows), stock(rows), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(fused(rows), stock(rows), rtol=1e-5, atol=1e-6)
     for only in (torch.tensor([2, 0]), torch.tensor([], dtype=torch.long)):
-        quick.only = only
+        fused.only = only
         for rows in (x[:1], x[0]):
             others = torch.ones(3, 1).index_fill(0, only, 0.0)
-            torch.testing.assert_close(quick(rows), stock(rows) * (1.0 - others), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(fused(rows), stock(rows) * (1.0 - others), rtol=1e-5, atol=1e-6)
 
 
 @needs(NUMBA)
@@ -67,29 +67,29 @@ def test_gated_units_are_found_before_a_product_that_tells_last_bits_apart() -> 
 
     stock = LlamaMLP(LlamaConfig(hidden_size=256, intermediate_size=512)).requires_grad_(False)
     stock.add_module("down_proj", LastBits())
-    quick = GatedUnits.like(stock, passes())
-    assert quick is not None and quick.down_proj is stock.down_proj
+    fused = GatedUnits.like(stock, passes())
+    assert fused is not None and fused.down_proj is stock.down_proj
     assert isinstance(stock.down_proj, LastBits)
 
 
 def test_a_norm_takes_the_weight_of_an_adapter() -> None:
     stock = Qwen2RMSNorm(48, eps=1e-5)
-    quick = RMSNorm.like(stock)
-    assert quick is not None
+    fused = RMSNorm.like(stock)
+    assert fused is not None
     x, own = torch.randn(1, 5, 48), torch.rand(48)
-    before = quick(x)
-    other = with_parameters(quick, {"weight": own})
+    before = fused(x)
+    other = with_parameters(fused, {"weight": own})
     assert torch.allclose(other(x), before * own, rtol=1e-5, atol=1e-6)
-    assert torch.equal(quick(x), before)
+    assert torch.equal(fused(x), before)
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-20, 1e-3, 1e3, 1e15])
 def test_a_norm_is_that_of_stock_for_rows_of_any_size(size: float) -> None:
     stock = Qwen2RMSNorm(48, eps=1e-6)
-    quick = RMSNorm.like(stock)
-    assert quick is not None
+    fused = RMSNorm.like(stock)
+    assert fused is not None
     x = torch.randn(1, 5, 48) * size
-    assert torch.allclose(quick(x), stock(x), rtol=1e-5, atol=1e-7)
+    assert torch.allclose(fused(x), stock(x), rtol=1e-5, atol=1e-7)
 
 
 def test_what_is_no_rms_norm_stays() -> None:

@@ -13,8 +13,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from cpu_kernels.passes import passes
 from server.lora.delta import with_parameters
-from server.model.quick_layers import _PASSED_ON, QuickLayer, forward_of, quicken_all
-from server.model.quick_ops import RMSNorm
+from server.model.fused_layers import _PASSED_ON, FusedLayer, forward_of, fuse_layers
+from server.model.fused_ops import RMSNorm
 from tests.instruction_sets import NUMBA, needs
 from tests.model.families import FAMILIES, build
 from tests.model.harness import put_back_rotation
@@ -59,12 +59,12 @@ class _Scattered(nn.Module):
 
 
 def layer_of(kind: type[LlamaDecoderLayer] = LlamaDecoderLayer, size: int = 48) -> Any:
-    """A layer with quick parts, and another attention."""
+    """A layer with fused parts, and another attention."""
     config = LlamaConfig(hidden_size=size, intermediate_size=80, num_attention_heads=2)
     layer = kind(config, 0).requires_grad_(False).eval()
     nn.init.uniform_(layer.post_attention_layernorm.weight)
     layer.add_module("self_attn", _Mixed())
-    quicken_all(nn.ModuleList([layer]), passes())
+    fuse_layers(nn.ModuleList([layer]), passes())
     return layer
 
 
@@ -74,19 +74,19 @@ def named() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_layers_are_quick_where_they_are_as_those_of_llama(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_are_fused_where_they_are_as_those_of_llama(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(family)
     put_back_rotation(model, monkeypatch)
-    quicken_all(model, passes())
-    quick = [one for one in model.modules() if isinstance(forward_of(one), QuickLayer)]
-    assert len(quick) == (0 if family in OTHERWISE else model.config.num_hidden_layers)
+    fuse_layers(model, passes())
+    fused = [one for one in model.modules() if isinstance(forward_of(one), FusedLayer)]
+    assert len(fused) == (0 if family in OTHERWISE else model.config.num_hidden_layers)
 
 
 @pytest.mark.parametrize("size", [16, 52, 896])
 @pytest.mark.parametrize("num_rows", [0, 1, 2, 5, 40])
-def test_a_quick_layer_gives_the_bits_of_the_stock_code(size: int, num_rows: int) -> None:
+def test_a_fused_layer_gives_the_bits_of_the_stock_code(size: int, num_rows: int) -> None:
     layer, x = layer_of(size=size), torch.randn(1, num_rows, size)
-    assert isinstance(forward_of(layer), QuickLayer)
+    assert isinstance(forward_of(layer), FusedLayer)
     before = x.clone()
     got = layer(x, **named())
     assert torch.equal(got, type(layer).forward(layer, x, **named()))
@@ -96,7 +96,7 @@ def test_a_quick_layer_gives_the_bits_of_the_stock_code(size: int, num_rows: int
 @pytest.mark.parametrize("kind", [_Louder, _Forgetful])
 def test_a_layer_that_does_more_or_less_keeps_its_code(kind: type[LlamaDecoderLayer]) -> None:
     layer = layer_of(kind)
-    assert not isinstance(forward_of(layer), QuickLayer)
+    assert not isinstance(forward_of(layer), FusedLayer)
     assert isinstance(layer.self_attn, _Mixed)
 
 

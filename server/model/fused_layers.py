@@ -1,7 +1,7 @@
 """Decoder layers whose sums are in place, the first of them in one pass with the norm behind it.
 
 ``h = x + self_attn(input_layernorm(x))``, ``h + mlp(post_attention_layernorm(h))``: what Llama, Qwen and Mistral have.
-As in ``quick_ops`` they are found by trying: a layer that gives another result keeps its stock code.
+As in ``fused_ops`` they are found by trying: a layer that gives another result keeps its stock code.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from server.model.quick_ops import GatedUnits, RMSNorm, quicken
+from server.model.fused_ops import GatedUnits, RMSNorm, fuse_ops
 
 if TYPE_CHECKING:
     from cpu_kernels.passes import Passes
@@ -23,23 +23,23 @@ _PASSED_ON = frozenset({"attention_mask", "position_ids", "past_key_values", "us
 """What models call their layers with, for the attention."""
 
 
-def quicken_all(model: nn.Module, passes: Passes | None = None) -> None:
-    """Replace norms, rotation and gated units (``quick_ops.quicken``), and with routines the layers of these."""
-    quicken(model, passes)
+def fuse_layers(model: nn.Module, passes: Passes | None = None) -> None:
+    """Replace norms, rotation and gated units (``fused_ops.fuse_ops``), and with routines the layers of these."""
+    fuse_ops(model, passes)
     for module in list(model.modules()):
         if passes is not None and {name for name, _ in module.named_children()} >= _CHILDREN:
-            quick = QuickLayer.like(module, passes)
-            if quick is not None:
-                module.__dict__["forward"] = quick
+            fused = FusedLayer.like(module, passes)
+            if fused is not None:
+                module.__dict__["forward"] = fused
 
 
 def forward_of(layer: nn.Module) -> Callable[..., Any]:
-    """A layer's quick forward, or its class's where it has none."""
+    """A layer's fused forward, or its class's where it has none."""
     own = layer.__dict__.get("forward")
-    return own if isinstance(own, QuickLayer) else partial(type(layer).forward, layer)
+    return own if isinstance(own, FusedLayer) else partial(type(layer).forward, layer)
 
 
-class QuickLayer:
+class FusedLayer:
     """The forward of one layer.
 
     A sum is written over the result of the attention or of the units, which are nobody else's; the layer's input stays.
@@ -50,7 +50,7 @@ class QuickLayer:
         self._stock = partial(type(layer).forward, layer)
 
     @classmethod
-    def like(cls, layer: nn.Module, passes: Passes) -> QuickLayer | None:
+    def like(cls, layer: nn.Module, passes: Passes) -> FusedLayer | None:
         """One that computes what a layer's stock code does, None where that is something else.
 
         Attention and units are replaced meanwhile: they may need a cache, and tell last bits apart.
@@ -58,7 +58,7 @@ class QuickLayer:
         norm, units = layer.get_submodule("post_attention_layernorm"), layer.get_submodule("mlp")
         if type(norm) is not RMSNorm or not isinstance(units, GatedUnits):
             return None
-        quick, attention = cls(layer, passes), layer.get_submodule("self_attn")
+        fused, attention = cls(layer, passes), layer.get_submodule("self_attn")
         x = torch.randn(1, 3, norm.weight.numel(), generator=torch.Generator().manual_seed(0))
         named = {name: object() for name in _PASSED_ON}
         before = x.clone()
@@ -66,16 +66,16 @@ class QuickLayer:
         try:
             layer.add_module("mlp", _Flip())
             layer.add_module("self_attn", theirs)
-            expected = quick._stock(x.clone(), **named)
+            expected = fused._stock(x.clone(), **named)
             layer.add_module("self_attn", ours)
-            found = quick(x, **named)
+            found = fused(x, **named)
         except (AttributeError, RuntimeError, TypeError, ValueError):
             return None
         finally:
             layer.add_module("self_attn", attention)
             layer.add_module("mlp", units)
         same = isinstance(expected, torch.Tensor) and torch.equal(found, expected) and torch.equal(x, before)
-        return quick if same and ours.given == theirs.given else None
+        return fused if same and ours.given == theirs.given else None
 
     def __call__(self, hidden_states: torch.Tensor, *others: Any, **named: Any) -> Any:
         """hidden_states [1, rows, dim] -> a new [1, rows, dim]."""
