@@ -17,8 +17,8 @@ from typing import Any
 from torch import nn
 
 from benchmarks.parts.engines import InProcessEngine
+from server.lora import module_bypass
 from server.lora.layer import AdaptedModule
-from server.lora.place import lengthen, shorten
 from server.model.attention import FlatAttention
 from server.quantization.linear import Int8Linear
 
@@ -76,7 +76,7 @@ def kind_of(module: nn.Module, *, head: nn.Module | None) -> str:
 def timing(engine: InProcessEngine, stack: Stack) -> Iterator[None]:
     """While it lasts, every module and stage of the engine is timed, and no tape is played."""
     tapes, engine.runner.tapes = engine.runner.tapes, None
-    lengthen(engine.base.model)
+    module_bypass.remove(engine.base.model)
     head = engine.base.model.get_output_embeddings()
     head = getattr(head, "base", head)
     handles = []
@@ -106,7 +106,7 @@ def timing(engine: InProcessEngine, stack: Stack) -> Iterator[None]:
         engine.runner.tapes = tapes
         for handle in handles:
             handle.remove()
-        shorten(engine.base.model)
+        module_bypass.install(engine.base.model)
         for owner, name, call in before:
             if isinstance(owner, type) or name == "_compute":
                 setattr(owner, name, call)

@@ -13,8 +13,8 @@ from torch import nn
 from cpu_kernels.routine import Deltas
 from server.adapters.content.signature import Kind
 from server.integrity import ensure
+from server.lora import module_bypass
 from server.lora.layer import AdaptedModule, LoRAEmbedding, LoRALinear, LoRARows
-from server.lora.place import put
 from server.lora.rows import Rows, Seating
 from server.lora.shared import SharedInput
 from server.lora.stack import Shape, Stack, shape_of
@@ -336,7 +336,7 @@ class LoRABank:
     def _replace(self, name: str, module: nn.Module) -> None:
         self._num_replaced += 1
         parent, _, attribute = name.rpartition(".")
-        put(self.base_modules[parent], attribute, module)
+        module_bypass.replace(self.base_modules[parent], attribute, module)
 
 
 def side_by_side(rows: Mapping[str, int]) -> Sequence[str]:

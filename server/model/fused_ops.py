@@ -159,7 +159,7 @@ class GatedUnits(nn.Module):
     def _as_one_product(self, x: torch.Tensor) -> torch.Tensor | None:
         """The gated units, where no adapter changes what they are made of; gates and ups are never in memory then."""
         names = ("gate_up_proj",) * 2 if self._joined else ("gate_proj", "up_proj")
-        gate, up = (as_base(module) for name in names if (module := self._modules[name]))  # attributes are shortcuts
+        gate, up = (as_base(module) for name in names if (module := self._modules[name]))  # attributes may be bypasses
         return gate.gated(up, x, by_gelu=self._by_gelu) if isinstance(gate, Int8Linear) else None
 
     def __getattr__(self, name: str) -> Any:

@@ -27,7 +27,7 @@ from cpu_kernels.routine import available
 from server.adapters.content.signature import BaseSignature
 from server.adapters.content.templates import default_template
 from server.errors import BaseModelRefused, SettingsError
-from server.lora.place import shorten
+from server.lora import module_bypass
 from server.model.admission import admit
 from server.model.attention import FlatAttention, Layout
 from server.model.base_folder import find_base, num_weight_bytes, weight_files
@@ -149,7 +149,7 @@ def _fuse(model: PreTrainedModel, compiled: Passes | None, *, on_cpu: bool) -> N
         fuse_norms(model)
     elif model.dtype == torch.float32:
         fuse_layers(model, compiled)
-    shorten(model)
+    module_bypass.install(model)
 
 
 def _place(device: str) -> tuple[torch.device, BatchedAttention | None]:

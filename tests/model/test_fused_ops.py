@@ -13,8 +13,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from cpu_kernels.passes import passes
+from server.lora import module_bypass
 from server.lora.delta import with_parameters
-from server.lora.place import Shortcut, lengthen, put, shorten
 from server.model.fused_layers import fuse_layers
 from server.model.fused_ops import GatedUnits, RMSNorm, Rotation
 from tests.instruction_sets import NUMBA, needs
@@ -35,7 +35,7 @@ def test_a_fused_model_gives_the_stock_logits(family: str, compiled: bool, monke
     expected = stock(ids).logits
     model = copy.deepcopy(stock)
     fuse_layers(model, passes() if compiled else None)
-    shorten(model)
+    module_bypass.install(model)
     got = model(ids).logits
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
     norms = [one for one in model.modules() if isinstance(one, RMSNorm)]
@@ -129,21 +129,21 @@ class _Layer(nn.Module):
         return y
 
 
-def test_a_shortcut_gives_way_to_hooks_and_to_other_modules() -> None:
+def test_a_bypass_gives_way_to_hooks_and_to_other_modules() -> None:
     layer, x = _Layer(), torch.randn(2, 4)
     expected = layer(x)
-    shorten(layer)
-    assert isinstance(layer.first, Shortcut) and isinstance(layer.listed, nn.ModuleList)
+    module_bypass.install(layer)
+    assert isinstance(layer.first, module_bypass.ModuleBypass) and isinstance(layer.listed, nn.ModuleList)
     assert torch.equal(layer(x), expected)
     assert layer.first.in_features == 4 and layer.first.weight is layer._modules["first"].weight  # type: ignore[union-attr]
     assert [name for name, _ in layer.named_modules()] == ["", "first", "listed", "listed.0"]
     other = nn.Linear(4, 4)
-    put(layer, "first", other)
+    module_bypass.replace(layer, "first", other)
     assert layer.first.module is other and not torch.equal(layer(x), expected)
-    lengthen(layer)
+    module_bypass.remove(layer)
     seen: list[nn.Module] = []
     layer.first.register_forward_hook(lambda module, *_: seen.append(module))
     layer(x)
     assert seen == [other]
-    shorten(layer)
+    module_bypass.install(layer)
     assert layer.first is other  # somebody listens

@@ -54,7 +54,7 @@ ALLOWED = {
     ),
     "transformers": (
         "server.quantization.linear",
-        "server.lora.place",
+        "server.lora.module_bypass",
         "server.text.prompt",
         "server.model",
         "server.cli",
