@@ -74,8 +74,8 @@ def kind_of(module: nn.Module, *, head: nn.Module | None) -> str:
 
 @contextmanager
 def timing(engine: InProcessEngine, stack: Stack) -> Iterator[None]:
-    """While it lasts, every module and stage of the engine is timed, and no tape is played."""
-    tapes, engine.runner.tapes = engine.runner.tapes, None
+    """While it lasts, every module and stage of the engine is timed, and no layer graph is replayed."""
+    graphs, engine.runner.graphs = engine.runner.graphs, None
     module_bypass.remove(engine.base.model)
     head = engine.base.model.get_output_embeddings()
     head = getattr(head, "base", head)
@@ -103,7 +103,7 @@ def timing(engine: InProcessEngine, stack: Stack) -> Iterator[None]:
     try:
         yield
     finally:
-        engine.runner.tapes = tapes
+        engine.runner.graphs = graphs
         for handle in handles:
             handle.remove()
         module_bypass.install(engine.base.model)

@@ -20,7 +20,7 @@ from server.quantization.linear import products_with_deltas
 from server.sequence import Batch, Segment
 
 if TYPE_CHECKING:
-    from server.model.tapes import Tapes
+    from server.model.layer_graphs import GraphRunner
 
 
 class ModelRunner:
@@ -52,11 +52,11 @@ class ModelRunner:
         attention.cache = KVCache(shapes, num_slots=num_slots, max_len=max_len, dtype=dtype, device=model.device)
         if attention.rows is not None:
             attention.rows = attention.rows.of(dtype)
-        self.tapes: Tapes | None = None
+        self.graphs: GraphRunner | None = None
         if compiled:
-            from server.model.tapes import Tapes
+            from server.model.layer_graphs import GraphRunner
 
-            self.tapes = Tapes(model, attention, self.bank)
+            self.graphs = GraphRunner(model, attention, self.bank)
         self._last_units = last_units(model)
 
     @classmethod
@@ -96,8 +96,8 @@ class ModelRunner:
         )
         layout = self.attention.layout = Layout(spans, slots, positions)
         self.bank.begin(batch)
-        if self.tapes is not None:
-            self.tapes.begin(layout)
+        if self.graphs is not None:
+            self.graphs.begin(layout)
         if self._last_units is not None:  # which are a whole layer's greater part in a prompt
             self._last_units.only = ends if any(span.length > 1 for span in layout.spans) else None
         output = self.model(

@@ -163,20 +163,20 @@ def assert_same_but_for_rounding(ours: Played, theirs: Played, number: int) -> N
 
 @needs(*PRODUCTS)
 @pytest.mark.parametrize("micro", ["int8"], indirect=True)
-def test_answers_are_the_same_by_tapes_and_without(micro: Micro) -> None:
-    tapes = micro.runner.tapes
-    assert tapes is not None
+def test_answers_are_the_same_by_layer_graphs_and_without(micro: Micro) -> None:
+    graphs = micro.runner.graphs
+    assert graphs is not None
     played = [micro.play(ask(micro, every=2), drafts=drafts, at_once=6).tokens for drafts in (0, 12)]
-    before = tapes.num_played
+    before = graphs.num_replayed
     assert before > 0
-    micro.runner.tapes = None
+    micro.runner.graphs = None
     stepped = micro.play(ask(micro, every=2), drafts=0, at_once=6).tokens
-    micro.runner.tapes = tapes
-    assert played == [stepped, stepped] and tapes.num_played == before
+    micro.runner.graphs = graphs
+    assert played == [stepped, stepped] and graphs.num_replayed == before
 
 
-def test_there_are_tapes_where_the_products_are_routines(micro: Micro) -> None:
-    assert (micro.runner.tapes is not None) == (micro.base.quantized is not None and bool(native_kernels()))
+def test_there_are_layer_graphs_where_the_products_are_routines(micro: Micro) -> None:
+    assert (micro.runner.graphs is not None) == (micro.base.quantized is not None and bool(native_kernels()))
 
 
 @torch.inference_mode()

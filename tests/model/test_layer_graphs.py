@@ -1,4 +1,4 @@
-"""Decoding steps played from tapes give the very bits that Python gives, or they are not played."""
+"""Decoding steps replayed from layer graphs give the very bits that Python gives, or they are not replayed."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from server.engine.scheduler import Scheduler
 from server.lora.delta import Delta, with_parameters
 from server.lora.weights import LoRAWeights
 from server.metrics import Metrics
-from server.model import tapes
+from server.model import layer_graphs
+from server.model.layer_graphs import GraphRunner
 from server.model.runner import ModelRunner
-from server.model.tapes import Tapes
 from server.quantization.kernels import choose_kernel
 from server.sequence import AdapterUse, Batch, SamplingParams, Segment
 from server.sequence import Sequence as Generation
@@ -29,18 +29,18 @@ from tests.model.harness import GREEDY, Hosted, RecordingSampler, host, prompts,
 from tests.model.peft_cases import CONFIGS
 from tests.tables import one_of_each
 
-pytestmark = needs(*PRODUCTS)  # without routines for products there are no tapes
+pytestmark = needs(*PRODUCTS)  # without routines for products there are no layer graphs
 LENGTH = 288
-"""Beyond 256 keys a head's scores take twice the room, and steps need other tapes."""
+"""Beyond 256 keys a head's scores take twice the room, and steps need other graphs."""
 
-NOT_TAPED = {
+NOT_RECORDED = {
     "gemma2": "soft-capped attention is torch's",
     "gpt_oss": "experts, and attention with sinks",
     "qwen3_moe": "experts",
     "gpt2": "LayerNorm and GELU are torch's",
     "gpt_neox": "as gpt2",
 }
-"""Families whose layers do what a tape does not hold, and what it is."""
+"""Families whose layers do what a layer graph does not hold, and what it is."""
 
 CONFIG = {
     **FAMILIES,
@@ -74,9 +74,9 @@ def llama(host_family: Callable[[str], Hosted]) -> Hosted:
     return host_family("llama")
 
 
-def tapes_of(hosted: Hosted) -> Tapes:
-    assert hosted.runner.tapes is not None
-    return hosted.runner.tapes
+def graphs_of(hosted: Hosted) -> GraphRunner:
+    assert hosted.runner.graphs is not None
+    return hosted.runner.graphs
 
 
 def adapter(hosted: Hosted, seed: int, rank: int, *, every: int = 1, dora: bool = False) -> LoRAWeights:
@@ -164,11 +164,11 @@ def test_whatever_happens_logits_are_those_of_steps_in_python(
 ) -> None:
     torch.set_num_threads(threads)
     played, stepped = host_family(name), host_family(name)
-    kept = tapes_of(played)
-    stepped.runner.tapes = None
+    kept = graphs_of(played)
+    stepped.runner.graphs = None
     found, expected = Play(played).through(), Play(stepped).through()
-    assert (kept.num_played == 0) == (name in NOT_TAPED), kept.problem
-    assert (kept.problem is not None) == (name in NOT_TAPED)
+    assert (kept.num_replayed == 0) == (name in NOT_RECORDED), kept.problem
+    assert (kept.problem is not None) == (name in NOT_RECORDED)
     assert len(found) == len(expected) == 12
     for number, logits in found.items():
         assert torch.equal(logits, expected[number]), number
@@ -196,39 +196,39 @@ def batch_of(*rows: Row, drafts: int = 0) -> Batch:
 
 def run(hosted: Hosted, batch: Batch, *, times: int = 1) -> torch.Tensor:
     """The logits, which are those of steps in Python every time."""
-    runner, kept = hosted.runner, hosted.runner.tapes
+    runner, kept = hosted.runner, hosted.runner.graphs
     for _ in range(times):
         found = runner.run(runner.arrange(batch))
-        runner.tapes = None
+        runner.graphs = None
         expected = runner.run(runner.arrange(batch))
-        runner.tapes = kept
+        runner.graphs = kept
         assert torch.equal(found.view(torch.int32), expected.view(torch.int32))
     return found
 
 
-def played(hosted: Hosted, batch: Batch) -> int:
-    """How many layers of one more step come from tapes."""
-    before = tapes_of(hosted).num_played
+def replayed(hosted: Hosted, batch: Batch) -> int:
+    """How many layers of one more step are replayed."""
+    before = graphs_of(hosted).num_replayed
     run(hosted, batch)
-    return tapes_of(hosted).num_played - before
+    return graphs_of(hosted).num_replayed - before
 
 
 PLAIN: tuple[Row, ...] = ((0, 5, ()), (2, 9, ()))
 
 
-def test_a_kind_of_step_is_recorded_when_it_comes_again_and_then_played(llama: Hosted) -> None:
-    assert [played(llama, batch_of(*PLAIN)) for _ in range(4)] == [0, 0, 3, 3]
-    assert [played(llama, batch_of(*PLAIN, (1, 255, ()))) for _ in range(3)] == [0, 0, 3]
-    assert [played(llama, batch_of(*PLAIN, (1, 256, ()))) for _ in range(3)] == [0, 0, 3]
-    assert played(llama, batch_of((1, 0, ()), (0, 200, ()))) == 3, "other slots and positions, as many rows"
+def test_a_kind_of_step_is_recorded_when_it_comes_again_and_then_replayed(llama: Hosted) -> None:
+    assert [replayed(llama, batch_of(*PLAIN)) for _ in range(4)] == [0, 0, 3, 3]
+    assert [replayed(llama, batch_of(*PLAIN, (1, 255, ()))) for _ in range(3)] == [0, 0, 3]
+    assert [replayed(llama, batch_of(*PLAIN, (1, 256, ()))) for _ in range(3)] == [0, 0, 3]
+    assert replayed(llama, batch_of((1, 0, ()), (0, 200, ()))) == 3, "other slots and positions, as many rows"
 
 
 def test_drafts_are_rows_as_any_other(llama: Hosted) -> None:
     llama.add("a", adapter(llama, 1, 4))
     uses = (AdapterUse("a", 0.5),)
     run(llama, batch_of((0, 5, uses), (2, 9, ()), drafts=3), times=3)
-    assert played(llama, batch_of((0, 25, uses), (2, 9, ()), drafts=3)) == 3
-    assert played(llama, batch_of(*((slot, 6, uses) for slot in (0, 1)), drafts=3)) == 3
+    assert replayed(llama, batch_of((0, 25, uses), (2, 9, ()), drafts=3)) == 3
+    assert replayed(llama, batch_of(*((slot, 6, uses) for slot in (0, 1)), drafts=3)) == 3
 
 
 def test_adapters_that_were_not_there_when_it_was_recorded_and_ones_that_replace_others(llama: Hosted) -> None:
@@ -237,21 +237,21 @@ def test_adapters_that_were_not_there_when_it_was_recorded_and_ones_that_replace
     first = [run(llama, batch_of((0, 5, (AdapterUse(digest),)), (2, 9, ()))) for digest in "a"]
     for number in range(20):  # more than there was room for
         llama.add(str(number), adapter(llama, 10 + number, 1 + number))
-    assert played(llama, batch_of(*((slot, 5, (AdapterUse(str(slot)),)) for slot in (0, 1)))) == 3
+    assert replayed(llama, batch_of(*((slot, 5, (AdapterUse(str(slot)),)) for slot in (0, 1)))) == 3
     llama.runner.remove_adapter("a")
     llama.add("other", adapter(llama, 99, 3))
     uses = (AdapterUse("other"),)
-    assert played(llama, batch_of((0, 5, uses), (2, 9, ()))) == 3, "no module was wrapped or unwrapped"
+    assert replayed(llama, batch_of((0, 5, uses), (2, 9, ()))) == 3, "no module was wrapped or unwrapped"
     other = run(llama, batch_of((0, 5, uses), (2, 9, ())))
     assert not torch.equal(first[0][1], other[1]) and torch.equal(first[0][0], other[0]), "rows of the base are first"
 
 
-def test_modules_that_are_wrapped_or_unwrapped_make_tapes_void(llama: Hosted) -> None:
+def test_modules_that_are_wrapped_or_unwrapped_make_graphs_void(llama: Hosted) -> None:
     run(llama, batch_of(*PLAIN), times=3)
     llama.add("a", adapter(llama, 1, 4))
-    assert [played(llama, batch_of(*PLAIN)) for _ in range(3)] == [0, 0, 3]
+    assert [replayed(llama, batch_of(*PLAIN)) for _ in range(3)] == [0, 0, 3]
     llama.runner.remove_adapter("a")
-    assert [played(llama, batch_of(*PLAIN)) for _ in range(3)] == [0, 0, 3]
+    assert [replayed(llama, batch_of(*PLAIN)) for _ in range(3)] == [0, 0, 3]
 
 
 def test_steps_with_other_than_plain_deltas_and_with_prompts_go_through_python(llama: Hosted) -> None:
@@ -259,19 +259,19 @@ def test_steps_with_other_than_plain_deltas_and_with_prompts_go_through_python(l
     llama.add("norms", norms_of_its_own(llama))
     run(llama, batch_of(*PLAIN), times=3)
     for digest in ("dora", "norms"):
-        assert played(llama, batch_of((0, 5, (AdapterUse(digest),)), (2, 9, ()))) == 0
+        assert replayed(llama, batch_of((0, 5, (AdapterUse(digest),)), (2, 9, ()))) == 0
     chunk = Generation(7, prompts(40)[0], 20, SamplingParams())
-    assert played(llama, Batch((Segment(chunk, 1, 0, 33),))) == 0
-    assert played(llama, batch_of(*PLAIN)) == 3
+    assert replayed(llama, Batch((Segment(chunk, 1, 0, 33),))) == 0
+    assert replayed(llama, batch_of(*PLAIN)) == 3
 
 
-def test_each_number_of_threads_has_tapes_of_its_own(llama: Hosted, restore_threads: None) -> None:
+def test_each_number_of_threads_has_graphs_of_its_own(llama: Hosted, restore_threads: None) -> None:
     """Scores of a second thread would lie behind what was reserved for one."""
     run(llama, batch_of(*PLAIN), times=3)
     torch.set_num_threads(2)
-    assert [played(llama, batch_of(*PLAIN)) for _ in range(3)] == [0, 0, 3]
+    assert [replayed(llama, batch_of(*PLAIN)) for _ in range(3)] == [0, 0, 3]
     torch.set_num_threads(1)
-    assert played(llama, batch_of(*PLAIN)) == 3
+    assert replayed(llama, batch_of(*PLAIN)) == 3
 
 
 def test_a_step_that_fails_while_it_is_recorded_leaves_nothing(llama: Hosted, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,11 +285,11 @@ def test_a_step_that_fails_while_it_is_recorded_leaves_nothing(llama: Hosted, mo
             assert Routine.recorder is None
     chunk = Generation(7, prompts(40)[0], 20, SamplingParams())
     run(llama, Batch((Segment(chunk, 1, 0, 33),)))
-    assert played(llama, batch_of(*PLAIN)) in (0, 1, 3)
-    assert played(llama, batch_of(*PLAIN)) == 3
+    assert replayed(llama, batch_of(*PLAIN)) in (0, 1, 3)
+    assert replayed(llama, batch_of(*PLAIN)) == 3
 
 
-def test_a_step_of_another_runner_on_the_same_base_is_not_played(llama: Hosted) -> None:
+def test_a_step_of_another_runner_on_the_same_base_is_not_replayed(llama: Hosted) -> None:
     """Its layers would be those of the runner that came last, whose step was another."""
     first, cache = llama.runner, llama.runner.attention.cache
     assert cache is not None
@@ -298,13 +298,13 @@ def test_a_step_of_another_runner_on_the_same_base_is_not_played(llama: Hosted) 
         llama.model, first.attention, cache.layout.shapes, num_slots=3, max_len=LENGTH, compiled=True
     )
     run(llama, batch_of(*PLAIN), times=3)
-    assert tapes_of(llama).num_played > 0
+    assert graphs_of(llama).num_replayed > 0
     chunk = Generation(7, prompts(40)[0], 20, SamplingParams())
     expected = llama.runner.run(Batch((Segment(chunk, 1, 0, 3), *batch_of((0, 5, ())).segments)))
     llama.runner.run(batch_of(*PLAIN))
-    before = tapes_of(llama).num_played
+    before = graphs_of(llama).num_replayed
     assert torch.equal(first.run(Batch((Segment(chunk, 1, 0, 3), *batch_of((0, 5, ())).segments))), expected)
-    assert tapes_of(llama).num_played == before
+    assert graphs_of(llama).num_replayed == before
 
 
 def test_numbers_that_are_none_are_the_same_too(llama: Hosted) -> None:
@@ -314,35 +314,35 @@ def test_numbers_that_are_none_are_the_same_too(llama: Hosted) -> None:
         delta.b.fill_(torch.nan)
     llama.add("a", weights)
     batch = batch_of((0, 5, (AdapterUse("a"),)), (2, 9, ()))
-    assert [played(llama, batch) for _ in range(3)] == [0, 0, 3]
-    assert run(llama, batch)[1].isnan().any() and tapes_of(llama).problem is None
+    assert [replayed(llama, batch) for _ in range(3)] == [0, 0, 3]
+    assert run(llama, batch)[1].isnan().any() and graphs_of(llama).problem is None
 
 
 def test_a_step_too_large_for_the_arena_goes_through_python_and_others_do_not(
     host_family: Callable[[str], Hosted], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(tapes, "_ARENA_BYTES", 16 << 10)
+    monkeypatch.setattr(layer_graphs, "_ARENA_BYTES", 16 << 10)
     caplog.set_level(logging.INFO, "quickchange.model")
     llama = host_family("llama")
     long = batch_of((0, 260, ()), (1, 5, ()), drafts=10)
-    assert [played(llama, long) for _ in range(4)] == [0, 0, 0, 0]
+    assert [replayed(llama, long) for _ in range(4)] == [0, 0, 0, 0]
     assert "steps of 22 rows go through Python: layer 0: it needs more than 16384 bytes" in caplog.text
     assert len(caplog.records) == 1
-    assert [played(llama, batch_of((0, 5, ()))) for _ in range(3)] == [0, 0, 3]
+    assert [replayed(llama, batch_of((0, 5, ()))) for _ in range(3)] == [0, 0, 3]
 
 
-def test_the_log_says_why_a_model_has_no_tapes(
+def test_the_log_says_why_a_model_has_no_layer_graphs(
     host_family: Callable[[str], Hosted], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "quickchange.model")
     gpt2 = host_family("gpt2")
-    assert [played(gpt2, batch_of(*PLAIN)) for _ in range(4)] == [0, 0, 0, 0]
+    assert [replayed(gpt2, batch_of(*PLAIN)) for _ in range(4)] == [0, 0, 0, 0]
     assert [record.message for record in caplog.records] == [
         "decoding steps go through Python: layer 0: aten.layer_norm.default"
     ]
 
 
-def test_tapes_that_come_out_otherwise_are_not_played(llama: Hosted, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_that_come_out_otherwise_are_not_replayed(llama: Hosted, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tape, "play", lambda self, inputs: torch.zeros_like(inputs[0]))
-    assert [played(llama, batch_of(*PLAIN)) for _ in range(3)] == [0, 0, 0]
-    assert tapes_of(llama).problem == "layer 0: it comes out otherwise"
+    assert [replayed(llama, batch_of(*PLAIN)) for _ in range(3)] == [0, 0, 0]
+    assert graphs_of(llama).problem == "layer 0: replay gives another result"

@@ -28,18 +28,18 @@ Key = tuple[int, int, int]
 """Rows, numbers that a head's scores may take, and threads, each of which has scores of its own."""
 
 
-class Tapes:
-    """The layers of a model whose linears, norms and attention are routines, as tapes.
+class GraphRunner:
+    """The layers of a model whose linears, norms and attention are routines, as layer graphs.
 
-    A tape is of use where every row is a decoding one, and adapters are plain deltas: all else changes tensors in a
-    layer, not only places that routines read. What does not give the very same numbers is not played.
+    A layer graph is of use where every row is a decoding one, and adapters are plain deltas: all else changes tensors
+    in a layer, not only memory that routines read. A graph that does not give the same bits is not replayed.
     """
 
     def __init__(self, model: PreTrainedModel, attention: FlatAttention, bank: LoRABank) -> None:
         self._attention, self._bank = attention, bank
         self._cache = attention.cache
         self._arena = Arena(_ARENA_BYTES)
-        self._tapes: dict[Key, dict[int, Tape]] = {}
+        self._graphs: dict[Key, dict[int, Tape]] = {}
         self._seen: Counter[Key] = Counter()
         self._too_large: set[Key] = set()
         self._generation = -1
@@ -47,7 +47,7 @@ class Tapes:
         self._layout: Layout | None = None
         self._inputs: list[torch.Tensor] = []
         self.problem: str | None = None
-        self.num_played = 0
+        self.num_replayed = 0
         for number, layer in enumerate(layers_of(model)):
             layer.__dict__["forward"] = self._forward(number, forward_of(layer))
 
@@ -61,7 +61,7 @@ class Tapes:
             return
         if self._bank.generation != self._generation:
             self._generation = self._bank.generation
-            self._tapes.clear()
+            self._graphs.clear()
             self._seen.clear()
         longest = max(span.start + 1 for span in layout.spans)
         key = num_rows, scores_size(longest), torch.get_num_threads()
@@ -75,11 +75,11 @@ class Tapes:
             if key is None or self._seen[key] < _FROM or self._attention.layout is not self._layout:
                 return stock(*args, **named)
             inputs = [*_tensors(args), *_tensors(named.values()), *self._of_layout()]
-            tape = self._tapes.setdefault(key, {}).get(number)
-            if tape is None:
+            graph = self._graphs.setdefault(key, {}).get(number)
+            if graph is None:
                 return self._recorded(key, number, lambda: stock(*args, **named), inputs)
-            self.num_played += 1
-            return tape.play(inputs)
+            self.num_replayed += 1
+            return graph.play(inputs)
 
         return forward
 
@@ -87,21 +87,21 @@ class Tapes:
         recorder = Recorder()
         result = recorder.record(call)
         try:
-            tape = Tape.of(recorder, inputs, result, self._arena)
-            if not torch.equal(tape.play(inputs).view(torch.int32), result.view(torch.int32)):
-                raise NotTaped("it comes out otherwise")
+            graph = Tape.of(recorder, inputs, result, self._arena)
+            if not torch.equal(graph.play(inputs).view(torch.int32), result.view(torch.int32)):
+                raise NotTaped("replay gives another result")
         except TooLarge as problem:
             self._key = None
             self._too_large.add(key)
-            del self._tapes[key]
+            del self._graphs[key]
             logger.info("steps of %d rows go through Python: layer %d: %s", key[0], number, problem)
             return result
         except NotTaped as problem:
             self._key, self.problem = None, f"layer {number}: {problem}"
-            self._tapes.clear()
+            self._graphs.clear()
             logger.info("decoding steps go through Python: %s", self.problem)
             return result
-        self._tapes[key][number] = tape
+        self._graphs[key][number] = graph
         return result
 
     def _of_layout(self) -> list[torch.Tensor]:
