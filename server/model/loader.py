@@ -40,9 +40,9 @@ from server.model.fingerprint import base_fingerprint, base_fingerprint_v2
 from server.model.fused_layers import fuse_layers
 from server.model.fused_norms import fuse_norms
 from server.model.kv_cache import KVLayout, LayerShape, Span, longest_within
+from server.model.model_trace import PROBE_ROWS, ModelTrace, signature_of, trace_modules
 from server.model.quantizer import Quantized, quantizing
 from server.model.rope import fix_rope
-from server.model.shapes import PROBE_ROWS, Noted, noting_shapes, signature_of
 from server.quantization.kernels import Kernel, choose_kernel
 from server.quantization.native import NativeKernel
 
@@ -115,10 +115,10 @@ def load_base(
     attention = FlatAttention(batched)
     attention.install(model)
     if kernel is None:
-        shapes, noted, quantized = *_probe(model, attention), None
+        shapes, trace, quantized = *_probe(model, attention), None
     else:
         calibration = Calibration(fingerprint_v2, weight_files(folder), length, outlier_cache)
-        shapes, noted, quantized = _quantize(model, kernel, attention, tokenizer, dtype=dtype, calibration=calibration)
+        shapes, trace, quantized = _quantize(model, kernel, attention, tokenizer, dtype=dtype, calibration=calibration)
     kv_dtype = model.dtype if kernel is None else choose_kv_dtype(model.dtype)
     if kv_memory is not None:
         length = _affordable(KVLayout(tuple(shapes), length, kv_dtype), kv_memory, asked=max_model_len)
@@ -127,7 +127,7 @@ def load_base(
     compiled = _compiled(attention, kv_dtype) if has_routines and model.dtype == torch.float32 else None
     _fuse(model, compiled, on_cpu=batched is None)
     _check_calls(name, attention, len(shapes), config)
-    signature = replace(signature_of(name, fingerprint, noted), fingerprint_v2=fingerprint_v2)
+    signature = replace(signature_of(name, fingerprint, trace), fingerprint_v2=fingerprint_v2)
     return Base(
         model,
         tokenizer,
@@ -137,7 +137,7 @@ def load_base(
         length,
         _eos_ids(model, tokenizer),
         kv_dtype,
-        noted.groups,
+        trace.groups,
         quantized,
         compiled is not None,
     )
@@ -286,13 +286,13 @@ def _affordable(layout: KVLayout, kv_memory: int, *, asked: int | None) -> int:
 @torch.inference_mode()
 def _probe(
     model: PreTrainedModel, attention: FlatAttention, ids: Sequence[int] = range(3, 3 + PROBE_ROWS)
-) -> tuple[list[LayerShape], Noted]:
+) -> tuple[list[LayerShape], ModelTrace]:
     """One small pass that tells each layer's KV shape, and the modules that see every row, which adapters may touch."""
     attention.layout = Layout.of((Span(0, 0, PROBE_ROWS, 0),), model.device)
     rows = torch.tensor([list(ids)], device=model.device) % model.config.get_text_config().vocab_size
-    with noting_shapes(model) as noted:
+    with trace_modules(model) as trace:
         model(input_ids=rows, position_ids=attention.layout.positions[None], use_cache=False)
-    return [attention.seen_shapes[layer] for layer in sorted(attention.seen_shapes)], noted
+    return [attention.seen_shapes[layer] for layer in sorted(attention.seen_shapes)], trace
 
 
 def _quantize(
@@ -303,13 +303,13 @@ def _quantize(
     *,
     dtype: str,
     calibration: Calibration,
-) -> tuple[list[LayerShape], Noted, Quantized]:
+) -> tuple[list[LayerShape], ModelTrace, Quantized]:
     """A probe in which linears and embedding become integers, while their weights are read from the files."""
     outliers = calibration.outliers(model, attention, tokenizer)
     float_dtype = choose_float_dtype(dtype, _num_unpacked_bytes(model))
     with quantizing(model, kernel, float_dtype, files=calibration.files, outliers=outliers) as quantized:
-        shapes, noted = _probe(model, attention, _ordinary_ids(tokenizer))
-    return shapes, noted, quantized
+        shapes, trace = _probe(model, attention, _ordinary_ids(tokenizer))
+    return shapes, trace, quantized
 
 
 def _ordinary_ids(tokenizer: PreTrainedTokenizerBase) -> Sequence[int]:

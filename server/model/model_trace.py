@@ -21,7 +21,7 @@ PROBE_ROWS = 13
 
 
 @dataclass
-class Noted:
+class ModelTrace:
     """What a probe saw: modules that see every row; those that do not; heads that share an embedding's weight; linears
     that get the same input, one after another."""
 
@@ -33,37 +33,37 @@ class Noted:
 
 
 @contextmanager
-def noting_shapes(model: PreTrainedModel) -> Iterator[Noted]:
+def trace_modules(model: PreTrainedModel) -> Iterator[ModelTrace]:
     """While a batch of ``PROBE_ROWS`` runs, note every module with parameters whose inputs and results are by row.
 
     What it says is whole at the end; modules may be replaced meanwhile.
     """
-    noted = Noted()
+    trace = ModelTrace()
     leaves = {name: module for name, module in model.named_modules() if _is_leaf(module)}
     weights = {name: module._parameters.get("weight") for name, module in leaves.items()}
     same = {name: id(weight) for name, weight in weights.items() if weight is not None}
     embeddings = model.get_input_embeddings()
     assert isinstance(embeddings, nn.Embedding)
-    noted.vocab_size = embeddings.num_embeddings
+    trace.vocab_size = embeddings.num_embeddings
     calls: list[tuple[str, torch.Tensor]] = []
     handles = [
-        module.register_forward_hook(_note(name, noted.modules, calls), with_kwargs=True)
+        module.register_forward_hook(_note(name, trace.modules, calls), with_kwargs=True)
         for name, module in leaves.items()
     ]
     try:
-        yield noted
+        yield trace
     finally:
         for handle in handles:
             handle.remove()
-    noted.others = frozenset(leaves) - frozenset(noted.modules)
-    noted.tied = _tied(same, noted.modules)
-    noted.groups = _groups([(name, x) for name, x in calls if noted.modules[name].kind == "linear"])
+    trace.others = frozenset(leaves) - frozenset(trace.modules)
+    trace.tied = _tied(same, trace.modules)
+    trace.groups = _groups([(name, x) for name, x in calls if trace.modules[name].kind == "linear"])
 
 
-def signature_of(name: str, fingerprint: str, noted: Noted) -> BaseSignature:
-    """What an adapter must fit, from the shapes that a probe noted."""
+def signature_of(name: str, fingerprint: str, trace: ModelTrace) -> BaseSignature:
+    """What an adapter must fit, from the shapes that a probe trace."""
     return BaseSignature(
-        name, fingerprint, noted.modules, vocab_size=noted.vocab_size, tied=noted.tied, others=noted.others
+        name, fingerprint, trace.modules, vocab_size=trace.vocab_size, tied=trace.tied, others=trace.others
     )
 
 

@@ -22,11 +22,11 @@ from server.model.attention import FlatAttention
 from server.model.batched_attention import BatchedAttention
 from server.model.fused_layers import fuse_layers
 from server.model.kv_cache import KVCache
+from server.model.model_trace import ModelTrace
 from server.model.quantizer import Quantized, quantizing
 from server.model.rope import fix_rope
 from server.model.runner import ModelRunner
 from server.model.sampler import Sampler
-from server.model.shapes import Noted
 from server.quantization.kernels import Kernel
 from server.sequence import AdapterUse, Draw, SamplingParams
 from server.sequence import Sequence as Generation
@@ -93,7 +93,7 @@ class Hosted:
 
     model: PreTrainedModel
     runner: ModelRunner
-    noted: Noted
+    trace: ModelTrace
     max_num_seqs: int = NUM_SLOTS
     budget: int = BUDGET
     kv_memory: int | None = None
@@ -172,7 +172,7 @@ def host(
     attention.install(model)
     quantized = nullcontext() if kernel is None else quantizing(model, kernel, torch.float32)
     with quantized as what:
-        shapes, noted = loader._probe(model, attention)
+        shapes, trace = loader._probe(model, attention)
     fix_rope(model, max_model_len)
     if compiled:
         fuse_layers(model, loader._compiled(attention, torch.float32))
@@ -186,7 +186,7 @@ def host(
         groups=groups,
         compiled=compiled,
     )
-    return Hosted(model, runner, noted, max_num_seqs, budget, kv_memory, what)
+    return Hosted(model, runner, trace, max_num_seqs, budget, kv_memory, what)
 
 
 def put_back_rotation(model: PreTrainedModel, patch: pytest.MonkeyPatch) -> None:

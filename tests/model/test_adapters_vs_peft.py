@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from server.adapters.content.manifest import Limits, read_manifest
 from server.lora.weights import LoRAWeights
-from server.model.shapes import signature_of
+from server.model.model_trace import signature_of
 from tests.model.families import FAMILIES, build, fix_long_factors
 from tests.model.harness import Answer, Ask, Hosted, difference, host, prompts, stock_logits
 from tests.tables import only
@@ -80,7 +80,7 @@ def make_oracle(family: str, folder: Path) -> Oracle:
     hosted = host(copy.deepcopy(base))
     if family == "phi3_longrope":
         fix_long_factors(base)
-    signature = signature_of("base", FINGERPRINT, hosted.noted)
+    signature = signature_of("base", FINGERPRINT, hosted.trace)
     peft, weights = {}, {}
     for seed, (name, fields) in enumerate(configs(family).items()):
         peft[name] = make_adapter(base, seed=seed, fan_in_fan_out=family == "gpt2", **fields)
@@ -130,7 +130,7 @@ def test_rows_equal_pefts_where_adapters_of_one_shape_are_computed_side_by_side(
     groups = _groups(base)
     hosted = host(copy.deepcopy(base), groups=groups, max_num_seqs=6, budget=24)
     assert groups or family == "gpt2"
-    signature = signature_of("base", FINGERPRINT, hosted.noted)
+    signature = signature_of("base", FINGERPRINT, hosted.trace)
     peft, weights = {}, {}
     for seed, name in enumerate("abcd"):
         peft[name] = make_adapter(base, seed=seed, **configs(family)["wide"], fan_in_fan_out=family == "gpt2")
@@ -210,7 +210,7 @@ def test_bfloat16_base_with_adapters_is_as_near_to_the_truth_as_peft_in_bfloat16
     for seed, (name, fields) in enumerate(configs("llama").items()):
         peft = make_adapter(base, seed=seed, **fields)
         peft.save_pretrained(str(tmp_path / name), save_embedding_layers=False)
-        signature = signature_of("base", FINGERPRINT, hosted.noted)
+        signature = signature_of("base", FINGERPRINT, hosted.trace)
         hosted.add(name, hosted.runner.prepare(read_manifest(tmp_path / name, signature, LIMITS)))
         (answer,) = hosted.run([Ask(prompts(21)[0], 6, name)])
         truth = stock_logits(copy.deepcopy(peft).float(), answer)

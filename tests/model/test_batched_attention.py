@@ -224,7 +224,7 @@ def test_a_step_on_a_device_reads_nothing_back_and_copies_a_list_or_two_onto_it(
     model = hosted.model
     torch.nn.Module.to(model, device="meta")
     hosted.runner = ModelRunner(
-        model, hosted.runner.attention, shapes, num_slots=5, max_len=100, groups=hosted.noted.groups
+        model, hosted.runner.attention, shapes, num_slots=5, max_len=100, groups=hosted.trace.groups
     )
     for digest in ("one", "two", "three"):
         hosted.runner.add_adapter(digest, adapter_of(model))

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from cpu_kernels.routine import available
 from server.adapters.content.manifest import BaseSignature, Limits, read_manifest
 from server.lora.weights import LoRAWeights
-from server.model.shapes import signature_of
+from server.model.model_trace import signature_of
 from server.quantization.kernels import choose_kernel
 from server.sequence import AdapterUse
 from tests.instruction_sets import PRODUCTS, needs
@@ -92,7 +92,7 @@ def family_of(name: str, *, adding: Adding = "torch") -> Family:
     hosted = host(copy.deepcopy(base), budget=64, kernel=kernel, compiled=available() and adding != "torch")
     if adding == "routine":
         hosted.runner.bank.tiled = {}
-    return Family(base, hosted, oracle_of(base, hosted.model), signature_of("base", FINGERPRINT, hosted.noted))
+    return Family(base, hosted, oracle_of(base, hosted.model), signature_of("base", FINGERPRINT, hosted.trace))
 
 
 def check(answers: Sequence[Answer], model: torch.nn.Module, *, rounded: bool, deltas: bool = False) -> None:

@@ -65,12 +65,12 @@ def test_all_linears_and_the_embedding_are_integers_and_the_rest_is_told(family:
     stock = dict(floats.model.named_modules())
     found = {name: one for name, one in hosted.model.named_modules() if isinstance(one, Int8Linear)}
     routers = {name for name in stock if name.endswith("router")}
-    linears = {name for name, shape in floats.noted.modules.items() if shape.kind == "linear"} - routers
+    linears = {name for name, shape in floats.trace.modules.items() if shape.kind == "linear"} - routers
     assert set(found) == linears
     assert isinstance(hosted.model.get_input_embeddings(), Int8Embedding)
     quantized = hosted.quantized
     assert quantized is not None and quantized.num_linears == len(linears)
-    groups = floats.noted.groups
+    groups = floats.trace.groups
     assert quantized.num_products == len(linears) - sum(len(group) - 1 for group in groups)
     numbers = sum(stock[name].get_parameter("weight").numel() for name in linears)
     embedding = floats.model.get_input_embeddings().get_parameter("weight").numel()
@@ -85,7 +85,7 @@ def test_all_linears_and_the_embedding_are_integers_and_the_rest_is_told(family:
 
 def test_what_a_probe_notes_is_the_same_with_integers() -> None:
     for family in FAMILIES:
-        floats, int8 = host(build(family)).noted, host(build(family), kernel=FbgemmKernel).noted
+        floats, int8 = host(build(family)).trace, host(build(family), kernel=FbgemmKernel).trace
         assert int8 == floats
 
 

@@ -82,7 +82,7 @@ def graphs_of(hosted: Hosted) -> GraphRunner:
 def adapter(hosted: Hosted, seed: int, rank: int, *, every: int = 1, dora: bool = False) -> LoRAWeights:
     """Random deltas on every so many-th linear, the head among them."""
     generator, deltas = torch.Generator().manual_seed(seed), {}
-    linears = {name: shape.size for name, shape in hosted.noted.modules.items() if shape.kind == "linear"}
+    linears = {name: shape.size for name, shape in hosted.trace.modules.items() if shape.kind == "linear"}
     for name, (inside, outside) in list(linears.items())[seed % every :: every]:
         a = torch.randn(rank, inside, generator=generator).t() * inside**-0.5
         scale = torch.rand(outside, generator=generator) + 0.5 if dora else None
@@ -93,7 +93,7 @@ def adapter(hosted: Hosted, seed: int, rank: int, *, every: int = 1, dora: bool 
 def norms_of_its_own(hosted: Hosted) -> LoRAWeights:
     """An adapter that has its own norms, and plain deltas."""
     deltas = dict(adapter(hosted, 5, 3, every=2).deltas)
-    for name, shape in hosted.noted.modules.items():
+    for name, shape in hosted.trace.modules.items():
         if name.endswith("norm") and shape.kind == "rows":
             base = hosted.runner.bank.base_modules[name]
             own = {"weight": base.get_parameter("weight") * 0.8}

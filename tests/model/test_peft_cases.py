@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from server.adapters.content.manifest import BaseSignature, Limits, Manifest, read_manifest
 from server.lora.weights import LoRAWeights
-from server.model.shapes import signature_of
+from server.model.model_trace import signature_of
 from tests.model.harness import Answer, Ask, Hosted, difference, host, prompts, stock_logits
 from tests.model.peft_cases import CASES, MIXTURES, TOLERANCE, base_of, make_adapter
 from tests.model.peft_table import PATH, page
@@ -45,7 +45,7 @@ def family_of(name: str, dtype: torch.dtype = torch.float32) -> Family:
     """Made once; every test leaves it as it was."""
     base = base_of(name, dtype)
     hosted = host(copy.deepcopy(base), budget=64)
-    return Family(base, hosted, signature_of("base", FINGERPRINT, hosted.noted))
+    return Family(base, hosted, signature_of("base", FINGERPRINT, hosted.trace))
 
 
 def make(case: str, family: str, folder: Path, dtype: torch.dtype = torch.float32) -> PeftModel:
