@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from server.model.fused_ops import GatedUnits, RMSNorm, fuse_ops
+from server.model.fused_ops import GatedMLP, RMSNorm, fuse_ops
 
 if TYPE_CHECKING:
     from cpu_kernels.passes import Passes
@@ -56,7 +56,7 @@ class FusedLayer:
         Attention and units are replaced meanwhile: they may need a cache, and tell last bits apart.
         """
         norm, units = layer.get_submodule("post_attention_layernorm"), layer.get_submodule("mlp")
-        if type(norm) is not RMSNorm or not isinstance(units, GatedUnits):
+        if type(norm) is not RMSNorm or not isinstance(units, GatedMLP):
             return None
         fused, attention = cls(layer, passes), layer.get_submodule("self_attn")
         x = torch.randn(1, 3, norm.weight.numel(), generator=torch.Generator().manual_seed(0))

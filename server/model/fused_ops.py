@@ -32,15 +32,15 @@ def fuse_ops(model: nn.Module, passes: Passes | None = None) -> None:
     With ``passes``, routines compiled for this CPU, each of these is one, and so is what gates a layer's units.
     """
     for name, module in list(model.named_modules()):
-        fused = RMSNorm.like(module, passes) or (None if passes is None else GatedUnits.like(module, passes))
+        fused = RMSNorm.like(module, passes) or (None if passes is None else GatedMLP.like(module, passes))
         if fused is not None:
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, fused)
     code = sys.modules[type(model).__module__]
     stock = getattr(code, "apply_rotary_pos_emb", None)
-    stock = stock.stock if isinstance(stock, Rotation) else stock
-    if callable(stock) and _rotates_alike(Rotation(stock, passes)):
-        code.__dict__["apply_rotary_pos_emb"] = Rotation(stock, passes)
+    stock = stock.stock if isinstance(stock, RotaryEmbedding) else stock
+    if callable(stock) and _rotates_alike(RotaryEmbedding(stock, passes)):
+        code.__dict__["apply_rotary_pos_emb"] = RotaryEmbedding(stock, passes)
 
 
 class RMSNorm(nn.Module):
@@ -95,7 +95,7 @@ class RMSNorm(nn.Module):
         return gain
 
 
-class GatedUnits(nn.Module):
+class GatedMLP(nn.Module):
     """``down_proj(silu(gate_proj(x)) * up_proj(x))`` (Shazeer 2020), the middle of it in one pass.
 
     Some have GELU for SiLU, some ``gate_up_proj`` for the first two. Where ``only`` is set, int64 [n], other rows are
@@ -112,7 +112,7 @@ class GatedUnits(nn.Module):
         self._passes, self._stock = passes, (stock,)  # in a tuple, so that it is no submodule
 
     @classmethod
-    def like(cls, stock: nn.Module, passes: Passes) -> GatedUnits | None:
+    def like(cls, stock: nn.Module, passes: Passes) -> GatedMLP | None:
         """One that computes what a stock module does, None where that is something else.
 
         What goes into ``down_proj`` is compared: its integers may fall to the other side of a border for a last bit.
@@ -172,10 +172,10 @@ class GatedUnits(nn.Module):
             return getattr(self._stock[0], name)
 
 
-def last_units(model: PreTrainedModel) -> GatedUnits | None:
+def last_units(model: PreTrainedModel) -> GatedMLP | None:
     """Those of the last layer, where they are its own: an expert's, inside of a mixture, get other rows."""
     layers = layers_of(model)
-    found = [module for module in layers[-1].children() if isinstance(module, GatedUnits)] if len(layers) else []
+    found = [module for module in layers[-1].children() if isinstance(module, GatedMLP)] if len(layers) else []
     return found[0] if len(found) == 1 else None
 
 
@@ -186,7 +186,7 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList | list[nn.Module]:
     return lists[0] if len(lists) == 1 else []
 
 
-class Rotation:
+class RotaryEmbedding:
     """``x * cos + rotate_half(x) * sin`` (Su et al. 2021) for queries and keys; other calls go to the stock code."""
 
     def __init__(self, stock: Callable[..., Any], passes: Passes | None = None) -> None:
@@ -220,7 +220,7 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, signed: torch.Tensor, half: int
     return torch.addcmul(x * cos, x.roll(half, -1), signed)
 
 
-def _rotates_alike(fused: Rotation) -> bool:
+def _rotates_alike(fused: RotaryEmbedding) -> bool:
     """Whether a rotation gives what the stock code does."""
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, heads, 3, 16, generator=generator) for heads in (4, 2))

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from server.model.fused_ops import Rotation
+from server.model.fused_ops import RotaryEmbedding
 from tests.model import engines
 
 
@@ -31,7 +31,7 @@ def _rotations_are_put_back() -> Iterator[None]:
     yield
     for name, module in list(sys.modules.items()):
         rotation = vars(module).get("apply_rotary_pos_emb") if name.startswith("transformers.models.") else None
-        if isinstance(rotation, Rotation):
+        if isinstance(rotation, RotaryEmbedding):
             vars(module)["apply_rotary_pos_emb"] = rotation.stock
 
 

@@ -16,7 +16,7 @@ from cpu_kernels.passes import passes
 from server.lora import module_bypass
 from server.lora.delta import with_parameters
 from server.model.fused_layers import fuse_layers
-from server.model.fused_ops import GatedUnits, RMSNorm, Rotation
+from server.model.fused_ops import GatedMLP, RMSNorm, RotaryEmbedding
 from tests.instruction_sets import NUMBA, needs
 from tests.model.families import FAMILIES, build
 
@@ -46,7 +46,7 @@ def test_a_fused_model_gives_the_stock_logits(family: str, compiled: bool, monke
 def test_gated_units_take_rows_in_any_shape() -> None:
     """Mixtures of experts call theirs with rows alone, [rows, dim], which were refused in the middle of a step."""
     stock = LlamaMLP(LlamaConfig(hidden_size=32, intermediate_size=48)).requires_grad_(False)
-    fused, x = GatedUnits.like(stock, passes()), torch.randn(2, 3, 32)
+    fused, x = GatedMLP.like(stock, passes()), torch.randn(2, 3, 32)
     assert fused is not None
     for rows in (x, x[:1], x[0], x[0, :1], x.transpose(0, 1), x[:0]):
         torch.testing.assert_close(fused(rows), stock(rows), rtol=1e-5, atol=1e-6)
@@ -67,7 +67,7 @@ def test_gated_units_are_found_before_a_product_that_tells_last_bits_apart() -> 
 
     stock = LlamaMLP(LlamaConfig(hidden_size=256, intermediate_size=512)).requires_grad_(False)
     stock.add_module("down_proj", LastBits())
-    fused = GatedUnits.like(stock, passes())
+    fused = GatedMLP.like(stock, passes())
     assert fused is not None and fused.down_proj is stock.down_proj
     assert isinstance(stock.down_proj, LastBits)
 
@@ -105,7 +105,7 @@ def test_a_rotation_leaves_calls_that_it_cannot_serve_to_the_stock_code() -> Non
         calls.append((len(args), named))
         return "stock"
 
-    rotation = Rotation(stock)
+    rotation = RotaryEmbedding(stock)
     q, k = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 3, 16)
     narrow = torch.randn(1, 3, 8)
     assert rotation(q, k, narrow, narrow) == "stock"  # only a part of a head is rotated

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cpu_kernels.attention import row_attention
-from server.model.fused_ops import GatedUnits
+from server.model.fused_ops import GatedMLP
 from server.model.runner import ModelRunner
 from server.quantization.kernels import choose_kernel
 from tests.instruction_sets import NUMBA, needs
@@ -39,7 +39,7 @@ def test_logits_are_those_without_routines_and_rows_are_the_same_alone(family: s
     kernel = choose_kernel() if quantization == "int8" else None
     expected = host(build(family), kernel=kernel).run(ASKS)
     hosted = host(build(family), kernel=kernel, compiled=True)
-    assert any(isinstance(module, GatedUnits) for module in hosted.model.modules()) == (family in GATED)
+    assert any(isinstance(module, GatedMLP) for module in hosted.model.modules()) == (family in GATED)
     assert hosted.runner.attention.rows is not None
     found, alone = hosted.run(ASKS), [hosted.run([ask])[0] for ask in ASKS]
     far = [difference(*with_equal_past(ours, theirs)) for ours, theirs in zip(found, expected, strict=True)]
