@@ -61,7 +61,7 @@ def trace_modules(model: PreTrainedModel) -> Iterator[ModelTrace]:
 
 
 def signature_of(name: str, fingerprint: str, trace: ModelTrace) -> BaseSignature:
-    """What an adapter must fit, from the shapes that a probe trace."""
+    """What an adapter must fit, from the shapes in the trace of a probe."""
     return BaseSignature(
         name, fingerprint, trace.modules, vocab_size=trace.vocab_size, tied=trace.tied, others=trace.others
     )
