@@ -19,12 +19,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from base_files.locate import find_base
 from benchmarks.parts.engines import Ask, InProcessEngine, in_process_engine
 from benchmarks.parts.figures import median
 from benchmarks.parts.pairs import alternate
 from benchmarks.parts.random_adapters import write_adapters
 from benchmarks.parts.raw_client import closed_loop, http_request
-from server.model.base_folder import find_base
 from server.model.device import available_threads
 from tests.serving import ServerProcess, running_server
 

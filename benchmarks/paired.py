@@ -33,12 +33,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from base_files.locate import find_base
 from benchmarks.parts.engines import Ask, ClosedLoop, InProcessEngine, Peft, Stock, in_process_engine
 from benchmarks.parts.jobs import Mix
 from benchmarks.parts.openvino import OpenVino, missing
 from benchmarks.parts.pairs import Pairs, Round, alternate
 from benchmarks.parts.random_adapters import write_adapters
-from server.model.base_folder import find_base
 from server.sequence import SamplingParams
 
 MANY, MANY_CLIENTS, FEW = 64, 16, 8

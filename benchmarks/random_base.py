@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from base_files.locate import find_base
 from benchmarks.parts.random_adapters import PROJECTIONS, write_adapters
 from benchmarks.parts.random_tokenizer import save_tokenizer
-from server.model.base_folder import find_base
 
 QWEN: Mapping[str, Any] = {
     "model_type": "qwen2",

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from base_files.errors import BaseFilesError
 from server.errors import StartError
 
 USAGE = """\
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     try:
         return COMMANDS[name](given)
-    except StartError as error:
+    except (StartError, BaseFilesError) as error:
         print(f"quickchange: {error}", file=sys.stderr)
         return 1
 

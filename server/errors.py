@@ -17,10 +17,12 @@ QuickchangeError
 ├── AdapterError                a folder that is not served, and why
 │   └── AdapterRejected
 └── StartError                  the server does not start
-    ├── BaseModelNotFound
     ├── BaseModelRefused
     ├── SettingsError
     └── StartFailed
+
+A base that is not there, or whose files cannot be read, is an error of ``base_files.errors``, a tree of its own that
+the trainer shares. No request can raise one: ``__main__`` shows it as it shows a ``StartError``.
 """
 
 from __future__ import annotations
@@ -165,10 +167,6 @@ class AdapterRejected(AdapterError):
 
 class StartError(QuickchangeError):
     """The server does not start."""
-
-
-class BaseModelNotFound(StartError):
-    """Neither a folder, nor a hub id that can be had, nor the embedded base."""
 
 
 class BaseModelRefused(StartError):

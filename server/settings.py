@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-EMBEDDED_BASE = "micro"
+from base_files.locate import EMBEDDED_BASE
 
 
 class Settings(BaseSettings):

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from trainer.base_files import find_base
+from base_files.errors import BaseFilesError
+from base_files.fingerprint import base_fingerprint, base_fingerprint_v2
+from base_files.locate import EMBEDDED_BASE, find_base
 from trainer.errors import BaseModelError
-from trainer.fingerprint import base_fingerprint, base_fingerprint_v2
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,13 @@ class Base:
 
 
 def load_base(base_model: str) -> Base:
-    """The base in float32 with its tokenizer. Remote code and pickled weights are never read."""
-    name, folder = find_base(base_model)
-    fingerprint, fingerprint_v2 = base_fingerprint(folder), base_fingerprint_v2(folder)
+    """The base in float32 with its tokenizer. Remote code and pickled weights are never read.
+
+    Raises ``BaseModelError``.
+    """
     try:
+        folder = find_base(base_model)
+        fingerprint, fingerprint_v2 = base_fingerprint(folder), base_fingerprint_v2(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -39,6 +43,8 @@ def load_base(base_model: str) -> Base:
             local_files_only=True,
             attn_implementation="sdpa",
         )
+    except BaseFilesError as error:
+        raise BaseModelError(str(error)) from error
     except (OSError, ValueError, ImportError) as error:
         raise BaseModelError(f"base_model {base_model!r}: transformers cannot load {folder}: {error}") from error
     if tokenizer.chat_template is None or tokenizer.eos_token_id is None or not tokenizer.is_fast:
@@ -47,5 +53,12 @@ def load_base(base_model: str) -> Base:
             "use an instruction-tuned base"
         )
     model.requires_grad_(False)
+    name = _name(base_model, folder)
     model.name_or_path = name  # PEFT writes it into adapter_config.json, where a path of this machine helps nobody
     return Base(name, folder, fingerprint, fingerprint_v2, model, tokenizer)
+
+
+def _name(base_model: str, folder: Path) -> str:
+    """``micro`` or a hub id as it is; a folder's name without its path."""
+    is_path = base_model != EMBEDDED_BASE and Path(base_model).expanduser().is_dir()
+    return folder.resolve().name if is_path else base_model

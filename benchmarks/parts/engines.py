@@ -12,13 +12,13 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from base_files.locate import find_base
 from server.adapters.content.manifest import Limits, read_manifest
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
 from server.engine.slots import SlotTable
 from server.lora.weights import LoRAWeights
 from server.metrics import Metrics
-from server.model.base_folder import find_base
 from server.model.device import available_threads
 from server.model.kv_cache import KVLayout
 from server.model.loader import Base, load_base

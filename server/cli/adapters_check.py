@@ -8,6 +8,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from base_files.locate import find_base, num_weight_bytes
 from server.adapters.content.doctor import Examination
 from server.adapters.content.manifest import Manifest
 from server.adapters.names import is_name
@@ -16,7 +17,6 @@ from server.cli.folders import adapter_folders
 from server.cli.options import command_parser, parse_options
 from server.cli.settings import parse_settings
 from server.cli.terminal import say, say_row
-from server.model.base_folder import find_base, num_weight_bytes
 from server.settings import Settings
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from base_files.locate import find_base
 from server.adapters.content.folder import CONFIG_FILE, WEIGHTS_FILE
 from server.cli.adapters_add import shown_size
 from server.cli.convert_format import Format, default_name, find_source, format_of, publish_converted, read_source
@@ -21,7 +22,6 @@ from server.cli.options import command_parser, parse_options
 from server.cli.publish import NotPublished, choose_target, published_folder
 from server.cli.settings import parse_settings
 from server.cli.terminal import say
-from server.model.base_folder import find_base
 from server.settings import Settings
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from base_files.locate import base_on_disk
 from server.adapters.aliases import ALIASES_FILE, MAX_ALIASES_BYTES, Alias, parse_aliases
 from server.adapters.content.folder import UNREAD_FILES, read_file, sub_folders
 from server.adapters.content.manifest import Manifest
@@ -20,7 +21,6 @@ from server.cli.options import command_parser, parse_options
 from server.cli.settings import parse_settings
 from server.cli.terminal import say
 from server.errors import SettingsError
-from server.model.base_folder import base_on_disk
 from server.settings import Settings
 
 if TYPE_CHECKING:

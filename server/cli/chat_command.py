@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 
 import httpx
 
+from base_files.locate import base_on_disk
 from server.cli.chat import run_chat
 from server.cli.options import command_parser, parse_options
 from server.cli.serve_command import bind
 from server.cli.settings import parse_settings
 from server.errors import StartError
-from server.model.base_folder import base_on_disk
 from server.settings import Settings
 
 DESCRIPTION = """\

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from base_files.gguf import GGUFFile, is_gguf, read_gguf
 from server.adapters.content.file_kinds import kind_of_bytes
 from server.adapters.content.module_names import ModuleNames
 from server.adapters.content.words import first
-from server.cli.gguf_file import GGUFFile, is_gguf, read_gguf
 from server.cli.publish import NotPublished
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from base_files.safetensors_header import TensorEntry, parse_header
 from server.adapters.content.file_kinds import kind_of_bytes
 from server.adapters.content.folder import CONFIG_FILE, MAX_JSON_BYTES, WEIGHTS_FILE
 from server.adapters.content.module_names import ModuleNames
-from server.adapters.content.safetensors import TensorEntry, read_header
 from server.adapters.content.signature import BaseSignature
 from server.adapters.content.words import first
 from server.cli.publish import NotPublished
@@ -137,7 +137,7 @@ def read_mlx(folder: Path, *, max_bytes: int) -> MLXAdapter:
         )
     data = _read(folder / MLX_WEIGHTS_FILE, max_bytes)
     try:
-        entries = read_header(data)
+        entries = parse_header(data)
     except ValueError as error:
         what = kind_of_bytes(MLX_WEIGHTS_FILE, data) or f"{MLX_WEIGHTS_FILE}: {error}"
         raise NotPublished(f"{folder}: {what}") from None

@@ -6,10 +6,11 @@ import os
 from importlib.resources import files
 from pathlib import Path
 
+from base_files.locate import EMBEDDED_BASE
 from server.adapters.content.manifest import Limits
 from server.adapters.versions import VersionStore
 from server.errors import SettingsError
-from server.settings import EMBEDDED_BASE, Settings
+from server.settings import Settings
 
 
 def limits_of(settings: Settings) -> Limits:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import socket
 from collections.abc import Sequence
 
+from base_files.locate import base_on_disk
 from server.cli.allocation import keep_freed_memory
 from server.cli.folders import check_folders
 from server.cli.settings import parse_settings
 from server.errors import SettingsError
-from server.model.base_folder import base_on_disk
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -23,6 +23,8 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from base_files.fingerprint import base_fingerprint, base_fingerprint_v2
+from base_files.locate import find_base, num_weight_bytes, weight_files
 from cpu_kernels.routine import available
 from server.adapters.content.signature import BaseSignature
 from server.adapters.content.templates import default_template
@@ -30,13 +32,11 @@ from server.errors import BaseModelRefused, SettingsError
 from server.lora import module_bypass
 from server.model.admission import admit
 from server.model.attention import FlatAttention, Layout
-from server.model.base_folder import find_base, num_weight_bytes, weight_files
 from server.model.base_tokenizer import tokenizer_signature
 from server.model.batched_attention import BatchedAttention
 from server.model.calibration import Calibration
 from server.model.compiling import Compiling
 from server.model.device import choose_device, choose_dtype, choose_float_dtype, choose_kv_dtype, prepare
-from server.model.fingerprint import base_fingerprint, base_fingerprint_v2
 from server.model.fused_layers import fuse_layers
 from server.model.fused_norms import fuse_norms
 from server.model.kv_cache import KVLayout, LayerShape, Span, longest_within
@@ -98,7 +98,7 @@ def load_base(
     """Load the base that the setting names; ``kv_memory``, in bytes, bounds its longest sequence.
 
     With ``quantization`` "int8" its linears and embedding become integers; ``outlier_cache`` keeps what that measures.
-    Raises ``BaseModelNotFound``, ``BaseModelRefused`` or ``SettingsError``.
+    Raises a ``BaseFilesError``, ``BaseModelRefused`` or ``SettingsError``.
     """
     folder = find_base(base_model)
     config = _config(folder)

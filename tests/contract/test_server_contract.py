@@ -12,7 +12,6 @@ from transformers import AutoTokenizer
 
 from server.adapters.content.sidecar import parse_sidecar
 from server.api.chat import led_by
-from server.model.fingerprint import base_fingerprint
 from server.text.prompt import PromptRenderer
 
 HERE = Path(__file__).parent
@@ -37,11 +36,6 @@ def test_an_invalid_sidecar_is_refused_with_the_field(path: Path) -> None:
         jsonschema.validate(_load(path), SCHEMA)
     with pytest.raises(ValueError, match=r"quickchange\.json: "):
         parse_sidecar(_load(path))
-
-
-@pytest.mark.parametrize("case", _load(HERE / "fingerprint.json")["cases"], ids=lambda case: case["folder"])
-def test_the_fingerprint_is_the_trainers(case: dict[str, str]) -> None:
-    assert base_fingerprint(HERE / case["folder"]) == case["fingerprint"]
 
 
 @pytest.mark.parametrize("case", _load(HERE / "messages_to_ids.json")["cases"], ids=lambda case: case["name"])

@@ -16,7 +16,6 @@ from pydantic import ValidationError
 from transformers import AutoTokenizer
 
 from trainer.conversations import with_system_prompt
-from trainer.fingerprint import base_fingerprint
 from trainer.generate import prompt_ids
 from trainer.masking import encode_conversation
 from trainer.sidecar import Sidecar
@@ -31,13 +30,7 @@ def _read(path: Path) -> Any:
 
 
 SCHEMA = _read(HERE / "sidecar.schema.json")
-FINGERPRINTS = _read(HERE / "fingerprint.json")["cases"]
 PROMPTS = _read(HERE / "messages_to_ids.json")
-
-
-@pytest.mark.parametrize("case", FINGERPRINTS, ids=lambda case: case["folder"])
-def test_a_base_has_the_golden_fingerprint(case: dict[str, str]) -> None:
-    assert base_fingerprint(HERE / case["folder"]) == case["fingerprint"]
 
 
 @pytest.mark.parametrize("path", VALID, ids=lambda path: path.stem)

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from transformers import AutoTokenizer
 
-from server.model.base_folder import find_base
+from base_files.locate import find_base
 from tests.serving import ServerProcess
 
 CHAT = "/v1/chat/completions"

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from base_files.locate import find_base
 from server.adapters.content.manifest import Limits, read_manifest
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
 from server.engine.slots import SlotTable
 from server.metrics import Metrics
 from server.model import loader
-from server.model.base_folder import find_base
 from server.model.batched_attention import BatchedAttention
 from server.model.kv_cache import KVLayout
 from server.model.loader import Base, load_base, load_stock

@@ -182,10 +182,10 @@ def test_what_does_not_fit_the_base_is_not_published(
 
 
 def test_a_base_that_is_not_there_is_told_before_anything_is_loaded(source: Path, tmp_path: Path) -> None:
-    from server.errors import BaseModelNotFound
+    from base_files.errors import BaseNotFound
 
     folder = write_mlx(tmp_path / "pirate", source)
-    with pytest.raises(BaseModelNotFound):
+    with pytest.raises(BaseNotFound):
         convert(folder, tmp_path / "no base", tmp_path)
     assert published(tmp_path) == []
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from base_files.locate import find_base
 from benchmarks.parts.perplexity import LENGTH, Comparison, Reader, compare, own_texts
 from server.model import quantizer
-from server.model.base_folder import find_base
 from server.model.loader import load_base, load_stock
 from server.quantization.kernels import Kernel, weight_levels
 from server.quantization.linear import PackedProduct

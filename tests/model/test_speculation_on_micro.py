@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from base_files.locate import find_base
 from server.adapters.content.manifest import Limits, read_manifest
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
 from server.metrics import Metrics
-from server.model.base_folder import find_base
 from server.model.loader import Base, load_base, load_stock
 from server.model.runner import ModelRunner
 from server.quantization.native import native_kernels

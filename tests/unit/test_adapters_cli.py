@@ -14,10 +14,10 @@ import pytest
 import safetensors.torch
 import torch
 
+from base_files.fingerprint import base_fingerprint_v2
 from server.__main__ import main
 from server.adapters.versions import Pin, VersionStore
 from server.cli.adapters import COMMANDS
-from server.model.fingerprint import base_fingerprint_v2
 from tests.adapter_folders import Shelf, make, tensors, write
 from tests.serving import ROOT
 from tests.tiny_models import build_tiny_base

@@ -14,6 +14,7 @@ import httpx
 import pytest
 from safetensors.torch import load_file
 
+from base_files.locate import find_base
 from benchmarks.parts.figures import percentile, spread, table
 from benchmarks.parts.jobs import WORDS, Job, Measure, Mix, Span, Workload
 from benchmarks.parts.load_report import as_table, summary
@@ -23,7 +24,6 @@ from benchmarks.parts.random_adapters import write_adapters
 from benchmarks.parts.raw_client import EventCounter
 from benchmarks.parts.requests import Client, Record
 from benchmarks.parts.step_timers import Stack
-from server.model.base_folder import find_base
 
 
 def workload(**changes: object) -> Workload:

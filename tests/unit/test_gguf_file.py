@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 
-from server.cli.gguf_file import is_gguf, read_gguf
+from base_files.gguf import is_gguf, read_gguf
 
 KEY, TENSOR = b"general.name", b"blk.0.attn_q.weight.lora_a"
 

@@ -1,4 +1,4 @@
-"""What server and trainer fetch of a base from a hub: one set of weights, and the small files it needs."""
+"""What is fetched of a base from a hub: one set of weights, and the small files it needs."""
 
 from __future__ import annotations
 
@@ -10,11 +10,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub.utils._paths import filter_repo_objects
 
-import server.model.base_folder
-import trainer.base_files
-from server.errors import BaseModelNotFound, BaseModelRefused
-from server.model.base_folder import num_weight_bytes
-from trainer.errors import BaseModelError
+from base_files.errors import BaseMalformed, BaseNotFound
+from base_files.locate import find_base, num_weight_bytes
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -77,58 +74,38 @@ class FakeHub:
         return {str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file()}
 
 
-def by_server(base_model: str) -> Path:
-    return server.model.base_folder.find_base(base_model)
-
-
-def by_trainer(base_model: str) -> Path:
-    return trainer.base_files.find_base(base_model)[1]
-
-
 @pytest.fixture
 def make_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[str]], FakeHub]:
     def make(files: Sequence[str]) -> FakeHub:
         hub = FakeHub(tmp_path, files)
         monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
-        monkeypatch.setattr(trainer.base_files, "snapshot_download", hub)
         return hub
 
     return make
 
 
-@pytest.mark.parametrize("find", [by_server, by_trainer])
-def test_of_a_base_in_shards_the_index_says_what_is_fetched(
-    find: Callable[[str], Path], make_hub: Callable[[Sequence[str]], FakeHub]
-) -> None:
+def test_of_a_base_in_shards_the_index_says_what_is_fetched(make_hub: Callable[[Sequence[str]], FakeHub]) -> None:
     """Mistral's repositories have the same weights a second time, in one file, which was fetched and counted, too."""
     hub = make_hub([*SMALL, *SHARDS, "model.safetensors.index.json", *OTHERS])
-    assert find("someone/base") == hub.folder
+    assert find_base("someone/base") == hub.folder
     assert hub.fetched == {*SMALL, *SHARDS, "model.safetensors.index.json"}
     assert hub.revisions == [None, REVISION], "the weights are of the commit whose index was read"
 
 
-@pytest.mark.parametrize("find", [by_server, by_trainer])
-def test_of_a_base_in_one_file_this_is_fetched(
-    find: Callable[[str], Path], make_hub: Callable[[Sequence[str]], FakeHub]
-) -> None:
+def test_of_a_base_in_one_file_this_is_fetched(make_hub: Callable[[Sequence[str]], FakeHub]) -> None:
     hub = make_hub([*SMALL, "model.safetensors", *OTHERS])
-    assert find("someone/base") == hub.folder
+    assert find_base("someone/base") == hub.folder
     assert hub.fetched == {*SMALL, "model.safetensors"}
 
 
-@pytest.mark.parametrize(("find", "error"), [(by_server, BaseModelNotFound), (by_trainer, BaseModelError)])
 @pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": 3}'])
 def test_an_index_that_names_no_files_is_a_base_that_cannot_be_had(
-    index: str,
-    find: Callable[[str], Path],
-    error: type[Exception],
-    make_hub: Callable[[Sequence[str]], FakeHub],
-    monkeypatch: pytest.MonkeyPatch,
+    index: str, make_hub: Callable[[Sequence[str]], FakeHub], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(f"{__name__}.INDEX", index)
     make_hub([*SMALL, *SHARDS, "model.safetensors.index.json"])
-    with pytest.raises(error, match="someone/base"):
-        find("someone/base")
+    with pytest.raises(BaseNotFound, match="someone/base"):
+        find_base("someone/base")
 
 
 def test_only_the_files_that_are_loaded_count(tmp_path: Path) -> None:
@@ -144,5 +121,5 @@ def test_only_the_files_that_are_loaded_count(tmp_path: Path) -> None:
 
 def test_a_shard_that_is_missing_is_told(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(INDEX, encoding="utf-8")
-    with pytest.raises(BaseModelRefused, match=SHARDS[0]):
+    with pytest.raises(BaseMalformed, match=SHARDS[0]):
         num_weight_bytes(tmp_path)

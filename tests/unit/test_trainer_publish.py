@@ -12,11 +12,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from base_files.fingerprint import base_fingerprint, base_fingerprint_v2
 from tests.tiny_models import build_tiny_base
 from trainer import publish as publish_module
 from trainer import run as run_module
 from trainer.__main__ import main
-from trainer.fingerprint import base_fingerprint, base_fingerprint_v2
 from trainer.generate import cut_at_stop
 from trainer.loss import full_logits
 from trainer.micro.tokenizer import END

@@ -10,13 +10,13 @@ import torch
 from peft import PeftModel
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
+from base_files.fingerprint import base_fingerprint
 from tests.tiny_models import build_tiny_base
 from trainer.base import Base, load_base
 from trainer.batches import Batch, collate, plan_steps
 from trainer.config import LoraSettings, TrainConfig
 from trainer.data import Dataset
 from trainer.errors import BaseModelError, RecipeError, TrainingError
-from trainer.fingerprint import base_fingerprint
 from trainer.loss import TokenLoss, full_logits
 from trainer.masking import IGNORED, Encoded
 from trainer.train import accumulate, add_lora, lr_scale, train, uses_bfloat16
@@ -209,8 +209,8 @@ def test_the_fingerprint_knows_other_weights_and_another_config(tmp_path: Path) 
 def test_a_file_that_is_no_safetensors_is_refused(tmp_path: Path, content: bytes) -> None:
     folder = build_tiny_base(tmp_path / "base")
     (folder / "model.safetensors").write_bytes(content)
-    with pytest.raises(BaseModelError, match="no fingerprint"):
-        base_fingerprint(folder)
+    with pytest.raises(BaseModelError, match="missing or malformed"):
+        load_base(str(folder))
 
 
 def test_a_base_that_is_nowhere_is_refused() -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from base_files.safetensors_header import TensorEntry
 from server.adapters.content.folder import (
     CONFIG_FILE,
     MAX_JSON_BYTES,
@@ -42,7 +43,6 @@ from server.adapters.content.manners import AdapterDefaults
 from server.adapters.content.opening import Folder, PermissionDenied
 from server.adapters.content.peft_config import FIELDS, READ, LoRAConfig, parse_peft_config
 from server.adapters.content.plan import LowRank, Plan, PlanError, make_plan
-from server.adapters.content.safetensors import TensorEntry
 from server.adapters.content.sidecar import Sidecar, base_check, parse_sidecar
 from server.errors import AdapterRejected
 

@@ -16,13 +16,14 @@ from pathlib import Path
 from server.adapters.content.added_tokens import listed_in_head
 from server.adapters.content.file_kinds import kind_of_bytes, what_is_missing
 from server.adapters.content.opening import PASSING, Folder, PermissionDenied, leads_inside
-from server.adapters.content.safetensors import MAX_HEADER_BYTES
 
 CONFIG_FILE, WEIGHTS_FILE, SIDECAR_FILE = "adapter_config.json", "adapter_model.safetensors", "quickchange.json"
 TEMPLATE_FILE, TOKENIZER_FILE = "chat_template.jinja", "tokenizer_config.json"
 TOKENS_FILE, ADDED_FILE = "tokenizer.json", "added_tokens.json"
 GENERATION_FILE, SOURCE_FILE = "generation_config.json", "source.json"
 MAX_JSON_BYTES = 1024 * 1024
+MAX_HEADER_BYTES = 16 * MAX_JSON_BYTES
+"""Of the weights file."""
 OPTIONAL_FILES = {
     SIDECAR_FILE: MAX_JSON_BYTES,
     TEMPLATE_FILE: MAX_JSON_BYTES,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from base_files.safetensors_header import DTYPE_BYTES, TensorEntry, parse_header
 from server.adapters.content.added_tokens import (
     SECTIONS,
     AddedToken,
@@ -27,6 +29,7 @@ from server.adapters.content.folder import (
     ADDED_FILE,
     CONFIG_FILE,
     GENERATION_FILE,
+    MAX_HEADER_BYTES,
     SIDECAR_FILE,
     SOURCE_FILE,
     TEMPLATE_FILE,
@@ -40,7 +43,6 @@ from server.adapters.content.manners import AdapterDefaults, Neighbours, default
 from server.adapters.content.opening import PASSING
 from server.adapters.content.peft_config import LoRAConfig, parse_peft_config
 from server.adapters.content.plan import BaseSignature, Plan, PlanError, make_plan
-from server.adapters.content.safetensors import TensorEntry, read_header
 from server.adapters.content.sidecar import BaseCheck, Sidecar, base_check, parse_sidecar
 from server.adapters.content.templates import is_same
 from server.adapters.names import is_name
@@ -56,6 +58,9 @@ EXPONENTS: Mapping[str, tuple[np.dtype[Any], int]] = {
     "BF16": (np.dtype("<u2"), 0x7F80),
 }
 """How wide each format is, and which bits are its exponent."""
+
+_OTHER_DTYPE = re.compile(r"(?:[FIUC]|BF)\d{1,3}(?:_[A-Z0-9]{1,16})?")
+"""What names of number formats look like, those of 8 bits and fewer among them."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,7 @@ def read_manifest(path: Path, base: BaseSignature, limits: Limits, *, name: str 
     with _refusals(name or path.name):
         files = read_files(path, max_bytes=limits.max_bytes, roots=limits.roots)
         listing = _judge(path, base, limits, name or path.name, files)
-        check_values(files.weights, read_header(files.weights))
+        check_values(files.weights, weights_header(files.weights, files.weights_size))
         check_tokenizer(files, base)
         files = files if listing.defaults.added_tokens else _without_idle_tokenizer(files, base)
         weights_digest = _digest(files.config, files.weights)
@@ -180,9 +185,22 @@ def _judge(path: Path, base: BaseSignature, limits: Limits, name: str, files: Ad
 def weights_header(data: bytes, size: int) -> Mapping[str, TensorEntry]:
     """The weights file's tensors. Raises ``ValueError`` that names the file, and what it is where it is another one."""
     try:
-        return read_header(data, size)
+        entries = parse_header(data, size, max_bytes=MAX_HEADER_BYTES)
+        for entry in entries.values():
+            _check_dtype(entry)
     except ValueError as error:
         raise ValueError(kind_of_bytes(WEIGHTS_FILE, data) or f"{WEIGHTS_FILE}: {error}") from None
+    return entries
+
+
+def _check_dtype(entry: TensorEntry) -> None:
+    if entry.dtype in DTYPE_BYTES:
+        return
+    if not _OTHER_DTYPE.fullmatch(entry.dtype):
+        raise ValueError(f"the header's entry for tensor {entry.name!r} is malformed")
+    raise ValueError(
+        f"tensor {entry.name!r} has the type {entry.dtype}, which is not served: save it as F32, F16 or BF16"
+    )
 
 
 def parse_json(data: bytes, name: str) -> Any:

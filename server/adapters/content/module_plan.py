@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from server.adapters.content.safetensors import TensorEntry
+from base_files.safetensors_header import TensorEntry
 from server.adapters.content.signature import ModuleShape
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from base_files.safetensors_header import TensorEntry
 from server.adapters.content.module_plan import LowRank, ModulePlan, TokenRows
 from server.adapters.content.peft_config import LoRAConfig
-from server.adapters.content.safetensors import TensorEntry
 from server.adapters.content.signature import ModuleShape
 from server.adapters.content.tensor_names import ModuleTensors
 

@@ -9,12 +9,12 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+from base_files.safetensors_header import TensorEntry
 from server.adapters.content.fit import problems_of
 from server.adapters.content.module_names import ModuleNames
 from server.adapters.content.module_plan import LowRank, ModulePlan, TokenRows
 from server.adapters.content.parts import module_plan
 from server.adapters.content.peft_config import LoRAConfig
-from server.adapters.content.safetensors import TensorEntry
 from server.adapters.content.signature import BaseSignature, ModuleShape, embedding, linear
 from server.adapters.content.targets import target_problems
 from server.adapters.content.tensor_names import ModuleTensors, SortedTensors, sort_tensors

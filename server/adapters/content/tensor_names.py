@@ -13,8 +13,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from base_files.safetensors_header import TensorEntry
 from server.adapters.content.module_names import PREFIX, ModuleNames, trained_name, without_hooks
-from server.adapters.content.safetensors import TensorEntry
 
 _ADAPTER = r"(?:\.(?P<adapter>(?!(?:weight|bias)$)[^.]+))?"
 _ROLES = (

@@ -1,0 +1,28 @@
+"""What can be wrong with the files of a base.
+
+BaseFilesError
+├── BaseNotFound       neither 'micro', nor a folder with a model, nor a hub id that can be fetched
+└── BaseMalformed      config.json or the weight files are missing, cut off, or not in their format
+"""
+
+from __future__ import annotations
+
+
+class BaseFilesError(Exception):
+    """The root. ``str(error)`` is a sentence for the person who chose the base."""
+
+
+class BaseNotFound(BaseFilesError):
+    """``base_model`` is what was asked for."""
+
+    def __init__(self, base_model: str, reason: str) -> None:
+        self.base_model = base_model
+        super().__init__(f"there is no base model {base_model!r}: {reason}")
+
+
+class BaseMalformed(BaseFilesError):
+    """``name`` is that of the base's folder."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        self.name, self.reason = name, reason
+        super().__init__(f"base model {name!r} cannot be read: {reason}")

@@ -1,0 +1,108 @@
+"""Where the files of a base are. Imports nothing heavy, so that a wrong ``base_model`` is told at once."""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+
+from base_files.errors import BaseMalformed, BaseNotFound
+
+EMBEDDED_BASE = "micro"
+WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+
+_SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
+_NESTED_FILES = ["*/*"]
+_NAMED_TEMPLATES = "additional_chat_templates/*.jinja"
+
+
+def find_base(base_model: str) -> Path:
+    """The folder of the embedded base, of a base on disk, or of one from the hub (fetched once, then cached).
+
+    Raises ``BaseNotFound``.
+    """
+    return base_on_disk(base_model) or _from_hub(base_model)
+
+
+def base_on_disk(base_model: str) -> Path | None:
+    """The folder of the embedded base or of a base on disk; None for a hub id. Raises ``BaseNotFound`` otherwise."""
+    if base_model == EMBEDDED_BASE:
+        return _embedded_base()
+    folder = Path(base_model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise BaseNotFound(base_model, "the folder has no config.json: is it a model as transformers saves it?")
+        return folder
+    if folder.is_absolute() or base_model.startswith(".") or base_model.count("/") != 1:
+        raise BaseNotFound(
+            base_model,
+            "no such folder; base_model must be 'micro', an existing folder, or a hub id such as "
+            "'Qwen/Qwen2.5-0.5B-Instruct'",
+        )
+    return None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers loads: ``model.safetensors``, or the shards that the index names, by name.
+
+    Raises ``BaseMalformed`` where the index cannot be read.
+    """
+    single = folder / WEIGHTS_FILE
+    if single.exists():
+        return [single]
+    with malformed_if_unreadable(folder):
+        return [folder / name for name in _shards(folder)]
+
+
+def num_weight_bytes(folder: Path) -> int:
+    """Size of the weight files in bytes. Raises ``BaseMalformed`` where one is missing."""
+    with malformed_if_unreadable(folder):
+        return sum(path.stat().st_size for path in weight_files(folder))
+
+
+@contextmanager
+def malformed_if_unreadable(folder: Path) -> Iterator[None]:
+    """Turns every error of missing or malformed files into ``BaseMalformed``."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BaseMalformed(folder.name, f"config.json or its safetensors are missing or malformed: {error}") from error
+
+
+def _embedded_base() -> Path:
+    try:
+        folder = Path(str(files("micro_base")))
+    except ModuleNotFoundError as error:
+        raise BaseNotFound(EMBEDDED_BASE, "the package micro_base is not installed") from error
+    if not (folder / "config.json").is_file():
+        raise BaseNotFound(EMBEDDED_BASE, f"{folder} has no config.json; name another base_model")
+    return folder
+
+
+def _shards(folder: Path) -> list[str]:
+    index = json.loads((folder / INDEX_FILE).read_bytes())
+    return sorted(set(index["weight_map"].values()))
+
+
+def _from_hub(repo_id: str) -> Path:
+    """Fetches the small files first, then only the weights that the index among them names.
+
+    Repositories hold the same weights in several formats and folders. The second call names the commit that the first
+    one found, which is the name of its folder.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(repo_id, allow_patterns=_SMALL_FILES, ignore_patterns=_NESTED_FILES))
+        weights = _shards(folder) if (folder / INDEX_FILE).exists() else [WEIGHTS_FILE]
+        wanted = [*map(glob.escape, weights), _NAMED_TEMPLATES]
+        return Path(snapshot_download(repo_id, revision=folder.name, allow_patterns=wanted))
+    except Exception as error:
+        raise BaseNotFound(
+            repo_id,
+            f"it is no folder here and could not be had from the hub ({type(error).__name__}): check the name and the "
+            "network, or name a folder",
+        ) from error
