@@ -25,7 +25,7 @@ from benchmarks.parts.figures import median, table
 from server.cli.allocation import keep_freed_memory
 from server.model.device import available_threads
 from server.model.sampler import Sampler
-from server.sequence import Draw, SamplingParams, Sequence
+from server.sequence import Draw, SampledToken, SamplingParams, Sequence
 
 SETTINGS = {
     "greedy": SamplingParams(temperature=0.0),
@@ -61,7 +61,7 @@ class Stopwatch(Sampler):
 
     seconds = 0.0
 
-    def sample(self, logits: torch.Tensor, draws: SequenceOf[Draw]) -> list[int | None]:
+    def sample(self, logits: torch.Tensor, draws: SequenceOf[Draw]) -> list[SampledToken | None]:
         """As the server's."""
         since = time.perf_counter()
         tokens = super().sample(logits, draws)

@@ -94,11 +94,11 @@ class Bench:
             outputs = engine.step()
             engine.account(outputs, 0.0)
             for output in outputs:
-                number, token = output.sequence_id, output.token_id
+                number, token = output.sequence_id, output.token
                 if token is None or number in stopped:
                     continue
-                side.answers[number].append(token)
-                detokenizers[number - first].push(token)
+                side.answers[number].append(token.id)
+                detokenizers[number - first].push(token.id)
                 if detokenizers[number - first].stopped:
                     stopped.add(number)
                     engine.abort(number)

@@ -28,6 +28,7 @@ class SamplingParams:
     """How the next token is chosen. ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off.
 
     ``processors`` are names and values of those that change the logits before (``model/logits/registry.py``).
+    ``num_logprobs`` asks for log probabilities: of the chosen token, and of so many of the likeliest.
     """
 
     temperature: float = 1.0
@@ -36,6 +37,7 @@ class SamplingParams:
     min_p: float = 0.0
     seed: int | None = None
     processors: tuple[tuple[str, Any], ...] = ()
+    num_logprobs: int | None = None
 
     @property
     def greedy(self) -> bool:
@@ -136,6 +138,17 @@ class Segment:
         return [*self.sequence.ids(self.start, self.end), *self.drafts]
 
 
+class SampledToken(NamedTuple):
+    """A chosen token. Where its sequence asks for log probabilities: its own, and ids and those of the likeliest.
+
+    They are the model's, before processors, temperature and filters; ``top_logprobs`` begin with the likeliest.
+    """
+
+    id: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
 class Draw(NamedTuple):
     """A token to be drawn: the ``number``-th of a sequence's output, where the one before it came out as ``given``."""
 
@@ -200,7 +213,7 @@ class StepOutput:
     """One token of a sequence, its end, or both; a step may yield several. ``failed`` says why it could not go on."""
 
     sequence_id: int
-    token_id: int | None
+    token: SampledToken | None
     finish_reason: FinishReason | None = None
     failed: str | None = None
 

@@ -29,7 +29,7 @@ from server.api.app import ServerState
 from server.engine.async_engine import AsyncEngine
 from server.errors import EngineUnavailable, GenerationFailed, QueueFull
 from server.metrics import Metrics
-from server.sequence import AdapterUse, FinishReason, SamplingParams, StepOutput
+from server.sequence import AdapterUse, FinishReason, SampledToken, SamplingParams, StepOutput
 from server.text.prompt import PromptRenderer
 
 SPECIAL = ("<|pad|>", "<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
@@ -90,9 +90,9 @@ class Script:
         """The steps of one sequence."""
         ids = encode(self.text) if self.ids is None else self.ids
         body, last = (ids[:-1], ids[-1]) if self.then == "length" else (ids, EOS)
-        yield from (StepOutput(sequence_id, token) for token in body)
+        yield from (StepOutput(sequence_id, SampledToken(token)) for token in body)
         if self.then in ("stop", "length"):
-            yield StepOutput(sequence_id, last, FinishReason(self.then))
+            yield StepOutput(sequence_id, SampledToken(last), FinishReason(self.then))
 
 
 @dataclass(eq=False)

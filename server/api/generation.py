@@ -72,10 +72,10 @@ class Choice:
     def take(self, output: StepOutput) -> Delta:
         """The step's output as text. A stop string ends the sequence, whatever the engine goes on to say."""
         text = ""
-        if output.token_id is not None:
+        if output.token is not None:
             self._count_token()
-            ended = output.finish_reason is FinishReason.STOP and output.token_id in self.eos_ids
-            text = "" if ended else self.detokenizer.push(output.token_id)
+            ended = output.finish_reason is FinishReason.STOP and output.token.id in self.eos_ids
+            text = "" if ended else self.detokenizer.push(output.token.id)
         if output.finish_reason is not None:
             text += self.detokenizer.finish()
         self.finish_reason = FinishReason.STOP if self.detokenizer.stopped else output.finish_reason

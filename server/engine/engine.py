@@ -88,8 +88,8 @@ class Engine:
         """A token or more for every sequence whose prompt is computed, a chunk further for the others."""
         self.batch = self.runner.arrange(self.scheduler.schedule())
         logits = self.runner.run(self.batch)
-        token_ids = self.sampler.sample(logits, self.batch.draws)
-        return self.scheduler.update(self.batch, token_ids)
+        tokens = self.sampler.sample(logits, self.batch.draws)
+        return self.scheduler.update(self.batch, tokens)
 
     def account(self, outputs: list[StepOutput], seconds: float) -> None:
         """Count the last step."""

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable
 from server.engine.slots import SlotTable
 from server.engine.speculation import Speculation
 from server.integrity import ensure
-from server.sequence import Batch, FinishReason, Segment, Sequence, SequenceStatus, StepOutput
+from server.sequence import Batch, FinishReason, SampledToken, Segment, Sequence, SequenceStatus, StepOutput
 
 
 class Scheduler:
@@ -122,15 +122,15 @@ class Scheduler:
         ensure(bool(segments), "there are sequences, and nothing to compute of them")
         return Batch(tuple(segments), self.slots.begin(segments))
 
-    def update(self, batch: Batch, token_ids: Iterable[int | None]) -> list[StepOutput]:
-        """Book what the step computed. ``token_ids`` are of ``batch.draws``, None where no token could be chosen."""
-        drawn = deque(token_ids)
+    def update(self, batch: Batch, sampled: Iterable[SampledToken | None]) -> list[StepOutput]:
+        """Book what the step computed. ``sampled`` are of ``batch.draws``, None where no token could be chosen."""
+        remaining = deque(sampled)
         outputs: list[StepOutput] = []
         for segment in batch.segments:
-            tokens = [drawn.popleft() for _ in range(segment.num_sampled)]
+            tokens = [remaining.popleft() for _ in range(segment.num_sampled)]
             segment.sequence.num_computed = segment.end
             outputs += self._accept(segment, tokens) if tokens else ()
-        ensure(not drawn, "there are more tokens than rows that yield one")
+        ensure(not remaining, "there are more tokens than rows that yield one")
         return outputs
 
     def check_integrity(self) -> None:
@@ -152,28 +152,28 @@ class Scheduler:
             sequence.status = SequenceStatus.RUNNING
             self.slots.place(sequence)
 
-    def _accept(self, segment: Segment, tokens: list[int | None]) -> list[StepOutput]:
+    def _accept(self, segment: Segment, tokens: list[SampledToken | None]) -> list[StepOutput]:
         """The next token, and one more for each draft that it, or the one before, has come out as."""
         sequence, outputs = segment.sequence, [self._append(segment.sequence, tokens[0])]
         for draft, before, token in zip(segment.drafts, tokens, tokens[1:], strict=False):
-            if outputs[-1].last or draft != before:
+            if outputs[-1].last or before is None or draft != before.id:
                 break
             sequence.num_computed += 1
             outputs.append(self._append(sequence, token))
         if self.speculation is not None:
-            self.speculation.learn(segment, sum(output.token_id is not None for output in outputs))
+            self.speculation.learn(segment, sum(output.token is not None for output in outputs))
         return outputs
 
-    def _append(self, sequence: Sequence, token_id: int | None) -> StepOutput:
-        if token_id is None:
+    def _append(self, sequence: Sequence, token: SampledToken | None) -> StepOutput:
+        if token is None:
             sequence.num_computed = 0  # what it leaves behind may be as broken
             self._finish(sequence)
             return StepOutput(sequence.id, None, failed="the model gave no finite scores for the next token")
-        sequence.output_ids.append(token_id)
-        reason = self._finish_reason(sequence, token_id)
+        sequence.output_ids.append(token.id)
+        reason = self._finish_reason(sequence, token.id)
         if reason is not None:
             self._finish(sequence)
-        return StepOutput(sequence.id, token_id, reason)
+        return StepOutput(sequence.id, token, reason)
 
     def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
         if token_id in sequence.eos_ids:

@@ -13,7 +13,8 @@ import torch
 from server.model.blocks import largest
 from server.model.drawing import draw_tokens
 from server.model.logits.registry import LogitsProcessing
-from server.sequence import Draw
+from server.model.logprobs import sampled_tokens
+from server.sequence import Draw, SampledToken
 
 
 class Sampler:
@@ -22,14 +23,15 @@ class Sampler:
     def __init__(self) -> None:
         self._processing = LogitsProcessing()
 
-    def sample(self, logits: torch.Tensor, draws: SequenceOf[Draw]) -> list[int | None]:
+    def sample(self, logits: torch.Tensor, draws: SequenceOf[Draw]) -> list[SampledToken | None]:
         """A token for each row of ``logits`` [len(draws), vocab].
 
         None where the row is not finite, and where the token before did not come out as the draw has it given.
         """
         if not draws:
             return []
-        logits = self._processing(logits.float(), draws)
+        raw_logits = logits.float()
+        logits = self._processing(raw_logits, draws)
         values, likeliest = largest(logits)
         finite, greedy = values.isfinite().tolist(), likeliest.tolist()  # of a row with NaN the largest is NaN
         chosen: list[int | None] = [
@@ -40,7 +42,7 @@ class Sampler:
             selected = logits if len(rows) == len(draws) else logits[rows]
             for row, token in zip(rows, draw_tokens(selected, [draws[row] for row in rows]), strict=True):
                 chosen[row] = token
-        return _until_a_draft_is_wrong(chosen, draws)
+        return sampled_tokens(raw_logits, _until_a_draft_is_wrong(chosen, draws), draws)
 
 
 def _until_a_draft_is_wrong(chosen: SequenceOf[int | None], draws: SequenceOf[Draw]) -> list[int | None]:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
+
+import torch
+
 from server.engine.engine import Engine
-from server.sequence import Sequence, StepOutput
+from server.model.sampler import Sampler
+from server.sequence import Draw, Sequence, StepOutput
 
 made: list[Engine] = []
 """Those of the test at hand, by ``tracked``."""
@@ -13,6 +19,16 @@ def tracked(engine: Engine) -> Engine:
     """The engine, whose books are to be right when the test ends."""
     made.append(engine)
     return engine
+
+
+def token_ids(outputs: Iterable[StepOutput]) -> list[int | None]:
+    """The token of each output."""
+    return [output.token and output.token.id for output in outputs]
+
+
+def sample(logits: torch.Tensor, draws: SequenceOf[Draw]) -> list[int | None]:
+    """The ids that a sampler of its own chooses."""
+    return [token and token.id for token in Sampler().sample(logits, draws)]
 
 
 def step(engine: Engine) -> list[StepOutput]:

@@ -28,7 +28,7 @@ from server.model.rope import fix_rope
 from server.model.runner import ModelRunner
 from server.model.sampler import Sampler
 from server.quantization.kernels import Kernel
-from server.sequence import AdapterUse, Draw, SamplingParams
+from server.sequence import AdapterUse, Draw, SampledToken, SamplingParams
 from server.sequence import Sequence as Generation
 from tests.model.families import CONTEXT, VOCAB_SIZE
 from tests.model.held import held_bytes
@@ -46,7 +46,7 @@ class RecordingSampler(Sampler):
         super().__init__()
         self.logits: dict[int, list[torch.Tensor]] = {}
 
-    def sample(self, logits: torch.Tensor, draws: Sequence[Draw]) -> list[int | None]:
+    def sample(self, logits: torch.Tensor, draws: Sequence[Draw]) -> list[SampledToken | None]:
         """As the server's."""
         assert len(logits) == len(draws)
         tokens = super().sample(logits, draws)

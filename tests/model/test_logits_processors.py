@@ -12,8 +12,8 @@ from transformers import MinNewTokensLengthLogitsProcessor, RepetitionPenaltyLog
 
 from server.api.protocol import processed_fields
 from server.model.logits.registry import PROCESSORS, LogitsProcessing
-from server.model.sampler import Sampler
 from server.sequence import Draw, SamplingParams, Sequence
+from tests.model.engines import sample
 
 VOCAB = 6
 LOGITS = [2.0, -1.0, 0.5, 0.0, 3.0, -2.0]
@@ -133,13 +133,13 @@ def test_greedy_and_sampled_rows_alike_are_chosen_from_processed_logits() -> Non
     logits = torch.tensor([LOGITS])
     for temperature in (0.0, 1.0):
         params = SamplingParams(temperature=temperature, seed=1, processors=(("logit_bias", ((3, 100.0),)),))
-        assert Sampler().sample(logits, [Draw(Sequence(1, (1,), 9, params), 0)]) == [3]
+        assert sample(logits, [Draw(Sequence(1, (1,), 9, params), 0)]) == [3]
 
 
 def test_a_row_that_is_not_finite_fails_with_processors_as_without() -> None:
     logits = torch.tensor([LOGITS, [torch.nan] * VOCAB, LOGITS])
     one = sequence([4], frequency_penalty=1.0, repetition_penalty=1.2, min_tokens=2)
-    assert Sampler().sample(logits, [Draw(one, 1)] * 3) == [0, None, 0]
+    assert sample(logits, [Draw(one, 1)] * 3) == [0, None, 0]
 
 
 def test_what_was_counted_goes_with_the_sequence() -> None:

@@ -25,9 +25,9 @@ from transformers import (
 from server.model.blocks import block_sums
 from server.model.categorical import on_host
 from server.model.random_numbers import exponentials, stream
-from server.model.sampler import Sampler
 from server.model.top_p import redraw_outside
 from server.sequence import Draw, SamplingParams, Sequence
+from tests.model.engines import sample
 
 VOCAB = 60
 LARGE_VOCAB = 151_936
@@ -65,7 +65,7 @@ def firsts(*sequences: Sequence) -> list[Draw]:
 
 def draw_all(logits: torch.Tensor, drawn: Sequence) -> list[int | None]:
     """One token after another from rows of logits [tokens, vocab]."""
-    return [Sampler().sample(row, [Draw(drawn, number)])[0] for number, row in enumerate(logits.split(1))]
+    return [sample(row, [Draw(drawn, number)])[0] for number, row in enumerate(logits.split(1))]
 
 
 def stock(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
@@ -99,7 +99,7 @@ def all_draws(logits: torch.Tensor, params: SamplingParams, count: int) -> list[
     batch = 32 if len(logits) == LARGE_VOCAB else 250
     for first in range(0, count, batch):
         draws = [Draw(drawn, number) for number in range(first, min(first + batch, count))]
-        tokens += Sampler().sample(logits.expand(len(draws), -1), draws)
+        tokens += sample(logits.expand(len(draws), -1), draws)
     return [token for token in tokens if token is not None]
 
 
@@ -237,7 +237,7 @@ def test_nothing_is_sorted_and_no_device_needs_double_precision(params: Sampling
     logits = rows(3, vocab=LARGE_VOCAB)
     logits[1] /= 6
     with recorded() as operations:
-        assert None not in Sampler().sample(logits, firsts(*[Sequence(n, (1,), 9, params) for n in range(3)]))
+        assert None not in sample(logits, firsts(*[Sequence(n, (1,), 9, params) for n in range(3)]))
     names = {name for name, _ in operations}
     assert names >= {"amax", "_softmax"}
     assert names.isdisjoint({"sort", "argsort", "msort", "_unique2", "multinomial"})
@@ -247,7 +247,7 @@ def test_nothing_is_sorted_and_no_device_needs_double_precision(params: Sampling
 def test_greedy_takes_the_likeliest() -> None:
     logits = rows(5)
     sequences = [sequence(n, temperature=temperature) for n, temperature in enumerate((0, 0.0, 1e-5, 0, 0))]
-    assert Sampler().sample(logits, firsts(*sequences)) == logits.argmax(-1).tolist()
+    assert sample(logits, firsts(*sequences)) == logits.argmax(-1).tolist()
 
 
 def test_a_seed_gives_the_same_tokens_in_any_batch() -> None:
@@ -257,7 +257,7 @@ def test_a_seed_gives_the_same_tokens_in_any_batch() -> None:
     for step, logits in enumerate(steps):
         order = [0, 1, 2, 3] if step % 2 else [2, 3, 1, 0]
         draws = [Draw(one if row == 2 else sequence(90 + row, seed=row or None), step) for row in order]
-        beside.append(Sampler().sample(logits[order], draws)[order.index(2)])
+        beside.append(sample(logits[order], draws)[order.index(2)])
     assert beside == by_itself
     assert len(set(by_itself)) > 1
 
@@ -268,14 +268,14 @@ def test_a_token_is_the_same_alone_and_among_any_neighbours_with_any_number_of_t
     settings = [*SETTINGS, SamplingParams(temperature=0), SamplingParams(top_p=0.9), SamplingParams(top_k=50)]
     logits = rows(len(settings), vocab=vocab)
     draws = [Draw(Sequence(n, (1,), 9, replace(params, seed=n)), n) for n, params in enumerate(settings)]
-    alone = [Sampler().sample(logits[n : n + 1], draws[n : n + 1])[0] for n in range(len(draws))]
+    alone = [sample(logits[n : n + 1], draws[n : n + 1])[0] for n in range(len(draws))]
     weights = [row[None].softmax(-1) for row in logits]
     threads = torch.get_num_threads()
     try:
         for number, num_threads in enumerate((1, 2, 3)):
             torch.set_num_threads(num_threads)
             order = random.Random(number).sample(range(len(draws)), len(draws) - 4 * number)
-            tokens = Sampler().sample(logits[order], [draws[n] for n in order])
+            tokens = sample(logits[order], [draws[n] for n in order])
             assert tokens == [alone[n] for n in order]
             together = logits[order].softmax(-1)
             assert torch.equal(together, torch.cat([weights[n] for n in order]))
@@ -295,7 +295,7 @@ def test_another_seed_gives_other_tokens_and_no_seed_other_ones_each_time() -> N
 
 def test_the_global_generator_is_left_alone() -> None:
     state = torch.get_rng_state()
-    Sampler().sample(rows(2), firsts(sequence(1), sequence(2, seed=3)))
+    sample(rows(2), firsts(sequence(1), sequence(2, seed=3)))
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -305,9 +305,9 @@ def test_rows_that_are_not_finite_fail_alone() -> None:
     logits[4, 7] = -math.inf
     for params in ({"temperature": 0.0}, {"temperature": 1.0}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}):
         sequences = [sequence(n, seed=n, **params) for n in range(5)]
-        tokens = Sampler().sample(logits, firsts(*sequences))
+        tokens = sample(logits, firsts(*sequences))
         assert [token is None for token in tokens] == [True, True, False, True, False]
-        assert tokens[2] == Sampler().sample(logits[2:3], firsts(sequences[2]))[0]
+        assert tokens[2] == sample(logits[2:3], firsts(sequences[2]))[0]
         assert tokens[4] != 7
 
 
@@ -315,10 +315,10 @@ def test_a_token_is_drawn_by_its_seed_and_number_alone() -> None:
     """Whatever was drawn before it: with drafts, several tokens are drawn at once, and some of them in vain."""
     logits, one = rows(6), sequence(1, seed=5, temperature=2.0)
     in_order = draw_all(logits, one)
-    backwards = [Sampler().sample(logits[number : number + 1], [Draw(one, number)])[0] for number in range(5, -1, -1)]
+    backwards = [sample(logits[number : number + 1], [Draw(one, number)])[0] for number in range(5, -1, -1)]
     assert backwards[::-1] == in_order
     drafts = [Draw(one, 0), *(Draw(one, number, in_order[number - 1]) for number in range(1, 6))]
-    assert Sampler().sample(logits, drafts) == in_order
+    assert sample(logits, drafts) == in_order
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -327,7 +327,7 @@ def test_nothing_is_drawn_behind_a_draft_that_was_wrong(temperature: float) -> N
     right = draw_all(logits, one)
     wrong = (right[1] or 0) + 1
     draws = [Draw(one, 0), Draw(one, 1, right[0]), Draw(one, 2, wrong), Draw(one, 3, right[2])]
-    assert Sampler().sample(logits, draws) == [right[0], right[1], None, None]
+    assert sample(logits, draws) == [right[0], right[1], None, None]
 
 
 def test_random_numbers_are_exponential_and_those_of_neighbouring_streams_have_nothing_in_common() -> None:
@@ -349,11 +349,11 @@ def test_random_numbers_are_exponential_and_those_of_neighbouring_streams_have_n
 
 
 def test_no_rows_no_tokens() -> None:
-    assert Sampler().sample(torch.empty(0, VOCAB), []) == []
+    assert sample(torch.empty(0, VOCAB), []) == []
 
 
 def test_half_precision_logits_are_drawn_in_single() -> None:
     logits = rows(3).bfloat16()
     sequences = [sequence(n, temperature=1.2, top_p=0.9, seed=n) for n in range(3)]
     draws = firsts(*sequences)
-    assert Sampler().sample(logits, draws) == Sampler().sample(logits.float(), draws)
+    assert sample(logits, draws) == sample(logits.float(), draws)

@@ -13,8 +13,8 @@ from server.engine.slots import SlotTable
 from server.lora.weights import LoRAWeights
 from server.metrics import Metrics
 from server.model.sampler import Sampler
-from server.sequence import AdapterUse, Batch, FinishReason, SamplingParams, Sequence, SequenceStatus
-from tests.model.engines import finish, tracked
+from server.sequence import AdapterUse, Batch, FinishReason, SampledToken, SamplingParams, Sequence, SequenceStatus
+from tests.model.engines import finish, token_ids, tracked
 
 VOCAB = 50
 GREEDY = SamplingParams(temperature=0)
@@ -88,7 +88,7 @@ def test_a_prompt_longer_than_the_budget_goes_in_chunks_and_samples_once() -> No
     engine.add(ask(1, 20, tokens=2))
     outputs = finish(engine)
     assert [lengths(batch)[1] for batch in runner.batches] == [8, 8, 4, 1]
-    assert [output.token_id for output in outputs] == [runner.script(1, 0), runner.script(1, 1)]
+    assert token_ids(outputs) == [runner.script(1, 0), runner.script(1, 1)]
     assert runner.num_sampled == [0, 0, 1, 1]
 
 
@@ -193,7 +193,7 @@ def test_a_row_without_finite_logits_ends_its_sequence_alone(monkeypatch: pytest
     engine.add(ask(2, 2))
     outputs = finish(engine)
     assert [output.sequence_id for output in outputs if output.failed] == [1]
-    assert [output.token_id for output in outputs if output.sequence_id == 2] == [runner.script(2, n) for n in range(4)]
+    assert token_ids(output for output in outputs if output.sequence_id == 2) == [runner.script(2, n) for n in range(4)]
 
 
 def test_a_step_that_failed_is_given_up_and_the_queue_goes_on() -> None:
@@ -223,14 +223,14 @@ def test_whatever_comes_and_goes_everybody_gets_the_scripts_tokens(seed: int) ->
         engine.add(asked[number])
         for _ in range(source.randint(0, 3)):
             for output in [] if engine.idle else engine.step():
-                got.setdefault(output.sequence_id, []).append(output.token_id)
+                got.setdefault(output.sequence_id, []).extend(token_ids([output]))
         if source.random() < 0.2:
             gone = source.randint(0, number)
             aborted |= {gone} if asked[gone].status is not SequenceStatus.FINISHED else set()
             engine.abort(gone)
         engine.scheduler.check_integrity()
     for output in finish(engine):
-        got.setdefault(output.sequence_id, []).append(output.token_id)
+        got.setdefault(output.sequence_id, []).extend(token_ids([output]))
     for number, sequence in asked.items():
         tokens = got.get(number, [])
         assert tokens == [runner.script(number, n) for n in range(len(tokens))]
@@ -247,6 +247,6 @@ def test_what_a_sequence_without_finite_scores_has_computed_is_not_reused() -> N
     for number, token in enumerate((None, 5, 5)):
         sequence = Sequence(number, tuple(range(3, 43)), 1, SamplingParams(temperature=0))
         scheduler.add(sequence)
-        scheduler.update(scheduler.schedule(), [token])
+        scheduler.update(scheduler.schedule(), [None if token is None else SampledToken(token)])
         assert sequence.num_cached == (39 if number == 2 else 0)
         scheduler.check_integrity()

@@ -18,7 +18,7 @@ from server.lora.weights import LoRAWeights
 from server.metrics import Metrics
 from server.model.sampler import Sampler
 from server.sequence import AdapterUse, Batch, FinishReason, SamplingParams, Segment, Sequence
-from tests.model.engines import finish, step, tracked
+from tests.model.engines import finish, step, token_ids, tracked
 from tests.tables import wide
 
 VOCAB = 24
@@ -156,9 +156,9 @@ def play(number: int, drafts: int, *, penalized: bool = False) -> tuple[Said, in
     for sequence in random_asks(source, penalized=penalized):
         engine.add(sequence)
         for output in step(engine) if source.random() < 0.5 else ():
-            got.setdefault(output.sequence_id, []).append((output.token_id, output.finish_reason))
+            got.setdefault(output.sequence_id, []).append((token_ids([output])[0], output.finish_reason))
     for output in finish(engine):
-        got.setdefault(output.sequence_id, []).append((output.token_id, output.finish_reason))
+        got.setdefault(output.sequence_id, []).append((token_ids([output])[0], output.finish_reason))
     assert all(batch.num_rows <= 11 for batch in runner.batches)
     return got, len(runner.batches), count(engine, "accepted_draft_tokens")
 
@@ -195,7 +195,7 @@ def test_what_repeats_takes_a_fraction_of_the_steps_and_is_counted() -> None:
     engine, runner = make(counting)
     engine.add(ask(1, [0], max_tokens=60))
     outputs = finish(engine)
-    assert [output.token_id for output in outputs] == [(n + 1) % 10 for n in range(60)]
+    assert token_ids(outputs) == [(n + 1) % 10 for n in range(60)]
     assert len(runner.batches) < 30
     assert count(engine, "accepted_draft_tokens") == 60 - len(runner.batches)
     assert count(engine, "draft_tokens") == sum(len(s.drafts) for batch in runner.batches for s in batch.segments)
@@ -204,7 +204,7 @@ def test_what_repeats_takes_a_fraction_of_the_steps_and_is_counted() -> None:
 def test_a_prompt_is_looked_up_with_its_last_chunk() -> None:
     engine, runner = make(counting, budget=12)
     engine.add(ask(1, [*range(10), *range(7)], max_tokens=5))
-    assert [output.token_id for output in finish(engine)] == [7, 8, 9, 0, 1]
+    assert token_ids(finish(engine)) == [7, 8, 9, 0, 1]
     assert runner.batches[0].segments[0].length == 12
     assert runner.batches[1].segments[0].drafts == (7, 8, 9, 0)
     assert len(runner.batches) == 2
@@ -215,7 +215,7 @@ def test_max_tokens_ends_a_sequence_right_there(max_tokens: int) -> None:
     engine, _ = make(counting)
     engine.add(ask(1, [*range(10)] * 2, max_tokens=max_tokens))
     outputs = finish(engine)
-    assert [output.token_id for output in outputs] == [n % 10 for n in range(max_tokens)]
+    assert token_ids(outputs) == [n % 10 for n in range(max_tokens)]
     assert [output.finish_reason for output in outputs] == [None] * (max_tokens - 1) + [FinishReason.LENGTH]
 
 
@@ -233,7 +233,7 @@ def test_an_end_token_among_the_drafts_ends_the_sequence_with_nothing_after_it(e
     engine, runner = make(counting)
     engine.add(ask(1, [*range(10)] * 2, eos_ids=frozenset({eos})))
     outputs = finish(engine)
-    assert [output.token_id for output in outputs] == [*range(eos + 1)]
+    assert token_ids(outputs) == [*range(eos + 1)]
     assert outputs[-1].finish_reason is FinishReason.STOP
     assert all(eos not in segment.drafts[:-1] for batch in runner.batches for segment in batch.segments)
 
@@ -253,7 +253,7 @@ def test_an_abort_between_two_steps_leaves_the_next_one_alone() -> None:
     step(engine)
     engine.abort(1)
     engine.add(ask(2, [3], max_tokens=4))
-    assert [output.token_id for output in finish(engine)] == [4, 5, 6, 7]
+    assert token_ids(finish(engine)) == [4, 5, 6, 7]
 
 
 def test_a_row_that_is_not_finite_fails_its_sequence_where_it_is_reached() -> None:
@@ -268,9 +268,9 @@ def test_a_row_that_is_not_finite_fails_its_sequence_where_it_is_reached() -> No
     engine.add(ask(1, [*range(10)] * 2))
     engine.add(ask(2, [*range(10)] * 2, max_tokens=7))
     outputs = finish(engine)
-    assert [output.token_id for output in outputs if output.sequence_id == 1] == [0, 1, 2, 3, None]
+    assert token_ids(output for output in outputs if output.sequence_id == 1) == [0, 1, 2, 3, None]
     assert [output.failed is not None for output in outputs if output.sequence_id == 1] == [False] * 4 + [True]
-    assert [output.token_id for output in outputs if output.sequence_id == 2] == [*range(7)]
+    assert token_ids(output for output in outputs if output.sequence_id == 2) == [*range(7)]
 
 
 def test_drafts_take_only_what_the_budget_leaves() -> None:

@@ -16,7 +16,8 @@ from server.errors import EngineUnavailable, GenerationFailed, QueueFull
 from server.lora.weights import LoRAWeights
 from server.metrics import Metrics
 from server.model.sampler import Sampler
-from server.sequence import Batch, FinishReason, SamplingParams, Sequence, StepOutput
+from server.sequence import Batch, FinishReason, SampledToken, SamplingParams, Sequence, StepOutput
+from tests.model.engines import token_ids
 
 EOS = 9
 
@@ -82,7 +83,7 @@ def submit(engine: AsyncEngine, *, start: int = 1, max_tokens: int = 50) -> Outp
 
 
 async def tokens(stream: OutputStream) -> list[int | None]:
-    return [output.token_id async for output in stream]
+    return token_ids([output async for output in stream])
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -93,7 +94,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 async def test_a_sequence_ends_at_its_eos(engine: AsyncEngine) -> None:
     outputs = [output async for output in submit(engine, start=5)]
-    assert [output.token_id for output in outputs] == [6, 7, 8, 9]
+    assert token_ids(outputs) == [6, 7, 8, 9]
     assert outputs[-1].finish_reason is FinishReason.STOP
 
 
@@ -122,13 +123,13 @@ async def test_nothing_comes_from_a_stream_that_was_closed_among_the_tokens_of_o
     closed: list[int] = []
     stream = OutputStream(Sequence(1, (3,), 3, SamplingParams()), closed.append)
     for token in (5, 6, 7):
-        stream.put(StepOutput(1, token))
-    got = []
+        stream.put(StepOutput(1, SampledToken(token)))
+    got: list[StepOutput] = []
     async for output in stream:
-        got.append(output.token_id)
-        if output.token_id == 6:
+        got.append(output)
+        if output.token == SampledToken(6):
             stream.close()
-    assert (got, closed) == ([5, 6], [1])
+    assert (token_ids(got), closed) == ([5, 6], [1])
 
 
 async def test_a_full_queue_refuses_at_once(engine: AsyncEngine, runner: ScriptedRunner) -> None:

@@ -20,7 +20,7 @@ from server.integrity import IntegrityError
 from server.lora.weights import LoRAWeights
 from server.metrics import ENGINE_FAILURES, Metrics
 from server.model.sampler import Sampler
-from server.sequence import Batch, ReleaseTail, SamplingParams, Sequence, SequenceStatus
+from server.sequence import Batch, ReleaseTail, SampledToken, SamplingParams, Sequence, SequenceStatus
 from tests.unit.test_async_engine import EOS, ScriptedRunner, tokens, until
 
 PROMPT = (1,) * 20
@@ -296,7 +296,7 @@ def test_mending_keeps_running_sequences_where_it_can_and_ends_them_where_it_can
     running = [Sequence(number, PROMPT, 5, SamplingParams()) for number in (1, 2)]
     for sequence in running:
         scheduler.add(sequence)
-    scheduler.update(scheduler.schedule(), [7, 7])
+    scheduler.update(scheduler.schedule(), [SampledToken(7), SampledToken(7)])
     scheduler.slots.num_bytes += 1
     assert scheduler.mend() == []
     scheduler.check_integrity()

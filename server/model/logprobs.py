@@ -1,0 +1,55 @@
+"""Log probabilities of chosen tokens and of the likeliest ones, by the model's own distribution.
+
+That is the softmax of its logits as they are: before penalties, biases, temperature and filters, as in OpenAI's API and
+in vLLM (there ``raw_logprobs``). Only rows whose sequences ask for it are looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+
+import numpy as np
+import torch
+
+from server.model.blocks import block_sums
+from server.model.categorical import Doubles, on_host, totals
+from server.model.top_k import likeliest
+from server.sequence import Draw, SampledToken
+
+
+def sampled_tokens(
+    logits: torch.Tensor, token_ids: SequenceOf[int | None], draws: SequenceOf[Draw]
+) -> list[SampledToken | None]:
+    """The chosen tokens, with log probabilities by logits [len(draws), vocab] where their sequences ask for them."""
+    tokens = [None if token_id is None else SampledToken(token_id) for token_id in token_ids]
+    rows = [
+        row
+        for row, draw in enumerate(draws)
+        if draw.sequence.params.num_logprobs is not None and token_ids[row] is not None
+    ]
+    if rows:
+        _add_logprobs(tokens, rows, logits[rows], [draws[row].sequence.params.num_logprobs or 0 for row in rows])
+    return tokens
+
+
+def _add_logprobs(
+    tokens: list[SampledToken | None], rows: SequenceOf[int], logits: torch.Tensor, counts: SequenceOf[int]
+) -> None:
+    """Put in the log probabilities of the tokens of ``rows``, by their logits [len(rows), vocab] in float32."""
+    width = min(max(counts), logits.shape[1])
+    chosen = [token.id for token in (tokens[row] for row in rows) if token is not None]
+    ids = torch.tensor(chosen, device=logits.device)[:, None]
+    if width:
+        ids = torch.cat([ids, likeliest(logits, width)], dim=1)
+    logprobs = on_host(logits.gather(1, ids)) - _log_totals(logits)[:, None]
+    for row, count, row_ids, row_logprobs in zip(rows, counts, ids.tolist(), logprobs.tolist(), strict=True):
+        top = sorted(zip(row_ids[1:], row_logprobs[1:], strict=True), key=lambda pair: (-pair[1], pair[0]))
+        tokens[row] = SampledToken(row_ids[0], row_logprobs[0], tuple(top[:count]))
+
+
+def _log_totals(logits: torch.Tensor) -> Doubles:
+    """The logarithm of the sum of the exponentials of each row of logits [rows, vocab]; blocks of a row in doubles."""
+    largest = logits.amax(-1, keepdim=True)
+    sums = totals(on_host(block_sums((logits - largest).exp_())))
+    log_sums: Doubles = np.log(sums)
+    return log_sums + on_host(largest)[:, 0]
