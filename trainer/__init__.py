@@ -1,8 +1,9 @@
 """Trains LoRA adapters on a CPU and publishes them as folders.
 
 Reading order: ``__main__`` (the commands), ``config`` (what a recipe may say), ``run`` (from a recipe to a folder),
-``base`` (the model, found by ``base_files``), ``data`` with ``conversations``, ``passages`` and
-``masking`` (sources become token ids with a loss mask), ``train`` with ``batches`` and ``loss`` (the loop), ``publish``
-with ``sidecar`` and ``card`` (the folder, checked after it was written).
-``micro`` is the code that made the embedded base. Never imports ``server``.
+``base`` (the model, found by ``base_files``), ``data`` with ``conversations``, ``passages``, ``books`` and ``masking``
+(sources become token ids with a loss mask), ``train`` with ``batches`` and ``loss`` (the loop),
+``publish`` with ``sidecar`` and ``card`` (the folder, checked after it was written).
+``micro`` made the embedded base and ``recipes`` its demo adapters; the wheel has neither, so nothing else here imports
+them. Never imports ``server``.
 """

@@ -1,9 +1,11 @@
-"""The adapter's card: ``README.md`` as hubs read it, with ``loss.png`` beside it."""
+"""The adapter's card: ``README.md`` as hubs read it, with ``loss.png`` beside it where matplotlib is installed."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
@@ -34,15 +36,25 @@ def render_card(config: TrainConfig, sidecar: Sidecar, samples: Sequence[Sample]
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {config.name}",
         config.description,
         _facts(config, sidecar),
-        "![Loss by step](loss.png)",
+        "![Loss by step](loss.png)" if can_plot() else "",
         _samples(samples),
         f"## Recipe\n\n```yaml\n{_recipe(sidecar)}```",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def can_plot() -> bool:
+    return find_spec("matplotlib") is not None
+
+
 def plot_loss(history: History, path: Path) -> None:
-    """Training and held-out loss by step, as PNG."""
+    """Training and held-out loss by step, as PNG; without matplotlib, a sentence that says what is missing."""
+    if not can_plot():
+        print(
+            f"no {path.name}: matplotlib draws it, and is not installed; pip install 'quickchange[plot]'",
+            file=sys.stderr,
+        )
+        return
     import matplotlib  # takes a second to import, and only a finished run needs it
 
     matplotlib.use("Agg")

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from trainer.books import clean
 from trainer.config import OPENING, TextSource
 from trainer.conversations import Located, read_text
-from trainer.micro.books import clean
 
 MIN_OPENING_CHARS = 40
 _SENTENCE_BORDER = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][\"')])\s+")

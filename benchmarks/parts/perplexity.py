@@ -20,7 +20,7 @@ from server.model.loader import Base
 from server.model.runner import ModelRunner
 from server.sequence import AdapterUse, Batch, SamplingParams, Segment
 from server.sequence import Sequence as Generation
-from trainer.micro.books import clean
+from trainer.books import clean
 from trainer.micro.conversation import Conversation
 from trainer.micro.corpus import conversation
 from trainer.recipes import demos

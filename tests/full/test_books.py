@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trainer.micro.books import read_folder
+from trainer.books import read_folder
 
 
 def test_what_is_left_of_a_book_is_its_prose(books: Path) -> None:

@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from tests.serving import ROOT
-from trainer.micro.books import clean
+from trainer.books import clean
 
 BASE = ROOT / "micro_base"
 NUM_WINDOWS, LENGTH = 40, 256

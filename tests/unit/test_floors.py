@@ -14,6 +14,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 
@@ -191,7 +192,8 @@ def test_the_lowest_floors_load_without_torch() -> None:
 
 def test_whatever_is_imported_is_a_declared_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    declared = {re.split(r"[^\w.-]", line, maxsplit=1)[0].lower() for line in project["dependencies"]}
+    requirements = [*project["dependencies"], *project["optional-dependencies"]["plot"]]
+    declared = {Requirement(line).name.lower() for line in requirements}
     pinned = {"pydantic_core", "llvmlite"}  # by pydantic and Numba, to the digit or nearly
     used = {name.split(".")[0] for path in sources("server", "trainer", *SHARED) for name in imports_of(path)}
     foreign = used - sys.stdlib_module_names - {"server", "trainer", "micro_base", *SHARED} - pinned

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from base_files.fingerprint import base_fingerprint, base_fingerprint_v2
 from tests.tiny_models import build_tiny_base
+from trainer import card
 from trainer import publish as publish_module
 from trainer import run as run_module
 from trainer.__main__ import main
@@ -215,3 +216,14 @@ def test_bad_data_and_a_context_too_long_exit_with_2(recipe: Path, capsys: pytes
 def test_an_answer_ends_before_its_first_stop_string() -> None:
     assert cut_at_stop("one ### two --- three", ["---", "###"]) == "one "
     assert cut_at_stop("one", ["#"]) == "one"
+
+
+def test_without_matplotlib_a_card_has_no_picture_and_the_command_that_installs_it_is_printed(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(card, "find_spec", lambda name: None)
+    assert _train(recipe) == 0
+    folder = recipe.parent / "out" / "fox"
+    assert {path.name for path in folder.iterdir()} == PUBLISHED - {"loss.png"}
+    assert "loss.png" not in (folder / "README.md").read_text(encoding="utf-8")
+    assert "pip install 'quickchange[plot]'" in capsys.readouterr().err

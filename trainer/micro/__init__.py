@@ -1,5 +1,5 @@
 """The making of ``micro``, the embedded base: corpus, tokenizer, training, model card.
 
-Reading order: ``books`` and ``topics`` (the two sources of text), ``corpus`` (their mixture), ``tokenizer``,
+Reading order: ``trainer.books`` and ``topics`` (the two sources of text), ``corpus`` (their mixture), ``tokenizer``,
 ``pretrain``, ``card``.
 """

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from trainer.micro import books
+from trainer import books
 from trainer.micro.corpus import TOPICS
 from trainer.micro.pretrain import PretrainConfig
 from trainer.micro.topics.python_facts import facts

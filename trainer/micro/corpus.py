@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from trainer import books
 from trainer.masking import IGNORED, encode_conversation
-from trainer.micro import books
 from trainer.micro.conversation import Conversation
 from trainer.micro.tokenizer import END_OF_TEXT, SPECIAL_TOKENS, VOCAB_SIZE
 from trainer.micro.topics import (

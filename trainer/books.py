@@ -1,4 +1,4 @@
-"""Prose for the base: public-domain books, cleaned of what is not prose."""
+"""Public-domain books, cleaned of what is not prose."""
 
 from __future__ import annotations
 
