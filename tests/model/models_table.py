@@ -16,22 +16,22 @@ _HEAD = """\
 
 <!-- Written by `python -m tests.model.models_table`; a test keeps it true. Do not edit by hand. -->
 
-The server runs the modelling code of transformers, with many sequences laid end to end in one row. Most architectures
-come out right that way, some do not, and those would be wrong without a word. So at every start a small random copy of
-the base's config is run both ways, by the stock code and by ours, and the base is refused where the logits differ
-(`server/model/admission.py`; a second or less). No list is consulted: an architecture that is not in this table is
-judged like the others. The table is what the test says with the versions that the project is tested with.
+The server runs the modelling code of transformers on flat batches: the rows of all sequences, concatenated in one row. Most
+architectures compute correct results that way. Some do not, and give wrong results without an error. So at every start a small random
+copy of the base's config is run by the stock code and by the server's, and the base is refused if the logits differ
+(`server/model/admission.py`; a second or less). No list of architectures is used: one that is not in this table is
+tested like the others. The table holds the results with the versions that the project is tested with.
 
-- **Length:** a sequence may be as long as `max_position_embeddings` of the base's config, or as the setting
-  `max_model_len` where it is less.
+- **Length:** the maximum length of a sequence is `max_position_embeddings` of the base's config, or the setting
+  `max_model_len` if that is less.
 - **RoPE that depends on length** (`longrope`, `dynamic`): the frequencies are chosen once at start, for
   `max_model_len`. The stock code chooses them by the longest sequence in the batch. So with a `max_model_len` beyond
-  the length a Phi-3 was trained on first (`original_max_position_embeddings`), short prompts use the long factors too;
-  set `max_model_len` to that length or less to have the short ones.
-- **Adapters** may touch every linear layer, norm and router that sees all rows of the batch, the embedding, the head,
-  and the parameters of a mixture's experts. Linears inside an expert see only some rows: an adapter on them is refused.
+  `original_max_position_embeddings` of a Phi-3, short prompts use the long factors too;
+  set `max_model_len` to that length or less to use the short ones.
+- **Adapters** may change every linear layer, norm and router that sees all rows of the batch, the embedding, the head,
+  and the parameters of a mixture's experts. Linear layers inside an expert see only some rows: an adapter on them is refused.
 
-| architecture | `model_type` | served | why not |
+| architecture | `model_type` | served | reason |
 |---|---|---|---|
 """
 
