@@ -29,7 +29,8 @@ tested like the others. The table holds the results with the versions that the p
   `original_max_position_embeddings` of a Phi-3, short prompts use the long factors too;
   set `max_model_len` to that length or less to use the short ones.
 - **Adapters** may change every linear layer, norm and router that sees all rows of the batch, the embedding, the head,
-  and the parameters of a mixture's experts. Linear layers inside an expert see only some rows: an adapter on them is refused.
+  and the parameters of a mixture's experts. Linear layers inside an expert see only some rows: an adapter on them is
+  refused.
 
 | architecture | `model_type` | served | reason |
 |---|---|---|---|
