@@ -16,9 +16,10 @@ _HEAD = """\
 
 <!-- Written by `python -m tests.model.models_table`; a test keeps it true. Do not edit by hand. -->
 
-The server runs the modelling code of transformers on flat batches: the rows of all sequences, concatenated in one row. Most
-architectures compute correct results that way. Some do not, and give wrong results without an error. So at every start a small random
-copy of the base's config is run by the stock code and by the server's, and the base is refused if the logits differ
+The server runs the modelling code of transformers on flat batches: the rows of all sequences, concatenated in one row.
+Most architectures compute correct results that way. Some do not, and give wrong results without an error. So at every
+start a small random copy of the base's config is run by the stock code and by the server's, and the base is refused if
+the logits differ
 (`server/model/admission.py`; a second or less). No list of architectures is used: one that is not in this table is
 tested like the others. The table holds the results with the versions that the project is tested with.
 
