@@ -31,7 +31,6 @@ SIDES = (("quiet", False), ("long prompts", True))
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_workload(parser)
     parser.set_defaults(output_tokens=Span(256, 256), prompt_tokens=Span(64, 64))
@@ -91,7 +90,6 @@ def gaps_of(records: Sequence[Record], phase: Phase) -> list[float]:
 
 
 def joined(rounds: Sequence[Sequence[float]]) -> list[float]:
-    """The samples of all rounds."""
     return list(itertools.chain.from_iterable(rounds))
 
 

@@ -36,18 +36,15 @@ def make_adapters(folder: Path, count: int) -> int:
 
 
 def names(count: int) -> list[str]:
-    """Those that are asked in turn."""
     return [f"adapter-{number}" for number in range(count)]
 
 
 def body(model: str, max_tokens: int) -> dict[str, Any]:
-    """A greedy request."""
     messages = [{"role": "user", "content": QUESTION}]
     return {"model": model, "messages": messages, "temperature": 0, "max_tokens": max_tokens, "stream": True}
 
 
 def times_of(client: httpx.Client, request: dict[str, Any]) -> Iterator[float]:
-    """When each piece of the answer came."""
     with client.stream("POST", "/v1/chat/completions", json=request, timeout=60) as response:
         response.raise_for_status()
         for line in response.iter_lines():
@@ -70,7 +67,6 @@ def stream_until(over: threading.Event, url: str) -> list[float]:
 
 
 def ask_once(client: httpx.Client, model: str) -> None:
-    """A short answer, read to its end."""
     list(times_of(client, body(model, 4)))
 
 
@@ -108,7 +104,6 @@ def round_of(server: ServerProcess, options: argparse.Namespace) -> dict[str, fl
 
 
 def main() -> None:
-    """Measure and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, default=4)
     parser.add_argument("--adapters", type=int, default=12)

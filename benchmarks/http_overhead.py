@@ -30,7 +30,6 @@ from tests.serving import ServerProcess, running_server
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="micro", help="'micro' or a folder")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
@@ -56,7 +55,6 @@ class OverHttp:
         self.num_tokens = 0
 
     def requests(self) -> list[bytes]:
-        """What goes over the wire."""
         base = self._server.models()[0]
         return [
             http_request(
@@ -74,7 +72,6 @@ class OverHttp:
         ]
 
     def __call__(self) -> float:
-        """One round: output tokens in a second."""
         requests = self.requests()
         client, server, since = time.process_time(), self._server.usage().cpu_seconds, time.perf_counter()
         self.num_tokens = asyncio.run(closed_loop(self._url, requests, self._options.clients))
@@ -93,14 +90,12 @@ class Straight:
         self.num_tokens = 0
 
     def __call__(self) -> float:
-        """One round: output tokens in a second."""
         eos_ids = self._engine.base.eos_ids
         seconds, self.num_tokens = self._engine.run_counted(self._asks, self._options.clients, eos_ids=eos_ids)
         return self.num_tokens / seconds
 
 
 def asks_of(options: argparse.Namespace, vocab_size: int) -> list[Ask]:
-    """The requests of every round."""
     rng = random.Random(0)
     return [
         Ask(
@@ -113,7 +108,6 @@ def asks_of(options: argparse.Namespace, vocab_size: int) -> list[Ask]:
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Pairs of both sides, and what the client took."""
     names = [f"a{number}" for number in range(options.num_adapters)]
     adapters = write_adapters(find_base(options.base), folder, names, rank=options.rank)
     length = options.prompt_tokens + options.output_tokens + 1

@@ -38,7 +38,6 @@ _BOOKS = ("Little-Women_514.txt", "The-Time-Machine_35.txt")
 
 
 def main() -> None:
-    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="micro", help="'micro', a folder, or a hub id")
     parser.add_argument("--data", type=Path, help="a folder with books")

@@ -58,7 +58,6 @@ def _load(base: str) -> Base:
 
 
 def _resident() -> float:
-    """Megabytes in memory now."""
     return _status("VmRSS") or _largest()
 
 
@@ -76,7 +75,6 @@ def _status(field: str) -> float | None:
 
 
 def main() -> None:
-    """Measure the base that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", help="'micro', a folder, or a hub id")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

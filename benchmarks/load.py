@@ -26,7 +26,6 @@ from benchmarks.parts.requests import Client, Record
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_workload(parser)
     parser.add_argument("--url", required=True)
@@ -100,7 +99,6 @@ async def run_load(
 
 
 async def measure_once(options: argparse.Namespace) -> tuple[list[Record], float, float]:
-    """One load, from connecting to the last answer."""
     client = Client(options.url, api_key=options.api_key, extra=options.extra, timeout=options.timeout)
     async with client.http:
         return await run_load(options, client, await workload_of(options, client))

@@ -56,7 +56,6 @@ class Body(nn.Module):
         self.inputs: list[torch.Tensor] = []
 
     def resize(self, rows: int) -> None:
-        """Inputs and results for so many rows."""
         self.inputs = [torch.randn(1, rows, self.sizes[group[0]][0]) for group in GROUPS]
         for module in self.modules():
             if isinstance(module, Result):
@@ -117,7 +116,6 @@ def loop(body: Body, adapters: list[LoRAWeights], counts: list[int]) -> Callable
 
 
 def banked(body: Body, bank: LoRABank, counts: list[int]) -> Callable[[], None]:
-    """As the engine does it."""
     batch = make_batch(counts)
 
     def step() -> None:
@@ -140,7 +138,6 @@ def median_pair(first: Callable[[], None], second: Callable[[], None], pairs: in
 
 
 def bytes_per_ms() -> float:
-    """How fast a large tensor is summed up."""
     large, best = torch.ones(1 << 26), float("inf")
     for _ in range(8):
         since = time.perf_counter()

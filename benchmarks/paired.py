@@ -53,7 +53,6 @@ class Bench:
 
     @property
     def ours(self) -> InProcessEngine:
-        """Our engine, with all adapters prepared."""
         if self._ours is None:
             given = self.options
             self._ours = in_process_engine(
@@ -69,7 +68,6 @@ class Bench:
 
     @property
     def _dtype(self) -> str:
-        """The floating-point format that ours has or began with."""
         return str(self.ours.base.model.dtype).removeprefix("torch.")
 
     def stock(self) -> Stock:
@@ -95,7 +93,6 @@ class Bench:
         ]
 
     def pairs(self, names: tuple[str, str], left: Round, right: Round) -> Pairs:
-        """Both sides in turn."""
         return alternate(names, (left, right), num_pairs=self.options.pairs, unit="output tokens/s")
 
     def alone(self, asks: Sequence[Ask], *, hold: int, num_clients: int | None = None) -> Round:
@@ -218,7 +215,6 @@ SCENARIOS: dict[str, Callable[[Bench], Pairs]] = {
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scenarios", nargs="+", choices=SCENARIOS, metavar="SCENARIO")
     parser.add_argument("--base", default="micro", help="'micro' or a folder")

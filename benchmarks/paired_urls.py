@@ -28,7 +28,6 @@ TIMES = (("time to first token", "ttft_ms"), ("time per output token", "time_per
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_workload(parser)
     parser.add_argument("--urls", nargs=2, required=True, metavar=("LEFT", "RIGHT"))

@@ -19,7 +19,6 @@ from benchmarks.parts.pairs import Pairs
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="micro", help="'micro' or a folder")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))

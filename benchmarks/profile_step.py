@@ -33,7 +33,6 @@ CONTEXT = 160
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="micro", help="'micro' or a folder")
     parser.add_argument("--adapters", type=Path, help="a folder of adapter folders: rows take them in turn")
@@ -56,7 +55,6 @@ class Profile:
         self._memory = torch.ones(1 << 27)
 
     def prompt(self, length: int) -> tuple[int, ...]:
-        """Random ids."""
         size = self.engine.base.vocab_size
         return tuple(self._rng.randrange(size // 16, size - 256) for _ in range(length))
 
@@ -111,7 +109,6 @@ def _share(step: Callable[[], object], bound: Callable[[], float]) -> float:
 
 
 def seconds_of(step: Callable[[], object]) -> float:
-    """One call."""
     since = time.perf_counter()
     step()
     return time.perf_counter() - since
@@ -148,7 +145,6 @@ class Sizes:
 
 
 def percent(share: float | None) -> str:
-    """For a table."""
     return "" if share is None else f"{100 * share:.0f} %"
 
 

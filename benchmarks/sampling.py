@@ -40,7 +40,6 @@ CONTEXT = 125
 
 
 def parse(arguments: SequenceOf[str] | None = None) -> argparse.Namespace:
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", help="'micro' or a folder: time within an engine's steps")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
@@ -62,7 +61,6 @@ class Stopwatch(Sampler):
     seconds = 0.0
 
     def sample(self, logits: torch.Tensor, draws: SequenceOf[Draw]) -> list[SampledToken | None]:
-        """As the server's."""
         since = time.perf_counter()
         tokens = super().sample(logits, draws)
         self.seconds = time.perf_counter() - since
@@ -118,7 +116,6 @@ def measure(step: Step, rounds: int) -> dict[str, tuple[float, float]]:
 
 
 def main() -> None:
-    """Measure and print a table."""
     options = parse()
     keep_freed_memory()
     torch.set_num_threads(available_threads())

@@ -49,7 +49,6 @@ class Side:
     seconds: list[float] = field(default_factory=list)
 
     def counted(self, name: str) -> int:
-        """A counter's value."""
         return int(self.engine.metrics.registry.get_sample_value(f"quickchange_{name}_total") or 0)
 
 
@@ -66,7 +65,6 @@ class Bench:
     at_once: int
 
     def side(self, drafts: int) -> Side:
-        """An engine that remembers nothing yet."""
         scheduler = Scheduler(
             max_num_seqs=self.at_once, max_num_batched_tokens=512, max_model_len=CONTEXT, max_draft_tokens=drafts
         )
@@ -118,7 +116,6 @@ def questions(base: Base, count: int) -> list[list[int]]:
 
 
 def build(options: argparse.Namespace) -> tuple[Bench, list[list[int]]]:
-    """The base with its adapter, and the prompts."""
     base = load_base(options.base, name="base", device="cpu", dtype=options.dtype, max_model_len=CONTEXT)
     runner = ModelRunner(base.model, base.attention, base.shapes, num_slots=options.at_once, max_len=CONTEXT)
     adapters: tuple[AdapterUse, ...] = ()
@@ -136,7 +133,6 @@ def build(options: argparse.Namespace) -> tuple[Bench, list[list[int]]]:
 
 
 def main() -> None:
-    """Measure and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="micro", help="'micro', a folder or a hub id")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))

@@ -20,21 +20,18 @@ usage: quickchange [serve] [--SETTING VALUE ...]            serve the base and i
 
 
 def serve(arguments: Sequence[str]) -> int:
-    """Serve until stopped."""
     from server.cli.serve_command import main
 
     return main(arguments)
 
 
 def chat(arguments: Sequence[str]) -> int:
-    """Talk to an adapter."""
     from server.cli.chat_command import main
 
     return main(arguments)
 
 
 def adapters(arguments: Sequence[str]) -> int:
-    """List, judge, pin and fetch adapters."""
     from server.cli.adapters import main
 
     return main(arguments)

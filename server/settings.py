@@ -149,12 +149,10 @@ class Settings(BaseSettings):
 
     @property
     def trusted_names(self) -> frozenset[str]:
-        """The adapters that ``trusted_templates`` names."""
         return frozenset(name.strip() for name in (self.trusted_templates or "").split(",") if name.strip())
 
     @property
     def base_name(self) -> str:
-        """The base's name in the API."""
         if self.served_model_name:
             return self.served_model_name
         folder = Path(self.base_model).expanduser()

@@ -58,7 +58,6 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m trainer", description="Trains LoRA adapters on a CPU.")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():

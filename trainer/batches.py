@@ -25,7 +25,6 @@ class Batch:
 
     @property
     def num_trained(self) -> int:
-        """Positions with a loss."""
         return int((self.targets != IGNORED).sum())
 
 

@@ -25,7 +25,6 @@ class Sample:
 
 
 def render_card(config: TrainConfig, sidecar: Sidecar, samples: Sequence[Sample]) -> str:
-    """The text of ``README.md``."""
     front = {
         "base_model": sidecar.base.name,
         "library_name": "peft",

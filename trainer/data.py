@@ -41,7 +41,6 @@ class Dataset:
         return f"sha256:{digest.hexdigest()}"
 
     def summary(self) -> str:
-        """One line for the start of a run."""
         trained = sum(example.num_trained for example in self.training)
         total = sum(len(example.input_ids) for example in self.training)
         return (
@@ -85,7 +84,6 @@ class _Loader:
         self._split(examples)
 
     def finish(self) -> Dataset:
-        """The dataset, or every problem found."""
         if not self.problems and not self.training:
             self.problems.append("no example is left to train on")
         if self.problems:

@@ -30,7 +30,6 @@ class Encoded:
 
     @property
     def num_trained(self) -> int:
-        """Tokens that carry loss."""
         return sum(label != IGNORED for label in self.labels)
 
 

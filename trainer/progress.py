@@ -36,7 +36,6 @@ class Progress:
         )
 
     def note(self, text: str) -> None:
-        """A line that stays."""
         self._write(text, last=True)
 
     def _write(self, text: str, *, last: bool) -> None:

@@ -38,7 +38,6 @@ class History:
 
     @property
     def eval_loss(self) -> float | None:
-        """The finished adapter's."""
         return self.evaluations[-1][1] if self.evaluations else None
 
     @property
@@ -114,7 +113,6 @@ class _Run:
         self.model.eval()
 
     def _step(self, number: int, micro_batches: Sequence[MicroBatch]) -> float:
-        """One optimizer step; its mean loss."""
         loss = accumulate(self.loss, self.dataset.training, micro_batches)
         if not math.isfinite(loss):
             raise TrainingError(

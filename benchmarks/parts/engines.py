@@ -73,11 +73,9 @@ class InProcessEngine:
         return [weights.num_bytes for weights in self._adapters.values()]
 
     def close(self) -> None:
-        """Free the memory of keys and values."""
         self.base.close()
 
     def add(self, ask: Ask, *, eos_ids: frozenset[int] = frozenset()) -> Sequence:
-        """Queue one generation."""
         uses = () if ask.adapter is None else (AdapterUse(self._digests[ask.adapter]),)
         self._number += 1
         sequence = Sequence(self._number, ask.prompt_ids, ask.num_tokens, ask.params, uses, eos_ids)
@@ -85,7 +83,6 @@ class InProcessEngine:
         return sequence
 
     def step(self) -> list[StepOutput]:
-        """One step with its accounts."""
         since = time.perf_counter()
         outputs = self.engine.step()
         self.engine.account(outputs, time.perf_counter() - since)

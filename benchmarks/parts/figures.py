@@ -18,7 +18,6 @@ def percentile(samples: Sequence[float], percent: float) -> float:
 
 
 def median(samples: Sequence[float]) -> float:
-    """The middle one."""
     return percentile(samples, 50)
 
 

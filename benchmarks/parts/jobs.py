@@ -34,7 +34,6 @@ class Span:
         return span
 
     def draw(self, rng: random.Random) -> int:
-        """One length."""
         return rng.randint(self.least, self.most)
 
 
@@ -51,7 +50,6 @@ class Mix:
         return (self._sums[place] - (self._sums[place - 1] if place else 0.0)) / self._sums[-1]
 
     def draw(self, rng: random.Random) -> str:
-        """One name."""
         place = bisect.bisect(self._sums, rng.random() * self._sums[-1])
         return self.names[min(place, len(self.names) - 1)]
 
@@ -64,7 +62,6 @@ class Measure:
     overhead: float = 0.0
 
     def words(self, num_tokens: int) -> int:
-        """How many words come to so many tokens."""
         return max(1, round((num_tokens - self.overhead) / self.per_word))
 
 

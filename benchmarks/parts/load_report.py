@@ -49,7 +49,6 @@ def in_ms(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def as_table(figures: Mapping[str, Any]) -> str:
-    """The summary for a terminal."""
     times = [
         ("time to first token", "ttft_ms"),
         ("time per output token", "time_per_token_ms"),

@@ -21,7 +21,6 @@ class Budget:
         self.since = time.perf_counter()
 
     def next(self) -> Job | None:
-        """The next job, None at the end."""
         if self._left == 0 or (self._seconds is not None and time.perf_counter() - self.since >= self._seconds):
             return None
         if self._left is not None:
@@ -29,7 +28,6 @@ class Budget:
         return next(self._jobs)
 
     def close(self) -> None:
-        """No more jobs."""
         self._left = 0
 
     def covers(self, at: float) -> bool:

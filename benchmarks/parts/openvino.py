@@ -21,7 +21,6 @@ from benchmarks.parts.engines import Ask
 
 
 def missing() -> str | None:
-    """What to say where it cannot be measured."""
     if importlib.util.find_spec("openvino_genai") is None:
         return "openvino-genai is not installed: pip install openvino-genai (see benchmarks/README.md)"
     return None

@@ -30,7 +30,6 @@ class Pairs:
         return [left / right for left, right in zip(self.left, self.right, strict=True)]
 
     def as_json(self) -> dict[str, Any]:
-        """All rounds and their medians."""
         return {
             "left": self.names[0],
             "right": self.names[1],

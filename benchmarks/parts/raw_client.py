@@ -24,7 +24,6 @@ class EventCounter:
         self._end = b""  # what may be the beginning of a mark, or of what the last bytes have to tell
 
     def feed(self, data: bytes) -> None:
-        """More bytes."""
         kept = self._end[-(len(_MARK) - 1) :]
         self.num_events += (kept + data).count(_MARK)
         self._end = (self._end + data)[-1024:]
@@ -42,7 +41,6 @@ class EventCounter:
 
     @property
     def done(self) -> bool:
-        """Whether the stream said that it is complete."""
         return b"data: [DONE]" in self._end
 
 
@@ -55,18 +53,15 @@ class RawConnection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """The connection stands."""
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
-        """More of the answer."""
         self._counter.feed(data)
         if self._counter.ended and self._answered is not None and not self._answered.done():
             self._answered.set_result(self._counter)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The server has gone."""
         if self._answered is not None and not self._answered.done():
             self._answered.set_exception(ConnectionResetError("the server closed the connection in mid-answer"))
 
@@ -79,7 +74,6 @@ class RawConnection(asyncio.Protocol):
         return await self._answered
 
     def close(self) -> None:
-        """Hang up."""
         if self._transport is not None:
             self._transport.close()
 

@@ -33,11 +33,9 @@ class Stack:
         self._open: list[tuple[str, float, float]] = []  # kind, since, seconds inside it
 
     def enter(self, kind: str) -> None:
-        """A timer starts."""
         self._open.append((kind, clock(), 0.0))
 
     def leave(self) -> None:
-        """The innermost timer ends."""
         kind, since, inside = self._open.pop()
         whole = clock() - since
         self.own[kind] += whole - inside
@@ -46,8 +44,6 @@ class Stack:
             self._open[-1] = (outer, began, within + whole)
 
     def around(self, kind: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """The same function, timed."""
-
         def timed(*inputs: Any, **named: Any) -> Any:
             self.enter(kind)
             try:

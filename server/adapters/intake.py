@@ -108,7 +108,6 @@ class Intake:
         self.wanted(name)
 
     def vanish(self, name: str) -> None:
-        """Take a name away with its folder."""
         self._settle(name)
         self.refusals.pop(name, None)
         if name in self.registry:

@@ -40,7 +40,6 @@ class Lease:
 
     @property
     def uses(self) -> tuple[AdapterUse, ...]:
-        """What the engine is told."""
         return tuple(AdapterUse(one.adapter.weights_digest, one.scale) for one in self.held)
 
     @property

@@ -105,7 +105,6 @@ class AdapterLibrary:
         return adapter.num_bytes if (loaded := self._loaded.get(adapter.weights_digest)) is None else loaded.num_bytes
 
     def set_aliases(self, aliases: Mapping[str, Alias]) -> None:
-        """From now on these are the aliases."""
         for name in aliases:
             if name in self.registry:
                 logger.warning("the alias %s is not used: an adapter has this name", name)

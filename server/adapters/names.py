@@ -27,7 +27,6 @@ class Part:
 
 
 def is_name(text: str) -> bool:
-    """Whether an adapter may be called so."""
     return NAME.fullmatch(text) is not None
 
 

@@ -85,12 +85,10 @@ class AdapterReader:
         return cached
 
     async def load_digests(self) -> None:
-        """Remember what was hashed before this start."""
         if self.store is not None:
             self._digests = await self.run(self.store.load_digests)
 
     async def save_digests(self) -> None:
-        """Write down what was hashed since the last time."""
         if self.store is not None and self._unsaved:
             self._unsaved = 0
             there = {path: cached for path, cached in self._digests.items() if Path(path).is_dir()}
@@ -104,7 +102,6 @@ class AdapterReader:
         return [one.digest for one in versions if one.digest.startswith(prefix)]
 
     def has_kept(self, version_digest: str) -> bool:
-        """Whether a version is in the state directory."""
         return self.store is not None and self.store.folder(version_digest) is not None
 
     def close(self) -> None:

@@ -80,7 +80,6 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """What the adapter is asked for by."""
         return self.listing.name
 
     @property

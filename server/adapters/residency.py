@@ -70,7 +70,6 @@ class Residency:
 
     @property
     def num_waiting(self) -> int:
-        """Who waits for room."""
         return len(self._queue)
 
     def state(self, digest: str) -> str | None:
@@ -83,7 +82,6 @@ class Residency:
 
     @property
     def pinned(self) -> frozenset[str]:
-        """What stays in memory once it is there."""
         return self._pinned
 
     def pin(self, digests: Iterable[str]) -> None:
@@ -107,7 +105,6 @@ class Residency:
             raise
 
     def has_room(self, num_bytes: int) -> bool:
-        """Whether so many bytes could be had at once."""
         return not self._queue and self._immovable({}) + num_bytes <= self.max_bytes
 
     def release(self, digests: Iterable[str]) -> None:

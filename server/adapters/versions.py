@@ -101,7 +101,6 @@ class VersionStore:
         return [one for one in history if self.folder(one.digest) is not None]
 
     def names(self) -> list[str]:
-        """The names that have a history."""
         return self._names("history")
 
     def folder(self, version_digest: str) -> Path | None:
@@ -145,7 +144,6 @@ class VersionStore:
         return self._read(self.state_dir / "digests.json", _parse_digests) or {}
 
     def save_digests(self, digests: Mapping[str, CachedDigest]) -> None:
-        """Replace the cache."""
         with self._writing():
             content = {key: vars(digest) for key, digest in digests.items()}
             self._write(self.state_dir / "digests.json", {"digests": content})

@@ -101,7 +101,6 @@ class AdapterWatcher:
             await asyncio.sleep(self.settle / 4)
 
     async def run(self) -> None:
-        """Look again and again, until cancelled."""
         try:
             while True:
                 settled = await self._scan_and_report()

@@ -20,21 +20,18 @@ it. VERSION is the beginning of a version's digest.
 
 
 def list_adapters(arguments: Sequence[str]) -> int:
-    """Print every adapter."""
     from server.cli.adapters_list import main
 
     return main(arguments)
 
 
 def check(arguments: Sequence[str]) -> int:
-    """Print everything about one adapter."""
     from server.cli.adapters_check import main
 
     return main(arguments)
 
 
 def add(arguments: Sequence[str]) -> int:
-    """Fetch an adapter from the hub."""
     from server.cli.adapters_add import main
 
     return main(arguments)
@@ -48,21 +45,18 @@ def convert(arguments: Sequence[str]) -> int:
 
 
 def pin(arguments: Sequence[str]) -> int:
-    """Keep an adapter in memory, or at a version."""
     from server.cli.adapters_pins import run_pin
 
     return run_pin(arguments)
 
 
 def unpin(arguments: Sequence[str]) -> int:
-    """Take a pin away."""
     from server.cli.adapters_pins import run_unpin
 
     return run_unpin(arguments)
 
 
 def rollback(arguments: Sequence[str]) -> int:
-    """Hold a name at the version before."""
     from server.cli.adapters_pins import run_rollback
 
     return run_rollback(arguments)

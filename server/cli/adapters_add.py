@@ -181,5 +181,4 @@ def _sentence(error: BaseException, source: Source) -> str:
 
 
 def shown_size(size: int | None) -> str:
-    """Bytes for a person to read."""
     return "size unknown" if size is None else f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size} bytes"

@@ -88,7 +88,6 @@ def _examine(path: Path, settings: Settings, *, probed: bool) -> tuple[Examinati
 
 
 def _why_unprobed(base_folder: Path, *, wanted: bool) -> str | None:
-    """Why PEFT is not asked; None where it is."""
     if not wanted:
         return "--no-probe was given"
     if (size := num_weight_bytes(base_folder)) > MAX_PROBED_BYTES:

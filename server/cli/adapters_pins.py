@@ -35,7 +35,6 @@ class NotPinned(Exception):
 
 
 def run_pin(arguments: Sequence[str]) -> int:
-    """Pin; the exit status is 1 where nothing was."""
     return _run("pin", "NAME[@VERSION]", PIN, pin, arguments)
 
 
@@ -120,7 +119,6 @@ def _pin_of(store: VersionStore, name: str) -> Pin:
 
 
 def _find(store: VersionStore, name: str, prefix: str) -> KeptVersion:
-    """The one kept version whose digest begins so."""
     if not 4 <= len(prefix) <= 64 or not _HEX.issuperset(prefix):
         raise NotPinned(f"{prefix!r:.80} is no version: write the first 4 to 64 hex digits; {_kept_list(store, name)}")
     found = [one for one in store.versions(name) if one.digest.startswith(prefix)]

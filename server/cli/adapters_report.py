@@ -83,7 +83,6 @@ def _files(path: Path) -> Iterator[Row]:
 
 
 def _config(said: Mapping[str, Any]) -> Iterator[Row]:
-    """What PEFT's config says, be it true or not."""
     if not said:
         return
     flags = {"use_dora": "DoRA", "use_rslora": "rsLoRA", "lora_bias": "biases of B"}

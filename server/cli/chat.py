@@ -56,7 +56,6 @@ class Server:
     client: httpx.Client
 
     def models(self) -> list[str]:
-        """The base, then the adapters."""
         try:
             response = self.client.get("/v1/models")
             _raise_for_error(response)
@@ -65,7 +64,6 @@ class Server:
             raise ChatError(f"no answer from {self.client.base_url}: {error}") from error
 
     def answer(self, model: str, messages: list[dict[str, str]]) -> Iterator[str]:
-        """The answer's text as it comes."""
         body = {"model": model, "messages": messages, "stream": True}
         try:
             with self.client.stream("POST", "/v1/chat/completions", json=body) as response:
@@ -86,7 +84,6 @@ class Conversation:
     messages: list[dict[str, str]] = field(default_factory=list)
 
     def run(self) -> None:
-        """Read, answer, until the end of the input."""
         print(f"{self.model} - /help for help")
         while True:
             try:

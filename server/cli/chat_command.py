@@ -25,7 +25,6 @@ Without --url it uses the server on --host and --port if one answers there, else
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Parse, find or start a server, and talk."""
     parser = command_parser("chat", DESCRIPTION)
     parser.add_argument("--adapter", metavar="NAME", help="who answers; without it, the base")
     parser.add_argument("--url", help="a running server, for example http://127.0.0.1:8000")

@@ -45,7 +45,6 @@ class Examiner:
         return cls(base, limits_of(settings), prompts, LoRABank(base.model, max_seats=1).base_modules)
 
     def close(self) -> None:
-        """Let go of the base."""
         self.base.close()
 
     def examine(self, path: Path, *, name: str | None = None) -> tuple[Examination, LoRAWeights | None]:

@@ -14,7 +14,6 @@ from server.settings import Settings
 
 
 def limits_of(settings: Settings) -> Limits:
-    """What an adapter may be."""
     return Limits(
         max_rank=settings.max_lora_rank,
         max_bytes=settings.max_adapter_bytes,

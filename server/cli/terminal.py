@@ -11,5 +11,4 @@ def say(text: str) -> None:
 
 
 def say_row(label: str, text: str) -> None:
-    """Print a line of a table of two columns."""
     say(f"  {label:<{_LABEL_CHARS}}{text}")
