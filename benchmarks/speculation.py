@@ -96,7 +96,7 @@ class Bench:
                 if token is None or number in stopped:
                     continue
                 side.answers[number].append(token.id)
-                detokenizers[number - first].push(token.id)
+                detokenizers[number - first].push(token)
                 if detokenizers[number - first].stopped:
                     stopped.add(number)
                     engine.abort(number)

@@ -75,9 +75,9 @@ class Choice:
         if output.token is not None:
             self._count_token()
             ended = output.finish_reason is FinishReason.STOP and output.token.id in self.eos_ids
-            text = "" if ended else self.detokenizer.push(output.token.id)
+            text = "" if ended else self.detokenizer.push(output.token).text
         if output.finish_reason is not None:
-            text += self.detokenizer.finish()
+            text += self.detokenizer.finish().text
         self.finish_reason = FinishReason.STOP if self.detokenizer.stopped else output.finish_reason
         if self.finish_reason is not None:
             self.stream.close()

@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from server.sequence import SampledToken
 
 _BROKEN = "\ufffd"
 _MAX_WINDOW, _KEPT_WINDOW = 16, 8
+
+
+class TokenStart(NamedTuple):
+    """A token, and the character of the sequence's text with which its own begins, counted from 0.
+
+    Tokens that share a character begin with it, and so does a token without text with what follows it.
+    """
+
+    token: SampledToken
+    start: int
+
+
+class TextPiece(NamedTuple):
+    """Text that may be shown, and the tokens that it is made of: those of which it shows the first character.
+
+    With the text of all pieces end to end come all tokens in their order, each once; the last one may go on beyond the
+    beginning of a stop string.
+    """
+
+    text: str
+    tokens: tuple[TokenStart, ...] = ()
 
 
 class Detokenizer:
@@ -26,6 +51,8 @@ class Detokenizer:
         self._num_context = 0  # tokens of the window that are there only for the sake of those behind them
         self._num_shown = 0  # characters of the window's text that were handed on
         self._held = ""  # text that may be the beginning of a stop string
+        self._length = 0  # characters of all text so far, those held back included
+        self._tokens: deque[TokenStart] = deque()  # of which nothing was shown
         self._stopped = False
 
     @property
@@ -33,12 +60,13 @@ class Detokenizer:
         """Whether a stop string came; nothing is shown from there on."""
         return self._stopped
 
-    def push(self, token_id: int) -> str:
+    def push(self, token: SampledToken) -> TextPiece:
         """What may be shown now that this token is known."""
         if self._stopped:
-            return ""
+            return TextPiece("")
         self._num_tokens += 1
-        self._window.append(token_id)
+        self._tokens.append(TokenStart(token, self._length))
+        self._window.append(token.id)
         text = self._decode(self._window)
         whole = text.rstrip(_BROKEN)
         delta = text[self._num_shown : len(whole)]
@@ -49,15 +77,20 @@ class Detokenizer:
             delta += self._cut(text)
         return self._show(delta)
 
-    def finish(self) -> str:
-        """The text held back, now that no token follows: half a character, or the beginning of a stop string."""
+    def finish(self) -> TextPiece:
+        """The text held back, now that no token follows: half a character, or the beginning of a stop string.
+
+        With it come tokens that have no text at all.
+        """
         if self._stopped:
-            return ""
+            return TextPiece("")
         rest = self._decode(self._window)[self._num_shown :]
         self._num_shown += len(rest)
-        shown = self._show(rest) + self._held
+        piece = self._show(rest)
+        whole = TextPiece(piece.text + self._held, (*piece.tokens, *self._tokens))
         self._held = ""
-        return shown
+        self._tokens.clear()
+        return whole
 
     def _advance(self) -> None:
         """Begin the window at the piece just shown."""
@@ -74,15 +107,24 @@ class Detokenizer:
         self._num_shown = max(0, len(self._decode(self._window)) - num_hidden)
         return delta
 
-    def _show(self, delta: str) -> str:
+    def _show(self, delta: str) -> TextPiece:
         text = self._held + delta
+        self._length += len(delta)
         ends = self._ends(text) if self._num_tokens > self._min_tokens else []
+        num_shown = min(ends)[1] if ends else len(text) - self._num_held(text)
+        tokens = self._take_tokens(self._length - len(text) + num_shown)
+        self._held = text[num_shown:]
         if ends:
             self._stopped, self._held = True, ""
-            return text[: min(ends)[1]]
-        num_held = self._num_held(text)
-        self._held = text[len(text) - num_held :]
-        return text[: len(text) - num_held]
+            self._tokens.clear()
+        return TextPiece(text[:num_shown], tokens)
+
+    def _take_tokens(self, end: int) -> tuple[TokenStart, ...]:
+        """The tokens that begin before character ``end`` and were not handed on before."""
+        taken = []
+        while self._tokens and self._tokens[0].start < end:
+            taken.append(self._tokens.popleft())
+        return tuple(taken)
 
     def _ends(self, text: str) -> list[tuple[int, int]]:
         """End and begin of each stop string in ``text`` that was not complete in what is held already."""

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import cached_property
 from typing import Any
 
 from jinja2 import Environment, TemplateError
@@ -20,6 +21,7 @@ from server.adapters.content.manners import AdapterDefaults
 from server.adapters.content.templates import default_template
 from server.errors import InvalidRequest
 from server.text.deadline import DeadlineExceeded, deadline
+from server.text.token_texts import TokenTexts
 
 Message = Mapping[str, Any]
 _Key = tuple[tuple[AddedToken, ...], bool]
@@ -204,6 +206,16 @@ class PromptRenderer:
         if begin is None:
             raise InvalidRequest("The prompt is empty, and the base model has no token to begin with.", param="prompt")
         return [begin]
+
+    @cached_property
+    def token_texts(self) -> TokenTexts:
+        """Texts and bytes of single tokens."""
+        return TokenTexts(
+            self.decode,
+            name_of=lambda token_id: str(self._tokenizer.convert_ids_to_tokens(token_id)),
+            special_ids=self._special_ids,
+            context_ids=self._tokenizer("a", add_special_tokens=False)["input_ids"],
+        )
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, without special tokens."""

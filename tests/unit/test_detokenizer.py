@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from server.text.detokenizer import Detokenizer
+from server.sequence import SampledToken
+from server.text.detokenizer import Detokenizer, TextPiece
 from tests.fakes import EOS, encode, small_tokenizer
 
 Decode = Callable[[Sequence[int]], str]
@@ -67,8 +68,12 @@ def ids_of(tokenizer: Tokenizer, *pieces: str) -> list[int]:
 def shown(decode: Decode, ids: Sequence[int], stop: Sequence[str] = ()) -> str:
     """All that is shown, piece by piece."""
     detokenizer = Detokenizer(decode, stop)
-    text = "".join(detokenizer.push(token) for token in ids)
-    return text + detokenizer.finish()
+    return "".join(piece.text for piece in pieces(detokenizer, ids))
+
+
+def pieces(detokenizer: Detokenizer, ids: Sequence[int]) -> list[TextPiece]:
+    """All pieces of a text, the last one with what was held back."""
+    return [*(detokenizer.push(SampledToken(token)) for token in ids), detokenizer.finish()]
 
 
 def cut(text: str, stop: Sequence[str]) -> str:
@@ -93,7 +98,7 @@ def test_a_character_is_never_shown_in_part() -> None:
     tokenizer = byte_level()
     for text in TEXTS:
         detokenizer = Detokenizer(tokenizer.decode, [])
-        assert all("\ufffd" not in detokenizer.push(token) for token in tokenizer.encode(text).ids)
+        assert all("\ufffd" not in detokenizer.push(SampledToken(token)).text for token in tokenizer.encode(text).ids)
 
 
 def test_any_bytes_at_all_come_out_as_in_the_whole() -> None:
@@ -133,18 +138,18 @@ def test_the_first_stop_string_to_be_complete_ends_the_text(text: str) -> None:
 def test_nothing_of_a_stop_string_is_shown_before_it_is_known() -> None:
     tokenizer = byte_level()
     detokenizer = Detokenizer(tokenizer.decode, ["\nUser:"])
-    pieces = [detokenizer.push(token) for token in tokenizer.encode("yes\nUser: no").ids]
-    assert "".join(pieces) == "yes"
+    shown = [detokenizer.push(SampledToken(token)).text for token in tokenizer.encode("yes\nUser: no").ids]
+    assert "".join(shown) == "yes"
     assert detokenizer.stopped
-    assert detokenizer.finish() == ""
+    assert detokenizer.finish() == TextPiece("")
 
 
 def test_what_only_began_like_a_stop_string_is_shown_at_the_end() -> None:
     tokenizer = byte_level()
     detokenizer = Detokenizer(tokenizer.decode, ["\nUser:"])
-    pieces = [detokenizer.push(token) for token in tokenizer.encode("yes\nUse").ids]
-    assert "".join(pieces) == "yes"
-    assert detokenizer.finish() == "\nUse"
+    shown = [detokenizer.push(SampledToken(token)).text for token in tokenizer.encode("yes\nUse").ids]
+    assert "".join(shown) == "yes"
+    assert detokenizer.finish().text == "\nUse"
     assert not detokenizer.stopped
 
 
@@ -172,7 +177,7 @@ def test_special_tokens_are_not_shown() -> None:
 def pushed(text: str, *stop: str, min_tokens: int) -> tuple[str, bool]:
     """What is shown of a text whose characters are tokens, and whether a stop string ended it."""
     detokenizer = Detokenizer(lambda ids: "".join(map(chr, ids)), stop, min_tokens=min_tokens)
-    shown = "".join(detokenizer.push(ord(character)) for character in text) + detokenizer.finish()
+    shown = "".join(piece.text for piece in pieces(detokenizer, [ord(character) for character in text]))
     return shown, detokenizer.stopped
 
 
