@@ -96,12 +96,12 @@ def _check_weight(alias: str, model: str, weight: Any) -> None:
 
 def _check_model(alias: str, model: str, names: Collection[str]) -> None:
     try:
-        parts = parse_model(model)
+        refs = parse_model(model)
     except ModelNotFound:
         raise ValueError(f"{ALIASES_FILE}: alias {alias!r} points at {model!r:.80}, which is no model's name") from None
     except InvalidRequest as error:
         raise ValueError(f"{ALIASES_FILE}: alias {alias!r} points at {model!r:.80}: {error}") from None
-    if chained := next((part.name for part in parts if part.name in names), None):
+    if chained := next((ref.name for ref in refs if ref.name in names), None):
         raise ValueError(
             f"{ALIASES_FILE}: alias {alias!r} points at {model!r:.80}, and {chained!r} is an alias in this file: point "
             "it at adapters, aliases are not followed twice"

@@ -19,8 +19,8 @@ logger = logging.getLogger("quickchange.adapters")
 
 
 @dataclass(frozen=True)
-class Held:
-    """An adapter's part in a request."""
+class LeasedAdapter:
+    """A version of an adapter in memory, and the factor of its delta."""
 
     adapter: Adapter
     scale: float = 1.0
@@ -35,27 +35,27 @@ class Held:
 class Lease:
     """Adapters that stay in memory until ``release``."""
 
-    held: tuple[Held, ...]
+    adapters: tuple[LeasedAdapter, ...]
     _release: Callable[[], None]
 
     @property
     def uses(self) -> tuple[AdapterUse, ...]:
-        return tuple(AdapterUse(one.adapter.weights_digest, one.scale) for one in self.held)
+        return tuple(AdapterUse(one.adapter.weights_digest, one.scale) for one in self.adapters)
 
     @property
     def label(self) -> str:
         """``name@digest``, joined by ``+`` where there are several; it can be asked for as a model."""
-        return "+".join(one.label for one in self.held)
+        return "+".join(one.label for one in self.adapters)
 
     @property
     def metrics_label(self) -> str:
         """The adapter's name; compositions are counted under one name together."""
-        return self.held[0].adapter.name if len(self.held) == 1 else COMPOSITION
+        return self.adapters[0].adapter.name if len(self.adapters) == 1 else COMPOSITION
 
     @property
     def defaults(self) -> AdapterDefaults:
         """The first one's manners; what ends an answer of any of them ends this one, and tokens are those of all."""
-        manners = [one.adapter.defaults for one in self.held]
+        manners = [one.adapter.defaults for one in self.adapters]
         stop = dict.fromkeys(text for one in manners for text in one.stop)
         eos = dict.fromkeys(token for one in manners for token in one.eos)
         ends = dict.fromkeys(token for one in manners for token in one.end_tokens)

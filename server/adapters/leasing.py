@@ -12,8 +12,8 @@ from dataclasses import replace
 from server.adapters.aliases import Alias
 from server.adapters.content.manifest import Manifest
 from server.adapters.intake import Intake
-from server.adapters.leases import Held, Lease, Loaded, loading
-from server.adapters.names import Part, parse_model
+from server.adapters.leases import Lease, LeasedAdapter, Loaded, loading
+from server.adapters.names import ModelRef, parse_model
 from server.adapters.reader import AdapterReader, FolderMoved
 from server.adapters.registry import DIGITS, Adapter, AdapterRegistry, Entry
 from server.adapters.residency import Residency
@@ -59,32 +59,32 @@ class AdapterLibrary:
         ``AdapterPending`` where a folder that changed is still to be read again.
         """
         try:
-            parts = self._parts(model, user, scale)
+            refs = self._refs(model, user, scale)
         except ModelNotFound:
             raise self.not_found(model) from None
         loop = asyncio.get_running_loop()
         deadline = loop.time() + PATIENCE
         while True:
             try:
-                return await self._lease(parts)
+                return await self._lease(refs)
             except ModelNotFound as error:
                 raise self.not_found(error.model) from None
             except FolderMoved as error:
                 name = str(error)
                 self.intake.look_again(name)
-                if any(part.name == name for part in parts) and self._is_gone(name, parts):
+                if any(ref.name == name for ref in refs) and self._is_gone(name, refs):
                     raise self.not_found(model) from None
                 if loop.time() > deadline:
                     raise AdapterPending(name) from None
             except AdapterRejected as error:
-                if loop.time() > deadline or any(part.name == error.adapter for part in parts):
+                if loop.time() > deadline or any(ref.name == error.adapter for ref in refs):
                     raise ModelNotFound(error.adapter, refused=error.reason) from error
             await asyncio.sleep(_LOOK_AGAIN)
 
     async def served(self, name: str) -> Adapter:
         """The version that a bare name means. Raises ``ModelNotFound``, ``AdapterPending``."""
         try:
-            return await self._version(Part(name))
+            return await self._version(ModelRef(name))
         except FolderMoved as error:
             self.intake.look_again(name)
             raise AdapterPending(name) from error
@@ -111,7 +111,7 @@ class AdapterLibrary:
         self.aliases = aliases
 
     def set_pins(self, pins: Mapping[str, Pin]) -> None:
-        """From now on these names are held at a version, or in memory."""
+        """From now on these names are leased at a version, or in memory."""
         before = [entry.served for entry in self.registry]
         self.registry.pins = pins
         for adapter in before:
@@ -142,7 +142,7 @@ class AdapterLibrary:
 
     async def _preload_once(self, name: str) -> None:
         try:
-            lease = await self._lease((Part(name),))
+            lease = await self._lease((ModelRef(name),))
         except (ModelNotFound, AdapterRejected, AdapterNotLoaded, FolderMoved, QueueFull) as error:
             logger.warning("the pinned adapter %s is not in memory: %s", name, error)
             return
@@ -151,26 +151,26 @@ class AdapterLibrary:
             self.residency.pin({*self.residency.pinned, served.weights_digest})
         lease.release()
 
-    def _parts(self, model: str, user: str | None, scale: float | None) -> tuple[Part, ...]:
+    def _refs(self, model: str, user: str | None, scale: float | None) -> tuple[ModelRef, ...]:
         """An exact name wins over an alias, an alias over the grammar."""
         if model in self.registry:
-            parts: tuple[Part, ...] = (Part(model),)
+            refs: tuple[ModelRef, ...] = (ModelRef(model),)
         else:
             alias = self.aliases.get(model)
-            parts = parse_model(model if alias is None else alias.choose(user))
+            refs = parse_model(model if alias is None else alias.choose(user))
         if scale is None:
-            return parts
-        if len(parts) != 1 or parts[0].scale != 1:
+            return refs
+        if len(refs) != 1 or refs[0].scale != 1:
             raise InvalidRequest(
                 "Invalid 'lora_scale': the model's name has factors of its own; use one or the other.",
                 param="lora_scale",
             )
-        return (replace(parts[0], scale=scale),)
+        return (replace(refs[0], scale=scale),)
 
-    async def _lease(self, parts: tuple[Part, ...]) -> Lease:
-        held = tuple([Held(await self._version(part), part.scale) for part in parts])
-        _check_composition(held)
-        adapters = {one.adapter.weights_digest: one.adapter for one in held}
+    async def _lease(self, refs: tuple[ModelRef, ...]) -> Lease:
+        leased = tuple([LeasedAdapter(await self._version(ref), ref.scale) for ref in refs])
+        _check_composition(leased)
+        adapters = {one.adapter.weights_digest: one.adapter for one in leased}
         needs = {digest: self.num_bytes(adapter) for digest, adapter in adapters.items()}
         if sum(needs.values()) > self.residency.max_bytes:
             raise InvalidRequest("These adapters do not fit into memory together.", param="model")
@@ -178,22 +178,22 @@ class AdapterLibrary:
             await self.residency.hold(needs, lambda digest: self._load(adapters[digest]))
         finally:
             self._report()  # others may have made room, whether it was of use or not
-        self._in_use.update({one.adapter.name for one in held})
-        for one in held:
+        self._in_use.update({one.adapter.name for one in leased})
+        for one in leased:
             self.metrics.know_adapter(one.adapter.name)
             self._show_version(one.adapter.name)
-        return Lease(held, lambda: self._release(held))
+        return Lease(leased, lambda: self._release(leased))
 
-    async def _version(self, part: Part) -> Adapter:
-        if part.version is None:
-            entry = self.registry.get(part.name)
+    async def _version(self, ref: ModelRef) -> Adapter:
+        if ref.version is None:
+            entry = self.registry.get(ref.name)
             if entry.pin.version is None:
                 return await self.intake.hash(entry)
-        version = part.version or entry.pin.version
+        version = ref.version or entry.pin.version
         assert version is not None
-        known = self.registry.get(part.name) if part.name in self.registry else None
+        known = self.registry.get(ref.name) if ref.name in self.registry else None
         adapter = None if known is None else known.known(version)
-        adapter = adapter or await self._kept(part.name, version, known)
+        adapter = adapter or await self._kept(ref.name, version, known)
         if known is not None:
             known.asked.add(adapter.version_digest)
         return adapter
@@ -260,21 +260,21 @@ class AdapterLibrary:
             raise moved
         return kept
 
-    def _release(self, held: tuple[Held, ...]) -> None:
-        self.residency.release({one.adapter.weights_digest for one in held})
-        for one in held:
+    def _release(self, leased: tuple[LeasedAdapter, ...]) -> None:
+        self.residency.release({one.adapter.weights_digest for one in leased})
+        for one in leased:
             self._drop_unwanted(one.adapter)
-        for name in {one.adapter.name for one in held}:
+        for name in {one.adapter.name for one in leased}:
             self._in_use[name] -= 1
             self._forget_if_gone(name)
         self._report()
 
-    def _is_gone(self, name: str, parts: tuple[Part, ...]) -> bool:
+    def _is_gone(self, name: str, refs: tuple[ModelRef, ...]) -> bool:
         """Whether there is no use in waiting for a folder: it is gone, refused by now, or not what was asked for."""
         if name not in self.registry:
             return True
         entry = self.registry.get(name)
-        version = next((part.version for part in parts if part.name == name), None) or entry.pin.version
+        version = next((ref.version for ref in refs if ref.name == name), None) or entry.pin.version
         if version is not None and not (entry.current and entry.current.version_digest.startswith(version)):
             return True
         if entry.refused is not None:
@@ -347,18 +347,18 @@ class AdapterLibrary:
         self.metrics.adapter_memory.set(self.residency.num_bytes)
 
 
-def _check_composition(held: tuple[Held, ...]) -> None:
+def _check_composition(leased: tuple[LeasedAdapter, ...]) -> None:
     """Only plain low-rank deltas can be scaled and added up."""
-    if all(one.scale == 1 for one in held) and len(held) == 1:
+    if all(one.scale == 1 for one in leased) and len(leased) == 1:
         return
-    for one in held:
+    for one in leased:
         if not one.adapter.composable:
             raise InvalidRequest(
                 f"'{one.adapter.name}' cannot be scaled or added to others: it is not plain LoRA (it has magnitudes, "
                 "biases or saved weights).",
                 param="model",
             )
-    if len({one.adapter.defaults.added_tokens for one in held} - {()}) > 1:
+    if len({one.adapter.defaults.added_tokens for one in leased} - {()}) > 1:
         raise InvalidRequest(
             "These adapters cannot be added to each other: their tokenizers have different added tokens.", param="model"
         )

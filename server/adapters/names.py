@@ -1,6 +1,6 @@
 """What a request's ``model`` may say beside a plain name: a version, a weight, and several adapters at once.
 
-``model = part ("+" part){0,3}`` and ``part = name ["@" version] [":" weight]``, as in ``helpdesk@ab12:0.7+json``. A
+``model = ref ("+" ref){0,3}`` and ``ref = name ["@" version] [":" weight]``, as in ``helpdesk@ab12:0.7+json``. A
 version is the beginning of a version digest, a weight scales the adapter's delta.
 """
 
@@ -18,7 +18,7 @@ _WEIGHT = re.compile(r"-?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)")
 
 
 @dataclass(frozen=True)
-class Part:
+class ModelRef:
     """One adapter of a composition; ``version`` is the beginning of a version digest, without it the current one."""
 
     name: str
@@ -30,31 +30,31 @@ def is_name(text: str) -> bool:
     return NAME.fullmatch(text) is not None
 
 
-def parse_model(text: str) -> tuple[Part, ...]:
-    """The parts of a model text, in its order.
+def parse_model(text: str) -> tuple[ModelRef, ...]:
+    """The adapters that a model text names, in its order.
 
     Raises ``ModelNotFound`` for what is neither a name nor tries to be more than one, and ``InvalidRequest`` that says
-    which piece is wrong. That the parts exist is not checked.
+    which piece is wrong. That they exist is not checked.
     """
     if not any(sign in text for sign in "@:+"):
         if not is_name(text):
             raise ModelNotFound(text[:200])
-        return (Part(text),)
+        return (ModelRef(text),)
     if len(text) > MAX_MODEL_CHARS:
         raise _invalid(f"it has {len(text)} characters; at most {MAX_MODEL_CHARS} are allowed")
     pieces = text.split("+")
     if len(pieces) > MAX_PARTS:
         raise _invalid(f"it joins {len(pieces)} adapters with '+'; at most {MAX_PARTS} are allowed")
-    parts = tuple(_part(piece) for piece in pieces)
+    refs = tuple(_ref(piece) for piece in pieces)
     seen: set[tuple[str, str | None]] = set()
-    for part, piece in zip(parts, pieces, strict=True):
-        if (part.name, part.version) in seen:
+    for ref, piece in zip(refs, pieces, strict=True):
+        if (ref.name, ref.version) in seen:
             raise _invalid(f"{_shown(piece)} names an adapter that stands in it already; once is allowed")
-        seen.add((part.name, part.version))
-    return parts
+        seen.add((ref.name, ref.version))
+    return refs
 
 
-def _part(piece: str) -> Part:
+def _ref(piece: str) -> ModelRef:
     if not piece:
         raise _invalid("there is nothing before or after a '+'; an adapter's name is expected on both sides")
     address, colon, weight = piece.partition(":")
@@ -66,7 +66,7 @@ def _part(piece: str) -> Part:
         )
     if at and not _VERSION.fullmatch(version):
         raise _invalid(f"{_shown(version)} after '@' is no version; allowed are the first 4 to 64 hex digits of one")
-    return Part(name, version.lower() if at else None, _scale(weight) if colon else 1.0)
+    return ModelRef(name, version.lower() if at else None, _scale(weight) if colon else 1.0)
 
 
 def _scale(weight: str) -> float:

@@ -47,7 +47,7 @@ class AdapterOperator:
             raise AdapterRejected(name, refusal[1])
         lease = await self._library.acquire(name)
         lease.release()
-        return lease.held[0].adapter
+        return lease.adapters[0].adapter
 
     async def unload(self, name: str) -> None:
         """Serve a name no more until its folder changes, or it is loaded again. Raises ``ModelNotFound``."""
@@ -85,7 +85,7 @@ class AdapterOperator:
             return None
         lease = await self._library.acquire(f"{name}@{version}")
         lease.release()
-        adapter = lease.held[0].adapter
+        adapter = lease.adapters[0].adapter
         await self._set_pin(name, Pin(adapter.version_digest, before.resident))
         return adapter
 

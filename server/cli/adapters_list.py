@@ -130,7 +130,7 @@ def _print_aliases(path: Path, roots: Sequence[Path], served: AbstractSet[str], 
 
 def _remark(alias: Alias, served: AbstractSet[str], known: AbstractSet[str]) -> str:
     """``known`` are names that have versions, if only kept ones."""
-    missing = {part.name for target in alias.targets for part in parse_model(target.model)} - known
+    missing = {ref.name for target in alias.targets for ref in parse_model(target.model)} - known
     if alias.name in served:
         return " (not used: something else has this name)"
     return f" (there is no adapter {', '.join(sorted(missing))})" if missing else ""

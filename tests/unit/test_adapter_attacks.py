@@ -935,7 +935,7 @@ async def test_what_is_loaded_is_what_the_answers_label_says(tmp_path: Path) -> 
     shelf.residency.check_integrity()
     assert len({lease.label for lease in leases}) > 5
     for lease in leases:
-        digest = lease.held[0].adapter.weights_digest
+        digest = lease.adapters[0].adapter.weights_digest
         assert set(loaded[digest]) == {expected[digest]}
 
 

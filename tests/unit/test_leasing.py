@@ -70,7 +70,7 @@ async def test_a_request_keeps_its_version_while_its_name_moves(kept: Shelf) -> 
     assert kept.freed == []
     assert await kept.use("a") != old.label
     old.release()
-    assert kept.freed == [old.held[0].adapter.weights_digest]
+    assert kept.freed == [old.adapters[0].adapter.weights_digest]
     kept.residency.check_integrity()
 
 
@@ -163,7 +163,7 @@ async def test_a_pin_holds_a_name_at_a_version(kept: Shelf) -> None:
     old = await kept.lender.acquire("a")
     old.release()
     assert kept.store is not None
-    kept.store.set_pin("a", Pin(old.held[0].adapter.version_digest))
+    kept.store.set_pin("a", Pin(old.adapters[0].adapter.version_digest))
     await replace(kept, "a", lora_alpha=16)
     assert await kept.use("a") == old.label
     kept.store.set_pin("a", Pin())
@@ -310,7 +310,7 @@ async def test_a_kept_version_whose_bytes_changed_is_not_served(kept: Shelf) -> 
     old.release()
     await replace(kept, "a", lora_alpha=16)
     assert kept.store is not None
-    folder = kept.store.folder(old.held[0].adapter.version_digest)
+    folder = kept.store.folder(old.adapters[0].adapter.version_digest)
     assert folder is not None
     write(folder, config=CONFIG | {"lora_alpha": 3})
     with pytest.raises(ModelNotFound):

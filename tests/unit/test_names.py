@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from server.adapters.names import MAX_MODEL_CHARS, Part, is_name, parse_model
+from server.adapters.names import MAX_MODEL_CHARS, ModelRef, is_name, parse_model
 from server.errors import InvalidRequest, ModelNotFound
 
 DIGEST = "0123456789abcdef" * 4
@@ -20,27 +20,27 @@ def refusal(text: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("text", "parts"),
+    ("text", "refs"),
     [
-        ("helpdesk", (Part("helpdesk"),)),
-        ("9-v1.2_x", (Part("9-v1.2_x"),)),
-        ("helpdesk@ab12", (Part("helpdesk", "ab12"),)),
-        ("helpdesk@AB12", (Part("helpdesk", "ab12"),)),
-        (f"helpdesk@{DIGEST}", (Part("helpdesk", DIGEST),)),
-        ("helpdesk:0.7", (Part("helpdesk", scale=0.7),)),
-        ("helpdesk:.5", (Part("helpdesk", scale=0.5),)),
-        ("helpdesk:-1", (Part("helpdesk", scale=-1.0),)),
-        ("helpdesk:2.0", (Part("helpdesk", scale=2.0),)),
-        ("helpdesk:1.0000000000", (Part("helpdesk"),)),
-        ("helpdesk@ab12:0.7+json", (Part("helpdesk", "ab12", 0.7), Part("json"))),
-        ("a+b+c+d", (Part("a"), Part("b"), Part("c"), Part("d"))),
-        ("a+A", (Part("a"), Part("A"))),
-        ("a@ab12+a@cd34+a", (Part("a", "ab12"), Part("a", "cd34"), Part("a"))),
-        ("n" * 128, (Part("n" * 128),)),
+        ("helpdesk", (ModelRef("helpdesk"),)),
+        ("9-v1.2_x", (ModelRef("9-v1.2_x"),)),
+        ("helpdesk@ab12", (ModelRef("helpdesk", "ab12"),)),
+        ("helpdesk@AB12", (ModelRef("helpdesk", "ab12"),)),
+        (f"helpdesk@{DIGEST}", (ModelRef("helpdesk", DIGEST),)),
+        ("helpdesk:0.7", (ModelRef("helpdesk", scale=0.7),)),
+        ("helpdesk:.5", (ModelRef("helpdesk", scale=0.5),)),
+        ("helpdesk:-1", (ModelRef("helpdesk", scale=-1.0),)),
+        ("helpdesk:2.0", (ModelRef("helpdesk", scale=2.0),)),
+        ("helpdesk:1.0000000000", (ModelRef("helpdesk"),)),
+        ("helpdesk@ab12:0.7+json", (ModelRef("helpdesk", "ab12", 0.7), ModelRef("json"))),
+        ("a+b+c+d", (ModelRef("a"), ModelRef("b"), ModelRef("c"), ModelRef("d"))),
+        ("a+A", (ModelRef("a"), ModelRef("A"))),
+        ("a@ab12+a@cd34+a", (ModelRef("a", "ab12"), ModelRef("a", "cd34"), ModelRef("a"))),
+        ("n" * 128, (ModelRef("n" * 128),)),
     ],
 )
-def test_a_model_is_parts_with_versions_and_weights(text: str, parts: tuple[Part, ...]) -> None:
-    assert parse_model(text) == parts
+def test_a_model_names_adapters_with_versions_and_weights(text: str, refs: tuple[ModelRef, ...]) -> None:
+    assert parse_model(text) == refs
 
 
 def test_minus_nothing_is_nothing() -> None:
@@ -139,5 +139,5 @@ def test_millions_of_characters_are_refused_at_once(text: str) -> None:
 
 def test_the_longest_good_model_is_not_too_long() -> None:
     text = "+".join(f"{letter * 128}@{DIGEST}:-1.123456789" for letter in "abcd")
-    assert [part.name[0] for part in parse_model(text)] == list("abcd")
+    assert [ref.name[0] for ref in parse_model(text)] == list("abcd")
     assert str(MAX_MODEL_CHARS) in refusal(text + "+" * MAX_MODEL_CHARS)

@@ -123,10 +123,10 @@ async def test_a_changed_folder_is_loaded_before_its_name_moves(shelf: Shelf) ->
     shelf.gate.clear()
     scanning = asyncio.ensure_future(shelf.watcher.scan())
     await asyncio.sleep(0.1)
-    assert await shelf.version("a") == old.held[0].adapter.version_digest
+    assert await shelf.version("a") == old.adapters[0].adapter.version_digest
     shelf.gate.set()
     await scanning
-    assert await shelf.version("a") != old.held[0].adapter.version_digest
+    assert await shelf.version("a") != old.adapters[0].adapter.version_digest
     assert shelf.loaded == ["a", "a"]
     old.release()
 
