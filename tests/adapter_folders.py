@@ -12,6 +12,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from server.adapters.adapter_cache import AdapterCache
 from server.adapters.content.manifest import BaseSignature, Limits, Manifest
 from server.adapters.content.signature import linear
 from server.adapters.intake import Intake
@@ -20,7 +21,6 @@ from server.adapters.leasing import AdapterLibrary
 from server.adapters.operator import AdapterOperator
 from server.adapters.reader import AdapterReader
 from server.adapters.registry import AdapterRegistry
-from server.adapters.residency import Residency
 from server.adapters.versions import VersionStore
 from server.adapters.watcher import AdapterWatcher
 from server.errors import AdapterRejected
@@ -95,11 +95,11 @@ class Shelf:
         self.store = VersionStore(root / "state", keep=3) if state else None
         self.registry = AdapterRegistry(keep=3, retain=not state)
         self.reader = AdapterReader(BASE, replace(LIMITS, roots=tuple(roots)), store=self.store)
-        self.residency = Residency(
+        self.cache = AdapterCache(
             room * NUM_BYTES, unload=self.freed.append, is_wanted=self.registry.is_wanted, max_waiting=8
         )
         self.intake = Intake(self.registry, self.reader, metrics=self.metrics)
-        self.lender = AdapterLibrary(self.registry, self.residency, self.intake, self.reader, self._load)
+        self.lender = AdapterLibrary(self.registry, self.cache, self.intake, self.reader, self._load)
         self.watcher = AdapterWatcher(
             [self.first, self.second],
             self.intake,

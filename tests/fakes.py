@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from server.adapters.adapter_cache import AdapterCache
 from server.adapters.content.manifest import Listing, Manifest
 from server.adapters.content.manners import AdapterDefaults
 from server.adapters.content.peft_config import LoRAConfig
@@ -24,7 +25,6 @@ from server.adapters.leases import Loaded
 from server.adapters.leasing import AdapterLibrary
 from server.adapters.reader import AdapterReader
 from server.adapters.registry import Adapter, AdapterRegistry
-from server.adapters.residency import Residency
 from server.api.app import ServerState
 from server.engine.async_engine import AsyncEngine
 from server.errors import EngineUnavailable, GenerationFailed, QueueFull
@@ -225,8 +225,8 @@ def library(*adapters: Adapter) -> AdapterLibrary:
         listing = Listing(each.name, each.path, config, None, each.defaults, Plan({}), each.created, {}, "shapes")
         registry.publish(each, listing, ())
     reader = cast(AdapterReader, FakeReader(registry))
-    residency = Residency(1_000_000, unload=lambda digest: None, is_wanted=registry.is_wanted)
-    return AdapterLibrary(registry, residency, Intake(registry, reader, metrics=metrics), reader, load)
+    cache = AdapterCache(1_000_000, unload=lambda digest: None, is_wanted=registry.is_wanted)
+    return AdapterLibrary(registry, cache, Intake(registry, reader, metrics=metrics), reader, load)
 
 
 BASE = "micro"

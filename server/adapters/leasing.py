@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
+from server.adapters.adapter_cache import AdapterCache
 from server.adapters.aliases import Alias
 from server.adapters.content.manifest import Manifest
 from server.adapters.intake import Intake
@@ -16,7 +17,6 @@ from server.adapters.leases import Lease, LeasedAdapter, Loaded, loading
 from server.adapters.names import ModelRef, parse_model
 from server.adapters.reader import AdapterReader, FolderMoved
 from server.adapters.registry import DIGITS, Adapter, AdapterRegistry, Entry
-from server.adapters.residency import Residency
 from server.adapters.versions import Pin
 from server.errors import AdapterNotLoaded, AdapterPending, AdapterRejected, InvalidRequest, ModelNotFound, QueueFull
 
@@ -36,12 +36,12 @@ class AdapterLibrary:
     def __init__(
         self,
         registry: AdapterRegistry,
-        residency: Residency,
+        cache: AdapterCache,
         intake: Intake,
         reader: AdapterReader,
         load: LoadWeights,
     ) -> None:
-        self.registry, self.residency, self.intake, self.reader = registry, residency, intake, reader
+        self.registry, self.cache, self.intake, self.reader = registry, cache, intake, reader
         self.aliases: Mapping[str, Alias] = {}
         self.metrics = intake.metrics
         self._load_weights = load
@@ -123,9 +123,9 @@ class AdapterLibrary:
     def preload(self) -> None:
         """Load what is pinned in memory, in the background."""
         pinned = [entry for entry in self.registry if self._stays(entry)]
-        self.residency.pin(entry.served.weights_digest for entry in pinned if entry.served is not None)
+        self.cache.pin(entry.served.weights_digest for entry in pinned if entry.served is not None)
         for entry in pinned:
-            there = entry.served is not None and self.residency.state(entry.served.weights_digest) is not None
+            there = entry.served is not None and self.cache.state(entry.served.weights_digest) is not None
             if not there and entry.name not in self._preloading:
                 self._preloading[entry.name] = asyncio.ensure_future(self._preload(entry.name))
 
@@ -148,7 +148,7 @@ class AdapterLibrary:
             return
         entry = self.registry.get(name) if name in self.registry else None
         if entry is not None and self._stays(entry) and (served := entry.served) is not None:
-            self.residency.pin({*self.residency.pinned, served.weights_digest})
+            self.cache.pin({*self.cache.pinned, served.weights_digest})
         lease.release()
 
     def _refs(self, model: str, user: str | None, scale: float | None) -> tuple[ModelRef, ...]:
@@ -172,10 +172,10 @@ class AdapterLibrary:
         _check_composition(leased)
         adapters = {one.adapter.weights_digest: one.adapter for one in leased}
         needs = {digest: self.num_bytes(adapter) for digest, adapter in adapters.items()}
-        if sum(needs.values()) > self.residency.max_bytes:
+        if sum(needs.values()) > self.cache.max_bytes:
             raise InvalidRequest("These adapters do not fit into memory together.", param="model")
         try:
-            await self.residency.hold(needs, lambda digest: self._load(adapters[digest]))
+            await self.cache.hold(needs, lambda digest: self._load(adapters[digest]))
         finally:
             self._report()  # others may have made room, whether it was of use or not
         self._in_use.update({one.adapter.name for one in leased})
@@ -261,7 +261,7 @@ class AdapterLibrary:
         return kept
 
     def _release(self, leased: tuple[LeasedAdapter, ...]) -> None:
-        self.residency.release({one.adapter.weights_digest for one in leased})
+        self.cache.release({one.adapter.weights_digest for one in leased})
         for one in leased:
             self._drop_unwanted(one.adapter)
         for name in {one.adapter.name for one in leased}:
@@ -286,18 +286,18 @@ class AdapterLibrary:
     async def _moving_in(self, entry: Entry, adapter: Adapter, manifest: Manifest) -> AsyncIterator[None]:
         """Load a version beside the one before it, if that is in memory and there is room for both."""
         before, needs = entry.current, {adapter.weights_digest: adapter.num_bytes}
-        hot = before is not None and self.residency.state(before.weights_digest) is not None
-        ahead = hot and entry.pin.version is None and self.residency.has_room(adapter.num_bytes)
+        hot = before is not None and self.cache.state(before.weights_digest) is not None
+        ahead = hot and entry.pin.version is None and self.cache.has_room(adapter.num_bytes)
         try:
             if ahead:
-                await self.residency.hold(needs, lambda digest: self._put(manifest))
+                await self.cache.hold(needs, lambda digest: self._put(manifest))
         except AdapterNotLoaded:
             ahead = False  # it is loaded when it is asked for
         try:
             yield
         finally:
             if ahead:
-                self.residency.release(needs)
+                self.cache.release(needs)
             if before is not None:
                 self._drop_unwanted(before)
             self.preload()
@@ -307,8 +307,8 @@ class AdapterLibrary:
     def _drop_unwanted(self, adapter: Adapter) -> None:
         """Free what nobody uses and nobody can ask for, and forget what was known of it."""
         digest = adapter.weights_digest
-        self.residency.drop_unwanted(digest)
-        if self.residency.state(digest) is None and not self.registry.is_wanted(digest):
+        self.cache.drop_unwanted(digest)
+        if self.cache.state(digest) is None and not self.registry.is_wanted(digest):
             self._loaded.pop(digest, None)
 
     def _arrived(self, entry: Entry) -> None:
@@ -318,7 +318,7 @@ class AdapterLibrary:
     def _has_weights(self, entry: Entry) -> bool:
         """Whether the version that a name means is in memory, on its way there, or kept."""
         served = entry.served
-        if served is not None and self.residency.state(served.weights_digest) is not None:
+        if served is not None and self.cache.state(served.weights_digest) is not None:
             return True
         version = entry.pin.version or (None if entry.current is None else entry.current.version_digest)
         return version is not None and self.reader.has_kept(version)
@@ -343,8 +343,8 @@ class AdapterLibrary:
         self.metrics.show_version(name, None if served is None else served.version_digest[:DIGITS])
 
     def _report(self) -> None:
-        self.metrics.adapters_resident.set(len(self.residency.digests))
-        self.metrics.adapter_memory.set(self.residency.num_bytes)
+        self.metrics.adapters_resident.set(len(self.cache.digests))
+        self.metrics.adapter_memory.set(self.cache.num_bytes)
 
 
 def _check_composition(leased: tuple[LeasedAdapter, ...]) -> None:

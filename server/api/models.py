@@ -41,7 +41,7 @@ def state_of(adapter: Adapter | None, state: ServerState) -> str:
     """``unverified`` until its bytes were hashed, then ``ready``, ``loading`` or ``resident``."""
     if adapter is None:
         return "unverified"
-    return state.adapters.residency.state(adapter.weights_digest) or "ready"
+    return state.adapters.cache.state(adapter.weights_digest) or "ready"
 
 
 def _base(state: ServerState) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def _alias(name: str, state: ServerState) -> dict[str, Any] | None:
 
 
 def _details(entry: Entry, state: ServerState) -> dict[str, Any]:
-    served, residency, listing = entry.served, state.adapters.residency, entry.listing
+    served, cache, listing = entry.served, state.adapters.cache, entry.listing
     digest = None if served is None else served.weights_digest
     return {
         "weights_digest": digest,
@@ -83,7 +83,7 @@ def _details(entry: Entry, state: ServerState) -> dict[str, Any]:
         "num_modules": len(listing.plan.modules),
         "num_bytes": listing.plan.num_bytes if served is None else state.adapters.num_bytes(served),
         "delta_norm": None if digest is None else state.adapters.delta_norm(digest),
-        "leases": 0 if digest is None else residency.num_leases(digest),
+        "leases": 0 if digest is None else cache.num_leases(digest),
         "composable": listing.plan.composable,
         "checks": _checks(listing.sidecar),
         "defaults": _said(listing.defaults, state.prompts.chat_template),

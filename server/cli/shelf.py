@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from server.adapters.adapter_cache import AdapterCache
 from server.adapters.content.manifest import Manifest
 from server.adapters.intake import Intake
 from server.adapters.leases import Loaded
@@ -11,7 +12,6 @@ from server.adapters.leasing import AdapterLibrary
 from server.adapters.operator import AdapterOperator
 from server.adapters.reader import AdapterReader
 from server.adapters.registry import AdapterRegistry
-from server.adapters.residency import Residency
 from server.adapters.watcher import AdapterWatcher
 from server.cli.folders import adapter_folders, limits_of, open_store
 from server.engine.async_engine import AsyncEngine
@@ -47,7 +47,7 @@ def build_shelf(
         return Loaded(weights.delta_norm, num_bytes)
 
     reader = AdapterReader(base.signature, limits_of(settings), store=store, judge_manners=prompts.check_manners)
-    residency = Residency(
+    cache = AdapterCache(
         settings.adapter_memory,
         unload=engine.unload_adapter,
         is_wanted=registry.is_wanted,
@@ -55,7 +55,7 @@ def build_shelf(
         spare=settings.adapter_memory // COPIES_SHARE if runner.bank.copies else 0,
     )
     intake = Intake(registry, reader, metrics=metrics)
-    library = AdapterLibrary(registry, residency, intake, reader, load)
+    library = AdapterLibrary(registry, cache, intake, reader, load)
     watcher = AdapterWatcher(
         adapter_folders(settings),
         intake,

@@ -932,7 +932,7 @@ async def test_what_is_loaded_is_what_the_answers_label_says(tmp_path: Path) -> 
         await shelf.watcher.scan()
         await asyncio.sleep(0.01)
     await asyncio.wait_for(asyncio.gather(*asking), 15)
-    shelf.residency.check_integrity()
+    shelf.cache.check_integrity()
     assert len({lease.label for lease in leases}) > 5
     for lease in leases:
         digest = lease.adapters[0].adapter.weights_digest
@@ -1035,7 +1035,7 @@ async def test_a_template_without_an_end_is_broken_off_while_others_are_served(
     assert time.perf_counter() - since < 6
     assert status == 400
     assert "takes too long" in body or "characters" in body
-    assert all(not shelf.residency.num_leases(digest) for digest in shelf.residency.digests)
+    assert all(not shelf.cache.num_leases(digest) for digest in shelf.cache.digests)
 
 
 def test_a_template_that_could_not_be_broken_off_is_refused_before_it_is_compiled() -> None:

@@ -140,7 +140,7 @@ def test_on_every_way_out_leases_and_sequences_are_given_back(
     state = server_state(engine, adapter("poet"))
     response = ask(create_app(state), "POST", CHAT, json={**ONE, "model": "poet", "stream": stream, **change})
     assert status is None or response.status_code == status
-    assert state.adapters.residency.num_leases("poet-weights") == 0
+    assert state.adapters.cache.num_leases("poet-weights") == 0
     assert engine.num_open == 0
 
 
@@ -153,7 +153,7 @@ def test_a_submission_that_fails_half_way_leaves_nothing_behind() -> None:
     assert response.status_code == 503
     assert response.headers["retry-after"] == "1"
     assert (len(engine.submitted), engine.num_open) == (2, 0)
-    assert state.adapters.residency.num_leases("poet-weights") == 0
+    assert state.adapters.cache.num_leases("poet-weights") == 0
 
 
 def test_a_full_queue_is_found_before_the_prompt_is_rendered() -> None:

@@ -42,11 +42,11 @@ async def test_everybody_who_waits_for_a_load_that_fails_is_told_and_the_next_on
     shelf.failures = 1
     results = await asyncio.gather(*(shelf.lender.acquire("a") for _ in range(3)), return_exceptions=True)
     assert [type(result) for result in results] == [AdapterNotLoaded] * 3
-    assert shelf.residency.num_bytes == shelf.metrics.adapter_memory._value.get() == 0
+    assert shelf.cache.num_bytes == shelf.metrics.adapter_memory._value.get() == 0
     await shelf.use("b")
     await shelf.use("a")
     assert shelf.loaded == ["b", "a"]
-    shelf.residency.check_integrity()
+    shelf.cache.check_integrity()
 
 
 def test_an_adapter_that_cannot_be_loaded_is_answered_with_a_503_that_may_be_tried_again() -> None:
@@ -80,16 +80,16 @@ async def test_a_pinned_adapter_that_cannot_be_loaded_is_logged_and_loaded_later
 
 async def test_room_that_was_made_for_a_load_that_failed_is_reported(shelf: Failing) -> None:
     await shelf.use("b")
-    shelf.residency.max_bytes = NUM_BYTES
+    shelf.cache.max_bytes = NUM_BYTES
     shelf.failures = 1
     with pytest.raises(AdapterNotLoaded):
         await shelf.lender.acquire("a")
-    assert shelf.residency.num_bytes == shelf.metrics.adapter_memory._value.get() == 0
+    assert shelf.cache.num_bytes == shelf.metrics.adapter_memory._value.get() == 0
 
 
 async def test_what_an_adapter_takes_is_told_once_it_was_loaded(shelf: Failing) -> None:
     adapter = await shelf.lender.served("a")
     assert shelf.lender.num_bytes(adapter) == NUM_BYTES
     await shelf.use("a")
-    assert shelf.lender.num_bytes(adapter) == NUM_BYTES // 2 == shelf.residency.num_bytes
+    assert shelf.lender.num_bytes(adapter) == NUM_BYTES // 2 == shelf.cache.num_bytes
     assert shelf.metrics.adapter_memory._value.get() == NUM_BYTES // 2

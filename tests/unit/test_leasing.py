@@ -71,7 +71,7 @@ async def test_a_request_keeps_its_version_while_its_name_moves(kept: Shelf) -> 
     assert await kept.use("a") != old.label
     old.release()
     assert kept.freed == [old.adapters[0].adapter.weights_digest]
-    kept.residency.check_integrity()
+    kept.cache.check_integrity()
 
 
 async def test_a_replaced_version_can_still_be_asked_for(kept: Shelf) -> None:
@@ -177,7 +177,7 @@ async def test_a_pin_in_memory_keeps_an_adapter_there(tmp_path: Path) -> None:
         make(shelf.first, name, lora_alpha=8 + number)
     await shelf.watcher.scan()
     shelf.lender.set_pins({"a": Pin(resident=True)})
-    while not shelf.residency.pinned:
+    while not shelf.cache.pinned:
         await asyncio.sleep(0.01)
     for name in "bcbc":
         await shelf.use(name)
@@ -324,7 +324,7 @@ async def test_as_many_may_wait_for_room_as_the_queue_is_long(tmp_path: Path) ->
     await shelf.watcher.scan()
     lease = await shelf.lender.acquire("a")
     waiting = [asyncio.ensure_future(shelf.use("b")) for _ in range(8)]
-    while shelf.residency.num_waiting < 8:
+    while shelf.cache.num_waiting < 8:
         await asyncio.sleep(0.01)
     with pytest.raises(QueueFull):
         await shelf.lender.acquire("b")
@@ -362,7 +362,7 @@ async def test_hundreds_of_adapters_that_come_and_go_leave_nothing(shelf: Shelf)
         shutil.rmtree(path)
         await shelf.watcher.scan()
     assert (len(shelf.loaded), len(shelf.freed)) == (300, 300)
-    assert shelf.residency.num_bytes == 0
+    assert shelf.cache.num_bytes == 0
     assert not shelf.registry._names
     assert not shelf.lender._loaded
     assert len(next(iter(shelf.metrics.registry.collect())).samples) == series
@@ -434,7 +434,7 @@ async def test_weights_pinned_in_memory_go_with_their_folder(shelf: Shelf) -> No
     await shelf.use("a")
     shutil.rmtree(shelf.first / "a")
     await shelf.watcher.scan()
-    assert (shelf.residency.num_bytes, shelf.residency.pinned) == (0, frozenset())
+    assert (shelf.cache.num_bytes, shelf.cache.pinned) == (0, frozenset())
 
 
 async def test_an_error_of_the_system_is_no_verdict(

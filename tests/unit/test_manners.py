@@ -205,7 +205,7 @@ def test_a_conversation_that_the_adapters_template_refuses_is_the_clients_to_men
     response = ask(app, "POST", CHAT, json={"model": "poet", "messages": two})
     assert (response.status_code, response.json()["error"]["param"]) == (400, "messages")
     assert words in response.json()["error"]["message"]
-    assert state.adapters.residency.num_leases("poet-weights") == 0
+    assert state.adapters.cache.num_leases("poet-weights") == 0
 
 
 @pytest.mark.parametrize(("role", "shown"), [("user", True), ("system", False), ("developer", False)])

@@ -142,7 +142,7 @@ def test_a_client_that_goes_away_stops_the_engine(text: str, streaming: bool, nu
     asyncio.run(until_gone(create_app(state), engine, body, num_messages=num_messages))
     assert len(engine.streams) == 2
     assert engine.num_open == 0
-    assert state.adapters.residency.num_leases("poet-weights") == 0
+    assert state.adapters.cache.num_leases("poet-weights") == 0
     labels = {"adapter": "poet", "finish_reason": "cancelled"}
     assert state.metrics.registry.get_sample_value("quickchange_requests_total", labels) == 2
 
@@ -172,4 +172,4 @@ def test_a_stream_that_is_never_begun_gives_everything_back() -> None:
 
     asyncio.run(run())
     assert engine.num_open == 0
-    assert state.adapters.residency.num_leases("poet-weights") == 0
+    assert state.adapters.cache.num_leases("poet-weights") == 0

@@ -7,12 +7,12 @@ import random
 
 import pytest
 
-from server.adapters import residency as module
-from server.adapters.residency import Residency
+from server.adapters import adapter_cache as module
+from server.adapters.adapter_cache import AdapterCache
 
 
 class Memory:
-    """A residency, and what it loaded and freed; loads wait for ``gate``, and fail for digests in ``bad``."""
+    """A cache, and what it loaded and freed; loads wait for ``gate``, and fail for digests in ``bad``."""
 
     def __init__(self, max_bytes: int = 10) -> None:
         self.loaded: list[str] = []
@@ -22,7 +22,7 @@ class Memory:
         self.sizes: dict[str, int] = {}
         self.gate = asyncio.Event()
         self.gate.set()
-        self.books = Residency(
+        self.books = AdapterCache(
             max_bytes, unload=self.freed.append, is_wanted=lambda digest: digest not in self.unwanted
         )
 

@@ -1,9 +1,9 @@
-"""Which weights are in memory, within a budget of bytes: the event loop owns the books, so there are no locks.
+"""The adapters' weights in memory, within a budget of bytes. The event loop owns it: no locks.
 
-Weights in use or pinned never go; of the others the least recently used go first. What weights take at most is
-reserved before they are loaded, and what they really take is counted afterwards. Who needs weights that find no room
-waits in turn, and whoever comes later and needs room waits behind. What is in memory already is had at once, unless
-somebody has waited too long for room that this would keep taken.
+Weights that are leased or pinned are never evicted; the others are, least recently used first. A load reserves an upper
+bound of its bytes, which becomes what the weights really take once they are loaded. Requests whose weights find no room
+wait in a queue, first come, first served. Weights in memory are leased at once, past the queue, unless its first
+request has waited ``PATIENCE`` seconds for room that this would keep taken.
 """
 
 from __future__ import annotations
@@ -17,16 +17,15 @@ from server.errors import QueueFull
 from server.integrity import ensure
 
 PATIENCE = 1.0
-"""Seconds after which the first in the queue is let in before those whose weights are in memory."""
-
+"""Seconds after which the first in the queue goes before requests whose weights are in memory."""
 
 Load = Callable[[str], Awaitable[int]]
-"""Loads weights by their digest, and says how many bytes they take."""
+"""Loads weights by their digest; returns the bytes that they take."""
 
 
 @dataclass(eq=False)
 class _Ticket:
-    """Somebody who waits for room for all of ``needs``, bytes by digest."""
+    """A request in the queue: it needs room for all of ``needs``, bytes by digest."""
 
     needs: Mapping[str, int]
     load: Load
@@ -36,12 +35,12 @@ class _Ticket:
     )
 
 
-class Residency:
+class AdapterCache:
     """Bytes by weights digest, leases and pins.
 
-    ``unload(digest)`` frees weights; ``is_wanted(digest)`` says whether anybody may ask for them again. ``num_bytes``
-    are taken, by weights in memory and by those on their way; at most ``max_waiting`` wait for room. Weights that
-    nobody uses leave ``spare`` of the ``max_bytes`` free, for what else needs memory; weights in use may take it.
+    ``unload(digest)`` frees weights; ``is_wanted(digest)`` says whether they can still be asked for. ``num_bytes``
+    counts weights in memory and those being loaded; at most ``max_waiting`` requests wait for room. Idle weights leave
+    ``spare`` of the ``max_bytes`` free, for other memory of adapters; leased weights may take it.
     """
 
     def __init__(
@@ -74,10 +73,12 @@ class Residency:
 
     def state(self, digest: str) -> str | None:
         """``resident``, ``loading``, or None."""
-        return None if digest not in self._bytes else "loading" if digest in self._loading else "resident"
+        if digest not in self._bytes:
+            return None
+        return "loading" if digest in self._loading else "resident"
 
     def num_leases(self, digest: str) -> int:
-        """Requests that use these weights, or wait for them to be loaded."""
+        """Requests that use these weights, or wait until they are loaded."""
         return self._leases[digest]
 
     @property
@@ -85,7 +86,7 @@ class Residency:
         return self._pinned
 
     def pin(self, digests: Iterable[str]) -> None:
-        """From now on exactly these stay in memory once they are there."""
+        """Replace the pins: weights of these digests are not evicted."""
         before, self._pinned = self._pinned, frozenset(digests)
         for digest in before - self._pinned:
             self.drop_unwanted(digest)
@@ -108,7 +109,7 @@ class Residency:
         return not self._queue and self._immovable({}) + num_bytes <= self.max_bytes
 
     def release(self, digests: Iterable[str]) -> None:
-        """Give leases back; weights that nobody can ask for again go at once."""
+        """Return leases; weights that cannot be asked for any more are freed at once."""
         for digest in digests:
             ensure(self._leases[digest] > 0, "released more often than leased")
             self._leases[digest] -= 1
@@ -118,12 +119,12 @@ class Residency:
         self._admit()
 
     def drop_unwanted(self, digest: str) -> None:
-        """Free weights that nobody uses and nobody can ask for."""
+        """Free weights that are idle and cannot be asked for any more."""
         if self._is_movable(digest) and not self._is_wanted(digest):
             self._remove(digest)
 
     def check_integrity(self) -> None:
-        """What is leased is in memory or on its way."""
+        """Leased weights are in memory or being loaded, and bytes are counted right."""
         ensure(self.num_bytes == sum(self._bytes.values()), "bytes are miscounted")
         ensure(all(count > 0 for count in self._leases.values()), "a lease is negative")
         ensure(set(self._leases) <= set(self._bytes), "leased weights are not in memory")
@@ -157,22 +158,22 @@ class Residency:
                 ticket.admitted.set_result(self._take(ticket.needs, ticket.load))
 
     def _take(self, needs: Mapping[str, int], load: Load) -> list[asyncio.Task[None]]:
-        """Lease, evicting as much as the missing ones need, and set them on their way."""
+        """Lease, evict what the missing weights need, and begin to load them; returns the loads to wait for."""
         self._leases.update(needs.keys())
         missing = {digest: size for digest, size in needs.items() if digest not in self._bytes}
         if missing:
             self._evict(sum(missing.values()))
+        for digest, size in missing.items():
+            self._bytes[digest] = size
+            self.num_bytes += size
+            self._loading[digest] = asyncio.ensure_future(self._load_weights(digest, load))
+            self._loading[digest].add_done_callback(_retrieve)
         for digest in needs:
-            if digest in missing:
-                self._bytes[digest] = missing[digest]
-                self.num_bytes += missing[digest]
-                self._loading[digest] = asyncio.ensure_future(self._bring(digest, load))
-                self._loading[digest].add_done_callback(_retrieve)
             self._bytes.move_to_end(digest)
         return [self._loading[digest] for digest in needs if digest in self._loading]
 
-    async def _bring(self, digest: str, load: Load) -> None:
-        """Load for all who wait; each of them may be cancelled without disturbing the others."""
+    async def _load_weights(self, digest: str, load: Load) -> None:
+        """Load for all requests that wait; cancelling one of them does not cancel the load."""
         try:
             taken = await load(digest)
         except BaseException:
@@ -189,7 +190,7 @@ class Residency:
         self._admit()
 
     def _evict(self, coming: int) -> None:
-        """Free what was used longest ago, until there is room for what is coming, and ``spare`` is free beside it."""
+        """Free idle weights, least recently used first, until ``coming`` bytes and ``spare`` fit."""
         for digest in [digest for digest in self._bytes if self._is_movable(digest)]:
             if self.num_bytes + coming <= self.max_bytes - self.spare:
                 return
@@ -197,7 +198,7 @@ class Residency:
             self.num_evicted += 1
 
     def _fits(self, needs: Mapping[str, int]) -> bool:
-        """Whether there is or can be made room; also where only pins are in the way, because waiting would not help."""
+        """Whether there is room after evictions; also where only pins prevent it, because waiting would not help."""
         missing = sum(size for digest, size in needs.items() if digest not in self._bytes)
         if not missing or self._immovable(needs) + missing <= self.max_bytes:
             return True
@@ -216,6 +217,6 @@ class Residency:
 
 
 def _retrieve(task: asyncio.Task[None]) -> None:
-    """A load that nobody waits for any more may fail in silence; who waits is told."""
+    """Retrieve the exception of a load for which no request waits any more, so that asyncio does not log it."""
     if not task.cancelled():
         task.exception()
