@@ -1,4 +1,4 @@
-"""Adapter folders for tests, on a base of two small linears, and a shelf that loads them without an engine."""
+"""Adapter folders for tests, on a base of two small linears, and a harness that loads them without an engine."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ import torch
 from server.adapters.adapter_cache import AdapterCache
 from server.adapters.content.manifest import BaseSignature, Limits, Manifest
 from server.adapters.content.signature import linear
-from server.adapters.intake import Intake
 from server.adapters.leases import Loaded
-from server.adapters.leasing import AdapterLibrary
+from server.adapters.library import AdapterLibrary
 from server.adapters.operator import AdapterOperator
 from server.adapters.reader import AdapterReader
 from server.adapters.registry import AdapterRegistry
@@ -71,7 +70,7 @@ def make(folder: Path, name: str, **config: Any) -> Path:
     return path
 
 
-class Shelf:
+class AdapterHarness:
     """Everything that keeps adapters, on two folders, without an engine: what it would load and free is noted."""
 
     def __init__(
@@ -98,18 +97,16 @@ class Shelf:
         self.cache = AdapterCache(
             room * NUM_BYTES, unload=self.freed.append, is_wanted=self.registry.is_wanted, max_waiting=8
         )
-        self.intake = Intake(self.registry, self.reader, metrics=self.metrics)
-        self.lender = AdapterLibrary(self.registry, self.cache, self.intake, self.reader, self._load)
+        self.adapters = AdapterLibrary(self.registry, self.cache, self.reader, self._load, metrics=self.metrics)
+        self.sync = self.adapters.sync
         self.watcher = AdapterWatcher(
             [self.first, self.second],
-            self.intake,
+            self.adapters,
             settle=settle,
             grace=grace,
             store=self.store,
-            on_aliases=self.lender.set_aliases,
-            on_pins=self.lender.set_pins,
         )
-        self.operator = AdapterOperator(self.lender, self.watcher, self.store)
+        self.operator = AdapterOperator(self.adapters, self.watcher, self.store)
 
     async def _load(self, manifest: Manifest) -> Loaded:
         await self.gate.wait()
@@ -125,10 +122,10 @@ class Shelf:
 
     async def version(self, name: str) -> str:
         """The digest of the version that a name means."""
-        return (await self.lender.served(name)).version_digest
+        return (await self.adapters.served(name)).version_digest
 
     async def use(self, model: str) -> str:
         """Ask for a model once; the label of what answered."""
-        lease = await self.lender.acquire(model)
+        lease = await self.adapters.acquire(model)
         lease.release()
         return lease.label

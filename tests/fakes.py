@@ -20,9 +20,8 @@ from server.adapters.content.manifest import Listing, Manifest
 from server.adapters.content.manners import AdapterDefaults
 from server.adapters.content.peft_config import LoRAConfig
 from server.adapters.content.plan import Plan
-from server.adapters.intake import Intake
 from server.adapters.leases import Loaded
-from server.adapters.leasing import AdapterLibrary
+from server.adapters.library import AdapterLibrary
 from server.adapters.reader import AdapterReader
 from server.adapters.registry import Adapter, AdapterRegistry
 from server.api.app import ServerState
@@ -226,7 +225,7 @@ def library(*adapters: Adapter) -> AdapterLibrary:
         registry.publish(each, listing, ())
     reader = cast(AdapterReader, FakeReader(registry))
     cache = AdapterCache(1_000_000, unload=lambda digest: None, is_wanted=registry.is_wanted)
-    return AdapterLibrary(registry, cache, Intake(registry, reader, metrics=metrics), reader, load)
+    return AdapterLibrary(registry, cache, reader, load, metrics=metrics)
 
 
 BASE = "micro"
@@ -234,14 +233,14 @@ BASE = "micro"
 
 def server_state(engine: FakeEngine, *adapters: Adapter, base_defaults: AdapterDefaults | None = None) -> ServerState:
     """A server over a fake engine."""
-    shelf = library(*adapters)
+    served = library(*adapters)
     return ServerState(
         base_name=BASE,
         created=1_700_000_000,
         prompts=PromptRenderer(small_tokenizer()),
         engine=cast(AsyncEngine, engine),
-        adapters=shelf,
-        metrics=shelf.metrics,
+        adapters=served,
+        metrics=served.metrics,
         default_max_tokens=64,
         eos_ids=frozenset({EOS}),
         version="0.0.test",

@@ -9,7 +9,7 @@ import time
 import uuid
 from pathlib import Path
 
-from server.adapters.leasing import AdapterLibrary
+from server.adapters.library import AdapterLibrary
 from server.adapters.names import is_name
 from server.adapters.registry import Adapter
 from server.adapters.versions import Pin, VersionStore
@@ -23,8 +23,8 @@ PATIENCE = 10.0
 class AdapterOperator:
     """Acts on names and folders inside ``watcher.folders``; pins go to the state directory where there is one."""
 
-    def __init__(self, library: AdapterLibrary, watcher: AdapterWatcher, store: VersionStore | None) -> None:
-        self._library, self._watcher, self._store = library, watcher, store
+    def __init__(self, adapters: AdapterLibrary, watcher: AdapterWatcher, store: VersionStore | None) -> None:
+        self._adapters, self._watcher, self._store = adapters, watcher, store
 
     async def load(self, name: str, path: str, *, in_place: bool) -> Adapter:
         """Serve a folder inside the adapter folders under a name, and have it in memory.
@@ -35,28 +35,28 @@ class AdapterOperator:
         if not is_name(name):
             raise InvalidRequest(f"Invalid 'lora_name': {name!r:.80} is no model name.", param="lora_name")
         folder = await asyncio.to_thread(self._inside, path)
-        if name in self._library.registry and not in_place:
+        if name in self._adapters.registry and not in_place:
             raise InvalidRequest(
                 f"The adapter '{name}' is loaded already: set 'load_inplace' to replace it.", param="lora_name"
             )
         await self._watcher.mount(name, folder)
         await self._settled(name, folder)
-        if (refusal := self._library.intake.refusals.get(name)) is not None:
-            if name not in self._library.registry:
+        if (refusal := self._adapters.sync.refusals.get(name)) is not None:
+            if name not in self._adapters.registry:
                 await self._watcher.hide(name)
             raise AdapterRejected(name, refusal[1])
-        lease = await self._library.acquire(name)
+        lease = await self._adapters.acquire(name)
         lease.release()
         return lease.adapters[0].adapter
 
     async def unload(self, name: str) -> None:
         """Serve a name no more until its folder changes, or it is loaded again. Raises ``ModelNotFound``."""
-        self._library.registry.get(name)
+        self._adapters.registry.get(name)
         await self._watcher.hide(name)
 
     async def delete(self, name: str) -> None:
         """Delete an adapter: folder, kept versions and pin. Raises ``ModelNotFound`` or ``InvalidRequest``."""
-        entry = self._library.registry.get(name)
+        entry = self._adapters.registry.get(name)
         path = entry.listing.path if entry.refused is None else self._watcher.folders[0] / name
         if path.name != name or path.parent.resolve() != self._watcher.folders[0].resolve():
             raise InvalidRequest(
@@ -73,17 +73,17 @@ class AdapterOperator:
         if self._store is not None:
             await asyncio.to_thread(self._store.forget, name)
         self._watcher.forget_pins()
-        pins = self._library.registry.pins
-        self._library.set_pins({one: pin for one, pin in pins.items() if one != name})
+        pins = self._adapters.registry.pins
+        self._adapters.set_pins({one: pin for one, pin in pins.items() if one != name})
 
     async def pin(self, name: str, version: str | None) -> Adapter | None:
         """Hold a name at a version, or keep it in memory where none is given. Raises as ``AdapterLibrary.acquire``."""
-        self._library.registry.get(name)
-        before = self._library.registry.pins.get(name, Pin())
+        self._adapters.registry.get(name)
+        before = self._adapters.registry.pins.get(name, Pin())
         if version is None:
             await self._set_pin(name, Pin(before.version, resident=True))
             return None
-        lease = await self._library.acquire(f"{name}@{version}")
+        lease = await self._adapters.acquire(f"{name}@{version}")
         lease.release()
         adapter = lease.adapters[0].adapter
         await self._set_pin(name, Pin(adapter.version_digest, before.resident))
@@ -91,13 +91,13 @@ class AdapterOperator:
 
     async def unpin(self, name: str) -> None:
         """Let a name follow its folder again, and leave memory when it is not used."""
-        self._library.registry.get(name)
+        self._adapters.registry.get(name)
         await self._set_pin(name, Pin())
 
     async def rollback(self, name: str) -> Adapter:
         """Hold a name at the version before the one it serves. Raises ``ModelNotFound``, ``InvalidRequest``."""
-        entry = self._library.registry.get(name)
-        served = await self._library.served(name)
+        entry = self._adapters.registry.get(name)
+        served = await self._adapters.served(name)
         kept = [] if self._store is None else await asyncio.to_thread(self._store.versions, name)
         digests = [one.digest for one in kept] or [one.version_digest for one in entry.versions]
         earlier = digests[: digests.index(served.version_digest)] if served.version_digest in digests else digests
@@ -125,7 +125,7 @@ class AdapterOperator:
         if self._store is not None:
             await asyncio.to_thread(self._store.set_pin, name, pin)
             self._watcher.forget_pins()
-        self._library.set_pins({**self._library.registry.pins, name: pin})
+        self._adapters.set_pins({**self._adapters.registry.pins, name: pin})
 
     def _inside(self, text: str) -> Path:
         """A folder inside the adapter folders, none of whose parts begins with a dot.

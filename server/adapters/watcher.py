@@ -1,4 +1,4 @@
-"""Looks at the adapter folders and tells the intake what appeared, changed and went.
+"""Looks at the adapter folders, and has the library take in what appeared, changed and went.
 
 A folder counts when nothing in it has changed for ``settle`` seconds, so that one still being copied is left alone; a
 name is gone when its folder has been missing for ``grace`` seconds, so that one removed and put back is an update.
@@ -14,13 +14,13 @@ import math
 import os
 import stat
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from watchfiles import awatch
 
-from server.adapters.aliases import ALIASES_FILE, MAX_ALIASES_BYTES, Alias, parse_aliases
+from server.adapters.aliases import ALIASES_FILE, MAX_ALIASES_BYTES, parse_aliases
 from server.adapters.content.folder import (
     Signature,
     file_signature,
@@ -30,8 +30,8 @@ from server.adapters.content.folder import (
     sub_folders,
 )
 from server.adapters.content.opening import leads_inside
-from server.adapters.intake import Intake
-from server.adapters.versions import Pin, VersionStore
+from server.adapters.library import AdapterLibrary
+from server.adapters.versions import VersionStore
 
 logger = logging.getLogger("quickchange.adapters")
 
@@ -55,25 +55,20 @@ class Found:
 
 
 class AdapterWatcher:
-    """Watches ``folders``, the first of which wins where two hold the same name; the first need not exist yet.
-
-    ``on_aliases`` and ``on_pins`` are told when those change, on disk or by hand.
-    """
+    """Watches ``folders``, the first of which wins where two hold the same name; the first need not exist yet."""
 
     def __init__(
         self,
         folders: Sequence[Path],
-        intake: Intake,
+        adapters: AdapterLibrary,
         *,
         settle: float,
         grace: float,
         store: VersionStore | None = None,
-        on_aliases: Callable[[Mapping[str, Alias]], None] = lambda aliases: None,
-        on_pins: Callable[[Mapping[str, Pin]], None] = lambda pins: None,
     ) -> None:
-        self.folders, self.intake, self.settle, self.grace = tuple(folders), intake, settle, grace
-        self._store, self._on_aliases, self._on_pins = store, on_aliases, on_pins
-        self._roots, self._linked = intake.reader.roots, False
+        self.folders, self.settle, self.grace = tuple(folders), settle, grace
+        self._adapters, self._sync, self._store = adapters, adapters.sync, store
+        self._roots, self._linked = adapters.reader.roots, False
         self._seen: dict[str, tuple[Found, float]] = {}
         self._handled: dict[str, tuple[Path, Signature]] = {}
         self._missing: dict[str, float] = {}
@@ -81,7 +76,6 @@ class AdapterWatcher:
         self._mounted: dict[str, Path] = {}
         self._aliases_signature: Signature | None = None
         self._pins_signature: object = None
-        self._pending: set[str] = set()
         self._durations = (0.0, 0.0)
         self._places: frozenset[tuple[Path, int]] = frozenset()
         self._watched: frozenset[tuple[Path, int]] = frozenset()
@@ -89,16 +83,15 @@ class AdapterWatcher:
         self._listening_since = -math.inf
         self._complained: int | None = None
         self._stirred = False
-        self._woken = asyncio.Event()
         self._scanning = asyncio.Lock()
-        intake.wanted = self.look_soon
 
     async def start(self) -> None:
-        """Take in what is there. A folder that is just being copied gets a moment to settle."""
-        await self.intake.reader.load_digests()
+        """Read what is there. A folder that is just being copied gets a moment to settle."""
+        await self._sync.reader.load_digests()
         deadline = time.monotonic() + 2 * self.settle
         while not await self.scan() and time.monotonic() < deadline:
             await asyncio.sleep(self.settle / 4)
+        self._sync.level = logging.INFO
 
     async def run(self) -> None:
         try:
@@ -128,20 +121,14 @@ class AdapterWatcher:
                     self._forget(name)
             self._missing = {name: since for name, since in self._missing.items() if name not in found}
             sightings = {name: self._sighting(name, one, now) for name, one in found.items()}
-            self._pending = waiting | self._missing.keys()
+            self._sync.pending = waiting | self._missing.keys()
             if names is not None:
                 self._seen |= sightings
-                return not self._pending
+                return not self._sync.pending
             self._hidden = {name: signature for name, signature in self._hidden.items() if name in found}
             await self._look_at_small_files()
             self._seen = sightings
-            return not self._pending
-
-    def look_soon(self, name: str) -> None:
-        """Look at the folder of a name again, without waiting for the next look at all of them."""
-        if name not in self._pending:
-            self._pending.add(name)
-            self._woken.set()
+            return not self._sync.pending
 
     async def mount(self, name: str, path: Path) -> None:
         """Serve a folder inside the adapter folders under a name of its own, from the next look on.
@@ -175,11 +162,12 @@ class AdapterWatcher:
         """Until events or ``seconds`` call for the next look at everything, look at what is pending."""
         due = time.monotonic() + seconds
         while not self._stirred and (left := due - time.monotonic()) > 0:
+            pause = min(left, self.settle / 2) if self._sync.pending else left
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._woken.wait(), min(left, self.settle / 2) if self._pending else left)
-            self._woken.clear()
-            if self._pending and not self._stirred:
-                await self._scan_and_report(frozenset(self._pending))
+                await asyncio.wait_for(self._sync.woken.wait(), pause)
+            self._sync.woken.clear()
+            if self._sync.pending and not self._stirred:
+                await self._scan_and_report(frozenset(self._sync.pending))
         if self._stirred:
             await asyncio.sleep(self.settle / 4)  # a stir is seldom alone
         self._stirred = False
@@ -233,21 +221,21 @@ class AdapterWatcher:
                 *paths, recursive=False, debounce=200, step=50, watch_filter=None, rust_timeout=5_000
             ):
                 self._stirred = True
-                self._woken.set()
+                self._sync.woken.set()
         except (OSError, RuntimeError) as error:
             logger.info("no events from the adapter folders (%s); looking every %g s", error, self.settle)
 
     async def _take(self, name: str, found: Found, now: float) -> bool:
-        """Tell the intake of a folder that is new or changed. False where it has not settled."""
+        """Have a folder read that is new or changed. False where it has not settled."""
         if self._handled.get(name) == (found.path, found.signature) or self._hidden.get(name) == found.signature:
             return True
         if not self._has_settled(name, found, now):
             return False
         self._hidden.pop(name, None)
-        if name in self.intake.registry:
-            taken = await self.intake.change(name, found.path, found.signature)
+        if name in self._sync.registry:
+            taken = await self._sync.change(name, found.path, found.signature)
         else:
-            taken = await self.intake.appear(name, found.path, found.signature)
+            taken = await self._sync.appear(name, found.path, found.signature)
         if taken:
             self._handled[name] = (found.path, found.signature)
         return taken
@@ -266,7 +254,7 @@ class AdapterWatcher:
         self._handled.pop(name, None)
         self._missing.pop(name, None)
         self._mounted.pop(name, None)
-        self.intake.vanish(name)
+        self._sync.vanish(name)
 
     def _timed_look(self, names: Collection[str] | None) -> dict[str, Found]:
         """A look whose length, if it is one at everything, bounds how often such looks are taken.
@@ -312,7 +300,7 @@ class AdapterWatcher:
             self._aliases_signature = signature
             try:
                 data = await asyncio.to_thread(read_file, path, MAX_ALIASES_BYTES, self._roots) if signature else None
-                self._on_aliases(parse_aliases(data or b""))
+                self._adapters.set_aliases(parse_aliases(data or b""))
             except (OSError, ValueError) as error:
                 logger.error("%s is not used, the aliases before it stay: %s", ALIASES_FILE, error)
         if self._store is None:
@@ -320,7 +308,7 @@ class AdapterWatcher:
         pins = await asyncio.to_thread(self._store.pins_signature)
         if pins != self._pins_signature:
             self._pins_signature = pins
-            self._on_pins(await asyncio.to_thread(self._store.pins))
+            self._adapters.set_pins(await asyncio.to_thread(self._store.pins))
 
 
 def _inode(path: Path, status: os.stat_result) -> int:

@@ -8,7 +8,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from server.adapters.content.manners import AdapterDefaults
-from server.adapters.leasing import AdapterLibrary
+from server.adapters.library import AdapterLibrary
 from server.adapters.operator import AdapterOperator
 from server.engine.async_engine import AsyncEngine
 from server.metrics import Metrics

@@ -24,7 +24,7 @@ from transformers import GenerationConfig
 from server.adapters.content.manners import AdapterDefaults
 from server.adapters.watcher import AdapterWatcher
 from server.api.app import ServerState, create_app
-from server.cli.shelf import build_shelf
+from server.cli.adapter_services import build_adapter_services
 from server.cli.user_cache import user_cache
 from server.engine.async_engine import AsyncEngine
 from server.engine.engine import Engine
@@ -73,7 +73,7 @@ class Service:
         working: list[asyncio.Task[None]] = []
         try:
             await self._start()
-            working += [asyncio.create_task(work) for work in (self.watcher.run(), self.watcher.intake.hash_all())]
+            working += [asyncio.create_task(work) for work in (self.watcher.run(), self.state.adapters.sync.hash_all())]
             yield
         finally:
             for task in working:
@@ -94,7 +94,6 @@ class Service:
         await self._quieten_reader()
         self.engine.start()
         await self.watcher.start()
-        self.watcher.intake.level = logging.INFO
         names = [entry.name for entry in self.state.adapters.registry]
         shown = ", ".join([self.state.base_name, *names[:MOST_NAMES]])
         more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
@@ -141,15 +140,15 @@ def build(settings: Settings) -> Service:
     runner = _runner(base, slots.num_slots, settings.adapter_memory)
     engine = AsyncEngine(Engine(scheduler, runner, Sampler(), metrics), max_queued_seqs=settings.max_queued_seqs)
     prompts = PromptRenderer(base.tokenizer, vocab_size=base.vocab_size)
-    shelf = build_shelf(settings, base, runner, engine, prompts, metrics)
+    services = build_adapter_services(settings, base, runner, engine, prompts, metrics)
     key = settings.admin_key
     state = ServerState(
         base_name=settings.base_name,
         created=int(time.time()),
         prompts=prompts,
         engine=engine,
-        adapters=shelf.lender,
-        operator=None if key is None else shelf.operator,
+        adapters=services.adapters,
+        operator=None if key is None else services.operator,
         admin_key_digest=None if key is None else hashlib.sha256(key.get_secret_value().encode()).digest(),
         metrics=metrics,
         default_max_tokens=settings.default_max_tokens,
@@ -157,7 +156,7 @@ def build(settings: Settings) -> Service:
         base_defaults=_base_defaults(base),
         version=_version(),
     )
-    return Service(state, engine, shelf.watcher, settings)
+    return Service(state, engine, services.watcher, settings)
 
 
 def _slots(settings: Settings, base: Base) -> SlotTable:

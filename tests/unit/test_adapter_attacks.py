@@ -50,7 +50,7 @@ from tests.adapter_folders import (
     NUM_BYTES,
     PREFIX,
     SIDECAR,
-    Shelf,
+    AdapterHarness,
     make,
     tensors,
     write,
@@ -71,8 +71,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-async def shelf(tmp_path: Path) -> Shelf:
-    return Shelf(tmp_path)
+async def harness(tmp_path: Path) -> AdapterHarness:
+    return AdapterHarness(tmp_path)
 
 
 def read(path: Path, limits: Limits = LIMITS) -> Manifest:
@@ -113,19 +113,19 @@ def refusal(path: Path, limits: Limits = LIMITS) -> str:
     return reasons[0]
 
 
-def state_of(shelf: Shelf, engine: FakeEngine | None = None) -> ServerState:
+def state_of(harness: AdapterHarness, engine: FakeEngine | None = None) -> ServerState:
     """A server over real folders and a fake engine."""
     return ServerState(
         base_name=BASE.name,
         created=1_700_000_000,
         prompts=PromptRenderer(small_tokenizer()),
         engine=cast(AsyncEngine, engine or FakeEngine()),
-        adapters=shelf.lender,
-        metrics=shelf.metrics,
+        adapters=harness.adapters,
+        metrics=harness.metrics,
         default_max_tokens=64,
         eos_ids=frozenset({EOS}),
         version="0.0.test",
-        operator=shelf.operator,
+        operator=harness.operator,
         admin_key_digest=hashlib.sha256(KEY.encode()).digest(),
     )
 
@@ -334,24 +334,24 @@ def test_a_link_is_refused_wherever_it_leads(folder: Path, name: str) -> None:
         (folder / name).unlink()
 
 
-async def test_a_linked_folder_is_no_adapter(shelf: Shelf) -> None:
+async def test_a_linked_folder_is_no_adapter(harness: AdapterHarness) -> None:
     """A link in the adapter folder serves what lies outside it."""
-    outside = make(shelf.first.parent, "outside")
-    (shelf.first / "linked").symlink_to(outside)
-    await shelf.watcher.scan()
-    assert shelf.names == []
-    assert "the folder is a link" in refusal(shelf.first / "linked")
+    outside = make(harness.first.parent, "outside")
+    (harness.first / "linked").symlink_to(outside)
+    await harness.watcher.scan()
+    assert harness.names == []
+    assert "the folder is a link" in refusal(harness.first / "linked")
 
 
-async def test_a_folder_loaded_by_its_path_is_not_followed_outside(shelf: Shelf) -> None:
+async def test_a_folder_loaded_by_its_path_is_not_followed_outside(harness: AdapterHarness) -> None:
     """The folder above a loaded one is replaced by a link afterwards."""
-    make(shelf.first / "archive", "a")
-    make(shelf.first.parent / "outside", "a", lora_alpha=99)
-    label = (await shelf.operator.load("b", "archive/a", in_place=False)).label
-    shutil.rmtree(shelf.first / "archive")
-    (shelf.first / "archive").symlink_to(shelf.first.parent / "outside")
-    await shelf.watcher.scan()
-    assert [adapter.label for entry in shelf.registry for adapter in entry.versions] in ([], [label])
+    make(harness.first / "archive", "a")
+    make(harness.first.parent / "outside", "a", lora_alpha=99)
+    label = (await harness.operator.load("b", "archive/a", in_place=False)).label
+    shutil.rmtree(harness.first / "archive")
+    (harness.first / "archive").symlink_to(harness.first.parent / "outside")
+    await harness.watcher.scan()
+    assert [adapter.label for entry in harness.registry for adapter in entry.versions] in ([], [label])
 
 
 def test_a_hard_link_is_the_file(tmp_path: Path, folder: Path) -> None:
@@ -362,26 +362,26 @@ def test_a_hard_link_is_the_file(tmp_path: Path, folder: Path) -> None:
     assert read(twin).weights_digest == read(folder).weights_digest
 
 
-async def test_a_file_of_aliases_that_is_none_does_not_stop_the_watcher(shelf: Shelf) -> None:
+async def test_a_file_of_aliases_that_is_none_does_not_stop_the_watcher(harness: AdapterHarness) -> None:
     """A FIFO blocks who opens it, for ever; a link leads elsewhere."""
-    path = shelf.first / "aliases.toml"
+    path = harness.first / "aliases.toml"
     os.mkfifo(path)
-    make(shelf.first, "a")
+    make(harness.first, "a")
     try:
-        await asyncio.wait_for(shelf.watcher.scan(), 5)
+        await asyncio.wait_for(harness.watcher.scan(), 5)
     finally:
         with open(os.open(path, os.O_RDWR | os.O_NONBLOCK), "wb"):  # lets go whoever waits
             await asyncio.sleep(0.05)
-    assert shelf.names == ["a"]
+    assert harness.names == ["a"]
     path.unlink()
-    (shelf.first.parent / "elsewhere").write_text('support = "a"\n')
-    path.symlink_to(shelf.first.parent / "elsewhere")
-    await shelf.watcher.scan()
-    assert shelf.lender.aliases == {}
+    (harness.first.parent / "elsewhere").write_text('support = "a"\n')
+    path.symlink_to(harness.first.parent / "elsewhere")
+    await harness.watcher.scan()
+    assert harness.adapters.aliases == {}
     path.unlink()
     path.write_text('support = "a"\n')
-    await shelf.watcher.scan()
-    assert list(shelf.lender.aliases) == ["support"]
+    await harness.watcher.scan()
+    assert list(harness.adapters.aliases) == ["support"]
 
 
 NAMES = [
@@ -424,13 +424,13 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
-async def test_names_lead_nowhere(shelf: Shelf, name: str, caplog: pytest.LogCaptureFixture) -> None:
+async def test_names_lead_nowhere(harness: AdapterHarness, name: str, caplog: pytest.LogCaptureFixture) -> None:
     """Paths, control characters and look-alikes for names, in every place that takes one."""
-    make(shelf.first, "good")
-    make(shelf.first, ".hidden")
-    outside = make(shelf.first.parent, "outside")
-    await shelf.watcher.scan()
-    app = create_app(state_of(shelf))
+    make(harness.first, "good")
+    make(harness.first, ".hidden")
+    outside = make(harness.first.parent, "outside")
+    await harness.watcher.scan()
+    app = create_app(state_of(harness))
     caplog.set_level(logging.DEBUG)
     replies = {
         "chat": await call(app, "POST", CHAT, chat(name)),
@@ -445,32 +445,34 @@ async def test_names_lead_nowhere(shelf: Shelf, name: str, caplog: pytest.LogCap
         replies["get"] = await call(app, "GET", f"/v1/models/{name}")
     assert {where: status for where, (status, _) in replies.items() if status not in (400, 404, 405)} == {}
     assert all(set(json.loads(body)) == {"error"} for _, body in replies.values())
-    assert (shelf.names, shelf.loaded, outside.is_dir()) == (["good"], [], True)
+    assert (harness.names, harness.loaded, outside.is_dir()) == (["good"], [], True)
     assert all(record.getMessage().isprintable() for record in caplog.records)
 
 
 @pytest.mark.parametrize("field", ["model", "lora_name", "lora_path"])
 @pytest.mark.parametrize("text", ['"\\ud800"', "7", "[]", "null", "true", '{"a": 1}'])
-async def test_names_that_are_no_text_are_refused(shelf: Shelf, field: str, text: str) -> None:
+async def test_names_that_are_no_text_are_refused(harness: AdapterHarness, field: str, text: str) -> None:
     """Half a surrogate pair is text for Python until it is written anywhere."""
-    app = create_app(state_of(shelf))
+    app = create_app(state_of(harness))
     good = chat("good") if field == "model" else {"lora_name": "x", "lora_path": "good"}
     body = json.dumps(good | {field: "HERE"}).replace('"HERE"', text)
     url = CHAT if field == "model" else "/v1/load_lora_adapter"
     assert (await call(app, "POST", url, raw=body.encode()))[0] == 400
 
 
-async def test_loading_a_folder_that_goes_away_is_answered(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_loading_a_folder_that_goes_away_is_answered(
+    harness: AdapterHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A folder deleted between the look at its path and the look at its files: the request waited for ever."""
-    path, mount = make(shelf.first, "a"), shelf.watcher.mount
+    path, mount = make(harness.first, "a"), harness.watcher.mount
 
     async def mount_and_lose(name: str, folder: Path) -> None:
         await mount(name, folder)
         shutil.rmtree(path)
 
-    monkeypatch.setattr(shelf.watcher, "mount", mount_and_lose)
+    monkeypatch.setattr(harness.watcher, "mount", mount_and_lose)
     with pytest.raises((AdapterRejected, InvalidRequest, ModelNotFound)):
-        await asyncio.wait_for(shelf.operator.load("x", "a", in_place=False), 15)
+        await asyncio.wait_for(harness.operator.load("x", "a", in_place=False), 15)
 
 
 def container(header: bytes, body: bytes = b"", *, length: int | None = None) -> bytes:
@@ -842,85 +844,85 @@ async def test_a_folder_that_changes_while_it_is_read_is_not_judged(
 
 async def test_a_new_version_is_served_whole_or_not_at_all(tmp_path: Path) -> None:
     """A slow copy over a folder in use, file by file and byte by byte, in any order."""
-    shelf = Shelf(tmp_path, settle=0.15)
-    path = make(shelf.first, "a")
+    harness = AdapterHarness(tmp_path, settle=0.15)
+    path = make(harness.first, "a")
     new = make(tmp_path, "new", r=4, lora_alpha=16)
     wide = {name: one.repeat((2, 1) if "lora_A" in name else (1, 2)) for name, one in tensors().items()}
     write(new, weights=wide, sidecar=SIDECAR)
-    await shelf.watcher.start()
-    label = await shelf.use("a")
+    await harness.watcher.start()
+    label = await harness.use("a")
     for names in ([CONFIG_FILE, WEIGHTS_FILE, SIDECAR_FILE], [SIDECAR_FILE, WEIGHTS_FILE, CONFIG_FILE]):
         for name in names:
             data = (new / name).read_bytes()
             for size in (0, 1, 8, len(data) // 2, len(data)):
                 (path / name).write_bytes(data[:size])
-                await shelf.watcher.scan()
-                assert await shelf.use(label) == label
+                await harness.watcher.scan()
+                assert await harness.use(label) == label
         await asyncio.sleep(0.2)
-        await shelf.watcher.scan()
-        assert (await shelf.use("a")).removeprefix("a@") == read(new).version_digest[:12]
+        await harness.watcher.scan()
+        assert (await harness.use("a")).removeprefix("a@") == read(new).version_digest[:12]
         shutil.rmtree(path)
-        make(shelf.first, "a")
+        make(harness.first, "a")
         await asyncio.sleep(0.2)
-        await shelf.watcher.scan()
-        assert await shelf.use("a") == label
+        await harness.watcher.scan()
+        assert await harness.use("a") == label
 
 
 @pytest.mark.parametrize("size", [0, 1, 8, 100, -1])
-async def test_a_copy_that_stalls_is_refused_and_the_version_before_stays(shelf: Shelf, size: int) -> None:
+async def test_a_copy_that_stalls_is_refused_and_the_version_before_stays(harness: AdapterHarness, size: int) -> None:
     """Half a file that stays so for longer than a folder takes to settle."""
-    path = make(shelf.first, "a")
-    await shelf.watcher.scan()
-    label = await shelf.use("a")
+    path = make(harness.first, "a")
+    await harness.watcher.scan()
+    label = await harness.use("a")
     (path / WEIGHTS_FILE).write_bytes(GOOD[:size])
-    await shelf.watcher.scan()
-    assert await shelf.use("a") == label
-    assert "truncated" in str(shelf.registry.get("a").refused)
+    await harness.watcher.scan()
+    assert await harness.use("a") == label
+    assert "truncated" in str(harness.registry.get("a").refused)
     weights = tensors() | {FIRST: torch.full((2, 6), 3.0)}
     write(path, weights=weights)
-    await shelf.watcher.scan()
-    assert await shelf.use("a") != label
+    await harness.watcher.scan()
+    assert await harness.use("a") != label
 
 
 async def test_a_name_whose_folder_changes_before_it_was_hashed_stays_known(
-    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+    harness: AdapterHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A folder replaced soon after it was listed: its name was a 404 while its headers were read again."""
-    path, listing = make(shelf.first, "a"), shelf.reader.listing
-    await shelf.watcher.scan()
+    path, listing = make(harness.first, "a"), harness.reader.listing
+    await harness.watcher.scan()
     known = []
 
     async def watched(*arguments: Any) -> Any:
-        known.append("a" in shelf.registry)
+        known.append("a" in harness.registry)
         return await listing(*arguments)
 
-    monkeypatch.setattr(shelf.reader, "listing", watched)
+    monkeypatch.setattr(harness.reader, "listing", watched)
     write(path, config=CONFIG | {"lora_alpha": 16})
-    await shelf.watcher.scan()
+    await harness.watcher.scan()
     assert False not in known
-    assert (await shelf.use("a")).removeprefix("a@") == read(path).version_digest[:12]
+    assert (await harness.use("a")).removeprefix("a@") == read(path).version_digest[:12]
 
 
 async def test_what_is_loaded_is_what_the_answers_label_says(tmp_path: Path) -> None:
     """A folder replaced again and again while it is asked for: weights of one version under the name of another."""
     loaded: dict[str, list[float]] = {}
 
-    class Noting(Shelf):
+    class Noting(AdapterHarness):
         async def _load(self, manifest: Manifest) -> Loaded:
             loaded.setdefault(manifest.weights_digest, []).append(manifest.config.alpha)
             await asyncio.sleep(0.001)
             return Loaded(1.0, NUM_BYTES)
 
-    shelf = Noting(tmp_path, room=2)
-    path = make(shelf.first, "a", lora_alpha=1)
+    harness = Noting(tmp_path, room=2)
+    path = make(harness.first, "a", lora_alpha=1)
     expected = {read(path).weights_digest: 1.0}
-    await shelf.watcher.scan()
-    await shelf.use("a")
+    await harness.watcher.scan()
+    await harness.use("a")
     leases = []
 
     async def ask() -> None:
         while len(expected) < 20:
-            lease = await shelf.lender.acquire("a")
+            lease = await harness.adapters.acquire("a")
             leases.append(lease)
             await asyncio.sleep(0.002)
             lease.release()
@@ -929,10 +931,10 @@ async def test_what_is_loaded_is_what_the_answers_label_says(tmp_path: Path) -> 
     for alpha in range(2, 21):
         write(path, config=CONFIG | {"lora_alpha": alpha})
         expected[read(path).weights_digest] = float(alpha)
-        await shelf.watcher.scan()
+        await harness.watcher.scan()
         await asyncio.sleep(0.01)
     await asyncio.wait_for(asyncio.gather(*asking), 15)
-    shelf.cache.check_integrity()
+    harness.cache.check_integrity()
     assert len({lease.label for lease in leases}) > 5
     for lease in leases:
         digest = lease.adapters[0].adapter.weights_digest
@@ -1015,16 +1017,16 @@ BOMBS = {
 
 @pytest.mark.parametrize("bomb", BOMBS.values(), ids=BOMBS)
 async def test_a_template_without_an_end_is_broken_off_while_others_are_served(
-    shelf: Shelf, bomb: str, monkeypatch: pytest.MonkeyPatch
+    harness: AdapterHarness, bomb: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Loops, recursion and text without an end.
 
     What was broken off while jinja2 folded constants went on; text of 10 MB was made into tokens for ten seconds.
     """
     monkeypatch.setattr(prompt_module, "_MAX_TEMPLATE_SECONDS", 0.3)
-    write(make(shelf.first, "bomb"), sidecar=SIDECAR | {"chat_template": bomb})
-    await shelf.watcher.scan()
-    app = create_app(state_of(shelf))
+    write(make(harness.first, "bomb"), sidecar=SIDECAR | {"chat_template": bomb})
+    await harness.watcher.scan()
+    app = create_app(state_of(harness))
     await call(app, "POST", CHAT, chat(BASE.name))
     since = time.perf_counter()
     exploding = asyncio.ensure_future(call(app, "POST", CHAT, chat("bomb")))
@@ -1035,7 +1037,7 @@ async def test_a_template_without_an_end_is_broken_off_while_others_are_served(
     assert time.perf_counter() - since < 6
     assert status == 400
     assert "takes too long" in body or "characters" in body
-    assert all(not shelf.cache.num_leases(digest) for digest in shelf.cache.digests)
+    assert all(not harness.cache.num_leases(digest) for digest in harness.cache.digests)
 
 
 def test_a_template_that_could_not_be_broken_off_is_refused_before_it_is_compiled() -> None:
@@ -1060,9 +1062,9 @@ def test_a_template_that_could_not_be_broken_off_is_refused_before_it_is_compile
         {"template": "x"},
     ],
 )
-async def test_a_request_brings_no_template(shelf: Shelf, more: dict[str, Any]) -> None:
+async def test_a_request_brings_no_template(harness: AdapterHarness, more: dict[str, Any]) -> None:
     """Templates and their arguments from clients."""
-    app = create_app(state_of(shelf))
+    app = create_app(state_of(harness))
     status, body = await call(app, "POST", CHAT, chat(BASE.name, **more))
     assert (status, json.loads(body)["error"]["code"]) == (400, "unsupported_parameter")
 
@@ -1071,7 +1073,7 @@ CANARY = "canary-7f3a"
 
 
 async def test_what_an_adapter_says_stays_out_of_logs_metrics_and_errors(
-    shelf: Shelf, caplog: pytest.LogCaptureFixture
+    harness: AdapterHarness, caplog: pytest.LogCaptureFixture
 ) -> None:
     """System prompts and templates are somebody's work, and may hold what nobody else should read."""
     caplog.set_level(logging.DEBUG)
@@ -1082,10 +1084,10 @@ async def test_what_an_adapter_says_stays_out_of_logs_metrics_and_errors(
         "training": None,
         "quality": {CANARY: CANARY},
     }
-    path = make(shelf.first, "quiet")
+    path = make(harness.first, "quiet")
     write(path, sidecar=SIDECAR | said)
-    await shelf.watcher.scan()
-    app = create_app(state_of(shelf))
+    await harness.watcher.scan()
+    app = create_app(state_of(harness))
     assert (await call(app, "POST", CHAT, chat("quiet")))[0] == 200
     four = {"messages": [{"role": "user", "content": "hello"}] * 4}
     replies = [
@@ -1097,7 +1099,7 @@ async def test_what_an_adapter_says_stays_out_of_logs_metrics_and_errors(
         await call(app, "DELETE", "/v1/models/quieter"),
     ]
     write(path, config=CONFIG | {"layer_replication": [[0, 2]]})
-    await shelf.watcher.scan()
+    await harness.watcher.scan()
     replies.append(await call(app, "POST", "/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "quiet"}))
     assert all(status in (400, 404) for status, _ in replies), replies
     replies += [await call(app, "GET", url) for url in ("/metrics", "/v1/models", "/health")]
@@ -1133,16 +1135,16 @@ RAW: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("damage", RAW.values(), ids=RAW)
 async def test_no_text_of_a_folder_begins_a_line_of_its_own(
-    shelf: Shelf, damage: Callable[[Path], object], caplog: pytest.LogCaptureFixture
+    harness: AdapterHarness, damage: Callable[[Path], object], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Line feeds and terminal codes in names, which forge lines in the log, or cannot be written at all."""
     caplog.set_level(logging.DEBUG)
-    path = make(shelf.first, "a")
+    path = make(harness.first, "a")
     damage(path)
-    await shelf.watcher.scan()
+    await harness.watcher.scan()
     if path.exists():
         load = {"lora_name": "x", "lora_path": "a"}
-        status, body = await call(create_app(state_of(shelf)), "POST", "/v1/load_lora_adapter", load)
+        status, body = await call(create_app(state_of(harness)), "POST", "/v1/load_lora_adapter", load)
         assert status == 400
         assert body.isprintable()
     lines = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
@@ -1150,9 +1152,11 @@ async def test_no_text_of_a_folder_begins_a_line_of_its_own(
     assert [line for line in lines if not line.isprintable()] == []
 
 
-async def test_no_text_of_the_aliases_begins_a_line_of_its_own(shelf: Shelf, caplog: pytest.LogCaptureFixture) -> None:
+async def test_no_text_of_the_aliases_begins_a_line_of_its_own(
+    harness: AdapterHarness, caplog: pytest.LogCaptureFixture
+) -> None:
     """The same, in the file of aliases."""
-    make(shelf.first, "a")
+    make(harness.first, "a")
     for text in (
         f'{json.dumps(EVIL)} = "a"',
         f"a = {json.dumps(EVIL)}",
@@ -1160,30 +1164,30 @@ async def test_no_text_of_the_aliases_begins_a_line_of_its_own(shelf: Shelf, cap
         EVIL,
         "\ufffe",
     ):
-        (shelf.first / "aliases.toml").write_text(text)
-        await shelf.watcher.scan()
+        (harness.first / "aliases.toml").write_text(text)
+        await harness.watcher.scan()
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) >= 4
     assert [line for line in lines if not line.isprintable()] == []
 
 
-async def test_a_refused_successor_can_be_asked_about(shelf: Shelf) -> None:
+async def test_a_refused_successor_can_be_asked_about(harness: AdapterHarness) -> None:
     """Why a folder is not served is told in the model's details, whatever its text holds."""
-    path = make(shelf.first, "a")
-    await shelf.watcher.scan()
-    await shelf.use("a")
+    path = make(harness.first, "a")
+    await harness.watcher.scan()
+    await harness.use("a")
     write(path, config=CONFIG | {EVIL + WORSE: 1})
-    await shelf.watcher.scan()
-    status, body = await call(create_app(state_of(shelf)), "GET", "/v1/models/a")
+    await harness.watcher.scan()
+    status, body = await call(create_app(state_of(harness)), "GET", "/v1/models/a")
     assert status == 200
     assert "is not supported" in json.loads(body)["refused"]
 
 
-async def test_ten_thousand_random_names_leave_no_trace_in_the_metrics(shelf: Shelf) -> None:
+async def test_ten_thousand_random_names_leave_no_trace_in_the_metrics(harness: AdapterHarness) -> None:
     """Labels made of what clients write fill the memory of the server, and that of whoever watches it."""
-    make(shelf.first, "good")
-    await shelf.watcher.scan()
-    app = create_app(state_of(shelf))
+    make(harness.first, "good")
+    await harness.watcher.scan()
+    app = create_app(state_of(harness))
 
     async def series() -> set[str]:
         _, text = await call(app, "GET", "/metrics")
@@ -1198,8 +1202,8 @@ async def test_ten_thousand_random_names_leave_no_trace_in_the_metrics(shelf: Sh
         name = "".join(draw.choices(signs, k=draw.randint(1, 60)))
         if number % 20:
             with pytest.raises((ModelNotFound, InvalidRequest)):
-                await shelf.lender.acquire(name)
+                await harness.adapters.acquire(name)
         else:
             await call(app, "POST", CHAT, chat(name))
     assert await series() == before
-    assert shelf.names == ["good"]
+    assert harness.names == ["good"]

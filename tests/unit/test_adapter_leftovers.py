@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from server.adapters.content.manifest import read_manifest
-from tests.adapter_folders import BASE, CONFIG, LIMITS, Shelf, make, write
+from tests.adapter_folders import BASE, CONFIG, LIMITS, AdapterHarness, make, write
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
@@ -38,25 +38,25 @@ LEFTOVERS: dict[str, Callable[[Path], object]] = {
 async def test_what_tools_leave_beside_an_adapter_changes_nothing(
     tmp_path: Path, leave: Callable[[Path], object], caplog: pytest.LogCaptureFixture
 ) -> None:
-    shelf = Shelf(tmp_path)
-    path = make(shelf.first, "a")
+    harness = AdapterHarness(tmp_path)
+    path = make(harness.first, "a")
     digest = read_manifest(path, BASE, LIMITS).version_digest
     leave(path)
-    await shelf.watcher.scan()
-    assert await shelf.version("a") == digest
-    assert (shelf.names, shelf.intake.refusals, caplog.messages) == (["a"], {}, [])
+    await harness.watcher.scan()
+    assert await harness.version("a") == digest
+    assert (harness.names, harness.sync.refusals, caplog.messages) == (["a"], {}, [])
 
 
 async def test_a_trainer_that_writes_checkpoints_inside_does_not_unsettle_an_adapter(tmp_path: Path) -> None:
     """A folder inside counted as a file, whose times moved with every checkpoint."""
-    shelf = Shelf(tmp_path, settle=0.1)
-    path = make(shelf.first, "a")
-    await shelf.watcher.start()
+    harness = AdapterHarness(tmp_path, settle=0.1)
+    path = make(harness.first, "a")
+    await harness.watcher.start()
     (path / "runs").mkdir()
     await asyncio.sleep(0.12)
     (path / "runs" / "events").write_text("a step")
-    assert await shelf.watcher.scan()
-    assert shelf.names == ["a"]
+    assert await harness.watcher.scan()
+    assert harness.names == ["a"]
 
 
 async def test_content_that_changed_without_its_size_or_times_is_never_served_as_what_it_was(
@@ -65,13 +65,13 @@ async def test_content_that_changed_without_its_size_or_times_is_never_served_as
     """Network file systems have coarse times; bytes are hashed whenever they are loaded."""
     monkeypatch.setattr("server.adapters.reader.signature_of", lambda path, roots: ())
     monkeypatch.setattr("server.adapters.watcher.signature_of", lambda path, roots: ())
-    shelf = Shelf(tmp_path, room=1)
-    path = make(shelf.first, "a", lora_alpha=16)
-    make(shelf.first, "b")
-    await shelf.watcher.scan()
-    before = await shelf.use("a")
-    await shelf.use("b")
+    harness = AdapterHarness(tmp_path, room=1)
+    path = make(harness.first, "a", lora_alpha=16)
+    make(harness.first, "b")
+    await harness.watcher.scan()
+    before = await harness.use("a")
+    await harness.use("b")
     write(path, config=CONFIG | {"lora_alpha": 61})
-    await shelf.watcher.scan()
-    assert await shelf.use("a") != before
-    assert shelf.registry.get("a").listing.config.alpha == 61
+    await harness.watcher.scan()
+    assert await harness.use("a") != before
+    assert harness.registry.get("a").listing.config.alpha == 61

@@ -20,7 +20,7 @@ from server.adapters.content.folder import read_file, read_files, signature_of
 from server.adapters.content.manifest import read_manifest
 from server.adapters.reader import AdapterReader, FolderMoved
 from server.errors import AdapterRejected, InvalidRequest
-from tests.adapter_folders import BASE, CONFIG, LIMITS, SIDECAR, Shelf, make
+from tests.adapter_folders import BASE, CONFIG, LIMITS, SIDECAR, AdapterHarness, make
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
@@ -119,26 +119,26 @@ def test_a_template_in_a_hubs_cache_is_as_untrusted_as_one_that_was_fetched(tmp_
 
 async def test_files_of_a_volume_are_read_and_a_swap_of_its_data_is_a_new_version(tmp_path: Path) -> None:
     """One volume for each adapter: every file is a link through ``..data``."""
-    shelf = Shelf(tmp_path, roots=(tmp_path / "first",))
-    volume = Volume(shelf.first / "a")
+    harness = AdapterHarness(tmp_path, roots=(tmp_path / "first",))
+    volume = Volume(harness.first / "a")
     volume.put(files(4))
-    await shelf.watcher.scan()
-    before = await shelf.use("a")
+    await harness.watcher.scan()
+    before = await harness.use("a")
     volume.put(files(16))
-    await shelf.watcher.scan()
-    after = await shelf.use("a")
+    await harness.watcher.scan()
+    after = await harness.use("a")
     assert after != before
-    assert shelf.registry.get("a").listing.config.alpha == 16
-    await shelf.watcher.scan()
-    assert (await shelf.use("a"), shelf.loaded) == (after, ["a", "a"])
+    assert harness.registry.get("a").listing.config.alpha == 16
+    await harness.watcher.scan()
+    assert (await harness.use("a"), harness.loaded) == (after, ["a", "a"])
 
 
 async def test_folders_and_aliases_of_a_volume_follow_a_swap_of_its_data(tmp_path: Path) -> None:
     """One volume for all adapters: ``a -> ..data/a`` and ``aliases.toml -> ..data/aliases.toml``."""
     (tmp_path / "first").mkdir()
-    shelf = Shelf(tmp_path, roots=(tmp_path / "first",))
-    shutil.rmtree(shelf.first)
-    volume = Volume(shelf.first)
+    harness = AdapterHarness(tmp_path, roots=(tmp_path / "first",))
+    shutil.rmtree(harness.first)
+    volume = Volume(harness.first)
 
     def generation(alpha: int, alias: str) -> Callable[[Path], None]:
         def fill(path: Path) -> None:
@@ -148,38 +148,38 @@ async def test_folders_and_aliases_of_a_volume_follow_a_swap_of_its_data(tmp_pat
         return fill
 
     volume.put(generation(4, "old"))
-    await shelf.watcher.scan()
-    assert shelf.names == ["a"]
-    before = await shelf.use("old")
+    await harness.watcher.scan()
+    assert harness.names == ["a"]
+    before = await harness.use("old")
     volume.put(generation(16, "new"))
-    await shelf.watcher.scan()
-    assert await shelf.use("new") != before
-    assert list(shelf.lender.aliases) == ["new"]
-    assert shelf.registry.get("a").listing.path == shelf.first / "a"
+    await harness.watcher.scan()
+    assert await harness.use("new") != before
+    assert list(harness.adapters.aliases) == ["new"]
+    assert harness.registry.get("a").listing.path == harness.first / "a"
 
 
 async def test_a_swap_outside_the_adapter_folder_is_seen_within_the_scan_interval(tmp_path: Path) -> None:
     """The system tells of no events behind a link: the folders were looked at every ten intervals only."""
-    shelf = Shelf(tmp_path, settle=0.1, roots=(tmp_path,))
+    harness = AdapterHarness(tmp_path, settle=0.1, roots=(tmp_path,))
     for number in (1, 2):
         make(tmp_path / f"v{number}", "a", lora_alpha=number)
     (tmp_path / "current").symlink_to("v1")
-    (shelf.first / "a").symlink_to(tmp_path / "current" / "a")
+    (harness.first / "a").symlink_to(tmp_path / "current" / "a")
     await asyncio.sleep(0.15)
-    await shelf.watcher.start()
-    before = await shelf.use("a")
-    watching = asyncio.create_task(shelf.watcher.run())
+    await harness.watcher.start()
+    before = await harness.use("a")
+    watching = asyncio.create_task(harness.watcher.run())
     await asyncio.sleep(0.1)
     (tmp_path / "next").symlink_to("v2")
     (tmp_path / "next").rename(tmp_path / "current")
     try:
         for _ in range(60):
             await asyncio.sleep(0.01)
-            if await shelf.use("a") != before:
+            if await harness.use("a") != before:
                 break
     finally:
         watching.cancel()
-    assert shelf.registry.get("a").listing.config.alpha == 2
+    assert harness.registry.get("a").listing.config.alpha == 2
 
 
 @pytest.mark.usefixtures("either_way")
@@ -226,9 +226,9 @@ async def test_a_swap_while_a_folder_is_read_is_read_again(tmp_path: Path, monke
 
 async def test_a_swap_while_a_folder_is_listed_is_no_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``a -> ..data/a`` was opened, and its generation deleted: files were missing that were there a moment later."""
-    shelf = Shelf(tmp_path, roots=(tmp_path / "first",))
-    shelf.first.rmdir()
-    volume = Volume(shelf.first)
+    harness = AdapterHarness(tmp_path, roots=(tmp_path / "first",))
+    harness.first.rmdir()
+    volume = Volume(harness.first)
     volume.put(lambda path: make(path, "a", lora_alpha=4))
     read_file = folder_module.read_file_at
 
@@ -238,10 +238,10 @@ async def test_a_swap_while_a_folder_is_listed_is_no_refusal(tmp_path: Path, mon
         return read_file(*arguments, **how)
 
     monkeypatch.setattr(folder_module, "read_file_at", swap_and_read)
-    assert not await shelf.watcher.scan()
-    assert shelf.intake.refusals == {}
-    assert await shelf.watcher.scan()
-    assert (shelf.names, shelf.registry.get("a").listing.config.alpha) == (["a"], 16)
+    assert not await harness.watcher.scan()
+    assert harness.sync.refusals == {}
+    assert await harness.watcher.scan()
+    assert (harness.names, harness.registry.get("a").listing.config.alpha) == (["a"], 16)
 
 
 def leaf(path: Path) -> Path:
@@ -283,41 +283,41 @@ def fifo(path: Path) -> Path:
 async def test_a_link_that_leads_elsewhere_is_refused_with_one_sentence_everywhere(
     tmp_path: Path, target: Callable[[Path], object], words: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    shelf = Shelf(tmp_path, roots=(tmp_path / "adapters",))
+    harness = AdapterHarness(tmp_path, roots=(tmp_path / "adapters",))
     folder = make(tmp_path / "adapters", "a")
-    shelf.watcher.folders = (tmp_path / "adapters",)
+    harness.watcher.folders = (tmp_path / "adapters",)
     (folder / CONFIG_FILE).unlink()
     (folder / CONFIG_FILE).symlink_to(str(target(tmp_path)))
     before = len(os.listdir("/dev/fd"))
-    await asyncio.wait_for(shelf.watcher.scan(), 5)
+    await asyncio.wait_for(harness.watcher.scan(), 5)
     assert len(os.listdir("/dev/fd")) <= before + 1  # the reader's thread may have one of its own
-    sentence = shelf.intake.refusals["a"][1]
+    sentence = harness.sync.refusals["a"][1]
     assert sentence.startswith(f"{CONFIG_FILE} is a link to ")
     assert any(word in sentence for word in words.split("|"))
     assert caplog.messages == [f"adapter folder a is not served: {sentence}"]
     assert examine(folder, BASE, replace(LIMITS, roots=(tmp_path / "adapters",))).problems == [sentence]
-    assert shelf.metrics.registry.get_sample_value("quickchange_adapter_rejections_total") == 1
-    assert (shelf.names, "alpha" in sentence) == ([], False)
+    assert harness.metrics.registry.get_sample_value("quickchange_adapter_rejections_total") == 1
+    assert (harness.names, "alpha" in sentence) == ([], False)
 
 
 async def test_a_linked_folder_that_leads_outside_is_refused_once_whatever_happens_there(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It was left out without a word; what lies outside is neither listed nor watched."""
-    shelf = Shelf(tmp_path, roots=(tmp_path / "first",))
+    harness = AdapterHarness(tmp_path, roots=(tmp_path / "first",))
     outside = make(tmp_path, "outside")
-    (shelf.first / "a").symlink_to(outside)
-    (shelf.first / "b").symlink_to("b")
+    (harness.first / "a").symlink_to(outside)
+    (harness.first / "b").symlink_to("b")
     for number in range(3):
-        await shelf.watcher.scan()
+        await harness.watcher.scan()
         (outside / f"file{number}").write_text("new")
-    assert shelf.names == []
+    assert harness.names == []
     assert sorted(line.split(":")[0] for line in caplog.messages) == [
         "adapter folder a is not served", "adapter folder b is not served",
     ]  # fmt: skip
-    assert "leads outside" in shelf.intake.refusals["a"][1]
-    assert "leads in a circle" in shelf.intake.refusals["b"][1]
-    assert not shelf.watcher._places
+    assert "leads outside" in harness.sync.refusals["a"][1]
+    assert "leads in a circle" in harness.sync.refusals["b"][1]
+    assert not harness.watcher._places
 
 
 @pytest.mark.usefixtures("either_way")
@@ -362,28 +362,28 @@ async def test_an_adapter_folder_that_is_a_link_is_read_and_followed_when_it_is_
     """``adapters -> releases/2``, as deployments move it."""
     for number in (1, 2):
         make(tmp_path / "releases" / str(number), "a", lora_alpha=number)
-    shelf = Shelf(tmp_path)
-    shelf.first.rmdir()
-    shelf.first.symlink_to("releases/1")
-    await shelf.watcher.scan()
-    before = await shelf.use("a")
-    assert (await shelf.operator.load("b", "a", in_place=False)).name == "b"
-    shelf.first.unlink()
-    shelf.first.symlink_to("releases/2")
-    await shelf.watcher.scan()
-    assert await shelf.use("a") != before
-    assert shelf.watcher._linked
+    harness = AdapterHarness(tmp_path)
+    harness.first.rmdir()
+    harness.first.symlink_to("releases/1")
+    await harness.watcher.scan()
+    before = await harness.use("a")
+    assert (await harness.operator.load("b", "a", in_place=False)).name == "b"
+    harness.first.unlink()
+    harness.first.symlink_to("releases/2")
+    await harness.watcher.scan()
+    assert await harness.use("a") != before
+    assert harness.watcher._linked
 
 
 async def test_a_linked_folder_can_be_loaded_by_its_path_and_deleted_alone(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path, roots=(tmp_path / "store",))
+    harness = AdapterHarness(tmp_path, roots=(tmp_path / "store",))
     target = make(tmp_path / "store", "a")
-    (shelf.first / "a").symlink_to(target)
-    (shelf.first / "out").symlink_to(make(tmp_path, "outside"))
-    await shelf.watcher.scan()
-    assert (await shelf.operator.load("b", "a", in_place=False)).name == "b"
+    (harness.first / "a").symlink_to(target)
+    (harness.first / "out").symlink_to(make(tmp_path, "outside"))
+    await harness.watcher.scan()
+    assert (await harness.operator.load("b", "a", in_place=False)).name == "b"
     with pytest.raises(InvalidRequest, match="lora_path"):
-        await shelf.operator.load("c", "out", in_place=False)
-    await shelf.operator.delete("a")
-    assert (os.path.lexists(shelf.first / "a"), (target / CONFIG_FILE).is_file()) == (False, True)
-    assert [name for name in os.listdir(shelf.first) if name != "out"] == []
+        await harness.operator.load("c", "out", in_place=False)
+    await harness.operator.delete("a")
+    assert (os.path.lexists(harness.first / "a"), (target / CONFIG_FILE).is_file()) == (False, True)
+    assert [name for name in os.listdir(harness.first) if name != "out"] == []

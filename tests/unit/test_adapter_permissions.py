@@ -18,7 +18,7 @@ from server.adapters.content.folder import OPTIONAL_FILES, UNREAD_FILES
 from server.adapters.content.manifest import list_folder, read_manifest
 from server.cli.adapters_convert import main as convert
 from server.errors import AdapterRejected, ModelNotFound
-from tests.adapter_folders import BASE, LIMITS, SIDECAR, Shelf, write
+from tests.adapter_folders import BASE, LIMITS, SIDECAR, AdapterHarness, write
 from tests.adapter_folders import make as make_folder
 
 NOBODY = 65534
@@ -113,17 +113,17 @@ def test_a_folder_that_may_be_listed_and_not_entered_is_the_one_to_open(root: Pa
 async def test_a_closed_folder_takes_the_events_from_no_other(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The system's refusal to tell of one folder ended the events of all, which were looked at every second then."""
     closed_one, other = make(root, "first/closed"), make(root, "first/other")
-    shelf = Shelf(root, settle=0.05)
+    harness = AdapterHarness(root, settle=0.05)
     caplog.set_level(logging.INFO)
     with closed(closed_one):
         await asyncio.sleep(0.06)
-        await shelf.watcher.start()
-        watching = asyncio.create_task(shelf.watcher.run())
+        await harness.watcher.start()
+        watching = asyncio.create_task(harness.watcher.run())
         await asyncio.sleep(0.3)
-        listening = shelf.watcher._listening
+        listening = harness.watcher._listening
         assert listening is not None and not listening.done()
         watching.cancel()
-    assert shelf.names == [other.name] and "no events" not in caplog.text
+    assert harness.names == [other.name] and "no events" not in caplog.text
 
 
 @pytest.mark.parametrize("name", TOKENS)
@@ -146,15 +146,15 @@ async def test_an_optional_file_that_may_not_be_read_refuses_no_adapter(
     """It was refused for a file that says no more than a default; what it would have said is missed aloud."""
     folder = make(root, "first/a")
     (folder / name).write_text("never read")
-    shelf = Shelf(root)
+    harness = AdapterHarness(root)
     with closed(folder / name):
-        await shelf.watcher.scan()
-        label = await shelf.use("a")
+        await harness.watcher.scan()
+        label = await harness.use("a")
         assert examine(folder, BASE, LIMITS).problems == []
     assert label.startswith("a@")
     (line,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert line.startswith(f"adapter a is served without its {name} ({UNREAD_FILES[name]}): permission denied: {name}")
-    assert name in shelf.registry.get("a").listing.unread
+    assert name in harness.registry.get("a").listing.unread
 
 
 @pytest.mark.parametrize("name", ["Modelfile", "a.gguf", "folder"])
@@ -175,13 +175,13 @@ def test_a_source_to_convert_that_may_not_be_read_is_a_line(
 async def test_a_file_that_may_be_read_again_is_read(root: Path) -> None:
     folder = make(root, "first/a")
     (folder / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.5}')
-    shelf = Shelf(root)
+    harness = AdapterHarness(root)
     with closed(folder / "generation_config.json"):
-        await shelf.watcher.scan()
-        before = await shelf.use("a")
-    await shelf.watcher.scan()
-    assert await shelf.use("a") != before
-    entry = shelf.registry.get("a")
+        await harness.watcher.scan()
+        before = await harness.use("a")
+    await harness.watcher.scan()
+    assert await harness.use("a") != before
+    entry = harness.registry.get("a")
     assert (entry.listing.unread, entry.listing.defaults.temperature) == ({}, 0.5)
 
 
@@ -212,22 +212,22 @@ async def test_what_is_closed_while_it_is_served_is_told_with_what_becomes_of_th
 ) -> None:
     """The version read before was called served where its bytes were nowhere any more."""
     used, unused = make(root, "first/used"), make(root, "first/unused", lora_alpha=16)
-    shelf = Shelf(root)
-    await shelf.watcher.scan()
-    label = await shelf.use("used")
-    await shelf.version("unused")
+    harness = AdapterHarness(root)
+    await harness.watcher.scan()
+    label = await harness.use("used")
+    await harness.version("unused")
     with closed(used / FILES[1], unused / FILES[1]):
-        await shelf.watcher.scan()
-        assert await shelf.use("used") == label
+        await harness.watcher.scan()
+        assert await harness.use("used") == label
         with pytest.raises(ModelNotFound):
-            await shelf.use("unused")
-        assert shelf.names == ["used"]
+            await harness.use("unused")
+        assert harness.names == ["used"]
     lines = {line.split()[2]: line for line in (record.getMessage() for record in caplog.records)}
     assert "permission denied" in lines["used"] and "permission denied" in lines["unused"]
     assert lines["used"].endswith("; the version read before is still served")
     assert "still served" not in lines["unused"]
-    await shelf.watcher.scan()
-    assert shelf.names == ["unused", "used"]
+    await harness.watcher.scan()
+    assert harness.names == ["unused", "used"]
 
 
 async def test_an_adapter_folder_that_cannot_be_looked_at_is_told_once_and_what_was_served_stays(
@@ -235,13 +235,13 @@ async def test_an_adapter_folder_that_cannot_be_looked_at_is_told_once_and_what_
 ) -> None:
     """The same line was logged at every look."""
     make(root, "first/a")
-    shelf = Shelf(root)
-    await shelf.watcher.scan()
-    label = await shelf.use("a")
-    with closed(shelf.first):
+    harness = AdapterHarness(root)
+    await harness.watcher.scan()
+    label = await harness.use("a")
+    with closed(harness.first):
         for _ in range(3):
-            assert not await shelf.watcher.scan()
-        assert await shelf.use("a") == label
+            assert not await harness.watcher.scan()
+        assert await harness.use("a") == label
     (line,) = caplog.messages
-    assert str(shelf.first) in line and "Permission denied" in line
-    assert await shelf.watcher.scan()
+    assert str(harness.first) in line and "Permission denied" in line
+    assert await harness.watcher.scan()

@@ -18,7 +18,7 @@ from base_files.fingerprint import base_fingerprint_v2
 from server.__main__ import main
 from server.adapters.versions import Pin, VersionStore
 from server.cli.adapters import COMMANDS
-from tests.adapter_folders import Shelf, make, tensors, write
+from tests.adapter_folders import AdapterHarness, make, tensors, write
 from tests.serving import ROOT
 from tests.tiny_models import build_tiny_base
 
@@ -207,20 +207,20 @@ print([name for name in ("torch", "transformers", "numpy") if name in sys.module
 
 
 async def test_a_running_server_obeys(tmp_path: Path, run: Run) -> None:
-    shelf = Shelf(tmp_path, state=True)
-    path = make(shelf.first, "helpdesk")
-    await shelf.watcher.scan()
-    old = await shelf.version("helpdesk")
+    harness = AdapterHarness(tmp_path, state=True)
+    path = make(harness.first, "helpdesk")
+    await harness.watcher.scan()
+    old = await harness.version("helpdesk")
     write(path, weights={name: 2 * tensor for name, tensor in tensors().items()})
-    await shelf.watcher.scan()
-    new = await shelf.version("helpdesk")
+    await harness.watcher.scan()
+    new = await harness.version("helpdesk")
     assert new != old
     assert run("rollback", "helpdesk") == 0
-    await shelf.watcher.scan()
-    assert await shelf.version("helpdesk") == old
+    await harness.watcher.scan()
+    assert await harness.version("helpdesk") == old
     assert run("unpin", "helpdesk") == 0
-    await shelf.watcher.scan()
-    assert await shelf.version("helpdesk") == new
+    await harness.watcher.scan()
+    assert await harness.version("helpdesk") == new
 
 
 @pytest.fixture(scope="module")

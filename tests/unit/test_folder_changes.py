@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from server.adapters import leasing as leasing_module
+from server.adapters import library as library_module
 from server.adapters import watcher as watcher_module
 from server.adapters.content.manifest import Manifest
 from server.adapters.watcher import AdapterWatcher, Found
 from server.api.errors import reply_to
 from server.errors import AdapterPending, ModelNotFound
-from tests.adapter_folders import CONFIG, Shelf, make, write
+from tests.adapter_folders import CONFIG, AdapterHarness, make, write
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 
@@ -51,34 +51,34 @@ async def test_a_change_of_nothing_but_times_disturbs_no_request(
 ) -> None:
     """A hard link to a served file moves its ctime: an intact adapter that was not in memory was a 404 until the next
     look, ten seconds a request. No look is taken here at all."""
-    monkeypatch.setattr(leasing_module, "PATIENCE", 0.0)
-    shelf = Shelf(tmp_path, room=1)
-    path = make(shelf.first, "a")
-    make(shelf.first, "b", lora_alpha=16)
-    await shelf.watcher.scan()
-    label = await shelf.use("a")
-    await shelf.use("b")
+    monkeypatch.setattr(library_module, "PATIENCE", 0.0)
+    harness = AdapterHarness(tmp_path, room=1)
+    path = make(harness.first, "a")
+    make(harness.first, "b", lora_alpha=16)
+    await harness.watcher.scan()
+    label = await harness.use("a")
+    await harness.use("b")
     change(path)
     for _ in range(3):
-        assert await shelf.use("a") == label
-        await shelf.use("b")
-    assert len(shelf.loaded) == 8
-    await shelf.watcher.scan()
-    assert await shelf.use("a") == label
+        assert await harness.use("a") == label
+        await harness.use("b")
+    assert len(harness.loaded) == 8
+    await harness.watcher.scan()
+    assert await harness.use("a") == label
 
 
 async def test_a_folder_renamed_away_and_back_within_the_grace_fails_no_request(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path, room=1, grace=60)
-    path = make(shelf.first, "a")
-    make(shelf.first, "b", lora_alpha=16)
-    await shelf.watcher.scan()
-    label = await shelf.use("a")
-    await shelf.use("b")
-    path.rename(shelf.first / ".aside")
-    await shelf.watcher.scan()
-    waiting = asyncio.ensure_future(shelf.use("a"))
+    harness = AdapterHarness(tmp_path, room=1, grace=60)
+    path = make(harness.first, "a")
+    make(harness.first, "b", lora_alpha=16)
+    await harness.watcher.scan()
+    label = await harness.use("a")
+    await harness.use("b")
+    path.rename(harness.first / ".aside")
+    await harness.watcher.scan()
+    waiting = asyncio.ensure_future(harness.use("a"))
     await asyncio.sleep(0.15)
-    (shelf.first / ".aside").rename(path)
+    (harness.first / ".aside").rename(path)
     assert await waiting == label
 
 
@@ -95,7 +95,7 @@ async def test_a_stalled_look_makes_no_adapter_wait_for_twenty_times_its_length(
 
     def stall_once(self: AdapterWatcher, *arguments: Any) -> dict[str, Found]:
         found = look(self, *arguments)
-        if shelf.names and not stalled:
+        if harness.names and not stalled:
             time.sleep(0.3)
             os.link(path / WEIGHTS_FILE, tmp_path / "link")
             stalled.append(time.monotonic())
@@ -104,14 +104,14 @@ async def test_a_stalled_look_makes_no_adapter_wait_for_twenty_times_its_length(
     monkeypatch.setattr(AdapterWatcher, "_listen", deaf)
     monkeypatch.setattr(AdapterWatcher, "_look", stall_once)
     caplog.set_level(logging.INFO)
-    shelf = Shelf(tmp_path, settle=0.1)
-    path = make(shelf.first, "a")
-    await shelf.watcher.start()
-    watching = asyncio.create_task(shelf.watcher.run())
+    harness = AdapterHarness(tmp_path, settle=0.1)
+    path = make(harness.first, "a")
+    await harness.watcher.start()
+    watching = asyncio.create_task(harness.watcher.run())
     try:
         while not stalled:
             await asyncio.sleep(0.01)
-        assert (await asyncio.wait_for(shelf.use("a"), 2)).startswith("a@")
+        assert (await asyncio.wait_for(harness.use("a"), 2)).startswith("a@")
     finally:
         watching.cancel()
     assert "adapter a: its folder changed since it was read, so it is looked at again" in caplog.messages
@@ -133,15 +133,15 @@ async def test_a_folder_that_a_request_waits_for_is_looked_at_by_itself(
 
     monkeypatch.setattr(AdapterWatcher, "_listen", deaf)
     monkeypatch.setattr(AdapterWatcher, "_look", slow)
-    shelf = Shelf(tmp_path, settle=0.02)
-    path = make(shelf.first, "a")
-    await shelf.watcher.start()
-    watching = asyncio.create_task(shelf.watcher.run())
+    harness = AdapterHarness(tmp_path, settle=0.02)
+    path = make(harness.first, "a")
+    await harness.watcher.start()
+    watching = asyncio.create_task(harness.watcher.run())
     try:
         await asyncio.sleep(0.3)  # from now on the next look at all folders is two seconds away
         before = looks[True]
         os.link(path / WEIGHTS_FILE, tmp_path / "link")
-        assert (await asyncio.wait_for(shelf.use("a"), 1)).startswith("a@")
+        assert (await asyncio.wait_for(harness.use("a"), 1)).startswith("a@")
     finally:
         watching.cancel()
     assert (looks[True], looks[False] > 0) == (before, True)
@@ -150,41 +150,41 @@ async def test_a_folder_that_a_request_waits_for_is_looked_at_by_itself(
 async def test_who_asks_while_a_changed_folder_is_still_to_be_read_is_told_to_come_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(leasing_module, "PATIENCE", 0.0)
-    shelf = Shelf(tmp_path)
-    path = make(shelf.first, "a")
-    await shelf.watcher.scan()
-    before = await shelf.version("a")
+    monkeypatch.setattr(library_module, "PATIENCE", 0.0)
+    harness = AdapterHarness(tmp_path)
+    path = make(harness.first, "a")
+    await harness.watcher.scan()
+    before = await harness.version("a")
     write(path, config=CONFIG | {"lora_alpha": 16})
     with pytest.raises(AdapterPending) as caught:
-        await shelf.use("a")
+        await harness.use("a")
     reply = reply_to(caught.value, request_id="r")
     assert (reply.status, reply.headers["Retry-After"]) == (503, "1")
     assert reply.body["error"]["code"] == "adapter_pending"
-    await shelf.watcher.scan()
-    assert await shelf.use("a") != f"a@{before[:12]}"
+    await harness.watcher.scan()
+    assert await harness.use("a") != f"a@{before[:12]}"
 
 
 async def test_a_version_is_not_read_again_for_every_request_while_its_folder_holds_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Equal sizes look like equal content: only reading tells, and once is enough."""
-    monkeypatch.setattr(leasing_module, "PATIENCE", 0.0)
-    shelf = Shelf(tmp_path)
-    path = make(shelf.first, "a", lora_alpha=16)
-    await shelf.watcher.scan()
-    await shelf.version("a")
-    read, reads = shelf.reader._read, Counter[str]()
+    monkeypatch.setattr(library_module, "PATIENCE", 0.0)
+    harness = AdapterHarness(tmp_path)
+    path = make(harness.first, "a", lora_alpha=16)
+    await harness.watcher.scan()
+    await harness.version("a")
+    read, reads = harness.reader._read, Counter[str]()
 
     def count(path: Path, name: str) -> Manifest:
         reads[name] += 1
         return read(path, name)
 
-    monkeypatch.setattr(shelf.reader, "_read", count)
+    monkeypatch.setattr(harness.reader, "_read", count)
     write(path, config=CONFIG | {"lora_alpha": 61})
     for _ in range(3):
         with pytest.raises(AdapterPending):
-            await shelf.use("a")
+            await harness.use("a")
     assert reads["a"] == 1
 
 
@@ -193,7 +193,7 @@ async def test_a_look_that_takes_long_is_told(
 ) -> None:
     monkeypatch.setattr(watcher_module, "_SLOW_LOOK", 0.0)
     make(tmp_path / "first", "a")
-    await Shelf(tmp_path).watcher.scan()
+    await AdapterHarness(tmp_path).watcher.scan()
     assert [line for line in caplog.messages if line.startswith("looking at 1 adapter folders took ")]
 
 
@@ -201,17 +201,17 @@ async def test_an_adapter_refused_when_it_is_loaded_is_not_said_to_be_served(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The log said that the version read before is still served, where there was none."""
-    shelf = Shelf(tmp_path)
-    make(shelf.first, "unloadable")
-    await shelf.watcher.scan()
+    harness = AdapterHarness(tmp_path)
+    make(harness.first, "unloadable")
+    await harness.watcher.scan()
     with pytest.raises(ModelNotFound):
-        await shelf.use("unloadable")
+        await harness.use("unloadable")
     assert caplog.messages == ["adapter folder unloadable is not served: no"]
 
 
 async def test_a_name_pinned_at_a_kept_version_outlives_what_its_folder_becomes(tmp_path: Path) -> None:
     """After a restart the pinned version is in the state directory alone."""
-    kept = Shelf(tmp_path, state=True)
+    kept = AdapterHarness(tmp_path, state=True)
     make(kept.first, "a")
     await kept.watcher.scan()
     old = await kept.use("a")
@@ -219,10 +219,10 @@ async def test_a_name_pinned_at_a_kept_version_outlives_what_its_folder_becomes(
     await kept.watcher.scan()
     await kept.use("a")
     await kept.operator.pin("a", old.partition("@")[2])
-    again = Shelf(tmp_path, state=True)
+    again = AdapterHarness(tmp_path, state=True)
     await again.watcher.start()
     entry = again.registry.get("a")
-    await again.intake.hash(entry)
+    await again.sync.hash(entry)
     assert entry.served is None
     os.truncate(again.first / "a" / "adapter_model.safetensors", 10)
     await again.watcher.scan()

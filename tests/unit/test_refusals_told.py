@@ -12,13 +12,13 @@ import pytest
 
 from server.api.app import create_app
 from server.errors import ModelNotFound, without_paths
-from tests.adapter_folders import CONFIG, Shelf, make, write
+from tests.adapter_folders import CONFIG, AdapterHarness, make, write
 from tests.fakes import FakeEngine, server_state
 
 
-async def answers(shelf: Shelf, model: str) -> list[Mapping[str, Any]]:
+async def answers(harness: AdapterHarness, model: str) -> list[Mapping[str, Any]]:
     """What is said of a model by its details, a chat and a completion; each is a 404."""
-    app = create_app(replace(server_state(FakeEngine()), adapters=shelf.lender))
+    app = create_app(replace(server_state(FakeEngine()), adapters=harness.adapters))
     chat = {"model": model, "messages": [{"role": "user", "content": "hello"}]}
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
         replies = [
@@ -34,77 +34,77 @@ async def answers(shelf: Shelf, model: str) -> list[Mapping[str, Any]]:
 
 async def test_an_adapter_that_was_refused_is_not_found_with_the_reason(tmp_path: Path) -> None:
     """It was said not to exist; the reason was in the server's log alone."""
-    shelf = Shelf(tmp_path)
-    make(shelf.first, "broken", peft_type="LOHA")
-    await shelf.watcher.scan()
-    _, reason = shelf.intake.refusals["broken"]
-    for error in await answers(shelf, "broken"):
+    harness = AdapterHarness(tmp_path)
+    make(harness.first, "broken", peft_type="LOHA")
+    await harness.watcher.scan()
+    _, reason = harness.sync.refusals["broken"]
+    for error in await answers(harness, "broken"):
         assert error["message"] == f"The adapter `broken` is not served: {reason}"
     with pytest.raises(ModelNotFound, match=r"`broken` is not served: adapter_config.json: peft_type is 'LOHA'"):
-        await shelf.lender.acquire("broken:0.5")
-    for error in await answers(shelf, "nobody"):
+        await harness.adapters.acquire("broken:0.5")
+    for error in await answers(harness, "nobody"):
         assert error["message"] == "The model `nobody` does not exist or you do not have access to it."
 
 
 async def test_an_adapter_whose_folder_name_is_no_model_name_is_not_found_with_the_reason(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path)
-    make(shelf.first, "my adapter")
-    await shelf.watcher.scan()
-    for error in await answers(shelf, "my adapter"):
+    harness = AdapterHarness(tmp_path)
+    make(harness.first, "my adapter")
+    await harness.watcher.scan()
+    for error in await answers(harness, "my adapter"):
         assert "is not served: the folder's name is no model name" in error["message"]
 
 
 async def test_an_adapter_refused_when_it_is_loaded_is_not_found_with_the_reason(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path)
-    make(shelf.first, "unloadable")
-    await shelf.watcher.scan()
+    harness = AdapterHarness(tmp_path)
+    make(harness.first, "unloadable")
+    await harness.watcher.scan()
     with pytest.raises(ModelNotFound, match=r"The adapter `unloadable` is not served: no$"):
-        await shelf.lender.acquire("unloadable")
+        await harness.adapters.acquire("unloadable")
 
 
 async def test_a_refused_adapter_that_is_mended_or_gone_is_no_longer_told_of(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path)
-    mended, gone = make(shelf.first, "mended", peft_type="LOHA"), make(shelf.first, "gone", peft_type="LOHA")
-    await shelf.watcher.scan()
+    harness = AdapterHarness(tmp_path)
+    mended, gone = make(harness.first, "mended", peft_type="LOHA"), make(harness.first, "gone", peft_type="LOHA")
+    await harness.watcher.scan()
     write(mended, config=CONFIG)
-    gone.rename(shelf.first / ".gone")
+    gone.rename(harness.first / ".gone")
     for _ in range(2):
-        await shelf.watcher.scan()
-    assert await shelf.use("mended")
-    for error in await answers(shelf, "gone"):
+        await harness.watcher.scan()
+    assert await harness.use("mended")
+    for error in await answers(harness, "gone"):
         assert "does not exist" in error["message"]
 
 
 async def test_no_client_is_told_where_the_files_of_the_server_are(tmp_path: Path) -> None:
     """Where a link leads stands in the log's sentence."""
-    shelf = Shelf(tmp_path)
+    harness = AdapterHarness(tmp_path)
     secret = make(tmp_path, "a secret's place")
-    (shelf.first / "linked").symlink_to(secret)
+    (harness.first / "linked").symlink_to(secret)
     deep = tmp_path / ("deep " * 40) / ("deeper " * 20)
-    (shelf.first / "deep").symlink_to(deep)
-    make(shelf.first, "inside")
-    (shelf.first / "inside/adapter_config.json").unlink()
-    (shelf.first / "inside/adapter_config.json").symlink_to(secret / "adapter_config.json")
+    (harness.first / "deep").symlink_to(deep)
+    make(harness.first, "inside")
+    (harness.first / "inside/adapter_config.json").unlink()
+    (harness.first / "inside/adapter_config.json").symlink_to(secret / "adapter_config.json")
     deep.mkdir(parents=True)
-    await shelf.watcher.scan()
-    assert len(shelf.intake.refusals) == 3
-    for name, (_, reason) in shelf.intake.refusals.items():
+    await harness.watcher.scan()
+    assert len(harness.sync.refusals) == 3
+    for name, (_, reason) in harness.sync.refusals.items():
         assert str(tmp_path) in reason
-        for error in await answers(shelf, name):
+        for error in await answers(harness, name):
             assert str(tmp_path) not in error["message"] and "secret" not in error["message"]
             assert "deep " not in error["message"].removeprefix("The adapter `deep ")
             assert "(a path on the server), which leads outside" in error["message"]
 
 
 async def test_the_details_of_an_adapter_hold_no_path_of_the_server(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path)
-    path = make(shelf.first, "a")
-    await shelf.watcher.scan()
-    await shelf.use("a")
+    harness = AdapterHarness(tmp_path)
+    path = make(harness.first, "a")
+    await harness.watcher.scan()
+    await harness.use("a")
     (path / "adapter_config.json").unlink()
     (path / "adapter_config.json").symlink_to("/etc/hostname")
-    await shelf.watcher.scan()
-    app = create_app(replace(server_state(FakeEngine()), adapters=shelf.lender))
+    await harness.watcher.scan()
+    app = create_app(replace(server_state(FakeEngine()), adapters=harness.adapters))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
         refused = (await client.get("/v1/models/a")).json()["refused"]
     assert "leads outside" in refused and "/etc" not in refused

@@ -20,7 +20,7 @@ from server.api.app import create_app
 from server.api.sampling import end_ids, overlay
 from server.errors import AdapterRejected
 from server.text.prompt import PromptRenderer
-from tests.adapter_folders import BASE, FINGERPRINT, LIMITS, SIDECAR, Shelf, make, write
+from tests.adapter_folders import BASE, FINGERPRINT, LIMITS, SIDECAR, AdapterHarness, make, write
 from tests.fakes import TEMPLATE, FakeEngine, adapter, ask, encode, server_state, small_tokenizer
 
 V2, OTHER = "sha256:" + "c" * 64, "sha256:" + "b" * 64
@@ -225,13 +225,13 @@ def test_details_say_whose_chat_template_it_is(folder: Path) -> None:
 
 
 async def test_the_log_says_how_the_base_was_checked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    shelf = Shelf(tmp_path)
+    harness = AdapterHarness(tmp_path)
     for name, sidecar in (("signed", SIDECAR), ("plain", None)):
-        path = make(shelf.first, name)
+        path = make(harness.first, name)
         if sidecar is not None:
             write(path, sidecar=sidecar)
         with caplog.at_level(logging.DEBUG):
-            assert await shelf.intake.appear(name, path, signature_of(path))
-    shelf.reader.close()
+            assert await harness.sync.appear(name, path, signature_of(path))
+    harness.reader.close()
     assert "adapter signed: 2 modules of rank 2, base checked by fingerprint\n" in caplog.text
     assert "adapter plain: 2 modules of rank 2, base checked by shapes\n" in caplog.text

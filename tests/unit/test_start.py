@@ -40,10 +40,10 @@ class Parts:
         scheduler = Scheduler(max_num_seqs=1, max_num_batched_tokens=8, max_model_len=100)
         self.engine = AsyncEngine(Engine(scheduler, ScriptedRunner(), Sampler(), Metrics()), max_queued_seqs=2)
         state = server_state(FakeEngine())
-        state.adapters.reader = state.adapters.intake.reader = AdapterReader(
+        state.adapters.reader = state.adapters.sync.reader = AdapterReader(
             BaseSignature("base", "", {}), Limits(max_rank=8, max_bytes=1000)
         )
-        self.watcher = AdapterWatcher([tmp_path], state.adapters.intake, settle=0.01, grace=0.0)
+        self.watcher = AdapterWatcher([tmp_path], state.adapters, settle=0.01, grace=0.0)
         self.service = Service(replace(state, engine=self.engine), self.engine, self.watcher, Settings())
 
     def threads(self) -> set[str]:

@@ -12,212 +12,212 @@ from pathlib import Path
 import pytest
 
 from server.adapters.watcher import AdapterWatcher
-from tests.adapter_folders import CONFIG, Shelf, make, tensors, write
+from tests.adapter_folders import CONFIG, AdapterHarness, make, tensors, write
 
 
 @pytest.fixture
-async def shelf(tmp_path: Path) -> Shelf:
-    return Shelf(tmp_path)
+async def harness(tmp_path: Path) -> AdapterHarness:
+    return AdapterHarness(tmp_path)
 
 
-async def test_adapters_there_at_start_are_listed_unread(shelf: Shelf) -> None:
-    make(shelf.first, "a")
-    await shelf.watcher.start()
-    assert shelf.names == ["a"]
-    assert shelf.registry.get("a").current is None
+async def test_adapters_there_at_start_are_listed_unread(harness: AdapterHarness) -> None:
+    make(harness.first, "a")
+    await harness.watcher.start()
+    assert harness.names == ["a"]
+    assert harness.registry.get("a").current is None
 
 
 async def test_a_folder_counts_when_it_has_settled(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path, settle=0.2)
-    path = shelf.first / "a"
+    harness = AdapterHarness(tmp_path, settle=0.2)
+    path = harness.first / "a"
     path.mkdir()
     write(path, config=CONFIG)
-    assert not await shelf.watcher.scan()
+    assert not await harness.watcher.scan()
     write(path, weights=tensors())
     for _ in range(3):
-        assert not await shelf.watcher.scan()
-        assert shelf.names == []
+        assert not await harness.watcher.scan()
+        assert harness.names == []
     await asyncio.sleep(0.25)
-    assert await shelf.watcher.scan()
-    assert shelf.names == ["a"]
-    assert shelf.metrics.registry.get_sample_value("quickchange_adapter_rejections_total") == 0
+    assert await harness.watcher.scan()
+    assert harness.names == ["a"]
+    assert harness.metrics.registry.get_sample_value("quickchange_adapter_rejections_total") == 0
 
 
 async def test_a_file_whose_time_was_set_back_counts_as_changed(tmp_path: Path) -> None:
     """``cp -p`` and ``rsync -t`` give a file its old time before it is whole; the inode's own time tells."""
-    shelf = Shelf(tmp_path, settle=0.2)
-    path = make(shelf.first, "a")
+    harness = AdapterHarness(tmp_path, settle=0.2)
+    path = make(harness.first, "a")
     for file in path.iterdir():
         os.utime(file, (1, 1))
     os.utime(path, (1, 1))
-    await shelf.watcher.scan()
-    assert shelf.names == []
+    await harness.watcher.scan()
+    assert harness.names == []
 
 
 async def test_a_start_waits_a_moment_for_what_is_just_being_copied(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path, settle=0.2)
-    make(shelf.first, "a")
-    await shelf.watcher.start()
-    assert shelf.names == ["a"]
+    harness = AdapterHarness(tmp_path, settle=0.2)
+    make(harness.first, "a")
+    await harness.watcher.start()
+    assert harness.names == ["a"]
 
 
-async def test_a_folder_that_disappears_is_gone(shelf: Shelf) -> None:
-    path = make(shelf.first, "a")
-    await shelf.watcher.scan()
-    await shelf.use("a")
+async def test_a_folder_that_disappears_is_gone(harness: AdapterHarness) -> None:
+    path = make(harness.first, "a")
+    await harness.watcher.scan()
+    await harness.use("a")
     shutil.rmtree(path)
-    await shelf.watcher.scan()
-    assert (shelf.names, len(shelf.freed)) == ([], 1)
+    await harness.watcher.scan()
+    assert (harness.names, len(harness.freed)) == ([], 1)
 
 
 async def test_a_folder_put_back_within_the_grace_is_an_update(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path, grace=60)
-    path = make(shelf.first, "a")
-    await shelf.watcher.scan()
-    before = await shelf.version("a")
+    harness = AdapterHarness(tmp_path, grace=60)
+    path = make(harness.first, "a")
+    await harness.watcher.scan()
+    before = await harness.version("a")
     shutil.rmtree(path)
-    await shelf.watcher.scan()
-    assert shelf.names == ["a"]
-    make(shelf.first, "a", lora_alpha=16)
-    await shelf.watcher.scan()
-    assert await shelf.version("a") != before
+    await harness.watcher.scan()
+    assert harness.names == ["a"]
+    make(harness.first, "a", lora_alpha=16)
+    await harness.watcher.scan()
+    assert await harness.version("a") != before
 
 
 async def test_a_broken_folder_is_reported_once_and_disturbs_nobody(
-    shelf: Shelf, caplog: pytest.LogCaptureFixture
+    harness: AdapterHarness, caplog: pytest.LogCaptureFixture
 ) -> None:
-    make(shelf.first, "a")
-    make(shelf.first, "b", layer_replication=[[0, 2]])
+    make(harness.first, "a")
+    make(harness.first, "b", layer_replication=[[0, 2]])
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            await shelf.watcher.scan()
-    assert shelf.names == ["a"]
+            await harness.watcher.scan()
+    assert harness.names == ["a"]
     assert len(caplog.records) == 1
     assert "layer_replication" in caplog.text
-    assert "layer_replication" in shelf.intake.refusals["b"][1]
+    assert "layer_replication" in harness.sync.refusals["b"][1]
 
 
-async def test_a_mended_folder_is_served(shelf: Shelf) -> None:
-    path = make(shelf.first, "a", layer_replication=[[0, 2]])
-    await shelf.watcher.scan()
+async def test_a_mended_folder_is_served(harness: AdapterHarness) -> None:
+    path = make(harness.first, "a", layer_replication=[[0, 2]])
+    await harness.watcher.scan()
     write(path, config=CONFIG)
-    await shelf.watcher.scan()
-    assert (shelf.names, shelf.intake.refusals) == (["a"], {})
+    await harness.watcher.scan()
+    assert (harness.names, harness.sync.refusals) == (["a"], {})
 
 
-async def test_an_adapter_replaced_by_a_broken_one_stays(shelf: Shelf) -> None:
-    path = make(shelf.first, "a")
-    await shelf.watcher.scan()
-    label = await shelf.use("a")
+async def test_an_adapter_replaced_by_a_broken_one_stays(harness: AdapterHarness) -> None:
+    path = make(harness.first, "a")
+    await harness.watcher.scan()
+    label = await harness.use("a")
     write(path, config=CONFIG | {"layer_replication": [[0, 2]]})
-    await shelf.watcher.scan()
-    assert await shelf.use("a") == label
-    assert "layer_replication" in str(shelf.registry.get("a").refused)
+    await harness.watcher.scan()
+    assert await harness.use("a") == label
+    assert "layer_replication" in str(harness.registry.get("a").refused)
 
 
-async def test_a_changed_folder_is_loaded_before_its_name_moves(shelf: Shelf) -> None:
-    path = make(shelf.first, "a")
-    await shelf.watcher.scan()
-    old = await shelf.lender.acquire("a")
+async def test_a_changed_folder_is_loaded_before_its_name_moves(harness: AdapterHarness) -> None:
+    path = make(harness.first, "a")
+    await harness.watcher.scan()
+    old = await harness.adapters.acquire("a")
     write(path, config=CONFIG | {"lora_alpha": 16})
-    shelf.gate.clear()
-    scanning = asyncio.ensure_future(shelf.watcher.scan())
+    harness.gate.clear()
+    scanning = asyncio.ensure_future(harness.watcher.scan())
     await asyncio.sleep(0.1)
-    assert await shelf.version("a") == old.adapters[0].adapter.version_digest
-    shelf.gate.set()
+    assert await harness.version("a") == old.adapters[0].adapter.version_digest
+    harness.gate.set()
     await scanning
-    assert await shelf.version("a") != old.adapters[0].adapter.version_digest
-    assert shelf.loaded == ["a", "a"]
+    assert await harness.version("a") != old.adapters[0].adapter.version_digest
+    assert harness.loaded == ["a", "a"]
     old.release()
 
 
-async def test_a_touched_but_equal_folder_is_not_loaded_again(shelf: Shelf) -> None:
-    path = make(shelf.first, "a")
-    await shelf.watcher.scan()
-    await shelf.use("a")
+async def test_a_touched_but_equal_folder_is_not_loaded_again(harness: AdapterHarness) -> None:
+    path = make(harness.first, "a")
+    await harness.watcher.scan()
+    await harness.use("a")
     write(path, config=CONFIG)
-    await shelf.watcher.scan()
-    await shelf.use("a")
-    assert shelf.loaded == ["a"]
+    await harness.watcher.scan()
+    await harness.use("a")
+    assert harness.loaded == ["a"]
 
 
-async def test_the_first_folder_wins_and_the_second_takes_over(shelf: Shelf) -> None:
-    mine = make(shelf.first, "a")
-    make(shelf.second, "a", lora_alpha=16)
-    await shelf.watcher.scan()
-    assert (await shelf.lender.served("a")).path == mine
+async def test_the_first_folder_wins_and_the_second_takes_over(harness: AdapterHarness) -> None:
+    mine = make(harness.first, "a")
+    make(harness.second, "a", lora_alpha=16)
+    await harness.watcher.scan()
+    assert (await harness.adapters.served("a")).path == mine
     shutil.rmtree(mine)
-    await shelf.watcher.scan()
-    assert (await shelf.lender.served("a")).path == shelf.second / "a"
+    await harness.watcher.scan()
+    assert (await harness.adapters.served("a")).path == harness.second / "a"
 
 
-async def test_a_name_is_not_gone_while_its_successor_is_broken(shelf: Shelf) -> None:
+async def test_a_name_is_not_gone_while_its_successor_is_broken(harness: AdapterHarness) -> None:
     """A folder that took a demo's name was a 404 until it had settled, and for good where it was broken."""
-    make(shelf.second, "a")
-    await shelf.watcher.scan()
-    label = await shelf.use("a")
-    mine = make(shelf.first, "a", layer_replication=[[0, 2]])
+    make(harness.second, "a")
+    await harness.watcher.scan()
+    label = await harness.use("a")
+    mine = make(harness.first, "a", layer_replication=[[0, 2]])
     for _ in range(3):
-        await shelf.watcher.scan()
-        assert await shelf.use("a") == label
+        await harness.watcher.scan()
+        assert await harness.use("a") == label
     write(mine, config=CONFIG | {"lora_alpha": 16})
-    await shelf.watcher.scan()
-    assert (await shelf.lender.served("a")).path == mine
+    await harness.watcher.scan()
+    assert (await harness.adapters.served("a")).path == mine
 
 
-async def test_hidden_folders_and_files_are_left_alone_and_a_link_outside_is_refused(shelf: Shelf) -> None:
+async def test_hidden_folders_and_files_are_left_alone_and_a_link_outside_is_refused(harness: AdapterHarness) -> None:
     """The link was left out without a word, and whoever had put it there looked for the reason."""
-    make(shelf.first, ".a.partial")
-    (shelf.first / "link").symlink_to(make(shelf.first.parent, "outside"))
-    (shelf.first / "README.md").write_text("no adapter")
-    (shelf.first / "linked.md").symlink_to("README.md")
-    (shelf.first / "dangling").symlink_to("nowhere")
-    await shelf.watcher.scan()
-    assert (shelf.names, list(shelf.intake.refusals)) == ([], ["link"])
-    assert "leads outside the folders that links may lead into" in shelf.intake.refusals["link"][1]
+    make(harness.first, ".a.partial")
+    (harness.first / "link").symlink_to(make(harness.first.parent, "outside"))
+    (harness.first / "README.md").write_text("no adapter")
+    (harness.first / "linked.md").symlink_to("README.md")
+    (harness.first / "dangling").symlink_to("nowhere")
+    await harness.watcher.scan()
+    assert (harness.names, list(harness.sync.refusals)) == ([], ["link"])
+    assert "leads outside the folders that links may lead into" in harness.sync.refusals["link"][1]
 
 
-async def test_a_missing_adapter_folder_is_waited_for(shelf: Shelf) -> None:
-    shelf.first.rmdir()
-    await shelf.watcher.scan()
-    shelf.first.mkdir()
-    make(shelf.first, "a")
-    await shelf.watcher.scan()
-    assert shelf.names == ["a"]
+async def test_a_missing_adapter_folder_is_waited_for(harness: AdapterHarness) -> None:
+    harness.first.rmdir()
+    await harness.watcher.scan()
+    harness.first.mkdir()
+    make(harness.first, "a")
+    await harness.watcher.scan()
+    assert harness.names == ["a"]
 
 
 async def test_a_fault_in_one_folder_stops_neither_the_others_nor_the_watcher(
-    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+    harness: AdapterHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only refusals were caught once: any other error ended the look, and at start the server."""
-    listing = shelf.reader.listing
+    listing = harness.reader.listing
 
     async def explode(path: Path, name: str) -> object:
         if name == "explosive":
             raise MemoryError
         return await listing(path, name)
 
-    monkeypatch.setattr(shelf.reader, "listing", explode)
-    make(shelf.first, "explosive")
-    make(shelf.first, "good")
-    await shelf.watcher.scan()
-    assert shelf.names == ["good"]
-    assert "could not be read (MemoryError)" in shelf.intake.refusals["explosive"][1]
+    monkeypatch.setattr(harness.reader, "listing", explode)
+    make(harness.first, "explosive")
+    make(harness.first, "good")
+    await harness.watcher.scan()
+    assert harness.names == ["good"]
+    assert "could not be read (MemoryError)" in harness.sync.refusals["explosive"][1]
 
 
 async def test_events_bring_a_look_forward(tmp_path: Path) -> None:
     """Without them the next look would come after ten seconds."""
-    shelf = Shelf(tmp_path, settle=1.0)
-    await shelf.watcher.start()
-    watching = asyncio.create_task(shelf.watcher.run())
+    harness = AdapterHarness(tmp_path, settle=1.0)
+    await harness.watcher.start()
+    watching = asyncio.create_task(harness.watcher.run())
     await asyncio.sleep(0.5)
-    make(shelf.first, "a")
+    make(harness.first, "a")
     for _ in range(60):
         await asyncio.sleep(0.1)
-        if shelf.names:
+        if harness.names:
             break
     watching.cancel()
-    assert shelf.names == ["a"]
+    assert harness.names == ["a"]
 
 
 async def test_without_events_the_folders_are_looked_at_in_turn(
@@ -227,31 +227,31 @@ async def test_without_events_the_folders_are_looked_at_in_turn(
         return
 
     monkeypatch.setattr(AdapterWatcher, "_listen", deaf)
-    shelf = Shelf(tmp_path, settle=0.05)
-    watching = asyncio.create_task(shelf.watcher.run())
-    make(shelf.first, "a")
+    harness = AdapterHarness(tmp_path, settle=0.05)
+    watching = asyncio.create_task(harness.watcher.run())
+    make(harness.first, "a")
     for _ in range(100):
         await asyncio.sleep(0.05)
-        if shelf.names:
+        if harness.names:
             break
     watching.cancel()
-    assert shelf.names == ["a"]
+    assert harness.names == ["a"]
 
 
 async def test_aliases_follow_their_file_and_a_wrong_file_changes_nothing(
-    shelf: Shelf, caplog: pytest.LogCaptureFixture
+    harness: AdapterHarness, caplog: pytest.LogCaptureFixture
 ) -> None:
-    make(shelf.first, "a")
-    (shelf.first / "aliases.toml").write_text('support = "a"\n')
-    await shelf.watcher.scan()
-    assert await shelf.use("support") == await shelf.use("a")
-    (shelf.first / "aliases.toml").write_text("support = [\n")
-    await shelf.watcher.scan()
-    assert "support" in shelf.lender.aliases
+    make(harness.first, "a")
+    (harness.first / "aliases.toml").write_text('support = "a"\n')
+    await harness.watcher.scan()
+    assert await harness.use("support") == await harness.use("a")
+    (harness.first / "aliases.toml").write_text("support = [\n")
+    await harness.watcher.scan()
+    assert "support" in harness.adapters.aliases
     assert "aliases.toml is not used" in caplog.text
-    (shelf.first / "aliases.toml").unlink()
-    await shelf.watcher.scan()
-    assert shelf.lender.aliases == {}
+    (harness.first / "aliases.toml").unlink()
+    await harness.watcher.scan()
+    assert harness.adapters.aliases == {}
 
 
 async def test_no_watch_goes_through_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,36 +265,36 @@ async def test_no_watch_goes_through_a_link(tmp_path: Path, monkeypatch: pytest.
         yield
 
     monkeypatch.setattr("server.adapters.watcher.awatch", awatch)
-    shelf = Shelf(tmp_path, settle=0.05)
-    make(shelf.first, "a")
-    (shelf.first / "root").symlink_to("/")
-    await shelf.watcher.start()
-    watching = asyncio.create_task(shelf.watcher.run())
+    harness = AdapterHarness(tmp_path, settle=0.05)
+    make(harness.first, "a")
+    (harness.first / "root").symlink_to("/")
+    await harness.watcher.start()
+    watching = asyncio.create_task(harness.watcher.run())
     for _ in range(100):
         await asyncio.sleep(0.01)
         if seen:
             break
     watching.cancel()
-    assert (set(seen[0][0]), seen[0][1]) == ({shelf.first, shelf.second, shelf.first / "a"}, False)
+    assert (set(seen[0][0]), seen[0][1]) == ({harness.first, harness.second, harness.first / "a"}, False)
 
 
 async def test_events_are_told_of_a_folder_that_took_anothers_place(tmp_path: Path) -> None:
     """A watch belongs to the folder that was there: a change of its successor was seen after ten intervals."""
-    shelf = Shelf(tmp_path, settle=0.1)
-    path = make(shelf.first, "a")
+    harness = AdapterHarness(tmp_path, settle=0.1)
+    path = make(harness.first, "a")
     await asyncio.sleep(0.12)
-    await shelf.watcher.start()
-    watching = asyncio.create_task(shelf.watcher.run())
+    await harness.watcher.start()
+    watching = asyncio.create_task(harness.watcher.run())
     await asyncio.sleep(0.2)
-    path.rename(shelf.first / ".before")
-    make(shelf.first, ".made").rename(path)
+    path.rename(harness.first / ".before")
+    make(harness.first, ".made").rename(path)
     await asyncio.sleep(0.5)
     write(path, config=CONFIG | {"lora_alpha": 16})
     try:
         for _ in range(60):
             await asyncio.sleep(0.01)
-            if shelf.registry.get("a").listing.config.alpha == 16:
+            if harness.registry.get("a").listing.config.alpha == 16:
                 break
     finally:
         watching.cancel()
-    assert shelf.registry.get("a").listing.config.alpha == 16
+    assert harness.registry.get("a").listing.config.alpha == 16

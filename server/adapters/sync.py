@@ -1,42 +1,57 @@
-"""What happens to a folder happens to its name: listed, hashed, moved to a new version, withdrawn, or refused."""
+"""Keeps the registry in step with the folders: a name is listed, hashed, moved to a new version, or withdrawn."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
+from typing import Protocol
 
 from server.adapters.content.folder import UNREAD_FILES, Signature
 from server.adapters.content.manifest import Listing, Manifest
 from server.adapters.reader import AdapterReader, FolderMoved
 from server.adapters.registry import Adapter, AdapterRegistry, Entry
+from server.adapters.versions import Pin
 from server.errors import AdapterRejected, one_line
 from server.metrics import Metrics
 
 logger = logging.getLogger("quickchange.adapters")
 
 
-class Intake:
-    """Keeps the registry like the folders.
+class SyncListener(Protocol):
+    """What changes of the registry mean for weights in memory."""
 
-    ``level`` is how loud an adapter that appears is logged: at start there may be thousands.
-    ``moving_in(entry, adapter, manifest)`` surrounds the move of a name to another version; ``arrived(entry)`` and
-    ``left(entry)`` are told of names that come and go. ``has_weights(entry)`` says whether the version that a name
-    means can be served without its folder. ``wanted(name)`` is called where a request waits for a look at its folder.
+    def moving(self, entry: Entry, adapter: Adapter, manifest: Manifest) -> AbstractAsyncContextManager[None]:
+        """Surrounds the move of a name to another version."""
+
+    def arrived(self, entry: Entry) -> None: ...
+
+    def left(self, entry: Entry) -> None: ...
+
+    def has_weights(self, entry: Entry) -> bool:
+        """Whether the version that a name means can be served without its folder."""
+
+
+class AdapterSync:
+    """Applies what the watcher found to the registry.
+
+    ``refusals`` are the folders that are not served, by name, with the reason. ``pending`` are names whose folders the
+    watcher reads next; ``woken`` is set where one was added. ``level`` is the log level of an adapter that appears:
+    at start there may be thousands.
     """
 
-    def __init__(self, registry: AdapterRegistry, reader: AdapterReader, *, metrics: Metrics) -> None:
+    def __init__(
+        self, registry: AdapterRegistry, reader: AdapterReader, *, listener: SyncListener, metrics: Metrics
+    ) -> None:
         self.registry, self.reader, self.metrics = registry, reader, metrics
         self.refusals: dict[str, tuple[Path, str]] = {}
+        self.pending: set[str] = set()
+        self.woken = asyncio.Event()
         self.level = logging.DEBUG
-        self.moving_in: Callable[[Entry, Adapter, Manifest], AbstractAsyncContextManager[None]] = _plainly
-        self.arrived: Callable[[Entry], None] = lambda entry: None
-        self.left: Callable[[Entry], None] = lambda entry: None
-        self.has_weights: Callable[[Entry], bool] = lambda entry: True
-        self.wanted: Callable[[str], None] = lambda name: None
+        self._listener = listener
         self._awaited: set[str] = set()
         self._troubles: dict[str, int | None] = {}
         self._hashing: dict[Entry, asyncio.Task[Adapter]] = {}
@@ -65,7 +80,7 @@ class Intake:
             digests = {"weights_digest": known.weights_digest, "version_digest": known.version_digest}
             self.registry.publish(Adapter.of(listing, **digests), listing, signature)
         self._report()
-        self.arrived(entry)
+        self._listener.arrived(entry)
         logger.log(
             self.level,
             "adapter %s: %d modules of rank %d, base checked by %s",
@@ -101,11 +116,13 @@ class Intake:
         return True
 
     def look_again(self, name: str) -> None:
-        """Have a folder looked at that a request found changed since it was read; logged until it was taken in."""
+        """Have the watcher read a folder soon that a request found changed; logged once until it was read."""
         if name in self.registry and name not in self._awaited:
             self._awaited.add(name)
             logger.info("adapter %s: its folder changed since it was read, so it is looked at again", name)
-        self.wanted(name)
+        if name not in self.pending:
+            self.pending.add(name)
+            self.woken.set()
 
     def vanish(self, name: str) -> None:
         self._settle(name)
@@ -144,12 +161,12 @@ class Intake:
 
     async def _fall_back(self, name: str, path: Path, signature: Signature, reason: str) -> None:
         """Refuse a folder; the version that was kept of it last, or that it is pinned at, is served on."""
-        pin = self.registry.pins.get(name)
-        versions = await self.reader.find_kept(name, (pin and pin.version) or "")
-        try:
-            kept = await self.reader.kept(name, versions[-1]) if versions else None
-        except (AdapterRejected, FolderMoved):
-            kept = None
+        pin = self.registry.pins.get(name, Pin())
+        versions = await self.reader.find_kept(name, pin.version or "")
+        kept = None
+        if versions:
+            with contextlib.suppress(AdapterRejected, FolderMoved):
+                kept = await self.reader.kept(name, versions[-1])
         if kept is not None:
             self.registry.publish(Adapter.read(kept), kept.listing, signature)
             self.registry.get(name).refused = reason
@@ -178,7 +195,7 @@ class Intake:
             entry.signature, entry.refused = signature, None
             return
         await self._keep(manifest, signature)
-        async with self.moving_in(entry, adapter, manifest):
+        async with self._listener.moving(entry, adapter, manifest):
             self.registry.publish(adapter, manifest.listing, signature)
         logger.info(
             "adapter %s: a new version, %d modules of rank %d", adapter.label, len(adapter.modules), adapter.rank
@@ -206,7 +223,7 @@ class Intake:
         self._refuse(entry.name, entry.listing.path, reason)
 
     def _withdraw(self, name: str) -> None:
-        self.left(self.registry.withdraw(name))
+        self._listener.left(self.registry.withdraw(name))
         self._report()
 
     def _note_trouble(self, name: str, error: FolderMoved) -> None:
@@ -219,14 +236,14 @@ class Intake:
             )
 
     def _settle(self, name: str) -> None:
-        """Nothing is waited for any more where a folder was read, refused or is gone."""
+        """A folder was read, refused or is gone: the next change is logged again."""
         self._awaited.discard(name)
         self._troubles.pop(name, None)
 
     def _refuse_change(self, entry: Entry, path: Path, reason: str) -> None:
         """Refuse what a folder holds now; the name stays where the version it means can still be served."""
         entry.refused = reason
-        if not self.has_weights(entry):
+        if not self._listener.has_weights(entry):
             self._withdraw(entry.name)
         self._refuse(entry.name, path, reason)
 
@@ -249,8 +266,3 @@ def _tell_unread(listing: Listing) -> None:
         logger.warning(
             "adapter %s is served without its %s (%s): %s", listing.name, file, UNREAD_FILES[file], one_line(reason)
         )
-
-
-@asynccontextmanager
-async def _plainly(entry: Entry, adapter: Adapter, manifest: Manifest) -> AsyncIterator[None]:
-    yield

@@ -12,13 +12,14 @@ from dataclasses import replace
 from server.adapters.adapter_cache import AdapterCache
 from server.adapters.aliases import Alias
 from server.adapters.content.manifest import Manifest
-from server.adapters.intake import Intake
 from server.adapters.leases import Lease, LeasedAdapter, Loaded, loading
 from server.adapters.names import ModelRef, parse_model
 from server.adapters.reader import AdapterReader, FolderMoved
 from server.adapters.registry import DIGITS, Adapter, AdapterRegistry, Entry
+from server.adapters.sync import AdapterSync
 from server.adapters.versions import Pin
 from server.errors import AdapterNotLoaded, AdapterPending, AdapterRejected, InvalidRequest, ModelNotFound, QueueFull
+from server.metrics import Metrics
 
 logger = logging.getLogger("quickchange.adapters")
 
@@ -37,20 +38,19 @@ class AdapterLibrary:
         self,
         registry: AdapterRegistry,
         cache: AdapterCache,
-        intake: Intake,
         reader: AdapterReader,
         load: LoadWeights,
+        *,
+        metrics: Metrics,
     ) -> None:
-        self.registry, self.cache, self.intake, self.reader = registry, cache, intake, reader
+        self.registry, self.cache, self.reader, self.metrics = registry, cache, reader, metrics
+        self.sync = AdapterSync(registry, reader, listener=self, metrics=metrics)
         self.aliases: Mapping[str, Alias] = {}
-        self.metrics = intake.metrics
         self._load_weights = load
         self._preloading: dict[str, asyncio.Task[None]] = {}
         self._loaded: dict[str, Loaded] = {}
         self._in_use: Counter[str] = Counter()
         self._at_a_time = asyncio.Semaphore(2)  # whole files in memory beside the budget
-        intake.moving_in, intake.arrived, intake.left = self._moving_in, self._arrived, self._left
-        intake.has_weights = self._has_weights
 
     async def acquire(self, model: str, *, user: str | None = None, scale: float | None = None) -> Lease:
         """The adapters that a model's name means, in memory.
@@ -71,7 +71,7 @@ class AdapterLibrary:
                 raise self.not_found(error.model) from None
             except FolderMoved as error:
                 name = str(error)
-                self.intake.look_again(name)
+                self.sync.look_again(name)
                 if any(ref.name == name for ref in refs) and self._is_gone(name, refs):
                     raise self.not_found(model) from None
                 if loop.time() > deadline:
@@ -86,14 +86,14 @@ class AdapterLibrary:
         try:
             return await self._version(ModelRef(name))
         except FolderMoved as error:
-            self.intake.look_again(name)
+            self.sync.look_again(name)
             raise AdapterPending(name) from error
         except AdapterRejected as error:
             raise ModelNotFound(name, refused=error.reason) from error
 
     def not_found(self, model: str) -> ModelNotFound:
         """What to raise for a name that is not served: with the reason, where its folder was refused."""
-        _, reason = self.intake.refusals.get(model, (None, None))
+        _, reason = self.sync.refusals.get(model, (None, None))
         return ModelNotFound(model[:200], refused=reason)
 
     def delta_norm(self, weights_digest: str) -> float | None:
@@ -188,7 +188,7 @@ class AdapterLibrary:
         if ref.version is None:
             entry = self.registry.get(ref.name)
             if entry.pin.version is None:
-                return await self.intake.hash(entry)
+                return await self.sync.hash(entry)
         version = ref.version or entry.pin.version
         assert version is not None
         known = self.registry.get(ref.name) if ref.name in self.registry else None
@@ -201,7 +201,7 @@ class AdapterLibrary:
     async def _kept(self, name: str, version: str, entry: Entry | None) -> Adapter:
         """A version that is not known by now: the folder's own, or one from the state directory."""
         if entry is not None:
-            await self.intake.hash(entry)
+            await self.sync.hash(entry)
         known = {} if entry is None else {one.version_digest: one for one in entry.versions}
         digests = sorted({digest for digest in known if digest.startswith(version)})
         digests = sorted({*digests, *await self.reader.find_kept(name, version)})
@@ -232,7 +232,7 @@ class AdapterLibrary:
         except AdapterRejected as error:
             entry = self.registry.get(adapter.name) if adapter.name in self.registry else None
             if entry is not None and entry.current is adapter:
-                self.intake.refuse(entry, error.reason)
+                self.sync.refuse(entry, error.reason)
             raise
 
     async def _put(self, manifest: Manifest) -> int:
@@ -278,12 +278,12 @@ class AdapterLibrary:
         if version is not None and not (entry.current and entry.current.version_digest.startswith(version)):
             return True
         if entry.refused is not None:
-            self.intake.refuse(entry, entry.refused)
+            self.sync.refuse(entry, entry.refused)
             return True
         return False
 
     @asynccontextmanager
-    async def _moving_in(self, entry: Entry, adapter: Adapter, manifest: Manifest) -> AsyncIterator[None]:
+    async def moving(self, entry: Entry, adapter: Adapter, manifest: Manifest) -> AsyncIterator[None]:
         """Load a version beside the one before it, if that is in memory and there is room for both."""
         before, needs = entry.current, {adapter.weights_digest: adapter.num_bytes}
         hot = before is not None and self.cache.state(before.weights_digest) is not None
@@ -311,11 +311,11 @@ class AdapterLibrary:
         if self.cache.state(digest) is None and not self.registry.is_wanted(digest):
             self._loaded.pop(digest, None)
 
-    def _arrived(self, entry: Entry) -> None:
+    def arrived(self, entry: Entry) -> None:
         if entry.pin.resident:
             self.preload()
 
-    def _has_weights(self, entry: Entry) -> bool:
+    def has_weights(self, entry: Entry) -> bool:
         """Whether the version that a name means is in memory, on its way there, or kept."""
         served = entry.served
         if served is not None and self.cache.state(served.weights_digest) is not None:
@@ -323,7 +323,7 @@ class AdapterLibrary:
         version = entry.pin.version or (None if entry.current is None else entry.current.version_digest)
         return version is not None and self.reader.has_kept(version)
 
-    def _left(self, entry: Entry) -> None:
+    def left(self, entry: Entry) -> None:
         if entry.pin.resident:
             self.preload()
         for adapter in entry.versions:

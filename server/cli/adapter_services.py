@@ -1,4 +1,4 @@
-"""Builds what keeps adapters, from the settings: folders, state directory, memory, and the engine behind them."""
+"""Builds what serves adapters, from the settings: folders, state directory, memory, and the engine behind them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 from server.adapters.adapter_cache import AdapterCache
 from server.adapters.content.manifest import Manifest
-from server.adapters.intake import Intake
 from server.adapters.leases import Loaded
-from server.adapters.leasing import AdapterLibrary
+from server.adapters.library import AdapterLibrary
 from server.adapters.operator import AdapterOperator
 from server.adapters.reader import AdapterReader
 from server.adapters.registry import AdapterRegistry
@@ -22,21 +21,21 @@ from server.settings import Settings
 from server.text.prompt import PromptRenderer
 
 COPIES_SHARE = 4
-"""One part in so many of the adapters' memory is kept free of idle weights, for copies of adapters that run."""
+"""A quarter of the adapter memory is kept free of idle weights, for batched copies of adapters that run."""
 
 
 @dataclass(frozen=True)
-class Shelf:
-    """The parts that keep adapters."""
+class AdapterServices:
+    """What serves adapters, and what keeps them up to date."""
 
-    lender: AdapterLibrary
+    adapters: AdapterLibrary
     watcher: AdapterWatcher
     operator: AdapterOperator
 
 
-def build_shelf(
+def build_adapter_services(
     settings: Settings, base: Base, runner: ModelRunner, engine: AsyncEngine, prompts: PromptRenderer, metrics: Metrics
-) -> Shelf:
+) -> AdapterServices:
     """Put the parts together. Raises ``SettingsError`` where the state directory cannot be used."""
     store = open_store(settings)
     registry = AdapterRegistry(keep=settings.keep_versions, retain=store is None)
@@ -54,16 +53,13 @@ def build_shelf(
         max_waiting=settings.max_queued_seqs,
         spare=settings.adapter_memory // COPIES_SHARE if runner.bank.copies else 0,
     )
-    intake = Intake(registry, reader, metrics=metrics)
-    library = AdapterLibrary(registry, cache, intake, reader, load)
+    adapters = AdapterLibrary(registry, cache, reader, load, metrics=metrics)
     watcher = AdapterWatcher(
         adapter_folders(settings),
-        intake,
+        adapters,
         settle=settings.scan_interval,
         grace=settings.removal_grace,
         store=store,
-        on_aliases=library.set_aliases,
-        on_pins=library.set_pins,
     )
     metrics.adapter_memory_limit.set(settings.adapter_memory)
-    return Shelf(library, watcher, AdapterOperator(library, watcher, store))
+    return AdapterServices(adapters, watcher, AdapterOperator(adapters, watcher, store))
