@@ -10,8 +10,8 @@ from pathlib import Path
 
 import yaml
 
+from adapter_format.sidecar import Sidecar
 from trainer.config import TrainConfig
-from trainer.sidecar import Sidecar
 from trainer.train import History
 
 
@@ -77,7 +77,7 @@ def _facts(config: TrainConfig, sidecar: Sidecar) -> str:
     training, metrics = sidecar.training, sidecar.metrics
     assert training is not None and metrics is not None, "a sidecar of ours has both"
     rows = [
-        ("base", f"{sidecar.base.name} (`{sidecar.base.fingerprint_v2 or sidecar.base.fingerprint:.19}`)"),
+        ("base", f"{sidecar.base.name} (`{sidecar.base.best_fingerprint[:19]}`)"),
         ("LoRA", f"rank {config.lora.r}, alpha {config.lora.alpha:g}, {_targets(config)}"),
         ("data", f"{training.num_examples} examples (`{training.data_digest[:19]}`)"),
         (

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from adapter_format.sidecar import SamplingDefaults
 from trainer.errors import RecipeError
 
 OPENING = "{opening}"
@@ -112,16 +113,6 @@ class LoraSettings(_Section):
     rslora: bool = Field(default=False, description="Scale by alpha / sqrt(r) (Kalajdzievski 2023).")
 
 
-class Sampling(_Section):
-    """Sampling a request gets where it does not say."""
-
-    temperature: float | None = Field(default=None, ge=0, le=2)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=1)
-    min_p: float | None = Field(default=None, ge=0, le=1)
-    max_tokens: int | None = Field(default=None, ge=1)
-
-
 class TrainConfig(_Section):
     """One adapter: which base, which data, how to train, and what the server should assume when it serves it."""
 
@@ -172,7 +163,7 @@ class TrainConfig(_Section):
         description="System turn of conversations without one, in training and, by the sidecar, in serving.",
     )
     stop: list[Text] = Field(default_factory=list, max_length=16, description="Strings at which an answer ends.")
-    sampling: Sampling = Field(default_factory=Sampling)
+    sampling: SamplingDefaults = Field(default_factory=SamplingDefaults)
     samples: list[Text] = Field(default_factory=list, description="Questions whose answers are shown on the card.")
 
     @model_validator(mode="after")
@@ -235,10 +226,10 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         raise RecipeError(f"--set {override}: the recipe has no such place: {error}") from error
 
 
-_SECTIONS: dict[str, type[_Section]] = {
+_SECTIONS: dict[str, type[BaseModel]] = {
     "": TrainConfig,
     "lora": LoraSettings,
-    "sampling": Sampling,
+    "sampling": SamplingDefaults,
     "messages": MessagesSource,
     "text": TextSource,
     "generator": GeneratorSource,

@@ -66,13 +66,6 @@ def generated_conversations(generator: str, *, problems: list[str]) -> Iterator[
             yield located
 
 
-def with_system_prompt(messages: Messages, system_prompt: str | None) -> Messages:
-    """``messages`` behind ``system_prompt``, unless they bring their own: what the server does, too."""
-    if system_prompt is None or messages[0]["role"] in ("system", "developer"):
-        return messages
-    return [{"role": "system", "content": system_prompt}, *messages]
-
-
 def _located(place: str, record: object, problems: list[str]) -> Located | None:
     found = [f"{place}: {problem}" for problem in _problems(record)]
     problems += found

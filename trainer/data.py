@@ -12,8 +12,9 @@ from pathlib import Path
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from adapter_format.messages import with_system_prompt
 from trainer.config import GeneratorSource, MessagesSource, Source, TextSource, TrainConfig
-from trainer.conversations import Located, generated_conversations, read_conversations, with_system_prompt
+from trainer.conversations import Located, generated_conversations, read_conversations
 from trainer.errors import DataError
 from trainer.masking import IGNORED, Encoded, MaskingError, encode_conversation
 from trainer.passages import Plain, read_passages

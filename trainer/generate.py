@@ -9,8 +9,9 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from trainer.config import Sampling
-from trainer.conversations import Messages, with_system_prompt
+from adapter_format.messages import end_token_ids, plain_messages, with_system_prompt
+from adapter_format.sidecar import SamplingDefaults
+from trainer.conversations import Messages
 
 MAX_SAMPLE_TOKENS = 200
 
@@ -22,7 +23,7 @@ def answer(
     *,
     system_prompt: str | None,
     stop: Sequence[str],
-    sampling: Sampling,
+    sampling: SamplingDefaults,
     seed: int,
 ) -> str:
     """The model's answer without its stop string: greedy, or sampled where ``sampling`` has a temperature above 0.
@@ -46,7 +47,7 @@ def answer(
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Messages | None = None) -> list[int]:
     """Token ids of ``messages`` with the generation prompt, as training and serving both have them."""
     text = tokenizer.apply_chat_template(
-        [dict(message) for message in messages],
+        plain_messages(messages, tokenizer.chat_template),
         tools=None if tools is None else [dict(tool) for tool in tools],
         tokenize=False,
         add_generation_prompt=True,
@@ -60,16 +61,16 @@ def cut_at_stop(text: str, stop: Sequence[str]) -> str:
 
 
 def _generation_config(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, stop: Sequence[str]
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, sampling: SamplingDefaults, stop: Sequence[str]
 ) -> GenerationConfig:
-    base = cast(PreTrainedModel, model.get_base_model()).generation_config
+    base = cast(PreTrainedModel, model.get_base_model())
     options: dict[str, Any] = {"stop_strings": list(stop)} if stop else {}
     if sampling.temperature:
         options |= {"do_sample": True, "top_k": 0}  # 0 takes all tokens, without it transformers takes 50
         options |= sampling.model_dump(exclude={"max_tokens"}, exclude_none=True)
     return GenerationConfig(
         max_new_tokens=min(sampling.max_tokens or MAX_SAMPLE_TOKENS, MAX_SAMPLE_TOKENS),
-        eos_token_id=(base.eos_token_id if base else None) or tokenizer.eos_token_id,
+        eos_token_id=sorted(end_token_ids(base, tokenizer)),
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         **options,
     )

@@ -6,13 +6,13 @@ rendering the conversation up to it, with the generation prompt, and through it.
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+
+from adapter_format.messages import plain_messages
 
 IGNORED = -100
 
@@ -77,30 +77,12 @@ def _render(
     prompt: bool = False,
 ) -> str:
     rendered = tokenizer.apply_chat_template(
-        [_plain(message, knows_developer="developer" in str(tokenizer.chat_template)) for message in messages],
+        plain_messages(messages, tokenizer.chat_template),
         tools=None if tools is None else [dict(tool) for tool in tools],
         tokenize=False,
         add_generation_prompt=prompt,
     )
     return str(rendered)
-
-
-def _plain(message: Mapping[str, Any], *, knows_developer: bool) -> dict[str, Any]:
-    """A message as serving renders it: a role the template knows, the arguments of tool calls as objects."""
-    plain = dict(message)
-    if plain["role"] == "developer" and not knows_developer:
-        plain["role"] = "system"
-    if calls := plain.get("tool_calls"):
-        plain["tool_calls"] = [_with_parsed_arguments(call) for call in calls]
-    return plain
-
-
-def _with_parsed_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
-    function = dict(call["function"])
-    if isinstance(function.get("arguments"), str):
-        with contextlib.suppress(ValueError, RecursionError):
-            function["arguments"] = json.loads(function["arguments"])
-    return {**call, "function": function}
 
 
 def _assistant_spans(

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel
 
+from adapter_format.files import CARD_FILE, SIDECAR_FILE
+from adapter_format.publishing import published_folder
+from adapter_format.sidecar import Sidecar
 from trainer.batches import collate
 from trainer.card import Sample, plot_loss, render_card
 from trainer.config import TrainConfig
 from trainer.errors import PublishError
 from trainer.loss import full_logits
 from trainer.masking import Encoded
-from trainer.sidecar import FILE_NAME, Sidecar
 from trainer.train import History
 
 TOLERANCE = 1e-4
@@ -49,10 +48,10 @@ def publish(
     The check takes ``model`` apart: its LoRA layers are gone afterwards. Raises ``PublishError`` where the folder, read
     back, is not the adapter that was trained. Whatever fails, ``target`` stays as it was and nothing is left beside it.
     """
-    with _published_folder(target) as partial:
+    with published_folder(target, replace=True) as partial:
         save_adapter(model, partial)
-        (partial / FILE_NAME).write_text(sidecar.to_json(), encoding="utf-8")
-        (partial / "README.md").write_text(render_card(config, sidecar, samples), encoding="utf-8")
+        (partial / SIDECAR_FILE).write_text(sidecar.to_json(), encoding="utf-8")
+        (partial / CARD_FILE).write_text(render_card(config, sidecar, samples), encoding="utf-8")
         plot_loss(history, partial / "loss.png")
         _verify(model, partial, probe)
 
@@ -81,49 +80,3 @@ def _verify(model: PeftModel, folder: Path, probe: torch.Tensor) -> None:
         raise PublishError(
             "the adapter changes nothing: its logits are the base's; train longer or raise lr. Nothing was published"
         )
-
-
-@contextmanager
-def _published_folder(target: Path) -> Iterator[Path]:
-    """A folder beside ``target`` to fill; it takes its place when the block ends well, and vanishes otherwise."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    partial.mkdir()
-    try:
-        yield partial
-        _settle(partial)
-        _replace(target, partial)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _settle(folder: Path) -> None:
-    """Give every file the mode of the sidecar (safetensors' are private) and wait until all are on disk."""
-    for path in sorted(folder.iterdir()):
-        shutil.copymode(folder / FILE_NAME, path)
-        _fsync(path)
-    _fsync(folder)
-
-
-def _replace(target: Path, partial: Path) -> None:
-    """Rename ``partial`` to ``target``. What stood there is moved aside first, and moved back if that fails."""
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    try:
-        if target.exists():
-            target.rename(old)
-        partial.rename(target)
-    finally:
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
-        elif old.exists():
-            old.rename(target)
-    _fsync(target.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

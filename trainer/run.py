@@ -15,6 +15,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from adapter_format.sidecar import BaseReference, Sidecar, TrainingMetrics, TrainingRecord
 from trainer.base import Base, load_base
 from trainer.card import Sample
 from trainer.config import TrainConfig
@@ -22,7 +23,6 @@ from trainer.data import Dataset, load_dataset
 from trainer.errors import RecipeError
 from trainer.generate import answer
 from trainer.publish import probe_batch, publish
-from trainer.sidecar import BaseReference, Metrics, Sidecar, TrainingRecord
 from trainer.train import History, add_lora, train
 
 
@@ -115,8 +115,8 @@ def _portable_recipe(config: TrainConfig, base: Base) -> dict[str, Any]:
     return {**recipe, "base_model": base.name}
 
 
-def _metrics(history: History) -> Metrics:
-    return Metrics(
+def _metrics(history: History) -> TrainingMetrics:
+    return TrainingMetrics(
         train_loss=round(history.train_loss, 4),
         eval_loss=_rounded(history.eval_loss),
         base_eval_loss=_rounded(history.base_eval_loss),

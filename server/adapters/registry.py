@@ -9,7 +9,7 @@ from pathlib import Path
 from server.adapters.content.folder import Signature
 from server.adapters.content.manifest import Listing, Manifest
 from server.adapters.content.manners import AdapterDefaults
-from server.adapters.content.sidecar import BaseCheck
+from server.adapters.content.signature import BaseCheck
 from server.adapters.versions import Pin
 from server.errors import ModelNotFound
 

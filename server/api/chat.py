@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from adapter_format.messages import with_system_prompt
 from server.adapters.content.manners import AdapterDefaults
 from server.api.answer import answer
 from server.api.generation import Generation
@@ -26,7 +25,7 @@ async def create_chat_completion(body: ChatRequest, http: Request, state: State)
         messages = [message.model_dump(exclude_none=True) for message in body.messages]
         return [
             state.prompts.of(defaults).chat(
-                led_by(defaults.system_prompt, messages),
+                with_system_prompt(messages, defaults.system_prompt),
                 template=defaults.chat_template,
                 variables=defaults.chat_template_kwargs,
             )
@@ -35,10 +34,3 @@ async def create_chat_completion(body: ChatRequest, http: Request, state: State)
     scope = scope_of(http.headers.get("authorization"), body.cache_salt)
     generation = Generation(state, body, render, "messages", http.state.request_id, scope)
     return await answer(http, generation, ChatShape())
-
-
-def led_by(system_prompt: str | None, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The conversation, led by a system prompt where it has none of its own."""
-    if system_prompt is None or any(message["role"] in ("system", "developer") for message in messages):
-        return messages
-    return [{"role": "system", "content": system_prompt}, *messages]

@@ -7,8 +7,8 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from adapter_format.sidecar import Sidecar
 from server.adapters.content.manners import AdapterDefaults
-from server.adapters.content.sidecar import Sidecar
 from server.adapters.registry import DIGITS, Adapter, Entry
 from server.api.state import ServerState, State
 from server.errors import without_paths

@@ -25,13 +25,11 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from server.adapters.content.folder import (
+from adapter_format.files import (
     ADDED_FILE,
+    CARD_FILE,
     CONFIG_FILE,
     GENERATION_FILE,
-    MAX_JSON_BYTES,
-    MAX_TOKENS_BYTES,
-    OPTIONAL_FILES,
     SIDECAR_FILE,
     SOURCE_FILE,
     TEMPLATE_FILE,
@@ -39,15 +37,16 @@ from server.adapters.content.folder import (
     TOKENS_FILE,
     WEIGHTS_FILE,
 )
+from adapter_format.publishing import published_folder
+from server.adapters.content.folder import MAX_JSON_BYTES, MAX_TOKENS_BYTES, OPTIONAL_FILES
+from server.cli.folders import NotPublished, choose_target
 from server.cli.options import command_parser, parse_options
-from server.cli.publish import NotPublished, choose_target, published_folder
 from server.cli.settings import parse_settings
 
 DESCRIPTION = """\
 Fetch a PEFT adapter from the Hugging Face hub into --adapters-dir. Only its own files are fetched, and safetensors
 only, never a pickle or code. HF_TOKEN and HF_ENDPOINT mean what they mean to huggingface_hub."""
 
-CARD_FILE = "README.md"
 COMPANION_FILES = (SIDECAR_FILE, TOKENIZER_FILE, TOKENS_FILE, ADDED_FILE, TEMPLATE_FILE, GENERATION_FILE)
 """What may stand beside PEFT's two files and says how the adapter wants to be talked to."""
 
@@ -85,6 +84,9 @@ def main(arguments: Sequence[str]) -> int:
             commit = fetch(source, partial, max_bytes=settings.max_adapter_bytes)
     except NotPublished as error:
         print(f"quickchange: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"quickchange: {target} cannot be written: {error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

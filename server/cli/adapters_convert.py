@@ -14,12 +14,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapter_format.files import CONFIG_FILE, WEIGHTS_FILE
+from adapter_format.publishing import published_folder
 from base_files.locate import find_base
-from server.adapters.content.folder import CONFIG_FILE, WEIGHTS_FILE
 from server.cli.adapters_add import shown_size
 from server.cli.convert_format import Format, default_name, find_source, format_of, publish_converted, read_source
+from server.cli.folders import NotPublished, choose_target
 from server.cli.options import command_parser, parse_options
-from server.cli.publish import NotPublished, choose_target, published_folder
 from server.cli.settings import parse_settings
 from server.cli.terminal import say
 from server.settings import Settings
@@ -78,6 +79,9 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     except PermissionError as error:
         print(f"quickchange: permission denied: {error.filename}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"quickchange: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -9,20 +9,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from adapter_format.files import CONFIG_FILE, SIDECAR_FILE, TOKENS_FILE, WEIGHTS_FILE
+from adapter_format.sidecar import Verdict
 from server.adapters.content.doctor import Examination
-from server.adapters.content.folder import (
-    CONFIG_FILE,
-    OPTIONAL_FILES,
-    SIDECAR_FILE,
-    TOKENS_FILE,
-    UNREAD_FILES,
-    WEIGHTS_FILE,
-)
+from server.adapters.content.folder import OPTIONAL_FILES, UNREAD_FILES
 from server.adapters.content.manners import AdapterDefaults
 from server.adapters.content.module_plan import LowRank
 from server.adapters.content.plan import Plan
-from server.adapters.content.sidecar import SidecarVerdict, base_check
-from server.adapters.content.signature import BaseSignature
+from server.adapters.content.signature import BaseSignature, base_check
 
 Row = tuple[str, str]
 
@@ -127,7 +121,7 @@ def _base(found: Examination, base: BaseSignature) -> str:
     return f"{ours}; it was trained on {theirs.name} ({theirs.best_fingerprint[:19]})"
 
 
-def _verdict(verdict: SidecarVerdict) -> Iterator[Row]:
+def _verdict(verdict: Verdict) -> Iterator[Row]:
     """What its trainer found, and the checks that it did not pass."""
     others = [f"{name} {check.status}" for name, check in verdict.checks.items() if check.status != "pass"]
     yield "verdict", ", ".join([verdict.status, *others])

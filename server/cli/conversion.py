@@ -19,10 +19,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from server.adapters.content.folder import CONFIG_FILE, SOURCE_FILE, WEIGHTS_FILE
+from adapter_format.files import CONFIG_FILE, SOURCE_FILE, WEIGHTS_FILE
 from server.adapters.content.peft_config import parse_peft_config
 from server.cli.adapters_add import COMPANION_FILES
-from server.cli.publish import NotPublished
+from server.cli.folders import NotPublished
 from server.errors import BaseModelRefused
 from server.model.device import available_threads
 from server.model.loader import load_stock

@@ -11,16 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from adapter_format.files import CONFIG_FILE, SIDECAR_FILE, SOURCE_FILE, WEIGHTS_FILE
+from adapter_format.publishing import published_folder
+from adapter_format.sidecar import parse_sidecar
 from base_files.gguf import is_gguf
 from base_files.locate import find_base
-from server.adapters.content.folder import CONFIG_FILE, MAX_JSON_BYTES, SIDECAR_FILE, SOURCE_FILE, WEIGHTS_FILE
+from server.adapters.content.folder import MAX_JSON_BYTES
 from server.adapters.content.peft_config import parse_peft_config
-from server.adapters.content.sidecar import parse_sidecar
 from server.cli.adapters_add import COMPANION_FILES
 from server.cli.convert_gguf import GGUFAdapter, read_gguf_adapter
 from server.cli.convert_mlx import MLXAdapter, is_mlx_folder, read_mlx
 from server.cli.convert_modelfile import Wishes, adapter_path, read_modelfile, read_wishes, settle_template
-from server.cli.publish import NotPublished, published_folder
+from server.cli.folders import NotPublished
 from server.errors import InvalidRequest
 from server.settings import Settings
 

@@ -18,7 +18,7 @@ from base_files.gguf import GGUFFile, is_gguf, read_gguf
 from server.adapters.content.file_kinds import kind_of_bytes
 from server.adapters.content.module_names import ModuleNames
 from server.adapters.content.words import first
-from server.cli.publish import NotPublished
+from server.cli.folders import NotPublished
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapter_format.files import CONFIG_FILE, WEIGHTS_FILE
 from base_files.safetensors_header import TensorEntry, parse_header
 from server.adapters.content.file_kinds import kind_of_bytes
-from server.adapters.content.folder import CONFIG_FILE, MAX_JSON_BYTES, WEIGHTS_FILE
+from server.adapters.content.folder import MAX_JSON_BYTES
 from server.adapters.content.module_names import ModuleNames
 from server.adapters.content.signature import BaseSignature
 from server.adapters.content.words import first
-from server.cli.publish import NotPublished
+from server.cli.folders import NotPublished
 
 if TYPE_CHECKING:
     import torch

@@ -1,4 +1,4 @@
-"""Where adapters and their versions are, and what an adapter may be, by the settings; nothing here needs torch."""
+"""Where adapters and their versions are or will be, and what an adapter may be, by the settings; without torch."""
 
 from __future__ import annotations
 
@@ -8,9 +8,15 @@ from pathlib import Path
 
 from base_files.locate import EMBEDDED_BASE
 from server.adapters.content.manifest import Limits
+from server.adapters.names import is_name
 from server.adapters.versions import VersionStore
 from server.errors import SettingsError
+from server.metrics import BASE
 from server.settings import Settings
+
+
+class NotPublished(Exception):
+    """There is no new adapter, and nothing was left behind; the text is for the person at the terminal."""
 
 
 def limits_of(settings: Settings) -> Limits:
@@ -73,3 +79,22 @@ def adapter_roots(settings: Settings) -> tuple[Path, ...]:
     from huggingface_hub.constants import HF_HUB_CACHE  # HF_HOME and HF_HUB_CACHE count as they are now
 
     return (*adapter_folders(settings), Path(HF_HUB_CACHE))
+
+
+def choose_target(settings: Settings, name: str, *, replace: bool = False) -> Path:
+    """The folder that an adapter of this name gets. Raises ``NotPublished`` where it may not have it."""
+    if not is_name(name):
+        raise NotPublished(
+            f"{name!r} is no adapter name: choose one with --name, of letters, digits, '.', '_' and '-', 128 at most, "
+            "beginning with a letter or digit"
+        )
+    if name in (BASE, settings.base_name):
+        raise NotPublished(f"the name {name} means the base model: choose another with --name")
+    target = settings.adapters_dir / name
+    if not os.path.lexists(target):
+        return target
+    if not replace:
+        raise NotPublished(f"{target} exists already: choose another --name")
+    if target.is_symlink() or not target.is_dir():
+        raise NotPublished(f"{target} is no folder of its own, so it is not replaced: remove it first")
+    return target

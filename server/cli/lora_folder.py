@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from server.adapters.content.folder import CONFIG_FILE, WEIGHTS_FILE
+from adapter_format.files import CONFIG_FILE, WEIGHTS_FILE
 from server.adapters.content.peft_config import parse_peft_config
 
 

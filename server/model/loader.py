@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from adapter_format.messages import end_token_ids
 from base_files.fingerprint import base_fingerprint, base_fingerprint_v2
 from base_files.locate import find_base, num_weight_bytes, weight_files
 from cpu_kernels.routine import available
@@ -135,7 +136,7 @@ def load_base(
         shapes,
         _with_tokenizer(signature, tokenizer, folder),
         length,
-        _eos_ids(model, tokenizer),
+        end_token_ids(model, tokenizer),
         kv_dtype,
         trace.groups,
         quantized,
@@ -316,12 +317,3 @@ def _ordinary_ids(tokenizer: PreTrainedTokenizerBase) -> Sequence[int]:
     """Tokens of a sentence, as many as a probe takes."""
     ids = [int(token) for token in tokenizer(_SENTENCE, add_special_tokens=False)["input_ids"]]
     return ids[:PROBE_ROWS] if len(ids) >= PROBE_ROWS else range(3, 3 + PROBE_ROWS)
-
-
-def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Every token that ends a turn: the generation config's and the tokenizer's."""
-    generation = getattr(model, "generation_config", None)
-    ids = getattr(generation, "eos_token_id", None) or model.config.eos_token_id
-    listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return frozenset([*listed, *own])

@@ -16,6 +16,7 @@ from jinja2 import Environment, TemplateError
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from adapter_format.messages import Message, plain_messages
 from server.adapters.content.added_tokens import AddedToken
 from server.adapters.content.manners import AdapterDefaults
 from server.adapters.content.templates import default_template
@@ -23,7 +24,6 @@ from server.errors import InvalidRequest
 from server.text.deadline import DeadlineExceeded, deadline
 from server.text.token_texts import TokenTexts
 
-Message = Mapping[str, Any]
 _Key = tuple[tuple[AddedToken, ...], bool]
 
 MAX_TOKENIZERS = 8
@@ -167,7 +167,7 @@ class PromptRenderer:
         chosen = template or self._tokenizer.chat_template
         if not chosen:
             raise InvalidRequest("The base model has no chat template: use /v1/completions.", param="messages")
-        plain = [_plain(message, knows_developer="developer" in str(chosen)) for message in messages]
+        plain = plain_messages(messages, chosen)
         how: dict[str, Any] = {
             **(variables or {}),
             "tools": list(tools) if tools else None,
@@ -258,23 +258,3 @@ def _words(error: Exception) -> str:
     """What an error says, in short, in characters that a line can hold."""
     said = str(error)[:_MAX_TEMPLATE_MESSAGE] or type(error).__name__
     return "".join(char if char.isprintable() else " " for char in said)
-
-
-def _plain(message: Message, *, knows_developer: bool) -> dict[str, Any]:
-    """A message as templates expect it: a known role, content as one string, tool arguments as objects."""
-    plain = dict(message)
-    if plain["role"] == "developer" and not knows_developer:
-        plain["role"] = "system"
-    if isinstance(content := plain.get("content"), list):
-        plain["content"] = "\n".join(part["text"] for part in content)
-    if calls := plain.get("tool_calls"):
-        plain["tool_calls"] = [_with_parsed_arguments(call) for call in calls]
-    return plain
-
-
-def _with_parsed_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
-    """A tool call whose arguments are an object; OpenAI's clients send a string of JSON, templates want the object."""
-    function = dict(call["function"])
-    with suppress(TypeError, ValueError, RecursionError):
-        function["arguments"] = json.loads(function["arguments"])
-    return {**call, "function": function}

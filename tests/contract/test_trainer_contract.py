@@ -1,4 +1,4 @@
-"""The trainer's side of what it shares with the server: fingerprints, sidecars, token ids.
+"""The trainer's side of what it shares with the server: messages become the same token ids.
 
 ``tiny_base`` is ``build_tiny_base(seed=7)``, ``tiny_sharded`` was made by hand; the trainer wrote the vectors, once.
 Who changes one changes the contract: adapters in the field stop matching.
@@ -10,47 +10,21 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
-from pydantic import ValidationError
 from transformers import AutoTokenizer
 
-from trainer.conversations import with_system_prompt
+from adapter_format.messages import with_system_prompt
 from trainer.generate import prompt_ids
 from trainer.masking import encode_conversation
-from trainer.sidecar import Sidecar
 
 HERE = Path(__file__).parent
-VALID = sorted(HERE.glob("sidecar_valid_*.json"))
-INVALID = sorted(HERE.glob("sidecar_invalid_*.json"))
 
 
 def _read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-SCHEMA = _read(HERE / "sidecar.schema.json")
 PROMPTS = _read(HERE / "messages_to_ids.json")
-
-
-@pytest.mark.parametrize("path", VALID, ids=lambda path: path.stem)
-def test_a_valid_sidecar_is_accepted_by_schema_and_trainer(path: Path) -> None:
-    jsonschema.validate(_read(path), SCHEMA)
-    Sidecar.model_validate_json(path.read_text(encoding="utf-8"))
-
-
-@pytest.mark.parametrize("path", INVALID, ids=lambda path: path.stem)
-def test_an_invalid_sidecar_is_refused_by_schema_and_trainer(path: Path) -> None:
-    with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(_read(path), SCHEMA)
-    with pytest.raises(ValidationError):
-        Sidecar.model_validate_json(path.read_text(encoding="utf-8"))
-
-
-@pytest.mark.parametrize("path", VALID, ids=lambda path: path.stem)
-def test_a_sidecar_read_and_written_again_says_the_same(path: Path) -> None:
-    sidecar = Sidecar.model_validate_json(path.read_text(encoding="utf-8"))
-    assert json.loads(sidecar.to_json()) == _read(path)
 
 
 @pytest.mark.parametrize("case", PROMPTS["cases"], ids=lambda case: case["name"])

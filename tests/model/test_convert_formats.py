@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from server.cli.convert_gguf import ARCHITECTURES, read_gguf_adapter
 from server.cli.convert_mlx import is_mlx_folder, read_mlx
+from server.cli.folders import NotPublished
 from server.cli.lora_folder import Delta, LoRATensors, write_lora_folder
-from server.cli.publish import NotPublished
 from tests.model.foreign_adapters import (
     FAMILIES_OF,
     PROVED,

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from server.adapters.content.sidecar import parse_sidecar
+from adapter_format.sidecar import parse_sidecar
 from server.cli.convert_format import read_source
 from server.cli.convert_modelfile import adapter_path, read_modelfile, read_wishes
+from server.cli.folders import NotPublished
 from server.cli.modelfile import Modelfile, parse_modelfile
-from server.cli.publish import NotPublished
 from tests.adapter_folders import BASE
 
 TEXT = '''\

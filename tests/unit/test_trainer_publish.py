@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from adapter_format import publishing
 from base_files.fingerprint import base_fingerprint, base_fingerprint_v2
 from tests.tiny_models import build_tiny_base
 from trainer import card
@@ -137,13 +138,13 @@ def test_a_folder_that_is_no_adapter_is_never_replaced(recipe: Path) -> None:
     assert precious.exists()
 
 
-@pytest.mark.parametrize("name", ["save_adapter", "plot_loss", "_verify", "_settle", "_replace"])
+@pytest.mark.parametrize("name", ["save_adapter", "plot_loss", "_verify", "_settle", "_rename"])
 def test_a_failure_while_publishing_leaves_the_old_folder_and_nothing_else(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     assert _train(recipe) == 0
     before = (recipe.parent / "out" / "fox" / "quickchange.json").read_bytes()
-    monkeypatch.setattr(publish_module, name, _fail)
+    monkeypatch.setattr(publishing if name in ("_settle", "_rename") else publish_module, name, _fail)
     with pytest.raises(OSError, match="disk full"):
         _train(recipe)
     assert _entries(recipe) == ["fox"]

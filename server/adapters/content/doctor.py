@@ -12,16 +12,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from adapter_format.files import CONFIG_FILE, SIDECAR_FILE, SOURCE_FILE, TOKENS_FILE, WEIGHTS_FILE
+from adapter_format.sidecar import Sidecar, parse_sidecar
 from base_files.safetensors_header import TensorEntry
 from server.adapters.content.folder import (
-    CONFIG_FILE,
     MAX_JSON_BYTES,
     OPTIONAL_FILES,
-    SIDECAR_FILE,
-    SOURCE_FILE,
-    TOKENS_FILE,
     UNREAD_FILES,
-    WEIGHTS_FILE,
     AdapterFiles,
     read_file_at,
     read_tokens_at,
@@ -43,7 +40,7 @@ from server.adapters.content.manners import AdapterDefaults
 from server.adapters.content.opening import Folder, PermissionDenied
 from server.adapters.content.peft_config import FIELDS, READ, LoRAConfig, parse_peft_config
 from server.adapters.content.plan import LowRank, Plan, PlanError, make_plan
-from server.adapters.content.sidecar import Sidecar, base_check, parse_sidecar
+from server.adapters.content.signature import base_check
 from server.errors import AdapterRejected
 
 JudgeManners = Callable[[AdapterDefaults], None]

@@ -13,14 +13,21 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from adapter_format.files import (
+    ADDED_FILE,
+    CONFIG_FILE,
+    GENERATION_FILE,
+    SIDECAR_FILE,
+    SOURCE_FILE,
+    TEMPLATE_FILE,
+    TOKENIZER_FILE,
+    TOKENS_FILE,
+    WEIGHTS_FILE,
+)
 from server.adapters.content.added_tokens import listed_in_head
 from server.adapters.content.file_kinds import kind_of_bytes, what_is_missing
 from server.adapters.content.opening import PASSING, Folder, PermissionDenied, leads_inside
 
-CONFIG_FILE, WEIGHTS_FILE, SIDECAR_FILE = "adapter_config.json", "adapter_model.safetensors", "quickchange.json"
-TEMPLATE_FILE, TOKENIZER_FILE = "chat_template.jinja", "tokenizer_config.json"
-TOKENS_FILE, ADDED_FILE = "tokenizer.json", "added_tokens.json"
-GENERATION_FILE, SOURCE_FILE = "generation_config.json", "source.json"
 MAX_JSON_BYTES = 1024 * 1024
 MAX_HEADER_BYTES = 16 * MAX_JSON_BYTES
 """Of the weights file."""

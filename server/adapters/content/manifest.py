@@ -13,6 +13,18 @@ from typing import Any
 
 import numpy as np
 
+from adapter_format.files import (
+    ADDED_FILE,
+    CONFIG_FILE,
+    GENERATION_FILE,
+    SIDECAR_FILE,
+    SOURCE_FILE,
+    TEMPLATE_FILE,
+    TOKENIZER_FILE,
+    TOKENS_FILE,
+    WEIGHTS_FILE,
+)
+from adapter_format.sidecar import Sidecar, parse_sidecar
 from base_files.safetensors_header import DTYPE_BYTES, TensorEntry, parse_header
 from server.adapters.content.added_tokens import (
     SECTIONS,
@@ -25,25 +37,12 @@ from server.adapters.content.added_tokens import (
     tokens_to_serve,
 )
 from server.adapters.content.file_kinds import kind_of_bytes
-from server.adapters.content.folder import (
-    ADDED_FILE,
-    CONFIG_FILE,
-    GENERATION_FILE,
-    MAX_HEADER_BYTES,
-    SIDECAR_FILE,
-    SOURCE_FILE,
-    TEMPLATE_FILE,
-    TOKENIZER_FILE,
-    TOKENS_FILE,
-    WEIGHTS_FILE,
-    AdapterFiles,
-    read_files,
-)
+from server.adapters.content.folder import MAX_HEADER_BYTES, AdapterFiles, read_files
 from server.adapters.content.manners import AdapterDefaults, Neighbours, defaults_of, token_text
 from server.adapters.content.opening import PASSING
 from server.adapters.content.peft_config import LoRAConfig, parse_peft_config
 from server.adapters.content.plan import BaseSignature, Plan, PlanError, make_plan
-from server.adapters.content.sidecar import BaseCheck, Sidecar, base_check, parse_sidecar
+from server.adapters.content.signature import BaseCheck, base_check
 from server.adapters.content.templates import is_same
 from server.adapters.names import is_name
 from server.errors import AdapterRejected

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from adapter_format.sidecar import SamplingDefaults, Sidecar
 from server.adapters.content.added_tokens import AddedToken
-from server.adapters.content.sidecar import Sidecar, SidecarSampling
 from server.adapters.content.templates import default_template
 
 
@@ -59,7 +59,7 @@ def defaults_of(sidecar: Sidecar | None, neighbours: Neighbours) -> AdapterDefau
     """The sidecar's word first, the neighbours' where it is silent."""
     generation = neighbours.generation
     advised = generation if generation.get("do_sample") is True else {}
-    sampling = sidecar.sampling if sidecar is not None and sidecar.sampling is not None else SidecarSampling()
+    sampling = sidecar.sampling if sidecar is not None and sidecar.sampling is not None else SamplingDefaults()
     end_tokens = None if sidecar is None else sidecar.end_tokens
     return AdapterDefaults(
         stop=tuple(sidecar.stop or ()) if sidecar is not None else (),

@@ -7,10 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from adapter_format.sidecar import Sidecar
 from server.adapters.content.added_tokens import TokenizerSignature
 
 Shape = tuple[int, ...]
 Kind = Literal["linear", "embedding", "rows"]
+BaseCheck = Literal["fingerprint_v2", "fingerprint", "shapes"]
+"""How it is known that an adapter is of this base."""
 
 
 @dataclass(frozen=True)
@@ -72,3 +75,25 @@ class BaseSignature:
     def fingerprint_of(self, version: int) -> str:
         """The fingerprint of a version, or of version 1 where that one is not known."""
         return self.fingerprint_v2 if version == 2 and self.fingerprint_v2 is not None else self.fingerprint
+
+
+def base_check(sidecar: Sidecar | None, base: BaseSignature) -> BaseCheck:
+    """How a sidecar shows that the base is the one it was trained on: by the latest fingerprint that both have.
+
+    Without a sidecar only the tensors' shapes can tell. Raises ``ValueError`` where it is another base.
+    """
+    if sidecar is None:
+        return "shapes"
+    theirs = sidecar.base
+    by_v2 = base.fingerprint_v2 is not None and theirs.fingerprint_v2 is not None
+    if by_v2 and theirs.fingerprint_v2 == base.fingerprint_v2:
+        return "fingerprint_v2"
+    same_edges = theirs.fingerprint is not None and theirs.fingerprint == base.fingerprint
+    if same_edges and not by_v2:
+        return "fingerprint"
+    raise ValueError(
+        f"it was trained on another base ({theirs.name}, fingerprint {theirs.best_fingerprint[:19]}); this server runs "
+        f"{base.name} ({base.fingerprint_of(2 if theirs.fingerprint_v2 else 1)[:19]})"
+        + (", whose weights differ though its fingerprint of version 1 is the same" if same_edges else "")
+        + ": start it with that base, or train the adapter again"
+    )
