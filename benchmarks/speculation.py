@@ -117,7 +117,7 @@ def questions(base: Base, count: int) -> list[list[int]]:
 
 def build(options: argparse.Namespace) -> tuple[Bench, list[list[int]]]:
     base = load_base(options.base, name="base", device="cpu", dtype=options.dtype, max_model_len=CONTEXT)
-    runner = ModelRunner(base.model, base.attention, base.shapes, num_slots=options.at_once, max_len=CONTEXT)
+    runner = ModelRunner.of(base, num_slots=options.at_once, max_len=CONTEXT)
     adapters: tuple[AdapterUse, ...] = ()
     stop: tuple[str, ...] = ()
     if options.text == "adapter":

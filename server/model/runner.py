@@ -12,9 +12,9 @@ from server.adapters.content.manifest import Manifest
 from server.lora.bank import LoRABank
 from server.lora.transfer import to_device
 from server.lora.weights import LoRAWeights
-from server.model.attention import FlatAttention, Layout, rows_of
+from server.model.attention.interface import AttentionBackend, BackendFactory, FlatAttention, attention_segments
 from server.model.fused_ops import last_units
-from server.model.kv_cache import KVCache, LayerShape, Span
+from server.model.kv_cache import AttentionMetadata, KVCache, LayerShape, slots_and_positions
 from server.model.loader import Base
 from server.quantization.linear import products_with_deltas
 from server.sequence import Batch, Segment
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class ModelRunner:
-    """The base, its KV cache and its adapters. ``attention`` is installed in ``model`` already.
+    """The base, its KV cache and its adapters. ``attention`` is installed in ``model``; ``backend`` makes its backend.
 
     ``groups`` are linears that receive the same tensor; with ``compiled`` routines add the deltas. Adapters and copies
     of them take ``adapter_memory`` bytes at most.
@@ -35,6 +35,7 @@ class ModelRunner:
         model: PreTrainedModel,
         attention: FlatAttention,
         shapes: Sequence[LayerShape],
+        backend: BackendFactory,
         *,
         num_slots: int,
         max_len: int,
@@ -49,9 +50,8 @@ class ModelRunner:
             model, groups, max_seats=num_slots, compiled=compiled, products=products, max_bytes=adapter_memory
         )
         dtype = model.dtype if kv_dtype is None else kv_dtype
-        attention.cache = KVCache(shapes, num_slots=num_slots, max_len=max_len, dtype=dtype, device=model.device)
-        if attention.rows is not None:
-            attention.rows = attention.rows.of(dtype)
+        cache = KVCache(shapes, num_slots=num_slots, max_len=max_len, dtype=dtype, device=model.device)
+        attention.backend = backend(cache)
         self.graphs: GraphRunner | None = None
         if compiled:
             from server.model.layer_graphs import GraphRunner
@@ -68,6 +68,7 @@ class ModelRunner:
             base.model,
             base.attention,
             base.shapes,
+            base.attention_backend,
             num_slots=num_slots,
             max_len=base.max_model_len if max_len is None else max_len,
             kv_dtype=base.kv_dtype,
@@ -75,6 +76,12 @@ class ModelRunner:
             compiled=base.compiled,
             adapter_memory=adapter_memory,
         )
+
+    @property
+    def backend(self) -> AttentionBackend:
+        """That of the runner that was made last for this base."""
+        assert self.attention.backend is not None, "the base was closed"
+        return self.attention.backend
 
     @property
     def num_copied_bytes(self) -> int:
@@ -88,36 +95,37 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, batch: Batch) -> torch.Tensor:
         """Logits of the rows that yield a token, [len(batch.draws), vocab]."""
-        self._prepare_slots(batch)
-        spans = _spans(batch.segments, self.attention.most_apart)
+        backend = self.backend
+        self._prepare_slots(batch, backend)
+        segments = attention_segments(batch.segments, backend.max_single_rows)
         ids = [token for segment in batch.segments for token in segment.ids]
-        slots, positions, input_ids, ends = to_device(
-            self.model.device, *rows_of(spans), ids, _sampled_rows(batch.segments)
+        slots, positions, input_ids, sampled = to_device(
+            self.model.device, *slots_and_positions(segments), ids, _sampled_rows(batch.segments)
         )
-        layout = self.attention.layout = Layout(spans, slots, positions)
+        metadata = AttentionMetadata(segments, slots, positions)
+        backend.begin(metadata)
         self.bank.begin(batch)
         if self.graphs is not None:
-            self.graphs.begin(layout)
+            self.graphs.begin(metadata)
         if self._last_units is not None:  # which are a whole layer's greater part in a prompt
-            self._last_units.only = ends if any(span.length > 1 for span in layout.spans) else None
+            self._last_units.only = sampled if any(segment.length > 1 for segment in segments) else None
         output = self.model(
             input_ids=input_ids[None],
-            position_ids=layout.positions[None],
+            position_ids=positions[None],
             use_cache=False,
-            logits_to_keep=ends,
+            logits_to_keep=sampled,
         )
         logits: torch.Tensor = output.logits[0]
         return logits
 
-    def _prepare_slots(self, batch: Batch) -> None:
-        cache = self.attention.cache
-        assert cache is not None
+    @staticmethod
+    def _prepare_slots(batch: Batch, backend: AttentionBackend) -> None:
         for move in batch.moves:
-            cache.do(move)
-        if self.attention.batched is not None:  # which reads positions that a sequence has not written yet
+            backend.cache.do(move)
+        if backend.reads_unwritten:
             for segment in batch.segments:
                 if segment.start == segment.sequence.num_cached:
-                    cache.clear(segment.slot, segment.start)
+                    backend.cache.clear(segment.slot, segment.start)
 
     def prepare(self, manifest: Manifest) -> LoRAWeights:
         """An adapter's tensors, for ``add_adapter``; any thread may call this, while steps run.
@@ -133,22 +141,6 @@ class ModelRunner:
     def remove_adapter(self, digest: str) -> None:
         """Free an adapter."""
         self.bank.remove(digest)
-
-
-def _spans(segments: Sequence[Segment], apart: int) -> tuple[Span, ...]:
-    """A span for each segment's known rows, and one for each draft, so that its numbers are those of a decoding row.
-
-    Known rows are spans of their own as well where they are no more than ``apart``.
-    """
-    spans, row = [], 0
-    for segment in segments:
-        known = segment.length - len(segment.drafts)
-        if known > apart:
-            spans.append(Span(row, segment.start, known, segment.slot))
-        alone = range(known if known > apart else 0, segment.length)
-        spans += [Span(row + place, segment.start + place, 1, segment.slot) for place in alone]
-        row += segment.length
-    return tuple(spans)
 
 
 def _sampled_rows(segments: Sequence[Segment]) -> list[int]:

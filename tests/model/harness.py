@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -18,8 +19,9 @@ from server.engine.slots import SlotTable
 from server.lora.weights import LoRAWeights
 from server.metrics import Metrics
 from server.model import loader
-from server.model.attention import FlatAttention
-from server.model.batched_attention import BatchedAttention
+from server.model.attention.cpu import TorchAttention, native_attention
+from server.model.attention.interface import BackendFactory, FlatAttention
+from server.model.attention.probe import ProbingAttention
 from server.model.fused_layers import fuse_layers
 from server.model.kv_cache import KVCache
 from server.model.model_trace import ModelTrace
@@ -131,8 +133,7 @@ class Hosted:
 
     @property
     def _cache(self) -> KVCache:
-        assert self.runner.attention.cache is not None
-        return self.runner.attention.cache
+        return self.runner.backend.cache
 
     def _slots(self, kv_memory: int) -> SlotTable:
         return SlotTable(
@@ -161,26 +162,31 @@ def host(
     groups: Sequence[tuple[str, ...]] = (),
     kernel: type[Kernel] | None = None,
     compiled: bool = False,
-    batched: BatchedAttention | None = None,
+    backend: BackendFactory = TorchAttention,
 ) -> Hosted:
     """Install the engine in a model, in the order in which ``load_base`` does; its stock forward is gone afterwards.
 
-    ``batched`` attends as on an accelerator. With a ``kernel`` its linears and embedding become int8; with ``compiled``
-    routines do what they can, and rotate in the modelling code, too.
+    With a ``kernel`` its linears and embedding become int8; with ``compiled`` routines do what they can, attend, and
+    rotate in the modelling code, too.
     """
-    attention = FlatAttention(batched)
-    attention.install(model)
+    probe = ProbingAttention()
+    probe.install(model)
     quantized = nullcontext() if kernel is None else quantizing(model, kernel, torch.float32)
     with quantized as what:
-        shapes, trace = loader._probe(model, attention)
+        trace = loader._probe(model, probe)
     fix_rope(model, max_model_len)
     if compiled:
-        fuse_layers(model, loader._compiled(attention, torch.float32))
+        fuse_layers(model, loader._compiled())
+        backend = partial(native_attention, windows=probe.windows, plain=probe.plain)
+    attention = FlatAttention()
+    attention.install(model)
+    probe.close()
     num_slots = max_num_seqs if kv_memory is None else max_num_seqs + NUM_CACHES
     runner = ModelRunner(
         model,
         attention,
-        shapes,
+        probe.shapes,
+        backend,
         num_slots=num_slots,
         max_len=max_model_len,
         groups=groups,

@@ -6,6 +6,7 @@ import copy
 import itertools
 import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from server.lora.delta import Delta, with_parameters
 from server.lora.weights import LoRAWeights
 from server.metrics import Metrics
 from server.model import layer_graphs
+from server.model.attention.cpu import native_attention
 from server.model.layer_graphs import GraphRunner
 from server.model.runner import ModelRunner
 from server.quantization.kernels import choose_kernel
@@ -291,11 +293,11 @@ def test_a_step_that_fails_while_it_is_recorded_leaves_nothing(llama: Hosted, mo
 
 def test_a_step_of_another_runner_on_the_same_base_is_not_replayed(llama: Hosted) -> None:
     """Its layers would be those of the runner that came last, whose step was another."""
-    first, cache = llama.runner, llama.runner.attention.cache
-    assert cache is not None
+    first, shapes = llama.runner, llama.runner.backend.cache.layout.shapes
+    backend = partial(native_attention, windows={None}, plain=True)
     run(llama, batch_of(*PLAIN), times=3)
     llama.runner = ModelRunner(
-        llama.model, first.attention, cache.layout.shapes, num_slots=3, max_len=LENGTH, compiled=True
+        llama.model, first.attention, shapes, backend, num_slots=3, max_len=LENGTH, compiled=True
     )
     run(llama, batch_of(*PLAIN), times=3)
     assert graphs_of(llama).num_replayed > 0

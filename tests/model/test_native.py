@@ -17,7 +17,6 @@ from cpu_kernels import routine
 from cpu_kernels.attention import row_attention
 from cpu_kernels.passes import exponential, passes
 from server.model import loader
-from server.model.attention import FlatAttention
 from server.quantization import kernels, native
 from server.quantization.kernels import ZERO, _on_grid
 from server.quantization.native import NativeKernel, native_kernels
@@ -296,12 +295,10 @@ def assert_torch_does_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "available", routine.available.__wrapped__)
     monkeypatch.setattr(kernels, "native_kernels", native_kernels.__wrapped__)
     assert kernels.choose_kernel() is kernels.choose_torch_kernel()
-    attention = FlatAttention()
-    assert loader._compiled(attention, torch.float32) is None and attention.rows is None
+    assert loader._compiled() is None
 
 
 def test_routines_are_installed_where_there_are_such() -> None:
-    attention = FlatAttention()
-    assert loader._compiled(attention, torch.bfloat16) is passes()
-    assert attention.rows is row_attention(torch.bfloat16) is not None
+    assert loader._compiled() is passes()
+    assert row_attention(torch.bfloat16) is not None
     assert row_attention(torch.float16) is None

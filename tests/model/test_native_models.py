@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from cpu_kernels.attention import row_attention
+from server.model.attention.cpu import NativeAttention, TorchAttention, native_attention
 from server.model.fused_ops import GatedMLP
 from server.model.runner import ModelRunner
 from server.quantization.kernels import choose_kernel
@@ -40,7 +43,7 @@ def test_logits_are_those_without_routines_and_rows_are_the_same_alone(family: s
     expected = host(build(family), kernel=kernel).run(ASKS)
     hosted = host(build(family), kernel=kernel, compiled=True)
     assert any(isinstance(module, GatedMLP) for module in hosted.model.modules()) == (family in GATED)
-    assert hosted.runner.attention.rows is not None
+    assert isinstance(hosted.runner.backend, NativeAttention)
     found, alone = hosted.run(ASKS), [hosted.run([ask])[0] for ask in ASKS]
     far = [difference(*with_equal_past(ours, theirs)) for ours, theirs in zip(found, expected, strict=True)]
     assert min(far) < 1e-5 and max(far) < (1e-5 if kernel is None else 0.1)
@@ -53,10 +56,12 @@ def test_logits_are_those_without_routines_and_rows_are_the_same_alone(family: s
 def test_a_runner_has_the_routine_of_the_format_in_which_it_keeps_keys() -> None:
     """It may be another than the base was made for; with the wrong one all answers were noise."""
     hosted = host(build("llama"), kernel=choose_kernel(), compiled=True)
-    attention = hosted.runner.attention
-    assert attention.cache is not None and attention.rows is row_attention(attention.cache.layout.dtype)
-    shapes = attention.cache.layout.shapes
-    ModelRunner(hosted.model, attention, shapes, num_slots=2, max_len=64, kv_dtype=torch.bfloat16)
-    assert attention.rows is row_attention(torch.bfloat16)
-    ModelRunner(hosted.model, attention, shapes, num_slots=2, max_len=64, kv_dtype=torch.float16)
-    assert attention.rows is None
+    shapes = hosted._cache.layout.shapes
+    backend = partial(native_attention, windows={None}, plain=True)
+    for dtype in (torch.float32, torch.bfloat16):
+        runner = ModelRunner(
+            hosted.model, hosted.runner.attention, shapes, backend, num_slots=2, max_len=64, kv_dtype=dtype
+        )
+        assert isinstance(runner.backend, NativeAttention) and runner.backend._kernel is row_attention(dtype)
+    ModelRunner(hosted.model, hosted.runner.attention, shapes, backend, num_slots=2, max_len=64, kv_dtype=torch.float16)
+    assert isinstance(hosted.runner.backend, TorchAttention)

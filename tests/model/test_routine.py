@@ -13,6 +13,7 @@ import torch
 from cpu_kernels import every, routine
 from cpu_kernels.product import FIELDS
 from cpu_kernels.routine import Routine
+from server.model.attention.cpu import TorchAttention
 from server.model.compiling import Compiling
 from server.model.loader import Base, load_base
 from server.quantization import kernels
@@ -97,7 +98,7 @@ def test_where_other_routines_cannot_be_compiled_torch_does_their_work(
     """The error was lost in its thread, and came again in every step."""
     monkeypatch.setattr(every, "compile_every_routine", fail)
     base = load_int8()
-    assert not base.compiled and base.attention.rows is None
+    assert not base.compiled and base.attention_backend is TorchAttention
     assert base.quantized is not None and base.quantized.kernel in PRODUCTS
     ids = torch.arange(3, 12)[None]
     monkeypatch.undo()
