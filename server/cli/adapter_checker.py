@@ -13,7 +13,6 @@ from server.adapters.content.diagnostics import DiagnosticReport, diagnose
 from server.adapters.content.manifest import Limits
 from server.cli.folders import limits_of
 from server.errors import AdapterRejected
-from server.lora.bank import LoRABank
 from server.lora.weights import LoRAWeights
 from server.model.device import available_threads
 from server.model.loader import Base, load_base
@@ -42,7 +41,7 @@ class AdapterChecker:
             max_model_len=settings.max_model_len,
         )
         prompts = PromptRenderer(base.tokenizer, vocab_size=base.vocab_size)
-        return cls(base, limits_of(settings), prompts, LoRABank(base.model, max_seats=1).base_modules)
+        return cls(base, limits_of(settings), prompts, dict(base.model.named_modules(remove_duplicate=False)))
 
     def close(self) -> None:
         self.base.close()

@@ -55,7 +55,7 @@ class GraphRunner:
     def begin(self, metadata: AttentionMetadata) -> None:
         """A step begins, of which the bank knows the rows already."""
         self._key, self._metadata, self._inputs = None, metadata, []
-        if self.problem is not None or not self._bank.steady or self._attention.backend is not self._backend:
+        if self.problem is not None or not self._bank.can_replay or self._attention.backend is not self._backend:
             return
         num_rows = len(metadata.segments)
         if num_rows > _MOST_ROWS or any(segment.length > 1 for segment in metadata.segments):

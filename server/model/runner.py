@@ -9,7 +9,9 @@ import torch
 from transformers import PreTrainedModel
 
 from server.adapters.content.manifest import Manifest
+from server.lora.backend import LoRABackend
 from server.lora.bank import LoRABank
+from server.lora.batched import BatchedTorchLoRA
 from server.lora.transfer import to_device
 from server.lora.weights import LoRAWeights
 from server.model.attention.interface import AttentionBackend, BackendFactory, FlatAttention, attention_segments
@@ -45,9 +47,8 @@ class ModelRunner:
         adapter_memory: int | None = None,
     ) -> None:
         self.model, self.attention = model, attention
-        products = products_with_deltas(dict(model.named_modules())) if compiled else ()
         self.bank = LoRABank(
-            model, groups, max_seats=num_slots, compiled=compiled, products=products, max_bytes=adapter_memory
+            model, _lora_backend(model, groups, max_seqs=num_slots, compiled=compiled), max_bytes=adapter_memory
         )
         dtype = model.dtype if kv_dtype is None else kv_dtype
         cache = KVCache(shapes, num_slots=num_slots, max_len=max_len, dtype=dtype, device=model.device)
@@ -85,26 +86,37 @@ class ModelRunner:
 
     @property
     def num_copied_bytes(self) -> int:
-        """Memory of the copies of adapters that are computed side by side."""
-        return self.bank.num_stacked_bytes
-
-    def arrange(self, batch: Batch) -> Batch:
-        """The same rows in the order in which their adapters are computed fastest, for ``run``."""
-        return self.bank.arrange(batch)
+        """Memory that adapters take beside their own tensors: copies that are computed together, and tables."""
+        return self.bank.backend.num_bytes
 
     @torch.inference_mode()
+<<<<<<< HEAD
     def run(self, batch: Batch) -> torch.Tensor:
         """Logits of the rows that yield a token, [len(batch.draws), vocab]."""
         backend = self.backend
         self._prepare_slots(batch, backend)
         segments = attention_segments(batch.segments, backend.max_single_rows)
+=======
+    def run(self, batch: Batch) -> tuple[torch.Tensor, Batch]:
+        """Logits of the rows that yield a token, [len(draws), vocab], and the batch, whose ``draws`` those are.
+
+        Its segments are in the order in which the adapters of their rows are computed fastest.
+        """
+        batch = self.bank.begin(batch)
+        self._prepare_slots(batch)
+        spans = _spans(batch.segments, self.attention.most_apart)
+>>>>>>> df74acc (wip)
         ids = [token for segment in batch.segments for token in segment.ids]
         slots, positions, input_ids, sampled = to_device(
             self.model.device, *slots_and_positions(segments), ids, _sampled_rows(batch.segments)
         )
+<<<<<<< HEAD
         metadata = AttentionMetadata(segments, slots, positions)
         backend.begin(metadata)
         self.bank.begin(batch)
+=======
+        layout = self.attention.layout = Layout(spans, slots, positions)
+>>>>>>> df74acc (wip)
         if self.graphs is not None:
             self.graphs.begin(metadata)
         if self._last_units is not None:  # which are a whole layer's greater part in a prompt
@@ -116,7 +128,7 @@ class ModelRunner:
             logits_to_keep=sampled,
         )
         logits: torch.Tensor = output.logits[0]
-        return logits
+        return logits, batch
 
     @staticmethod
     def _prepare_slots(batch: Batch, backend: AttentionBackend) -> None:
@@ -132,7 +144,7 @@ class ModelRunner:
 
         Raises ``AdapterRejected`` where they would change nothing.
         """
-        return LoRAWeights.of(manifest, self.bank.base_modules, self.bank.groups, self.bank.tiled)
+        return self.bank.prepare(manifest)
 
     def add_adapter(self, digest: str, weights: LoRAWeights) -> int:
         """Make an adapter usable; the bytes that it takes."""
@@ -143,6 +155,36 @@ class ModelRunner:
         self.bank.remove(digest)
 
 
+<<<<<<< HEAD
+=======
+def _lora_backend(
+    model: PreTrainedModel, groups: Sequence[tuple[str, ...]], *, max_seqs: int, compiled: bool
+) -> LoRABackend:
+    if not compiled:
+        return BatchedTorchLoRA(groups, max_slots=max_seqs, device=model.device)
+    from server.lora.native import NativeLoRA
+
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return NativeLoRA(list(modules), products_with_deltas(modules), max_seqs=max_seqs)
+
+
+def _spans(segments: Sequence[Segment], apart: int) -> tuple[Span, ...]:
+    """A span for each segment's known rows, and one for each draft, so that its numbers are those of a decoding row.
+
+    Known rows are spans of their own as well where they are no more than ``apart``.
+    """
+    spans, row = [], 0
+    for segment in segments:
+        known = segment.length - len(segment.drafts)
+        if known > apart:
+            spans.append(Span(row, segment.start, known, segment.slot))
+        alone = range(known if known > apart else 0, segment.length)
+        spans += [Span(row + place, segment.start + place, 1, segment.slot) for place in alone]
+        row += segment.length
+    return tuple(spans)
+
+
+>>>>>>> df74acc (wip)
 def _sampled_rows(segments: Sequence[Segment]) -> list[int]:
     """The rows that yield a token: the last ones of each segment."""
     rows: list[int] = []

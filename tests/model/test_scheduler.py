@@ -34,11 +34,7 @@ class ScriptedRunner:
         """The token that is likeliest."""
         return (sequence_id * 7 + number * 3) % (VOCAB - 1)
 
-    def arrange(self, batch: Batch) -> Batch:
-        """As they are."""
-        return batch
-
-    def run(self, batch: Batch) -> torch.Tensor:
+    def run(self, batch: Batch) -> tuple[torch.Tensor, Batch]:
         """Logits with one token far above the others, [len(batch.sampling), vocab]."""
         if self.fails:
             raise RuntimeError("the model broke")

@@ -38,11 +38,7 @@ class ScriptedRunner:
         self.removed: list[str] = []
         self._slots: dict[int, list[int]] = {}
 
-    def arrange(self, batch: Batch) -> Batch:
-        """As they are."""
-        return batch
-
-    def run(self, batch: Batch) -> torch.Tensor:
+    def run(self, batch: Batch) -> tuple[torch.Tensor, Batch]:
         """Logits by what the slots hold, [len(batch.draws), VOCAB]."""
         self.batches.append(batch)
         logits = []

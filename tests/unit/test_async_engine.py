@@ -33,11 +33,7 @@ class ScriptedRunner:
         self.adapters: set[str] = set()
         self.not_finite = False
 
-    def arrange(self, batch: Batch) -> Batch:
-        """As they are."""
-        return batch
-
-    def run(self, batch: Batch) -> torch.Tensor:
+    def run(self, batch: Batch) -> tuple[torch.Tensor, Batch]:
         self.gate.wait(10)
         self.num_steps += 1
         if self.failures:
