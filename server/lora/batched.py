@@ -1,4 +1,4 @@
-"""Low-rank deltas by torch's operations: modules that share an input share a product, and adapters of one shape, too."""
+"""Low-rank deltas by torch's operations: a product for modules that share an input, and one for adapters of a shape."""
 
 from __future__ import annotations
 

@@ -51,10 +51,9 @@ class NativeLoRA:
         self.generation = 0
         self._kernel = add_deltas()
         self._product_of = {name: (product, outputs) for product, outputs in products for name, _ in outputs}
-        self._attached: set[str] = set()
         self._cells = torch.zeros(len(modules), dtype=torch.long)  # the address of each linear's table
         self._cell_of = {module: number for number, module in enumerate(modules)}
-        self._tables: dict[str, torch.Tensor] = {}  # int64 [capacity, ENTRY]
+        self._tables: dict[str, torch.Tensor] = {}  # int64 [capacity, ENTRY], of linears that are wrapped
         self._capacity = _MIN_ADAPTERS
         self._indices: dict[str, int] = {}
         self._free = list(range(_MIN_ADAPTERS))
@@ -69,8 +68,7 @@ class NativeLoRA:
 
     @property
     def num_bytes(self) -> int:
-        tables = (self._cells, self._low, *self._task_tables, *self._tables.values())
-        return sum(table.nbytes for table in tables)
+        return sum(table.nbytes for table in self._tables.values())
 
     @property
     def active(self) -> bool:
@@ -88,8 +86,8 @@ class NativeLoRA:
         return replace(weights, deltas=deltas)
 
     def attach(self, module: str) -> bool:
-        self._attached.add(module)
-        self._table(module)
+        if module not in self._tables:
+            self._set_table(module, torch.zeros(self._capacity, ENTRY, dtype=torch.long))
         if module not in self._product_of:
             return True
         product, outputs = self._product_of[module]
@@ -100,9 +98,11 @@ class NativeLoRA:
     def detach(self, module: str) -> None:
         if module in self._product_of:
             product, outputs = self._product_of[module]
-            if self._attached.isdisjoint(name for name, _ in outputs if name != module):
+            if self._tables.keys().isdisjoint(name for name, _ in outputs if name != module):
                 product.deltas = None
-        self._attached.discard(module)
+        if module in self._tables:
+            self._cells[self._cell_of[module]] = 0
+            del self._tables[module]
 
     def add(self, digest: str, weights: LoRAWeights) -> Iterable[torch.Tensor]:
         if not self._free:
@@ -115,13 +115,13 @@ class NativeLoRA:
             if delta.plain and delta.kind == "linear":
                 tensors, entry = _entry(delta)
                 kept += tensors
-                self._table(module)[index] = torch.tensor(entry)
+                self._tables[module][index] = torch.tensor(entry)
                 max_rank = max(max_rank, entry[-1])
         self._ranks[digest] = max_rank
         return kept
 
     def remove(self, digest: str) -> None:
-        """Its place is free only when no table has an address of it: a failure half-way is made good by a second call."""
+        """Its place is free only when no table has an address of it, so that a second call finishes a failed one."""
         self._no_replay.discard(digest)
         if digest not in self._indices:
             return
@@ -173,7 +173,7 @@ class NativeLoRA:
 
     def check_integrity(self, digests: Iterable[str], modules: Iterable[str]) -> None:
         ensure(self._indices.keys() == set(digests), "tables have other adapters than there are")
-        ensure(self._attached == set(modules), "tables are read for other linears than are wrapped")
+        ensure(self._tables.keys() == set(modules), "tables are read for other linears than are wrapped")
 
     def _deltas_of(self, outputs: Outputs) -> ProductDeltas:
         numbers, first = [len(outputs)], 0
@@ -184,12 +184,6 @@ class NativeLoRA:
 
     def _cell(self, module: str) -> int:
         return self._cells.data_ptr() + 8 * self._cell_of[module]
-
-    def _table(self, module: str) -> torch.Tensor:
-        """A linear's table; kernels read it for every linear that is wrapped, so it must be there before."""
-        if module not in self._tables:
-            self._set_table(module, torch.zeros(self._capacity, ENTRY, dtype=torch.long))
-        return self._tables[module]
 
     def _set_table(self, module: str, table: torch.Tensor) -> None:
         """Make it the linear's table. The address that is read is never that of memory which is gone."""

@@ -148,7 +148,7 @@ class Hosted:
         """Put an adapter in; what the bank then counts is what it keeps in memory."""
         self.runner.add_adapter(digest, weights)
         bank = self.runner.bank
-        assert held_bytes(bank) == bank.num_bytes + bank.num_stacked_bytes
+        assert held_bytes(bank) == bank.num_bytes + bank.backend.num_bytes
         return digest
 
 

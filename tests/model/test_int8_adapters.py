@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from cpu_kernels.routine import available
 from server.adapters.content.manifest import BaseSignature, Limits, read_manifest
+from server.lora.native import NativeLoRA
 from server.lora.weights import LoRAWeights
 from server.model.model_trace import signature_of
 from server.quantization.kernels import choose_kernel
@@ -91,7 +92,7 @@ def family_of(name: str, *, adding: Adding = "torch") -> Family:
     base = base_of(name, torch.float32)
     hosted = host(copy.deepcopy(base), budget=64, kernel=kernel, compiled=available() and adding != "torch")
     if adding == "routine":
-        hosted.runner.bank.tiled = {}
+        hosted.runner.bank.backend = NativeLoRA(list(hosted.runner.bank.base_modules), max_seqs=hosted.max_num_seqs)
     return Family(base, hosted, oracle_of(base, hosted.model), signature_of("base", FINGERPRINT, hosted.trace))
 
 

@@ -48,7 +48,7 @@ class ScriptedRunner:
         logits = torch.zeros(len(batch.sampling), VOCAB)
         for row, sequence in enumerate(batch.sampling):
             logits[row, self.script(sequence.id, len(sequence.output_ids))] = 9.0
-        return logits
+        return logits, batch
 
     num_copied_bytes = 0
 
@@ -177,12 +177,12 @@ def test_a_row_without_finite_logits_ends_its_sequence_alone(monkeypatch: pytest
     engine, runner = make()
     stock = runner.run
 
-    def run(batch: Batch) -> torch.Tensor:
-        logits = stock(batch)
+    def run(batch: Batch) -> tuple[torch.Tensor, Batch]:
+        logits, batch = stock(batch)
         for row, sequence in enumerate(batch.sampling):
             if sequence.id == 1 and sequence.output_ids:
                 logits[row] = float("nan")
-        return logits
+        return logits, batch
 
     monkeypatch.setattr(runner, "run", run)
     engine.add(ask(1, 2))

@@ -53,7 +53,7 @@ class ScriptedRunner:
             for row in range(segment.length - segment.num_sampled, segment.length):
                 logits.append(self.model(segment.sequence, held[: segment.start + row + 1]))
         assert len(logits) == len(batch.draws) == len(batch.sampling)
-        return torch.stack(logits) if logits else torch.empty(0, VOCAB)
+        return torch.stack(logits) if logits else torch.empty(0, VOCAB), batch
 
     num_copied_bytes = 0
 

@@ -30,13 +30,13 @@ ANSWER = [2, 3, 4, 5, 6, 7, 8, 9]
 class DraftedRunner(ScriptedRunner):
     """Counts upwards behind drafts, too."""
 
-    def run(self, batch: Batch) -> torch.Tensor:
-        logits = super().run(batch)
+    def run(self, batch: Batch) -> tuple[torch.Tensor, Batch]:
+        logits, batch = super().run(batch)
         for row, draw in enumerate(batch.draws):
             if draw.given is not None:
                 logits[row] = 0.0
                 logits[row, min(draw.given + 1, EOS)] = 1.0
-        return logits
+        return logits, batch
 
 
 class Failing:
