@@ -90,33 +90,21 @@ class ModelRunner:
         return self.bank.backend.num_bytes
 
     @torch.inference_mode()
-<<<<<<< HEAD
-    def run(self, batch: Batch) -> torch.Tensor:
-        """Logits of the rows that yield a token, [len(batch.draws), vocab]."""
-        backend = self.backend
-        self._prepare_slots(batch, backend)
-        segments = attention_segments(batch.segments, backend.max_single_rows)
-=======
     def run(self, batch: Batch) -> tuple[torch.Tensor, Batch]:
         """Logits of the rows that yield a token, [len(draws), vocab], and the batch, whose ``draws`` those are.
 
         Its segments are in the order in which the adapters of their rows are computed fastest.
         """
         batch = self.bank.begin(batch)
-        self._prepare_slots(batch)
-        spans = _spans(batch.segments, self.attention.most_apart)
->>>>>>> df74acc (wip)
+        backend = self.backend
+        self._prepare_slots(batch, backend)
+        segments = attention_segments(batch.segments, backend.max_single_rows)
         ids = [token for segment in batch.segments for token in segment.ids]
         slots, positions, input_ids, sampled = to_device(
             self.model.device, *slots_and_positions(segments), ids, _sampled_rows(batch.segments)
         )
-<<<<<<< HEAD
         metadata = AttentionMetadata(segments, slots, positions)
         backend.begin(metadata)
-        self.bank.begin(batch)
-=======
-        layout = self.attention.layout = Layout(spans, slots, positions)
->>>>>>> df74acc (wip)
         if self.graphs is not None:
             self.graphs.begin(metadata)
         if self._last_units is not None:  # which are a whole layer's greater part in a prompt
@@ -155,8 +143,6 @@ class ModelRunner:
         self.bank.remove(digest)
 
 
-<<<<<<< HEAD
-=======
 def _lora_backend(
     model: PreTrainedModel, groups: Sequence[tuple[str, ...]], *, max_seqs: int, compiled: bool
 ) -> LoRABackend:
@@ -168,23 +154,6 @@ def _lora_backend(
     return NativeLoRA(list(modules), products_with_deltas(modules), max_seqs=max_seqs)
 
 
-def _spans(segments: Sequence[Segment], apart: int) -> tuple[Span, ...]:
-    """A span for each segment's known rows, and one for each draft, so that its numbers are those of a decoding row.
-
-    Known rows are spans of their own as well where they are no more than ``apart``.
-    """
-    spans, row = [], 0
-    for segment in segments:
-        known = segment.length - len(segment.drafts)
-        if known > apart:
-            spans.append(Span(row, segment.start, known, segment.slot))
-        alone = range(known if known > apart else 0, segment.length)
-        spans += [Span(row + place, segment.start + place, 1, segment.slot) for place in alone]
-        row += segment.length
-    return tuple(spans)
-
-
->>>>>>> df74acc (wip)
 def _sampled_rows(segments: Sequence[Segment]) -> list[int]:
     """The rows that yield a token: the last ones of each segment."""
     rows: list[int] = []
