@@ -133,7 +133,7 @@ class Metrics:
         )
         self.adapter_copies = Gauge(
             "quickchange_adapter_copies_bytes",
-            "Memory of copies of adapters' weights for batched computation, within the same limit, or of kernels' tables.",
+            "Memory of adapters' weights copied for batched computation, within the same limit, or of kernels' tables.",
             registry=self.registry,
         )
         self.adapter_memory_limit = Gauge(
