@@ -87,7 +87,7 @@ class Tracer:
 
     def __exit__(self, *exception: object) -> None:
         sys.setprofile(None)
-        threading.setprofile(None)  # type: ignore[arg-type]
+        threading.setprofile(None)
 
     def _on_event(self, frame: FrameType, event: str, argument: Any) -> None:
         if event == "c_call":

@@ -23,7 +23,7 @@ from server.adapters.content.manifest import BaseSignature, Manifest, list_folde
 from server.adapters.content.manners import AdapterDefaults
 from server.adapters.content.signature import embedding, linear
 from server.api.app import create_app
-from server.api.sampling import end_ids
+from server.api.generation import end_ids
 from server.errors import AdapterRejected
 from server.model.base_tokenizer import tokenizer_signature
 from server.text import prompt as prompt_module
