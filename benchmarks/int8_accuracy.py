@@ -30,9 +30,10 @@ from benchmarks.parts.perplexity import (
     compare,
     own_texts,
 )
+from cpu_kernels.int8_weights import QMAX_16BIT_SAFE
+from cpu_kernels.kernels import Kernels
 from server.model.device import available_threads
 from server.model.loader import Base, load_base
-from server.quantization.kernels import HALF_LEVELS
 
 _BOOKS = ("Little-Women_514.txt", "The-Time-Machine_35.txt")
 
@@ -70,7 +71,7 @@ def _print_parts(texts: Mapping[str, Windows]) -> None:
     embedding.model.set_input_embeddings(exact.base.model.get_input_embeddings())
     with patch("server.model.quantizer.find_outliers", lambda x: None):
         unprotected = _load("micro", "int8")
-    with patch("server.model.quantizer.weight_levels", lambda kernel: HALF_LEVELS):
+    with patch.object(Kernels, "qmax", QMAX_16BIT_SAFE):
         half = _load("micro", "int8")
     readers = {
         "int8 as it is served": Reader(_load("micro", "int8")),

@@ -10,7 +10,7 @@ from cpu_kernels.blocks import BLOCK, BY_GELU, BY_SILU, CHUNK, HALF, NO_GATING, 
 from cpu_kernels.byte_products import scale_rows
 from cpu_kernels.gating import GELU, SILU, gated_sums, gelu_vectors, silu_vectors
 from cpu_kernels.intrinsics import floats, longs, scratch
-from cpu_kernels.low_rank_tiles import low_by_b, touches
+from cpu_kernels.lora_tiles import low_by_b, touches
 
 _scale_rows, _scale_with_outliers = scale_rows(), scale_rows(with_outliers=True)
 _scale_with_deltas, _scale_with_both = scale_rows(with_deltas=True), scale_rows(with_outliers=True, with_deltas=True)

@@ -11,9 +11,9 @@ from typing import Generic, Protocol, TypeVar
 import pytest
 
 PRODUCTS = ("AVX-VNNI", "AVX512-VNNI", "AMX")
-"""Instruction sets with a product of integers of their own, as ``native_kernels`` names them."""
+"""Instruction sets with a native int8 linear, as ``native_linears`` names them."""
 NUMBA = "Numba"
-"""Routines for whatever CPU this is: Numba, and an OpenMP library that torch has loaded."""
+"""Native kernels for whatever CPU this is: Numba, and an OpenMP library that torch has loaded."""
 
 
 def needs(*names: str) -> pytest.MarkDecorator:
@@ -29,10 +29,10 @@ def each_product() -> list[object]:
 @cache
 def on_this_cpu() -> frozenset[str]:
     """All that are there; torch and Numba may be told to use less, see CONTRIBUTING.md."""
-    from cpu_kernels.routine import available
-    from server.quantization.native import native_kernels
+    from cpu_kernels.kernels import native_linears
+    from cpu_kernels.native_kernel import available
 
-    return frozenset([*native_kernels(), *([NUMBA] if available() else [])])
+    return frozenset([*native_linears(), *([NUMBA] if available() else [])])
 
 
 def variables_of(cpu: str) -> dict[str, str]:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.nn.functional as F
 
-from server.quantization.kernels import OnednnKernel, choose_torch_kernel
-from server.quantization.rows import Int8Rows
+from cpu_kernels.int8_weights import Int8Rows
+from cpu_kernels.linear import FbgemmLinear, OnednnLinear, choose_torch_linear
 
 Shape = tuple[int, int]
 """A linear: inputs, outputs."""
@@ -77,16 +77,17 @@ def _product(name: str, weight: torch.Tensor, x: torch.Tensor) -> Callable[[], o
 
 
 def _int8(weight: torch.Tensor, x: torch.Tensor) -> Callable[[], object]:
-    """The faster of torch's kernels, without putting the activations on their grid: that is no product."""
-    kernel = choose_torch_kernel()
-    assert kernel is not None
-    packed = kernel(Int8Rows.of([weight]))
-    if isinstance(packed, OnednnKernel):
+    """The faster of torch's kernels, without quantizing the activations: that is no product."""
+    linear = choose_torch_linear()
+    assert linear is not None
+    packed = linear(Int8Rows.of([weight]))
+    if isinstance(packed, OnednnLinear):
         integers = torch.randint(0, 256, x.shape, dtype=torch.uint8)
         return lambda: packed.multiply(integers)
     normalized = x / x.abs().amax()
+    assert isinstance(packed, FbgemmLinear)
     return lambda: packed.multiply(normalized)
 
 
 def _has_int8() -> bool:
-    return choose_torch_kernel() is not None
+    return choose_torch_linear() is not None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from cpu_kernels.capabilities import torch_capabilities
+from cpu_kernels.linear import torch_capabilities
 from server.errors import SettingsError
 
 BF16_FROM_BYTES = 256 * 1024 * 1024

@@ -16,14 +16,14 @@ from torch import nn
 from server.model.fused_ops import GatedMLP, RMSNorm, fuse_ops
 
 if TYPE_CHECKING:
-    from cpu_kernels.passes import Passes
+    from cpu_kernels.kernels import Kernels
 
 _CHILDREN = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 _PASSED_ON = frozenset({"attention_mask", "position_ids", "past_key_values", "use_cache", "position_embeddings"})
 """What models call their layers with, for the attention."""
 
 
-def fuse_layers(model: nn.Module, passes: Passes | None = None) -> None:
+def fuse_layers(model: nn.Module, passes: Kernels | None = None) -> None:
     """Replace norms, rotation and gated units (``fused_ops.fuse_ops``), and with routines the layers of these."""
     fuse_ops(model, passes)
     for module in list(model.modules()):
@@ -45,12 +45,12 @@ class FusedLayer:
     A sum is written over the result of the attention or of the units, which are nobody else's; the layer's input stays.
     """
 
-    def __init__(self, layer: nn.Module, passes: Passes) -> None:
+    def __init__(self, layer: nn.Module, passes: Kernels) -> None:
         self._layer, self._passes = layer, passes
         self._stock = partial(type(layer).forward, layer)
 
     @classmethod
-    def like(cls, layer: nn.Module, passes: Passes) -> FusedLayer | None:
+    def like(cls, layer: nn.Module, passes: Kernels) -> FusedLayer | None:
         """One that computes what a layer's stock code does, None where that is something else.
 
         Attention and units are replaced meanwhile: they may need a cache, and tell last bits apart.
@@ -92,7 +92,7 @@ class FusedLayer:
         y = layer.mlp(normed)
         if not _can_add(y, attended):
             return attended + y
-        self._passes.add_to(y, attended)
+        self._passes.add_(y, attended)
         return y
 
 

@@ -19,14 +19,14 @@ from server.lora.layer import as_base
 from server.quantization.linear import Int8Linear
 
 if TYPE_CHECKING:
-    from cpu_kernels.passes import Passes
+    from cpu_kernels.kernels import Kernels
 
 _TOLERANCE = 1e-5
 _APART, _JOINED = ("gate_proj", "up_proj", "down_proj"), ("gate_up_proj", "down_proj")
 _EPSILONS = ("variance_epsilon", "eps")
 
 
-def fuse_ops(model: nn.Module, passes: Passes | None = None) -> None:
+def fuse_ops(model: nn.Module, passes: Kernels | None = None) -> None:
     """Replace the norms of a float32 model, and the rotation in its modelling code.
 
     With ``passes``, routines compiled for this CPU, each of these is one, and so is what gates a layer's units.
@@ -36,6 +36,11 @@ def fuse_ops(model: nn.Module, passes: Passes | None = None) -> None:
         if fused is not None:
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, fused)
+    fuse_rotary_embedding(model, passes)
+
+
+def fuse_rotary_embedding(model: nn.Module, passes: Kernels | None) -> None:
+    """Replace the rotary embedding in a model's modelling code, which all models of its family share."""
     code = sys.modules[type(model).__module__]
     stock = getattr(code, "apply_rotary_pos_emb", None)
     stock = stock.stock if isinstance(stock, RotaryEmbedding) else stock
@@ -46,7 +51,7 @@ def fuse_ops(model: nn.Module, passes: Passes | None = None) -> None:
 class RMSNorm(nn.Module):
     """``x * (weight + offset) / sqrt(mean(x**2) + eps)`` (Zhang and Sennrich 2019) over the last axis, in float32."""
 
-    def __init__(self, weight: nn.Parameter, eps: float, offset: float, passes: Passes | None = None) -> None:
+    def __init__(self, weight: nn.Parameter, eps: float, offset: float, passes: Kernels | None = None) -> None:
         super().__init__()
         self.weight = weight
         self._eps, self._offset, self._passes = eps, offset, passes
@@ -55,7 +60,7 @@ class RMSNorm(nn.Module):
         self._gain: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
 
     @classmethod
-    def like(cls, stock: nn.Module, passes: Passes | None = None) -> RMSNorm | None:
+    def like(cls, stock: nn.Module, passes: Kernels | None = None) -> RMSNorm | None:
         """One that computes what a stock module does, None where that is something else."""
         parameters = list(stock.named_parameters())
         eps = next((value for name in _EPSILONS if isinstance(value := getattr(stock, name, None), float)), None)
@@ -82,7 +87,7 @@ class RMSNorm(nn.Module):
         norm = torch.linalg.vector_norm(x, 2, -1, keepdim=True)
         return torch.mul(x, gain).div_(torch.hypot(norm, self._floor))
 
-    def of_sum(self, x: torch.Tensor, other: torch.Tensor, passes: Passes) -> torch.Tensor:
+    def of_sum(self, x: torch.Tensor, other: torch.Tensor, passes: Kernels) -> torch.Tensor:
         """Of ``x += other`` in place, both contiguous float32 [..., dim]; by routines, bit by bit as ``forward``."""
         return passes.rms_norm_of_sum(x, other, self._own_gain(), self._eps)
 
@@ -104,7 +109,7 @@ class GatedMLP(nn.Module):
 
     only: torch.Tensor | None = None
 
-    def __init__(self, stock: nn.Module, passes: Passes, names: Sequence[str] = _APART, *, by_gelu: bool) -> None:
+    def __init__(self, stock: nn.Module, passes: Kernels, names: Sequence[str] = _APART, *, by_gelu: bool) -> None:
         super().__init__()
         for name in names:
             self.add_module(name, stock.get_submodule(name))
@@ -112,7 +117,7 @@ class GatedMLP(nn.Module):
         self._passes, self._stock = passes, (stock,)  # in a tuple, so that it is no submodule
 
     @classmethod
-    def like(cls, stock: nn.Module, passes: Passes) -> GatedMLP | None:
+    def like(cls, stock: nn.Module, passes: Kernels) -> GatedMLP | None:
         """One that computes what a stock module does, None where that is something else.
 
         What goes into ``down_proj`` is compared: its integers may fall to the other side of a border for a last bit.
@@ -152,7 +157,7 @@ class GatedMLP(nn.Module):
         units = self._as_one_product(x)
         if units is None:
             gate, up = self.gate_up_proj(x).chunk(2, -1) if self._joined else (self.gate_proj(x), self.up_proj(x))
-            units = self._passes.gated(gate, up, by_gelu=self._by_gelu)
+            units = (self._passes.gelu_and_mul if self._by_gelu else self._passes.silu_and_mul)(gate, up)
         y: torch.Tensor = self.down_proj(units)
         return y
 
@@ -189,7 +194,7 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList | list[nn.Module]:
 class RotaryEmbedding:
     """``x * cos + rotate_half(x) * sin`` (Su et al. 2021) for queries and keys; other calls go to the stock code."""
 
-    def __init__(self, stock: Callable[..., Any], passes: Passes | None = None) -> None:
+    def __init__(self, stock: Callable[..., Any], passes: Kernels | None = None) -> None:
         self.stock, self._passes = stock, passes
         self._for: torch.Tensor | None = None
         self._signed = self._cos = torch.empty(0)
@@ -206,9 +211,7 @@ class RotaryEmbedding:
         ):
             return self.stock(q, k, cos, sin, *others, **named)
         if self._passes is not None and q.stride(-1) == k.stride(-1) == 1 and q.shape[0] == 1:
-            cos = cos if cos.is_contiguous() else cos.contiguous()
-            sin = sin if sin.is_contiguous() else sin.contiguous()
-            return self._passes.rotate(q, k, cos, sin)
+            return self._passes.rotary_embedding(q, k, cos, sin)
         half = cos.shape[-1] // 2
         if sin is not self._for:
             signed = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from cpu_kernels.attention import scores_size
-from cpu_kernels.tape import Arena, NotTaped, Recorder, Tape, TooLarge
+from cpu_kernels.decode_attention import scores_size
+from cpu_kernels.kernels import Kernels
+from cpu_kernels.layer_graph import Arena, GraphRecorder, LayerGraph, NotRecordable, TooLarge
 from server.lora.bank import LoRABank
-from server.model.attention.interface import FlatAttention
+from server.model.attention import FlatAttention, Layout
 from server.model.fused_layers import forward_of
-from server.model.fused_ops import layers_of
-from server.model.kv_cache import AttentionMetadata
+from server.model.fused_ops import fuse_rotary_embedding, layers_of
 
 logger = logging.getLogger("quickchange.model")
 
@@ -36,35 +36,35 @@ class GraphRunner:
     in a layer, not only memory that routines read. A graph that does not give the same bits is not replayed.
     """
 
-    def __init__(self, model: PreTrainedModel, attention: FlatAttention, bank: LoRABank) -> None:
-        self._attention, self._bank = attention, bank
-        self._backend = attention.backend
+    def __init__(self, model: PreTrainedModel, attention: FlatAttention, bank: LoRABank, kernels: Kernels) -> None:
+        self._model, self._attention, self._bank, self._kernels = model, attention, bank, kernels
+        self._cache = attention.cache
         self._arena = Arena(_ARENA_BYTES)
-        self._graphs: dict[Key, dict[int, Tape]] = {}
+        self._graphs: dict[Key, dict[int, LayerGraph]] = {}
         self._seen: Counter[Key] = Counter()
         self._too_large: set[Key] = set()
         self._generation = -1
         self._key: Key | None = None
-        self._metadata: AttentionMetadata | None = None
+        self._layout: Layout | None = None
         self._inputs: list[torch.Tensor] = []
         self.problem: str | None = None
         self.num_replayed = 0
         for number, layer in enumerate(layers_of(model)):
             layer.__dict__["forward"] = self._forward(number, forward_of(layer))
 
-    def begin(self, metadata: AttentionMetadata) -> None:
+    def begin(self, layout: Layout) -> None:
         """A step begins, of which the bank knows the rows already."""
-        self._key, self._metadata, self._inputs = None, metadata, []
-        if self.problem is not None or not self._bank.can_replay or self._attention.backend is not self._backend:
+        self._key, self._layout, self._inputs = None, layout, []
+        if self.problem is not None or not self._bank.steady or self._attention.cache is not self._cache:
             return
-        num_rows = len(metadata.segments)
-        if num_rows > _MOST_ROWS or any(segment.length > 1 for segment in metadata.segments):
+        num_rows = len(layout.spans)
+        if num_rows > _MOST_ROWS or any(span.length > 1 for span in layout.spans):
             return
         if self._bank.generation != self._generation:
             self._generation = self._bank.generation
             self._graphs.clear()
             self._seen.clear()
-        longest = max(segment.end for segment in metadata.segments)
+        longest = max(span.start + 1 for span in layout.spans)
         key = num_rows, scores_size(longest), torch.get_num_threads()
         if key not in self._too_large:
             self._key = key
@@ -73,31 +73,32 @@ class GraphRunner:
     def _forward(self, number: int, stock: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **named: Any) -> Any:
             key = self._key
-            if key is None or self._seen[key] < _FROM or not self._is_current():
+            if key is None or self._seen[key] < _FROM or self._attention.layout is not self._layout:
                 return stock(*args, **named)
-            inputs = [*_tensors(args), *_tensors(named.values()), *self._step_tensors()]
+            inputs = [*_tensors(args), *_tensors(named.values()), *self._of_layout()]
             graph = self._graphs.setdefault(key, {}).get(number)
             if graph is None:
                 return self._recorded(key, number, lambda: stock(*args, **named), inputs)
             self.num_replayed += 1
-            return graph.play(inputs)
+            return graph.replay(inputs)
 
         return forward
 
     def _recorded(self, key: Key, number: int, call: Callable[[], Any], inputs: list[torch.Tensor]) -> Any:
-        recorder = Recorder()
+        fuse_rotary_embedding(self._model, self._kernels)  # another model's calls would not be recorded
+        recorder = GraphRecorder(self._kernels.launch)
         result = recorder.record(call)
         try:
-            graph = Tape.of(recorder, inputs, result, self._arena)
-            if not torch.equal(graph.play(inputs).view(torch.int32), result.view(torch.int32)):
-                raise NotTaped("replay gives another result")
+            graph = LayerGraph.of(recorder, inputs, result, self._arena)
+            if not torch.equal(graph.replay(inputs).view(torch.int32), result.view(torch.int32)):
+                raise NotRecordable("replay gives another result")
         except TooLarge as problem:
             self._key = None
             self._too_large.add(key)
             del self._graphs[key]
             logger.info("steps of %d rows go through Python: layer %d: %s", key[0], number, problem)
             return result
-        except NotTaped as problem:
+        except NotRecordable as problem:
             self._key, self.problem = None, f"layer {number}: {problem}"
             self._graphs.clear()
             logger.info("decoding steps go through Python: %s", self.problem)
@@ -105,15 +106,12 @@ class GraphRunner:
         self._graphs[key][number] = graph
         return result
 
-    def _is_current(self) -> bool:
-        """Whether the latest step of the base is the one that was begun here, not another runner's."""
-        backend = self._attention.backend
-        return backend is not None and backend.metadata is self._metadata
-
-    def _step_tensors(self) -> list[torch.Tensor]:
+    def _of_layout(self) -> list[torch.Tensor]:
         if not self._inputs:
-            assert self._backend is not None
-            self._inputs = self._backend.step_tensors()
+            assert self._layout is not None
+            windows = sorted(self._attention.windows, key=lambda window: window or 0)
+            singles = (self._layout.singles(window)[0] for window in windows)
+            self._inputs = [self._layout.slots, self._layout.positions, *singles]
         return self._inputs
 
 

@@ -7,9 +7,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -27,31 +26,23 @@ from transformers.utils.logging import disable_progress_bar
 from adapter_format.messages import end_token_ids
 from base_files.fingerprint import base_fingerprint, base_fingerprint_v2
 from base_files.locate import find_base, num_weight_bytes, weight_files
-from cpu_kernels.routine import available
+from cpu_kernels.kernels import Kernels, choose_kernels
 from server.adapters.content.signature import BaseSignature
 from server.adapters.content.templates import default_template
 from server.errors import BaseModelRefused, SettingsError
 from server.lora import module_bypass
 from server.model.admission import admit
-from server.model.attention.batched import BatchedAttention
-from server.model.attention.cpu import TorchAttention, native_attention
-from server.model.attention.interface import BackendFactory, FlatAttention
-from server.model.attention.probe import ProbingAttention
+from server.model.attention import FlatAttention, Layout
 from server.model.base_tokenizer import tokenizer_signature
+from server.model.batched_attention import BatchedAttention
 from server.model.calibration import Calibration
-from server.model.compiling import Compiling
 from server.model.device import choose_device, choose_dtype, choose_float_dtype, choose_kv_dtype, prepare
 from server.model.fused_layers import fuse_layers
 from server.model.fused_norms import fuse_norms
-from server.model.kv_cache import AttentionMetadata, AttentionSegment, KVLayout, LayerShape, longest_within
+from server.model.kv_cache import KVLayout, LayerShape, Span, longest_within
 from server.model.model_trace import PROBE_ROWS, ModelTrace, signature_of, trace_modules
 from server.model.quantizer import Quantized, quantizing
 from server.model.rope import fix_rope
-from server.quantization.kernels import Kernel, choose_kernel
-from server.quantization.native import NativeKernel
-
-if TYPE_CHECKING:
-    from cpu_kernels.passes import Passes
 
 logger = logging.getLogger("quickchange.model")
 
@@ -60,24 +51,23 @@ _SENTENCE = "The old man looked at the sea for a long time, and then he said to 
 
 @dataclass(frozen=True)
 class Base:
-    """A base in memory, with the attention function installed, which ``attention_backend`` makes for a KV cache.
+    """A base in memory, with the attention function installed.
 
     ``shapes`` are its layers' keys and values, kept as ``kv_dtype``; ``groups`` are linears that get the same
-    input, ``quantized`` says what is in integers, and ``compiled`` whether routines for this CPU do the rest.
+    input, ``kernels`` are the operations it computes with on a CPU, and ``quantized`` says what is in integers.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     attention: FlatAttention
-    attention_backend: BackendFactory
     shapes: Sequence[LayerShape]
     signature: BaseSignature
     max_model_len: int
     eos_ids: frozenset[int]
     kv_dtype: torch.dtype
+    kernels: Kernels
     groups: tuple[tuple[str, ...], ...] = ()
     quantized: Quantized | None = None
-    compiled: bool = False
 
     @property
     def vocab_size(self) -> int:
@@ -107,64 +97,59 @@ def load_base(
     """
     folder = find_base(base_model)
     config = _config(folder)
-    place, backend = _place(device)
-    admit(config, name=name, backend=backend)
+    place, batched = _place(device)
+    admit(config, name=name, batched=batched)
     length = _length(config, max_model_len)
-    kernel = _kernel(quantization, place)
-    compiling = Compiling(choose_kv_dtype(torch.float32)) if _is_native(kernel) else None
+    is_int8 = quantization == "int8"
+    kernels = _kernels(place, int8=is_int8)
     fingerprint, fingerprint_v2 = base_fingerprint(folder), base_fingerprint_v2(folder)
     # for integers the stock weights stay in the format of their file, and there: they are read from it one by one
-    model = load_stock(folder, "auto" if kernel else choose_dtype(dtype, place, num_weight_bytes(folder)))
+    model = load_stock(folder, "auto" if is_int8 else choose_dtype(dtype, place, num_weight_bytes(folder)))
     tokenizer = _load_tokenizer(folder)
     nn.Module.to(model, device=place)
-    probe = ProbingAttention()
-    probe.install(model)
-    if kernel is None:
-        trace, quantized = _probe(model, probe), None
+    attention = FlatAttention(batched)
+    attention.install(model)
+    if not is_int8:
+        shapes, trace, quantized = *_probe(model, attention), None
     else:
         calibration = Calibration(fingerprint_v2, weight_files(folder), length, outlier_cache)
-        trace, quantized = _quantize(model, kernel, probe, tokenizer, dtype=dtype, calibration=calibration)
-    _check_calls(name, probe, config)
-    kv_dtype = model.dtype if kernel is None else choose_kv_dtype(model.dtype)
+        shapes, trace, quantized = _quantize(model, kernels, attention, tokenizer, dtype=dtype, calibration=calibration)
+    kv_dtype = choose_kv_dtype(model.dtype) if is_int8 else model.dtype
     if kv_memory is not None:
-        length = _affordable(KVLayout(tuple(probe.shapes), length, kv_dtype), kv_memory, asked=max_model_len)
+        length = _affordable(KVLayout(tuple(shapes), length, kv_dtype), kv_memory, asked=max_model_len)
     fix_rope(model, length)
-    compiled = _compiled() if compiling and compiling.succeeded() and model.dtype == torch.float32 else None
-    _fuse(model, compiled, on_cpu=backend is TorchAttention)
-    attention = FlatAttention()
-    attention.install(model)
-    probe.close()
+    _fuse(model, kernels.ready(model.dtype), on_cpu=batched is None)
+    _check_calls(name, attention, len(shapes), config)
     signature = replace(signature_of(name, fingerprint, trace), fingerprint_v2=fingerprint_v2)
     return Base(
         model,
         tokenizer,
         attention,
-        backend if compiled is None else partial(native_attention, windows=probe.windows, plain=probe.plain),
-        probe.shapes,
+        shapes,
         _with_tokenizer(signature, tokenizer, folder),
         length,
         end_token_ids(model, tokenizer),
         kv_dtype,
+        kernels,
         trace.groups,
         quantized,
-        compiled is not None,
     )
 
 
-def _fuse(model: PreTrainedModel, compiled: Passes | None, *, on_cpu: bool) -> None:
+def _fuse(model: PreTrainedModel, kernels: Kernels, *, on_cpu: bool) -> None:
     """Put modules that compute the same in fewer operations in the places of others."""
     if not on_cpu:
         fuse_norms(model)
     elif model.dtype == torch.float32:
-        fuse_layers(model, compiled)
+        fuse_layers(model, kernels)
     module_bypass.install(model)
 
 
-def _place(device: str) -> tuple[torch.device, BackendFactory]:
-    """The device of the setting, made ready, and torch's attention there."""
+def _place(device: str) -> tuple[torch.device, BatchedAttention | None]:
+    """The device of the setting, made ready, and how it attends to rows that decode, None for one after another."""
     place = choose_device(device)
     prepare(place)
-    return place, TorchAttention if place.type == "cpu" else BatchedAttention
+    return place, None if place.type == "cpu" else BatchedAttention()
 
 
 def _with_tokenizer(signature: BaseSignature, tokenizer: PreTrainedTokenizerBase, folder: Path) -> BaseSignature:
@@ -173,41 +158,26 @@ def _with_tokenizer(signature: BaseSignature, tokenizer: PreTrainedTokenizerBase
     return replace(signature, chat_template=template, tokenizer=tokenizer_signature(tokenizer, folder))
 
 
-def _check_calls(name: str, probe: ProbingAttention, config: PretrainedConfig) -> None:
-    num_layers = len(probe.shapes)
-    if not probe.num_calls == num_layers == config.get_text_config().num_hidden_layers:
-        raise BaseModelRefused(name, f"{probe.num_calls} attention calls on {num_layers} layers: each must make one")
+def _check_calls(name: str, attention: FlatAttention, num_shapes: int, config: PretrainedConfig) -> None:
+    if not attention.num_calls == num_shapes == config.get_text_config().num_hidden_layers:
+        raise BaseModelRefused(
+            name, f"{attention.num_calls} attention calls on {num_shapes} layers: each must make one"
+        )
 
 
-def _kernel(quantization: str, device: torch.device) -> type[Kernel] | None:
-    """What multiplies integers, None for a base in floats. Raises ``SettingsError`` where nothing does."""
-    if quantization == "none":
-        return None
-    if device.type != "cpu":
+def _kernels(device: torch.device, *, int8: bool) -> Kernels:
+    """The operations of a base. Raises ``SettingsError`` where it is to be in integers and nothing multiplies them."""
+    if int8 and device.type != "cpu":
         raise SettingsError(
             f"quantization is 'int8', but the device is {device.type!r}: int8 is for the CPU; set device to 'cpu', or "
             "quantization to 'none'"
         )
-    kernel = choose_kernel()
-    if kernel is None:
+    kernels = choose_kernels(int8=int8, kv_dtype=choose_kv_dtype(torch.float32))
+    if int8 and kernels.linear_name is None:
         raise SettingsError(
             f"quantization is 'int8', but torch {torch.__version__} has neither FBGEMM nor oneDNN here: set 'none'"
         )
-    return kernel
-
-
-def _is_native(kernel: type[Kernel] | None) -> bool:
-    """Whether products are routines; beside torch's, other routines were never tried."""
-    return kernel is not None and issubclass(kernel, NativeKernel)
-
-
-def _compiled() -> Passes | None:
-    """Routines for this CPU, where there are such."""
-    if not available():
-        return None
-    from cpu_kernels.passes import passes
-
-    return passes()
+    return kernels
 
 
 def _num_unpacked_bytes(model: PreTrainedModel) -> int:
@@ -290,32 +260,31 @@ def _affordable(layout: KVLayout, kv_memory: int, *, asked: int | None) -> int:
 
 @torch.inference_mode()
 def _probe(
-    model: PreTrainedModel, probe: ProbingAttention, ids: Sequence[int] = range(3, 3 + PROBE_ROWS)
-) -> ModelTrace:
-    """One small pass for ``probe``; the modules that see every row, which adapters may touch."""
-    metadata = AttentionMetadata.of((AttentionSegment(0, 0, PROBE_ROWS, 0),), model.device)
-    probe.begin(metadata)
+    model: PreTrainedModel, attention: FlatAttention, ids: Sequence[int] = range(3, 3 + PROBE_ROWS)
+) -> tuple[list[LayerShape], ModelTrace]:
+    """One small pass that tells each layer's KV shape, and the modules that see every row, which adapters may touch."""
+    attention.layout = Layout.of((Span(0, 0, PROBE_ROWS, 0),), model.device)
     rows = torch.tensor([list(ids)], device=model.device) % model.config.get_text_config().vocab_size
     with trace_modules(model) as trace:
-        model(input_ids=rows, position_ids=metadata.positions[None], use_cache=False)
-    return trace
+        model(input_ids=rows, position_ids=attention.layout.positions[None], use_cache=False)
+    return [attention.seen_shapes[layer] for layer in sorted(attention.seen_shapes)], trace
 
 
 def _quantize(
     model: PreTrainedModel,
-    kernel: type[Kernel],
-    probe: ProbingAttention,
+    kernels: Kernels,
+    attention: FlatAttention,
     tokenizer: PreTrainedTokenizerBase,
     *,
     dtype: str,
     calibration: Calibration,
-) -> tuple[ModelTrace, Quantized]:
+) -> tuple[list[LayerShape], ModelTrace, Quantized]:
     """A probe in which linears and embedding become integers, while their weights are read from the files."""
-    outliers = calibration.outliers(model, probe, tokenizer)
+    outliers = calibration.outliers(model, attention, tokenizer)
     float_dtype = choose_float_dtype(dtype, _num_unpacked_bytes(model))
-    with quantizing(model, kernel, float_dtype, files=calibration.files, outliers=outliers) as quantized:
-        trace = _probe(model, probe, _ordinary_ids(tokenizer))
-    return trace, quantized
+    with quantizing(model, kernels, float_dtype, files=calibration.files, outliers=outliers) as quantized:
+        shapes, trace = _probe(model, attention, _ordinary_ids(tokenizer))
+    return shapes, trace, quantized
 
 
 def _ordinary_ids(tokenizer: PreTrainedTokenizerBase) -> Sequence[int]:

@@ -19,12 +19,12 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from cpu_kernels.int8_weights import Int8Rows, Outliers, pieces
+from cpu_kernels.kernels import Kernels
 from server.model.mapped_files import MappedFiles, trim
 from server.quantization.embedding import Int8Embedding
-from server.quantization.kernels import Kernel, weight_levels
-from server.quantization.linear import Int8Linear, Original, PackedProduct, joined
-from server.quantization.outliers import Outliers, find_outliers
-from server.quantization.rows import Int8Rows, pieces
+from server.quantization.linear import FusedLinear, Int8Linear, Original, joined
+from server.quantization.outliers import find_outliers
 
 SMALLEST_SIDE = 32
 """Linears with fewer inputs or outputs stay in floats: routers and gates, which decide more than they cost."""
@@ -95,7 +95,7 @@ def noting_outliers(model: PreTrainedModel, *, files: Iterable[Path] = ()) -> It
 @contextmanager
 def quantizing(
     model: PreTrainedModel,
-    kernel: type[Kernel],
+    kernels: Kernels,
     dtype: torch.dtype,
     *,
     files: Iterable[Path] = (),
@@ -106,7 +106,7 @@ def quantizing(
     ``files`` are those that hold the model's weights: pages of their mappings are given back. ``outliers`` are inputs
     that stand out; of linears that are not among them the batch tells.
     """
-    quantizer = _Quantizer(model, kernel, MappedFiles(files), outliers)
+    quantizer = _Quantizer(model, kernels, MappedFiles(files), outliers)
     handles = [module.register_forward_hook(quantizer.note(name)) for name, module in quantizable(model).items()]
     head = model.get_output_embeddings()
     if type(head) is nn.Linear:
@@ -124,15 +124,15 @@ def quantizing(
 class _Quantizer:
     """Where the probe is: the linears that got the input at hand, which are packed when another input comes."""
 
-    def __init__(self, model: PreTrainedModel, kernel: type[Kernel], mapped: MappedFiles, known: OutlierInputs) -> None:
-        self._model, self._kernel, self._mapped, self._known = model, kernel, mapped, known
-        self._levels = weight_levels(kernel)
+    def __init__(self, model: PreTrainedModel, kernels: Kernels, mapped: MappedFiles, known: OutlierInputs) -> None:
+        self._model, self._kernels, self._mapped, self._known = model, kernels, mapped, known
         self._embedding = model.get_input_embeddings()
         self._embedded: tuple[Original, Int8Rows] | None = None
         self._input: torch.Tensor | None = None
         self._outliers: torch.Tensor | None = None
         self._same_input: list[tuple[str, nn.Module]] = []
-        self.result = Quantized(kernel.name, sum(parameter.numel() for parameter in model.parameters()))
+        assert kernels.linear_name is not None
+        self.result = Quantized(kernels.linear_name, sum(parameter.numel() for parameter in model.parameters()))
 
     def note(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         """A hook for a linear: those that follow one another with the same input wait to be packed together."""
@@ -183,15 +183,15 @@ class _Quantizer:
         weights = [module.get_parameter("weight") for module in modules]
         originals = [Original.of(weight, done=self._mapped.give_back) for weight in weights]
         turned = [w.t() if isinstance(m, Conv1D) else w for w, m in zip(weights, modules, strict=True)]
-        rows = Int8Rows.of(turned, levels=self._levels, done=self._mapped.give_back)
+        rows = Int8Rows.of(turned, qmax=self._kernels.qmax, done=self._mapped.give_back)
         if weights[0] is self._embedding._parameters.get("weight"):
             self._embedded = originals[0], rows
         biases = [module._parameters.get("bias") for module in modules]
         outliers = None if self._outliers is None else Outliers.of(self._outliers, turned)
         sizes = [len(weight) for weight in turned]
-        product = PackedProduct(self._kernel(rows, joined(sizes, biases), outliers), sizes)
+        fused = FusedLinear(self._kernels.linear(rows, joined(sizes, biases), outliers), sizes)
         for number, ((name, module), original) in enumerate(zip(self._same_input, originals, strict=True)):
-            self._replace(name, Int8Linear(module, original, product, number))
+            self._replace(name, Int8Linear(module, original, fused, number))
             module._parameters["weight"] = None  # whoever still holds the module holds nothing large
         self.result.num_linears += len(modules)
         self.result.num_products += 1

@@ -8,17 +8,16 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedModel
 
+from cpu_kernels.kernels import Kernels
 from server.adapters.content.manifest import Manifest
-from server.lora.backend import LoRABackend
 from server.lora.bank import LoRABank
-from server.lora.batched import BatchedTorchLoRA
 from server.lora.transfer import to_device
 from server.lora.weights import LoRAWeights
-from server.model.attention.interface import AttentionBackend, BackendFactory, FlatAttention, attention_segments
+from server.model.attention import FlatAttention, Layout, rows_of
 from server.model.fused_ops import last_units
-from server.model.kv_cache import AttentionMetadata, KVCache, LayerShape, slots_and_positions
+from server.model.kv_cache import KVCache, LayerShape, Span
 from server.model.loader import Base
-from server.quantization.linear import products_with_deltas
+from server.quantization.linear import linears_with_deltas
 from server.sequence import Batch, Segment
 
 if TYPE_CHECKING:
@@ -26,10 +25,10 @@ if TYPE_CHECKING:
 
 
 class ModelRunner:
-    """The base, its KV cache and its adapters. ``attention`` is installed in ``model``; ``backend`` makes its backend.
+    """The base, its KV cache and its adapters. ``attention`` is installed in ``model`` already.
 
-    ``groups`` are linears that receive the same tensor; with ``compiled`` routines add the deltas. Adapters and copies
-    of them take ``adapter_memory`` bytes at most.
+    ``groups`` are linears that receive the same tensor; ``kernels`` are its operations. Adapters and copies of
+    them take ``adapter_memory`` bytes at most.
     """
 
     def __init__(
@@ -37,27 +36,31 @@ class ModelRunner:
         model: PreTrainedModel,
         attention: FlatAttention,
         shapes: Sequence[LayerShape],
-        backend: BackendFactory,
         *,
         num_slots: int,
         max_len: int,
         kv_dtype: torch.dtype | None = None,
         groups: Sequence[tuple[str, ...]] = (),
-        compiled: bool = False,
+        kernels: Kernels,
         adapter_memory: int | None = None,
     ) -> None:
         self.model, self.attention = model, attention
         self.bank = LoRABank(
-            model, _lora_backend(model, groups, max_seqs=num_slots, compiled=compiled), max_bytes=adapter_memory
+            model,
+            groups,
+            max_seats=num_slots,
+            kernels=kernels,
+            products=linears_with_deltas(dict(model.named_modules())),
+            max_bytes=adapter_memory,
         )
         dtype = model.dtype if kv_dtype is None else kv_dtype
-        cache = KVCache(shapes, num_slots=num_slots, max_len=max_len, dtype=dtype, device=model.device)
-        attention.backend = backend(cache)
+        attention.cache = KVCache(shapes, num_slots=num_slots, max_len=max_len, dtype=dtype, device=model.device)
+        attention.rows, attention.chunks = kernels.decode_attention(dtype), kernels.prompt_attention(dtype)
         self.graphs: GraphRunner | None = None
-        if compiled:
+        if kernels.records_layers:
             from server.model.layer_graphs import GraphRunner
 
-            self.graphs = GraphRunner(model, attention, self.bank)
+            self.graphs = GraphRunner(model, attention, self.bank, kernels)
         self._last_units = last_units(model)
 
     @classmethod
@@ -69,70 +72,63 @@ class ModelRunner:
             base.model,
             base.attention,
             base.shapes,
-            base.attention_backend,
             num_slots=num_slots,
             max_len=base.max_model_len if max_len is None else max_len,
             kv_dtype=base.kv_dtype,
             groups=base.groups,
-            compiled=base.compiled,
+            kernels=base.kernels,
             adapter_memory=adapter_memory,
         )
 
     @property
-    def backend(self) -> AttentionBackend:
-        """That of the runner that was made last for this base."""
-        assert self.attention.backend is not None, "the base was closed"
-        return self.attention.backend
-
-    @property
     def num_copied_bytes(self) -> int:
-        """Memory that adapters take beside their own tensors: copies that are computed together, and tables."""
-        return self.bank.backend.num_bytes
+        """Memory of the copies of adapters that are computed side by side."""
+        return self.bank.num_stacked_bytes
+
+    def arrange(self, batch: Batch) -> Batch:
+        """The same rows in the order in which their adapters are computed fastest, for ``run``."""
+        return self.bank.arrange(batch)
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> tuple[torch.Tensor, Batch]:
-        """Logits of the rows that yield a token, [len(draws), vocab], and the batch, whose ``draws`` those are.
-
-        Its segments are in the order in which the adapters of their rows are computed fastest.
-        """
-        batch = self.bank.begin(batch)
-        backend = self.backend
-        self._prepare_slots(batch, backend)
-        segments = attention_segments(batch.segments, backend.max_single_rows)
+    def run(self, batch: Batch) -> torch.Tensor:
+        """Logits of the rows that yield a token, [len(batch.draws), vocab]."""
+        self._prepare_slots(batch)
+        spans = _spans(batch.segments, self.attention.most_apart)
         ids = [token for segment in batch.segments for token in segment.ids]
-        slots, positions, input_ids, sampled = to_device(
-            self.model.device, *slots_and_positions(segments), ids, _sampled_rows(batch.segments)
+        slots, positions, input_ids, ends = to_device(
+            self.model.device, *rows_of(spans), ids, _sampled_rows(batch.segments)
         )
-        metadata = AttentionMetadata(segments, slots, positions)
-        backend.begin(metadata)
+        layout = self.attention.layout = Layout(spans, slots, positions)
+        self.bank.begin(batch)
         if self.graphs is not None:
-            self.graphs.begin(metadata)
+            self.graphs.begin(layout)
         if self._last_units is not None:  # which are a whole layer's greater part in a prompt
-            self._last_units.only = sampled if any(segment.length > 1 for segment in segments) else None
+            self._last_units.only = ends if any(span.length > 1 for span in layout.spans) else None
         output = self.model(
             input_ids=input_ids[None],
-            position_ids=positions[None],
+            position_ids=layout.positions[None],
             use_cache=False,
-            logits_to_keep=sampled,
+            logits_to_keep=ends,
         )
         logits: torch.Tensor = output.logits[0]
-        return logits, batch
+        return logits
 
-    @staticmethod
-    def _prepare_slots(batch: Batch, backend: AttentionBackend) -> None:
+    def _prepare_slots(self, batch: Batch) -> None:
+        cache = self.attention.cache
+        assert cache is not None
         for move in batch.moves:
-            backend.cache.do(move)
-        if backend.reads_unwritten:
+            cache.do(move)
+        if self.attention.batched is not None:  # which reads positions that a sequence has not written yet
             for segment in batch.segments:
                 if segment.start == segment.sequence.num_cached:
-                    backend.cache.clear(segment.slot, segment.start)
+                    cache.clear(segment.slot, segment.start)
 
     def prepare(self, manifest: Manifest) -> LoRAWeights:
         """An adapter's tensors, for ``add_adapter``; any thread may call this, while steps run.
 
         Raises ``AdapterRejected`` where they would change nothing.
         """
-        return self.bank.prepare(manifest)
+        return LoRAWeights.of(manifest, self.bank.base_modules, self.bank.groups, self.bank.tiled)
 
     def add_adapter(self, digest: str, weights: LoRAWeights) -> int:
         """Make an adapter usable; the bytes that it takes."""
@@ -143,15 +139,20 @@ class ModelRunner:
         self.bank.remove(digest)
 
 
-def _lora_backend(
-    model: PreTrainedModel, groups: Sequence[tuple[str, ...]], *, max_seqs: int, compiled: bool
-) -> LoRABackend:
-    if not compiled:
-        return BatchedTorchLoRA(groups, max_slots=max_seqs, device=model.device)
-    from server.lora.native import NativeLoRA
+def _spans(segments: Sequence[Segment], apart: int) -> tuple[Span, ...]:
+    """A span for each segment's known rows, and one for each draft, so that its numbers are those of a decoding row.
 
-    modules = dict(model.named_modules(remove_duplicate=False))
-    return NativeLoRA(list(modules), products_with_deltas(modules), max_seqs=max_seqs)
+    Known rows are spans of their own as well where they are no more than ``apart``.
+    """
+    spans, row = [], 0
+    for segment in segments:
+        known = segment.length - len(segment.drafts)
+        if known > apart:
+            spans.append(Span(row, segment.start, known, segment.slot))
+        alone = range(known if known > apart else 0, segment.length)
+        spans += [Span(row + place, segment.start + place, 1, segment.slot) for place in alone]
+        row += segment.length
+    return tuple(spans)
 
 
 def _sampled_rows(segments: Sequence[Segment]) -> list[int]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from cpu_kernels.int8_weights import Int8Rows
 from server.quantization.linear import Original, with_weight, without_weight
-from server.quantization.rows import Int8Rows
 
 
 class Int8Embedding(nn.Module):

@@ -13,22 +13,22 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from cpu_kernels.blocks import HALF, STEP
-from cpu_kernels.routine import Deltas
-from server.quantization.kernels import Kernel
-from server.quantization.native import NativeKernel
-from server.quantization.rows import pieces
+from cpu_kernels.int8_weights import pieces
+from cpu_kernels.linear import NO_DELTAS, Deltas, PackedLinear
 
 
-class PackedProduct:
-    """The product of several linears that a model calls with the same input, one after another.
+class FusedLinear:
+    """Several linears that a model calls with the same input, one after another, computed by one packed weight.
 
-    The first that is called computes all; the others take their part if they get the very same tensor. Where there are
-    ``deltas``, they are in it.
+    Contract: the first ``part`` that is asked for computes the outputs of all, and keeps those of the others. Another
+    part is taken from what is kept only if it is asked for with *the very same tensor object*, and only once: it then
+    belongs to its caller. With any other tensor, or for the second time, all is computed anew. So the input must not
+    be changed in place between the calls of a group, and the object is for one thread. What is kept is freed when every
+    part was taken. Where there are ``deltas``, they are added in the same call.
     """
 
-    def __init__(self, kernel: Kernel, sizes: Sequence[int]) -> None:
-        self._kernel, self._sizes = kernel, list(sizes)
+    def __init__(self, linear: PackedLinear, sizes: Sequence[int]) -> None:
+        self._linear, self._sizes = linear, list(sizes)
         self.deltas: Deltas | None = None
         self._x: torch.Tensor | None = None
         self._y: list[torch.Tensor | None] = []
@@ -40,10 +40,8 @@ class PackedProduct:
 
     @property
     def takes_deltas(self) -> bool:
-        """Whether its kernel adds adapters' deltas: inputs and outputs are whole tiles."""
-        kernel = self._kernel
-        whole = isinstance(kernel, NativeKernel) and kernel.adds_deltas and kernel.num_inputs % STEP == 0
-        return whole and all(size % HALF == 0 for size in self._sizes)
+        """Whether its kernel adds adapters' deltas to each of the linears."""
+        return self._linear.can_add_deltas(self._sizes)
 
     def part(self, number: int, x: torch.Tensor) -> torch.Tensor:
         """Of linear ``number``: x [..., in] -> [..., out], the caller's to write into."""
@@ -51,31 +49,31 @@ class PackedProduct:
             return self._compute(x)
         if x is not self._x or self._y[number] is None:
             self._x, self._y = x, list(self._compute(x).split(self._sizes, -1))
-        mine: torch.Tensor | None = self._y[number]
+        part = self._y[number]
         self._y[number] = None
-        if not any(part is not None for part in self._y):
+        if all(other is None for other in self._y):
             self._x, self._y = None, []
-        assert mine is not None
-        return mine
+        assert part is not None
+        return part
 
     def gated(self, numbers: tuple[int, int], x: torch.Tensor, *, by_gelu: bool) -> torch.Tensor | None:
         """silu, or gelu, of the first linear's result times the second's, of which nothing else is kept.
 
         x [..., in] -> [..., out]. One linear that has both, one behind the other, is twice the same. None where this
-        product is not of those two alone, or its kernel does not gate.
+        linear is not of those two alone, or its kernel does not gate.
         """
-        kernel = self._kernel
-        if not isinstance(kernel, NativeKernel) or not kernel.can_gate or x.dtype != torch.float32 or not x.numel():
+        linear = self._linear
+        if linear.gated is None or x.dtype != torch.float32 or not x.numel():
             return None
-        if self._sizes not in ([kernel.num_outputs], [kernel.num_outputs // 2] * 2):
+        if self._sizes not in ([linear.num_outputs], [linear.num_outputs // 2] * 2):
             return None
         if numbers != (0, len(self._sizes) - 1):
             return None
-        return kernel.gated(x, self._added(x), by_gelu=by_gelu)
+        return linear.gated(x, self._added(x), by_gelu=by_gelu)
 
     def in_floats(self, number: int) -> torch.Tensor:
         """The weight of linear ``number``, float32 [out, in]."""
-        part: torch.Tensor = self._kernel.in_floats().split(self._sizes)[number]
+        part: torch.Tensor = self._linear.in_floats().split(self._sizes)[number]
         return part
 
     def _compute(self, x: torch.Tensor) -> torch.Tensor:
@@ -83,11 +81,10 @@ class PackedProduct:
             return self._compute(x.float()).to(x.dtype)
         if not x.numel():
             return x.new_zeros(*x.shape[:-1], sum(self._sizes))
-        kernel = self._kernel
-        return kernel(x, self._added(x)) if isinstance(kernel, NativeKernel) else kernel(x)
+        return self._linear(x, self._added(x))
 
     def _added(self, x: torch.Tensor) -> tuple[int, int]:
-        return (0, 0) if self.deltas is None else self.deltas.of(x.numel() // x.shape[-1])
+        return NO_DELTAS if self.deltas is None else self.deltas.of(x.numel() // x.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -115,25 +112,25 @@ class Original:
 class Int8Linear(nn.Module):
     """Stands in the place of a linear. Its bias is a parameter; its ``weight`` is made anew whenever it is read."""
 
-    def __init__(self, stock: nn.Module, original: Original, product: PackedProduct, number: int) -> None:
+    def __init__(self, stock: nn.Module, original: Original, fused: FusedLinear, number: int) -> None:
         super().__init__()
         self.bias = stock._parameters.get("bias")
         self.original = original
-        self.product, self.number, self._transposed = product, number, isinstance(stock, Conv1D)
+        self.fused, self.number, self._transposed = fused, number, isinstance(stock, Conv1D)
         self._stock = (without_weight(stock),)  # in a tuple, so that it is no submodule
-        self.forward = partial(product.part, number)  # x [..., in] -> [..., out]
+        self.forward = partial(fused.part, number)  # x [..., in] -> [..., out]
 
     @property
     def weight(self) -> torch.Tensor:
         """The weight these integers stand for, float32, in the stock layout."""
-        weight = self.product.in_floats(self.number)
+        weight = self.fused.in_floats(self.number)
         return weight.t().contiguous() if self._transposed else weight
 
     def gated(self, up: nn.Module, x: torch.Tensor, *, by_gelu: bool) -> torch.Tensor | None:
-        """This linear's units times those of ``up``, if both are one product: see ``PackedProduct.gated``."""
-        if not isinstance(up, Int8Linear) or up.product is not self.product:
+        """This linear's units times those of ``up``, if both are one fused linear: see ``FusedLinear.gated``."""
+        if not isinstance(up, Int8Linear) or up.fused is not self.fused:
             return None
-        return self.product.gated((self.number, up.number), x, by_gelu=by_gelu)
+        return self.fused.gated((self.number, up.number), x, by_gelu=by_gelu)
 
     def in_floats(self) -> nn.Module:
         """The stock module with these numbers."""
@@ -149,15 +146,14 @@ class Int8Linear(nn.Module):
             return getattr(self._stock[0], name)
 
 
-def products_with_deltas(modules: Mapping[str, nn.Module]) -> list[tuple[PackedProduct, list[tuple[str, int]]]]:
-    """The products that can add adapters' deltas, each with its linears' names and numbers of outputs."""
-    found: dict[PackedProduct, dict[int, str]] = {}
+def linears_with_deltas(modules: Mapping[str, nn.Module]) -> list[tuple[FusedLinear, list[tuple[str, int]]]]:
+    """The fused linears that can add adapters' deltas, each with its linears' names and numbers of outputs."""
+    found: dict[FusedLinear, dict[int, str]] = {}
     for name, module in modules.items():
-        if isinstance(module, Int8Linear) and module.product.takes_deltas:
-            found.setdefault(module.product, {})[module.number] = name
+        if isinstance(module, Int8Linear) and module.fused.takes_deltas:
+            found.setdefault(module.fused, {})[module.number] = name
     return [
-        (product, [(names[number], size) for number, size in enumerate(product.sizes)])
-        for product, names in found.items()
+        (fused, [(names[number], size) for number, size in enumerate(fused.sizes)]) for fused, names in found.items()
     ]
 
 

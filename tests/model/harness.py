@@ -6,22 +6,21 @@ import random
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 
 import pytest
 import torch
 from transformers import GenerationMixin, PreTrainedModel
 
+from cpu_kernels.kernels import Kernels
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
 from server.engine.slots import SlotTable
 from server.lora.weights import LoRAWeights
 from server.metrics import Metrics
 from server.model import loader
-from server.model.attention.cpu import TorchAttention, native_attention
-from server.model.attention.interface import BackendFactory, FlatAttention
-from server.model.attention.probe import ProbingAttention
+from server.model.attention import FlatAttention
+from server.model.batched_attention import BatchedAttention
 from server.model.fused_layers import fuse_layers
 from server.model.kv_cache import KVCache
 from server.model.model_trace import ModelTrace
@@ -29,7 +28,6 @@ from server.model.quantizer import Quantized, quantizing
 from server.model.rope import fix_rope
 from server.model.runner import ModelRunner
 from server.model.sampler import Sampler
-from server.quantization.kernels import Kernel
 from server.sequence import AdapterUse, Draw, SampledToken, SamplingParams
 from server.sequence import Sequence as Generation
 from tests.model.families import CONTEXT, VOCAB_SIZE
@@ -100,6 +98,7 @@ class Hosted:
     budget: int = BUDGET
     kv_memory: int | None = None
     quantized: Quantized | None = None
+    kernels: Kernels = field(default_factory=Kernels)
 
     def run(self, asks: Sequence[Ask]) -> list[Answer]:
         """Every ask through scheduler, runner and sampler; books checked after each step."""
@@ -133,7 +132,8 @@ class Hosted:
 
     @property
     def _cache(self) -> KVCache:
-        return self.runner.backend.cache
+        assert self.runner.attention.cache is not None
+        return self.runner.attention.cache
 
     def _slots(self, kv_memory: int) -> SlotTable:
         return SlotTable(
@@ -148,7 +148,7 @@ class Hosted:
         """Put an adapter in; what the bank then counts is what it keeps in memory."""
         self.runner.add_adapter(digest, weights)
         bank = self.runner.bank
-        assert held_bytes(bank) == bank.num_bytes + bank.backend.num_bytes
+        assert held_bytes(bank) == bank.num_bytes + bank.num_stacked_bytes
         return digest
 
 
@@ -160,43 +160,39 @@ def host(
     budget: int = BUDGET,
     kv_memory: int | None = None,
     groups: Sequence[tuple[str, ...]] = (),
-    kernel: type[Kernel] | None = None,
-    compiled: bool = False,
-    backend: BackendFactory = TorchAttention,
+    linear: str | None = None,
+    native: bool = False,
+    batched: BatchedAttention | None = None,
 ) -> Hosted:
     """Install the engine in a model, in the order in which ``load_base`` does; its stock forward is gone afterwards.
 
-    With a ``kernel`` its linears and embedding become int8; with ``compiled`` routines do what they can, attend, and
-    rotate in the modelling code, too.
+    ``batched`` attends as on an accelerator. With a ``linear`` its linears and embedding become int8, and it names
+    what multiplies them; with ``native`` native kernels do what they can, and rotate in the modelling code, too.
     """
-    probe = ProbingAttention()
-    probe.install(model)
-    quantized = nullcontext() if kernel is None else quantizing(model, kernel, torch.float32)
-    with quantized as what:
-        trace = loader._probe(model, probe)
-    fix_rope(model, max_model_len)
-    if compiled:
-        fuse_layers(model, loader._compiled())
-        backend = partial(native_attention, windows=probe.windows, plain=probe.plain)
-    attention = FlatAttention()
+    kernels = Kernels(linear=linear, native=native).ready()
+    attention = FlatAttention(batched)
     attention.install(model)
-    probe.close()
+    quantized = nullcontext() if linear is None else quantizing(model, kernels, torch.float32)
+    with quantized as what:
+        shapes, trace = loader._probe(model, attention)
+    fix_rope(model, max_model_len)
+    if native:
+        fuse_layers(model, kernels)
     num_slots = max_num_seqs if kv_memory is None else max_num_seqs + NUM_CACHES
     runner = ModelRunner(
         model,
         attention,
-        probe.shapes,
-        backend,
+        shapes,
         num_slots=num_slots,
         max_len=max_model_len,
         groups=groups,
-        compiled=compiled,
+        kernels=kernels,
     )
-    return Hosted(model, runner, trace, max_num_seqs, budget, kv_memory, what)
+    return Hosted(model, runner, trace, max_num_seqs, budget, kv_memory, what, kernels)
 
 
 def put_back_rotation(model: PreTrainedModel, patch: pytest.MonkeyPatch) -> None:
-    """What ``host`` changes in a model's code with ``compiled`` is undone with the patch."""
+    """What ``host`` changes in a model's code with ``native`` is undone with the patch."""
     code = sys.modules[type(model).__module__]
     if hasattr(code, "apply_rotary_pos_emb"):
         patch.setattr(code, "apply_rotary_pos_emb", code.apply_rotary_pos_emb)

@@ -9,23 +9,17 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from benchmarks.parts.perplexity import LENGTH, Comparison, Reader, compare, own_texts
+from cpu_kernels.int8_weights import QMAX, Int8Rows
+from cpu_kernels.kernels import Kernels, native_linears
+from cpu_kernels.linear import FbgemmLinear, OnednnLinear, quieten_deprecations
 from server.model.loader import Base, load_base
-from server.quantization.kernels import (
-    FbgemmKernel,
-    Kernel,
-    OnednnKernel,
-    choose_torch_kernel,
-    weight_levels,
-)
-from server.quantization.native import native_kernels
-from server.quantization.rows import LEVELS, Int8Rows
 from tests.instruction_sets import each_product
 
-choose_torch_kernel()  # it quietens torch's word on its quantized tensors, once
-KERNELS = [FbgemmKernel.name, OnednnKernel.name, *each_product()]
-"""Names of all kernels; those that this CPU lacks are deselected."""
-TWO_KERNELS = list(dict.fromkeys([FbgemmKernel.name, *list(native_kernels())[:1]]))
-"""The one that is everywhere and the routine that is chosen here, for what whole models do: all products are alike."""
+quieten_deprecations()
+LINEARS = [FbgemmLinear.name, OnednnLinear.name, *each_product()]
+"""Names of what multiplies integers; those that this CPU lacks are deselected."""
+TWO_LINEARS = list(dict.fromkeys([FbgemmLinear.name, *native_linears()[:1]]))
+"""The one that is everywhere and the native one that is chosen here, for what whole models do: all are alike."""
 
 NUM_WINDOWS = 12
 MOST_EXCESS = 0.01
@@ -36,28 +30,22 @@ MOST_DIVERGENCE = 0.01
 0.0045."""
 
 
-def kernel_named(name: str) -> type[Kernel]:
-    """One of ``KERNELS``."""
-    kernels: dict[str, type[Kernel]] = {FbgemmKernel.name: FbgemmKernel, OnednnKernel.name: OnednnKernel}
-    return (kernels | dict(native_kernels()))[name]
+def rows_for(kernels: Kernels, weights: Sequence[torch.Tensor]) -> Int8Rows:
+    """Weights in integers that a kernel multiplies exactly, as the quantizer makes them."""
+    return Int8Rows.of(weights, qmax=kernels.qmax)
 
 
-def rows_for(kernel: type[Kernel], weights: Sequence[torch.Tensor]) -> Int8Rows:
-    """Weights in the levels that a kernel multiplies exactly, as the quantizer makes them."""
-    return Int8Rows.of(weights, levels=weight_levels(kernel))
-
-
-def rounding(kernel: type[Kernel], share: float) -> float:
+def rounding(kernels: Kernels, share: float) -> float:
     """What rounding a kernel's weights alone may change, where it is ``share`` with 127 levels."""
-    return share * LEVELS / weight_levels(kernel)
+    return share * QMAX / kernels.qmax
 
 
-def rounding_of_both(kernel: type[Kernel], share: float) -> float:
+def rounding_of_both(kernels: Kernels, share: float) -> float:
     """What rounding weights and activations may change, where it is ``share`` with 127 levels of both.
 
     The two errors are independent and alike, and activations have 127 levels in every kernel.
     """
-    return share * math.hypot(1.0, LEVELS / weight_levels(kernel)) / math.sqrt(2.0)
+    return share * math.hypot(1.0, QMAX / kernels.qmax) / math.sqrt(2.0)
 
 
 def load_micro(quantization: str) -> Base:

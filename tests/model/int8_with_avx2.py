@@ -9,11 +9,11 @@ import torch
 from numba import njit
 
 from cpu_kernels.intrinsics import has_features
+from cpu_kernels.kernels import Kernels, choose_linear, native_linears
+from cpu_kernels.linear import FbgemmLinear
 from server.model.device import choose_kv_dtype
-from server.quantization.kernels import FbgemmKernel, choose_kernel, weight_levels
-from server.quantization.native import native_kernels
 from tests.model.int8_bases import assert_micro_understands
-from tests.model.test_int8 import assert_independent, kernel_of, test_sums_over_the_largest_numbers_are_exact
+from tests.model.test_int8 import assert_independent, linear_of, test_sums_over_the_largest_numbers_are_exact
 
 
 @njit(fastmath=True)
@@ -29,7 +29,7 @@ def assert_nothing_above_avx2_is_used() -> None:
     assert torch.backends.cpu.get_cpu_capability() == "AVX2"
     assert choose_kv_dtype(torch.float32) == torch.float32, "this CPU's bfloat16 belongs to AVX-512 or AMX"
     assert not any(has_features(name) for name in ("avx512f", "avx512vnni", "avxvnni", "amx-tile"))
-    assert not native_kernels() and choose_kernel() is FbgemmKernel
+    assert not native_linears() and choose_linear() == FbgemmLinear.name
     numbers = np.ones(64, dtype=np.float32)
     assert _dot(numbers, numbers) == 64.0
     (code,) = _dot.inspect_asm().values()
@@ -37,12 +37,13 @@ def assert_nothing_above_avx2_is_used() -> None:
 
 
 def main() -> None:
-    """Prints the levels of weights; fails where a row depends on others, or, if asked, micro understands too little."""
+    """Prints the largest integer of weights; fails where a row depends on others, or micro understands too little."""
     torch.set_num_threads(1)
     assert_nothing_above_avx2_is_used()
-    print(weight_levels(FbgemmKernel))
-    test_sums_over_the_largest_numbers_are_exact(FbgemmKernel, 127)
-    assert_independent(kernel_of(FbgemmKernel))
+    fbgemm = Kernels(linear=FbgemmLinear.name)
+    print(fbgemm.qmax)
+    test_sums_over_the_largest_numbers_are_exact(fbgemm, 127)
+    assert_independent(linear_of(fbgemm))
     if "--with-micro" in sys.argv:
         assert_micro_understands()
 

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from cpu_kernels import kernels
 from server.adapters.content.manifest import Limits, read_manifest
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
 from server.metrics import Metrics
-from server.model import loader
 from server.model.loader import Base, load_base
 from server.model.runner import ModelRunner
 from server.sequence import AdapterUse, Batch, SamplingParams
@@ -23,7 +23,7 @@ from server.sequence import Sequence as Generation
 from server.settings import Settings
 from tests.instruction_sets import PRODUCTS, needs
 from tests.model.harness import RecordingSampler, difference, prompts
-from tests.model.int8_bases import TWO_KERNELS, kernel_named
+from tests.model.int8_bases import TWO_LINEARS
 from tests.serving import ROOT
 
 CONTEXT = 512
@@ -74,9 +74,9 @@ class Answers:
         self.logits = {one.id: torch.stack(sampler.logits[one.id]) for one in asked}
 
 
-def load(kernel: str, monkeypatch: pytest.MonkeyPatch) -> Base:
+def load(linear: str, monkeypatch: pytest.MonkeyPatch) -> Base:
     """micro as a server has it with int8."""
-    monkeypatch.setattr(loader, "choose_kernel", lambda: kernel_named(kernel))
+    monkeypatch.setattr(kernels, "choose_linear", lambda: linear)
     return load_base("micro", name="micro", device="cpu", dtype="auto", max_model_len=CONTEXT, quantization="int8")
 
 
@@ -98,15 +98,15 @@ def assert_equal_to_the_bit(runner: ModelRunner, lengths: Sequence[int], uses: S
         assert torch.equal(alone.logits[sequence.id], mixed.logits[sequence.id]), sequence.id
 
 
-@pytest.mark.parametrize("kernel", TWO_KERNELS)
-def test_a_bases_answers_are_the_same_to_the_bit_beside_others(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    runner = ModelRunner.of(load(kernel, monkeypatch), num_slots=8)
+@pytest.mark.parametrize("linear", TWO_LINEARS)
+def test_a_bases_answers_are_the_same_to_the_bit_beside_others(linear: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = ModelRunner.of(load(linear, monkeypatch), num_slots=8)
     assert_equal_to_the_bit(runner, (128, 1, 33, 31, 64), [()])
 
 
 @needs(*PRODUCTS)
 def test_with_routines_so_are_those_of_adapters_and_compositions(monkeypatch: pytest.MonkeyPatch) -> None:
-    base = load(TWO_KERNELS[-1], monkeypatch)
+    base = load(TWO_LINEARS[-1], monkeypatch)
     runner, uses = ModelRunner.of(base, num_slots=8), []
     for name in ("helpdesk", "json", "tolstoy"):
         manifest = read_manifest(ROOT / "adapters" / name, base.signature, Limits(256, 1 << 30))
@@ -116,11 +116,11 @@ def test_with_routines_so_are_those_of_adapters_and_compositions(monkeypatch: py
     assert_equal_to_the_bit(runner, (128, 1, 33, 31, 64), [*uses, both, ()])
 
 
-@pytest.mark.parametrize("kernel", TWO_KERNELS)
+@pytest.mark.parametrize("linear", TWO_LINEARS)
 def test_a_prompt_that_a_neighbour_cuts_elsewhere_has_logits_that_differ_a_little(
-    kernel: str, monkeypatch: pytest.MonkeyPatch
+    linear: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runner = ModelRunner.of(load(kernel, monkeypatch), num_slots=8)
+    runner = ModelRunner.of(load(linear, monkeypatch), num_slots=8)
     alone, beside = (Answers(runner, asked((5, 300))[first:]) for first in (1, 0))
     assert alone.pieces[1] == [300] and beside.pieces[1] == [128, 128, 44]
     assert difference(beside.logits[1][:1], alone.logits[1][:1]) < CUT_ELSEWHERE

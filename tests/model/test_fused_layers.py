@@ -11,7 +11,7 @@ from transformers.models.llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
-from cpu_kernels.passes import passes
+from cpu_kernels.kernels import Kernels
 from server.lora.delta import with_parameters
 from server.model.fused_layers import _PASSED_ON, FusedLayer, forward_of, fuse_layers
 from server.model.fused_ops import RMSNorm
@@ -64,7 +64,7 @@ def layer_of(kind: type[LlamaDecoderLayer] = LlamaDecoderLayer, size: int = 48) 
     layer = kind(config, 0).requires_grad_(False).eval()
     nn.init.uniform_(layer.post_attention_layernorm.weight)
     layer.add_module("self_attn", _Mixed())
-    fuse_layers(nn.ModuleList([layer]), passes())
+    fuse_layers(nn.ModuleList([layer]), Kernels(native=True).ready())
     return layer
 
 
@@ -77,7 +77,7 @@ def named() -> dict[str, Any]:
 def test_layers_are_fused_where_they_are_as_those_of_llama(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(family)
     put_back_rotation(model, monkeypatch)
-    fuse_layers(model, passes())
+    fuse_layers(model, Kernels(native=True).ready())
     fused = [one for one in model.modules() if isinstance(forward_of(one), FusedLayer)]
     assert len(fused) == (0 if family in OTHERWISE else model.config.num_hidden_layers)
 
@@ -130,8 +130,9 @@ def test_a_layer_takes_the_norm_of_an_adapter_and_whoever_listens() -> None:
 @pytest.mark.parametrize("num_rows", [1, 3, 64])
 def test_the_norm_of_a_sum_is_that_of_the_sum_to_the_bit(size: int, num_rows: int) -> None:
     x, other = torch.randn(1, num_rows, size), torch.randn(1, num_rows, size)
-    norm = RMSNorm(nn.Parameter(torch.rand(size), requires_grad=False), 1e-6, 0.0, passes())
+    kernels = Kernels(native=True).ready()
+    norm = RMSNorm(nn.Parameter(torch.rand(size), requires_grad=False), 1e-6, 0.0, kernels)
     expected = x + other
     kept = other.clone()
-    assert torch.equal(norm.of_sum(x, other, passes()), norm(expected))
+    assert torch.equal(norm.of_sum(x, other, kernels), norm(expected))
     assert torch.equal(x, expected) and torch.equal(other, kept)

@@ -12,7 +12,7 @@ from transformers.models.llama import LlamaConfig, modeling_llama
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
-from cpu_kernels.passes import passes
+from cpu_kernels.kernels import Kernels
 from server.lora import module_bypass
 from server.lora.delta import with_parameters
 from server.model.fused_layers import fuse_layers
@@ -23,10 +23,10 @@ from tests.model.families import FAMILIES, build
 WITH_LAYER_NORMS = {"gpt2", "gpt2_untied", "gpt_neox"}
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs(NUMBA))], ids=["torch", "routines"])
+@pytest.mark.parametrize("native", [False, pytest.param(True, marks=needs(NUMBA))], ids=["torch", "native"])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
-def test_a_fused_model_gives_the_stock_logits(family: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fused_model_gives_the_stock_logits(family: str, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     stock = build(family)
     code = sys.modules[type(stock).__module__]
     if hasattr(code, "apply_rotary_pos_emb"):
@@ -34,7 +34,7 @@ def test_a_fused_model_gives_the_stock_logits(family: str, compiled: bool, monke
     ids = torch.arange(3, 40)[None] % stock.config.get_text_config().vocab_size
     expected = stock(ids).logits
     model = copy.deepcopy(stock)
-    fuse_layers(model, passes() if compiled else None)
+    fuse_layers(model, Kernels(native=native).ready())
     module_bypass.install(model)
     got = model(ids).logits
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
@@ -46,7 +46,7 @@ def test_a_fused_model_gives_the_stock_logits(family: str, compiled: bool, monke
 def test_gated_units_take_rows_in_any_shape() -> None:
     """Mixtures of experts call theirs with rows alone, [rows, dim], which were refused in the middle of a step."""
     stock = LlamaMLP(LlamaConfig(hidden_size=32, intermediate_size=48)).requires_grad_(False)
-    fused, x = GatedMLP.like(stock, passes()), torch.randn(2, 3, 32)
+    fused, x = GatedMLP.like(stock, Kernels(native=True).ready()), torch.randn(2, 3, 32)
     assert fused is not None
     for rows in (x, x[:1], x[0], x[0, :1], x.transpose(0, 1), x[:0]):
         torch.testing.assert_close(fused(rows), stock(rows), rtol=1e-5, atol=1e-6)
@@ -67,7 +67,7 @@ def test_gated_units_are_found_before_a_product_that_tells_last_bits_apart() -> 
 
     stock = LlamaMLP(LlamaConfig(hidden_size=256, intermediate_size=512)).requires_grad_(False)
     stock.add_module("down_proj", LastBits())
-    fused = GatedMLP.like(stock, passes())
+    fused = GatedMLP.like(stock, Kernels(native=True).ready())
     assert fused is not None and fused.down_proj is stock.down_proj
     assert isinstance(stock.down_proj, LastBits)
 

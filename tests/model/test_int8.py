@@ -6,33 +6,22 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from typing import ClassVar
 
 import pytest
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from server.quantization import kernels
+from cpu_kernels import kernels, linear
+from cpu_kernels.int8_weights import QMAX_16BIT_SAFE, Int8Rows
+from cpu_kernels.kernels import Kernels, choose_linear
+from cpu_kernels.linear import NO_DELTAS, FbgemmLinear, OnednnLinear, PackedLinear, choose_torch_linear
 from server.quantization.embedding import Int8Embedding
-from server.quantization.kernels import (
-    HALF_LEVELS,
-    FbgemmKernel,
-    Kernel,
-    OnednnKernel,
-    choose_kernel,
-    choose_torch_kernel,
-    weight_levels,
-)
-from server.quantization.linear import Int8Linear, Original, PackedProduct, joined
-from server.quantization.native import NativeKernel
-from server.quantization.outliers import Outliers
-from server.quantization.rows import Int8Rows
+from server.quantization.linear import FusedLinear, Int8Linear, Original, joined
 from tests.instruction_sets import variables_of
 from tests.model.int8_bases import (
-    KERNELS,
+    LINEARS,
     assert_micro_understands,
-    kernel_named,
     rounding_of_both,
     rows_for,
 )
@@ -42,17 +31,17 @@ NUM_INPUTS, NUM_OUTPUTS = 144, 208
 BATCHES = (1, 2, 8, 32)
 
 
-@pytest.fixture(params=KERNELS)
-def make(request: pytest.FixtureRequest) -> type[Kernel]:
-    return kernel_named(request.param)
+@pytest.fixture(params=LINEARS)
+def make(request: pytest.FixtureRequest) -> Kernels:
+    return Kernels(linear=request.param)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def kernel_of(make: type[Kernel], *, num_outputs: int = NUM_OUTPUTS) -> Kernel:
-    return make(rows_for(make, [random(num_outputs, NUM_INPUTS, seed=1)]))
+def linear_of(make: Kernels, *, num_outputs: int = NUM_OUTPUTS) -> PackedLinear:
+    return make.linear(rows_for(make, [random(num_outputs, NUM_INPUTS, seed=1)]))
 
 
 def assert_independent(compute: Callable[[torch.Tensor], torch.Tensor], num_inputs: int = NUM_INPUTS) -> None:
@@ -67,14 +56,14 @@ def assert_independent(compute: Callable[[torch.Tensor], torch.Tensor], num_inpu
     assert torch.equal(compute(x[order]), alone[order])
 
 
-def test_a_row_is_the_same_alone_and_in_batches(make: type[Kernel]) -> None:
-    assert_independent(kernel_of(make))
-    assert_independent(kernel_of(make, num_outputs=33))
+def test_a_row_is_the_same_alone_and_in_batches(make: Kernels) -> None:
+    assert_independent(linear_of(make))
+    assert_independent(linear_of(make, num_outputs=33))
 
 
-def test_products_are_near_those_in_floats(make: type[Kernel]) -> None:
+def test_products_are_near_those_in_floats(make: Kernels) -> None:
     """Activations are rounded to a 254th of their largest number, weights to as many steps as the kernel has."""
-    kernel, x = kernel_of(make), random(32, NUM_INPUTS)
+    kernel, x = linear_of(make), random(32, NUM_INPUTS)
     true = x @ random(NUM_OUTPUTS, NUM_INPUTS, seed=1).t()
     error = float((kernel(x) - true).norm() / true.norm())
     assert error < rounding_of_both(make, 0.012)  # measured: 0.0087, and 0.0137 with 64 levels
@@ -82,17 +71,17 @@ def test_products_are_near_those_in_floats(make: type[Kernel]) -> None:
     assert float((kernel(x) - rounded).norm() / true.norm()) < 0.009  # measured: 0.0061
 
 
-def test_activations_on_the_grid_are_multiplied_exactly(make: type[Kernel]) -> None:
+def test_activations_on_the_grid_are_multiplied_exactly(make: Kernels) -> None:
     """Whatever is not rounded comes out as float32 has it, so that all that is lost is the rounding."""
-    kernel = kernel_of(make)
+    kernel = linear_of(make)
     x = torch.randint(-127, 128, (8, NUM_INPUTS), generator=torch.Generator().manual_seed(0)).float()
     x[:, 0] = 127.0
     true = x.double() @ kernel.in_floats().double().t()
     torch.testing.assert_close(kernel(x).double(), true, rtol=1e-5, atol=1e-3)
 
 
-def test_a_row_of_zeros_is_zero_and_one_of_infinities_or_nan_keeps_to_itself(make: type[Kernel]) -> None:
-    kernel, x = kernel_of(make), random(8, NUM_INPUTS)
+def test_a_row_of_zeros_is_zero_and_one_of_infinities_or_nan_keeps_to_itself(make: Kernels) -> None:
+    kernel, x = linear_of(make), random(8, NUM_INPUTS)
     clean = kernel(x)
     x[1], x[3, 5], x[5, 7], x[6, 2] = 0.0, torch.nan, torch.inf, -torch.inf
     y = kernel(x)
@@ -103,17 +92,17 @@ def test_a_row_of_zeros_is_zero_and_one_of_infinities_or_nan_keeps_to_itself(mak
         assert torch.equal(y[row], clean[row])
 
 
-def test_numbers_near_the_ends_of_float32_neither_overflow_nor_vanish(make: type[Kernel]) -> None:
-    kernel, x = kernel_of(make), random(2, NUM_INPUTS)
+def test_numbers_near_the_ends_of_float32_neither_overflow_nor_vanish(make: Kernels) -> None:
+    kernel, x = linear_of(make), random(2, NUM_INPUTS)
     y = kernel(x)
     for factor in (2.0**60, 2.0**-60):
         torch.testing.assert_close(kernel(x * factor), y * factor, rtol=1e-5, atol=0.0)
     assert not kernel(torch.full((1, NUM_INPUTS), 1e-38)).isnan().any()
 
 
-def test_the_weights_that_integers_stand_for_are_read_off_exactly(make: type[Kernel]) -> None:
+def test_the_weights_that_integers_stand_for_are_read_off_exactly(make: Kernels) -> None:
     rows = rows_for(make, [random(5, NUM_INPUTS), random(3, NUM_INPUTS, seed=1)])
-    kernel = make(rows)
+    kernel = make.linear(rows)
     torch.testing.assert_close(kernel.in_floats(), rows.in_floats(), rtol=1e-6, atol=0.0)
 
 
@@ -128,45 +117,49 @@ def test_rows_are_rounded_to_the_nearest_of_254_steps() -> None:
 
 
 def product_of(
-    make: type[Kernel], sizes: Sequence[int], *, biases: bool = True
-) -> tuple[PackedProduct, list[torch.Tensor], list[torch.Tensor | None]]:
+    make: Kernels, sizes: Sequence[int], *, biases: bool = True
+) -> tuple[FusedLinear, list[torch.Tensor], list[torch.Tensor | None]]:
     """A product with the float weights and biases it was made of; the second linear has no bias."""
     weights = [random(size, NUM_INPUTS, seed=number) for number, size in enumerate(sizes)]
     added = [random(size, seed=9) if biases and number != 1 else None for number, size in enumerate(sizes)]
-    return PackedProduct(make(rows_for(make, weights), joined(sizes, added)), sizes), weights, added
+    return FusedLinear(make.linear(rows_for(make, weights), joined(sizes, added)), sizes), weights, added
 
 
-def test_parts_of_a_packed_product_are_the_linears_one_by_one(make: type[Kernel]) -> None:
+def test_parts_of_a_packed_product_are_the_linears_one_by_one(make: Kernels) -> None:
     sizes = (64, 32, 48)
     product, weights, biases = product_of(make, sizes)
     x = random(1, 5, NUM_INPUTS)
     for number, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        alone = PackedProduct(make(rows_for(make, [weight]), bias), (len(weight),))
+        alone = FusedLinear(make.linear(rows_for(make, [weight]), bias), (len(weight),))
         assert torch.equal(product.part(number, x), alone.part(0, x))
         torch.testing.assert_close(product.in_floats(number), alone.in_floats(0), rtol=1e-6, atol=0.0)
     assert_independent(lambda rows: torch.cat([product.part(number, rows) for number in range(3)], dim=-1))
 
 
-class CountingKernel:
-    """The product in floats, counted."""
+class CountingLinear:
+    """A linear in floats, whose calls are counted."""
 
-    name: ClassVar[str] = "floats"
+    gated = None
 
-    def __init__(self, rows: Int8Rows, bias: torch.Tensor | None = None, outliers: Outliers | None = None) -> None:
-        assert bias is None and outliers is None
+    def __init__(self, rows: Int8Rows) -> None:
+        self.num_outputs, self.num_inputs = rows.integers.shape
         self.weight, self.num_calls = rows.in_floats(), 0
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, deltas: tuple[int, int] = NO_DELTAS) -> torch.Tensor:
+        assert deltas == NO_DELTAS
         self.num_calls += 1
         return x @ self.weight.t()
+
+    def can_add_deltas(self, sizes: Sequence[int]) -> bool:
+        return False
 
     def in_floats(self) -> torch.Tensor:
         return self.weight
 
 
-def counting() -> tuple[CountingKernel, PackedProduct]:
-    kernel = CountingKernel(Int8Rows.of([random(96, NUM_INPUTS)]))
-    return kernel, PackedProduct(kernel, (64, 32))
+def counting() -> tuple[CountingLinear, FusedLinear]:
+    kernel = CountingLinear(Int8Rows.of([random(96, NUM_INPUTS)]))
+    return kernel, FusedLinear(kernel, (64, 32))
 
 
 def test_the_first_part_computes_all_and_nothing_is_kept_after_the_last() -> None:
@@ -206,7 +199,7 @@ def test_a_part_is_the_callers_to_write_into() -> None:
     assert torch.equal(product.part(1, x), x @ kernel.weight[64:].t())
 
 
-def test_bfloat16_comes_out_as_it_went_in(make: type[Kernel]) -> None:
+def test_bfloat16_comes_out_as_it_went_in(make: Kernels) -> None:
     product, weights, _ = product_of(make, (64, 32), biases=False)
     x = random(1, 6, NUM_INPUTS).bfloat16()
     y = product.part(0, x)
@@ -215,16 +208,16 @@ def test_bfloat16_comes_out_as_it_went_in(make: type[Kernel]) -> None:
     assert float((y.float() - true).norm() / true.norm()) < rounding_of_both(make, 0.025)
 
 
-def int8_linear(stock: nn.Module, make: type[Kernel]) -> Int8Linear:
+def int8_linear(stock: nn.Module, make: Kernels) -> Int8Linear:
     weight = stock.get_parameter("weight").detach()
     turned = weight.t() if isinstance(stock, Conv1D) else weight
     bias = joined((len(turned),), (stock._parameters.get("bias"),))
-    product = PackedProduct(make(rows_for(make, [turned]), bias), (len(turned),))
+    product = FusedLinear(make.linear(rows_for(make, [turned]), bias), (len(turned),))
     return Int8Linear(stock, Original.of(weight), product, 0)
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_linear_says_what_the_stock_module_said(make: type[Kernel], bias: bool) -> None:
+def test_a_linear_says_what_the_stock_module_said(make: Kernels, bias: bool) -> None:
     stock = nn.Linear(NUM_INPUTS, NUM_OUTPUTS, bias=bias).requires_grad_(False)
     ours, x = int8_linear(stock, make), random(3, NUM_INPUTS)
     assert float((ours(x) - stock(x)).norm() / stock(x).norm()) < rounding_of_both(make, 0.025)
@@ -239,14 +232,14 @@ def test_a_linear_says_what_the_stock_module_said(make: type[Kernel], bias: bool
         _ = ours.nothing
 
 
-def test_a_conv1d_keeps_its_layout(make: type[Kernel]) -> None:
+def test_a_conv1d_keeps_its_layout(make: Kernels) -> None:
     """GPT-2 has its weights the other way round, [in, out]."""
     stock = Conv1D(NUM_OUTPUTS, NUM_INPUTS).requires_grad_(False)
     stock.bias.copy_(random(NUM_OUTPUTS))
     ours, x = int8_linear(stock, make), random(1, 3, NUM_INPUTS)
     assert float((ours(x) - stock(x)).norm() / stock(x).norm()) < rounding_of_both(make, 0.02)
     assert ours.weight.shape == (NUM_INPUTS, NUM_OUTPUTS) and ours.nf == NUM_OUTPUTS
-    half_a_step = float(stock.weight.abs().max()) / (2 * weight_levels(make) - 1)
+    half_a_step = float(stock.weight.abs().max()) / (2 * make.qmax - 1)
     assert float((ours.weight - stock.weight).abs().max()) <= half_a_step
     torch.testing.assert_close(ours.in_floats()(x), x @ ours.weight + stock.bias)
 
@@ -287,20 +280,20 @@ def test_an_original_is_known_again_in_any_format() -> None:
     assert not original.equals(changed) and not original.equals(weight[:299])
 
 
-@pytest.mark.parametrize("levels", [127, HALF_LEVELS])
-def test_sums_over_the_largest_numbers_are_exact(make: type[Kernel], levels: int) -> None:
-    assert weight_levels(make) in (127, HALF_LEVELS)
-    levels = min(levels, weight_levels(make))
+@pytest.mark.parametrize("qmax", [127, QMAX_16BIT_SAFE])
+def test_sums_over_the_largest_numbers_are_exact(make: Kernels, qmax: int) -> None:
+    assert make.qmax in (127, QMAX_16BIT_SAFE)
+    qmax = min(qmax, make.qmax)
     for sign in (1, -1):
-        rows = Int8Rows(torch.full((8, 512), sign * levels, dtype=torch.int8), torch.full((8,), 1 / levels))
+        rows = Int8Rows(torch.full((8, 512), sign * qmax, dtype=torch.int8), torch.full((8,), 1 / qmax))
         for x in (torch.ones(3, 512), -torch.ones(3, 512)):
-            torch.testing.assert_close(make(rows)(x), sign * x.sum(-1, keepdim=True).expand(3, 8))
+            torch.testing.assert_close(make.linear(rows)(x), sign * x.sum(-1, keepdim=True).expand(3, 8))
 
 
 def test_with_avx2_alone_weights_have_half_the_levels_and_micro_still_understands() -> None:
     """FBGEMM adds pairs of products in 16 bits there. The variables are those of ``make test CPU=avx2``."""
     where = {**os.environ, **variables_of("avx2"), "PYTHONPATH": str(ROOT)}
-    is_here = choose_kernel() is FbgemmKernel and weight_levels(FbgemmKernel) == HALF_LEVELS
+    is_here = choose_linear() == FbgemmLinear.name and Kernels(linear=FbgemmLinear.name).qmax == QMAX_16BIT_SAFE
     command = [sys.executable, "-m", "tests.model.int8_with_avx2"]
     if not is_here:  # where it is, the test below asks micro
         command.append("--with-micro")
@@ -310,24 +303,30 @@ def test_with_avx2_alone_weights_have_half_the_levels_and_micro_still_understand
 
 def test_torchs_kernel_is_onednn_with_amx_else_fbgemm_else_none(monkeypatch: pytest.MonkeyPatch) -> None:
     for amx, engines, expected in (
-        (True, ["fbgemm"], OnednnKernel),
-        (False, ["fbgemm"], FbgemmKernel),
-        (False, ["qnnpack"], OnednnKernel),
+        (True, ["fbgemm"], OnednnLinear),
+        (False, ["fbgemm"], FbgemmLinear),
+        (False, ["qnnpack"], OnednnLinear),
     ):
-        monkeypatch.setattr(kernels, "torch_capabilities", lambda amx=amx: {"amx_int8": amx})
+        monkeypatch.setattr(linear, "torch_capabilities", lambda amx=amx: {"amx_int8": amx})
         monkeypatch.setattr(type(torch.backends.quantized), "supported_engines", engines)
-        assert choose_torch_kernel() is expected
+        assert choose_torch_linear() is expected
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert choose_torch_kernel() is None
+    assert choose_torch_linear() is None
 
 
-def test_routines_of_our_own_come_first_and_torchs_kernel_where_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second = type("First", (NativeKernel,), {}), type("Second", (NativeKernel,), {})
-    monkeypatch.setattr(kernels, "native_kernels", lambda: {"first": first, "second": second})
-    monkeypatch.setattr(kernels, "_can_multiply", lambda kernel: True)
-    assert choose_kernel() is first
-    monkeypatch.setattr(kernels, "native_kernels", dict)
-    assert choose_kernel() is choose_torch_kernel() is not None
+def test_native_linears_come_first_and_torchs_where_none_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    torchs = choose_torch_linear()
+    assert torchs is not None
+    monkeypatch.setattr(kernels, "_gemm", lambda name: name)
+    for names, compiling, chosen in (
+        (["first", "second"], {"first", "second"}, "first"),
+        (["first", "second"], {"second"}, "second"),
+        (["first"], set[str](), torchs.name),
+        ([], set[str](), torchs.name),
+    ):
+        monkeypatch.setattr(kernels, "native_linears", lambda names=names: names)
+        monkeypatch.setattr(kernels, "_compiles", lambda _, name, compiling=compiling: name in compiling)
+        assert choose_linear() == chosen
 
 
 def test_micro_understands_in_int8() -> None:

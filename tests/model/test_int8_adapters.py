@@ -15,12 +15,11 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from cpu_kernels.routine import available
+from cpu_kernels.kernels import choose_linear
+from cpu_kernels.native_kernel import available
 from server.adapters.content.manifest import BaseSignature, Limits, read_manifest
-from server.lora.native import NativeLoRA
 from server.lora.weights import LoRAWeights
 from server.model.model_trace import signature_of
-from server.quantization.kernels import choose_kernel
 from server.sequence import AdapterUse
 from tests.instruction_sets import PRODUCTS, needs
 from tests.model.harness import Answer, Ask, Hosted, difference, host, prompts, put_back_rotation, stock_logits
@@ -87,12 +86,12 @@ def _rotations_are_put_back() -> Iterator[None]:
 @functools.cache
 def family_of(name: str, *, adding: Adding = "torch") -> Family:
     """Made once; every test leaves it as it was."""
-    kernel = choose_kernel()
-    assert kernel is not None
+    linear = choose_linear()
+    assert linear is not None
     base = base_of(name, torch.float32)
-    hosted = host(copy.deepcopy(base), budget=64, kernel=kernel, compiled=available() and adding != "torch")
+    hosted = host(copy.deepcopy(base), budget=64, linear=linear, native=available() and adding != "torch")
     if adding == "routine":
-        hosted.runner.bank.backend = NativeLoRA(list(hosted.runner.bank.base_modules), max_seqs=hosted.max_num_seqs)
+        hosted.runner.bank.tiled = {}
     return Family(base, hosted, oracle_of(base, hosted.model), signature_of("base", FINGERPRINT, hosted.trace))
 
 

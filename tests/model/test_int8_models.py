@@ -8,14 +8,16 @@ import pytest
 import torch
 from torch import nn
 
+from cpu_kernels import kernels
+from cpu_kernels.kernels import Kernels
+from cpu_kernels.linear import FbgemmLinear
 from server.errors import SettingsError
 from server.model import loader
 from server.quantization.embedding import Int8Embedding
-from server.quantization.kernels import FbgemmKernel, Kernel
 from server.quantization.linear import Int8Linear
 from tests.model.families import FAMILIES, build, build_from, fix_long_factors
 from tests.model.harness import Ask, difference, host, prompts, stock_logits
-from tests.model.int8_bases import TWO_KERNELS, kernel_named, rounding
+from tests.model.int8_bases import TWO_LINEARS, rounding
 from tests.model.int8_oracle import oracle_of
 from tests.model.peft_cases import CONFIGS, MIXTURES
 
@@ -28,16 +30,19 @@ KEPT_IN_FLOATS = {
 }
 """Ends of names of what is left beside norms and biases."""
 
+FBGEMM = FbgemmLinear.name
 
-@pytest.fixture(params=TWO_KERNELS)
-def kernel(request: pytest.FixtureRequest) -> type[Kernel]:
-    return kernel_named(request.param)
+
+@pytest.fixture(params=TWO_LINEARS)
+def linear(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_are_near_and_each_row_is_the_same_alone(family: str, kernel: type[Kernel]) -> None:
+def test_logits_are_near_and_each_row_is_the_same_alone(family: str, linear: str) -> None:
     base = build(family)
-    hosted = host(copy.deepcopy(base), kernel=kernel)
+    hosted = host(copy.deepcopy(base), linear=linear)
     if family == "phi3_longrope":
         fix_long_factors(base)
     answers, alone = hosted.run(ASKS), [hosted.run([ask])[0] for ask in ASKS]
@@ -51,7 +56,7 @@ def test_logits_are_near_and_each_row_is_the_same_alone(family: str, kernel: typ
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_computed_is_the_stock_models_with_these_numbers(family: str) -> None:
     base = build(family)
-    hosted = host(copy.deepcopy(base), kernel=FbgemmKernel)
+    hosted = host(copy.deepcopy(base), linear=FBGEMM)
     oracle = oracle_of(base, hosted.model)
     if family == "phi3_longrope":
         fix_long_factors(oracle)
@@ -61,7 +66,7 @@ def test_what_is_computed_is_the_stock_models_with_these_numbers(family: str) ->
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_linears_and_the_embedding_are_integers_and_the_rest_is_told(family: str) -> None:
-    floats, hosted = host(build(family)), host(build(family), kernel=FbgemmKernel)
+    floats, hosted = host(build(family)), host(build(family), linear=FBGEMM)
     stock = dict(floats.model.named_modules())
     found = {name: one for name, one in hosted.model.named_modules() if isinstance(one, Int8Linear)}
     routers = {name for name in stock if name.endswith("router")}
@@ -85,7 +90,7 @@ def test_all_linears_and_the_embedding_are_integers_and_the_rest_is_told(family:
 
 def test_what_a_probe_notes_is_the_same_with_integers() -> None:
     for family in FAMILIES:
-        floats, int8 = host(build(family)).trace, host(build(family), kernel=FbgemmKernel).trace
+        floats, int8 = host(build(family)).trace, host(build(family), linear=FBGEMM).trace
         assert int8 == floats
 
 
@@ -93,7 +98,7 @@ def test_what_a_probe_notes_is_the_same_with_integers() -> None:
 def test_a_head_that_shares_the_embeddings_weight_shares_its_integers(name: str) -> None:
     base = build_from(CONFIGS[name])
     tied = base.get_output_embeddings().weight is base.get_input_embeddings().weight
-    hosted = host(copy.deepcopy(base), kernel=FbgemmKernel)
+    hosted = host(copy.deepcopy(base), linear=FBGEMM)
     embedding, head = hosted.model.get_input_embeddings(), hosted.model.get_output_embeddings()
     assert isinstance(embedding, Int8Embedding) and isinstance(head, Int8Linear)
     assert (embedding.original == head.original) == tied
@@ -103,11 +108,12 @@ def test_a_head_that_shares_the_embeddings_weight_shares_its_integers(name: str)
 
 def test_a_gemmas_embedding_has_its_scale() -> None:
     base = build_from(CONFIGS["gemma3"])
-    stock, ours = base.get_input_embeddings(), host(copy.deepcopy(base), kernel=FbgemmKernel).model
+    stock, ours = base.get_input_embeddings(), host(copy.deepcopy(base), linear=FBGEMM).model
     ids = torch.arange(3, 90)[None]
     expected = stock(ids)
     error = float((ours.get_input_embeddings()(ids) - expected).norm() / expected.norm())
-    assert error < rounding(FbgemmKernel, 0.01)  # it shares the integers of the head, which the kernel multiplies
+    # it shares the integers of the head, which the kernel multiplies
+    assert error < rounding(Kernels(linear=FBGEMM), 0.01)
 
 
 def test_small_linears_stay_in_floats() -> None:
@@ -115,7 +121,7 @@ def test_small_linears_stay_in_floats() -> None:
     base = build("llama")
     layer = base.get_submodule("model.layers.0.self_attn")
     layer.o_proj = nn.Sequential(nn.Linear(64, 4, bias=False), nn.Linear(4, 64, bias=False)).requires_grad_(False)
-    hosted = host(base, kernel=FbgemmKernel)
+    hosted = host(base, linear=FBGEMM)
     assert type(hosted.model.get_submodule("model.layers.0.self_attn.o_proj.0")) is nn.Linear
     assert hosted.quantized is not None
     assert {name for name in hosted.quantized.left if "o_proj" in name} == {
@@ -125,7 +131,7 @@ def test_small_linears_stay_in_floats() -> None:
 
 
 def test_experts_of_a_mixture_stay_in_floats_and_are_told() -> None:
-    hosted = host(build_from(CONFIGS["qwen3_moe"]), kernel=FbgemmKernel)
+    hosted = host(build_from(CONFIGS["qwen3_moe"]), linear=FBGEMM)
     assert hosted.quantized is not None
     told = {name.rpartition("mlp.")[2] for name in hosted.quantized.left if "mlp." in name}
     assert told == {"experts.gate_up_proj", "experts.down_proj", "gate.weight"}
@@ -133,7 +139,7 @@ def test_experts_of_a_mixture_stay_in_floats_and_are_told() -> None:
 
 def test_a_step_of_which_no_row_yields_a_token_computes_no_logits() -> None:
     """A chunk of a long prompt asks the head for no row at all."""
-    hosted = host(build("llama"), kernel=FbgemmKernel, budget=8)
+    hosted = host(build("llama"), linear=FBGEMM, budget=8)
     (answer,) = hosted.run([Ask(prompts(40)[0], 2)])
     assert len(answer.tokens) == 2
 
@@ -141,11 +147,11 @@ def test_a_step_of_which_no_row_yields_a_token_computes_no_logits() -> None:
 @pytest.mark.parametrize("device", ["cuda", "mps"])
 def test_int8_is_for_the_cpu(device: str) -> None:
     with pytest.raises(SettingsError, match=r"quantization is 'int8', but the device is '.*set device to 'cpu'"):
-        loader._kernel("int8", torch.device(device))
+        loader._kernels(torch.device(device), int8=True)
 
 
 def test_without_a_kernel_int8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader, "choose_kernel", lambda: None)
+    monkeypatch.setattr(kernels, "choose_linear", lambda: None)
     with pytest.raises(SettingsError, match="neither FBGEMM nor oneDNN"):
         loader.load_base(
             "micro", name="m", device="cpu", dtype="auto", max_model_len=64, kv_memory=None, quantization="int8"
@@ -153,7 +159,7 @@ def test_without_a_kernel_int8_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_without_quantization_nothing_is_made_integers() -> None:
-    assert loader._kernel("none", torch.device("cuda")) is None
+    assert loader._kernels(torch.device("cuda"), int8=False).linear_name is None
     base = loader.load_base("micro", name="m", device="cpu", dtype="auto", max_model_len=64)
     assert base.quantized is None
     assert not any(isinstance(module, Int8Linear | Int8Embedding) for module in base.model.modules())

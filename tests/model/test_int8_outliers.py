@@ -10,17 +10,17 @@ from transformers import PreTrainedModel
 
 from base_files.locate import find_base
 from benchmarks.parts.perplexity import LENGTH, Comparison, Reader, compare, own_texts
+from cpu_kernels.int8_weights import Outliers
+from cpu_kernels.kernels import Kernels
 from server.model import quantizer
 from server.model.loader import load_base, load_stock
-from server.quantization.kernels import Kernel, weight_levels
-from server.quantization.linear import PackedProduct
-from server.quantization.outliers import MOST, Outliers, find_outliers
+from server.quantization.linear import FusedLinear
+from server.quantization.outliers import MOST, find_outliers
 from tests.model.int8_bases import (
     MOST_DIVERGENCE,
     MOST_EXCESS,
     NUM_WINDOWS,
-    TWO_KERNELS,
-    kernel_named,
+    TWO_LINEARS,
     micro_in_floats,
     rounding_of_both,
     rows_for,
@@ -31,18 +31,18 @@ SIZES = (64, 32)
 INDICES = torch.tensor([3, 70, 111])
 
 
-@pytest.fixture(params=TWO_KERNELS)
-def make(request: pytest.FixtureRequest) -> type[Kernel]:
-    return kernel_named(request.param)
+@pytest.fixture(params=TWO_LINEARS)
+def make(request: pytest.FixtureRequest) -> Kernels:
+    return Kernels(linear=request.param)
 
 
 def weights() -> list[torch.Tensor]:
     return [random(size, NUM_INPUTS, seed=number) for number, size in enumerate(SIZES)]
 
 
-def product_of(make: type[Kernel], indices: torch.Tensor | None) -> PackedProduct:
+def product_of(make: Kernels, indices: torch.Tensor | None) -> FusedLinear:
     outliers = None if indices is None else Outliers.of(indices, weights())
-    return PackedProduct(make(rows_for(make, weights()), outliers=outliers), SIZES)
+    return FusedLinear(make.linear(rows_for(make, weights()), outliers=outliers), SIZES)
 
 
 def large(x: torch.Tensor) -> torch.Tensor:
@@ -52,7 +52,7 @@ def large(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def test_products_are_as_near_as_without_outliers(make: type[Kernel]) -> None:
+def test_products_are_as_near_as_without_outliers(make: Kernels) -> None:
     """What the other channels say is not drowned."""
     x = large(random(32, NUM_INPUTS))
     found = find_outliers(x)
@@ -68,13 +68,13 @@ def test_products_are_as_near_as_without_outliers(make: type[Kernel]) -> None:
     assert errors[0] > 0.5 and errors[1] < rounding_of_both(make, 0.015)  # measured: 1.3 and 0.009
 
 
-def test_a_row_is_the_same_alone_and_in_batches(make: type[Kernel]) -> None:
+def test_a_row_is_the_same_alone_and_in_batches(make: Kernels) -> None:
     for count in (1, 2, 3):
         product = product_of(make, INDICES[:count])
         assert_independent(lambda x, p=product: torch.cat([p.part(0, x), p.part(1, x)], dim=-1))  # type: ignore[misc]
 
 
-def test_a_row_of_nan_keeps_to_itself(make: type[Kernel]) -> None:
+def test_a_row_of_nan_keeps_to_itself(make: Kernels) -> None:
     product, x = product_of(make, INDICES), large(random(4, NUM_INPUTS))
     clean = product.part(0, x)
     spoiled = x.clone()
@@ -84,17 +84,17 @@ def test_a_row_of_nan_keeps_to_itself(make: type[Kernel]) -> None:
     assert torch.equal(y[[0, 3]], clean[[0, 3]])
 
 
-def test_no_row_at_all_is_no_error(make: type[Kernel]) -> None:
+def test_no_row_at_all_is_no_error(make: Kernels) -> None:
     assert product_of(make, INDICES).part(1, torch.empty(1, 0, NUM_INPUTS)).shape == (1, 0, 32)
     assert product_of(make, None).part(1, torch.empty(1, 0, NUM_INPUTS)).shape == (1, 0, 32)
 
 
-def test_the_weight_has_these_columns_exactly(make: type[Kernel]) -> None:
+def test_the_weight_has_these_columns_exactly(make: Kernels) -> None:
     product = product_of(make, INDICES)
     for number, weight in enumerate(weights()):
         floats = product.in_floats(number)
         assert torch.equal(floats[:, INDICES], weight[:, INDICES])
-        half_a_step = float(weight.abs().max()) / (2 * weight_levels(make) - 1)
+        half_a_step = float(weight.abs().max()) / (2 * make.qmax - 1)
         assert 0.0 < float((floats - weight).abs().max()) < half_a_step
 
 

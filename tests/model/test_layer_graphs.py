@@ -6,23 +6,20 @@ import copy
 import itertools
 import logging
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import pytest
 import torch
 
-from cpu_kernels.routine import Routine
-from cpu_kernels.tape import Tape
+from cpu_kernels.kernels import choose_linear
+from cpu_kernels.layer_graph import LayerGraph
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
 from server.lora.delta import Delta, with_parameters
 from server.lora.weights import LoRAWeights
 from server.metrics import Metrics
 from server.model import layer_graphs
-from server.model.attention.cpu import native_attention
 from server.model.layer_graphs import GraphRunner
 from server.model.runner import ModelRunner
-from server.quantization.kernels import choose_kernel
 from server.sequence import AdapterUse, Batch, SamplingParams, Segment
 from server.sequence import Sequence as Generation
 from tests.instruction_sets import PRODUCTS, needs
@@ -55,7 +52,9 @@ def hosted_as(name: str) -> Hosted:
     """A family in int8 with routines, whose sequences may be long."""
     config = copy.deepcopy(CONFIG[name])
     setattr(config, "n_positions" if name == "gpt2" else "max_position_embeddings", LENGTH)
-    return host(build_from(config), kernel=choose_kernel(), compiled=True, max_model_len=LENGTH, budget=64)
+    hosted = host(build_from(config), linear=choose_linear(), native=True, max_model_len=LENGTH, budget=64)
+    hosted.max_num_seqs = hosted.runner.bank._max_seats
+    return hosted
 
 
 @pytest.fixture
@@ -198,9 +197,9 @@ def run(hosted: Hosted, batch: Batch, *, times: int = 1) -> torch.Tensor:
     """The logits, which are those of steps in Python every time."""
     runner, kept = hosted.runner, hosted.runner.graphs
     for _ in range(times):
-        found, _ = runner.run(batch)
+        found = runner.run(runner.arrange(batch))
         runner.graphs = None
-        expected, _ = runner.run(batch)
+        expected = runner.run(runner.arrange(batch))
         runner.graphs = kept
         assert torch.equal(found.view(torch.int32), expected.view(torch.int32))
     return found
@@ -282,7 +281,7 @@ def test_a_step_that_fails_while_it_is_recorded_leaves_nothing(llama: Hosted, mo
         for _ in range(2):
             with pytest.raises(ZeroDivisionError):
                 llama.runner.run(batch_of(*PLAIN))
-            assert Routine.recorder is None
+            assert not llama.kernels.launch.is_recording
     chunk = Generation(7, prompts(40)[0], 20, SamplingParams())
     run(llama, Batch((Segment(chunk, 1, 0, 33),)))
     assert replayed(llama, batch_of(*PLAIN)) in (0, 1, 3)
@@ -291,20 +290,19 @@ def test_a_step_that_fails_while_it_is_recorded_leaves_nothing(llama: Hosted, mo
 
 def test_a_step_of_another_runner_on_the_same_base_is_not_replayed(llama: Hosted) -> None:
     """Its layers would be those of the runner that came last, whose step was another."""
-    first, shapes = llama.runner, llama.runner.backend.cache.layout.shapes
-    backend = partial(native_attention, windows={None}, plain=True)
+    first, cache = llama.runner, llama.runner.attention.cache
+    assert cache is not None
     run(llama, batch_of(*PLAIN), times=3)
     llama.runner = ModelRunner(
-        llama.model, first.attention, shapes, backend, num_slots=3, max_len=LENGTH, compiled=True
+        llama.model, first.attention, cache.layout.shapes, num_slots=3, max_len=LENGTH, kernels=llama.kernels
     )
     run(llama, batch_of(*PLAIN), times=3)
     assert graphs_of(llama).num_replayed > 0
     chunk = Generation(7, prompts(40)[0], 20, SamplingParams())
-    expected, _ = llama.runner.run(Batch((Segment(chunk, 1, 0, 3), *batch_of((0, 5, ())).segments)))
+    expected = llama.runner.run(Batch((Segment(chunk, 1, 0, 3), *batch_of((0, 5, ())).segments)))
     llama.runner.run(batch_of(*PLAIN))
     before = graphs_of(llama).num_replayed
-    found, _ = first.run(Batch((Segment(chunk, 1, 0, 3), *batch_of((0, 5, ())).segments)))
-    assert torch.equal(found, expected)
+    assert torch.equal(first.run(Batch((Segment(chunk, 1, 0, 3), *batch_of((0, 5, ())).segments))), expected)
     assert graphs_of(llama).num_replayed == before
 
 
@@ -344,6 +342,6 @@ def test_the_log_says_why_a_model_has_no_layer_graphs(
 
 
 def test_graphs_that_come_out_otherwise_are_not_replayed(llama: Hosted, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Tape, "play", lambda self, inputs: torch.zeros_like(inputs[0]))
+    monkeypatch.setattr(LayerGraph, "replay", lambda self, inputs: torch.zeros_like(inputs[0]))
     assert [replayed(llama, batch_of(*PLAIN)) for _ in range(3)] == [0, 0, 0]
     assert graphs_of(llama).problem == "layer 0: replay gives another result"

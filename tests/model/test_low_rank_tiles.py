@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from cpu_kernels.int8_weights import Int8Rows, Outliers
+from cpu_kernels.kernels import Kernels
 from server.lora.bank import LoRABank
 from server.lora.delta import Delta
-from server.lora.native import NativeLoRA
 from server.lora.tiles import DeltaTiles
 from server.lora.weights import LoRAWeights
-from server.quantization.linear import Int8Linear, Original, PackedProduct, products_with_deltas
-from server.quantization.native import NativeKernel, native_kernels
-from server.quantization.outliers import Outliers
-from server.quantization.rows import Int8Rows
+from server.quantization.linear import FusedLinear, Int8Linear, Original, linears_with_deltas
 from server.sequence import AdapterUse, Batch
 from tests.instruction_sets import needs
 from tests.model.test_low_rank import segments
@@ -51,53 +48,40 @@ class Stage:
         if outliers:
             columns = torch.tensor([1, num_inputs // 2])
             apart = Outliers.of(columns, [torch.randn(total, num_inputs, generator=self.source)])
-        self.kernel: NativeKernel = native_kernels()["AMX"](rows, torch.randn(total, generator=self.source), apart)
+        kernels = Kernels(linear="AMX", native=True).ready()
+        self.kernel = kernels.linear(rows, torch.randn(total, generator=self.source), apart)
         self.model = nn.Module()
-        product = PackedProduct(self.kernel, sizes)
+        product = FusedLinear(self.kernel, sizes)
         self.names = [f"linear{number}" for number in range(len(sizes))]
         for number, (name, size) in enumerate(zip(self.names, sizes, strict=True)):
             stock = nn.Linear(num_inputs, size, bias=False)
             self.model.add_module(name, Int8Linear(stock, Original.of(stock.weight), product, number))
         self.model.register_parameter("some", nn.Parameter(torch.zeros(1)))
-        products = products_with_deltas(dict(self.model.named_modules()))
-        self.bank = LoRABank(self.model, NativeLoRA(["", *self.names], products, max_seqs=4))
-        self._order = torch.empty(0, dtype=torch.long)
+        products = linears_with_deltas(dict(self.model.named_modules()))
+        self.bank = LoRABank(self.model, max_seats=4, kernels=kernels, products=products)
         self.sizes, self.num_inputs, self._product = sizes, num_inputs, product
-        self.deltas: dict[str, Mapping[str, Delta]] = {}
+        self.deltas: dict[str, dict[str, Delta]] = {}
 
     def add(self, digest: str, rank: int, modules: Sequence[str]) -> None:
         """An adapter with random numbers on these linears."""
-        deltas = {}
+        self.deltas[digest] = {}
         for name in modules:
             size = self.sizes[self.names.index(name)]
             a = torch.randn(rank, self.num_inputs, generator=self.source).t()
             b = torch.randn(rank, size, generator=self.source)
-            deltas[name] = Delta("linear", a, b)
-        packed = self.bank.backend.pack(LoRAWeights(deltas))
-        self.deltas[digest] = packed.deltas
-        self.bank.add(digest, packed)
+            self.deltas[digest][name] = Delta("linear", a, b).in_tiles()
+        self.bank.add(digest, LoRAWeights(self.deltas[digest]))
 
     def step(self, uses: Sequence[tuple[AdapterUse, ...]], lengths: Sequence[int], x: torch.Tensor) -> torch.Tensor:
         """The linears' results for rows x [rows, in] of sequences, side by side."""
-        self.begin(uses, lengths)
-        inputs = x[None, self._order]
-        return self._in_order(torch.cat([self.model.get_submodule(name)(inputs)[0] for name in self.names], dim=-1))
-
-    def begin(self, uses: Sequence[tuple[AdapterUse, ...]], lengths: Sequence[int]) -> None:
-        """A step, whose rows the bank puts into another order."""
-        batch = self.bank.begin(Batch(segments(uses, lengths)))
-        ends = list(accumulate(lengths))
-        ids = [segment.sequence.id for segment in batch.segments]
-        self._order = torch.cat([torch.arange(ends[number] - lengths[number], ends[number]) for number in ids])
+        self.bank.begin(Batch(segments(uses, lengths)))
+        return torch.cat([self.model.get_submodule(name)(x[None])[0] for name in self.names], dim=-1)
 
     def gated(self, x: torch.Tensor, *, by_gelu: bool) -> torch.Tensor:
         """The first linear's units times the second's, of the step at hand."""
-        units = self._product.gated((0, 1), x[None, self._order], by_gelu=by_gelu)
+        units = self._product.gated((0, 1), x[None], by_gelu=by_gelu)
         assert units is not None
-        return self._in_order(units[0])
-
-    def _in_order(self, y: torch.Tensor) -> torch.Tensor:
-        return torch.empty_like(y).index_copy_(0, self._order, y)
+        return units[0].clone()
 
     def added(self, uses: tuple[AdapterUse, ...], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What is to be added to rows x of one sequence, and how much was added up for it; both float64."""
@@ -166,7 +150,7 @@ def test_gated_units_are_made_of_changed_gates_and_ups(threads: int, by_gelu: bo
         assert torch.allclose(units, expected, rtol=1e-4, atol=1e-4)
         row = 0
         for mine, length in zip(uses, lengths, strict=True):
-            stage.begin([mine], [length])
+            stage.bank.begin(Batch(segments([mine], [length])))
             assert torch.equal(stage.gated(x[row : row + length], by_gelu=by_gelu), units[row : row + length])
             row += length
 
@@ -190,7 +174,7 @@ def test_adapters_that_come_and_go(threads: int) -> None:
     for digest in list(stage.deltas):
         stage.bank.remove(digest)
     assert torch.equal(stage.step([()], [6], x), stage.kernel(x))
-    assert all(product.deltas is None for product, _ in products_with_deltas(dict(stage.model.named_modules())))
+    assert all(product.deltas is None for product, _ in linears_with_deltas(dict(stage.model.named_modules())))
 
 
 def test_what_is_packed_is_what_was_given_rounded() -> None:
@@ -207,5 +191,4 @@ def test_what_is_packed_is_what_was_given_rounded() -> None:
 def test_sizes_that_are_no_whole_tiles_are_left_to_the_other_routine() -> None:
     for num_inputs, sizes in ((40, (32,)), (64, (40,)), (64, (32, 8))):
         stage = Stage(num_inputs, sizes)
-        stage.add("it", 2, stage.names)
-        assert all(delta.tiles is None for delta in stage.deltas["it"].values())
+        assert not stage.bank.tiled

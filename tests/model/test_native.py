@@ -13,26 +13,24 @@ import torch.nn.functional as F
 from numba import jit, njit
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from cpu_kernels import routine
-from cpu_kernels.attention import row_attention
-from cpu_kernels.passes import exponential, passes
-from server.model import loader
-from server.quantization import kernels, native
-from server.quantization.kernels import ZERO, _on_grid
-from server.quantization.native import NativeKernel, native_kernels
-from server.quantization.outliers import Outliers
-from server.quantization.rows import LEVELS, Int8Rows
+from cpu_kernels import kernels, native_kernel
+from cpu_kernels.int8_weights import QMAX, Int8Rows, Outliers
+from cpu_kernels.kernels import Kernels, choose_linear
+from cpu_kernels.linear import ZERO, GatedCall, PackedLinear, choose_torch_linear, quantize_rows
+from cpu_kernels.native_kernel import Launcher
+from cpu_kernels.native_ops import NativeOps, exponential
 from tests.instruction_sets import NUMBA, each_product, needs
 
 pytestmark = needs(NUMBA)
 ROWS = (1, 2, 3, 5, 8, 16, 17, 31, 32, 33, 64, 100, 257, 300)
 MOST_ROWS = max(ROWS)
 DIMS = (1, 7, 16, 48, 896)
+OPS = NativeOps(Launcher())
 
 
 @pytest.fixture(params=each_product())
-def make(request: pytest.FixtureRequest) -> type[NativeKernel]:
-    return native_kernels()[request.param]
+def make(request: pytest.FixtureRequest) -> Kernels:
+    return Kernels(linear=request.param)
 
 
 @pytest.fixture(params=[1, 2], ids=["one_thread", "two_threads"])
@@ -58,9 +56,9 @@ def exact_product(rows: Int8Rows, x: torch.Tensor) -> torch.Tensor:
 
     oneDNN's sums are the same, but not exact without VNNI, and by which of two numbers it scales first differs.
     """
-    integers, largest = _on_grid(x)
+    integers, largest = quantize_rows(x)
     sums = (integers.double() - ZERO) @ rows.integers.double().t()  # below 2 ** 53
-    return sums.float() * (rows.scales * (1.0 / LEVELS)) * largest
+    return sums.float() * (rows.scales * (1.0 / QMAX)) * largest
 
 
 def assert_same(found: torch.Tensor, expected: torch.Tensor, about: object = None) -> None:
@@ -72,11 +70,11 @@ def assert_same(found: torch.Tensor, expected: torch.Tensor, about: object = Non
 @pytest.mark.parametrize("num_inputs", [16, 36, 64, 100, 896])
 @pytest.mark.parametrize("num_outputs", [1, 33, 64, 65, 208, 1000])
 def test_products_are_exact_sums_scaled_to_the_bit(
-    make: type[NativeKernel], threads: int, num_outputs: int, num_inputs: int
+    make: Kernels, threads: int, num_outputs: int, num_inputs: int
 ) -> None:
     """Of however many rows, so that a row is the same alone and in any batch."""
     rows = Int8Rows.of([random(num_outputs, num_inputs, seed=1)])
-    ours, x = make(rows), activations(MOST_ROWS, num_inputs)
+    ours, x = make.linear(rows), activations(MOST_ROWS, num_inputs)
     expected = exact_product(rows, x)
     for num_rows in ROWS:
         for first in {0, MOST_ROWS - num_rows}:
@@ -87,22 +85,26 @@ def test_products_are_exact_sums_scaled_to_the_bit(
     assert torch.equal(ours(turned), expected[:5]), "rows that do not lie in one piece"
 
 
-def test_activations_at_borders_of_integers_fall_to_torchs_side(make: type[NativeKernel]) -> None:
+def test_activations_at_borders_of_integers_fall_to_torchs_side(make: Kernels) -> None:
     """Scales were 127 / largest here and 127 * (1 / largest) in torch: now and then a number fell to the other side."""
     rows = Int8Rows.of([torch.eye(64)])
     largest = 0.1 + random(4000, 1).abs()
     x = -(63.5 + torch.arange(64)) / 127.0 * largest  # where a sum with 128.5 keeps the last bit
     x[:, 0] = largest[:, 0]
-    assert torch.equal(make(rows)(x), exact_product(rows, x))
+    assert torch.equal(make.linear(rows)(x), exact_product(rows, x))
 
 
 @pytest.mark.parametrize("num_outputs", [33, 208])
-def test_bias_and_outliers_are_added_in_floats(make: type[NativeKernel], threads: int, num_outputs: int) -> None:
+def test_bias_and_outliers_are_added_in_floats(make: Kernels, threads: int, num_outputs: int) -> None:
     weight, bias, x = random(num_outputs, 100, seed=1), random(num_outputs, seed=2), activations(MOST_ROWS, 100)
     indices = torch.tensor([0, 63, 99])
     rows, outliers = Int8Rows.of([weight]), Outliers.of(indices, [weight])
-    plain = make(rows)
-    with_bias, with_outliers, with_both = make(rows, bias), make(rows, None, outliers), make(rows, bias, outliers)
+    plain = make.linear(rows)
+    with_bias, with_outliers, with_both = (
+        make.linear(rows, bias),
+        make.linear(rows, None, outliers),
+        make.linear(rows, bias, outliers),
+    )
     x[:, indices] *= 100.0
     assert torch.equal(with_bias(x), plain(x) + bias)
     others = plain(x * outliers.others)
@@ -116,26 +118,30 @@ def test_bias_and_outliers_are_added_in_floats(make: type[NativeKernel], threads
     assert float((with_both(x) - exact).norm() / exact.norm()) < 0.001, "the largest channels are not rounded"
 
 
+def gated_call(linear: PackedLinear) -> GatedCall:
+    assert linear.gated is not None
+    return linear.gated
+
+
 @pytest.mark.parametrize("by_gelu", [False, True], ids=["silu", "gelu"])
 @pytest.mark.parametrize("num_units", [16, 48, 304])
 def test_gated_units_are_those_of_both_halves_to_the_bit(
-    make: type[NativeKernel], threads: int, num_units: int, by_gelu: bool
+    make: Kernels, threads: int, num_units: int, by_gelu: bool
 ) -> None:
     weight, bias, x = random(2 * num_units, 100, seed=1), random(2 * num_units, seed=2), activations(MOST_ROWS, 100)
     rows = Int8Rows.of([weight])
-    for kernel in (make(rows), make(rows, bias, Outliers.of(torch.tensor([3, 70]), [weight]))):
-        assert kernel.can_gate
+    for kernel in (make.linear(rows), make.linear(rows, bias, Outliers.of(torch.tensor([3, 70]), [weight]))):
         for num_rows in ROWS:
             gate, up = kernel(x[:num_rows]).split(num_units, -1)
-            expected = passes().gated(gate, up, by_gelu=by_gelu)
-            assert_same(kernel.gated(x[:num_rows], by_gelu=by_gelu), expected, num_rows)
-    assert not make(Int8Rows.of([weight[:-1]])).can_gate
+            expected = (OPS.gelu_and_mul if by_gelu else OPS.silu_and_mul)(gate, up)
+            assert_same(gated_call(kernel)(x[:num_rows], by_gelu=by_gelu), expected, num_rows)
+    assert make.linear(Int8Rows.of([weight[:-1]])).gated is None
 
 
-def test_rows_of_nan_and_infinity_keep_to_themselves(make: type[NativeKernel], threads: int) -> None:
+def test_rows_of_nan_and_infinity_keep_to_themselves(make: Kernels, threads: int) -> None:
     weight = random(70, 100, seed=1)
     rows = Int8Rows.of([weight])
-    for kernel in (make(rows), make(rows, random(70), Outliers.of(torch.tensor([3, 70]), [weight]))):
+    for kernel in (make.linear(rows), make.linear(rows, random(70), Outliers.of(torch.tensor([3, 70]), [weight]))):
         for num_rows in (2, 5, 17, 33, 300):
             x = activations(num_rows, 100)
             clean = kernel(x)
@@ -150,12 +156,12 @@ def test_rows_of_nan_and_infinity_keep_to_themselves(make: type[NativeKernel], t
                 assert torch.equal(y[others], clean[others]), (num_rows, place, number)
 
 
-def test_the_weight_is_read_off_exactly(make: type[NativeKernel]) -> None:
+def test_the_weight_is_read_off_exactly(make: Kernels) -> None:
     for num_outputs, num_inputs in ((1, 16), (65, 36), (208, 100)):
         weight = random(num_outputs, num_inputs)
         rows, indices = Int8Rows.of([weight]), torch.tensor([0, num_inputs - 1])
-        assert torch.equal(make(rows).in_floats(), rows.in_floats())
-        apart = make(rows, None, Outliers.of(indices, [weight])).in_floats()
+        assert torch.equal(make.linear(rows).in_floats(), rows.in_floats())
+        apart = make.linear(rows, None, Outliers.of(indices, [weight])).in_floats()
         assert torch.equal(apart[:, indices], weight[:, indices])
         assert torch.equal(apart[:, 1:-1], rows.in_floats()[:, 1:-1])
 
@@ -165,16 +171,16 @@ def test_rms_norms_are_the_formulas_and_a_row_is_the_same_in_any_batch(threads: 
     gain, x, eps = 1.0 + random(dim, seed=1), activations(600, dim), 1e-6
     exact = x.double()
     exact = exact * (exact.pow(2).mean(-1, keepdim=True) + eps).rsqrt() * gain
-    alone = torch.cat([passes().rms_norm(row[None], gain, eps) for row in x])
+    alone = torch.cat([OPS.rms_norm(row[None], gain, eps) for row in x])
     torch.testing.assert_close(alone, exact.float(), rtol=1e-6, atol=0.0)
     for num_rows in (2, 3, 7, 18, 19, 64, 257, 341, 600):
         for first in {0, 600 - num_rows}:
             at = slice(first, first + num_rows)
-            assert torch.equal(passes().rms_norm(x[None, at], gain, eps)[0], alone[at]), (num_rows, first)
+            assert torch.equal(OPS.rms_norm(x[None, at], gain, eps)[0], alone[at]), (num_rows, first)
     heads = x.view(2, 300, dim).transpose(0, 1)
-    assert torch.equal(passes().rms_norm(heads, gain, eps).transpose(0, 1).reshape(600, dim), alone)
+    assert torch.equal(OPS.rms_norm(heads, gain, eps).transpose(0, 1).reshape(600, dim), alone)
     x[5, 0] = torch.nan
-    spoiled = passes().rms_norm(x, gain, eps)
+    spoiled = OPS.rms_norm(x, gain, eps)
     assert bool(spoiled[5].isnan().all()) and torch.equal(spoiled[6:], alone[6:])
 
 
@@ -229,7 +235,7 @@ def test_rotations_are_the_stock_codes_to_the_bit(threads: int, num_rows: int, d
     cos, sin = angles.cos(), angles.sin()
     expected: tuple[torch.Tensor, torch.Tensor] = apply_rotary_pos_emb(q, k, cos, sin)
     for views in ((q, k), (q.contiguous(), k.contiguous()), (q, k.contiguous())):
-        for found, stock in zip(passes().rotate(*views, cos, sin), expected, strict=True):
+        for found, stock in zip(OPS.rotary_embedding(*views, cos, sin), expected, strict=True):
             assert found.shape == stock.shape and torch.equal(found, stock)
 
 
@@ -238,67 +244,76 @@ def test_gated_units_are_the_stock_codes(threads: int, dim: int) -> None:
     """Gates and others are parts of one product, or lie in one piece."""
     joint = 5.0 * random(1, 300, 2 * dim)
     gate, up = joint.split(dim, -1)
-    alone = torch.cat([passes().gated(gate[:, row : row + 1], up[:, row : row + 1]) for row in range(300)], 1)
+    alone = torch.cat([OPS.silu_and_mul(gate[:, row : row + 1], up[:, row : row + 1]) for row in range(300)], 1)
     stock = F.silu(gate.double()) * up.double()
     torch.testing.assert_close(alone.double(), stock, rtol=5e-6, atol=1e-12)
     for num_rows in (2, 3, 5, 18, 64, 300):
-        assert torch.equal(passes().gated(gate[:, :num_rows], up[:, :num_rows]), alone[:, :num_rows])
-    assert torch.equal(passes().gated(gate.contiguous(), up.contiguous()), alone)
+        assert torch.equal(OPS.silu_and_mul(gate[:, :num_rows], up[:, :num_rows]), alone[:, :num_rows])
+    assert torch.equal(OPS.silu_and_mul(gate.contiguous(), up.contiguous()), alone)
 
 
 @pytest.mark.parametrize("dim", DIMS)
 def test_units_gated_by_gelu_are_the_stock_codes(threads: int, dim: int) -> None:
     gate, up = (5.0 * random(1, 300, 2 * dim)).split(dim, -1)
-    alone = torch.cat([passes().gated(gate[:, n : n + 1], up[:, n : n + 1], by_gelu=True) for n in range(300)], 1)
+    alone = torch.cat([OPS.gelu_and_mul(gate[:, n : n + 1], up[:, n : n + 1]) for n in range(300)], 1)
     stock = F.gelu(gate.double(), approximate="tanh") * up.double()
     torch.testing.assert_close(alone.double(), stock, rtol=5e-6, atol=1e-9)
-    assert torch.equal(passes().gated(gate, up, by_gelu=True), alone)
+    assert torch.equal(OPS.gelu_and_mul(gate, up), alone)
 
 
 def test_gates_at_the_ends_of_float32_are_open_or_shut() -> None:
     gates = torch.tensor([100.0, -100.0, 1e4, -1e4, 3e38, -3e38, torch.inf, -torch.inf, torch.nan, 0.0])
     for up in (1.0, -1e30, 0.0, torch.nan):
         gate, other = gates.repeat(3)[None, None], torch.full((1, 1, 30), up)
-        found, stock = passes().gated(gate, other), F.silu(gate) * other
+        found, stock = OPS.silu_and_mul(gate, other), F.silu(gate) * other
         torch.testing.assert_close(found, stock, rtol=1e-6, atol=1e-11, equal_nan=True)
-        by_gelu = passes().gated(gate, other, by_gelu=True)
+        by_gelu = OPS.gelu_and_mul(gate, other)
         stock = (F.gelu(gate.double(), approximate="tanh") * other.double()).float()
         torch.testing.assert_close(by_gelu, stock, rtol=1e-6, atol=1e-11, equal_nan=True)
 
 
 def test_a_row_of_nan_gates_keeps_to_itself() -> None:
     gate, up = random(1, 40, 48), random(1, 40, 48, seed=1)
-    clean = passes().gated(gate, up)
+    clean = OPS.silu_and_mul(gate, up)
     gate[0, 7] = torch.nan
-    found = passes().gated(gate, up)
+    found = OPS.silu_and_mul(gate, up)
     assert bool(found[0, 7].isnan().all())
     others = torch.arange(40) != 7
     assert torch.equal(found[0, others], clean[0, others])
 
 
-def test_without_an_openmp_library_torchs_kernels_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routine, "_SYMBOLS", ("no_such_function",))
-    assert routine.openmp.__wrapped__() is None
-    monkeypatch.setattr(routine, "openmp", lambda: None)
-    assert not routine.available.__wrapped__()
+def test_without_an_openmp_library_torchs_operations_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_kernel, "_SYMBOLS", ("no_such_function",))
+    assert native_kernel.openmp.__wrapped__() is None
+    monkeypatch.setattr(native_kernel, "openmp", lambda: None)
+    assert not native_kernel.available.__wrapped__()
     assert_torch_does_the_work(monkeypatch)
 
 
-def test_without_numba_torchs_kernels_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_numba_torchs_operations_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "numba", None)
-    assert not routine.available.__wrapped__()
+    assert not native_kernel.available.__wrapped__()
     assert_torch_does_the_work(monkeypatch)
 
 
 def assert_torch_does_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (native, loader):
-        monkeypatch.setattr(module, "available", routine.available.__wrapped__)
-    monkeypatch.setattr(kernels, "native_kernels", native_kernels.__wrapped__)
-    assert kernels.choose_kernel() is kernels.choose_torch_kernel()
-    assert loader._compiled() is None
+    monkeypatch.setattr(kernels, "available", native_kernel.available.__wrapped__)
+    torchs = choose_torch_linear()
+    assert torchs is not None and choose_linear() == torchs.name
+    assert native_operations(Kernels(linear=torchs.name, native=True).ready()) == set()
 
 
-def test_routines_are_installed_where_there_are_such() -> None:
-    assert loader._compiled() is passes()
-    assert row_attention(torch.bfloat16) is not None
-    assert row_attention(torch.float16) is None
+def native_operations(chosen: Kernels, kv_dtype: torch.dtype = torch.float32) -> set[str]:
+    """Names of the operations that are not torch's, but for linears and the attention of prompts."""
+    names = {name for name in NativeOps.KERNELS if isinstance(getattr(chosen, name).__self__, NativeOps)}
+    others = {"add_deltas": chosen.add_deltas, "decode_attention": chosen.decode_attention(kv_dtype)}
+    return names | {name for name, operation in others.items() if operation is not None}
+
+
+def test_operations_are_native_where_they_are_asked_for() -> None:
+    chosen = Kernels(native=True, kv_dtype=torch.bfloat16).ready()
+    assert native_operations(chosen, torch.bfloat16) == {*NativeOps.KERNELS, "add_deltas", "decode_attention"}
+    assert chosen.decode_attention(torch.float32) is not None and chosen.decode_attention(torch.float16) is None
+    assert not chosen.records_layers, "its linears are torch's"
+    assert native_operations(Kernels().ready()) == set()
+    assert native_operations(Kernels(native=True).ready(torch.bfloat16)) == set(), "they compute in float32"

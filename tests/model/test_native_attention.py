@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from cpu_kernels.attention import RowAttention, row_attention
+from cpu_kernels.decode_attention import DecodeAttention
+from cpu_kernels.kernels import Kernels
 from tests.instruction_sets import NUMBA, needs
 
 pytestmark = needs(NUMBA)
@@ -33,8 +34,8 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return made
 
 
-def routine(dtype: torch.dtype) -> RowAttention:
-    found = row_attention(dtype)
+def kernel_for(dtype: torch.dtype) -> DecodeAttention:
+    found = Kernels(native=True).ready().decode_attention(dtype)
     assert found is not None
     return found
 
@@ -95,8 +96,8 @@ class Batch:
             whole if len(rows) == len(self.rows) else whole.transpose(1, 2)[:, at].transpose(1, 2)
             for whole in (self.q, self.k, self.v)
         )
-        attend = routine(self.keys.dtype)
-        assert attend.can(q, k, v)
+        attend = kernel_for(self.keys.dtype)
+        assert attend.can_attend(q, k, v)
         return attend(q, k, v, self.keys, self.values, slots, positions, attending, longest, self.scale)
 
     def exact(self) -> torch.Tensor:
@@ -202,9 +203,9 @@ def test_scores_far_apart_leave_one_key_and_equal_ones_the_mean(dtype: torch.dty
 
 
 def test_it_serves_heads_of_whole_vectors_in_one_piece() -> None:
-    attend = routine(torch.float32)
+    attend = kernel_for(torch.float32)
     x = random(1, 4, 3, 64)
-    assert attend.can(x, x, x) and attend.can(x.transpose(1, 2), x, x[..., :16])
-    assert not attend.can(x[..., :24], x[..., :24], x) and not attend.can(x, x, x[..., :24])
-    assert not attend.can(x.bfloat16(), x, x) and not attend.can(x[..., ::2], x[..., :32], x)
-    assert not attend.can(x, x, x[..., ::2])
+    assert attend.can_attend(x, x, x) and attend.can_attend(x.transpose(1, 2), x, x[..., :16])
+    assert not attend.can_attend(x[..., :24], x[..., :24], x) and not attend.can_attend(x, x, x[..., :24])
+    assert not attend.can_attend(x.bfloat16(), x, x) and not attend.can_attend(x[..., ::2], x[..., :32], x)
+    assert not attend.can_attend(x, x, x[..., ::2])

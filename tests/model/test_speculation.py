@@ -38,7 +38,11 @@ class ScriptedRunner:
         self.removed: list[str] = []
         self._slots: dict[int, list[int]] = {}
 
-    def run(self, batch: Batch) -> tuple[torch.Tensor, Batch]:
+    def arrange(self, batch: Batch) -> Batch:
+        """As they are."""
+        return batch
+
+    def run(self, batch: Batch) -> torch.Tensor:
         """Logits by what the slots hold, [len(batch.draws), VOCAB]."""
         self.batches.append(batch)
         logits = []
@@ -53,7 +57,7 @@ class ScriptedRunner:
             for row in range(segment.length - segment.num_sampled, segment.length):
                 logits.append(self.model(segment.sequence, held[: segment.start + row + 1]))
         assert len(logits) == len(batch.draws) == len(batch.sampling)
-        return torch.stack(logits) if logits else torch.empty(0, VOCAB), batch
+        return torch.stack(logits) if logits else torch.empty(0, VOCAB)
 
     num_copied_bytes = 0
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from base_files.locate import find_base
+from cpu_kernels.kernels import native_linears
 from server.adapters.content.manifest import Limits, read_manifest
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
 from server.metrics import Metrics
 from server.model.loader import Base, load_base, load_stock
 from server.model.runner import ModelRunner
-from server.quantization.native import native_kernels
 from server.sequence import AdapterUse, Batch, Draw, SamplingParams, Segment, Sequence
 from server.text.prompt import PromptRenderer
 from tests.instruction_sets import PRODUCTS, needs
@@ -59,7 +59,7 @@ class Micro:
     @property
     def is_exact(self) -> bool:
         """Whether a row with adapters is the same to the bit in any batch: torch adds deltas in floats."""
-        return self.base.quantized is None or self.base.compiled
+        return self.base.quantized is None or self.base.kernels.add_deltas is not None
 
     def play(self, sequences: list[Sequence], *, drafts: int, at_once: int) -> Played:
         """Run the sequences to their ends."""
@@ -176,7 +176,7 @@ def test_answers_are_the_same_by_layer_graphs_and_without(micro: Micro) -> None:
 
 
 def test_there_are_layer_graphs_where_the_products_are_routines(micro: Micro) -> None:
-    assert (micro.runner.graphs is not None) == (micro.base.quantized is not None and bool(native_kernels()))
+    assert (micro.runner.graphs is not None) == (micro.base.quantized is not None and bool(native_linears()))
 
 
 @torch.inference_mode()
@@ -193,7 +193,7 @@ def test_a_drafts_row_has_the_logits_of_a_decoding_row(micro: Micro) -> None:
     right = Segment(known, 0, len(prompt), 6, tuple(silent[1:6]))
     one_by_one = []
     for batch in (Batch((wrong,)), Batch((right,))):
-        logits, _ = micro.runner.run(batch)
+        logits = micro.runner.run(batch)
         assert batch.draws[1] == Draw(known, 2, silent[1])
         assert logits.shape[0] == len(batch.draws) == batch.num_rows
         assert int(logits[0].argmax()) == silent[1]
@@ -201,7 +201,7 @@ def test_a_drafts_row_has_the_logits_of_a_decoding_row(micro: Micro) -> None:
     drafted = logits
     for number in range(6):
         known.output_ids = silent[: number + 1]
-        one_by_one.append(micro.runner.run(Batch((Segment(known, 0, len(prompt) + number, 1),)))[0][0])
+        one_by_one.append(micro.runner.run(Batch((Segment(known, 0, len(prompt) + number, 1),)))[0])
     if micro.is_exact:
         torch.testing.assert_close(drafted, torch.stack(one_by_one), atol=1e-4, rtol=1e-4)
     assert difference(drafted, torch.stack(one_by_one)) < ROUNDED

@@ -1,0 +1,102 @@
+"""Weights as 8-bit integers with one scale for each output (symmetric, round to nearest), and the inputs left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+QMAX = 127
+"""The largest integer that a number becomes."""
+QMAX_16BIT_SAFE = 64
+"""That of weights where pairs of products are added in 16 bits (AVX2, AVX-512 without VNNI): 2 * 255 * 64 fits in.
+
+A smaller largest integer of activations would fit as well, and lose more: their largest are further from the rest.
+"""
+_PIECE_NUMBERS = 1 << 19
+_TINY = 1e-30
+_SUM_NUMBERS = 1 << 16
+"""Sums added to at a time, so that a core's cache holds them while all columns are added."""
+
+
+@dataclass(frozen=True, eq=False)
+class Int8Rows:
+    """A weight [out, in] as ``integers`` int8 [out, in] times ``scales`` float32 [out]."""
+
+    integers: torch.Tensor
+    scales: torch.Tensor
+
+    @classmethod
+    def of(
+        cls,
+        weights: Sequence[torch.Tensor],
+        *,
+        qmax: int = QMAX,
+        done: Callable[[torch.Tensor], None] | None = None,
+    ) -> Int8Rows:
+        """Weights [out, in] of equal width, one below the other, in integers of ``-qmax`` to ``qmax``.
+
+        ``done`` is told each piece that was read.
+        """
+        out = sum(len(weight) for weight in weights)
+        integers = torch.empty(out, weights[0].shape[1], dtype=torch.int8)
+        scales = torch.empty(out)
+        row = 0
+        for weight in weights:
+            for piece in pieces(weight):
+                rows = slice(row, row + len(piece))
+                numbers = piece.float()
+                scales[rows] = numbers.abs().amax(1).clamp_min_(_TINY) / qmax
+                integers[rows] = (numbers / scales[rows, None]).round_().to(torch.int8)
+                row += len(piece)
+                if done is not None:
+                    done(piece)
+        return cls(integers, scales)
+
+    def in_floats(self) -> torch.Tensor:
+        """The weight these integers stand for, float32 [out, in]."""
+        return self.integers * self.scales[:, None]
+
+
+@dataclass(frozen=True, eq=False)
+class Outliers:
+    """Inputs of a linear that are multiplied in float32, as they are far larger than the others.
+
+    ``indices`` [n] of inputs, ``others`` [in] with 0 at these and 1 elsewhere, their ``weights`` [n, out].
+    """
+
+    indices: torch.Tensor
+    others: torch.Tensor
+    weights: torch.Tensor
+
+    @classmethod
+    def of(cls, indices: torch.Tensor, weights: Sequence[torch.Tensor]) -> Outliers:
+        """Of weights [out, in] that lie one below the other."""
+        others = torch.ones(weights[0].shape[1])
+        others[indices] = 0.0
+        columns = torch.cat([weight[:, indices].float() for weight in weights])
+        return cls(indices, others, columns.t().contiguous())
+
+    def added_to(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The product of the others y [rows, out] with that of these inputs of x [rows, in], in y.
+
+        One input after another: a matrix product adds up in an order that depends on the number of rows on some CPUs.
+        """
+        step = max(1, _SUM_NUMBERS // y.shape[1])
+        for rows, sums in zip(x.split(step), y.split(step), strict=True):
+            products = rows[:, self.indices].t()[:, :, None] * self.weights[:, None]  # [n, rows, out]
+            for product in products.unbind():
+                sums += product
+        return y
+
+    def put_into(self, weight: torch.Tensor) -> torch.Tensor:
+        """A weight [out, in] with these columns exact, in place."""
+        weight[:, self.indices] = self.weights.t()
+        return weight
+
+
+def pieces(weight: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Rows of a weight, as many at a time as a core's cache holds in float32."""
+    split: Sequence[torch.Tensor] = weight.split(max(1, _PIECE_NUMBERS // weight.shape[1]))
+    return split

@@ -1,0 +1,244 @@
+"""The operations of one model on a CPU, behind one interface: each is native where this CPU has it, else torch's."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+
+from cpu_kernels.int8_weights import QMAX, QMAX_16BIT_SAFE, Int8Rows, Outliers
+from cpu_kernels.linear import FbgemmLinear, OnednnLinear, PackedLinear, choose_torch_linear, quieten_deprecations
+from cpu_kernels.native_kernel import Launcher, NativeKernel, available
+from cpu_kernels.torch_ops import TorchOps
+
+if TYPE_CHECKING:
+    from cpu_kernels.decode_attention import DecodeAttention
+    from cpu_kernels.lora_deltas import AddDeltas
+    from cpu_kernels.prompt_attention import PromptAttention
+
+logger = logging.getLogger("quickchange.model")
+
+_TORCH_LINEARS = {linear.name: linear for linear in (FbgemmLinear, OnednnLinear)}
+_WITH_TILES = "AMX"
+
+
+class Kernels:
+    """The operations of ONE model, chosen one by one. No caller needs to know which of them are native.
+
+    All tensors are float32 on the CPU, where nothing else is said; no operation checks shapes. ``linear`` names what
+    multiplies integers (``choose_linear``), None for a base in floats. With ``native`` the native kernels are compiled
+    in a thread from now on, those of attention for keys and values of ``kv_dtype``; ``ready`` waits for them.
+
+    Until ``ready`` has returned only ``linear`` and ``qmax`` may be used.
+    """
+
+    rms_norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+    """``f(x, gain, eps)``: x [..., dim], gain [dim] -> a new x * gain / sqrt(mean(x**2) + eps) [..., dim]."""
+
+    rms_norm_of_sum: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
+    """``f(x, other, gain, eps)``: x += other, both contiguous [..., dim]; then ``rms_norm`` of x, to the bit."""
+
+    rotary_embedding: Callable[
+        [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]
+    ]
+    """``f(q, k, cos, sin)``: new x * cos + rotate_half(x) * sin of both (Su et al. 2021).
+
+    q and k are [1, heads, rows, dim] whose heads are contiguous (``stride(-1) == 1``), cos and sin [1, rows, dim].
+    """
+
+    add_: Callable[[torch.Tensor, torch.Tensor], None]
+    """``f(x, other)``: x += other, both contiguous and of one shape."""
+
+    silu_and_mul: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    """``f(gate, up)``: a new silu(gate) * up, all [..., dim]."""
+
+    gelu_and_mul: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    """``f(gate, up)``: a new gelu(gate) * up by the approximation with tanh, all [..., dim]."""
+
+    add_deltas: AddDeltas | None
+    """LoRA deltas of any mixture of adapters on the rows of a linear (see its call); None where torch computes them."""
+
+    records_layers: bool
+    """Whether a decoder layer may be recorded as a layer graph: its linears, attention, deltas and norms are native."""
+
+    def __init__(
+        self, *, linear: str | None = None, native: bool = False, kv_dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.launch = Launcher()
+        self.linear_name = linear
+        self._kv_dtype = kv_dtype
+        self._compiled: dict[NativeKernel, bool] = {}
+        self._native = native and available()
+        self._use_torch()
+        self._compiling: threading.Thread | None = None
+        if self._native:
+            self._compiling = threading.Thread(target=self._compile, name="compile")
+            self._compiling.start()
+
+    @property
+    def qmax(self) -> int:
+        """The largest integer of a weight that ``linear`` multiplies exactly: 127, or 64 on CPUs without VNNI."""
+        assert self.linear_name is not None
+        return _measured_qmax(self.linear_name)
+
+    def linear(
+        self, rows: Int8Rows, bias: torch.Tensor | None = None, outliers: Outliers | None = None
+    ) -> PackedLinear:
+        """A linear of this weight [out, in], integers of ``-qmax`` to ``qmax``, packed; bias float32 [out]."""
+        assert self.linear_name is not None
+        if self.linear_name in _TORCH_LINEARS:
+            return _TORCH_LINEARS[self.linear_name](rows, bias, outliers)
+        from cpu_kernels.native_linear import NativeLinear
+
+        tiles = self.linear_name == _WITH_TILES
+        return NativeLinear(self.launch, _gemm(self.linear_name), rows, bias, outliers, tiles=tiles)
+
+    def decode_attention(self, kv_dtype: torch.dtype) -> DecodeAttention | None:
+        """What writes rows into a KV cache of this format, and attends with single rows (see its call).
+
+        None where there is no native kernel for it: torch's attention takes its place.
+        """
+        if not self._native:
+            return None
+        from cpu_kernels.decode_attention import DecodeAttention
+
+        kernel = DecodeAttention.kernel_for(kv_dtype)
+        if kernel is None or not self._compiles("decode attention", kernel):
+            return None
+        return DecodeAttention(self.launch, kernel)
+
+    def prompt_attention(self, kv_dtype: torch.dtype) -> PromptAttention | None:
+        """What attends with many rows of one sequence to a KV cache of this format (see its call); None as above."""
+        if not self._native:
+            return None
+        from cpu_kernels.prompt_attention import PromptAttention
+
+        kernel = PromptAttention.kernel_for(kv_dtype)
+        if kernel is None or not self._compiles("prompt attention", kernel):
+            return None
+        return PromptAttention(self.launch)
+
+    def ready(self, dtype: torch.dtype = torch.float32) -> Kernels:
+        """Wait until all is compiled, and choose: what failed stays torch's, and the log has named it.
+
+        ``dtype`` is what the model computes in; native operations compute in float32 alone.
+        """
+        if self._compiling is not None:
+            self._compiling.join()
+            self._compiling = None
+        if self._native and dtype != torch.float32:
+            self._native = False
+            self._use_torch()
+        return self
+
+    def _use_torch(self) -> None:
+        ops = TorchOps()
+        self.rms_norm, self.rms_norm_of_sum = ops.rms_norm, ops.rms_norm_of_sum
+        self.rotary_embedding, self.add_ = ops.rotary_embedding, ops.add_
+        self.silu_and_mul, self.gelu_and_mul = ops.silu_and_mul, ops.gelu_and_mul
+        self.add_deltas = None
+        self.records_layers = False
+
+    def _use_native(self) -> None:
+        from cpu_kernels.layer_graph import GRAPH_KERNELS
+        from cpu_kernels.lora_deltas import ADD_DELTAS, AddDeltas
+        from cpu_kernels.native_ops import NativeOps
+
+        ops = NativeOps(self.launch)
+        chosen = {name: self._compiles(name, kernel) for name, kernel in NativeOps.KERNELS.items()}
+        for name, is_native in chosen.items():
+            if is_native:
+                setattr(self, name, getattr(ops, name))
+        if self._compiles("LoRA deltas", ADD_DELTAS):
+            self.add_deltas = AddDeltas(self.launch)
+        self.records_layers = (
+            self.linear_name is not None
+            and self.linear_name not in _TORCH_LINEARS
+            and all(chosen.values())
+            and self.add_deltas is not None
+            and self.decode_attention(self._kv_dtype) is not None
+            and self._compiles("layer graphs", *GRAPH_KERNELS)
+        )
+
+    def _compile(self) -> None:
+        """Whatever this model may need, but for its linears, which are tried when they are chosen."""
+        try:
+            self._use_native()
+            self.prompt_attention(self._kv_dtype)
+        except Exception:  # of an import: compilation reports its own
+            self._native = False
+            self._use_torch()
+            logger.warning("native kernels cannot be imported: every operation but linears is torch's", exc_info=True)
+
+    def _compiles(self, operation: str, *kernels: NativeKernel) -> bool:
+        """Whether these compile; each is tried once."""
+        for kernel in kernels:
+            if kernel not in self._compiled:
+                self._compiled[kernel] = _compiles(operation, kernel)
+        return all(self._compiled[kernel] for kernel in kernels)
+
+
+def choose_kernels(*, int8: bool, kv_dtype: torch.dtype) -> Kernels:
+    """What a base on the CPU computes with. Its ``linear_name`` is None where nothing multiplies integers.
+
+    The one policy: a base in int8 takes every native operation that compiles on this CPU, whatever multiplies its
+    integers. A base in floats keeps torch's, since compiling takes about ten seconds at each start and changes the last
+    bits of its logits; that ends when native kernels come compiled.
+    """
+    if not int8:
+        return Kernels()
+    return Kernels(linear=choose_linear(), native=True, kv_dtype=kv_dtype)
+
+
+def native_linears() -> Sequence[str]:
+    """Names of the instruction sets by which native linears can multiply on this CPU, fastest first."""
+    if not available():
+        return []
+    from cpu_kernels.gemm import gemm_kernels
+
+    return list(gemm_kernels())
+
+
+def choose_linear() -> str | None:
+    """What multiplies integers fastest on this CPU, for ``Kernels``; None where nothing does."""
+    for name in native_linears():
+        if _compiles(f"linears by {name}", _gemm(name)):
+            return name
+    torchs = choose_torch_linear()
+    return None if torchs is None else torchs.name
+
+
+def _gemm(name: str) -> NativeKernel:
+    from cpu_kernels.gemm import gemm_kernels
+
+    return gemm_kernels()[name]
+
+
+@cache
+def _measured_qmax(linear: str) -> int:
+    """``QMAX`` where sums over the largest integers come out exact, which is tried."""
+    quieten_deprecations()
+    num_inputs = 256
+    largest = Int8Rows(torch.full((8, num_inputs), QMAX, dtype=torch.int8), torch.full((8,), 1.0 / QMAX))
+    sums = Kernels(linear=linear).linear(largest)(torch.ones(1, num_inputs))
+    return QMAX if torch.allclose(sums, torch.tensor(float(num_inputs))) else QMAX_16BIT_SAFE
+
+
+def _compiles(operation: str, kernel: NativeKernel) -> bool:
+    """Whether a native kernel compiles for this CPU. Where it does not, the log says so."""
+    try:
+        kernel.compile()
+    except Exception as error:
+        logger.warning(
+            "the native kernel for %s could not be compiled (%s: %s): another takes its place",
+            operation,
+            type(error).__name__,
+            str(error)[:300],
+            exc_info=True,
+        )
+        return False
+    return True

@@ -1,0 +1,189 @@
+"""Attention of a chunk of a prompt, rows of one sequence, on its keys in the KV cache, by tiles of AMX.
+
+Keys and values are bfloat16, as they are kept; queries and the powers of e are rounded to it, sums are float32. What a
+row gets does not depend on where chunks begin and end, but for windows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+
+from cpu_kernels.blocks import ROW_BLOCK, TILE_BYTES, TILE_ROWS, padded
+from cpu_kernels.intrinsics import (
+    barrier,
+    floats,
+    has_features,
+    longs,
+    num_threads,
+    scratch,
+    thread_number,
+)
+from cpu_kernels.native_kernel import Launcher, NativeKernel
+from cpu_kernels.softmax import (
+    FACTORS,
+    STATE_SIZE,
+    begin_rows,
+    compute_powers,
+    find_largest,
+    finish_rows,
+    flush_denormals,
+    hide_keys,
+    scale_sums,
+)
+from cpu_kernels.tiles import configure_tiles, may_use_tiles, release_tiles, tile_products
+from cpu_kernels.transposes import pack_queries, pack_values, unpack_sums
+
+_FIELDS = "q keys values out packed scratch scratch_size rows first num_keys width window heads kv_heads dim value_dim"
+_FIELDS += " q_row q_head key_head value_head"
+"""``keys`` and ``values`` bfloat16 [kv_heads, .., dim] begin with the first key that any row sees, which is ``first``
+before that of the first row; ``width`` are the keys in whole steps. ``window`` is 0 for none."""
+_STEP = 32
+"""Keys of two tiles of scores, and of one step of the sum of values."""
+_KEYS = 96
+"""Keys of a block, between which softmax's offsets may change; always the same ones, wherever chunks begin and end."""
+_LOG2E = 1.4426950408889634
+_EVERYTHING = 1 << 30
+_TILE = TILE_ROWS * TILE_BYTES
+_numbers_memory = scratch(64)
+_multiply, _add_products = tile_products(2, of="tdpbf16ps", fresh=True), tile_products(2, of="tdpbf16ps", add=True)
+
+
+@njit(error_model="numpy")
+def _pack_keys(source: int, target: int, num: int, dim: int) -> None:
+    """A step's keys bfloat16 [num, dim] -> tiles [2, dim / 32, 16, 32]; zeros for keys that are not there."""
+    for key in range(_STEP):
+        tile = target + (key // TILE_ROWS * (dim // 32) * TILE_ROWS + key % TILE_ROWS) * TILE_BYTES
+        for part in range(dim // 32):
+            numbers, packed = longs(source + 2 * key * dim + TILE_BYTES * part), longs(tile + _TILE * part)
+            for i in range(TILE_BYTES // 8):
+                packed[i] = numbers[i] if key < num else 0
+
+
+@njit(error_model="numpy")
+def _pack(a: Any) -> None:
+    """This thread's part of the keys and values of all heads; these as tiles [value_dim / 16, width / 32, 16, 32]."""
+    me, team = thread_number(), num_threads()
+    steps = a.width // _STEP
+    for task in range(me, a.kv_heads * steps, team):
+        head, step = task // steps, task % steps
+        num, keys = min(_STEP, a.num_keys - _STEP * step), a.packed + 2 * head * a.width * (a.dim + a.value_dim)
+        source = a.keys + 2 * (head * a.key_head + _STEP * step * a.dim)
+        _pack_keys(source, keys + 2 * _STEP * step * a.dim, num, a.dim)
+        source = a.values + 2 * (head * a.value_head + _STEP * step * a.value_dim)
+        values = keys + 2 * a.width * a.dim + _TILE * step
+        for part in range(a.value_dim // 32):
+            target = values + 2 * part * steps * _TILE
+            pack_values(source + TILE_BYTES * part, 2 * a.value_dim, num - 1, target, steps * _TILE)
+
+
+@njit(error_model="numpy")
+def _score(a: Any, queries: int, keys: int, key: int, end: int, row: int, scores: int, state: int) -> None:
+    """Scores [end - key, 32 rows] of keys from ``key`` on, minus infinity where rows do not see them."""
+    for step in range((end - key) // _STEP):
+        x = keys + 2 * (key + _STEP * step) * a.dim
+        _multiply(x, 32 * a.dim, a.dim // 32, queries, scores + 128 * _STEP * step, 128, 0)
+    window, first = a.window if a.window else _EVERYTHING, a.first + row
+    after = min(end, a.first + min(row + ROW_BLOCK, a.rows) - window)
+    if key < after:
+        hide_keys(scores, key, after - key, state, window)
+    before = max(key, first + 1)
+    if before < end:
+        hide_keys(scores + 128 * (before - key), before, end - before, state, window)
+
+
+@njit(error_model="numpy")
+def _attend(a: Any, head: int, row: int, scratch: int) -> None:
+    """One head's 32 rows from ``row`` on."""
+    last, first = min(ROW_BLOCK, a.rows - row) - 1, a.first + row
+    scores, tiles = scratch, scratch + 4 * ROW_BLOCK * _KEYS
+    sums = tiles + 2 * ROW_BLOCK * _KEYS
+    state, queries = sums + 4 * ROW_BLOCK * a.value_dim, sums + 4 * ROW_BLOCK * a.value_dim + STATE_SIZE
+    numbers = _numbers_memory()
+    floats(numbers)[0] = np.float32(a.scale * _LOG2E)
+    pack_queries(a.q + 4 * (row * a.q_row + head * a.q_head), 4 * a.q_row, last, queries, a.dim // 32)
+    begin_rows(state, first, first + last)
+    begin = max(0, first - a.window + 1) // _STEP * _STEP if a.window else 0
+    end = (first + last + _STEP) // _STEP * _STEP
+    keys = a.packed + 2 * (head * a.kv_heads // a.heads) * a.width * (a.dim + a.value_dim)
+    values = keys + 2 * a.width * a.dim
+    for key in range(begin, end, _KEYS):
+        until = min(end, key + _KEYS)
+        _score(a, queries, keys, key, until, row, scores, state)
+        find_largest(scores, (until - key) // 4, numbers, state, numbers + 8)
+        compute_powers(scores, tiles, numbers, state, (until - key) // 2)
+        if key > begin and longs(numbers)[1] != 0:
+            scale_sums(sums, a.value_dim, state)
+        for part in range(a.value_dim // 32):
+            x = values + (2 * part * (a.width // _STEP) + key // _STEP) * _TILE
+            here = sums + 4 * ROW_BLOCK * 32 * part
+            if key > begin:
+                _add_products(x, a.width // _STEP * _TILE, (until - key) // _STEP, tiles, here, 128, 0)
+            else:
+                _multiply(x, a.width // _STEP * _TILE, (until - key) // _STEP, tiles, here, 128, 0)
+    finish_rows(state)
+    out = a.out + 4 * (row * a.heads + head) * a.value_dim
+    unpack_sums(sums, state + FACTORS, out, 4 * a.heads * a.value_dim, last, a.value_dim // 16)
+
+
+def _attend_to_chunk(a: Any) -> None:
+    me, team = thread_number(), num_threads()
+    _pack(a)
+    barrier()
+    configure_tiles()
+    flush_denormals(1)
+    # Neighbouring heads of a row lie side by side: threads that share them fetch each other's lines ahead.
+    together = a.heads // team if a.heads % team == 0 else 1
+    for piece in range(me, (a.rows + ROW_BLOCK - 1) // ROW_BLOCK * a.heads // together, team):
+        for task in range(piece * together, (piece + 1) * together):
+            _attend(a, task % a.heads, task // a.heads * ROW_BLOCK, a.scratch + me * a.scratch_size)
+    flush_denormals(0)
+    release_tiles()
+
+
+_KERNEL = NativeKernel(_attend_to_chunk, _FIELDS, "scale")
+
+
+class PromptAttention:
+    """Attention of a chunk of a prompt on a KV cache of bfloat16, by AMX."""
+
+    def __init__(self, launch: Launcher) -> None:
+        self._launch = launch
+
+    @staticmethod
+    def kernel_for(dtype: torch.dtype) -> NativeKernel | None:
+        """The native kernel for keys and values of a format; None for others than bfloat16, and without AMX."""
+        has_tiles = has_features("amx-bf16", "amx-tile", "avx512bf16") and may_use_tiles()
+        return _KERNEL if has_tiles and dtype == torch.bfloat16 else None
+
+    def can_attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> bool:
+        """Whether it serves such queries, and keys and values as the cache has them: head sizes multiples of 32."""
+        whole = q.shape[-1] % 32 == 0 == values.shape[-1] % 32
+        return whole and keys.dtype == values.dtype == torch.bfloat16 and q.dtype == torch.float32 and q.stride(-1) == 1
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        out: torch.Tensor,
+        window: int | None,
+        scale: float,
+    ) -> None:
+        """Attend with q float32 [heads, rows, dim], the last of the sequence, to keys and values [kv_heads, keys, dim].
+
+        The keys are those that any row sees, up to the last row's own. ``out`` is float32 [rows, heads, value_dim].
+        """
+        (heads, rows, dim), (kv_heads, num_keys, value_dim) = q.shape, values.shape
+        threads, width = torch.get_num_threads(), padded(num_keys, _STEP)
+        packed = torch.empty(kv_heads * width * (dim + value_dim), dtype=torch.bfloat16)
+        size = ROW_BLOCK * (6 * _KEYS + 4 * value_dim + 2 * dim) + STATE_SIZE
+        scratch = torch.empty(threads * size, dtype=torch.uint8)
+        self._launch(
+            _KERNEL, threads, q.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr(), packed.data_ptr(),
+            scratch.data_ptr(), size, rows, num_keys - rows, num_keys, width, window or 0, heads, kv_heads, dim,
+            value_dim, q.stride(1), q.stride(0), keys.stride(0), values.stride(0), scale,
+        )  # fmt: skip

@@ -1,0 +1,93 @@
+"""The outermost layer that is ours: request ids, limits on bodies, counted errors, and the answer to bugs."""
+
+from __future__ import annotations
+
+import logging
+import re
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.api.errors import http_reply, reply_to
+from server.metrics import Metrics
+
+MAX_BODY_BYTES = 2 * 1024 * 1024
+
+_log = logging.getLogger("quickchange.api")
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+class Boundary:
+    """Pure ASGI middleware: it neither buffers nor wraps what streams through it."""
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, max_body_bytes: int = MAX_BODY_BYTES) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, if it may pass."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        exchange = _Exchange(_request_id(headers), self._metrics, receive, send, self._max_body_bytes)
+        scope.setdefault("state", {})["request_id"] = exchange.request_id
+        if (status := self._refusal(scope, headers)) is not None:
+            await http_reply(status).response()(scope, receive, exchange.send)
+            return
+        try:
+            await self._app(scope, exchange.receive, exchange.send)
+        except Exception as error:
+            if exchange.started:
+                raise
+            _log.exception("request_id=%s failed", exchange.request_id)
+            reply = reply_to(error, request_id=exchange.request_id)
+            await reply.response()(scope, receive, exchange.send)
+
+    def _refusal(self, scope: Scope, headers: Headers) -> int | None:
+        """The status with which a request is refused by its headers alone."""
+        length = headers.get("content-length", "0")
+        if length.isdecimal() and int(length[:20]) > self._max_body_bytes:
+            return 413
+        media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+        has_body = headers.get("content-length", "") not in ("", "0") or "transfer-encoding" in headers
+        if scope["method"] == "POST" and has_body and media_type != "application/json":
+            return 415
+        return None
+
+
+class _Exchange:
+    """One request and its response, as they pass."""
+
+    def __init__(self, request_id: str, metrics: Metrics, receive: Receive, send: Send, max_body_bytes: int) -> None:
+        self.request_id = request_id
+        self.started = False
+        self._metrics = metrics
+        self._receive = receive
+        self._send = send
+        self._bytes_left = max_body_bytes
+
+    async def receive(self) -> Message:
+        """Count the body, whose length need not be announced."""
+        message = await self._receive()
+        self._bytes_left -= len(message.get("body", b""))
+        if self._bytes_left < 0:
+            raise HTTPException(413)
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Add the id, and count what is refused."""
+        if message["type"] == "http.response.start":
+            self.started = True
+            MutableHeaders(scope=message)["x-request-id"] = self.request_id
+            if message["status"] >= 400:
+                self._metrics.http_errors.labels(str(message["status"])).inc()
+        await self._send(message)
+
+
+def _request_id(headers: Headers) -> str:
+    given = headers.get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex

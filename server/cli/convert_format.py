@@ -1,0 +1,216 @@
+"""Adapters of other trainers as PEFT folders: which format it is, converted, held against the base, published."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import sys
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from adapter_format.files import CONFIG_FILE, SIDECAR_FILE, SOURCE_FILE, WEIGHTS_FILE
+from adapter_format.publishing import published_folder
+from adapter_format.sidecar import parse_sidecar
+from base_files.gguf import is_gguf
+from base_files.locate import find_base
+from server.adapters.content.folder import MAX_JSON_BYTES
+from server.adapters.content.peft_config import parse_peft_config
+from server.cli.adapters_add import COMPANION_FILES
+from server.cli.convert_gguf import GGUFAdapter, read_gguf_adapter
+from server.cli.convert_mlx import MLXAdapter, is_mlx_folder, read_mlx
+from server.cli.convert_modelfile import Wishes, adapter_path, read_modelfile, read_wishes, settle_template
+from server.cli.folders import NotPublished
+from server.errors import InvalidRequest
+from server.settings import Settings
+
+if TYPE_CHECKING:
+    from server.cli.examiner import Examiner
+
+Format = Literal["peft", "mlx", "gguf", "modelfile"]
+_OLD_GGML = (b"algg", b"ggla")
+
+
+@dataclass(frozen=True)
+class PEFTAdapter:
+    """A plain LoRA folder of PEFT, which a Modelfile names; it is copied."""
+
+    folder: Path
+    kind: str = "PEFT's LoRA"
+
+
+@dataclass(frozen=True)
+class Source:
+    """An adapter that can be converted, and what a Modelfile asks for beside it."""
+
+    adapter: MLXAdapter | GGUFAdapter | PEFTAdapter
+    wishes: Wishes | None = None
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What came out: ``said`` is for the person at the terminal."""
+
+    num_modules: int
+    num_bytes: int
+    rank: int
+    said: tuple[str, ...]
+
+
+def find_source(path: Path) -> Path:
+    """The one Modelfile or .gguf of a folder that holds no other adapter; else the path itself."""
+    if not path.is_dir() or is_mlx_folder(path) or (path / WEIGHTS_FILE).exists():
+        return path
+    modelfiles, ggufs = [path / "Modelfile"], sorted(path.glob("*.gguf"))
+    return next((found[0] for found in (modelfiles, ggufs) if len(found) == 1 and found[0].is_file()), path)
+
+
+def format_of(path: Path) -> Format:
+    """Which format a path is in, by what is there; a folder that is nothing else is PEFT's."""
+    if is_mlx_folder(path):
+        return "mlx"
+    if path.is_dir() or not path.exists():
+        return "peft"
+    return "gguf" if is_gguf(path) or path.suffix == ".gguf" else "modelfile"
+
+
+def default_name(path: Path, kind: Format) -> str:
+    """What the new adapter is called where nobody says."""
+    whole = path.resolve()
+    return {"mlx": whole.name, "gguf": whole.name.removesuffix(".gguf"), "modelfile": whole.parent.name}.get(
+        kind, f"{whole.name}-lora"
+    )
+
+
+def read_source(path: Path, kind: Format, *, max_bytes: int, chat_template: str | None) -> Source:
+    """Read and check all that can be without the base. Raises ``NotPublished``."""
+    if kind != "modelfile":
+        return Source(_read_adapter(path, max_bytes))
+    _refuse_old_ggml(path)
+    modelfile = read_modelfile(path)
+    wishes = read_wishes(modelfile, chat_template=chat_template)
+    return Source(_read_adapter(adapter_path(modelfile, path), max_bytes), wishes)
+
+
+def publish_converted(source: Source, target: Path, settings: Settings) -> Converted:
+    """Convert for the base of the settings, check as the server would, and publish. Raises ``NotPublished``."""
+    find_base(settings.base_model)
+    print(f"reading the base {settings.base_model}, against which it is checked", file=sys.stderr, flush=True)
+    from server.cli.examiner import Examiner  # torch, and seconds
+
+    with closing(Examiner.load(settings, dtype=settings.dtype)) as examiner, published_folder(target) as folder:
+        print(f"converting {source.adapter.kind}", file=sys.stderr, flush=True)
+        return fill_folder(source, folder, examiner, name=target.name, base_model=settings.base_model)
+
+
+def fill_folder(source: Source, folder: Path, examiner: Examiner, *, name: str, base_model: str) -> Converted:
+    """Write the whole adapter into an empty folder and judge it. Raises ``NotPublished``."""
+    base = examiner.base.signature
+    said = _write_adapter(source.adapter, folder, examiner, base_model)
+    if source.wishes is not None:
+        said += (f"FROM {source.wishes.base}: here the base is {base.name}",)
+        said += _write_wishes(source.wishes, folder, examiner)
+        said += tuple(f"not carried over: {one}" for one in source.wishes.lost)
+    found, weights = examiner.examine(folder, name=name)
+    if weights is None or found.plan is None:
+        raise NotPublished(
+            f"converted, it would not be served on the base {base.name}: {'; '.join(found.problems[:3])}. Was it "
+            "trained on another base? Name that by --base-model"
+        )
+    return Converted(len(found.plan.parts), (folder / WEIGHTS_FILE).stat().st_size, found.plan.rank, said)
+
+
+def _write_adapter(
+    adapter: MLXAdapter | GGUFAdapter | PEFTAdapter, folder: Path, examiner: Examiner, base_model: str
+) -> tuple[str, ...]:
+    """PEFT's files, and those that stand beside them; returns what is to be said."""
+    from server.cli.lora_folder import write_lora_folder
+
+    base = examiner.base.signature
+    match adapter:
+        case PEFTAdapter():
+            _copy(adapter.folder, folder, CONFIG_FILE, WEIGHTS_FILE, *COMPANION_FILES, SOURCE_FILE)
+            return ()
+        case MLXAdapter():
+            tensors = adapter.convert(base)
+            _copy(adapter.folder, folder, *COMPANION_FILES, SOURCE_FILE)
+        case GGUFAdapter():
+            tensors = adapter.convert(base, examiner.base.model.config.get_text_config())
+    try:
+        write_lora_folder(folder, tensors, base_model=base_model)
+    except ValueError as error:
+        raise NotPublished(f"it cannot be written as PEFT's LoRA: {error}") from None
+    return tensors.notes
+
+
+def _write_wishes(wishes: Wishes, folder: Path, examiner: Examiner) -> tuple[str, ...]:
+    """The sidecar and the licences; returns what is to be said."""
+    path, notes = folder / SIDECAR_FILE, wishes.notes
+    present: Any = json.loads(path.read_bytes()) if path.is_file() else {}
+    sidecar = wishes.sidecar_for(examiner.base.signature, present if isinstance(present, dict) else {})
+    if wishes.template is not None:
+        template, note = settle_template(wishes.template, examiner.prompts, begin=_begin(examiner))
+        notes += (note,)
+        sidecar |= {} if template is None else {"chat_template": template}
+    try:
+        parse_sidecar(sidecar)
+    except ValueError as error:
+        raise NotPublished(f"the Modelfile cannot be written as a sidecar: {error}") from None
+    path.write_text(json.dumps(sidecar, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    wishes.write_into(folder)
+    return notes
+
+
+def _begin(examiner: Examiner) -> str:
+    """The text of the token that begins every prompt, by the base's tokenizer or its chat template; "" for none."""
+    bos = examiner.base.tokenizer.bos_token_id
+    starts = [examiner.prompts.completion("x")[:1]]
+    with contextlib.suppress(InvalidRequest):
+        starts.append(examiner.prompts.chat([{"role": "user", "content": "x"}])[:1])
+    return str(examiner.base.tokenizer.bos_token) if bos is not None and [bos] in starts else ""
+
+
+def _read_adapter(path: Path, max_bytes: int) -> MLXAdapter | GGUFAdapter | PEFTAdapter:
+    if is_mlx_folder(path):
+        return read_mlx(path, max_bytes=max_bytes)
+    if path.is_dir():
+        return _read_peft(path)
+    _refuse_old_ggml(path)
+    return read_gguf_adapter(path, max_bytes=max_bytes)
+
+
+def _read_peft(folder: Path) -> PEFTAdapter:
+    """A folder that needs no conversion. Raises ``NotPublished``."""
+    path = folder / CONFIG_FILE
+    if not path.is_file() or not (folder / WEIGHTS_FILE).is_file():
+        raise NotPublished(
+            f"{folder} holds neither PEFT's {CONFIG_FILE} and {WEIGHTS_FILE} nor mlx-lm's files: name the adapter's "
+            "folder or its .gguf file"
+        )
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"it has more than {MAX_JSON_BYTES} bytes")
+        parse_peft_config(json.loads(path.read_bytes()))
+    except (OSError, ValueError, RecursionError) as error:
+        raise NotPublished(f"{path} is of no adapter that can be copied: {error}") from None
+    return PEFTAdapter(folder)
+
+
+def _copy(source: Path, folder: Path, *names: str) -> None:
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def _refuse_old_ggml(path: Path) -> None:
+    if not path.is_file():
+        return
+    with open(path, "rb") as file:
+        magic = file.read(4)
+    if magic in _OLD_GGML:
+        raise NotPublished(
+            f"{path} is an adapter of llama.cpp before GGUF ({magic.decode()}), which is not read: make it again from "
+            "PEFT's folder"
+        )

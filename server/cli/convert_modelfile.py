@@ -1,0 +1,242 @@
+"""Ollama's Modelfile as an adapter folder: ADAPTER becomes the tensors, SYSTEM and PARAMETER the sidecar.
+
+What the sidecar cannot say is named, never dropped in silence. A simple TEMPLATE is translated to Jinja; where it is
+not, whoever converts says which chat template applies instead.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from server.adapters.content.folder import MAX_JSON_BYTES
+from server.adapters.content.signature import BaseSignature
+from server.adapters.content.words import first
+from server.cli.folders import NotPublished
+from server.cli.go_template import translate
+from server.cli.modelfile import MAX_BYTES, Modelfile, parse_modelfile
+from server.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from adapter_format.messages import Message
+from server.text.prompt import PromptRenderer
+
+BASES_TEMPLATE = "base"
+"""The value of ``--chat-template`` that means the base's own."""
+
+MAX_STOP_STRINGS = 16
+
+_SYSTEM, _ASKED = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello, who is there?"}
+_ANSWER = {"role": "assistant", "content": "It is me."}
+_PROBES: Sequence[Sequence[Message]] = (
+    (_ASKED,), (_SYSTEM, _ASKED), (_ASKED, _ANSWER, _ASKED), (_SYSTEM, _ASKED, _ANSWER, _ASKED),
+)  # fmt: skip
+"""Conversations by which two templates are told apart."""
+
+_UNSAID = {"DRAFT": "a draft model", "PARSER": "a parser of answers", "REQUIRES": "a version of Ollama"}
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a Modelfile asks for beside its adapter: fields of the sidecar, licences, and what is not carried over.
+
+    ``template`` is a TEMPLATE that can be translated, ``notes`` say what became of other ones.
+    """
+
+    sidecar: dict[str, Any]
+    licences: tuple[str, ...]
+    base: str
+    lost: tuple[str, ...] = ()
+    template: str | None = None
+    notes: tuple[str, ...] = ()
+
+    def write_into(self, folder: Path) -> None:
+        """Put the licences beside the adapter."""
+        if self.licences:
+            (folder / "LICENSE").write_text("\n\n".join(self.licences) + "\n", encoding="utf-8")
+
+    def sidecar_for(self, base: BaseSignature, present: Mapping[str, Any]) -> dict[str, Any]:
+        """The whole sidecar, for this base, over what stands in one that is there already."""
+        fingerprints = {"fingerprint": base.fingerprint, "fingerprint_v2": base.fingerprint_v2}
+        return {
+            "schema_version": 2,
+            "base": {"name": base.name, **{name: value for name, value in fingerprints.items() if value}},
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            **present,
+            **self.sidecar,
+        }
+
+
+def read_modelfile(path: Path) -> Modelfile:
+    """Parse a file. Raises ``NotPublished``."""
+    try:
+        if not path.is_file() or path.stat().st_size > MAX_BYTES:
+            raise NotPublished(f"{path} is no Modelfile: it is no regular file of {MAX_BYTES} bytes at most")
+        return parse_modelfile(path.read_bytes().decode())
+    except UnicodeDecodeError:
+        raise NotPublished(f"{path} is no Modelfile: it is not UTF-8 text") from None
+    except ValueError as error:
+        raise NotPublished(f"{path}: {error}") from None
+    except OSError as error:
+        raise NotPublished(f"{path} cannot be read: {error.strerror}") from None
+
+
+def adapter_path(modelfile: Modelfile, path: Path) -> Path:
+    """Where its one ADAPTER is; a relative path counts from the Modelfile's folder. Raises ``NotPublished``."""
+    named = modelfile.values("ADAPTER")
+    if not named:
+        raise NotPublished(
+            f"{path} has no ADAPTER: an adapter folder needs one; SYSTEM and PARAMETER alone can be sent with requests"
+        )
+    if len(named) > 1:
+        raise NotPublished(
+            f"{path} has {len(named)} ADAPTER lines ({first(named)}): convert each by itself and ask for "
+            "model 'NAME+OTHER', which adds them up"
+        )
+    try:
+        found = (path.parent / Path(named[0]).expanduser()).absolute()
+    except RuntimeError as error:
+        raise NotPublished(f"ADAPTER {named[0]!r:.80} has no folder: {error}") from None
+    if not found.exists():
+        raise NotPublished(f"ADAPTER {named[0]!r:.80} is not there: {found}")
+    return found.parent if found.suffix == ".safetensors" else found
+
+
+def read_wishes(modelfile: Modelfile, *, chat_template: str | None) -> Wishes:
+    """What it asks for beside the adapter. Raises ``NotPublished`` where a chat template must be chosen first."""
+    read = _Parameters()
+    for name, value in modelfile.parameters():
+        read.take(name, value)
+    sidecar: dict[str, Any] = {}
+    if (system := modelfile.last("SYSTEM")) is not None:
+        sidecar["system_prompt"] = system
+    if read.stop:
+        sidecar["stop"] = read.stop[:MAX_STOP_STRINGS]
+    if read.sampling:
+        sidecar["sampling"] = read.sampling
+    translated = None
+    if chat_template is not None and chat_template != BASES_TEMPLATE:
+        sidecar["chat_template"] = _read_template(Path(chat_template))
+    elif chat_template is None:
+        translated = _translatable(modelfile)
+    asked = [name for name in ("TEMPLATE", "RENDERER") if modelfile.last(name)]
+    used = "the base's own" if chat_template == BASES_TEMPLATE else f"that of {chat_template}"
+    return Wishes(
+        sidecar,
+        tuple(modelfile.values("LICENSE")),
+        modelfile.values("FROM")[-1],
+        (*read.lost(), *_unsaid(modelfile)),
+        translated,
+        tuple(f"{name}: not used, the chat template is {used}" for name in asked if chat_template is not None),
+    )
+
+
+def settle_template(template: str, prompts: PromptRenderer, *, begin: str) -> tuple[str | None, str]:
+    """A TEMPLATE as Jinja, None where it is the base's own, and what is to be said of it.
+
+    ``begin`` is the text of the token that begins every prompt of this base; Ollama puts it there by itself.
+    """
+    is_there = bool(begin) and template.lstrip().startswith(begin)
+    translated = translate(template, begin="" if is_there else begin)
+    ours = [_renders(prompts, probe, None) for probe in _PROBES]
+    if None not in ours and ours == [_renders(prompts, probe, translated) for probe in _PROBES]:
+        return None, "TEMPLATE: it is the base's own chat template"
+    return translated, "TEMPLATE: translated to Jinja, in quickchange.json; it is not the base's"
+
+
+@dataclass
+class _Parameters:
+    """PARAMETER by PARAMETER; of one that comes twice the last counts, but for ``stop``."""
+
+    sampling: dict[str, float | int] = field(default_factory=dict)
+    stop: list[str] = field(default_factory=list)
+    others: dict[str, str] = field(default_factory=dict)
+
+    def take(self, name: str, value: str) -> None:
+        if name == "stop":
+            if value and value not in self.stop:
+                self.stop.append(value)
+        elif name in _NUMBERS:
+            self._number(name, value)
+        else:
+            self.others[name] = value
+
+    def _number(self, name: str, value: str) -> None:
+        key, read, fits, is_default = _NUMBERS[name]
+        try:
+            number = read(value)
+        except ValueError:
+            raise NotPublished(f"PARAMETER {name} is {value!r:.40}: it must be a number") from None
+        self.sampling.pop(key, None)
+        self.others.pop(name, None)
+        if fits(number):
+            self.sampling[key] = number
+        elif not is_default(number):
+            self.others[name] = value
+
+    def lost(self) -> list[str]:
+        """What the sidecar cannot say, with its value."""
+        found = [f"PARAMETER {name} {value:.60}" for name, value in self.others.items()]
+        return found + [f"PARAMETER stop {value:.60}" for value in self.stop[MAX_STOP_STRINGS:]]
+
+
+_NUMBERS: Mapping[str, tuple[str, Callable[[str], Any], Callable[[Any], bool], Callable[[Any], bool]]] = {
+    "temperature": ("temperature", float, lambda number: 0 <= number <= 2, lambda number: False),
+    "top_p": ("top_p", float, lambda number: 0 < number <= 1, lambda number: False),
+    "min_p": ("min_p", float, lambda number: 0 <= number <= 1, lambda number: False),
+    "top_k": ("top_k", int, lambda number: number >= 1, lambda number: number <= 0),
+    "num_predict": ("max_tokens", int, lambda number: number >= 1, lambda number: number < 0),
+}
+"""By PARAMETER: the sidecar's field, how it is read, what the sidecar can say, and what is the default here anyway."""
+
+
+def _unsaid(modelfile: Modelfile) -> list[str]:
+    """Instructions that the sidecar has no field for."""
+    found = [f"{name} {value:.60} ({_UNSAID[name]})" for name in _UNSAID for value in modelfile.values(name)]
+    if messages := modelfile.values("MESSAGE"):
+        found.append(f"MESSAGE ({len(messages)} of them), which Ollama puts before conversations: send them yourself")
+    return found
+
+
+def _translatable(modelfile: Modelfile) -> str | None:
+    """A TEMPLATE that can be translated, None where there is none. Raises ``NotPublished`` for any other."""
+    template = modelfile.last("TEMPLATE")
+    what, why = "TEMPLATE", ""
+    if modelfile.last("RENDERER"):
+        what, why = "RENDERER", "which is code of Ollama's own"
+    elif template is None:
+        return None
+    else:
+        try:
+            translate(template)
+        except ValueError as error:
+            why = f"which cannot be translated from Go's template language: {error}"
+    if not why:
+        return template
+    raise NotPublished(
+        f"it has a {what}, {why}. Say which chat template the adapter is to have: --chat-template {BASES_TEMPLATE} for "
+        "the base's own, which is what most Modelfiles repeat, or --chat-template FILE.jinja for another one"
+    )
+
+
+def _renders(prompts: PromptRenderer, messages: Sequence[Message], template: str | None) -> list[int] | None:
+    """Prompt ids by a template, None for the base's; None where it refuses."""
+    try:
+        return prompts.chat(messages, template=template)
+    except InvalidRequest:
+        return None
+
+
+def _read_template(path: Path) -> str:
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise NotPublished(f"{path} has more than {MAX_JSON_BYTES} bytes: it is no chat template")
+        text = path.read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise NotPublished(f"--chat-template {path} cannot be read: {error}") from None
+    if not text.strip():
+        raise NotPublished(f"--chat-template {path} is empty")
+    return text

@@ -1,0 +1,59 @@
+"""A base in memory, and adapter folders judged on it as the server judges them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from server.adapters.content.doctor import Examination, examine
+from server.adapters.content.manifest import Limits
+from server.cli.folders import limits_of
+from server.errors import AdapterRejected
+from server.lora.weights import LoRAWeights
+from server.model.device import available_threads
+from server.model.loader import Base, load_base
+from server.settings import Settings
+from server.text.prompt import PromptRenderer
+
+
+@dataclass(frozen=True)
+class Examiner:
+    """Judges folders; ``modules`` are the base's own."""
+
+    base: Base
+    limits: Limits
+    prompts: PromptRenderer
+    modules: Mapping[str, nn.Module]
+
+    @classmethod
+    def load(cls, settings: Settings, *, dtype: str = "float32") -> Examiner:
+        """Load the base of the settings on the CPU. Raises a ``StartError`` where that cannot be."""
+        torch.set_num_threads(settings.threads or available_threads())
+        base = load_base(
+            settings.base_model,
+            name=settings.base_name,
+            device="cpu",
+            dtype=dtype,
+            max_model_len=settings.max_model_len,
+        )
+        prompts = PromptRenderer(base.tokenizer, vocab_size=base.vocab_size)
+        return cls(base, limits_of(settings), prompts, dict(base.model.named_modules(remove_duplicate=False)))
+
+    def close(self) -> None:
+        self.base.close()
+
+    def examine(self, path: Path, *, name: str | None = None) -> tuple[Examination, LoRAWeights | None]:
+        """What is to be said of a folder, under its own name or another, and its weights where it is served."""
+        name = name or path.absolute().name
+        found = examine(path, self.base.signature, self.limits, name=name, judge_manners=self.prompts.check_manners)
+        if found.manifest is None or found.problems:
+            return found, None
+        try:
+            return found, LoRAWeights.of(found.manifest, self.modules)
+        except AdapterRejected as error:
+            found.problems.append(error.reason)
+            return found, None

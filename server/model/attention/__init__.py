@@ -1,1 +1,0 @@
-"""Attention over a flat batch, on floor 3. Read ``interface`` first, then a backend: ``cpu`` or ``batched``."""
