@@ -22,82 +22,94 @@ class Settings(BaseSettings):
 
     base_model: str = Field(
         EMBEDDED_BASE,
-        description="The frozen base: 'micro' (embedded), a folder, or a hub id. The trainer reads it too.",
+        description="Base model: 'micro' (embedded), a folder, or a hub id. The trainer reads it too.",
     )
     adapters_dir: Path = Field(
-        Path("adapters"), description="The folder whose sub-folders are adapters; watched while the server runs."
+        Path("adapters"), description="Folder whose sub-folders are adapters; watched while the server runs."
     )
     adapter_roots: Annotated[tuple[Path, ...] | None, NoDecode] = Field(
         None,
-        description="Folders, separated by ':', into which links in the adapter folder are followed; without it, the "
-        "adapter folder itself and the hub's cache; empty, none.",
+        description="Folders, separated by ':', that links in the adapter folder may lead into. Default: the "
+        "adapter folder and the hub's cache. Empty: none.",
     )
     demo_adapters: bool = Field(
         True, description="Also serve the adapters that come with the package, where the base is the embedded one."
     )
     served_model_name: str | None = Field(
-        None, description="The base's name in the API; without it, the last part of base_model."
+        None, description="Name of the base in the API. Default: the last part of base_model."
     )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one and prints it.")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(
-        "auto", description="Where the base lives; auto takes an accelerator if there is one."
+        "auto", description="Device of the base; auto takes an accelerator if there is one."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Number format of the base; auto is bfloat16 where it is native and faster, else float32."
+        "auto",
+        description="Number format of the base; auto is a 16-bit float on an accelerator, bfloat16 on a CPU that "
+        "has it where the weights exceed 256 MB, else float32.",
     )
     quantization: Literal["none", "int8"] = Field(
         "none",
-        description="int8 makes the base's linears and embedding 8-bit integers at start: faster on a CPU, in less "
-        "memory than bfloat16, for a little accuracy.",
+        description="int8 quantizes the base's linear layers and embedding at start: faster on a CPU, in less "
+        "memory than bfloat16, for a small loss of accuracy.",
     )
     threads: int | None = Field(
-        None, ge=1, description="Threads for matrix products; without it, the cores this process may use."
+        None, ge=1, description="Threads for matrix products. Default: the cores this process may use."
     )
     max_model_len: int | None = Field(
         None,
         ge=2,
-        description="Longest sequence in tokens, prompt and completion together; without it, the base's own.",
+        description="Maximum length of a sequence in tokens, prompt and completion together. Default: the base's own.",
     )
-    max_num_seqs: int = Field(32, ge=1, le=1024, description="Sequences computed at once.")
+    max_num_seqs: int = Field(32, ge=1, le=1024, description="Maximum number of sequences computed at once.")
     max_num_batched_tokens: int = Field(
-        512, ge=1, description="Rows of one step: running sequences first, then chunks of prompts up to this many."
+        512, ge=1, description="Maximum tokens per step: running sequences first, then chunks of prompts."
     )
     max_prefill_tokens: int = Field(
-        128, ge=1, description="Rows of prompts in a step in which others are being answered: they wait no longer."
+        128,
+        ge=1,
+        description="Maximum prompt tokens per step while other requests are decoding. Bounds their "
+        "inter-token latency.",
     )
     kv_memory: int = Field(
         2_147_483_648,
         ge=1,
-        description="Bytes of memory for keys and values, of running sequences and of those kept for reuse.",
+        description="Bytes of memory for keys and values, of running sequences and of cached prefixes.",
     )
     prefix_caching: bool = Field(
         True,
-        description="Reuse what was computed for an earlier prompt that begins alike, of the same key and adapter.",
+        description="Reuse keys and values of an earlier prompt with the same beginning, key and adapter.",
     )
     speculation: Literal["ngram", "none"] = Field(
         "ngram",
-        description="Draft tokens from what followed the last ones before, and let the model judge several in a step.",
+        description="Speculative decoding: ngram drafts tokens from n-grams of the prompt and of earlier "
+        "outputs, and verifies them in one step.",
     )
-    max_draft_tokens: int = Field(12, ge=1, le=64, description="Tokens drafted for a sequence in a step at most.")
-    max_queued_seqs: int = Field(256, ge=0, description="Sequences that may wait for a slot before requests get a 503.")
-    max_lora_rank: int = Field(256, ge=1, description="Adapters of a larger rank are refused.")
+    max_draft_tokens: int = Field(12, ge=1, le=64, description="Maximum tokens drafted for a sequence per step.")
+    max_queued_seqs: int = Field(
+        256, ge=0, description="Maximum number of sequences that wait for a slot; further requests get a 503."
+    )
+    max_lora_rank: int = Field(
+        256, ge=1, description="Maximum rank of an adapter; adapters of a larger rank are refused."
+    )
     max_adapter_bytes: int = Field(
-        1_073_741_824, ge=1, description="Adapters whose weights file is larger are refused."
+        1_073_741_824, ge=1, description="Maximum size in bytes of an adapter's weights file; larger ones are refused."
     )
     adapter_memory: int = Field(
         2_147_483_648,
         ge=1,
-        description="Bytes of memory for adapters' weights, and copies of those computed side by side; what was used "
-        "longest ago makes room.",
+        description="Bytes of memory for adapters' weights and their copies for batched computation; the least "
+        "recently used are evicted.",
     )
     state_dir: Path | None = Field(
         None,
-        description="Where versions of adapters and pins are kept; without it, versions live in memory only.",
+        description="Folder for adapter versions and pins. Default: versions are kept in memory only.",
     )
-    keep_versions: int = Field(3, ge=1, le=1000, description="Versions kept of each adapter in the state directory.")
+    keep_versions: int = Field(
+        3, ge=1, le=1000, description="Number of versions of each adapter kept in the state directory."
+    )
     removal_grace: float = Field(
-        2.0, ge=0, description="Seconds that an adapter's folder may be missing before its name is gone."
+        2.0, ge=0, description="Seconds that an adapter's folder may be missing before its name is removed."
     )
     trust_chat_templates: bool = Field(
         False,
@@ -105,24 +117,28 @@ class Settings(BaseSettings):
     )
     trusted_templates: str | None = Field(
         None,
-        description="Adapters whose chat templates are used without that: their names, with commas between them.",
+        description="Names of adapters, separated by commas, whose chat templates are used without "
+        "trust_chat_templates.",
     )
     admin_key: SecretStr | None = Field(
         None,
-        description="Key for loading, pinning and deleting adapters over HTTP; without it, that is off.",
+        description="Key for loading, pinning and deleting adapters over HTTP. Default: these endpoints are off.",
     )
     default_max_tokens: int = Field(
         512,
         ge=1,
-        description="Length of a completion when neither request nor adapter says; cut to what the context leaves.",
+        description="Maximum tokens of a completion where neither request nor adapter sets one; cut to what "
+        "the context leaves.",
     )
     scan_interval: float = Field(
-        1.0, gt=0, description="Seconds in which nothing in an adapter's folder may change before it is read."
+        1.0, gt=0, description="Seconds without a change in an adapter's folder before it is read."
     )
     shutdown_timeout: float = Field(
         30.0, ge=0, description="Seconds that running requests get to finish when the server stops."
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Minimum level of log messages."
+    )
 
     @field_validator("base_model")
     @classmethod
