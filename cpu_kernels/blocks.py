@@ -1,4 +1,4 @@
-"""How int8 weights and their constants lie in memory for the routines that multiply them.
+"""How int8 weights and their constants lie in memory for the kernels that multiply them.
 
 A weight lies in blocks, [blocks, inputs / 4, 32, 4], inputs padded with zeros to whole tiles of 64: every instruction
 that multiplies bytes takes four inputs of as many outputs as it is wide. A block has sixteen of the first half of the
@@ -17,7 +17,7 @@ TILE_ROWS, TILE_BYTES = 16, 64
 STEP = 32
 """Numbers of bfloat16 in a row of a tile: what a product of such tiles sums over at once."""
 ROW_BLOCK = 2 * TILE_ROWS
-"""Rows that are multiplied together where there are many; such rows' grid and sums are padded to it."""
+"""Rows that are multiplied together where there are many; such rows' bytes and sums are padded to it."""
 FEW = 32
 """Rows that wait for the weights to come from memory."""
 WHOLE = 32

@@ -9,9 +9,8 @@ from typing import Any
 from llvmlite import ir
 
 from cpu_kernels.blocks import BLOCK, HALF, ROW_BLOCK
-from cpu_kernels.intrinsics import loop, void_intrinsic
+from cpu_kernels.intrinsics import FLOATS, NUMBERS, Vector, Vectors, loop, void_intrinsic
 from cpu_kernels.tiles import multiply_tiles
-from cpu_kernels.vectors import FLOATS, NUMBERS, Vector, Vectors
 
 _LANES = HALF
 _I64 = ir.IntType(64)

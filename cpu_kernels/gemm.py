@@ -1,4 +1,4 @@
-"""Products of rows of floats and int8 weights: rows are put on the grid, multiplied, and scaled back, in one go.
+"""GEMM of rows of floats and int8 weights: rows are quantized, multiplied, and scaled back, in one call.
 
 How weights lie is told in ``blocks.py``.
 """
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import numpy as np
+from llvmlite import ir
 from numba import njit
 
 from cpu_kernels.blocks import (
@@ -24,34 +24,35 @@ from cpu_kernels.blocks import (
     TILE_ROWS,
     WHOLE,
 )
-from cpu_kernels.byte_products import dot_products
-from cpu_kernels.finish import deltas_of_blocks, finish, finish_with_deltas, no_deltas
+from cpu_kernels.epilogue import deltas_of_blocks, finish, finish_with_deltas, no_deltas
 from cpu_kernels.gating import BESIDE, GELU, SILU, Gate, gated_beside_products, gated_sums
-from cpu_kernels.grid import MIDDLE, largest_bits, put_bytes
 from cpu_kernels.intrinsics import (
     barrier,
-    bits_of,
-    bytes_at,
-    floats,
     has_features,
     integers,
     longs,
     num_threads,
+    prefetch_lines,
     scratch,
     thread_number,
+    void_intrinsic,
 )
 from cpu_kernels.lora_tiles import list_runs, low_by_b, pairs_of, put_low, put_low_of_rows
 from cpu_kernels.native_kernel import NativeKernel
+from cpu_kernels.quantize_rows import quantize_row
 from cpu_kernels.tiles import configure_few_rows, configure_tiles, may_use_tiles, release_tiles, tile_products
 
-FIELDS = "x rows y gating grid largest apart sums inputs outputs width blocks weights constants"
+FIELDS = "x rows y gating quantized largest apart sums inputs outputs width blocks weights constants"
 FIELDS += " others num_outliers outliers outlier_weights runs parts"
-"""Of a product's record. ``x`` float32 [rows, inputs] and ``y`` [rows, outputs], or [rows, outputs / 2] with a
-``gating``; ``grid`` uint8 [whole row tiles, width], ``largest`` float32 [rows], ``apart`` [rows, outliers] and ``sums``
-are for the time of the call. ``constants`` are, for each block, 32 int32 that sums begin with, 32 scales and a bias in
+"""Of a GEMM's record. ``x`` float32 [rows, inputs] and ``y`` [rows, outputs], or [rows, outputs / 2] with a ``gating``.
+``quantized`` uint8 [whole row tiles, width], ``largest`` float32 [rows], ``apart`` [rows, outliers] and ``sums`` are
+for the time of the call. ``constants`` are, for each block, 32 int32 that sums begin with, 32 scales and a bias in
 float32. ``others`` float32 [inputs] has 0 at outliers, whose indices are int64 and whose weights float32 [blocks, ..,
 32]; 0 for what is not there. Where tiles add adapters' deltas, ``runs`` are as in ``lora_deltas.py``, and ``parts``
-int64: how many linears the product is of, then ``PART`` numbers each."""
+int64: how many linears the weight is of, then ``PART`` numbers each."""
+_AHEAD_BY_VECTORS = 4096
+"""Bytes that vectors' weights are called into the caches ahead, where they come from memory; measured."""
+_I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 _VERY_FEW = 4
 """Rows that vectors multiply as fast as their weights come."""
 _BLOCKS = 16
@@ -60,53 +61,87 @@ _TILE_SLAB = 8
 """Steps of 64 inputs whose weights, 16 KB, stay in half of a first cache while all rows use them."""
 _SLAB = 128
 """Steps of four inputs whose weights, 16 KB, stay in the first cache while several rows use them."""
-_ONE, _LEVELS = np.float32(1.0), np.float32(127.0)
-_MIDDLE = np.float32(MIDDLE)
-_TINY_BITS = np.float32(1e-30).view(np.int32)
+
+
+def dot_products(rows: int, bits: int, *, prefetch: bool = False) -> Any:
+    """``f(x, stride, count, weights, sums)``: sums int32 [rows, 32] += x uint8 [rows, 4 * count] @ a block of weights.
+
+    By VPDPBUSD on vectors of so many bits. ``weights`` int8 [count, 32, 4]; ``stride`` bytes lie between rows of x.
+    """
+    lanes = bits // 32
+    per_block = BLOCK // lanes
+    num_registers = (32 if bits == 512 else 16) - 4
+    at_once = min(per_block, max(1, num_registers // rows))
+    while per_block % at_once:
+        at_once -= 1
+
+    def generate(builder: Any, x: Any, stride: Any, count: Any, weights: Any, sums: Any) -> None:
+        for first in range(0, per_block, at_once):
+            ahead = _AHEAD_BY_VECTORS if prefetch else 0
+            _dot_products(builder, rows, lanes, range(first, first + at_once), ahead, (x, stride, count, weights, sums))
+
+    return void_intrinsic(5, generate)
+
+
+def _dot_products(builder: Any, rows: int, lanes: int, vectors: range, ahead: int, arguments: Any) -> None:
+    x, stride, count, weights, sums = arguments
+    numbers, octets = ir.VectorType(_I32, lanes), ir.VectorType(_I8, 4 * lanes)
+    name = f"llvm.x86.avx512.vpdpbusd.{32 * lanes}"
+    product = builder.module.globals.get(name) or ir.Function(
+        builder.module, ir.FunctionType(numbers, [numbers, octets, octets]), name
+    )
+
+    def at(address: Any, offset: Any, kind: Any) -> Any:
+        return builder.inttoptr(builder.add(address, offset), kind.as_pointer())
+
+    def sum_at(row: int, vector: int) -> Any:
+        return at(sums, _I64(4 * (BLOCK * row + lanes * vector)), numbers)
+
+    cells = [(row, vector) for row in range(rows) for vector in vectors]
+    begin = {cell: builder.load(sum_at(*cell), align=4) for cell in cells}
+    before, loop, end = builder.block, builder.append_basic_block(), builder.append_basic_block()
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    step = builder.phi(_I64)
+    step.add_incoming(_I64(0), before)
+    current = {cell: builder.phi(numbers) for cell in cells}
+    here = builder.add(weights, builder.mul(step, _I64(4 * BLOCK)))
+    loaded = {one: builder.load(at(here, _I64(4 * lanes * one), octets), align=1) for one in vectors}
+    if ahead:
+        prefetch_lines(
+            builder, here, range(ahead + 4 * lanes * vectors[0], ahead + 4 * lanes * (vectors[-1] + 1), 64), 2
+        )
+    after = {}
+    for row in range(rows):
+        offset = builder.add(builder.mul(stride, _I64(row)), builder.mul(step, _I64(4)))
+        four = builder.load(at(x, offset, _I32), align=1)
+        single = builder.insert_element(ir.Constant(numbers, ir.Undefined), four, _I32(0))
+        repeated = builder.bitcast(builder.shuffle_vector(single, single, ir.Constant(numbers, None)), octets)
+        for one in vectors:
+            after[row, one] = builder.call(product, [current[row, one], repeated, loaded[one]])
+    following = builder.add(step, _I64(1))
+    step.add_incoming(following, loop)
+    for cell in cells:
+        current[cell].add_incoming(begin[cell], before)
+        current[cell].add_incoming(after[cell], loop)
+    builder.cbranch(builder.icmp_signed("<", following, count), loop, end)
+    builder.position_at_end(end)
+    for cell in cells:
+        builder.store(after[cell], sum_at(*cell), align=4)
+
 
 _blocks_memory = scratch(4 * BLOCK * ROW_BLOCK * _BLOCKS)
 _sums_memory, _deltas_memory = scratch(4 * BLOCK * CHUNK), scratch(4 * BLOCK * ROW_BLOCK)
-_largest, _largest_of_others = largest_bits(masked=False), largest_bits(masked=True)
-_put, _put_others, _scale_memory = put_bytes(masked=False), put_bytes(masked=True), scratch(4)
 _one_tile, _two_tiles = tile_products(1, prefetch=True), tile_products(2, prefetch=True)
 _tiles, _more_tiles = tile_products(2), tile_products(2, add=True)
 
 
 @njit(error_model="numpy")
-def _put_on_grid(a: Any, row: int, target: int, apart: int) -> None:
-    """A row of x as bytes around 128, and its largest absolute value; outliers count as zeros.
-
-    ``apart`` bytes lie between the beginnings of each 64 bytes and the next.
-    """
-    x, largest_at, whole = a.x + 4 * row * a.inputs, a.largest + 4 * row, a.inputs // TILE_BYTES
-    integers(largest_at)[0] = _TINY_BITS
-    if whole and a.others:
-        _largest_of_others(x, a.others, whole, _TINY_BITS, largest_at)
-    elif whole:
-        _largest(x, 0, whole, _TINY_BITS, largest_at)
-    for i in range(TILE_BYTES * whole, a.inputs):
-        number = floats(x)[i] * floats(a.others)[i] if a.others else floats(x)[i]
-        integers(largest_at)[0] = max(integers(largest_at)[0], bits_of(abs(number)))
-    for one in range(a.num_outliers):
-        floats(a.apart)[row * a.num_outliers + one] = floats(x)[longs(a.outliers)[one]]
-    memory = _scale_memory()
-    scale = _ONE / floats(largest_at)[0] * _LEVELS  # in two steps as torch's kernels, so that bytes are theirs
-    floats(memory)[0] = scale
-    if whole and a.others:
-        _put_others(x, a.others, whole, memory, target, apart)
-    elif whole:
-        _put(x, 0, whole, memory, target, apart)
-    for i in range(TILE_BYTES * whole, a.inputs):
-        number = floats(x)[i] * floats(a.others)[i] if a.others else floats(x)[i]
-        bytes_at(target + whole * apart)[i - TILE_BYTES * whole] = np.uint8(np.int32(number * scale + _MIDDLE))
-
-
-@njit(error_model="numpy")
-def _put_on_tiles(a: Any, first: int, end: int) -> None:
+def _quantize_into_tiles(a: Any, first: int, end: int) -> None:
     """Rows, as tiles of 16 rows and 64 bytes lie one behind the other."""
     for row in range(first, end):
-        target = a.grid + row // TILE_ROWS * TILE_ROWS * a.width + row % TILE_ROWS * TILE_BYTES
-        _put_on_grid(a, row, target, TILE_ROWS * TILE_BYTES)
+        target = a.quantized + row // TILE_ROWS * TILE_ROWS * a.width + row % TILE_ROWS * TILE_BYTES
+        quantize_row(a, row, target, TILE_ROWS * TILE_BYTES)
 
 
 @njit(error_model="numpy")
@@ -114,7 +149,7 @@ def _prepare_many_rows(a: Any, changed: bool) -> None:
     """This thread's rows on tiles, and, where adapters change some, their products with A while they are at hand."""
     me, team, tiles = thread_number(), num_threads(), (a.rows + ROW_BLOCK - 1) // ROW_BLOCK * 2
     for tile in range(tiles * me // team, tiles * (me + 1) // team):
-        _put_on_tiles(a, TILE_ROWS * tile, min(a.rows, TILE_ROWS * (tile + 1)))
+        _quantize_into_tiles(a, TILE_ROWS * tile, min(a.rows, TILE_ROWS * (tile + 1)))
         if changed:
             put_low_of_rows(a, tile)
 
@@ -128,7 +163,7 @@ def _by_dot_products(bits: int, deltas_of: Any = no_deltas) -> Callable[[Any], N
     def by_dot_products(a: Any) -> None:
         me, team = thread_number(), num_threads()
         for row in range(a.rows * me // team, a.rows * (me + 1) // team):
-            _put_on_grid(a, row, a.grid + row * a.width, TILE_BYTES)
+            quantize_row(a, row, a.quantized + row * a.width, TILE_BYTES)
         barrier()
         sums, memory, deltas = _sums_memory(), _blocks_memory(), 0
         first, end = a.blocks * me // team, a.blocks * (me + 1) // team
@@ -148,7 +183,7 @@ def _by_dot_products(bits: int, deltas_of: Any = no_deltas) -> Callable[[Any], N
                     weights = a.weights + (block * a.width // 4 + slab) * 4 * BLOCK
                     row = 0
                     while row < rows:
-                        grid, here = a.grid + (chunk + row) * a.width + 4 * slab, sums + 4 * BLOCK * row
+                        grid, here = a.quantized + (chunk + row) * a.width + 4 * slab, sums + 4 * BLOCK * row
                         if rows - row >= most:
                             many(grid, a.width, steps, weights, here)
                             row += most
@@ -173,9 +208,9 @@ def _few_rows_by_tiles(a: Any, first: int, end: int) -> None:
     for block in range(first, end):
         weights, begin = a.weights + block * a.width * BLOCK, a.constants + 12 * BLOCK * block
         if a.rows <= TILE_ROWS:
-            _one_tile(a.grid, apart, a.width // TILE_BYTES, weights, sums, 4 * BLOCK, begin)
+            _one_tile(a.quantized, apart, a.width // TILE_BYTES, weights, sums, 4 * BLOCK, begin)
         else:
-            _two_tiles(a.grid, apart, a.width // TILE_BYTES, weights, sums, 4 * BLOCK, begin)
+            _two_tiles(a.quantized, apart, a.width // TILE_BYTES, weights, sums, 4 * BLOCK, begin)
         finish_with_deltas(a, 0, a.rows, block, sums)
 
 
@@ -192,7 +227,7 @@ def _many_rows_by_tiles(a: Any, chunk: int, first: int, end: int) -> None:
             weights = a.weights + (block * a.width + first_step * TILE_BYTES) * BLOCK
             begin = a.constants + 12 * BLOCK * block
             for row in range(chunk, last, ROW_BLOCK):
-                grid = a.grid + row * a.width + first_step * TILE_ROWS * TILE_BYTES
+                grid = a.quantized + row * a.width + first_step * TILE_ROWS * TILE_BYTES
                 sums = _sums_memory()
                 if slabs > 1:
                     sums = a.sums + 4 * BLOCK * (block * per_block + row - chunk)
@@ -218,7 +253,7 @@ def _many_gated_rows_by_tiles(gate: Gate, *, with_deltas: bool) -> Any:
         for block in range(first, end):
             weights, begin = a.weights + block * a.width * BLOCK, a.constants + 12 * BLOCK * block
             for row in range(chunk, last, ROW_BLOCK):
-                grid, done = a.grid + row * a.width, min(count, BESIDE * steps)
+                grid, done = a.quantized + row * a.width, min(count, BESIDE * steps)
                 if count == 0:
                     _tiles(grid, apart, steps, weights, sums, 4 * BLOCK, begin)
                 else:
@@ -266,7 +301,7 @@ def _by_tiles() -> Callable[[Any], None]:
                 release_tiles()
             return
         if a.rows <= FEW:
-            _put_on_tiles(a, a.rows * me // team, a.rows * (me + 1) // team)
+            _quantize_into_tiles(a, a.rows * me // team, a.rows * (me + 1) // team)
         barrier()
         first, end = a.blocks * me // team, a.blocks * (me + 1) // team
         if a.rows <= FEW:

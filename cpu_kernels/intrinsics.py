@@ -1,10 +1,9 @@
-"""What compiled routines call that Python has no word for: memory by its address, threads, products of vectors.
-
-Importing this needs Numba; only modules of routines do.
-"""
+"""What the bodies of native kernels call: memory by its address, threads, vectors of LLVM. It needs Numba."""
 
 from __future__ import annotations
 
+import math
+import struct
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,9 +19,13 @@ _features = [f for f in (get_host_cpu_features() if _configured is None else _co
 # Before anything is compiled: LLVM halves vectors of 512 bits for CPUs of which some became slower by them.
 vars(config)["CPU_FEATURES"] = ",".join([*_features, "-prefer-256-bit"])
 
-_I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
-_LANES = 16
-_F32, _FLOATS = ir.FloatType(), ir.VectorType(ir.FloatType(), _LANES)
+LANES = 16
+_I8, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
+NUMBERS, FLOATS = ir.VectorType(_I32, LANES), ir.VectorType(_F32, LANES)
+_ALL_LANES, _DOWN, _AS_SET = ir.IntType(16)(-1), _I32(1), _I32(4)
+"""A mask of all lanes; rounding down, and rounding as the CPU is set to."""
+
+Vector = Any
 
 thread_number: Any = types.ExternalFunction("omp_get_thread_num", types.int32())
 num_threads: Any = types.ExternalFunction("omp_get_num_threads", types.int32())
@@ -117,7 +120,7 @@ def _call(builder: Any, code: Any, record: Any) -> None:
 
 
 call = void_intrinsic(2, _call)
-"""``f(code, record)``: call a routine's code with the address of its record."""
+"""``f(code, record)``: call a kernel's code with the address of its record."""
 
 
 def loop(builder: Any, count: Any, begin: list[Any], body: Callable[[Any, list[Any]], list[Any]]) -> list[Any]:
@@ -150,28 +153,28 @@ def prefetch_lines(builder: Any, here: Any, offsets: range, level: int) -> None:
 
 
 def _vector_at(builder: Any, address: Any, offset: Any) -> Any:
-    return builder.load(builder.inttoptr(builder.add(address, offset), _FLOATS.as_pointer()), align=4)
+    return builder.load(builder.inttoptr(builder.add(address, offset), FLOATS.as_pointer()), align=4)
 
 
 def _multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
     name = "llvm.fma.v16f32"
     function = builder.module.globals.get(name) or ir.Function(
-        builder.module, ir.FunctionType(_FLOATS, [_FLOATS] * 3), name
+        builder.module, ir.FunctionType(FLOATS, [FLOATS] * 3), name
     )
     return builder.call(function, [a, b, c])
 
 
 def _shuffled(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
-    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, _LANES), lanes))
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, LANES), lanes))
 
 
 def _dots(num: int, builder: Any, x: Any, rows: Any, count: Any, out: Any) -> None:
     """Every dot is added up in the same order, however many there are."""
-    width = builder.mul(count, _I64(4 * _LANES))
-    zeros = [ir.Constant(_FLOATS, None) for _ in range(num)]
+    width = builder.mul(count, _I64(4 * LANES))
+    zeros = [ir.Constant(FLOATS, None) for _ in range(num)]
 
     def step(number: Any, sums: list[Any]) -> list[Any]:
-        offset = builder.mul(number, _I64(4 * _LANES))
+        offset = builder.mul(number, _I64(4 * LANES))
         here = _vector_at(builder, x, offset)
         places = [builder.add(offset, builder.mul(width, _I64(row))) for row in range(num)]
         return [
@@ -179,14 +182,14 @@ def _dots(num: int, builder: Any, x: Any, rows: Any, count: Any, out: Any) -> No
             for place, one in zip(places, sums, strict=True)
         ]
 
-    sums = loop(builder, count, zeros, step) * (_LANES // num)
-    distance = _LANES // 2
+    sums = loop(builder, count, zeros, step) * (LANES // num)
+    distance = LANES // 2
     while distance:  # pairs of vectors add up their halves side by side
-        low = [lane for lane in range(_LANES) if not lane & distance]
+        low = [lane for lane in range(LANES) if not lane & distance]
         merged = []
         for first, second in zip(sums[: len(sums) // 2], sums[len(sums) // 2 :], strict=True):
-            here = [lane if not lane & distance else lane + _LANES - distance for lane in range(_LANES)]
-            there = [lane + distance if lane in low else lane + _LANES for lane in range(_LANES)]
+            here = [lane if not lane & distance else lane + LANES - distance for lane in range(LANES)]
+            there = [lane + distance if lane in low else lane + LANES for lane in range(LANES)]
             low_half, high_half = (_shuffled(builder, first, second, lanes) for lanes in (here, there))
             merged.append(builder.fadd(low_half, high_half))
         sums, distance = merged, distance // 2
@@ -200,7 +203,7 @@ def dots(num: int) -> Any:
     return void_intrinsic(4, partial(_dots, num))
 
 
-def weighted_sum(vectors: int, num_rows: int = _LANES) -> Any:
+def weighted_sum(vectors: int, num_rows: int = LANES) -> Any:
     """``f(weights, rows, width, out)``: out float32 [16 * vectors] += weights [num_rows] @ rows [num_rows, width].
 
     Of the beginnings of these rows, one row after another.
@@ -208,18 +211,123 @@ def weighted_sum(vectors: int, num_rows: int = _LANES) -> Any:
 
     def generate(builder: Any, weights: Any, rows: Any, width: Any, out: Any) -> None:
         stride = builder.mul(width, _I64(4))
-        places = [_I64(4 * _LANES * one) for one in range(vectors)]
+        places = [_I64(4 * LANES * one) for one in range(vectors)]
         sums = [_vector_at(builder, out, place) for place in places]
         for row in range(num_rows):
             four = builder.load(builder.inttoptr(builder.add(weights, _I64(4 * row)), _F32.as_pointer()), align=4)
-            single = builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), four, _I32(0))
-            weight = _shuffled(builder, single, single, [0] * _LANES)
+            single = builder.insert_element(ir.Constant(FLOATS, ir.Undefined), four, _I32(0))
+            weight = _shuffled(builder, single, single, [0] * LANES)
             here = builder.add(rows, builder.mul(stride, _I64(row)))
             sums = [
                 _multiply_add(builder, weight, _vector_at(builder, here, place), one)
                 for place, one in zip(places, sums, strict=True)
             ]
         for place, one in zip(places, sums, strict=True):
-            builder.store(one, builder.inttoptr(builder.add(out, place), _FLOATS.as_pointer()), align=4)
+            builder.store(one, builder.inttoptr(builder.add(out, place), FLOATS.as_pointer()), align=4)
 
     return void_intrinsic(4, generate)
+
+
+class _BFloat16(ir.Type):  # type: ignore[misc]
+    """The type of LLVM that llvmlite has no class for."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat16)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat16)
+
+
+class Vectors:
+    """What a builder writes for them."""
+
+    def __init__(self, builder: Any) -> None:
+        self.builder = builder
+
+    def number(self, value: float) -> Vector:
+        """Sixteen times, as float32 has it."""
+        (single,) = struct.unpack("f", struct.pack("f", value))
+        return ir.Constant(FLOATS, [single] * LANES)
+
+    def at(self, address: Any, kind: Any = FLOATS) -> Any:
+        """A pointer to a vector."""
+        return self.builder.inttoptr(address, kind.as_pointer())
+
+    def load(self, address: Any, kind: Any = FLOATS) -> Vector:
+        """Sixteen numbers."""
+        return self.builder.load(self.at(address, kind), align=4)
+
+    def repeated(self, address: Any) -> Vector:
+        """A number in memory, sixteen times."""
+        return self.all_of(self.builder.load(self.builder.inttoptr(address, _F32.as_pointer()), align=4))
+
+    def all_of(self, number: Any) -> Vector:
+        """One number of 32 bits, sixteen times."""
+        nothing = ir.Constant(ir.VectorType(number.type, LANES), ir.Undefined)
+        alone = self.builder.insert_element(nothing, number, _I32(0))
+        return self.builder.shuffle_vector(alone, alone, ir.Constant(NUMBERS, None))
+
+    def multiply_add(self, a: Vector, b: Vector, c: Vector) -> Vector:
+        """a * b + c, rounded once."""
+        return self._call("fma", a, b, c)
+
+    def greater(self, x: Vector, y: Vector) -> Vector:
+        """The greater of two each, y where x is NaN."""
+        return self.builder.select(self.builder.fcmp_ordered(">", x, y), x, y)
+
+    def upper_halves(self, first: Vector, second: Vector) -> Vector:
+        """Pairs of the upper sixteen bits of both."""
+        builder, kind = self.builder, ir.VectorType(ir.IntType(16), 2 * LANES)
+        lower = builder.bitcast(builder.lshr(first, ir.Constant(NUMBERS, [16] * LANES)), kind)
+        lanes = [lane if lane % 2 == 0 else 2 * LANES + lane for lane in range(2 * LANES)]
+        both = ir.Constant(ir.VectorType(_I32, 2 * LANES), lanes)
+        return builder.bitcast(builder.shuffle_vector(lower, builder.bitcast(second, kind), both), NUMBERS)
+
+    def at_least(self, x: Vector, bound: float) -> Vector:
+        """The greater of x and a number; NaN stays."""
+        limit = self.number(bound)
+        return self.builder.select(self.builder.fcmp_ordered(">", limit, x), limit, x)
+
+    def at_most(self, x: Vector, bound: float) -> Vector:
+        """The smaller of x and a number; NaN stays."""
+        limit = self.number(bound)
+        return self.builder.select(self.builder.fcmp_ordered("<", limit, x), limit, x)
+
+    def power_of_two(self, x: Vector, terms: int) -> Vector:
+        """Two to the x, from -127, which gives 0, to 127, by so many terms of the series behind the first."""
+        builder = self.builder
+        n = self._call("rint", x)
+        r = builder.fsub(x, n)
+        power = self.number(math.log(2) ** terms / math.factorial(terms))
+        for term in range(terms - 1, -1, -1):
+            power = self.multiply_add(power, r, self.number(math.log(2) ** term / math.factorial(term)))
+        exponent = builder.shl(builder.fptosi(n, NUMBERS), ir.Constant(NUMBERS, [23] * LANES))
+        return builder.bitcast(builder.add(builder.bitcast(power, NUMBERS), exponent), FLOATS)
+
+    def rounded(self, first: Vector, second: Vector) -> Vector:
+        """bfloat16 [32] of both, as sixteen pairs of them."""
+        kind = ir.VectorType(_BFloat16(), 2 * LANES)
+        return self.builder.bitcast(self._x86("avx512bf16.cvtne2ps2bf16.512", kind, second, first), NUMBERS)
+
+    def scaled(self, x: Vector, exponents: Vector) -> Vector:
+        """x times two to the whole part of the exponents, which may be minus infinity."""
+        return self._x86("avx512.mask.scalef.ps.512", FLOATS, x, exponents, self.number(0.0), _ALL_LANES, _AS_SET)
+
+    def fraction(self, x: Vector) -> Vector:
+        """What x is above the whole number below it; 0 of infinities."""
+        return self._x86("avx512.mask.reduce.ps.512", FLOATS, x, _DOWN, self.number(0.0), _ALL_LANES, _AS_SET)
+
+    def _x86(self, name: str, kind: Any, *arguments: Any) -> Any:
+        whole, kinds = f"llvm.x86.{name}", [argument.type for argument in arguments]
+        known = self.builder.module.globals.get(whole)
+        known = known or ir.Function(self.builder.module, ir.FunctionType(kind, kinds), whole)
+        return self.builder.call(known, arguments)
+
+    def _call(self, name: str, *arguments: Vector) -> Vector:
+        whole = f"llvm.{name}.v{LANES}f32"
+        known = self.builder.module.globals.get(whole)
+        kind = ir.FunctionType(FLOATS, [FLOATS] * len(arguments))
+        return self.builder.call(known or ir.Function(self.builder.module, kind, whole), arguments)

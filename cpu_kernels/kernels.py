@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from cpu_kernels.int8_weights import QMAX, QMAX_16BIT_SAFE, Int8Rows, Outliers
-from cpu_kernels.linear import FbgemmLinear, OnednnLinear, PackedLinear, choose_torch_linear, quieten_deprecations
+from cpu_kernels.linear import (
+    FbgemmLinear,
+    NativeLinear,
+    OnednnLinear,
+    PackedLinear,
+    choose_torch_linear,
+    quieten_deprecations,
+)
 from cpu_kernels.native_kernel import Launcher, NativeKernel, available
 from cpu_kernels.torch_ops import TorchOps
 
@@ -92,8 +99,6 @@ class Kernels:
         assert self.linear_name is not None
         if self.linear_name in _TORCH_LINEARS:
             return _TORCH_LINEARS[self.linear_name](rows, bias, outliers)
-        from cpu_kernels.native_linear import NativeLinear
-
         tiles = self.linear_name == _WITH_TILES
         return NativeLinear(self.launch, _gemm(self.linear_name), rows, bias, outliers, tiles=tiles)
 

@@ -15,6 +15,8 @@ from numba import njit
 
 from cpu_kernels.blocks import FEW, HALF, ROW_BLOCK, STEP, TILE_ROWS
 from cpu_kernels.intrinsics import (
+    NUMBERS,
+    Vectors,
     float_of,
     floats,
     halves,
@@ -29,7 +31,6 @@ from cpu_kernels.intrinsics import (
 from cpu_kernels.lora_deltas import ENTRY, HEAD, RUN
 from cpu_kernels.native_ops import to_bfloat16
 from cpu_kernels.tiles import B_TILES, LOW_TILE, tile_function
-from cpu_kernels.vectors import NUMBERS, Vectors
 
 LISTED = 6
 """Of a run in a list: first row, end, where its tiles would begin for row 0, where B would for output 0, B's bytes of

@@ -81,7 +81,7 @@ def _scale_by(x: Any, gain: Any, factor: Any, y: Any, size: int) -> None:
 def _rms_norm(a: Any) -> None:
     """y = x * gain / sqrt(mean(x**2) + eps), x strided [rows, heads, dim], y contiguous.
 
-    Where there is an ``other``, contiguous, x += other before: one routine, so that both give the same bits.
+    Where there is an ``other``, contiguous, x += other before: one kernel, so that both give the same bits.
     """
     me, team = thread_number(), num_threads()
     gain, eps = floats(a.gain), np.float32(a.eps)

@@ -12,6 +12,20 @@ import numpy as np
 import torch
 from numba import njit
 
+from cpu_kernels.attention_tiles import (
+    FACTORS,
+    STATE_SIZE,
+    begin_rows,
+    compute_powers,
+    find_largest,
+    finish_rows,
+    flush_denormals,
+    hide_keys,
+    pack_queries,
+    pack_values,
+    scale_sums,
+    unpack_sums,
+)
 from cpu_kernels.blocks import ROW_BLOCK, TILE_BYTES, TILE_ROWS, padded
 from cpu_kernels.intrinsics import (
     barrier,
@@ -23,19 +37,7 @@ from cpu_kernels.intrinsics import (
     thread_number,
 )
 from cpu_kernels.native_kernel import Launcher, NativeKernel
-from cpu_kernels.softmax import (
-    FACTORS,
-    STATE_SIZE,
-    begin_rows,
-    compute_powers,
-    find_largest,
-    finish_rows,
-    flush_denormals,
-    hide_keys,
-    scale_sums,
-)
 from cpu_kernels.tiles import configure_tiles, may_use_tiles, release_tiles, tile_products
-from cpu_kernels.transposes import pack_queries, pack_values, unpack_sums
 
 _FIELDS = "q keys values out packed scratch scratch_size rows first num_keys width window heads kv_heads dim value_dim"
 _FIELDS += " q_row q_head key_head value_head"

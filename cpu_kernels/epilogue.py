@@ -1,19 +1,86 @@
-"""What is done with the sums of a product: they are scaled back, changed by adapters and gated, and written."""
+"""The epilogue of a GEMM: its sums are scaled back, changed by adapters, gated, and written."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from llvmlite import ir
 from numba import njit
 
 from cpu_kernels.blocks import BLOCK, BY_GELU, BY_SILU, CHUNK, HALF, NO_GATING, ROW_BLOCK
-from cpu_kernels.byte_products import scale_rows
 from cpu_kernels.gating import GELU, SILU, gated_sums, gelu_vectors, silu_vectors
-from cpu_kernels.intrinsics import floats, longs, scratch
+from cpu_kernels.intrinsics import FLOATS, NUMBERS, Vector, Vectors, floats, longs, loop, scratch, void_intrinsic
 from cpu_kernels.lora_tiles import low_by_b, touches
 
-_scale_rows, _scale_with_outliers = scale_rows(), scale_rows(with_outliers=True)
-_scale_with_deltas, _scale_with_both = scale_rows(with_deltas=True), scale_rows(with_outliers=True, with_deltas=True)
+_I64 = ir.IntType(64)
+
+
+def _scale_by_rows(*, with_outliers: bool = False, with_deltas: bool = False) -> Any:
+    """``f(count, sums, constants, largest, y, apart, stride, deltas)``: y = sums * scales * largest + bias + deltas.
+
+    sums are int32 [count, 32]; behind 32 numbers that sums begin with, ``constants`` are the scales and the bias,
+    float32. Of a row of y the second sixteen lie ``apart`` bytes behind the first; ``stride`` bytes are between rows.
+    Deltas, where there are any, are float32 [2, 32, 16], those of the first sixteen outputs first. With outliers, f
+    takes three more: their ``values`` float32 [count, number], by which their ``weights`` float32 [number, 32] are
+    added, and the ``number``.
+    """
+
+    def generate(builder: Any, count: Any, sums: Any, *others: Any) -> None:
+        constants, largest, y, apart, stride, deltas, *outliers = others
+        vectors = Vectors(builder)
+
+        def part(address: Any, number: int, half: int, kind: Any = FLOATS) -> Any:
+            return vectors.load(builder.add(address, _I64(4 * (BLOCK * number + HALF * half))), kind)
+
+        halves = [[part(constants, one, half) for one in (1, 2)] for half in range(2)]
+
+        def row(number: Any, _: list[Any]) -> list[Any]:
+            here, there = (
+                builder.add(at, builder.mul(number, step)) for at, step in ((sums, _I64(4 * BLOCK)), (y, stride))
+            )
+            factor = vectors.repeated(builder.add(largest, builder.mul(number, _I64(4))))
+            results = []
+            for half, (scale, bias) in enumerate(halves):
+                whole = part(here, 0, half, NUMBERS)
+                scaled = builder.fmul(builder.fmul(builder.sitofp(whole, FLOATS), scale), factor)
+                results.append(builder.fadd(scaled, bias))
+            if with_outliers:
+                results = _with_outliers(vectors, number, results, *outliers)
+            if with_deltas:
+                mine = builder.add(deltas, builder.mul(number, _I64(4 * HALF)))
+                added = [vectors.load(builder.add(mine, _I64(4 * HALF * ROW_BLOCK * half))) for half in range(2)]
+                results = [builder.fadd(result, delta) for result, delta in zip(results, added, strict=True)]
+            for half, result in enumerate(results):
+                place = builder.add(there, builder.mul(apart, _I64(half)))
+                builder.store(result, vectors.at(place), align=4)
+            return []
+
+        loop(builder, count, [], row)
+
+    return void_intrinsic(11 if with_outliers else 8, generate)
+
+
+def _with_outliers(
+    vectors: Vectors, row: Any, results: list[Vector], values: Any, weights: Any, number: Any
+) -> list[Vector]:
+    """A row's results with what its outliers add, one outlier after another."""
+    builder = vectors.builder
+    mine = builder.add(values, builder.mul(builder.mul(row, number), _I64(4)))
+
+    def outlier(one: Any, found: list[Vector]) -> list[Vector]:
+        value = vectors.repeated(builder.add(mine, builder.mul(one, _I64(4))))
+        here = builder.add(weights, builder.mul(one, _I64(4 * BLOCK)))
+        products = [builder.fmul(value, vectors.load(builder.add(here, _I64(4 * HALF * half)))) for half in range(2)]
+        return [builder.fadd(result, product) for result, product in zip(found, products, strict=True)]
+
+    return loop(builder, number, results, outlier)
+
+
+_scale_rows, _scale_with_outliers = _scale_by_rows(), _scale_by_rows(with_outliers=True)
+_scale_with_deltas, _scale_with_both = (
+    _scale_by_rows(with_deltas=True),
+    _scale_by_rows(with_outliers=True, with_deltas=True),
+)
 _silu, _gelu = (gated_sums(gate, with_deltas=False) for gate in (SILU, GELU))
 _silu_with_deltas, _gelu_with_deltas = (gated_sums(gate, with_deltas=True) for gate in (SILU, GELU))
 _values_memory, _deltas_memory = scratch(4 * BLOCK * CHUNK), scratch(4 * BLOCK * ROW_BLOCK)
@@ -86,7 +153,7 @@ def _put_values(a: Any, row: int, count: int, block: int, values: int, apart: in
 
 @njit(error_model="numpy")
 def no_deltas(a: Any, block: int, count: int, deltas: int) -> int:
-    """Where those of a few rows for so many blocks are: on CPUs where another routine adds deltas, nowhere."""
+    """Where those of a few rows for so many blocks are: on CPUs where another kernel adds deltas, nowhere."""
     return 0
 
 
