@@ -18,11 +18,10 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from cpu_kernels.kernels import Kernels
 from server.lora.bank import LoRABank
+from server.lora.batched import BatchedTorchLoRA
 from server.lora.delta import Delta
-from server.lora.shared import SharedA
-from server.lora.weights import LoRAWeights
+from server.lora.weights import FusedA, LoRAWeights
 from server.model.device import available_threads
 from server.sequence import AdapterUse, Batch, SamplingParams, Segment, Sequence
 
@@ -78,7 +77,7 @@ def random_adapter(body: Body, rank: int) -> LoRAWeights:
             names = [f"layers.{number}.{name}" for name in group]
             whole = torch.randn(rank * len(group), body.sizes[group[0]][0])
             columns = {name: slice(place * rank, place * rank + rank) for place, name in enumerate(names)}
-            shared.append(SharedA(whole.t(), columns))
+            shared.append(FusedA(whole.t(), columns))
             for name, kind in zip(names, group, strict=True):
                 deltas[name] = Delta("linear", whole[columns[name]].t(), torch.randn(rank, body.sizes[kind][1]) / 1000)
     return LoRAWeights(deltas, 1.0, shared)
@@ -120,7 +119,7 @@ def banked(body: Body, bank: LoRABank, counts: list[int]) -> Callable[[], None]:
     batch = make_batch(counts)
 
     def step() -> None:
-        bank.begin(bank.arrange(batch))
+        bank.begin(batch)
         body()
 
     return step
@@ -167,7 +166,7 @@ def main() -> None:
     adapters = [random_adapter(body, options.rank) for _ in range(most)]
     groups = [tuple(f"layers.{n}.{name}" for name in group) for n in range(options.layers) for group in GROUPS]
     for case, counts in cases.items():
-        bank = LoRABank(body, groups, max_seats=most, kernels=Kernels())
+        bank = LoRABank(body, BatchedTorchLoRA(groups, max_slots=most, device=torch.device("cpu")))
         for number, weights in enumerate(adapters[: len(counts)]):
             bank.add(str(number), weights)
         plain.resize(sum(counts))

@@ -133,7 +133,7 @@ class Metrics:
         )
         self.adapter_copies = Gauge(
             "quickchange_adapter_copies_bytes",
-            "Memory of the copies of adapters that are computed side by side, within the same limit.",
+            "Memory of adapters' weights copied for batched computation, within the same limit, or of kernels' tables.",
             registry=self.registry,
         )
         self.adapter_memory_limit = Gauge(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -95,34 +95,34 @@ class Script:
 
 
 @dataclass(eq=False)
-class FakeStream:
-    """``OutputStream`` by script."""
+class FakeSequence:
+    """``SubmittedSequence`` by script, from a task of its own."""
 
     engine: FakeEngine
     script: Script
     sequence_id: int
+    sink: Callable[[StepOutput | Exception], None]
     num_cached: int = 0
     closed: bool = False
 
-    async def __aiter__(self) -> AsyncIterator[StepOutput]:
+    def __post_init__(self) -> None:
+        self._task = asyncio.get_running_loop().create_task(self._play())
+
+    async def _play(self) -> None:
         """The script's outputs, then its end."""
         for output in self.script.outputs(self.sequence_id):
             await asyncio.sleep(self.script.delay)
-            yield output
-        await self._end()
-
-    async def _end(self) -> None:
+            self.sink(output)
         if self.script.then == "fail":
-            raise GenerationFailed("cannot go on: /secret/path")
+            self.sink(GenerationFailed("cannot go on: /secret/path"))
         if self.script.then == "die":
-            raise EngineUnavailable("The engine died.")
+            self.sink(EngineUnavailable("The engine died."))
         if self.script.then == "hang":
             self.engine.num_hanging += 1
-            await asyncio.Event().wait()
 
     def close(self) -> None:
-        """Note it."""
         self.closed = True
+        self._task.cancel()
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class FakeEngine:
     capacity: int = 64
     num_cached: int = 0
     submitted: list[Submitted] = field(default_factory=list)
-    streams: list[FakeStream] = field(default_factory=list)
+    streams: list[FakeSequence] = field(default_factory=list)
     num_hanging: int = 0
 
     @property
@@ -166,17 +166,18 @@ class FakeEngine:
         self,
         prompt_ids: Sequence[int],
         *,
+        sink: Callable[[StepOutput | Exception], None],
         params: SamplingParams,
         max_tokens: int,
         adapters: tuple[AdapterUse, ...],
         eos_ids: frozenset[int],
         scope: bytes = b"",
-    ) -> FakeStream:
+    ) -> FakeSequence:
         """As the real one."""
         self.check_capacity(1)
         script = self.scripts[min(len(self.streams), len(self.scripts) - 1)]
         self.submitted.append(Submitted(tuple(prompt_ids), params, max_tokens, adapters, eos_ids, scope))
-        self.streams.append(FakeStream(self, script, len(self.streams), self.num_cached))
+        self.streams.append(FakeSequence(self, script, len(self.streams), sink, self.num_cached))
         return self.streams[-1]
 
 

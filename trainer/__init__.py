@@ -2,8 +2,8 @@
 
 Reading order: ``__main__`` (the commands), ``config`` (what a recipe may say), ``run`` (from a recipe to a folder),
 ``base`` (the model, found by ``base_files``), ``data`` with ``conversations``, ``passages``, ``books`` and ``masking``
-(sources become token ids with a loss mask), ``train`` with ``batches`` and ``loss`` (the loop),
-``publish`` with ``sidecar`` and ``card`` (the folder, checked after it was written).
+(sources become token ids with a loss mask), ``train`` with ``batches`` and ``loss`` (the loop), ``publish`` with
+``card`` (the folder, checked after it was written; its format is ``adapter_format``).
 ``micro`` made the embedded base and ``recipes`` its demo adapters; the wheel has neither, so nothing else here imports
 them. Never imports ``server``.
 """

@@ -14,8 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from server.adapters.content.manifest import Limits, read_manifest
-from server.model.attention import Layout
-from server.model.kv_cache import Span
+from server.model.kv_cache import AttentionMetadata, AttentionSegment
 from server.model.loader import Base
 from server.model.runner import ModelRunner
 from server.sequence import AdapterUse, Batch, SamplingParams, Segment
@@ -65,6 +64,7 @@ class Reader:
             base.model,
             base.attention,
             base.shapes,
+            base.attention_backend,
             num_slots=1,
             max_len=LENGTH,
             kv_dtype=kv_dtype or base.kv_dtype,
@@ -81,13 +81,14 @@ class Reader:
     def logits(self, window: Sequence[int], adapter: str | None = None) -> torch.Tensor:
         """Of every row, float32 [rows, vocabulary]."""
         runner, uses = self._runner, () if adapter is None else (AdapterUse(adapter),)
-        layout = Layout.of((Span(0, 0, len(window), 0),), self.base.model.device)
+        metadata = AttentionMetadata.of((AttentionSegment(0, 0, len(window), 0),), self.base.model.device)
         sequence = Generation(0, tuple(window), 1, SamplingParams(), uses)
-        runner.attention.layout = layout
+        runner.backend.begin(metadata)
         runner.bank.begin(Batch((Segment(sequence, 0, 0, len(window)),)))
         ids = torch.tensor([list(window)], device=self.base.model.device)
-        logits: torch.Tensor = runner.model(input_ids=ids, position_ids=layout.positions[None], use_cache=False).logits
-        return logits[0].float()
+        output = runner.model(input_ids=ids, position_ids=metadata.positions[None], use_cache=False)
+        logits: torch.Tensor = output.logits[0]
+        return logits.float()
 
 
 def compare(

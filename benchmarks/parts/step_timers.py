@@ -19,7 +19,7 @@ from torch import nn
 from benchmarks.parts.engines import InProcessEngine
 from server.lora import module_bypass
 from server.lora.layer import AdaptedModule
-from server.model.attention import FlatAttention
+from server.model.attention.interface import FlatAttention
 from server.quantization.linear import Int8Linear
 
 KINDS = ("linears", "LoRA", "attention", "norms", "elementwise", "embedding", "head", "sampling", "scheduling", "rest")

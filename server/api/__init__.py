@@ -1,4 +1,5 @@
-"""Floor 6: HTTP. ``app`` wires, ``protocol`` is what clients may say, ``chat`` and ``completions`` answer.
+"""Floor 6: HTTP. ``app`` has the routes, ``protocol`` is what clients may say, ``completions`` is what generates.
 
-Both answer by ``answer``: it starts a ``generation``, and streams (``sse``) or collects it, in a shape of ``shapes``.
+Behind it ``generation`` puts sequences into the engine, ``active_request`` reads their outputs, and ``responses``
+writes them, whole or streamed, in a format of ``response_formats``.
 """

@@ -16,7 +16,6 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-from server.api.disconnect import ClientGone
 from server.errors import (
     AdapterNotLoaded,
     AdapterPending,
@@ -41,6 +40,10 @@ _log = logging.getLogger("quickchange.api")
 _CLIENT, _SERVER, _BUSY = "invalid_request_error", "server_error", "service_unavailable_error"
 _MAX_PARAM_LENGTH = 120
 _CLIENT_CLOSED_REQUEST = 499
+
+
+class ClientGone(Exception):
+    """Nobody waits for the response any more."""
 
 
 @dataclass(frozen=True)

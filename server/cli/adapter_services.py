@@ -51,7 +51,7 @@ def build_adapter_services(
         unload=engine.unload_adapter,
         is_wanted=registry.is_wanted,
         max_waiting=settings.max_queued_seqs,
-        spare=settings.adapter_memory // COPIES_SHARE if runner.bank.copies else 0,
+        spare=settings.adapter_memory // COPIES_SHARE if runner.bank.backend.makes_copies else 0,
     )
     adapters = AdapterLibrary(registry, cache, reader, load, metrics=metrics)
     watcher = AdapterWatcher(

@@ -39,7 +39,7 @@ def add(arguments: Sequence[str]) -> int:
 
 def convert(arguments: Sequence[str]) -> int:
     """Write an adapter of another kind or another trainer as LoRA."""
-    from server.cli.adapters_convert import main
+    from server.cli.convert.command import main
 
     return main(arguments)
 

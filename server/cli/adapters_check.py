@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from base_files.locate import find_base, num_weight_bytes
-from server.adapters.content.doctor import Examination
+from server.adapters.content.diagnostics import DiagnosticReport
 from server.adapters.content.manifest import Manifest
 from server.adapters.names import is_name
 from server.cli.adapters_report import report
@@ -64,19 +64,19 @@ def find_folder(text: str, folders: Sequence[Path]) -> Path | None:
     return next((path for path in (*named, Path(text)) if path.is_dir()), None)
 
 
-def _examine(path: Path, settings: Settings, *, probed: bool) -> tuple[Examination, Answers | None]:
+def _examine(path: Path, settings: Settings, *, probed: bool) -> tuple[DiagnosticReport, Answers | None]:
     """Print what there is to know, and let the adapter answer; the base is out of memory afterwards."""
-    from server.cli.examiner import Examiner  # torch, and seconds
+    from server.cli.adapter_checker import AdapterChecker  # torch, and seconds
     from server.cli.parity import answer_here
 
-    with closing(Examiner.load(settings, dtype="float32" if probed else settings.dtype)) as examiner:
-        found, weights = examiner.examine(path)
+    with closing(AdapterChecker.load(settings, dtype="float32" if probed else settings.dtype)) as checker:
+        found, weights = checker.check(path)
         served = f"served as {found.name}" if weights is not None else "NOT SERVED"
         say(f"{path}: {served}")
         rows = report(
             found,
-            examiner.base.signature,
-            base_template=examiner.prompts.chat_template,
+            checker.base.signature,
+            base_template=checker.prompts.chat_template,
             trusting=settings.trust_chat_templates or found.name in settings.trusted_names,
             delta_norm=None if weights is None else weights.delta_norm,
         )
@@ -84,7 +84,7 @@ def _examine(path: Path, settings: Settings, *, probed: bool) -> tuple[Examinati
             say_row(label, text)
         if weights is None or found.manifest is None or not probed:
             return found, None
-        return found, answer_here(examiner.base, found.manifest, weights)
+        return found, answer_here(checker.base, found.manifest, weights)
 
 
 def _why_unprobed(base_folder: Path, *, wanted: bool) -> str | None:

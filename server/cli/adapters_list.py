@@ -24,7 +24,7 @@ from server.errors import SettingsError
 from server.settings import Settings
 
 if TYPE_CHECKING:
-    from server.cli.examiner import Examiner
+    from server.cli.adapter_checker import AdapterChecker
 
 DESCRIPTION = """\
 A line for each adapter folder: its name and version, rank, modules, memory and place, or why it is not served. Below
@@ -42,12 +42,12 @@ def main(arguments: Sequence[str]) -> int:
     kept = [] if store is None else store.names()
     if not paths:
         say(f"no adapters in {', '.join(str(folder) for folder in folders)}")
-    examiner = _examiner(settings) if paths else None
+    checker = _checker(settings) if paths else None
     refused, served = False, {settings.base_name}
     for name in sorted({*paths, *pins, *kept}):
         version = None
-        if examiner is not None and name in paths:
-            version = _print_folder(examiner, paths[name])
+        if checker is not None and name in paths:
+            version = _print_folder(checker, paths[name])
             refused |= version is None
             served |= {name} if version is not None else set()
         else:
@@ -58,11 +58,11 @@ def main(arguments: Sequence[str]) -> int:
     return int(refused)
 
 
-def _examiner(settings: Settings) -> Examiner:
+def _checker(settings: Settings) -> AdapterChecker:
     base_on_disk(settings.base_model)
-    from server.cli.examiner import Examiner  # torch, and seconds
+    from server.cli.adapter_checker import AdapterChecker  # torch, and seconds
 
-    return Examiner.load(settings)
+    return AdapterChecker.load(settings)
 
 
 def _folders_in(folder: Path) -> list[tuple[str, Path]]:
@@ -74,9 +74,9 @@ def _folders_in(folder: Path) -> list[tuple[str, Path]]:
         raise SettingsError(f"the adapter folder {folder} cannot be looked at ({error.strerror})") from None
 
 
-def _print_folder(examiner: Examiner, path: Path) -> str | None:
+def _print_folder(checker: AdapterChecker, path: Path) -> str | None:
     """The version that a folder holds; None where it is not served."""
-    found, weights = examiner.examine(path)
+    found, weights = checker.check(path)
     if weights is None or found.manifest is None:
         say(f"{path.name}: NOT SERVED: {first(found.problems, '; ')}")
         return None

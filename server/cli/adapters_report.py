@@ -11,7 +11,7 @@ from typing import Any
 
 from adapter_format.files import CONFIG_FILE, SIDECAR_FILE, TOKENS_FILE, WEIGHTS_FILE
 from adapter_format.sidecar import Verdict
-from server.adapters.content.doctor import Examination
+from server.adapters.content.diagnostics import DiagnosticReport
 from server.adapters.content.folder import OPTIONAL_FILES, UNREAD_FILES
 from server.adapters.content.manners import AdapterDefaults
 from server.adapters.content.module_plan import LowRank
@@ -25,7 +25,7 @@ _MOST_FILES, _MOST_CHARS = 40, 160
 
 
 def report(
-    found: Examination, base: BaseSignature, *, base_template: str | None, trusting: bool, delta_norm: float | None
+    found: DiagnosticReport, base: BaseSignature, *, base_template: str | None, trusting: bool, delta_norm: float | None
 ) -> Iterator[Row]:
     """Every row that can be told; ``delta_norm`` is None where the weights were not prepared.
 
@@ -108,7 +108,7 @@ def _modules(plan: Plan, base: BaseSignature) -> Iterator[Row]:
     yield "modules", f"{len(plan.modules)} of the base's {len(base.modules)}: {shown}"
 
 
-def _base(found: Examination, base: BaseSignature) -> str:
+def _base(found: DiagnosticReport, base: BaseSignature) -> str:
     theirs = None if found.sidecar is None else found.sidecar.base
     ours = f"{base.name} ({base.fingerprint_of(2 if theirs is None or theirs.fingerprint_v2 else 1)[:19]})"
     if theirs is None:
@@ -149,7 +149,7 @@ def _tokens(defaults: AdapterDefaults, base: BaseSignature) -> Iterator[Row]:
         )
 
 
-def _template(found: Examination, base_template: str | None, *, trusting: bool) -> str:
+def _template(found: DiagnosticReport, base_template: str | None, *, trusting: bool) -> str:
     assert found.defaults is not None
     if found.defaults.chat_template in (None, base_template):
         return "the base's"

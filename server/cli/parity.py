@@ -119,9 +119,11 @@ def _step(runner: ModelRunner, sequences: Sequence[Generation]) -> torch.Tensor:
         batch = Batch(
             tuple(Segment(one, one.id, one.num_computed, min(_CHUNK, one.num_uncomputed)) for one in sequences)
         )
-        logits = runner.run(batch).float()
+        logits, computed = runner.run(batch)
         for segment in batch.segments:
             segment.sequence.num_computed = segment.end
+    row_of = {draw.sequence.id: row for row, draw in enumerate(computed.draws)}
+    logits = logits[[row_of[one.id] for one in sequences]].float()
     tokens = logits[: len(logits) // 2].argmax(dim=-1).tolist()
     for one, token in zip(sequences, tokens * 2, strict=True):
         one.output_ids.append(token)

@@ -13,19 +13,16 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import partial
 
 from server.engine.engine import Engine
 from server.errors import EngineUnavailable, GenerationFailed, QueueFull
 from server.lora.weights import LoRAWeights
-from server.sequence import AdapterUse, SamplingParams, StepOutput
-from server.sequence import Sequence as Generation
+from server.sequence import AdapterUse, SamplingParams, Sequence, StepOutput
 
 logger = logging.getLogger("quickchange.engine")
-
-Argument = TypeVar("Argument")
 
 MAX_FAILED_STEPS = 3
 """Steps that may fail in a row before the engine gives up."""
@@ -38,84 +35,26 @@ _FAILURES = {
 """What is logged of each kind of failure that the thread survives; the kinds are those of ``Metrics``."""
 
 
-@dataclass(frozen=True)
-class Add:
-    """Queue a sequence."""
-
-    sequence: Generation
+Sink = Callable[[StepOutput | Exception], None]
+"""Takes the outputs of a sequence in the event loop, through the last or through the error that ended it."""
 
 
-@dataclass(frozen=True)
-class Abort:
-    """End a sequence."""
+@dataclass(eq=False)
+class SubmittedSequence:
+    """A sequence in the engine, and where its outputs go."""
 
-    sequence_id: int
-
-
-@dataclass(frozen=True)
-class LoadAdapter:
-    """Put an adapter's rows in; ``done`` is called in the engine thread with their bytes or what went wrong."""
-
-    digest: str
-    weights: LoRAWeights
-    done: Callable[[int | Exception], None]
-
-
-@dataclass(frozen=True)
-class UnloadAdapter:
-    """Free an adapter's rows."""
-
-    digest: str
-
-
-@dataclass(frozen=True)
-class Stop:
-    """End the thread."""
-
-
-Command = Add | Abort | LoadAdapter | UnloadAdapter | Stop
-
-
-class OutputStream:
-    """The outputs of one sequence, in order; made by ``AsyncEngine.submit``."""
-
-    def __init__(self, sequence: Generation, close: Callable[[int], None]) -> None:
-        self._sequence = sequence
-        self._close = close
-        self._outputs: asyncio.Queue[StepOutput | Exception] = asyncio.Queue()
-        self._ended = False
-
-    @property
-    def sequence_id(self) -> int:
-        """Whose outputs these are."""
-        return self._sequence.id
+    sequence: Sequence
+    sink: Sink
+    _close: Callable[[int], None]
 
     @property
     def num_cached(self) -> int:
         """Prompt tokens that were not computed anew; settled when the first output comes."""
-        return self._sequence.num_cached
-
-    def put(self, output: StepOutput | Exception) -> None:
-        """Hand an output to the reader."""
-        self._outputs.put_nowait(output)
-
-    async def __aiter__(self) -> AsyncIterator[StepOutput]:
-        """Outputs through the last. Raises ``GenerationFailed`` or ``EngineUnavailable`` rather than wait for ever."""
-        while not self._ended:
-            output = await self._outputs.get()
-            if isinstance(output, Exception):
-                self._ended = True
-                raise output
-            if output.failed is not None:
-                self._ended = True
-                raise GenerationFailed(f"The generation could not go on: {output.failed}.")
-            self._ended = output.last
-            yield output
+        return self.sequence.num_cached
 
     def close(self) -> None:
         """End the sequence if it is alive."""
-        self._ended = True
-        self._close(self.sequence_id)
+        self._close(self.sequence.id)
 
 
 class AsyncEngine:
@@ -125,8 +64,9 @@ class AsyncEngine:
         self._engine = engine
         self._max_unfinished = max_queued_seqs + engine.scheduler.max_num_seqs
         self._max_queued_seqs = max_queued_seqs
-        self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
-        self._streams: dict[int, OutputStream] = {}
+        self._inbox: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()  # None ends the thread
+        self._submitted: dict[int, SubmittedSequence] = {}
+        self._loads: set[asyncio.Future[int]] = set()
         self._ids = itertools.count(1)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._alive = False
@@ -146,7 +86,7 @@ class AsyncEngine:
     @property
     def num_unfinished(self) -> int:
         """Sequences that somebody waits for."""
-        return len(self._streams)
+        return len(self._submitted)
 
     def start(self) -> None:
         """Start the thread; outputs go to the running event loop."""
@@ -159,45 +99,43 @@ class AsyncEngine:
         """Raises ``EngineUnavailable`` or ``QueueFull`` where so many sequences would be refused."""
         if not self._alive:
             raise EngineUnavailable("The engine is not running.")
-        if len(self._streams) + num_sequences > self._max_unfinished:
+        if len(self._submitted) + num_sequences > self._max_unfinished:
             raise QueueFull(self._max_queued_seqs)
 
     def submit(
         self,
-        prompt_ids: Sequence[int],
+        prompt_ids: Iterable[int],
         *,
+        sink: Sink,
         params: SamplingParams,
         max_tokens: int,
         adapters: tuple[AdapterUse, ...],
         eos_ids: frozenset[int],
         scope: bytes = b"",
-    ) -> OutputStream:
-        """Queue a sequence. ``adapters`` are loaded and leased. Raises as ``check_capacity``."""
+    ) -> SubmittedSequence:
+        """Queue a sequence. ``adapters`` are loaded and leased. Raises as ``check_capacity``.
+
+        ``sink`` is called in the event loop; after ``close`` of what is returned it is not.
+        """
         self.check_capacity(1)
-        sequence = Generation(next(self._ids), tuple(prompt_ids), max_tokens, params, adapters, eos_ids, scope)
-        stream = self._streams[sequence.id] = OutputStream(sequence, self._close_stream)
-        self._inbox.put(Add(sequence))
-        return stream
+        sequence = Sequence(next(self._ids), tuple(prompt_ids), max_tokens, params, adapters, eos_ids, scope)
+        submitted = self._submitted[sequence.id] = SubmittedSequence(sequence, sink, self._close)
+        self._inbox.put(partial(self._add, sequence))
+        return submitted
 
     async def load_adapter(self, digest: str, weights: LoRAWeights) -> int:
         """Put prepared rows into the bank, between two steps; the bytes that they take there."""
         if not self._alive:
             raise EngineUnavailable("The engine is not running.")
-        loop = self._loop
-        loaded: asyncio.Future[int] = loop.create_future()
-
-        def settle(result: int | Exception) -> None:
-            if not loaded.done():
-                loaded.set_exception(result) if isinstance(result, Exception) else loaded.set_result(result)
-
-        self._inbox.put(LoadAdapter(digest, weights, lambda result: _call(loop, settle, result)))
-        if not self._thread.is_alive():
-            self._refuse_loads(EngineUnavailable("The engine is not running."))
+        loaded: asyncio.Future[int] = self._loop.create_future()
+        self._loads.add(loaded)
+        loaded.add_done_callback(self._loads.discard)
+        self._inbox.put(partial(self._load, digest, weights, loaded))
         return await loaded
 
     def unload_adapter(self, digest: str) -> None:
         """Free an adapter's rows, between two steps; nobody may be using it."""
-        self._inbox.put(UnloadAdapter(digest))
+        self._inbox.put(partial(self._attempt, "command", self._engine.remove_adapter, digest))
 
     async def stop(self, timeout: float) -> None:
         """Stop taking sequences, give the running ones ``timeout`` seconds, and end the thread, if it was started."""
@@ -205,36 +143,37 @@ class AsyncEngine:
         if self._thread.ident is None:
             return
         deadline = self._loop.time() + timeout
-        while self._streams and self._loop.time() < deadline and self._thread.is_alive():
+        while self._submitted and self._loop.time() < deadline and self._thread.is_alive():
             await asyncio.sleep(0.05)
-        self._inbox.put(Stop())
+        self._inbox.put(None)
         await asyncio.to_thread(self._thread.join, 60)
 
-    def _close_stream(self, sequence_id: int) -> None:
-        if self._streams.pop(sequence_id, None) is not None:
-            self._inbox.put(Abort(sequence_id))
+    def _close(self, sequence_id: int) -> None:
+        if self._submitted.pop(sequence_id, None) is not None:
+            self._inbox.put(partial(self._abort, sequence_id))
 
     def _dispatch(self, outputs: list[StepOutput]) -> None:
-        """In the event loop: hand each output to its stream, if somebody still reads it."""
+        """In the event loop: hand each output over, if somebody still waits for it."""
         for output in outputs:
-            stream = self._streams.get(output.sequence_id)
-            if stream is None:
+            submitted = self._submitted.get(output.sequence_id)
+            if submitted is None:
                 continue
             try:
-                stream.put(output)
+                submitted.sink(output if output.failed is None else _failure(output))
             except Exception:
                 logger.exception("an output could not be handed over; its sequence is ended, and no other")
-                self._close_stream(output.sequence_id)
+                self._close(output.sequence_id)
             if output.last:
-                self._streams.pop(output.sequence_id, None)
+                self._submitted.pop(output.sequence_id, None)
 
     def _end_all(self, error: Exception) -> None:
         """In the event loop: nobody waits for a thread that is gone."""
         self._alive = False
-        for stream in self._streams.values():
-            stream.put(error)
-        self._streams.clear()
-        self._refuse_loads(error)
+        for submitted in self._submitted.values():
+            submitted.sink(error)
+        self._submitted.clear()
+        for loaded in list(self._loads):
+            _settle(loaded, error)
 
     def _run(self) -> None:
         """The thread: commands, then a step, while there is something to do.
@@ -254,7 +193,6 @@ class AsyncEngine:
             reason = EngineUnavailable(f"The engine died ({type(error).__name__}); restart the server.")
         finally:
             _call(self._loop, self._end_all, reason)
-            self._refuse_loads(reason)
             self._engine.metrics.engine_up.set(0)
 
     def _account(self, action: Callable[..., None], *arguments: object) -> None:
@@ -268,12 +206,6 @@ class AsyncEngine:
             self._accounting_failed = True
             return
         self._accounting_failed = False
-
-    def _refuse_loads(self, reason: Exception) -> None:
-        """Adapters that were still to be loaded never will be."""
-        while not self._inbox.empty():
-            if isinstance(command := self._inbox.get(), LoadAdapter):
-                command.done(reason)
 
     def _step(self) -> list[StepOutput]:
         """A step of the engine. One that fails ends the sequences that ran in it, and no others."""
@@ -290,14 +222,14 @@ class AsyncEngine:
         return outputs
 
     def _take_commands(self) -> bool:
-        """Carry out what is in the inbox, waiting where there is nothing to compute. False after ``Stop``."""
+        """Carry out what is in the inbox, waiting where there is nothing to compute. False to end the thread."""
         while self._engine.idle or not self._inbox.empty():
             if self._engine.idle and self._inbox.empty():
                 self._audit()
             command = self._inbox.get()
-            if isinstance(command, Stop):
+            if command is None:
                 return False
-            self._carry_out(command)
+            command()
         return True
 
     def _audit(self) -> None:
@@ -306,28 +238,24 @@ class AsyncEngine:
             self._send(self._engine.mend("the engine's books were wrong"))
         self._account(self._engine.report_load)
 
-    def _carry_out(self, command: Command) -> None:
-        """Do what a command says. One that fails has failed for what it is about, and for nothing else."""
-        match command:
-            case Add(sequence):
-                if self._attempt("command", self._engine.add, sequence) is not None:
-                    self._send(self._engine.evict(sequence.id, "it could not be queued"))
-            case Abort(sequence_id):
-                if self._attempt("command", self._engine.abort, sequence_id) is not None:
-                    self._send(self._engine.evict(sequence_id, "it could not be ended"))
-            case LoadAdapter(digest, weights, done):
-                done(self._load(digest, weights))
-            case UnloadAdapter(digest):
-                self._attempt("command", self._engine.remove_adapter, digest)
+    def _add(self, sequence: Sequence) -> None:
+        if self._attempt("command", self._engine.add, sequence) is not None:
+            self._send(self._engine.evict(sequence.id, "it could not be queued"))
 
-    def _load(self, digest: str, weights: LoRAWeights) -> int | Exception:
+    def _abort(self, sequence_id: int) -> None:
+        if self._attempt("command", self._engine.abort, sequence_id) is not None:
+            self._send(self._engine.evict(sequence_id, "it could not be ended"))
+
+    def _load(self, digest: str, weights: LoRAWeights, loaded: asyncio.Future[int]) -> None:
+        result: int | Exception
         try:
-            return self._engine.runner.add_adapter(digest, weights)
+            result = self._engine.runner.add_adapter(digest, weights)
         except Exception as error:
             logger.exception(_FAILURES["command"])
             self._count("command")
             self._attempt("command", self._engine.remove_adapter, digest)
-            return error
+            result = error
+        _call(self._loop, _settle, loaded, result)
 
     def _attempt(self, kind: str, action: Callable[..., object], *arguments: object) -> Exception | None:
         """Do something whose failure must not end the thread; what went wrong, logged and counted."""
@@ -347,7 +275,20 @@ class AsyncEngine:
         _call(self._loop, self._dispatch, outputs)
 
 
-def _call(loop: asyncio.AbstractEventLoop, function: Callable[[Argument], None], argument: Argument) -> None:
+def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: object) -> None:
     """Run a function in the event loop, unless the loop is closed: then nobody waits any more."""
     with contextlib.suppress(RuntimeError):
-        loop.call_soon_threadsafe(function, argument)
+        loop.call_soon_threadsafe(function, *arguments)
+
+
+def _settle(loaded: asyncio.Future[int], result: int | Exception) -> None:
+    if loaded.done():
+        return
+    if isinstance(result, Exception):
+        loaded.set_exception(result)
+    else:
+        loaded.set_result(result)
+
+
+def _failure(output: StepOutput) -> GenerationFailed:
+    return GenerationFailed(f"The generation could not go on: {output.failed}.")

@@ -17,17 +17,16 @@ from server.sequence import Batch, Sequence, StepOutput
 class Runner(Protocol):
     """What the engine asks of a model: ``model.runner.ModelRunner``, or a script in tests."""
 
-    def arrange(self, batch: Batch) -> Batch:
-        """The same rows in the order in which ``run`` computes them fastest."""
-        ...
+    def run(self, batch: Batch) -> tuple[torch.Tensor, Batch]:
+        """Logits of the rows that yield a token, [len(draws), vocab], and the batch, whose ``draws`` those are.
 
-    def run(self, batch: Batch) -> torch.Tensor:
-        """Logits of the rows that yield a token, [len(batch.draws), vocab]."""
+        It may have its segments in another order.
+        """
         ...
 
     @property
     def num_copied_bytes(self) -> int:
-        """Memory of the copies of adapters that are computed side by side."""
+        """Memory that adapters take beside their own tensors."""
         ...
 
     def add_adapter(self, digest: str, weights: LoRAWeights) -> int:
@@ -86,8 +85,8 @@ class Engine:
 
     def step(self) -> list[StepOutput]:
         """A token or more for every sequence whose prompt is computed, a chunk further for the others."""
-        self.batch = self.runner.arrange(self.scheduler.schedule())
-        logits = self.runner.run(self.batch)
+        self.batch = self.scheduler.schedule()
+        logits, self.batch = self.runner.run(self.batch)
         tokens = self.sampler.sample(logits, self.batch.draws)
         return self.scheduler.update(self.batch, tokens)
 

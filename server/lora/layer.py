@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
+from server.lora.backend import LoRABackend
 from server.lora.delta import Delta
-from server.lora.rows import Rows
-from server.lora.shared import SharedInput
-
-if TYPE_CHECKING:
-    from server.lora.compiled import CompiledDeltas
 
 
 class AdaptedModule(nn.Module):
@@ -22,11 +18,11 @@ class AdaptedModule(nn.Module):
     Whatever else modelling code reads of it is the base's.
     """
 
-    def __init__(self, base: nn.Module, rows: Rows) -> None:
+    def __init__(self, base: nn.Module, backend: LoRABackend) -> None:
         super().__init__()
         self.base = base
         self.deltas: dict[str, Delta] = {}
-        self._rows = rows
+        self._backend, self._batch = backend, backend.batch
         self._compute = base.forward
 
     def put(self, digest: str, delta: Delta) -> None:
@@ -51,50 +47,38 @@ class AdaptedModule(nn.Module):
         deltas = self.deltas
         return [
             (slice(run.start, run.end), deltas[use.digest], use.scale)
-            for run in self._rows.of(num_rows).runs
-            for use in run.uses
+            for run in self._batch.runs(num_rows)
+            for use in run.adapters
             if use.digest in deltas
         ]
 
 
 class LoRALinear(AdaptedModule):
-    """A linear: ``base(x) + x @ a @ b`` on the rows of a plain adapter.
+    """A linear: ``base(x) + x @ a @ b`` on the rows of a plain adapter, which is the backend's part."""
 
-    ``x @ a`` comes by way of its ``shared`` input, or all of it by a routine where there is one; base's product may
-    have added it, ``in_product``.
-    """
-
-    def __init__(
-        self,
-        base: nn.Module,
-        rows: Rows,
-        name: str,
-        shared: SharedInput,
-        compiled: CompiledDeltas | None = None,
-        *,
-        in_product: bool = False,
-    ) -> None:
-        super().__init__(base, rows)
-        self._name, self._shared, self._compiled, self._in_product = name, shared, compiled, in_product
+    def __init__(self, base: nn.Module, backend: LoRABackend, name: str) -> None:
+        super().__init__(base, backend)
+        self._name = name
+        self._applied = False
         self._not_plain: set[str] = set()
 
+    def attach(self) -> None:
+        """Tell the backend; unless the base's own product adds the plain deltas, it is to apply them."""
+        self._applied = self._backend.attach(self._name)
+
     def put(self, digest: str, delta: Delta) -> None:
-        """Take an adapter's change; its plain delta is taken from the shared input."""
         super().put(digest, delta)
         if not delta.plain:
             self._not_plain.add(digest)
 
     def drop(self, digest: str) -> None:
-        """Forget an adapter; one that is not there is no error."""
         super().drop(digest)
         self._not_plain.discard(digest)
 
     @property
     def changes(self) -> bool:
-        """Whether it may change what its base computes, now or when what is being recorded is played."""
-        if self._in_product:
-            return bool(self._not_plain) and self._rows.active
-        return self._rows.active or (self._compiled is not None and self._compiled.is_recording)
+        """Whether it may change what its base computes in the step at hand, or when what is recorded is replayed."""
+        return self._backend.active if self._applied else bool(self._not_plain) and self._batch.active
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., rows, in] -> [..., rows, out]; dimensions before the rows are of size 1."""
@@ -102,14 +86,9 @@ class LoRALinear(AdaptedModule):
         if not self.changes:
             return y
         flat_y = y.view(-1, y.shape[-1])
-        if self._in_product:
-            pass
-        elif self._compiled is not None:
-            self._compiled.add_to(self._name, x, flat_y)
-        else:
-            for rows, low, b in self._shared.take(self._name, x):
-                rows.add(flat_y, low, b)
-        if self._not_plain and self._rows.active:
+        if self._applied:
+            self._backend.apply(self._name, x, flat_y)
+        if self._not_plain and self._batch.active:
             flat_x = x.reshape(-1, x.shape[-1])
             for at, delta, scale in self._parts(len(flat_x)):
                 if not delta.plain:
@@ -124,7 +103,7 @@ class LoRAEmbedding(AdaptedModule):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids [1, rows] -> [1, rows, dim]."""
         y: torch.Tensor = self._compute(ids)
-        if not self._rows.active:
+        if not self._batch.active:
             return y
         flat_ids, flat_y = ids.reshape(-1), y.view(-1, y.shape[-1])
         for rows, delta, scale in self._parts(len(flat_ids)):
@@ -142,7 +121,7 @@ class LoRARows(AdaptedModule):
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """Inputs and results all have the rows in the same axis, as [rows, ...], [1, rows, ...] or [1, heads, rows]."""
-        if not self._rows.active:
+        if not self._batch.active:
             return self._compute(*inputs, **named)
         axis = next(iter(self.deltas.values())).axis
         num_rows = first_tensor(inputs, named).shape[axis]

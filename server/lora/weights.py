@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -13,7 +13,14 @@ from server.adapters.content.manifest import Manifest
 from server.errors import AdapterRejected
 from server.lora.delta import Delta
 from server.lora.prepare import Preparation
-from server.lora.shared import SharedA
+
+
+@dataclass(frozen=True, eq=False)
+class FusedA:
+    """An adapter's A of several modules in one tensor: ``a`` [in, rank of all]; ``columns`` says which are whose."""
+
+    a: torch.Tensor
+    columns: Mapping[str, slice]
 
 
 @dataclass(frozen=True)
@@ -21,25 +28,17 @@ class LoRAWeights:
     """The changes of every module an adapter touches, and how far they are from the base: ``delta_norm`` is the
     Frobenius norm of all low-rank deltas, other biases, other rows and other weights together.
 
-    ``shared`` has the A of modules that receive the same tensor: theirs are views into it."""
+    ``fused`` has the A of modules that receive the same tensor: theirs are views into it."""
 
     deltas: Mapping[str, Delta]
     delta_norm: float = 0.0
-    shared: Sequence[SharedA] = ()
+    fused: Sequence[FusedA] = ()
 
     @classmethod
     @torch.inference_mode()
-    def of(
-        cls,
-        manifest: Manifest,
-        base_modules: Mapping[str, nn.Module],
-        groups: Sequence[tuple[str, ...]] = (),
-        tiled: Collection[str] = (),
-    ) -> LoRAWeights:
+    def of(cls, manifest: Manifest, base_modules: Mapping[str, nn.Module]) -> LoRAWeights:
         """Tensors from the manifest's bytes, on the base's device; any thread may do it.
 
-        ``groups`` are modules that receive the same tensor; an adapter's A of those are one tensor.
-        Those of ``tiled`` modules are laid out for their products.
         Raises ``AdapterRejected`` where they would change nothing, or overflow with their scaling.
         """
         preparation = Preparation(manifest.data)
@@ -53,9 +52,7 @@ class LoRAWeights:
             raise AdapterRejected(manifest.name, f"the weights of {vast[0]} are too large to compute with")
         if not deltas:
             raise AdapterRejected(manifest.name, "all its deltas are zero, so it would change nothing: was it trained?")
-        deltas = {module: delta.in_tiles() if module in tiled else delta for module, delta in deltas.items()}
-        shared = [one for modules in groups if (one := _share(modules, deltas)) is not None]
-        return cls(deltas, norm, shared)
+        return cls(deltas, norm)
 
     @property
     def num_bytes(self) -> int:
@@ -72,17 +69,3 @@ def num_held_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the memory that tensors keep from being freed, what several share counted once."""
     storages = {storage.data_ptr(): storage.nbytes() for storage in (one.untyped_storage() for one in tensors)}
     return sum(storages.values())
-
-
-def _share(modules: tuple[str, ...], deltas: dict[str, Delta]) -> SharedA | None:
-    """Put the A of these modules' plain deltas into one tensor, where there are two or more."""
-    found = {one: deltas[one].a for one in modules if one in deltas and deltas[one].plain}
-    parts = {module: a.t() for module, a in found.items() if a is not None}  # [rank, in], as the file has them
-    if len(parts) < 2:
-        return None
-    whole, columns, start = torch.cat(list(parts.values())), {}, 0
-    for module, part in parts.items():
-        columns[module] = slice(start, start + len(part))
-        deltas[module] = replace(deltas[module], a=whole[columns[module]].t())
-        start += len(part)
-    return SharedA(whole.t(), columns)

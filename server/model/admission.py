@@ -15,9 +15,10 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from server.errors import BaseModelRefused
-from server.model.attention import FlatAttention, Layout
-from server.model.batched_attention import BatchedAttention
-from server.model.kv_cache import KVCache, Span
+from server.model.attention.cpu import TorchAttention
+from server.model.attention.interface import AttentionBackend, BackendFactory, FlatAttention
+from server.model.attention.probe import ProbingAttention
+from server.model.kv_cache import AttentionMetadata, AttentionSegment, KVCache
 from server.model.rope import fix_rope
 
 TOLERANCE = 1e-3
@@ -45,15 +46,15 @@ _WINDOWS = ("sliding_window", "attention_chunk_size", "local_attention_window_si
 _MAX_LAYERS = 6
 
 
-def admit(config: PretrainedConfig, *, name: str, batched: BatchedAttention | None = None) -> None:
-    """Return if the architecture may be served, with its decoding rows ``batched`` where that is given.
+def admit(config: PretrainedConfig, *, name: str, backend: BackendFactory = TorchAttention) -> None:
+    """Return if the architecture may be served with this attention.
 
     Raises ``BaseModelRefused`` with the reason.
     """
     try:
         with torch.random.fork_rng(devices=[]), torch.inference_mode():
             torch.manual_seed(0)
-            _compare(shrink(config), batched)
+            _compare(shrink(config), backend)
     except _Refused as refused:
         raise BaseModelRefused(name, f"{config.model_type}: {refused}") from None
     except Exception as error:
@@ -136,56 +137,55 @@ def _shrink_rope(text: PretrainedConfig) -> None:
         text.original_max_position_embeddings = _TRAINED
 
 
-def _compare(config: PretrainedConfig, batched: BatchedAttention | None) -> None:
+def _compare(config: PretrainedConfig, backend: BackendFactory) -> None:
     """Stock logits of two sequences against ours: flat, in chunks, and token by token."""
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     _randomize(model)
     fix_rope(model, _CONTEXT)
     sequences = [torch.randint(3, 200, (length,)) for length in _LENGTHS]
     stock = [model(input_ids=ids[None], use_cache=False).logits[0] for ids in sequences]
-    attention = FlatAttention()
-    attention.install(model)
+    probe, attention = ProbingAttention(), FlatAttention()
     try:
-        _compare_whole(model, attention, sequences, stock)
-        shapes = [attention.seen_shapes[layer] for layer in sorted(attention.seen_shapes)]
-        attention.batched, cpu = batched, torch.device("cpu")
-        attention.cache = KVCache(shapes, num_slots=2, max_len=_CONTEXT, dtype=torch.float32, device=cpu)
-        decoded = _in_chunks(model, attention, sequences)
+        probe.install(model)
+        _compare_whole(model, probe, sequences, stock)
+        cpu = torch.device("cpu")
+        cache = KVCache(probe.shapes, num_slots=2, max_len=_CONTEXT, dtype=torch.float32, device=cpu)
+        attention.backend = backend(cache)
+        attention.install(model)
+        decoded = _in_chunks(model, attention.backend, sequences)
         _check(decoded, stock, "chunks of a prompt and tokens decoded from a KV slot differ")
     finally:
+        probe.close()
         attention.close()
 
 
 def _compare_whole(
-    model: PreTrainedModel, attention: FlatAttention, sequences: list[torch.Tensor], stock: list[torch.Tensor]
+    model: PreTrainedModel, probe: ProbingAttention, sequences: list[torch.Tensor], stock: list[torch.Tensor]
 ) -> None:
     """Both sequences in one pass, without a cache."""
     pieces = [(number, 0, len(ids)) for number, ids in enumerate(sequences)]
-    whole = _flat(model, attention, sequences, pieces)
+    whole = _flat(model, probe, sequences, pieces)
     _check(whole, stock, "two sequences laid end to end disturb each other")
-    layers, num_layers = len(attention.seen_shapes), model.config.num_hidden_layers
-    if layers == 0 or attention.num_calls != layers or layers != num_layers:
+    layers, num_layers = len(probe.shapes), model.config.num_hidden_layers
+    if layers == 0 or probe.num_calls != layers or layers != num_layers:
         raise _Refused(
-            f"{num_layers} layers made {attention.num_calls} calls of the attention function that "
+            f"{num_layers} layers made {probe.num_calls} calls of the attention function that "
             f"transformers lets one replace, on {layers} layers; each must make one"
         )
-    _check_kept_rows(model, attention, sequences, torch.cat(whole))
+    _check_kept_rows(model, sequences, torch.cat(whole))
 
 
-def _check_kept_rows(
-    model: PreTrainedModel, attention: FlatAttention, sequences: list[torch.Tensor], logits: torch.Tensor
-) -> None:
+def _check_kept_rows(model: PreTrainedModel, sequences: list[torch.Tensor], logits: torch.Tensor) -> None:
     """The head computes the rows it is asked for, and no others."""
-    assert attention.layout is not None
     keep = torch.tensor([2, _LENGTHS[0], sum(_LENGTHS) - 1])
-    ids, positions = torch.cat(sequences)[None], attention.layout.positions[None]
+    ids, positions = torch.cat(sequences)[None], torch.cat([torch.arange(length) for length in _LENGTHS])[None]
     kept = model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=keep).logits[0]
     if kept.shape != logits[keep].shape:
         raise _Refused("its head cannot be told which rows to compute (it ignores logits_to_keep)")
     _check([kept], [logits[keep]], "rows chosen for the head differ")
 
 
-def _in_chunks(model: PreTrainedModel, attention: FlatAttention, sequences: list[torch.Tensor]) -> list[torch.Tensor]:
+def _in_chunks(model: PreTrainedModel, backend: AttentionBackend, sequences: list[torch.Tensor]) -> list[torch.Tensor]:
     """Logits of both sequences, computed in steps that mix chunks of one with single tokens of the other."""
     steps = [[(0, 0, 5)], [(0, 5, 18), (1, 0, 11)], [(0, 18, 19), (1, 11, 17)]]
     steps += [
@@ -194,24 +194,28 @@ def _in_chunks(model: PreTrainedModel, attention: FlatAttention, sequences: list
     ]
     parts: list[list[torch.Tensor]] = [[], []]
     for step in steps:
-        for part, rows in zip(parts, _flat(model, attention, sequences, step), strict=True):
+        for part, rows in zip(parts, _flat(model, backend, sequences, step), strict=True):
             part.append(rows)
     return [torch.cat(part) for part in parts]
 
 
 def _flat(
-    model: PreTrainedModel, attention: FlatAttention, sequences: list[torch.Tensor], pieces: list[tuple[int, int, int]]
+    model: PreTrainedModel,
+    attention: ProbingAttention | AttentionBackend,
+    sequences: list[torch.Tensor],
+    pieces: list[tuple[int, int, int]],
 ) -> list[torch.Tensor]:
     """One flat pass over pieces (sequence, start, end): the logits of each sequence's rows, [rows, vocab]."""
-    spans, row = [], 0
+    segments, row = [], 0
     for sequence, start, end in pieces:
-        spans.append(Span(row, start, end - start, slot=sequence))
+        segments.append(AttentionSegment(row, start, end - start, slot=sequence))
         row += end - start
-    attention.layout = Layout.of(tuple(spans), torch.device("cpu"))
+    metadata = AttentionMetadata.of(tuple(segments), torch.device("cpu"))
+    attention.begin(metadata)
     ids = torch.cat([sequences[sequence][start:end] for sequence, start, end in pieces])
-    logits = model(input_ids=ids[None], position_ids=attention.layout.positions[None], use_cache=False).logits[0]
+    logits = model(input_ids=ids[None], position_ids=metadata.positions[None], use_cache=False).logits[0]
     none = logits[:0]
-    found = {span.slot: logits[span.row : span.row + span.length] for span in spans}
+    found = {segment.slot: logits[segment.rows] for segment in segments}
     return [found.get(number, none) for number in range(len(sequences))]
 
 

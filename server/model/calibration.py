@@ -16,9 +16,9 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from server.model.attention import FlatAttention, Layout
+from server.model.attention.probe import ProbingAttention
 from server.model.calibration_texts import TEXTS
-from server.model.kv_cache import Span
+from server.model.kv_cache import AttentionMetadata, AttentionSegment
 from server.model.quantizer import OutlierInputs, noting_outliers, quantizable
 from server.quantization.outliers import FACTOR, MOST
 
@@ -39,17 +39,17 @@ def calibration_ids(tokenizer: PreTrainedTokenizerBase, *, max_len: int, vocab_s
 
 @torch.inference_mode()
 def measure_outliers(
-    model: PreTrainedModel, attention: FlatAttention, sequences: Sequences, *, files: Sequence[Path] = ()
+    model: PreTrainedModel, probe: ProbingAttention, sequences: Sequences, *, files: Sequence[Path] = ()
 ) -> OutlierInputs:
     """One pass of the stock model over all texts, each a sequence of its own; ``files`` hold its weights."""
-    spans: list[Span] = []
+    segments: list[AttentionSegment] = []
     for ids in sequences:
-        spans.append(Span(sum(span.length for span in spans), 0, len(ids), 0))
-    attention.layout = Layout.of(tuple(spans), model.device)
+        segments.append(AttentionSegment(sum(segment.length for segment in segments), 0, len(ids), 0))
+    metadata = AttentionMetadata.of(tuple(segments), model.device)
+    probe.begin(metadata)
     rows = torch.tensor([[token for ids in sequences for token in ids]], device=model.device)
     with noting_outliers(model, files=files) as found:
-        model(input_ids=rows, position_ids=attention.layout.positions[None], use_cache=False)
-    attention.num_calls = 0
+        model(input_ids=rows, position_ids=metadata.positions[None], use_cache=False)
     return found
 
 
@@ -66,7 +66,7 @@ class Calibration:
     folder: Path | None = None
 
     def outliers(
-        self, model: PreTrainedModel, attention: FlatAttention, tokenizer: PreTrainedTokenizerBase
+        self, model: PreTrainedModel, probe: ProbingAttention, tokenizer: PreTrainedTokenizerBase
     ) -> OutlierInputs:
         """Inputs of its linears that stand out, as they were kept or as a pass shows."""
         vocab_size = model.config.get_text_config().vocab_size
@@ -76,7 +76,7 @@ class Calibration:
         kept = self._get(sequences, {name: _num_inputs(linear) for name, linear in quantizable(model).items()})
         if kept is not None:
             return kept
-        found = measure_outliers(model, attention, sequences, files=self.files)
+        found = measure_outliers(model, probe, sequences, files=self.files)
         self._put(sequences, found)
         return found
 

@@ -10,14 +10,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
 import torch
 
+from server.lora.transfer import to_device
 from server.sequence import CopyPrefix, Move
 
-_MANY_SPANS = 4
-"""Spans for each of which a copy costs less than a scattered one for all, on a CPU; on an accelerator it is one."""
+_MANY_SEGMENTS = 4
+"""Segments for each of which a copy costs less than a scattered one for all, on a CPU; on an accelerator it is one."""
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 """Python names it from 3.13 on; the number is Linux's on x86-64 and ARM."""
 
@@ -31,22 +31,52 @@ class LayerShape:
     value_dim: int
 
 
-class RowsLayout(Protocol):
-    """Where rows belong: ``attention.Layout``. Slots and positions are [rows]."""
-
-    spans: tuple[Span, ...]
-    slots: torch.Tensor
-    positions: torch.Tensor
-
-
 @dataclass(frozen=True)
-class Span:
-    """Rows of one sequence in the flat batch: the first row, the first position, how many, and the KV slot."""
+class AttentionSegment:
+    """Consecutive rows of one sequence in the flat batch, from row ``row`` and position ``start`` on, and its slot."""
 
     row: int
     start: int
     length: int
     slot: int
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.row, self.row + self.length)
+
+    @property
+    def end(self) -> int:
+        """One past the last position."""
+        return self.start + self.length
+
+    def first_key(self, window: int | None) -> int:
+        """The first position that any row sees."""
+        return 0 if window is None else max(0, self.start - window + 1)
+
+    def is_causal(self, window: int | None) -> bool:
+        """Whether each row sees its own position and all before it, from row 0 on, so that no mask is needed."""
+        return self.start == 0 and (window is None or self.length <= window)
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionMetadata:
+    """Where each row of a step belongs. Segments lie end to end; ``slots`` and ``positions`` are int64 [rows]."""
+
+    segments: tuple[AttentionSegment, ...]
+    slots: torch.Tensor
+    positions: torch.Tensor
+
+    @classmethod
+    def of(cls, segments: tuple[AttentionSegment, ...], device: torch.device) -> AttentionMetadata:
+        slots, positions = to_device(device, *slots_and_positions(segments))
+        return cls(segments, slots, positions)
+
+
+def slots_and_positions(segments: Sequence[AttentionSegment]) -> tuple[list[int], list[int]]:
+    """Those of each row."""
+    slots = [segment.slot for segment in segments for _ in range(segment.length)]
+    positions = [position for segment in segments for position in range(segment.start, segment.end)]
+    return slots, positions
 
 
 @dataclass(frozen=True)
@@ -143,9 +173,9 @@ class KVCache:
     def __init__(
         self, shapes: Sequence[LayerShape], *, num_slots: int, max_len: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.layout = KVLayout(tuple(shapes), max_len, dtype)
+        self.layout, self.device = KVLayout(tuple(shapes), max_len, dtype), device
         self._slot_bytes = self.layout.slot_size * dtype.itemsize
-        self._num_copied = _MANY_SPANS if device.type == "cpu" else 1
+        self._num_copied = _MANY_SEGMENTS if device.type == "cpu" else 1
         self._pages: mmap.mmap | None = None
         if is_paged(device):
             self._pages = _reserve(num_slots * self._slot_bytes)
@@ -160,16 +190,22 @@ class KVCache:
         ]  # [slots, max_len, kv_heads, dim]
         self._slots: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def write(self, layer: int, layout: RowsLayout, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Store keys and values [1, kv_heads, rows, dim] of rows whose slots and positions the layout tells."""
-        if len(layout.spans) > self._num_copied:
-            at, dtype = (layout.slots, layout.positions), self.layout.dtype
+    def write(self, layer: int, metadata: AttentionMetadata, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store keys and values [1, kv_heads, rows, dim] of a step."""
+        if len(metadata.segments) > self._num_copied:
+            at, dtype = (metadata.slots, metadata.positions), self.layout.dtype
             for kept, new in zip(self._rows[layer], (keys, values), strict=True):
-                kept.index_put_(at, new[0].transpose(0, 1) if new.dtype == dtype else new[0].transpose(0, 1).to(dtype))
+                kept.index_put_(at, new[0].transpose(0, 1).to(dtype))
             return
-        for span in layout.spans:
-            for kept, new in zip(self.slot(layer, span.slot), (keys, values), strict=True):
-                kept.narrow(2, span.start, span.length).copy_(new.narrow(2, span.row, span.length))
+        for segment in metadata.segments:
+            for kept, new in zip(self.slot(layer, segment.slot), (keys, values), strict=True):
+                kept.narrow(2, segment.start, segment.length).copy_(new.narrow(2, segment.row, segment.length))
+
+    def read(self, layer: int, segment: AttentionSegment, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [1, kv_heads, keys, dim] that a segment looks at, from the first in its window on."""
+        first = segment.first_key(window)
+        keys, values = self.slot(layer, segment.slot)
+        return keys.narrow(2, first, segment.end - first), values.narrow(2, first, segment.end - first)
 
     def slot(self, layer: int, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of one slot, [1, kv_heads, max_len, dim]."""

@@ -14,9 +14,10 @@ from cpu_kernels.decode_attention import scores_size
 from cpu_kernels.kernels import Kernels
 from cpu_kernels.layer_graph import Arena, GraphRecorder, LayerGraph, NotRecordable, TooLarge
 from server.lora.bank import LoRABank
-from server.model.attention import FlatAttention, Layout
+from server.model.attention.interface import FlatAttention
 from server.model.fused_layers import forward_of
 from server.model.fused_ops import fuse_rotary_embedding, layers_of
+from server.model.kv_cache import AttentionMetadata
 
 logger = logging.getLogger("quickchange.model")
 
@@ -37,34 +38,35 @@ class GraphRunner:
     """
 
     def __init__(self, model: PreTrainedModel, attention: FlatAttention, bank: LoRABank, kernels: Kernels) -> None:
+        assert attention.backend is not None
         self._model, self._attention, self._bank, self._kernels = model, attention, bank, kernels
-        self._cache = attention.cache
+        self._backend = attention.backend
         self._arena = Arena(_ARENA_BYTES)
         self._graphs: dict[Key, dict[int, LayerGraph]] = {}
         self._seen: Counter[Key] = Counter()
         self._too_large: set[Key] = set()
         self._generation = -1
         self._key: Key | None = None
-        self._layout: Layout | None = None
+        self._metadata: AttentionMetadata | None = None
         self._inputs: list[torch.Tensor] = []
         self.problem: str | None = None
         self.num_replayed = 0
         for number, layer in enumerate(layers_of(model)):
             layer.__dict__["forward"] = self._forward(number, forward_of(layer))
 
-    def begin(self, layout: Layout) -> None:
+    def begin(self, metadata: AttentionMetadata) -> None:
         """A step begins, of which the bank knows the rows already."""
-        self._key, self._layout, self._inputs = None, layout, []
-        if self.problem is not None or not self._bank.steady or self._attention.cache is not self._cache:
+        self._key, self._metadata, self._inputs = None, metadata, []
+        if self.problem is not None or not self._bank.can_replay or self._attention.backend is not self._backend:
             return
-        num_rows = len(layout.spans)
-        if num_rows > _MOST_ROWS or any(span.length > 1 for span in layout.spans):
+        num_rows = len(metadata.segments)
+        if num_rows > _MOST_ROWS or any(segment.length > 1 for segment in metadata.segments):
             return
         if self._bank.generation != self._generation:
             self._generation = self._bank.generation
             self._graphs.clear()
             self._seen.clear()
-        longest = max(span.start + 1 for span in layout.spans)
+        longest = max(segment.end for segment in metadata.segments)
         key = num_rows, scores_size(longest), torch.get_num_threads()
         if key not in self._too_large:
             self._key = key
@@ -73,9 +75,9 @@ class GraphRunner:
     def _forward(self, number: int, stock: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **named: Any) -> Any:
             key = self._key
-            if key is None or self._seen[key] < _FROM or self._attention.layout is not self._layout:
+            if key is None or self._seen[key] < _FROM or not self._is_current():
                 return stock(*args, **named)
-            inputs = [*_tensors(args), *_tensors(named.values()), *self._of_layout()]
+            inputs = [*_tensors(args), *_tensors(named.values()), *self._step_tensors()]
             graph = self._graphs.setdefault(key, {}).get(number)
             if graph is None:
                 return self._recorded(key, number, lambda: stock(*args, **named), inputs)
@@ -106,12 +108,13 @@ class GraphRunner:
         self._graphs[key][number] = graph
         return result
 
-    def _of_layout(self) -> list[torch.Tensor]:
+    def _is_current(self) -> bool:
+        """Whether the latest step of the base is the one that was begun here, not another runner's."""
+        return self._attention.backend is self._backend and self._backend.metadata is self._metadata
+
+    def _step_tensors(self) -> list[torch.Tensor]:
         if not self._inputs:
-            assert self._layout is not None
-            windows = sorted(self._attention.windows, key=lambda window: window or 0)
-            singles = (self._layout.singles(window)[0] for window in windows)
-            self._inputs = [self._layout.slots, self._layout.positions, *singles]
+            self._inputs = self._backend.step_tensors()
         return self._inputs
 
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,16 @@ from server.adapters.content.templates import default_template
 from server.errors import BaseModelRefused, SettingsError
 from server.lora import module_bypass
 from server.model.admission import admit
-from server.model.attention import FlatAttention, Layout
+from server.model.attention.batched import BatchedAttention
+from server.model.attention.cpu import TorchAttention, cpu_attention
+from server.model.attention.interface import BackendFactory, FlatAttention
+from server.model.attention.probe import ProbingAttention
 from server.model.base_tokenizer import tokenizer_signature
-from server.model.batched_attention import BatchedAttention
 from server.model.calibration import Calibration
 from server.model.device import choose_device, choose_dtype, choose_float_dtype, choose_kv_dtype, prepare
 from server.model.fused_layers import fuse_layers
 from server.model.fused_norms import fuse_norms
-from server.model.kv_cache import KVLayout, LayerShape, Span, longest_within
+from server.model.kv_cache import AttentionMetadata, AttentionSegment, KVLayout, LayerShape, longest_within
 from server.model.model_trace import PROBE_ROWS, ModelTrace, signature_of, trace_modules
 from server.model.quantizer import Quantized, quantizing
 from server.model.rope import fix_rope
@@ -51,7 +54,7 @@ _SENTENCE = "The old man looked at the sea for a long time, and then he said to 
 
 @dataclass(frozen=True)
 class Base:
-    """A base in memory, with the attention function installed.
+    """A base in memory, with the attention function installed, which ``attention_backend`` makes for a KV cache.
 
     ``shapes`` are its layers' keys and values, kept as ``kv_dtype``; ``groups`` are linears that get the same
     input, ``kernels`` are the operations it computes with on a CPU, and ``quantized`` says what is in integers.
@@ -60,6 +63,7 @@ class Base:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     attention: FlatAttention
+    attention_backend: BackendFactory
     shapes: Sequence[LayerShape]
     signature: BaseSignature
     max_model_len: int
@@ -97,8 +101,8 @@ def load_base(
     """
     folder = find_base(base_model)
     config = _config(folder)
-    place, batched = _place(device)
-    admit(config, name=name, batched=batched)
+    place, backend = _place(device)
+    admit(config, name=name, backend=backend)
     length = _length(config, max_model_len)
     is_int8 = quantization == "int8"
     kernels = _kernels(place, int8=is_int8)
@@ -107,25 +111,30 @@ def load_base(
     model = load_stock(folder, "auto" if is_int8 else choose_dtype(dtype, place, num_weight_bytes(folder)))
     tokenizer = _load_tokenizer(folder)
     nn.Module.to(model, device=place)
-    attention = FlatAttention(batched)
-    attention.install(model)
+    probe = ProbingAttention()
+    probe.install(model)
     if not is_int8:
-        shapes, trace, quantized = *_probe(model, attention), None
+        trace, quantized = _probe(model, probe), None
     else:
         calibration = Calibration(fingerprint_v2, weight_files(folder), length, outlier_cache)
-        shapes, trace, quantized = _quantize(model, kernels, attention, tokenizer, dtype=dtype, calibration=calibration)
+        trace, quantized = _quantize(model, kernels, probe, tokenizer, dtype=dtype, calibration=calibration)
+    _check_calls(name, probe, config)
     kv_dtype = choose_kv_dtype(model.dtype) if is_int8 else model.dtype
     if kv_memory is not None:
-        length = _affordable(KVLayout(tuple(shapes), length, kv_dtype), kv_memory, asked=max_model_len)
+        length = _affordable(KVLayout(tuple(probe.shapes), length, kv_dtype), kv_memory, asked=max_model_len)
     fix_rope(model, length)
-    _fuse(model, kernels.ready(model.dtype), on_cpu=batched is None)
-    _check_calls(name, attention, len(shapes), config)
+    on_cpu = backend is TorchAttention
+    _fuse(model, kernels.ready(model.dtype), on_cpu=on_cpu)
+    attention = FlatAttention()
+    attention.install(model)
+    probe.close()
     signature = replace(signature_of(name, fingerprint, trace), fingerprint_v2=fingerprint_v2)
     return Base(
         model,
         tokenizer,
         attention,
-        shapes,
+        partial(cpu_attention, kernels=kernels, windows=probe.windows, plain=probe.plain) if on_cpu else backend,
+        probe.shapes,
         _with_tokenizer(signature, tokenizer, folder),
         length,
         end_token_ids(model, tokenizer),
@@ -145,11 +154,11 @@ def _fuse(model: PreTrainedModel, kernels: Kernels, *, on_cpu: bool) -> None:
     module_bypass.install(model)
 
 
-def _place(device: str) -> tuple[torch.device, BatchedAttention | None]:
-    """The device of the setting, made ready, and how it attends to rows that decode, None for one after another."""
+def _place(device: str) -> tuple[torch.device, BackendFactory]:
+    """The device of the setting, made ready, and torch's attention there."""
     place = choose_device(device)
     prepare(place)
-    return place, None if place.type == "cpu" else BatchedAttention()
+    return place, TorchAttention if place.type == "cpu" else BatchedAttention
 
 
 def _with_tokenizer(signature: BaseSignature, tokenizer: PreTrainedTokenizerBase, folder: Path) -> BaseSignature:
@@ -158,11 +167,10 @@ def _with_tokenizer(signature: BaseSignature, tokenizer: PreTrainedTokenizerBase
     return replace(signature, chat_template=template, tokenizer=tokenizer_signature(tokenizer, folder))
 
 
-def _check_calls(name: str, attention: FlatAttention, num_shapes: int, config: PretrainedConfig) -> None:
-    if not attention.num_calls == num_shapes == config.get_text_config().num_hidden_layers:
-        raise BaseModelRefused(
-            name, f"{attention.num_calls} attention calls on {num_shapes} layers: each must make one"
-        )
+def _check_calls(name: str, probe: ProbingAttention, config: PretrainedConfig) -> None:
+    num_layers = len(probe.shapes)
+    if not probe.num_calls == num_layers == config.get_text_config().num_hidden_layers:
+        raise BaseModelRefused(name, f"{probe.num_calls} attention calls on {num_layers} layers: each must make one")
 
 
 def _kernels(device: torch.device, *, int8: bool) -> Kernels:
@@ -260,31 +268,32 @@ def _affordable(layout: KVLayout, kv_memory: int, *, asked: int | None) -> int:
 
 @torch.inference_mode()
 def _probe(
-    model: PreTrainedModel, attention: FlatAttention, ids: Sequence[int] = range(3, 3 + PROBE_ROWS)
-) -> tuple[list[LayerShape], ModelTrace]:
-    """One small pass that tells each layer's KV shape, and the modules that see every row, which adapters may touch."""
-    attention.layout = Layout.of((Span(0, 0, PROBE_ROWS, 0),), model.device)
+    model: PreTrainedModel, probe: ProbingAttention, ids: Sequence[int] = range(3, 3 + PROBE_ROWS)
+) -> ModelTrace:
+    """One small pass for ``probe``; the modules that see every row, which adapters may touch."""
+    metadata = AttentionMetadata.of((AttentionSegment(0, 0, PROBE_ROWS, 0),), model.device)
+    probe.begin(metadata)
     rows = torch.tensor([list(ids)], device=model.device) % model.config.get_text_config().vocab_size
     with trace_modules(model) as trace:
-        model(input_ids=rows, position_ids=attention.layout.positions[None], use_cache=False)
-    return [attention.seen_shapes[layer] for layer in sorted(attention.seen_shapes)], trace
+        model(input_ids=rows, position_ids=metadata.positions[None], use_cache=False)
+    return trace
 
 
 def _quantize(
     model: PreTrainedModel,
     kernels: Kernels,
-    attention: FlatAttention,
+    probe: ProbingAttention,
     tokenizer: PreTrainedTokenizerBase,
     *,
     dtype: str,
     calibration: Calibration,
-) -> tuple[list[LayerShape], ModelTrace, Quantized]:
+) -> tuple[ModelTrace, Quantized]:
     """A probe in which linears and embedding become integers, while their weights are read from the files."""
-    outliers = calibration.outliers(model, attention, tokenizer)
+    outliers = calibration.outliers(model, probe, tokenizer)
     float_dtype = choose_float_dtype(dtype, _num_unpacked_bytes(model))
     with quantizing(model, kernels, float_dtype, files=calibration.files, outliers=outliers) as quantized:
-        shapes, trace = _probe(model, attention, _ordinary_ids(tokenizer))
-    return shapes, trace, quantized
+        trace = _probe(model, probe, _ordinary_ids(tokenizer))
+    return trace, quantized
 
 
 def _ordinary_ids(tokenizer: PreTrainedTokenizerBase) -> Sequence[int]:

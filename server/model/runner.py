@@ -10,12 +10,14 @@ from transformers import PreTrainedModel
 
 from cpu_kernels.kernels import Kernels
 from server.adapters.content.manifest import Manifest
+from server.lora.backend import LoRABackend
 from server.lora.bank import LoRABank
+from server.lora.batched import BatchedTorchLoRA
 from server.lora.transfer import to_device
 from server.lora.weights import LoRAWeights
-from server.model.attention import FlatAttention, Layout, rows_of
+from server.model.attention.interface import AttentionBackend, BackendFactory, FlatAttention, attention_segments
 from server.model.fused_ops import last_units
-from server.model.kv_cache import KVCache, LayerShape, Span
+from server.model.kv_cache import AttentionMetadata, KVCache, LayerShape, slots_and_positions
 from server.model.loader import Base
 from server.quantization.linear import linears_with_deltas
 from server.sequence import Batch, Segment
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class ModelRunner:
-    """The base, its KV cache and its adapters. ``attention`` is installed in ``model`` already.
+    """The base, its KV cache and its adapters. ``attention`` is installed in ``model``; ``backend`` makes its backend.
 
     ``groups`` are linears that receive the same tensor; ``kernels`` are its operations. Adapters and copies of
     them take ``adapter_memory`` bytes at most.
@@ -36,6 +38,7 @@ class ModelRunner:
         model: PreTrainedModel,
         attention: FlatAttention,
         shapes: Sequence[LayerShape],
+        backend: BackendFactory,
         *,
         num_slots: int,
         max_len: int,
@@ -46,16 +49,11 @@ class ModelRunner:
     ) -> None:
         self.model, self.attention = model, attention
         self.bank = LoRABank(
-            model,
-            groups,
-            max_seats=num_slots,
-            kernels=kernels,
-            products=linears_with_deltas(dict(model.named_modules())),
-            max_bytes=adapter_memory,
+            model, _lora_backend(model, groups, max_seqs=num_slots, kernels=kernels), max_bytes=adapter_memory
         )
         dtype = model.dtype if kv_dtype is None else kv_dtype
-        attention.cache = KVCache(shapes, num_slots=num_slots, max_len=max_len, dtype=dtype, device=model.device)
-        attention.rows, attention.chunks = kernels.decode_attention(dtype), kernels.prompt_attention(dtype)
+        cache = KVCache(shapes, num_slots=num_slots, max_len=max_len, dtype=dtype, device=model.device)
+        attention.backend = backend(cache)
         self.graphs: GraphRunner | None = None
         if kernels.records_layers:
             from server.model.layer_graphs import GraphRunner
@@ -72,6 +70,7 @@ class ModelRunner:
             base.model,
             base.attention,
             base.shapes,
+            base.attention_backend,
             num_slots=num_slots,
             max_len=base.max_model_len if max_len is None else max_len,
             kv_dtype=base.kv_dtype,
@@ -81,54 +80,60 @@ class ModelRunner:
         )
 
     @property
-    def num_copied_bytes(self) -> int:
-        """Memory of the copies of adapters that are computed side by side."""
-        return self.bank.num_stacked_bytes
+    def backend(self) -> AttentionBackend:
+        """That of the runner that was made last for this base."""
+        assert self.attention.backend is not None, "the base was closed"
+        return self.attention.backend
 
-    def arrange(self, batch: Batch) -> Batch:
-        """The same rows in the order in which their adapters are computed fastest, for ``run``."""
-        return self.bank.arrange(batch)
+    @property
+    def num_copied_bytes(self) -> int:
+        """Memory that adapters take beside their own tensors: copies that are computed together, and tables."""
+        return self.bank.backend.num_bytes
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> torch.Tensor:
-        """Logits of the rows that yield a token, [len(batch.draws), vocab]."""
-        self._prepare_slots(batch)
-        spans = _spans(batch.segments, self.attention.most_apart)
+    def run(self, batch: Batch) -> tuple[torch.Tensor, Batch]:
+        """Logits of the rows that yield a token, [len(draws), vocab], and the batch, whose ``draws`` those are.
+
+        Its segments are in the order in which the adapters of their rows are computed fastest.
+        """
+        batch = self.bank.begin(batch)
+        backend = self.backend
+        self._prepare_slots(batch, backend)
+        segments = attention_segments(batch.segments, backend.max_single_rows)
         ids = [token for segment in batch.segments for token in segment.ids]
-        slots, positions, input_ids, ends = to_device(
-            self.model.device, *rows_of(spans), ids, _sampled_rows(batch.segments)
+        slots, positions, input_ids, sampled = to_device(
+            self.model.device, *slots_and_positions(segments), ids, _sampled_rows(batch.segments)
         )
-        layout = self.attention.layout = Layout(spans, slots, positions)
-        self.bank.begin(batch)
+        metadata = AttentionMetadata(segments, slots, positions)
+        backend.begin(metadata)
         if self.graphs is not None:
-            self.graphs.begin(layout)
+            self.graphs.begin(metadata)
         if self._last_units is not None:  # which are a whole layer's greater part in a prompt
-            self._last_units.only = ends if any(span.length > 1 for span in layout.spans) else None
+            self._last_units.only = sampled if any(segment.length > 1 for segment in segments) else None
         output = self.model(
             input_ids=input_ids[None],
-            position_ids=layout.positions[None],
+            position_ids=positions[None],
             use_cache=False,
-            logits_to_keep=ends,
+            logits_to_keep=sampled,
         )
         logits: torch.Tensor = output.logits[0]
-        return logits
+        return logits, batch
 
-    def _prepare_slots(self, batch: Batch) -> None:
-        cache = self.attention.cache
-        assert cache is not None
+    @staticmethod
+    def _prepare_slots(batch: Batch, backend: AttentionBackend) -> None:
         for move in batch.moves:
-            cache.do(move)
-        if self.attention.batched is not None:  # which reads positions that a sequence has not written yet
+            backend.cache.do(move)
+        if backend.reads_unwritten:
             for segment in batch.segments:
                 if segment.start == segment.sequence.num_cached:
-                    cache.clear(segment.slot, segment.start)
+                    backend.cache.clear(segment.slot, segment.start)
 
     def prepare(self, manifest: Manifest) -> LoRAWeights:
         """An adapter's tensors, for ``add_adapter``; any thread may call this, while steps run.
 
         Raises ``AdapterRejected`` where they would change nothing.
         """
-        return LoRAWeights.of(manifest, self.bank.base_modules, self.bank.groups, self.bank.tiled)
+        return self.bank.prepare(manifest)
 
     def add_adapter(self, digest: str, weights: LoRAWeights) -> int:
         """Make an adapter usable; the bytes that it takes."""
@@ -139,20 +144,15 @@ class ModelRunner:
         self.bank.remove(digest)
 
 
-def _spans(segments: Sequence[Segment], apart: int) -> tuple[Span, ...]:
-    """A span for each segment's known rows, and one for each draft, so that its numbers are those of a decoding row.
+def _lora_backend(
+    model: PreTrainedModel, groups: Sequence[tuple[str, ...]], *, max_seqs: int, kernels: Kernels
+) -> LoRABackend:
+    if kernels.add_deltas is None:
+        return BatchedTorchLoRA(groups, max_slots=max_seqs, device=model.device)
+    from server.lora.native import NativeLoRA
 
-    Known rows are spans of their own as well where they are no more than ``apart``.
-    """
-    spans, row = [], 0
-    for segment in segments:
-        known = segment.length - len(segment.drafts)
-        if known > apart:
-            spans.append(Span(row, segment.start, known, segment.slot))
-        alone = range(known if known > apart else 0, segment.length)
-        spans += [Span(row + place, segment.start + place, 1, segment.slot) for place in alone]
-        row += segment.length
-    return tuple(spans)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return NativeLoRA(list(modules), linears_with_deltas(modules), kernels=kernels, max_seqs=max_seqs)
 
 
 def _sampled_rows(segments: Sequence[Segment]) -> list[int]:

@@ -31,6 +31,8 @@ def server(watched: Path) -> Iterator[ServerProcess]:
 
 
 @pytest.fixture(scope="session")
-def client(server: ServerProcess) -> OpenAI:
+def client(server: ServerProcess) -> Iterator[OpenAI]:
     """OpenAI's own client, checking every response against its types."""
-    return OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, _strict_response_validation=True)
+    url = f"{server.url}/v1"
+    with OpenAI(base_url=url, api_key="none", max_retries=0, _strict_response_validation=True) as made:
+        yield made

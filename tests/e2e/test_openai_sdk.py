@@ -72,10 +72,12 @@ def test_a_clients_stop_does_not_take_away_the_adapters_own(client: OpenAI) -> N
 def test_text_completions(client: OpenAI) -> None:
     whole = client.completions.create(model="tolstoy", prompt="Prince Andrew", max_tokens=8, temperature=0)
     # the client's strict mode refuses the null finish_reason that every server sends in a text chunk
-    lenient = OpenAI(base_url=client.base_url, api_key="none")
-    chunks = list(
-        lenient.completions.create(model="tolstoy", prompt="Prince Andrew", max_tokens=8, temperature=0, stream=True)
-    )
+    with OpenAI(base_url=client.base_url, api_key="none") as lenient:
+        chunks = list(
+            lenient.completions.create(
+                model="tolstoy", prompt="Prince Andrew", max_tokens=8, temperature=0, stream=True
+            )
+        )
     assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
     two = client.completions.create(model="micro", prompt=["One", "Two"], n=2, max_tokens=2, seed=1)
     assert [choice.index for choice in two.choices] == [0, 1, 2, 3]

@@ -75,12 +75,12 @@ def test_requests_that_come_at_once_share_what_they_have_in_common(client: OpenA
 
 def test_keys_and_salts_do_not_share(client: OpenAI, server: ServerProcess) -> None:
     system, question = system_prompt("one for each"), QUESTIONS[0]
-    other = OpenAI(base_url=f"{server.url}/v1", api_key="somebody-else", max_retries=0)
-    asks: list[tuple[OpenAI, dict[str, Any]]] = [
-        (client, {}), (other, {}), (client, {"extra_body": {"cache_salt": "salt"}})
-    ]  # fmt: skip
-    assert [said(one, "micro", system, question, **more)[2] for one, more in asks] == [0, 0, 0]
-    again = [said(one, "micro", system, question, **more) for one, more in asks]
+    with OpenAI(base_url=f"{server.url}/v1", api_key="somebody-else", max_retries=0) as other:
+        asks: list[tuple[OpenAI, dict[str, Any]]] = [
+            (client, {}), (other, {}), (client, {"extra_body": {"cache_salt": "salt"}})
+        ]  # fmt: skip
+        assert [said(one, "micro", system, question, **more)[2] for one, more in asks] == [0, 0, 0]
+        again = [said(one, "micro", system, question, **more) for one, more in asks]
     assert [cached for _, _, cached in again] == [tokens - 1 for _, tokens, _ in again]
 
 

@@ -58,8 +58,7 @@ def test_one_log_line_a_request_without_content(server: ServerProcess, client: O
 
 
 def test_a_running_answer_is_finished_before_the_server_stops() -> None:
-    with running_server() as server:
-        client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
+    with running_server() as server, OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
         stream = client.chat.completions.create(
             model="tolstoy", messages=[{"role": "user", "content": "Tell me a story."}], max_tokens=40, stream=True
         )

@@ -27,7 +27,8 @@ def silent(watched: Path) -> Iterator[OpenAI]:
     """A client of a server without speculation, on the same adapters."""
     flags = ("--adapters-dir", str(watched), "--no-demo-adapters", "--speculation", "none")
     with running_server(*flags) as server:
-        yield OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            yield client
         assert server.metric("quickchange_draft_tokens_total") == 0
 
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from server.cli.convert_gguf import read_gguf_adapter
-from server.cli.lora_folder import write_lora_folder
+from server.cli.convert.gguf import read_gguf_adapter
+from server.cli.convert.lora_folder import write_lora_folder
 from tests.model.foreign_adapters import PROVED, base, make_peft, signature_of
 
 SOURCE = "llama-cpp-python==0.3.36"

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from server.cli.adapters_convert import main
+from server.cli.convert.command import main
 from tests.model.foreign_adapters import logits_of
 from tests.tiny_models import build_tiny_base
 

@@ -9,7 +9,7 @@ import httpx
 import pytest
 import torch
 
-from server.model.batched_attention import BatchedAttention
+from server.model.attention.batched import BatchedAttention
 from server.model.loader import load_base
 from server.model.runner import ModelRunner
 from tests.model.device_cases import CASES, Answers, Micro, check, check_in_bfloat16, loaded
@@ -37,7 +37,7 @@ def on_the_gpu(family: str) -> Hosted:
     """A random model as the server hosts it there."""
     model = build(family)
     torch.nn.Module.to(model, device="cuda")
-    return host(model, batched=BatchedAttention(), max_num_seqs=4)
+    return host(model, backend=BatchedAttention, max_num_seqs=4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -62,7 +62,7 @@ def test_a_closed_base_gives_its_memory_back(tmp_path: Path) -> None:
     runner = ModelRunner.of(base, num_slots=256)
     assert torch.cuda.memory_allocated() - before > 2**22
     base.close()
-    assert runner.attention.cache is None and torch.cuda.memory_allocated() == before
+    assert runner.attention.backend is None and torch.cuda.memory_allocated() == before
 
 
 def test_a_server_on_the_gpu_answers() -> None:

@@ -19,7 +19,7 @@ from server.engine.scheduler import Scheduler
 from server.engine.slots import SlotTable
 from server.metrics import Metrics
 from server.model import loader
-from server.model.batched_attention import BatchedAttention
+from server.model.attention.batched import BatchedAttention
 from server.model.kv_cache import KVLayout
 from server.model.loader import Base, load_base, load_stock
 from server.model.runner import ModelRunner
@@ -166,7 +166,7 @@ def loaded(device: str, dtype: str = "float32", *, batched: bool = False) -> Ite
     with pytest.MonkeyPatch.context() as patch:
         put_back_rotation(load_stock(find_base("micro")), patch)
         if batched:
-            patch.setattr(loader, "_place", lambda device: (torch.device(device), BatchedAttention()))
+            patch.setattr(loader, "_place", lambda device: (torch.device(device), BatchedAttention))
         micro = Micro.load(device, dtype)
         try:
             yield micro

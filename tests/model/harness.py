@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 import torch
@@ -19,8 +20,9 @@ from server.engine.slots import SlotTable
 from server.lora.weights import LoRAWeights
 from server.metrics import Metrics
 from server.model import loader
-from server.model.attention import FlatAttention
-from server.model.batched_attention import BatchedAttention
+from server.model.attention.cpu import cpu_attention
+from server.model.attention.interface import BackendFactory, FlatAttention
+from server.model.attention.probe import ProbingAttention
 from server.model.fused_layers import fuse_layers
 from server.model.kv_cache import KVCache
 from server.model.model_trace import ModelTrace
@@ -132,8 +134,7 @@ class Hosted:
 
     @property
     def _cache(self) -> KVCache:
-        assert self.runner.attention.cache is not None
-        return self.runner.attention.cache
+        return self.runner.backend.cache
 
     def _slots(self, kv_memory: int) -> SlotTable:
         return SlotTable(
@@ -148,7 +149,7 @@ class Hosted:
         """Put an adapter in; what the bank then counts is what it keeps in memory."""
         self.runner.add_adapter(digest, weights)
         bank = self.runner.bank
-        assert held_bytes(bank) == bank.num_bytes + bank.num_stacked_bytes
+        assert held_bytes(bank) == bank.num_bytes + bank.backend.num_bytes
         return digest
 
 
@@ -162,27 +163,33 @@ def host(
     groups: Sequence[tuple[str, ...]] = (),
     linear: str | None = None,
     native: bool = False,
-    batched: BatchedAttention | None = None,
+    backend: BackendFactory | None = None,
 ) -> Hosted:
     """Install the engine in a model, in the order in which ``load_base`` does; its stock forward is gone afterwards.
 
-    ``batched`` attends as on an accelerator. With a ``linear`` its linears and embedding become int8, and it names
-    what multiplies them; with ``native`` native kernels do what they can, and rotate in the modelling code, too.
+    With a ``linear`` its linears and embedding become int8, and it names what multiplies them; with ``native`` native
+    kernels do what they can, and rotate in the modelling code, too. ``backend`` attends, by default that of a CPU.
     """
     kernels = Kernels(linear=linear, native=native).ready()
-    attention = FlatAttention(batched)
-    attention.install(model)
+    probe = ProbingAttention()
+    probe.install(model)
     quantized = nullcontext() if linear is None else quantizing(model, kernels, torch.float32)
     with quantized as what:
-        shapes, trace = loader._probe(model, attention)
+        trace = loader._probe(model, probe)
     fix_rope(model, max_model_len)
     if native:
         fuse_layers(model, kernels)
+    if backend is None:
+        backend = partial(cpu_attention, kernels=kernels, windows=probe.windows, plain=probe.plain)
+    attention = FlatAttention()
+    attention.install(model)
+    probe.close()
     num_slots = max_num_seqs if kv_memory is None else max_num_seqs + NUM_CACHES
     runner = ModelRunner(
         model,
         attention,
-        shapes,
+        probe.shapes,
+        backend,
         num_slots=num_slots,
         max_len=max_model_len,
         groups=groups,

@@ -9,23 +9,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from cpu_kernels.native_kernel import Launcher
+from server.lora.backend import BatchAdapters
 from server.lora.bank import LoRABank
-from server.lora.compiled import CompiledDeltas
+from server.lora.batched import BatchedTorchLoRA, SharedLoRAInput
 from server.lora.layer import AdaptedModule
-from server.lora.rows import Rows
-from server.lora.shared import SharedInput
+from server.lora.native import NativeLoRA
 
-NO_WEIGHTS = {
-    Launcher: {"_workspaces"},
-    CompiledDeltas: {"_cells", "_tables", "_heads", "_low"},
-    SharedInput: {"_x", "_parts"},
+OF_A_STEP = {
+    BatchedTorchLoRA: {"_layouts"},
+    SharedLoRAInput: {"_x", "_terms"},
+    NativeLoRA: {"_cells", "_task_tables", "_low"},
 }
-"""A routine's tables, and what a step works on."""
+"""What a step works on, and what is there without any adapter."""
 
 
 def held_bytes(bank: LoRABank) -> int:
-    """Bytes behind all tensors that the bank keeps, the base's own, routines' tables and a step's indices left out."""
+    """Bytes behind all tensors that the bank keeps, the base's own and what a step works on left out."""
     modules = bank.base_modules.values()
     base = {id(parameter) for module in modules for parameter in module._parameters.values()}
     found = [tensor for tensor in _tensors(bank, {id(module) for module in modules}) if id(tensor) not in base]
@@ -47,7 +46,7 @@ def _parts(thing: Any) -> list[Any]:
         return list(thing.values())
     if isinstance(thing, list | tuple | set | frozenset):
         return list(thing)
-    if isinstance(thing, Rows):
+    if isinstance(thing, BatchAdapters):
         return []
     if is_dataclass(thing) and not isinstance(thing, type):
         return [getattr(thing, field.name) for field in fields(thing)]
@@ -55,4 +54,4 @@ def _parts(thing: Any) -> list[Any]:
         return list(thing._parameters.values())  # a module of the base with other parameters: all else is the base's
     if not type(thing).__module__.startswith("server.lora"):
         return []
-    return [part for name, part in vars(thing).items() if name not in NO_WEIGHTS.get(type(thing), ())]
+    return [part for name, part in vars(thing).items() if name not in OF_A_STEP.get(type(thing), ())]

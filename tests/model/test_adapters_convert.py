@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from server.adapters.content.peft_config import parse_peft_config
-from server.cli.adapters_convert import BY_MERGING, BY_PEFT, DEFAULT_MAX_ERROR, main
+from server.cli.convert.command import BY_MERGING, BY_PEFT, DEFAULT_MAX_ERROR, main
 from tests.model.families import VOCAB_SIZE, build
 from tests.model.tuner_outcomes import OUTCOMES, REFUSED, Outcome
 from tests.tables import only

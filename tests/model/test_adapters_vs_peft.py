@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from server.adapters.content.manifest import Limits, read_manifest
+from server.lora.batched import BatchedTorchLoRA
 from server.lora.weights import LoRAWeights
 from server.model.model_trace import signature_of
 from tests.model.families import FAMILIES, build, fix_long_factors
@@ -125,7 +126,7 @@ def test_rows_equal_pefts_alone_among_equals_and_mixed(family: str, tmp_path: Pa
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
 def test_rows_equal_pefts_where_adapters_of_one_shape_are_computed_side_by_side(family: str, tmp_path: Path) -> None:
-    """Four adapters alike, and modules that share an input; sequences join and leave, so that seats change."""
+    """Four adapters alike, and modules that share an input; sequences join and leave, so that slots change."""
     base = build(family)
     groups = _groups(base)
     hosted = host(copy.deepcopy(base), groups=groups, max_num_seqs=6, budget=24)
@@ -137,12 +138,13 @@ def test_rows_equal_pefts_where_adapters_of_one_shape_are_computed_side_by_side(
         peft[name].save_pretrained(str(tmp_path / name), save_embedding_layers=False)
         manifest = read_manifest(tmp_path / name, signature, LIMITS)
         weights[name] = hosted.runner.prepare(manifest)
-        assert weights[name].num_bytes == manifest.plan.num_bytes and bool(weights[name].shared) == bool(groups)
+        assert weights[name].num_bytes == manifest.plan.num_bytes and bool(weights[name].fused) == bool(groups)
         hosted.add(name, weights[name])
     oracle = Oracle(base, peft, weights, hosted)
     oracle.check(hosted.run(_mixed(list("abcd"))))
-    (stack,) = hosted.runner.bank._stacks.values()
-    assert stack.capacity == 4
+    backend = hosted.runner.bank.backend
+    assert isinstance(backend, BatchedTorchLoRA)
+    assert [slots.capacity for slots in backend._slots.values()] == [4]
     hosted.runner.bank.check_integrity()
 
 

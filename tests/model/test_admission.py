@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,10 +13,14 @@ import torch
 from transformers import PretrainedConfig
 
 from server.errors import BaseModelRefused
-from server.model import admission, attention
+from server.model import admission
 from server.model.admission import admit, shrink
-from server.model.attention import FlatAttention, Layout
-from server.model.kv_cache import KVCache, RowsLayout, Span
+from server.model.attention import cpu, probe
+from server.model.attention.cpu import TorchAttention, attend_to_sequence
+from server.model.attention.eager import segment_mask
+from server.model.attention.interface import AttentionParams, FlatAttention
+from server.model.attention.probe import ProbingAttention
+from server.model.kv_cache import AttentionMetadata, AttentionSegment, KVCache
 from tests.model.architectures import REFUSED, SERVED, verdict
 from tests.model.families import FAMILIES
 from tests.model.models_table import PATH, table
@@ -69,90 +74,104 @@ def test_a_shrunken_config_keeps_every_kind_of_layer() -> None:
     assert config.sliding_window == 8
 
 
-class IgnoresWindow(FlatAttention):
-    def __call__(self, *args: Any, **others: Any) -> tuple[torch.Tensor, None]:
-        return super().__call__(*args, **{**others, "sliding_window": None})
+def called_with(function: type[FlatAttention], argument: str, change: Callable[[Any], Any]) -> type[FlatAttention]:
+    """An attention function that reads one argument wrongly."""
+
+    class Broken(function):  # type: ignore[misc,valid-type]
+        def __call__(self, *args: Any, **named: Any) -> tuple[torch.Tensor, None]:
+            result: tuple[torch.Tensor, None] = super().__call__(
+                *args, **{**named, argument: change(named.get(argument))}
+            )
+            return result
+
+    return Broken
 
 
-class WindowOneTooLarge(FlatAttention):
-    def __call__(self, *args: Any, **others: Any) -> tuple[torch.Tensor, None]:
-        window = others.get("sliding_window")
-        return super().__call__(*args, **{**others, "sliding_window": None if window is None else window + 1})
+def ignored(value: Any) -> None:
+    return None
 
 
-class IgnoresSinks(FlatAttention):
-    def __call__(self, *args: Any, **others: Any) -> tuple[torch.Tensor, None]:
-        return super().__call__(*args, **{**others, "s_aux": None})
+def one_too_large(window: int | None) -> int | None:
+    return None if window is None else window + 1
 
 
-class IgnoresSoftCap(FlatAttention):
-    def __call__(self, *args: Any, **others: Any) -> tuple[torch.Tensor, None]:
-        return super().__call__(*args, **{**others, "softcap": None})
+@pytest.mark.parametrize("function", [ProbingAttention, FlatAttention])
+@pytest.mark.parametrize(
+    ("argument", "change", "victim"),
+    [
+        ("sliding_window", ignored, "Mistral"),
+        ("sliding_window", ignored, "Gemma 3 (text)"),
+        ("sliding_window", one_too_large, "Mistral"),
+        ("sliding_window", one_too_large, "GPT-OSS"),
+        ("s_aux", ignored, "GPT-OSS"),
+        ("softcap", ignored, "Gemma 2"),
+        ("scaling", ignored, "Gemma 3 (text)"),
+        ("scaling", ignored, "Granite"),
+    ],
+)
+def test_an_attention_function_that_reads_an_argument_wrongly_admits_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+    function: type[FlatAttention],
+    argument: str,
+    change: Callable[[Any], Any],
+    victim: str,
+) -> None:
+    monkeypatch.setattr(admission, function.__name__, called_with(function, argument, change))
+    with pytest.raises(BaseModelRefused, match="logits differ"):
+        admit(SERVED[victim](), name=victim)
 
 
-class IgnoresScaling(FlatAttention):
-    def __call__(self, *args: Any, **others: Any) -> tuple[torch.Tensor, None]:
-        return super().__call__(*args, **{**others, "scaling": None})
-
-
-class LooksAtTheNeighbour(FlatAttention):
+class LooksAtTheNeighbour(ProbingAttention):
     """The first key of every sequence is that of the first sequence in the batch."""
 
-    def _keys_and_values(
-        self, layer: int, span: Span, window: int | None, key: torch.Tensor, value: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = super()._keys_and_values(layer, span, window, key, value)
-        keys = keys.clone()
-        keys[:, :, 0] = key[:, :, 0]
-        return keys, values
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: AttentionParams
+    ) -> torch.Tensor:
+        assert self._metadata is not None
+        key = key.clone()
+        for segment in self._metadata.segments:
+            key[:, :, segment.row] = key[:, :, 0]
+        return super().attend(layer, query, key, value, params)
 
 
-class LooksAtTheNeighboursSlot(FlatAttention):
+class LooksAtTheNeighboursSlot(KVCache):
     """Decoding reads another sequence's slot; prompts are right."""
 
-    def _keys_and_values(
-        self, layer: int, span: Span, window: int | None, key: torch.Tensor, value: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        other = Span(span.row, span.start, span.length, 1 - span.slot) if span.length == 1 else span
-        return super()._keys_and_values(layer, other, window, key, value)
-
-
-class MixesLayers(FlatAttention):
-    """All layers keep their keys in the slots of the first."""
-
-    def _note(self, *args: Any) -> tuple[Layout, int]:
-        layout, layer = super()._note(*args)
-        return layout, layer if self.cache is None else 0
+    def read(self, layer: int, segment: AttentionSegment, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        other = replace(segment, slot=1 - segment.slot) if segment.length == 1 else segment
+        return super().read(layer, other, window)
 
 
 class WritesOneFurther(KVCache):
-    def write(self, layer: int, layout: RowsLayout, keys: torch.Tensor, values: torch.Tensor) -> None:
-        further = tuple(replace(span, start=span.start + 1) for span in layout.spans)
-        super().write(layer, Layout.of(further, torch.device("cpu")), keys, values)
+    def write(self, layer: int, metadata: AttentionMetadata, keys: torch.Tensor, values: torch.Tensor) -> None:
+        further = tuple(replace(segment, start=segment.start + 1) for segment in metadata.segments)
+        super().write(layer, AttentionMetadata.of(further, torch.device("cpu")), keys, values)
 
 
-class SeesTheFuture(Layout):
-    def mask(self, span: Span, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
-        mask = super().mask(span, window, dtype)
-        return None if mask is None else torch.zeros_like(mask)
-
-
-class PositionsFromZero(Layout):
+class PositionsFromZero(AttentionMetadata):
     """Every chunk counts its positions from zero."""
 
     @classmethod
-    def of(cls, spans: tuple[Span, ...], device: torch.device) -> Layout:
-        layout = super().of(spans, device)
-        layout.positions = torch.cat([torch.arange(span.length) for span in spans])
-        return layout
+    def of(cls, segments: tuple[AttentionSegment, ...], device: torch.device) -> AttentionMetadata:
+        positions = torch.cat([torch.arange(segment.length) for segment in segments])
+        return replace(AttentionMetadata.of(segments, device), positions=positions)
+
+
+def _mixes_layers(backend: TorchAttention, layer: int, *others: Any) -> torch.Tensor:
+    """All layers keep their keys in the slots of the first."""
+    return _attend(backend, 0, *others)
+
+
+def _sees_the_future(*args: Any) -> torch.Tensor:
+    return torch.zeros_like(segment_mask(*args))
 
 
 def _repeats_heads_wrongly(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scale: float
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, params: AttentionParams
 ) -> torch.Tensor:
     """Query heads are dealt to KV heads in turn, not in groups."""
     times = query.shape[1] // keys.shape[1]
-    return _chunk(query, keys.repeat(1, times, 1, 1), values.repeat(1, times, 1, 1), mask, scale)
+    return attend_to_sequence(query, keys.repeat(1, times, 1, 1), values.repeat(1, times, 1, 1), mask, params)
 
 
 def _folds_heads_wrongly(query: torch.Tensor, kv_heads: int) -> tuple[torch.Tensor, ...]:
@@ -162,30 +181,23 @@ def _folds_heads_wrongly(query: torch.Tensor, kv_heads: int) -> tuple[torch.Tens
     return tuple(turned.contiguous()[row : row + 1] for row in range(rows))
 
 
-_chunk = attention._chunk
+_attend = TorchAttention.attend
 
 
 @pytest.mark.parametrize(
     ("where", "name", "broken", "victim"),
     [
-        (admission, "FlatAttention", IgnoresWindow, "Mistral"),
-        (admission, "FlatAttention", IgnoresWindow, "Gemma 3 (text)"),
-        (admission, "FlatAttention", WindowOneTooLarge, "Mistral"),
-        (admission, "FlatAttention", WindowOneTooLarge, "GPT-OSS"),
-        (admission, "FlatAttention", IgnoresSinks, "GPT-OSS"),
-        (admission, "FlatAttention", IgnoresSoftCap, "Gemma 2"),
-        (admission, "FlatAttention", IgnoresScaling, "Gemma 3 (text)"),
-        (admission, "FlatAttention", IgnoresScaling, "Granite"),
-        (admission, "FlatAttention", LooksAtTheNeighbour, "Llama"),
-        (admission, "FlatAttention", LooksAtTheNeighboursSlot, "Llama"),
-        (admission, "FlatAttention", MixesLayers, "Llama"),
+        (admission, "ProbingAttention", LooksAtTheNeighbour, "Llama"),
+        (admission, "KVCache", LooksAtTheNeighboursSlot, "Llama"),
         (admission, "KVCache", WritesOneFurther, "Llama"),
-        (admission, "Layout", SeesTheFuture, "Qwen 3"),
-        (admission, "Layout", PositionsFromZero, "Llama"),
+        (admission, "AttentionMetadata", PositionsFromZero, "Llama"),
         (admission, "fix_rope", lambda model, length: None, "Phi-3 with longrope"),
         (admission, "fix_rope", lambda model, length: None, "Llama with dynamic RoPE"),
-        (attention, "_chunk", _repeats_heads_wrongly, "Llama 3.1 and later (scaled RoPE)"),
-        (attention, "_folded", _folds_heads_wrongly, "Llama 3.1 and later (scaled RoPE)"),
+        (TorchAttention, "attend", _mixes_layers, "Llama"),
+        (cpu, "segment_mask", _sees_the_future, "Qwen 3"),
+        (cpu, "attend_to_sequence", _repeats_heads_wrongly, "Llama 3.1 and later (scaled RoPE)"),
+        (probe, "attend_to_sequence", _repeats_heads_wrongly, "Llama 3.1 and later (scaled RoPE)"),
+        (cpu, "_fold_heads", _folds_heads_wrongly, "Llama 3.1 and later (scaled RoPE)"),
     ],
 )
 def test_a_broken_engine_admits_nothing(

@@ -18,8 +18,8 @@ from cpu_kernels.kernels import Kernels
 from server.lora.delta import Delta
 from server.lora.weights import LoRAWeights
 from server.model.admission import admit
-from server.model.batched_attention import BatchedAttention, grouped, plan
-from server.model.kv_cache import Span
+from server.model.attention.batched import BatchedAttention, grouped, plan_step
+from server.model.kv_cache import AttentionSegment
 from server.model.runner import ModelRunner
 from server.sequence import AdapterUse, Batch, SamplingParams, Segment, Sequence
 from tests.model.architectures import SERVED
@@ -74,7 +74,7 @@ def segment_of(sequence: Sequence, drafts: tuple[int, ...] = ()) -> Segment:
 
 def step(hosted: Hosted, sequences: list[Sequence]) -> torch.Tensor:
     """Logits of what each sequence's last token yields; it stays the last one, so that a step can be repeated."""
-    return hosted.runner.run(hosted.runner.arrange(Batch(tuple(map(segment_of, sequences)))))
+    return hosted.runner.run(Batch(tuple(map(segment_of, sequences))))[0]
 
 
 def started(hosted: Hosted, *lengths: int, slots: tuple[int, ...] = ()) -> list[Sequence]:
@@ -103,25 +103,25 @@ def test_results_that_lie_in_memory_as_on_cuda_are_read_right(attention: Counter
 def test_batched_rows_come_out_as_the_stock_model_generates_them(family: str) -> None:
     model = build(family, seed=5 if family == "gpt2" else 0)
     stock = copy.deepcopy(model)
-    check(host(model, batched=BatchedAttention(), max_num_seqs=4), stock, staggered(3, 40, 5, 61, 17, 9, 1))
+    check(host(model, backend=BatchedAttention, max_num_seqs=4), stock, staggered(3, 40, 5, 61, 17, 9, 1))
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
 def test_so_do_rows_after_prefixes_in_place_and_copied(family: str) -> None:
     model = build(family)
     stock = copy.deepcopy(model)
-    check(host(model, batched=BatchedAttention(), kv_memory=PLENTY), stock, conversations(60))
+    check(host(model, backend=BatchedAttention, kv_memory=PLENTY), stock, conversations(60))
 
 
 def test_strided_results_are_right_in_the_batch_too(attention: Counter[str]) -> None:
-    hosted = host(build("mistral"), batched=BatchedAttention())
+    hosted = host(build("mistral"), backend=BatchedAttention)
     attention.clear()
     check(hosted, build("mistral"), staggered(3, 40, 5, 17))
     assert attention["copied masks"] == 0
 
 
 def test_a_decoding_step_makes_one_call_a_layer(attention: Counter[str]) -> None:
-    hosted = host(build("llama"), batched=BatchedAttention(), max_num_seqs=6, budget=200)
+    hosted = host(build("llama"), backend=BatchedAttention, max_num_seqs=6, budget=200)
     sequences = started(hosted, 5, 40, 9, 23, 17, 1)
     attention.clear()
     step(hosted, sequences)
@@ -131,7 +131,7 @@ def test_a_decoding_step_makes_one_call_a_layer(attention: Counter[str]) -> None
 def test_rows_are_the_same_alone_and_beside_longer_ones_of_any_slot() -> None:
     """In slots that follow one another keys are not copied, in others they are."""
     for slots in ((0, 1, 2), (2, 1, 0), (3, 0, 2)):
-        hosted = host(build("llama"), batched=BatchedAttention(), max_num_seqs=4, budget=200)
+        hosted = host(build("llama"), backend=BatchedAttention, max_num_seqs=4, budget=200)
         sequences = started(hosted, 5, 40, 9, slots=slots)
         together = step(hosted, sequences)
         alone = torch.cat([step(hosted, [one]) for one in sequences])
@@ -139,9 +139,9 @@ def test_rows_are_the_same_alone_and_beside_longer_ones_of_any_slot() -> None:
 
 
 def test_drafts_are_rows_of_their_own_in_one_slot() -> None:
-    hosted = host(build("mistral"), batched=BatchedAttention(), max_num_seqs=4, budget=200)
+    hosted = host(build("mistral"), backend=BatchedAttention, max_num_seqs=4, budget=200)
     one, two = started(hosted, 21, 6)
-    logits = hosted.runner.run(Batch((segment_of(one, drafts=(8, 9)), segment_of(two))))
+    logits, _ = hosted.runner.run(Batch((segment_of(one, drafts=(8, 9)), segment_of(two))))
     expected = []
     for token in (8, 9, 10):
         expected.append(step(hosted, [one]))
@@ -153,7 +153,7 @@ def test_drafts_are_rows_of_their_own_in_one_slot() -> None:
 
 def test_what_another_sequence_left_in_a_slot_is_not_read() -> None:
     """A row is given keys beyond its end, hidden by a mask; 0 times NaN would still be NaN."""
-    hosted = host(build("llama"), batched=BatchedAttention(), max_num_seqs=4)
+    hosted = host(build("llama"), backend=BatchedAttention, max_num_seqs=4)
     for kept in (*hosted._cache.keys, *hosted._cache.values):
         kept.fill_(float("nan"))
     check(hosted, build("llama"), staggered(3, 40, 5, 17))
@@ -161,7 +161,7 @@ def test_what_another_sequence_left_in_a_slot_is_not_read() -> None:
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma 2", "GPT-OSS", "DeepSeek V3"])
 def test_architectures_are_judged_by_the_attention_that_will_run(name: str) -> None:
-    admit(SERVED[name](), name=name, batched=BatchedAttention())
+    admit(SERVED[name](), name=name, backend=BatchedAttention)
 
 
 def test_groups_hold_every_row_once_and_read_few_keys_for_nothing() -> None:
@@ -169,25 +169,29 @@ def test_groups_hold_every_row_once_and_read_few_keys_for_nothing() -> None:
     for window in (None, 8, 700):
         for _ in range(30):
             starts = [source.choice((3, 60, 500, 513, 4000, source.randrange(9000))) for _ in range(40)]
-            spans = [Span(row, start, 1, row % 7) for row, start in enumerate(starts)]
-            groups = grouped(spans, window)
-            assert sorted((span for group in groups for span in group), key=lambda span: span.row) == spans
+            rows = [AttentionSegment(row, start, 1, row % 7) for row, start in enumerate(starts)]
+            groups = grouped(rows, window)
+            assert sorted((segment for group in groups for segment in group), key=lambda segment: segment.row) == rows
             for group in groups:
-                seen = [min(span.start + 1, window or span.start + 1) for span in group]
-                first = min(span.start + 1 - keys for span, keys in zip(group, seen, strict=True))
-                assert max(span.start for span in group) + 1 - first <= max(512, 2 * max(seen))
+                seen = [min(segment.start + 1, window or segment.start + 1) for segment in group]
+                first = min(segment.start + 1 - keys for segment, keys in zip(group, seen, strict=True))
+                assert max(segment.start for segment in group) + 1 - first <= max(512, 2 * max(seen))
 
 
 def test_slots_side_by_side_are_a_range_and_rows_in_order_are_whole() -> None:
     like = torch.empty(0)
-    in_order = plan([Span(0, 9, 1, 4), Span(1, 7, 1, 5)], None, True, max_len=100, like=like)
+    in_order = plan_step(
+        [AttentionSegment(0, 9, 1, 4), AttentionSegment(1, 7, 1, 5)], None, True, max_len=100, like=like
+    )
     assert in_order.whole is not None and in_order.whole.slots == range(4, 6)
-    turned = plan([Span(0, 9, 1, 5), Span(1, 7, 1, 4)], None, True, max_len=100, like=like)
+    turned = plan_step([AttentionSegment(0, 9, 1, 5), AttentionSegment(1, 7, 1, 4)], None, True, max_len=100, like=like)
     assert turned.whole is None and turned.groups[0].slots == range(4, 6)
     assert turned.groups[0].rows.tolist() == [1, 0]
-    apart = plan([Span(0, 9, 1, 8), Span(1, 7, 1, 4)], None, True, max_len=100, like=like)
+    apart = plan_step([AttentionSegment(0, 9, 1, 8), AttentionSegment(1, 7, 1, 4)], None, True, max_len=100, like=like)
     assert apart.whole is not None and isinstance(apart.whole.slots, torch.Tensor)
-    equal = plan([Span(0, 9, 1, 8), Span(1, 9, 1, 4)], WINDOW, True, max_len=100, like=like)
+    equal = plan_step(
+        [AttentionSegment(0, 9, 1, 8), AttentionSegment(1, 9, 1, 4)], WINDOW, True, max_len=100, like=like
+    )
     assert equal.groups[0].mask is None and (equal.groups[0].first, equal.groups[0].end) == (2, 10)
 
 
@@ -220,12 +224,19 @@ class HostToDevice(TorchDispatchMode):
 @pytest.mark.parametrize(("family", "num_windows"), [("llama", 1), ("gemma2", 2)])
 def test_a_step_on_a_device_reads_nothing_back_and_copies_a_list_or_two_onto_it(family: str, num_windows: int) -> None:
     """torch's ``meta`` device has no numbers, so that an operation that needs one on the host fails."""
-    hosted = host(build(family), max_num_seqs=5, batched=BatchedAttention(), budget=200)
+    hosted = host(build(family), max_num_seqs=5, backend=BatchedAttention, budget=200)
     shapes = hosted._cache.layout.shapes
     model = hosted.model
     torch.nn.Module.to(model, device="meta")
     hosted.runner = ModelRunner(
-        model, hosted.runner.attention, shapes, num_slots=5, max_len=100, groups=hosted.trace.groups, kernels=Kernels()
+        model,
+        hosted.runner.attention,
+        shapes,
+        BatchedAttention,
+        num_slots=5,
+        max_len=100,
+        groups=hosted.trace.groups,
+        kernels=Kernels(),
     )
     for digest in ("one", "two", "three"):
         hosted.runner.add_adapter(digest, adapter_of(model))

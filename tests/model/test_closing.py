@@ -36,12 +36,11 @@ def test_a_base_that_is_closed_frees_its_entry_and_its_keys_and_values(tmp_path:
     base = load(build_tiny_base(tmp_path))
     assert entries() - before == {base.attention.name}
     runner = ModelRunner.of(base, num_slots=2)
-    assert base.attention.cache is not None
-    cache, pages = weakref.ref(base.attention.cache), weakref.ref(base.attention.cache._pages)
+    cache, pages = weakref.ref(runner.backend.cache), weakref.ref(runner.backend.cache._pages)
     base.close()
     assert entries() == before
     assert cache() is None and pages() is None
-    assert runner.attention.cache is None
+    assert runner.attention.backend is None
     base.close()
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from server.cli.adapters_convert import main
+from server.cli.convert.command import main
 from tests.model.foreign_adapters import gguf_arrays, logits_of, make_peft, write_gguf, write_mlx
 from tests.tiny_models import build_tiny_base
 

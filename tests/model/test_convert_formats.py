@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from server.cli.convert_gguf import ARCHITECTURES, read_gguf_adapter
-from server.cli.convert_mlx import is_mlx_folder, read_mlx
+from server.cli.convert.gguf import ARCHITECTURES, read_gguf_adapter
+from server.cli.convert.lora_folder import Delta, LoRATensors, write_lora_folder
+from server.cli.convert.mlx import is_mlx_folder, read_mlx
 from server.cli.folders import NotPublished
-from server.cli.lora_folder import Delta, LoRATensors, write_lora_folder
 from tests.model.foreign_adapters import (
     FAMILIES_OF,
     PROVED,

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationMixin
 
-from server.model.batched_attention import BatchedAttention
+from server.model.attention.batched import BatchedAttention
 from server.model.fused_norms import FusedRMSNorm, fuse_norms
 from tests.model.families import build
 from tests.model.harness import host
@@ -94,7 +94,7 @@ def test_a_decoding_step_is_fewer_operations_than_transformers_own() -> None:
     """Each is a kernel to launch, and on a GPU small steps are little else."""
     model = build("llama")
     fuse_norms(model)
-    hosted = host(model, batched=BatchedAttention(), max_num_seqs=5, budget=200)
+    hosted = host(model, backend=BatchedAttention, max_num_seqs=5, budget=200)
     sequences = started(hosted, 12, 12, 12, 12, 15)
     with Operations() as counted:
         step(hosted, sequences)

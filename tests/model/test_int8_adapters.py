@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from cpu_kernels.kernels import choose_linear
 from cpu_kernels.native_kernel import available
 from server.adapters.content.manifest import BaseSignature, Limits, read_manifest
+from server.lora.native import NativeLoRA
 from server.lora.weights import LoRAWeights
 from server.model.model_trace import signature_of
 from server.sequence import AdapterUse
@@ -91,7 +92,9 @@ def family_of(name: str, *, adding: Adding = "torch") -> Family:
     base = base_of(name, torch.float32)
     hosted = host(copy.deepcopy(base), budget=64, linear=linear, native=available() and adding != "torch")
     if adding == "routine":
-        hosted.runner.bank.tiled = {}
+        hosted.runner.bank.backend = NativeLoRA(
+            list(hosted.runner.bank.base_modules), kernels=hosted.kernels, max_seqs=hosted.max_num_seqs
+        )
     return Family(base, hosted, oracle_of(base, hosted.model), signature_of("base", FINGERPRINT, hosted.trace))
 
 

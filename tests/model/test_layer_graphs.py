@@ -6,6 +6,7 @@ import copy
 import itertools
 import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from server.lora.delta import Delta, with_parameters
 from server.lora.weights import LoRAWeights
 from server.metrics import Metrics
 from server.model import layer_graphs
+from server.model.attention.cpu import cpu_attention
 from server.model.layer_graphs import GraphRunner
 from server.model.runner import ModelRunner
 from server.sequence import AdapterUse, Batch, SamplingParams, Segment
@@ -52,9 +54,7 @@ def hosted_as(name: str) -> Hosted:
     """A family in int8 with routines, whose sequences may be long."""
     config = copy.deepcopy(CONFIG[name])
     setattr(config, "n_positions" if name == "gpt2" else "max_position_embeddings", LENGTH)
-    hosted = host(build_from(config), linear=choose_linear(), native=True, max_model_len=LENGTH, budget=64)
-    hosted.max_num_seqs = hosted.runner.bank._max_seats
-    return hosted
+    return host(build_from(config), linear=choose_linear(), native=True, max_model_len=LENGTH, budget=64)
 
 
 @pytest.fixture
@@ -197,9 +197,9 @@ def run(hosted: Hosted, batch: Batch, *, times: int = 1) -> torch.Tensor:
     """The logits, which are those of steps in Python every time."""
     runner, kept = hosted.runner, hosted.runner.graphs
     for _ in range(times):
-        found = runner.run(runner.arrange(batch))
+        found, _ = runner.run(batch)
         runner.graphs = None
-        expected = runner.run(runner.arrange(batch))
+        expected, _ = runner.run(batch)
         runner.graphs = kept
         assert torch.equal(found.view(torch.int32), expected.view(torch.int32))
     return found
@@ -290,19 +290,20 @@ def test_a_step_that_fails_while_it_is_recorded_leaves_nothing(llama: Hosted, mo
 
 def test_a_step_of_another_runner_on_the_same_base_is_not_replayed(llama: Hosted) -> None:
     """Its layers would be those of the runner that came last, whose step was another."""
-    first, cache = llama.runner, llama.runner.attention.cache
-    assert cache is not None
+    first, shapes = llama.runner, llama.runner.backend.cache.layout.shapes
+    backend = partial(cpu_attention, kernels=llama.kernels, windows={None}, plain=True)
     run(llama, batch_of(*PLAIN), times=3)
     llama.runner = ModelRunner(
-        llama.model, first.attention, cache.layout.shapes, num_slots=3, max_len=LENGTH, kernels=llama.kernels
+        llama.model, first.attention, shapes, backend, num_slots=3, max_len=LENGTH, kernels=llama.kernels
     )
     run(llama, batch_of(*PLAIN), times=3)
     assert graphs_of(llama).num_replayed > 0
     chunk = Generation(7, prompts(40)[0], 20, SamplingParams())
-    expected = llama.runner.run(Batch((Segment(chunk, 1, 0, 3), *batch_of((0, 5, ())).segments)))
+    expected, _ = llama.runner.run(Batch((Segment(chunk, 1, 0, 3), *batch_of((0, 5, ())).segments)))
     llama.runner.run(batch_of(*PLAIN))
     before = graphs_of(llama).num_replayed
-    assert torch.equal(first.run(Batch((Segment(chunk, 1, 0, 3), *batch_of((0, 5, ())).segments))), expected)
+    found, _ = first.run(Batch((Segment(chunk, 1, 0, 3), *batch_of((0, 5, ())).segments)))
+    assert torch.equal(found, expected)
     assert graphs_of(llama).num_replayed == before
 
 

@@ -1,4 +1,4 @@
-"""Whatever mixture a step has, its rows are those of each adapter by itself, and the books of seats are right."""
+"""Whatever mixture a step has, its rows are those of each adapter by itself, and the books of slots are right."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from cpu_kernels.kernels import Kernels
-from server.lora.bank import LoRABank, side_by_side
+from server.lora.backend import LoRABackend
+from server.lora.bank import LoRABank
+from server.lora.batched import BatchedTorchLoRA, PaddedGroup, computed_together
 from server.lora.delta import Delta
-from server.lora.rows import Block
-from server.lora.shared import SharedA
-from server.lora.stack import Stack
-from server.lora.weights import LoRAWeights
+from server.lora.slots import LoRASlots
+from server.lora.weights import FusedA, LoRAWeights
 from server.sequence import AdapterUse, Batch, SamplingParams, Segment
 from server.sequence import Sequence as Generation
 from tests.tables import wide
@@ -57,7 +57,7 @@ def adapter(seed: int, targets: Sequence[str], rank: int, *, scale: torch.Tensor
         )
         for name in targets
     }
-    return LoRAWeights(deltas, 1.0, [SharedA(whole.t(), columns)] if len(together) > 1 else [])
+    return LoRAWeights(deltas, 1.0, [FusedA(whole.t(), columns)] if len(together) > 1 else [])
 
 
 def sequence(number: int, uses: Sequence[tuple[str, float]], length: int) -> Segment:
@@ -67,16 +67,25 @@ def sequence(number: int, uses: Sequence[tuple[str, float]], length: int) -> Seg
     return Segment(Generation(number, prompt, 9, SamplingParams(), adapters), number, 0, length)
 
 
+def native_lora(model: nn.Module, *, max_seqs: int = 16) -> LoRABackend:
+    """The backend of kernels, for any linear of a model."""
+    from server.lora.native import NativeLoRA
+
+    kernels = Kernels(native=True).ready()
+    return NativeLoRA([name for name, _ in model.named_modules()], kernels=kernels, max_seqs=max_seqs)
+
+
 class Stage:
     """A bank on a model, and the same model without."""
 
-    def __init__(self, *, max_seats: int = 16, dtype: torch.dtype = torch.float32, native: bool = False) -> None:
+    def __init__(self, *, max_slots: int = 16, dtype: torch.dtype = torch.float32, native: bool = False) -> None:
         torch.manual_seed(0)
         self.model, self.base = Model(dtype), Model(dtype)
         self.base.load_state_dict(self.model.state_dict())
-        self.bank = LoRABank(self.model, GROUPS, max_seats=max_seats, kernels=Kernels(native=native).ready())
+        self.batched = None if native else BatchedTorchLoRA(GROUPS, max_slots=max_slots, device=torch.device("cpu"))
+        self.bank = LoRABank(self.model, self.batched or native_lora(self.model, max_seqs=max_slots))
         self.adapters: dict[str, LoRAWeights] = {}
-        self.dtype, self.num_blocks = dtype, 0
+        self.dtype, self.num_groups = dtype, 0
 
     def add(self, digest: str, weights: LoRAWeights) -> None:
         """Put an adapter in."""
@@ -97,14 +106,13 @@ class Stage:
     @torch.inference_mode()
     def compute(self, segments: Sequence[Segment], *, tolerance: float = 1e-4) -> Batch:
         """Every row is compared with the base's and its adapters' own products."""
-        batch = self.bank.arrange(Batch(tuple(segments)))
+        batch = self.bank.begin(Batch(tuple(segments)))
         assert sorted(one.sequence.id for one in batch.segments) == sorted(one.sequence.id for one in segments)
-        self.bank.begin(batch)
         rows = [one.sequence.adapters for one in batch.segments for _ in range(one.length)]
         ends = [sum(s.length for s in batch.segments[: n + 1]) - 1 for n, s in enumerate(batch.segments) if s.samples]
         x, wide = (torch.randn(1, len(rows), size, dtype=self.dtype) for size in (HIDDEN, WIDE))
         found, plain = (model(x, wide, torch.tensor(ends, dtype=torch.long)) for model in (self.model, self.base))
-        self.num_blocks += len(self.bank._rows.of(len(rows)).blocks) if self.bank._rows.active else 0
+        self.num_groups += len(self.groups(len(rows)))
         for name in SIZES:
             at = ends if name == "head" else range(len(rows))
             for number, row in enumerate(at):
@@ -123,13 +131,19 @@ class Stage:
         return y
 
     @property
-    def stacks(self) -> list[Stack]:
-        """What lies side by side."""
-        return list(self.bank._stacks.values())
+    def slots(self) -> list[LoRASlots]:
+        """Copies of adapters, by shape."""
+        assert self.batched is not None
+        return list(self.batched._slots.values())
 
-    def blocks(self, num_rows: int) -> Sequence[Block]:
-        """What the last step computed side by side."""
-        return self.bank._rows.of(num_rows).blocks
+    def groups(self, num_rows: int) -> Sequence[PaddedGroup]:
+        """Rows of adapters that the last step computed together."""
+        return () if self.batched is None else self.batched.layout(num_rows).groups
+
+    def limit(self, max_bytes: int) -> None:
+        """Weights and copies may take so many bytes from now on."""
+        self.bank._max_bytes = max_bytes
+        self.bank._limit_copies()
 
 
 @pytest.fixture
@@ -177,14 +191,14 @@ def storm(stage: Stage, seed: int) -> None:
         stage.step([sequence(id_, uses, length) for id_, (uses, length) in enumerate(running)])
     for digest in list(stage.adapters):
         stage.remove(digest)
-    assert stage.stacks == [] and stage.bank.num_stacked_bytes == 0
+    assert stage.batched is None or (stage.slots == [] and stage.batched.num_bytes == 0)
     assert all(type(module) is nn.Linear for module in stage.model.children())
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_random_mixtures_are_what_each_adapter_gives_by_itself(seed: int, stage: Stage) -> None:
     storm(stage, seed)
-    assert stage.num_blocks > 50
+    assert stage.num_groups > 50
 
 
 def ones(*digests: str) -> list[Segment]:
@@ -195,7 +209,9 @@ def ones(*digests: str) -> list[Segment]:
 def test_a_batch_of_base_rows_does_not_reach_the_adapters(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     stage.add("a", adapter(1, ("q", "v"), 4))
     stage.step(ones("a"))
-    monkeypatch.setattr("server.lora.shared.SharedInput.take", lambda *given: pytest.fail("an adapter was looked at"))
+    monkeypatch.setattr(
+        "server.lora.batched.SharedLoRAInput.take", lambda *given: pytest.fail("an adapter was looked at")
+    )
     stage.step([sequence(0, [], 1), sequence(2, [], 3)])
 
 
@@ -203,11 +219,11 @@ def test_equal_rows_need_no_index_and_unequal_ones_come_out_right(stage: Stage) 
     for digest in "abcd":
         stage.add(digest, adapter(ord(digest), ("q", "k", "v", "down"), 4))
     stage.step(ones(*"abcdabcd"))
-    (block,) = stage.blocks(8)
-    assert (block.most, block.back) == (2, None)
+    (group,) = stage.groups(8)
+    assert (group.most, group.back) == (2, None)
     batch = stage.step(ones(*"abcdabc"))
-    (block,) = stage.blocks(7)
-    assert block.most == 2 and block.back is not None
+    (group,) = stage.groups(7)
+    assert group.most == 2 and group.back is not None
     runs = [segment.sequence.adapters[0].digest for segment in batch.segments]
     assert len([n for n in range(7) if n == 0 or runs[n] != runs[n - 1]]) == 4
 
@@ -216,9 +232,9 @@ def test_a_long_run_goes_by_itself_and_one_adapter_needs_no_copy(stage: Stage) -
     for digest in "abc":
         stage.add(digest, adapter(ord(digest), ("q",), 4))
     stage.step(ones("a", "a"))
-    assert stage.bank.num_stacked_bytes == 0
+    assert stage.bank.backend.num_bytes == 0
     stage.step([*ones("a", "b"), sequence(8, [("c", 1.0)], 100)])
-    assert [block.end - block.start for block in stage.blocks(102)] == [2]
+    assert [group.end - group.start for group in stage.groups(102)] == [2]
 
 
 @pytest.mark.parametrize(
@@ -234,64 +250,64 @@ def test_a_long_run_goes_by_itself_and_one_adapter_needs_no_copy(stage: Stage) -
     ],
 )
 def test_what_is_padded_too_much_is_computed_alone(rows: dict[str, int], expected: str) -> None:
-    assert side_by_side(rows) == list(expected)
+    assert computed_together(rows) == list(expected)
 
 
-def test_a_large_rank_has_a_stack_of_its_own(stage: Stage) -> None:
+def test_a_large_rank_has_slots_of_its_own(stage: Stage) -> None:
     for number, rank in enumerate((3, 4, 64, 33)):
         stage.add(str(number), adapter(number, ("q", "v"), rank))
     stage.step(ones("0", "1", "2", "3"))
-    assert sorted(stack.high["q"].shape[1] for stack in stage.stacks) == [4, 64]
-    assert [stack.high["q"].shape[0] for stack in stage.stacks] == [2, 2]
+    assert sorted(slots.high["q"].shape[1] for slots in stage.slots) == [4, 64]
+    assert [slots.high["q"].shape[0] for slots in stage.slots] == [2, 2]
 
 
-def test_seats_double_up_to_the_bound(stage: Stage) -> None:
-    stage = Stage(max_seats=6)
+def test_slots_double_up_to_the_bound() -> None:
+    stage = Stage(max_slots=6)
     names = [str(number) for number in range(7)]
     for number, digest in enumerate(names):
         stage.add(digest, adapter(number, ("q",), 2))
     for count, capacity in ((2, 2), (3, 4), (5, 6), (6, 6), (2, 6)):
         stage.step(ones(*names[:count]))
-        assert stage.stacks[0].capacity == capacity
+        assert stage.slots[0].capacity == capacity
     stage.step(ones(*names))
-    assert stage.blocks(7) == []
+    assert stage.groups(7) == []
 
 
-def test_a_hole_is_tolerated_for_a_while_and_then_closed(stage: Stage) -> None:
+def test_an_unused_slot_is_computed_for_a_while_and_then_closed(stage: Stage) -> None:
     for digest in "abcd":
         stage.add(digest, adapter(ord(digest), ("q", "k"), 2))
     stage.step(ones(*"abcd"))
-    (stack,) = stage.stacks
-    middle = [digest for digest, seat in stack.place("abcd").items() if seat != 1]
+    (slots,) = stage.slots
+    middle = [digest for digest, slot in slots.place("abcd").items() if slot != 1]
     widths = []
     for _ in range(5):
         stage.step(ones(*middle))
-        widths.append(stack.num_window)
+        widths.append(slots.num_window)
     assert widths == [4, 4, 3, 3, 3]
 
 
-def test_a_newcomer_takes_the_seat_that_was_idle_for_longest(stage: Stage) -> None:
+def test_a_newcomer_takes_the_slot_that_was_idle_for_longest(stage: Stage) -> None:
     for digest in "abcdef":
         stage.add(digest, adapter(ord(digest), ("q",), 2))
     stage.step(ones(*"abcd"))
-    (stack,) = stage.stacks
-    by_seat = sorted("abcd", key=stack.place("abcd").__getitem__)
-    stage.step(ones(*by_seat[:2]))
+    (slots,) = stage.slots
+    by_slot = sorted("abcd", key=slots.place("abcd").__getitem__)
+    stage.step(ones(*by_slot[:2]))
     stage.step(ones(*"ef"))
-    assert set(by_seat[:2]) | set("ef") == set(stack._seats)
+    assert set(by_slot[:2]) | set("ef") == set(slots._slots)
 
 
-def test_an_adapter_that_is_removed_gives_up_its_seat_and_the_last_one_the_tensors(stage: Stage) -> None:
+def test_an_adapter_that_is_removed_gives_up_its_slot_and_the_last_one_the_tensors(stage: Stage) -> None:
     for digest in "abc":
         stage.add(digest, adapter(ord(digest), ("q", "v"), 2))
     stage.step(ones(*"abc"))
     stage.remove("b")
     stage.add("b", adapter(99, ("q", "v"), 2))
     stage.step(ones(*"abc"))
-    assert stage.bank.num_stacked_bytes > 0
+    assert stage.bank.backend.num_bytes > 0
     for digest in "abc":
         stage.remove(digest)
-    assert stage.bank.num_stacked_bytes == 0
+    assert stage.bank.backend.num_bytes == 0
 
 
 def test_modules_that_share_an_input_share_one_product(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,12 +328,12 @@ def test_modules_that_share_an_input_share_one_product(stage: Stage, monkeypatch
 @torch.inference_mode()
 def test_a_module_called_again_with_the_same_tensor_and_one_not_called_at_all(stage: Stage) -> None:
     stage.add("a", adapter(1, ("q", "v"), 4))
-    stage.bank.begin(stage.bank.arrange(Batch(tuple(ones("a", "a")))))
+    stage.bank.begin(Batch(tuple(ones("a", "a"))))
     x, q = torch.randn(1, 2, HIDDEN), stage.model.get_submodule("q")
     first, again = q(x), q(x)
     assert torch.equal(first, again) and not torch.equal(first, stage.base.get_submodule("q")(x))
     stage.step(ones("a"))
-    assert stage.bank._inputs["q"]._x is None
+    assert stage.batched is not None and stage.batched._inputs["q"]._x is None
 
 
 def test_rows_of_the_base_come_first_and_those_of_one_adapter_lie_side_by_side(stage: Stage) -> None:
@@ -330,14 +346,6 @@ def test_rows_of_the_base_come_first_and_those_of_one_adapter_lie_side_by_side(s
     ids = [segment.sequence.id // 2 for segment in batch.segments]
     stacked = [[0, 4], [3, 7]] if ids[2] == 0 else [[3, 7], [0, 4]]
     assert ids == [1, 5, *stacked[0], *stacked[1], 2, 6]
-
-
-def test_a_batch_that_was_not_arranged_is_computed_run_by_run(stage: Stage) -> None:
-    for digest in "ab":
-        stage.add(digest, adapter(ord(digest), ("q",), 4))
-    stage.bank.arrange(Batch(tuple(ones("a", "b"))))
-    stage.bank.begin(Batch(tuple(ones("b", "a"))))
-    assert stage.blocks(2) == [] and len(stage.bank._rows.of(2).runs) == 2
 
 
 def test_a_bfloat16_base_gets_deltas_in_float32() -> None:
@@ -357,9 +365,9 @@ def test_a_result_that_is_part_of_a_wider_one_is_added_to_in_place(monkeypatch: 
     wide = torch.zeros(1, 3, 50)
     layer = stage.bank._layers["q"]
     monkeypatch.setattr(layer, "_compute", lambda x: wide[..., 7 : 7 + HIDDEN])
-    for names, num_blocks in (("ab", 1), ("aba", 1), ("a", 0)):
+    for names, num_groups in (("ab", 1), ("aba", 1), ("a", 0)):
         wide = torch.zeros(1, len(names), 50)
-        stage.bank.begin(stage.bank.arrange(Batch(tuple(ones(*names)))))
-        assert len(stage.blocks(len(names))) == num_blocks
+        stage.bank.begin(Batch(tuple(ones(*names))))
+        assert len(stage.groups(len(names))) == num_groups
         y = stage.model.get_submodule("q")(torch.randn(1, len(names), HIDDEN))
         assert torch.equal(wide[..., 7 : 7 + HIDDEN], y) and y.any() and not wide[..., 7 + HIDDEN :].any()

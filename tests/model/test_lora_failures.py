@@ -18,7 +18,7 @@ from cpu_kernels.kernels import Kernels
 from cpu_kernels.linear import Deltas
 from server.lora.bank import LoRABank
 from server.lora.delta import Delta
-from server.lora.stack import Stack
+from server.lora.slots import LoRASlots
 from server.lora.weights import LoRAWeights
 from tests.instruction_sets import NUMBA, needs
 from tests.model.held import held_bytes
@@ -140,8 +140,8 @@ def test_an_adapter_that_cannot_be_removed_is_removed_with_the_next_one(way: Fai
         assert held_bytes(stage.bank) == before
         stage.bank.add("going", weights[1])
         stage.step(ones("there", "going"))
-        for stack in stage.stacks:
-            stack.clear()
+        for slots in () if compiled else stage.slots:
+            slots.clear()
     stage.step(ones("there"))
 
 
@@ -159,15 +159,16 @@ def finish(stage: Stage, number: int) -> None:
 
 @every_way
 def test_adapters_whose_copies_cannot_be_made_are_computed_one_by_one(way: Failing) -> None:
-    """A seat was given away before its copy was made: the steps after a failure computed with what lay there."""
+    """A slot was given away before its copy was made: the steps after a failure computed with what lay there."""
     stage = Stage()
     for number in range(3):
         stage.add(str(number), adapter(number, ("q", "v"), 4))
-    (stack,) = stage.stacks
+    (slots,) = stage.slots
+    assert stage.batched is not None
     for number in range(1, 1000):
-        stack.clear()
-        stage.bank._without_copies.clear()
-        failed = fails(way, number, lambda: stack.place(["0", "1", "2"]))
+        slots.clear()
+        stage.batched._without_copies.clear()
+        failed = fails(way, number, lambda: slots.place(["0", "1", "2"]))
         stage.step(ones("0", "1", "2"))
         if not failed:
             break
@@ -185,15 +186,15 @@ def test_a_step_without_memory_for_copies_says_so_once_and_goes_on(
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Stack, "place", place)
+        patched.setattr(LoRASlots, "place", place)
         for _ in range(3):
             stage.step(ones("0", "1"))
-            assert stage.blocks(2) == []
+            assert stage.groups(2) == []
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     stage.add("2", adapter(2, ("q",), 4))
     stage.remove("2")
     stage.step(ones("0", "1"))
-    assert len(stage.blocks(2)) == 1
+    assert len(stage.groups(2)) == 1
 
 
 class Fused:
@@ -211,21 +212,24 @@ def deltas_of(product: Fused) -> Deltas | None:
 @every_way
 def test_an_adapter_in_tiles_that_cannot_be_added_leaves_no_address_of_it(way: Failing) -> None:
     """What is read by a product's routine on a CPU with AMX is looked at here on any."""
+    from server.lora.native import NativeLoRA
+
     sizes = {"q": 32, "k": 64}
     model, product = nn.Module(), Fused()
     for name, size in sizes.items():
         model.add_module(name, nn.Linear(64, size))
-    bank = LoRABank(model, max_seats=4, kernels=Kernels(native=True).ready(), products=[(product, list(sizes.items()))])
+    kernels = Kernels(native=True).ready()
+    backend = NativeLoRA(["", *sizes], [(product, list(sizes.items()))], kernels=kernels, max_seqs=4)
+    bank = LoRABank(model, backend)
     weights = LoRAWeights(
         {name: Delta("linear", torch.rand(64, 3), torch.rand(3, size)) for name, size in sizes.items()}
     )
-    assert bank.compiled is not None
     for _ in every_failure(way, lambda: bank.add("it", weights)):
         bank.check_integrity()
         assert deltas_of(product) is None and held_bytes(bank) == 0
-        assert not any(table.any() for table in bank.compiled._tables.values())
-    assert deltas_of(product) is not None and bank.num_bytes == held_bytes(bank) > 0
-    assert {int(table.count_nonzero()) for table in bank.compiled._tables.values()} == {4}
+        assert not any(table.any() for table in backend._tables.values())
+    assert deltas_of(product) is not None and held_bytes(bank) == bank.num_bytes + backend.num_bytes
+    assert {int(table.count_nonzero()) for table in backend._tables.values()} == {4}
     bank.remove("it")
     assert deltas_of(product) is None and held_bytes(bank) == 0
 

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from cpu_kernels.kernels import Kernels
 from server.integrity import IntegrityError
 from server.lora.bank import LoRABank
 from server.lora.delta import Delta
+from server.lora.native import NativeLoRA
 from server.lora.weights import LoRAWeights
 from server.sequence import AdapterUse, Batch, SamplingParams, Segment
 from server.sequence import Sequence as Generation
 from tests.instruction_sets import NUMBA, needs
-from tests.model.test_lora_bank import HIDDEN, SEEDS, Stage, adapter, ones, sequence, storm
+from tests.model.test_lora_bank import HIDDEN, SEEDS, Stage, adapter, native_lora, ones, sequence, storm
 
 pytestmark = needs(NUMBA)
 LENGTHS = (1, 1, 2, 15, 16, 17, 33, 1)
@@ -40,7 +40,7 @@ def stage(threads: int) -> Stage:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_random_mixtures_are_what_each_adapter_gives_by_itself(seed: int, stage: Stage) -> None:
     storm(stage, seed)
-    assert stage.num_blocks == 0
+    assert stage.batched is None
 
 
 def test_a_module_that_no_adapter_has_a_plain_delta_for(stage: Stage) -> None:
@@ -63,7 +63,6 @@ def test_more_adapters_than_there_was_room_for_while_some_run(stage: Stage) -> N
 
 def test_steps_with_more_runs_than_were_thought_of(stage: Stage) -> None:
     """Sixteen seats have room for 64 uses; here are 200, and the head's are as many."""
-    assert stage.bank.compiled is not None
     for digest in "abcde":
         stage.add(digest, adapter(ord(digest), ("q", "down", "head"), 3))
     before = stage.bank.generation
@@ -95,7 +94,8 @@ def test_an_adapter_that_is_removed_leaves_nothing(stage: Stage) -> None:
     stage.step(ones("b", "c", "b"))
     for digest in "bc":
         stage.remove(digest)
-    assert stage.bank.compiled is not None and not stage.bank.compiled._kept and not stage.bank.compiled._indices
+    assert isinstance(stage.bank.backend, NativeLoRA)
+    assert not stage.bank.backend._kept and not stage.bank.backend._indices
     stage.step([sequence(0, [], 2)])
 
 
@@ -129,19 +129,16 @@ def test_every_size_is_torchs_and_a_row_is_the_same_alone(threads: int, num_inpu
     base = nn.Linear(num_inputs, num_outputs, bias=False)
     model = nn.Module()
     model.add_module("it", base)
-    bank, deltas = (
-        LoRABank(model, max_seats=4, kernels=Kernels(native=True).ready()),
-        random_deltas(generator, num_inputs, num_outputs),
-    )
+    bank = LoRABank(model, native_lora(model, max_seqs=4))
+    deltas = random_deltas(generator, num_inputs, num_outputs)
     for digest, delta in deltas.items():
         bank.add(digest, LoRAWeights({"it": delta}))
     mixtures: list[tuple[AdapterUse, ...]] = [(), (AdapterUse("33"), AdapterUse("3", 2.0), AdapterUse("wide", -1.0))]
     mixtures += [(AdapterUse(digest, source.choice((1.0, -0.5, 3.0))),) for digest in deltas]
     lengths = [source.choice(LENGTHS) for _ in mixtures]
-    linear, batch = model.get_submodule("it"), bank.arrange(Batch(segments(mixtures, lengths)))
+    linear, batch = model.get_submodule("it"), bank.begin(Batch(segments(mixtures, lengths)))
     linear._compute = lambda x: torch.zeros(*x.shape[:-1], num_outputs)  # type: ignore[assignment]
     x = torch.randn(1, sum(lengths), num_inputs, generator=generator)
-    bank.begin(batch)
     found, row = linear(x)[0], 0
     for segment in batch.segments:
         mine = x[0, row : row + segment.length]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from cpu_kernels.int8_weights import Int8Rows, Outliers
 from cpu_kernels.kernels import Kernels
 from server.lora.bank import LoRABank
 from server.lora.delta import Delta
+from server.lora.native import NativeLoRA
 from server.lora.tiles import DeltaTiles
 from server.lora.weights import LoRAWeights
 from server.quantization.linear import FusedLinear, Int8Linear, Original, linears_with_deltas
@@ -58,30 +60,44 @@ class Stage:
             self.model.add_module(name, Int8Linear(stock, Original.of(stock.weight), product, number))
         self.model.register_parameter("some", nn.Parameter(torch.zeros(1)))
         products = linears_with_deltas(dict(self.model.named_modules()))
-        self.bank = LoRABank(self.model, max_seats=4, kernels=kernels, products=products)
+        self.bank = LoRABank(self.model, NativeLoRA(["", *self.names], products, kernels=kernels, max_seqs=4))
+        self._order = torch.empty(0, dtype=torch.long)
         self.sizes, self.num_inputs, self._product = sizes, num_inputs, product
-        self.deltas: dict[str, dict[str, Delta]] = {}
+        self.deltas: dict[str, Mapping[str, Delta]] = {}
 
     def add(self, digest: str, rank: int, modules: Sequence[str]) -> None:
         """An adapter with random numbers on these linears."""
-        self.deltas[digest] = {}
+        deltas = {}
         for name in modules:
             size = self.sizes[self.names.index(name)]
             a = torch.randn(rank, self.num_inputs, generator=self.source).t()
             b = torch.randn(rank, size, generator=self.source)
-            self.deltas[digest][name] = Delta("linear", a, b).in_tiles()
-        self.bank.add(digest, LoRAWeights(self.deltas[digest]))
+            deltas[name] = Delta("linear", a, b)
+        packed = self.bank.backend.pack(LoRAWeights(deltas))
+        self.deltas[digest] = packed.deltas
+        self.bank.add(digest, packed)
 
     def step(self, uses: Sequence[tuple[AdapterUse, ...]], lengths: Sequence[int], x: torch.Tensor) -> torch.Tensor:
         """The linears' results for rows x [rows, in] of sequences, side by side."""
-        self.bank.begin(Batch(segments(uses, lengths)))
-        return torch.cat([self.model.get_submodule(name)(x[None])[0] for name in self.names], dim=-1)
+        self.begin(uses, lengths)
+        inputs = x[None, self._order]
+        return self._in_order(torch.cat([self.model.get_submodule(name)(inputs)[0] for name in self.names], dim=-1))
+
+    def begin(self, uses: Sequence[tuple[AdapterUse, ...]], lengths: Sequence[int]) -> None:
+        """A step, whose rows the bank puts into another order."""
+        batch = self.bank.begin(Batch(segments(uses, lengths)))
+        ends = list(accumulate(lengths))
+        ids = [segment.sequence.id for segment in batch.segments]
+        self._order = torch.cat([torch.arange(ends[number] - lengths[number], ends[number]) for number in ids])
 
     def gated(self, x: torch.Tensor, *, by_gelu: bool) -> torch.Tensor:
         """The first linear's units times the second's, of the step at hand."""
-        units = self._product.gated((0, 1), x[None], by_gelu=by_gelu)
+        units = self._product.gated((0, 1), x[None, self._order], by_gelu=by_gelu)
         assert units is not None
-        return units[0].clone()
+        return self._in_order(units[0])
+
+    def _in_order(self, y: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(y).index_copy_(0, self._order, y)
 
     def added(self, uses: tuple[AdapterUse, ...], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What is to be added to rows x of one sequence, and how much was added up for it; both float64."""
@@ -150,7 +166,7 @@ def test_gated_units_are_made_of_changed_gates_and_ups(threads: int, by_gelu: bo
         assert torch.allclose(units, expected, rtol=1e-4, atol=1e-4)
         row = 0
         for mine, length in zip(uses, lengths, strict=True):
-            stage.bank.begin(Batch(segments([mine], [length])))
+            stage.begin([mine], [length])
             assert torch.equal(stage.gated(x[row : row + length], by_gelu=by_gelu), units[row : row + length])
             row += length
 
@@ -191,4 +207,5 @@ def test_what_is_packed_is_what_was_given_rounded() -> None:
 def test_sizes_that_are_no_whole_tiles_are_left_to_the_other_routine() -> None:
     for num_inputs, sizes in ((40, (32,)), (64, (40,)), (64, (32, 8))):
         stage = Stage(num_inputs, sizes)
-        assert not stage.bank.tiled
+        stage.add("it", 2, stage.names)
+        assert all(delta.tiles is None for delta in stage.deltas["it"].values())

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from cpu_kernels.decode_attention import DecodeAttention
 from cpu_kernels.kernels import choose_linear
-from cpu_kernels.native_kernel import NativeKernel
-from server.model.attention import FlatAttention
+from server.model.attention.cpu import NativeAttention, TorchAttention, cpu_attention
 from server.model.fused_ops import GatedMLP
 from server.model.runner import ModelRunner
 from tests.instruction_sets import NUMBA, needs
@@ -28,17 +29,6 @@ def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return name
 
 
-def kernel_for(dtype: torch.dtype) -> NativeKernel:
-    kernel = DecodeAttention.kernel_for(dtype)
-    assert kernel is not None
-    return kernel
-
-
-def kernel_of(attention: FlatAttention) -> NativeKernel:
-    assert attention.rows is not None
-    return attention.rows._kernel
-
-
 def with_equal_past(ours: Answer, theirs: Answer) -> tuple[torch.Tensor, torch.Tensor]:
     """The logits of both up to the first token that differs, where it does; the rows after it answer other texts."""
     differ = [n for n, (one, other) in enumerate(zip(ours.tokens, theirs.tokens, strict=True)) if one != other]
@@ -53,7 +43,7 @@ def test_logits_are_those_without_routines_and_rows_are_the_same_alone(family: s
     expected = host(build(family), linear=linear).run(ASKS)
     hosted = host(build(family), linear=linear, native=True)
     assert any(isinstance(module, GatedMLP) for module in hosted.model.modules()) == (family in GATED)
-    assert hosted.runner.attention.rows is not None
+    assert isinstance(hosted.runner.backend, NativeAttention)
     found, alone = hosted.run(ASKS), [hosted.run([ask])[0] for ask in ASKS]
     far = [difference(*with_equal_past(ours, theirs)) for ours, theirs in zip(found, expected, strict=True)]
     assert min(far) < 1e-5 and max(far) < (1e-5 if linear is None else 0.1)
@@ -66,10 +56,13 @@ def test_logits_are_those_without_routines_and_rows_are_the_same_alone(family: s
 def test_a_runner_has_the_routine_of_the_format_in_which_it_keeps_keys() -> None:
     """It may be another than the base was made for; with the wrong one all answers were noise."""
     hosted = host(build("llama"), linear=choose_linear(), native=True)
-    attention, kernels = hosted.runner.attention, hosted.kernels
-    assert attention.cache is not None and kernel_of(attention) is kernel_for(attention.cache.layout.dtype)
-    shapes = attention.cache.layout.shapes
-    ModelRunner(hosted.model, attention, shapes, num_slots=2, max_len=64, kv_dtype=torch.bfloat16, kernels=kernels)
-    assert kernel_of(attention) is kernel_for(torch.bfloat16)
-    ModelRunner(hosted.model, attention, shapes, num_slots=2, max_len=64, kv_dtype=torch.float16, kernels=kernels)
-    assert attention.rows is None
+    attention, shapes, kernels = hosted.runner.attention, hosted._cache.layout.shapes, hosted.kernels
+    backend = partial(cpu_attention, kernels=kernels, windows={None}, plain=True)
+    for dtype in (torch.float32, torch.bfloat16):
+        ModelRunner(hosted.model, attention, shapes, backend, num_slots=2, max_len=64, kv_dtype=dtype, kernels=kernels)
+        assert isinstance(attention.backend, NativeAttention)
+        assert attention.backend._decode._kernel is DecodeAttention.kernel_for(dtype) is not None
+    ModelRunner(
+        hosted.model, attention, shapes, backend, num_slots=2, max_len=64, kv_dtype=torch.float16, kernels=kernels
+    )
+    assert isinstance(attention.backend, TorchAttention)

@@ -43,11 +43,7 @@ class Memory:
         self.most_bytes = 0
         self.fails: str | None = None
 
-    def arrange(self, batch: Batch) -> Batch:
-        """As they are."""
-        return batch
-
-    def run(self, batch: Batch) -> torch.Tensor:
+    def run(self, batch: Batch) -> tuple[torch.Tensor, Batch]:
         """Logits that tell what was seen: the next token is made of all before it, [len(batch.sampling), vocab]."""
         if self.fails == "at once":
             raise RuntimeError("the model broke")
@@ -70,7 +66,7 @@ class Memory:
         logits = torch.zeros(len(batch.sampling), VOCAB)
         for row, one in enumerate(batch.sampling):
             logits[row, next_token(one)] = 9.0
-        return logits
+        return logits, batch
 
     @property
     def num_bytes(self) -> int:

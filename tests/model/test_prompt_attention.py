@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from cpu_kernels.kernels import Kernels
-from server.model.attention import Layout, _chunk
-from server.model.kv_cache import Span
+from server.model.attention.cpu import attend_to_sequence
+from server.model.attention.eager import segment_mask
+from server.model.attention.interface import AttentionParams
+from server.model.kv_cache import AttentionSegment
 from tests.instruction_sets import needs
 
 SIZES = [(14, 2, 64), (4, 4, 32), (4, 1, 128), (2, 2, 96)]
@@ -33,10 +35,11 @@ def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None,
 
 
 def by_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, scale: float) -> torch.Tensor:
-    span = Span(slot=0, row=0, start=k.shape[1] - q.shape[1], length=q.shape[1])
-    mask = Layout.of((span,), torch.device("cpu")).mask(span, window, torch.bfloat16)
-    first = k.shape[1] - (k.shape[1] if mask is None else mask.shape[1])
-    return _chunk(q[None].bfloat16(), k[None, :, first:], v[None, :, first:], mask, scale).float()
+    segment = AttentionSegment(slot=0, row=0, start=k.shape[1] - q.shape[1], length=q.shape[1])
+    mask = segment_mask(segment, window, torch.bfloat16, torch.device("cpu"))
+    first = segment.first_key(window)
+    params = AttentionParams(scale, window)
+    return attend_to_sequence(q[None].bfloat16(), k[None, :, first:], v[None, :, first:], mask, params).float()
 
 
 def by_tiles() -> Attend:

@@ -34,11 +34,7 @@ class ScriptedRunner:
         """The token that is likeliest."""
         return (sequence_id * 7 + number * 3) % (VOCAB - 1)
 
-    def arrange(self, batch: Batch) -> Batch:
-        """As they are."""
-        return batch
-
-    def run(self, batch: Batch) -> torch.Tensor:
+    def run(self, batch: Batch) -> tuple[torch.Tensor, Batch]:
         """Logits with one token far above the others, [len(batch.sampling), vocab]."""
         if self.fails:
             raise RuntimeError("the model broke")
@@ -52,7 +48,7 @@ class ScriptedRunner:
         logits = torch.zeros(len(batch.sampling), VOCAB)
         for row, sequence in enumerate(batch.sampling):
             logits[row, self.script(sequence.id, len(sequence.output_ids))] = 9.0
-        return logits
+        return logits, batch
 
     num_copied_bytes = 0
 
@@ -181,12 +177,12 @@ def test_a_row_without_finite_logits_ends_its_sequence_alone(monkeypatch: pytest
     engine, runner = make()
     stock = runner.run
 
-    def run(batch: Batch) -> torch.Tensor:
-        logits = stock(batch)
+    def run(batch: Batch) -> tuple[torch.Tensor, Batch]:
+        logits, batch = stock(batch)
         for row, sequence in enumerate(batch.sampling):
             if sequence.id == 1 and sequence.output_ids:
                 logits[row] = float("nan")
-        return logits
+        return logits, batch
 
     monkeypatch.setattr(runner, "run", run)
     engine.add(ask(1, 2))

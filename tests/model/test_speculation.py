@@ -38,11 +38,7 @@ class ScriptedRunner:
         self.removed: list[str] = []
         self._slots: dict[int, list[int]] = {}
 
-    def arrange(self, batch: Batch) -> Batch:
-        """As they are."""
-        return batch
-
-    def run(self, batch: Batch) -> torch.Tensor:
+    def run(self, batch: Batch) -> tuple[torch.Tensor, Batch]:
         """Logits by what the slots hold, [len(batch.draws), VOCAB]."""
         self.batches.append(batch)
         logits = []
@@ -57,7 +53,7 @@ class ScriptedRunner:
             for row in range(segment.length - segment.num_sampled, segment.length):
                 logits.append(self.model(segment.sequence, held[: segment.start + row + 1]))
         assert len(logits) == len(batch.draws) == len(batch.sampling)
-        return torch.stack(logits) if logits else torch.empty(0, VOCAB)
+        return torch.stack(logits) if logits else torch.empty(0, VOCAB), batch
 
     num_copied_bytes = 0
 

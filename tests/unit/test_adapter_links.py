@@ -15,7 +15,7 @@ import pytest
 
 from server.adapters.content import folder as folder_module
 from server.adapters.content import opening
-from server.adapters.content.doctor import examine
+from server.adapters.content.diagnostics import diagnose
 from server.adapters.content.folder import read_file, read_files, signature_of
 from server.adapters.content.manifest import read_manifest
 from server.adapters.reader import AdapterReader, FolderMoved
@@ -113,7 +113,7 @@ def test_a_template_in_a_hubs_cache_is_as_untrusted_as_one_that_was_fetched(tmp_
     limits = replace(LIMITS, roots=(tmp_path,), trust_chat_templates=False)
     with pytest.raises(AdapterRejected, match="--trust-chat-templates"):
         read_manifest(folder, BASE, limits, name="a")
-    found = examine(folder, BASE, replace(limits, trust_chat_templates=True), name="a")
+    found = diagnose(folder, BASE, replace(limits, trust_chat_templates=True), name="a")
     assert (found.problems, found.source["repo_id"], found.source["revision"]) == ([], "org/name", "abc123")
 
 
@@ -295,7 +295,7 @@ async def test_a_link_that_leads_elsewhere_is_refused_with_one_sentence_everywhe
     assert sentence.startswith(f"{CONFIG_FILE} is a link to ")
     assert any(word in sentence for word in words.split("|"))
     assert caplog.messages == [f"adapter folder a is not served: {sentence}"]
-    assert examine(folder, BASE, replace(LIMITS, roots=(tmp_path / "adapters",))).problems == [sentence]
+    assert diagnose(folder, BASE, replace(LIMITS, roots=(tmp_path / "adapters",))).problems == [sentence]
     assert harness.metrics.registry.get_sample_value("quickchange_adapter_rejections_total") == 1
     assert (harness.names, "alpha" in sentence) == ([], False)
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from server.adapters.content.doctor import examine
+from server.adapters.content.diagnostics import diagnose
 from server.adapters.content.folder import OPTIONAL_FILES, UNREAD_FILES
 from server.adapters.content.manifest import list_folder, read_manifest
-from server.cli.adapters_convert import main as convert
+from server.cli.convert.command import main as convert
 from server.errors import AdapterRejected, ModelNotFound
 from tests.adapter_folders import BASE, LIMITS, SIDECAR, AdapterHarness, write
 from tests.adapter_folders import make as make_folder
@@ -89,7 +89,7 @@ def test_a_file_of_another_user_is_permission_denied_with_the_way_out(root: Path
             assert reason.startswith(f"permission denied: {name} cannot be read (its mode is 0")
             assert f"the server runs as user {os.geteuid()}" in reason and "chmod a+r it, chown it to" in reason
             assert "link" not in reason
-        assert reason in examine(folder, BASE, LIMITS).problems
+        assert reason in diagnose(folder, BASE, LIMITS).problems
 
 
 def test_a_folder_of_another_user_is_permission_denied(root: Path) -> None:
@@ -135,7 +135,7 @@ def test_a_closed_list_of_tokens_refuses_the_adapter(root: Path, name: str) -> N
         for judge in (list_folder, read_manifest):
             with pytest.raises(AdapterRejected, match=f"^.*permission denied: {name} cannot be read"):
                 judge(folder, BASE, LIMITS)
-        [problem] = examine(folder, BASE, LIMITS).problems
+        [problem] = diagnose(folder, BASE, LIMITS).problems
     assert problem.startswith(f"permission denied: {name}")
 
 
@@ -150,7 +150,7 @@ async def test_an_optional_file_that_may_not_be_read_refuses_no_adapter(
     with closed(folder / name):
         await harness.watcher.scan()
         label = await harness.use("a")
-        assert examine(folder, BASE, LIMITS).problems == []
+        assert diagnose(folder, BASE, LIMITS).problems == []
     assert label.startswith("a@")
     (line,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert line.startswith(f"adapter a is served without its {name} ({UNREAD_FILES[name]}): permission denied: {name}")

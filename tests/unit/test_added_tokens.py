@@ -18,12 +18,12 @@ from transformers import AddedToken as HfToken
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from server.adapters.content.added_tokens import listed_in_head
-from server.adapters.content.doctor import examine
+from server.adapters.content.diagnostics import diagnose
 from server.adapters.content.manifest import BaseSignature, Manifest, list_folder, read_manifest
 from server.adapters.content.manners import AdapterDefaults
 from server.adapters.content.signature import embedding, linear
 from server.api.app import create_app
-from server.api.sampling import end_ids
+from server.api.generation import end_ids
 from server.errors import AdapterRejected
 from server.model.base_tokenizer import tokenizer_signature
 from server.text import prompt as prompt_module
@@ -391,7 +391,7 @@ def test_a_tokenizer_of_more_parts_than_the_bases_is_not_parsed(hostile: bytes, 
     tracemalloc.start()
     try:
         assert "its vocabulary or merges in tokenizer.json differs" in refusal(folder)
-        [problem] = examine(folder, PADDED, LIMITS).problems
+        [problem] = diagnose(folder, PADDED, LIMITS).problems
         assert "its vocabulary or merges in tokenizer.json differs" in problem
         assert tracemalloc.get_traced_memory()[1] < 20_000_000
     finally:

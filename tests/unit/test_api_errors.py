@@ -11,8 +11,8 @@ import pytest
 from fastapi import FastAPI
 
 from server.api.app import create_app
-from server.api.boundary import MAX_BODY_BYTES
 from server.api.errors import ROWS, param_path, reply_to
+from server.api.middleware import MAX_BODY_BYTES
 from server.errors import EngineUnavailable, InvalidRequest, ModelNotFound, QueueFull, QuickchangeError
 from tests.fakes import BASE, FakeEngine, Script, ask, server_state
 

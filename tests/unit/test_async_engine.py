@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 
 import pytest
 import torch
 
-from server.engine.async_engine import MAX_FAILED_STEPS, AsyncEngine, OutputStream
+from server.engine.async_engine import MAX_FAILED_STEPS, AsyncEngine, SubmittedSequence
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
 from server.errors import EngineUnavailable, GenerationFailed, QueueFull
 from server.lora.weights import LoRAWeights
 from server.metrics import Metrics
 from server.model.sampler import Sampler
-from server.sequence import Batch, FinishReason, SampledToken, SamplingParams, Sequence, StepOutput
+from server.sequence import Batch, FinishReason, SampledToken, SamplingParams, StepOutput
 from tests.model.engines import token_ids
 
 EOS = 9
+GREEDY = SamplingParams(temperature=0)
 
 
 class ScriptedRunner:
@@ -33,11 +34,7 @@ class ScriptedRunner:
         self.adapters: set[str] = set()
         self.not_finite = False
 
-    def arrange(self, batch: Batch) -> Batch:
-        """As they are."""
-        return batch
-
-    def run(self, batch: Batch) -> torch.Tensor:
+    def run(self, batch: Batch) -> tuple[torch.Tensor, Batch]:
         self.gate.wait(10)
         self.num_steps += 1
         if self.failures:
@@ -45,7 +42,7 @@ class ScriptedRunner:
         logits = torch.zeros(len(batch.sampling), 10)
         for row, sequence in enumerate(batch.sampling):
             logits[row, min(sequence.ids(sequence.num_tokens - 1, sequence.num_tokens)[0] + 1, 9)] = 1.0
-        return logits * float("nan") if self.not_finite else logits
+        return logits * float("nan") if self.not_finite else logits, batch
 
     num_copied_bytes = 0
 
@@ -76,10 +73,39 @@ async def engine(runner: ScriptedRunner) -> AsyncIterator[AsyncEngine]:
         scheduler.check_integrity()
 
 
-def submit(engine: AsyncEngine, *, start: int = 1, max_tokens: int = 50) -> OutputStream:
-    return engine.submit(
-        [start], params=SamplingParams(temperature=0), max_tokens=max_tokens, adapters=(), eos_ids=frozenset({EOS})
+class OutputStream:
+    """The outputs of one sequence, in order, as a reader of its own gets them."""
+
+    def __init__(self) -> None:
+        self.queue: asyncio.Queue[StepOutput | Exception] = asyncio.Queue()
+        self.sequence: SubmittedSequence
+
+    async def __aiter__(self) -> AsyncIterator[StepOutput]:
+        while True:
+            output = await self.queue.get()
+            if isinstance(output, Exception):
+                raise output
+            yield output
+            if output.last:
+                return
+
+    def close(self) -> None:
+        self.sequence.close()
+
+
+def submit(
+    engine: AsyncEngine,
+    prompt: Iterable[int] = (1,),
+    *,
+    params: SamplingParams = GREEDY,
+    max_tokens: int = 50,
+    eos_ids: frozenset[int] = frozenset({EOS}),
+) -> OutputStream:
+    stream = OutputStream()
+    stream.sequence = engine.submit(
+        prompt, sink=stream.queue.put_nowait, params=params, max_tokens=max_tokens, adapters=(), eos_ids=eos_ids
     )
+    return stream
 
 
 async def tokens(stream: OutputStream) -> list[int | None]:
@@ -93,7 +119,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 async def test_a_sequence_ends_at_its_eos(engine: AsyncEngine) -> None:
-    outputs = [output async for output in submit(engine, start=5)]
+    outputs = [output async for output in submit(engine, [5])]
     assert token_ids(outputs) == [6, 7, 8, 9]
     assert outputs[-1].finish_reason is FinishReason.STOP
 
@@ -104,7 +130,7 @@ async def test_a_sequence_ends_at_its_length(engine: AsyncEngine) -> None:
 
 
 async def test_more_sequences_than_slots_all_finish(engine: AsyncEngine) -> None:
-    answers = await asyncio.gather(*(tokens(submit(engine, start=start)) for start in (1, 2, 3, 4)))
+    answers = await asyncio.gather(*(tokens(submit(engine, [start])) for start in (1, 2, 3, 4)))
     assert answers == [[*range(start + 1, 10)] for start in (1, 2, 3, 4)]
 
 
@@ -119,17 +145,23 @@ async def test_a_closed_stream_stops_its_sequence_within_a_step(engine: AsyncEng
     assert engine.num_unfinished == 0
 
 
-async def test_nothing_comes_from_a_stream_that_was_closed_among_the_tokens_of_one_step() -> None:
-    closed: list[int] = []
-    stream = OutputStream(Sequence(1, (3,), 3, SamplingParams()), closed.append)
-    for token in (5, 6, 7):
-        stream.put(StepOutput(1, SampledToken(token)))
-    got: list[StepOutput] = []
-    async for output in stream:
-        got.append(output)
-        if output.token == SampledToken(6):
-            stream.close()
-    assert (token_ids(got), closed) == ([5, 6], [1])
+async def test_nothing_comes_of_a_sequence_that_was_closed_among_the_tokens_of_one_step(
+    engine: AsyncEngine, runner: ScriptedRunner
+) -> None:
+    runner.gate.clear()
+    stream = submit(engine)
+    sequence, got = stream.sequence, list[int]()
+
+    def sink(output: StepOutput | Exception) -> None:
+        assert isinstance(output, StepOutput) and output.token is not None
+        got.append(output.token.id)
+        if output.token.id == 6:
+            sequence.close()
+
+    sequence.sink = sink
+    outputs = [StepOutput(sequence.sequence.id, SampledToken(token)) for token in (5, 6, 7)]
+    engine._dispatch(outputs)
+    assert got == [5, 6]
 
 
 async def test_a_full_queue_refuses_at_once(engine: AsyncEngine, runner: ScriptedRunner) -> None:
@@ -147,7 +179,7 @@ async def test_a_failed_step_ends_its_sequences_and_the_engine_goes_on(
     runner.failures = [ValueError("bad step")]
     with pytest.raises(GenerationFailed, match="step failed"):
         await tokens(submit(engine))
-    assert await tokens(submit(engine, start=7)) == [8, 9]
+    assert await tokens(submit(engine, [7])) == [8, 9]
     assert engine.alive
 
 
@@ -182,14 +214,14 @@ async def test_scores_that_are_not_finite_fail_one_generation(engine: AsyncEngin
     with pytest.raises(GenerationFailed, match="no finite scores"):
         await tokens(submit(engine))
     runner.not_finite = False
-    assert await tokens(submit(engine, start=8)) == [9]
+    assert await tokens(submit(engine, [8])) == [9]
 
 
 async def test_stopping_lets_running_sequences_finish_and_refuses_new_ones(
     engine: AsyncEngine, runner: ScriptedRunner
 ) -> None:
     runner.gate.clear()
-    stream = submit(engine, start=5)
+    stream = submit(engine, [5])
     stopping = asyncio.create_task(engine.stop(5.0))
     await asyncio.sleep(0.01)
     with pytest.raises(EngineUnavailable):
@@ -224,9 +256,7 @@ async def test_adapters_are_loaded_between_steps_and_errors_come_back(
 
 async def test_a_seed_gives_the_same_tokens_alone_and_beside_others(engine: AsyncEngine) -> None:
     def sampled(seed: int) -> OutputStream:
-        return engine.submit(
-            [1], params=SamplingParams(temperature=2.0, seed=seed), max_tokens=20, adapters=(), eos_ids=frozenset()
-        )
+        return submit(engine, params=SamplingParams(temperature=2.0, seed=seed), max_tokens=20, eos_ids=frozenset())
 
     alone = await tokens(sampled(7))
     both = await asyncio.gather(tokens(sampled(8)), tokens(sampled(7)))

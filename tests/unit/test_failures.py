@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from server.engine.async_engine import AsyncEngine, OutputStream
+from server.engine.async_engine import AsyncEngine
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
 from server.engine.slots import SlotTable
@@ -21,7 +21,7 @@ from server.lora.weights import LoRAWeights
 from server.metrics import ENGINE_FAILURES, Metrics
 from server.model.sampler import Sampler
 from server.sequence import Batch, ReleaseTail, SampledToken, SamplingParams, Sequence, SequenceStatus
-from tests.unit.test_async_engine import EOS, ScriptedRunner, tokens, until
+from tests.unit.test_async_engine import EOS, OutputStream, ScriptedRunner, submit, tokens, until
 
 PROMPT = (1,) * 20
 ANSWER = [2, 3, 4, 5, 6, 7, 8, 9]
@@ -30,13 +30,13 @@ ANSWER = [2, 3, 4, 5, 6, 7, 8, 9]
 class DraftedRunner(ScriptedRunner):
     """Counts upwards behind drafts, too."""
 
-    def run(self, batch: Batch) -> torch.Tensor:
-        logits = super().run(batch)
+    def run(self, batch: Batch) -> tuple[torch.Tensor, Batch]:
+        logits, batch = super().run(batch)
         for row, draw in enumerate(batch.draws):
             if draw.given is not None:
                 logits[row] = 0.0
                 logits[row, min(draw.given + 1, EOS)] = 1.0
-        return logits
+        return logits, batch
 
 
 class Failing:
@@ -73,17 +73,11 @@ async def started(runner: ScriptedRunner) -> AsyncIterator[AsyncEngine]:
     yield engine
     runner.gate.set()
     assert engine.alive, "the failure ended the thread"
-    stream = submit(engine, prompt=(1,) * 30)
+    stream = submit(engine, (1,) * 30)
     assert await tokens(stream) == ANSWER
     await engine.stop(1.0)
     assert scheduler.idle
     scheduler.check_integrity()
-
-
-def submit(engine: AsyncEngine, *, prompt: tuple[int, ...] = PROMPT) -> OutputStream:
-    return engine.submit(
-        prompt, params=SamplingParams(temperature=0), max_tokens=50, adapters=(), eos_ids=frozenset({EOS})
-    )
 
 
 def failures(engine: AsyncEngine) -> dict[str, float]:
@@ -96,7 +90,7 @@ def failures(engine: AsyncEngine) -> dict[str, float]:
 async def hold(engine: AsyncEngine, runner: ScriptedRunner) -> OutputStream:
     """A sequence that runs, in a step that waits for the runner's gate."""
     runner.gate.clear()
-    stream = submit(engine)
+    stream = submit(engine, PROMPT)
     await until(lambda: bool(engine._engine.scheduler.running))
     return stream
 
@@ -108,7 +102,7 @@ async def test_a_sequence_that_cannot_be_queued_fails_alone(
     """Commands were outside of every failure domain: an exception in one ended the engine for everybody."""
     running = await hold(started, runner)
     Failing(started._engine.scheduler, "add", after=after)
-    failed = submit(started)
+    failed = submit(started, PROMPT)
     runner.gate.set()
     with pytest.raises(GenerationFailed, match="could not be queued"):
         await tokens(failed)
@@ -120,7 +114,7 @@ async def test_a_sequence_that_cannot_be_queued_fails_alone(
 async def test_a_sequence_that_cannot_be_aborted_ends_all_the_same(
     started: AsyncEngine, runner: ScriptedRunner, *, after: bool
 ) -> None:
-    streams = [await hold(started, runner), submit(started)]
+    streams = [await hold(started, runner), submit(started, PROMPT)]
     Failing(started._engine.scheduler, "abort", after=after)
     streams[0].close()
     runner.gate.set()
@@ -132,7 +126,7 @@ async def test_an_abort_that_fails_between_two_books_leaves_both_right(
     started: AsyncEngine, runner: ScriptedRunner
 ) -> None:
     """The sequence runs no more, but its slot was not given back: on a busy server it would be lost for ever."""
-    streams = [await hold(started, runner), submit(started)]
+    streams = [await hold(started, runner), submit(started, PROMPT)]
     Failing(started._engine.scheduler.slots, "free")
     streams[0].close()
     runner.gate.set()
@@ -161,7 +155,7 @@ async def test_outputs_reach_their_clients_where_metrics_fail(
     for name in ("observe", "set"):
         if hasattr(broken, name):
             Failing(broken, name, times=1000)
-    assert await tokens(submit(started)) == ANSWER
+    assert await tokens(submit(started, PROMPT)) == ANSWER
     await until(lambda: failures(started).get("accounting", 0) > 3)
     assert failures(started).keys() == {"accounting"}
     assert len([record for record in caplog.records if "metrics" in record.message]) <= 3, "one a step"
@@ -175,7 +169,7 @@ async def test_a_metric_that_keeps_failing_is_logged_once_however_often_the_engi
     check = Failing(started._engine, "check_integrity", times=0)
     for _ in range(4):
         check.num_calls = 0
-        assert await tokens(submit(started)) == ANSWER
+        assert await tokens(submit(started, PROMPT)) == ANSWER
         await until(lambda: check.num_calls > 0)  # the engine is idle
     assert len([record for record in caplog.records if "metrics" in record.message]) == 1
     gauge.left = 0
@@ -184,8 +178,8 @@ async def test_a_metric_that_keeps_failing_is_logged_once_however_often_the_engi
 async def test_an_output_that_cannot_be_handed_over_ends_its_own_sequence_alone(
     started: AsyncEngine, runner: ScriptedRunner
 ) -> None:
-    streams = [await hold(started, runner), submit(started)]
-    Failing(streams[0], "put")
+    streams = [await hold(started, runner), submit(started, PROMPT)]
+    Failing(streams[0].sequence, "sink")
     runner.gate.set()
     assert await tokens(streams[1]) == ANSWER
     assert started.num_unfinished == 0
@@ -210,7 +204,7 @@ async def test_books_that_are_wrong_when_the_engine_goes_idle_are_mended(
 ) -> None:
     """A byte too many, found by the check that runs in production, ended the engine."""
     scheduler = started._engine.scheduler
-    assert await tokens(submit(started)) == ANSWER
+    assert await tokens(submit(started, PROMPT)) == ANSWER
     await until(lambda: started._engine.idle)
     await asyncio.sleep(0.05)  # the thread has checked its books, and waits
     spoil(scheduler)
@@ -228,7 +222,7 @@ async def test_a_check_that_always_fails_disturbs_nobody(started: AsyncEngine) -
     """Be it that the check itself is wrong."""
     check = Failing(started._engine.scheduler, "check_integrity", times=1000)
     for _ in range(3):
-        assert await tokens(submit(started)) == ANSWER
+        assert await tokens(submit(started, PROMPT)) == ANSWER
         await until(lambda: check.num_calls >= 2)  # the engine is idle, and mended
         check.num_calls = 0
     check.left = 0
@@ -238,7 +232,7 @@ async def test_an_update_that_fails_half_way_ends_its_sequences_and_leaves_sound
     started: AsyncEngine, runner: ScriptedRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of two sequences that end in the same step the first has given its slot back, the second has not."""
-    streams = [await hold(started, runner), submit(started)]
+    streams = [await hold(started, runner), submit(started, PROMPT)]
     slots = started._engine.scheduler.slots
     stock = slots.free
     failed: list[Sequence] = []
@@ -264,8 +258,8 @@ async def test_a_failure_anywhere_in_a_step_answers_everybody_in_it(started: Asy
         Failing(broken, name)
         with pytest.raises(GenerationFailed, match="step failed"):
             async with asyncio.timeout(5):
-                await tokens(submit(started))
-        assert await tokens(submit(started)) == ANSWER
+                await tokens(submit(started, PROMPT))
+        assert await tokens(submit(started, PROMPT)) == ANSWER
 
 
 async def test_what_is_no_exception_is_fatal_and_everybody_is_told() -> None:
@@ -274,7 +268,7 @@ async def test_what_is_no_exception_is_fatal_and_everybody_is_told() -> None:
     engine = AsyncEngine(Engine(scheduler, runner, Sampler(), Metrics()), max_queued_seqs=2)
     engine.start()
     stream = await hold(engine, runner)
-    waiting = submit(engine)
+    waiting = submit(engine, PROMPT)
     runner.failures = [SystemExit()]
     runner.gate.set()
     for one in (stream, waiting):

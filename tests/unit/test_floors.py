@@ -63,7 +63,7 @@ ALLOWED = {
     "fastapi": ("server.api", "server.cli.serve"),
     "starlette": ("server.api", "server.cli.serve"),
     "uvicorn": ("server.cli",),
-    "peft": ("server.cli.conversion", "server.cli.parity"),
+    "peft": ("server.cli.convert.tuners", "server.cli.parity"),
     "numba": ("cpu_kernels",),
     "llvmlite": ("cpu_kernels",),
 }

@@ -9,7 +9,7 @@ import pytest
 from jinja2.exceptions import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from server.cli.go_template import translate
+from server.cli.convert.go_template import translate
 
 CHATML = """\
 {{ if .System }}<|im_start|>system

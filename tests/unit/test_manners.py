@@ -14,8 +14,8 @@ from server.adapters.content.manifest import Manifest, read_manifest
 from server.adapters.content.manners import AdapterDefaults
 from server.adapters.reader import AdapterReader
 from server.api.app import create_app
+from server.api.generation import completion_length, end_ids, overlay, sampling_params, stop_strings
 from server.api.protocol import ChatRequest
-from server.api.sampling import completion_length, end_ids, overlay, sampling_params, stop_strings
 from server.errors import AdapterRejected
 from server.text.prompt import PromptRenderer
 from tests import fakes

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from server.api.app import create_app
-from server.api.scope import scope_of
+from server.api.generation import cache_namespace
 from tests.fakes import BASE, FakeEngine, Script, adapter, ask, events, server_state
 
 CHAT: tuple[str, dict[str, Any]] = (
@@ -42,8 +42,8 @@ def test_a_scope_is_a_key_and_a_salt(to: tuple[str, dict[str, Any]]) -> None:
 
 def test_key_and_salt_cannot_be_shifted_into_each_other() -> None:
     pairs = [("ab", "c"), ("a", "bc"), ("abc", None), (None, "abc"), ("abc", ""), ("", "abc"), (None, None), ("", "")]
-    assert len({scope_of(*pair) for pair in pairs}) == len(pairs)
-    assert all(len(scope_of(*pair)) == 16 for pair in pairs)
+    assert len({cache_namespace(*pair) for pair in pairs}) == len(pairs)
+    assert all(len(cache_namespace(*pair)) == 16 for pair in pairs)
 
 
 @pytest.mark.parametrize("salt", ["", "x" * 257, 3, ["a"], "\ud800"])

@@ -12,8 +12,8 @@ import pytest
 from pydantic import ValidationError
 
 from server.adapters.content.manners import AdapterDefaults
+from server.api.generation import completion_length, overlay, sampling_params, stop_strings
 from server.api.protocol import IGNORED, NEUTRAL, ChatRequest, CompletionRequest
-from server.api.sampling import completion_length, overlay, sampling_params, stop_strings
 from server.errors import ContextLengthExceeded, UnsupportedParameter
 from server.sequence import SamplingParams
 

@@ -17,7 +17,7 @@ from server.adapters.content.manifest import Manifest, read_manifest
 from server.adapters.content.manners import AdapterDefaults
 from server.adapters.registry import Adapter
 from server.api.app import create_app
-from server.api.sampling import end_ids, overlay
+from server.api.generation import end_ids, overlay
 from server.errors import AdapterRejected
 from server.text.prompt import PromptRenderer
 from tests.adapter_folders import BASE, FINGERPRINT, LIMITS, SIDECAR, AdapterHarness, make, write

@@ -10,7 +10,7 @@ import pytest
 from fastapi import FastAPI
 from starlette.types import Message
 
-from server.api import answer, sse
+from server.api import responses
 from server.api.app import create_app
 from tests.fakes import BASE, FakeEngine, Script, adapter, ask, events, server_state
 
@@ -95,8 +95,7 @@ def test_no_character_and_no_stop_string_is_cut() -> None:
 
 def test_silence_is_filled_with_comments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Even before the first token, whose waiting must not keep the response back for ever."""
-    for module in (sse, answer):
-        monkeypatch.setattr(module, "PING_SECONDS", 0.01)
+    monkeypatch.setattr(responses, "PING_SECONDS", 0.01)
     app = create_app(server_state(FakeEngine([Script("hi", delay=0.1)])))
     response = ask(app, "POST", CHAT, json=ONE)
     assert response.text.count(": ping\n\n") >= 2

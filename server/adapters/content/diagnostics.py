@@ -47,7 +47,7 @@ JudgeManners = Callable[[AdapterDefaults], None]
 
 
 @dataclass
-class Examination:
+class DiagnosticReport:
     """What was found. A folder without ``problems`` has a ``manifest``; of another, what could be read is here.
 
     ``said`` is PEFT's config as it stands in the file, whatever it says, and ``source`` the note of a hub.
@@ -79,16 +79,16 @@ class Examination:
         self.problems += [problem for problem in found if problem not in self.problems]
 
 
-def examine(
+def diagnose(
     path: Path,
     base: BaseSignature,
     limits: Limits,
     *,
     name: str | None = None,
     judge_manners: JudgeManners = lambda defaults: None,
-) -> Examination:
+) -> DiagnosticReport:
     """Read and judge a folder. ``judge_manners`` raises ``ValueError`` for what cannot be honoured."""
-    found = Examination(path, name or path.name)
+    found = DiagnosticReport(path, name or path.name)
     try:
         manifest = read_manifest(path, base, limits, name=found.name)
     except OSError as error:
@@ -107,7 +107,7 @@ def examine(
     return found
 
 
-def _look_closer(found: Examination, base: BaseSignature, limits: Limits, judge_manners: JudgeManners) -> None:
+def _look_closer(found: DiagnosticReport, base: BaseSignature, limits: Limits, judge_manners: JudgeManners) -> None:
     """Judge each part by itself, as far as the parts before it allow."""
     files = _read_parts(found, limits)
     found.source = _object(files.others, SOURCE_FILE)
@@ -129,7 +129,7 @@ def _look_closer(found: Examination, base: BaseSignature, limits: Limits, judge_
         _judge_weights(found, files.weights, base, limits)
 
 
-def _read_parts(found: Examination, limits: Limits) -> AdapterFiles:
+def _read_parts(found: DiagnosticReport, limits: Limits) -> AdapterFiles:
     """The files that can be read; the others are empty or left out."""
     parts: dict[str, bytes] = {}
     with found.noting(), Folder.opened(found.path, limits.roots) as folder:
@@ -154,7 +154,7 @@ def _read_part(folder: Folder, name: str, limit: int) -> bytes | None:
     return None if part is None else part[0]
 
 
-def _judge_config(found: Examination, data: bytes) -> None:
+def _judge_config(found: DiagnosticReport, data: bytes) -> None:
     """Every field by itself, then all together but for those that were refused and say nothing of the tensors."""
     with found.noting():
         said = parse_json(data, CONFIG_FILE)
@@ -174,7 +174,7 @@ def _field_problem(name: str, value: Any) -> str | None:
     return None
 
 
-def _judge_weights(found: Examination, data: bytes, base: BaseSignature, limits: Limits) -> None:
+def _judge_weights(found: DiagnosticReport, data: bytes, base: BaseSignature, limits: Limits) -> None:
     """The container, the values, and, where the config says what they mean, the tensors."""
     entries: Mapping[str, TensorEntry] = {}
     with found.noting():

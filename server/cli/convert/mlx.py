@@ -26,7 +26,7 @@ from server.cli.folders import NotPublished
 if TYPE_CHECKING:
     import torch
 
-    from server.cli.lora_folder import Delta, LoRATensors
+    from server.cli.convert.lora_folder import Delta, LoRATensors
 
 MLX_WEIGHTS_FILE, OLD_WEIGHTS_FILE = "adapters.safetensors", "adapters.npz"
 _LEAVES = ("lora_a", "lora_b", "m")
@@ -53,7 +53,7 @@ class MLXAdapter:
         """PEFT's tensors of it, for the modules of this base. Raises ``NotPublished``."""
         import safetensors.torch
 
-        from server.cli.lora_folder import LoRATensors
+        from server.cli.convert.lora_folder import LoRATensors
 
         tensors, names = safetensors.torch.load(self.data), ModuleNames(base.modules)
         deltas: dict[str, Delta] = {}
@@ -70,7 +70,7 @@ class MLXAdapter:
         return LoRATensors(deltas, notes=self._notes())
 
     def _linear(self, module: str, parts: Mapping[str, torch.Tensor | None]) -> Delta:
-        from server.cli.lora_folder import Delta
+        from server.cli.convert.lora_folder import Delta
 
         a, b = self._pair(module, parts)
         return Delta(a.T, b.T, self.scale * a.shape[1], magnitude=parts["m"])
@@ -79,7 +79,7 @@ class MLXAdapter:
         self, module: str, parts: Mapping[str, torch.Tensor | None], base: BaseSignature
     ) -> dict[str, Delta]:
         """The embedding's delta, and the same one on every head that shares its weight."""
-        from server.cli.lora_folder import Delta
+        from server.cli.convert.lora_folder import Delta
 
         if parts["m"] is not None:
             raise NotPublished(

@@ -2,7 +2,7 @@
 
 Other tuners of PEFT are rewritten by PEFT: a singular value decomposition of what each module's weight gains, cut to a
 rank. How near that comes is measured on the base, and what is too far off is not published. Other formats are
-``convert_format``'s: the same numbers under other names and in another order.
+``source``'s: the same numbers under other names and in another order.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from adapter_format.files import CONFIG_FILE, WEIGHTS_FILE
 from adapter_format.publishing import published_folder
 from base_files.locate import find_base
 from server.cli.adapters_add import shown_size
-from server.cli.convert_format import Format, default_name, find_source, format_of, publish_converted, read_source
+from server.cli.convert.source import Format, default_name, find_source, format_of, publish_converted, read_source
 from server.cli.folders import NotPublished, choose_target
 from server.cli.options import command_parser, parse_options
 from server.cli.settings import parse_settings
@@ -26,7 +26,7 @@ from server.cli.terminal import say
 from server.settings import Settings
 
 if TYPE_CHECKING:
-    from server.cli.conversion import Conversion
+    from server.cli.convert.tuners import Conversion
 
 DESCRIPTION = """\
 Write SOURCE as plain LoRA in PEFT's format, beside the other adapters. SOURCE is one of
@@ -108,7 +108,7 @@ def _convert_tuner(options: argparse.Namespace, settings: Settings, target: Path
     """Convert an adapter of another tuner of PEFT, measure, and say what came out."""
     config = _read_config(options.source)
     base_folder = find_base(settings.base_model)
-    from server.cli.conversion import convert  # torch, and seconds
+    from server.cli.convert.tuners import convert  # torch, and seconds
 
     with published_folder(target) as folder:
         found = convert(

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from server.adapters.content.doctor import Examination, examine
+from server.adapters.content.diagnostics import DiagnosticReport, diagnose
 from server.adapters.content.manifest import Limits
 from server.cli.folders import limits_of
 from server.errors import AdapterRejected
@@ -21,7 +21,7 @@ from server.text.prompt import PromptRenderer
 
 
 @dataclass(frozen=True)
-class Examiner:
+class AdapterChecker:
     """Judges folders; ``modules`` are the base's own."""
 
     base: Base
@@ -30,7 +30,7 @@ class Examiner:
     modules: Mapping[str, nn.Module]
 
     @classmethod
-    def load(cls, settings: Settings, *, dtype: str = "float32") -> Examiner:
+    def load(cls, settings: Settings, *, dtype: str = "float32") -> AdapterChecker:
         """Load the base of the settings on the CPU. Raises a ``StartError`` where that cannot be."""
         torch.set_num_threads(settings.threads or available_threads())
         base = load_base(
@@ -46,10 +46,10 @@ class Examiner:
     def close(self) -> None:
         self.base.close()
 
-    def examine(self, path: Path, *, name: str | None = None) -> tuple[Examination, LoRAWeights | None]:
+    def check(self, path: Path, *, name: str | None = None) -> tuple[DiagnosticReport, LoRAWeights | None]:
         """What is to be said of a folder, under its own name or another, and its weights where it is served."""
         name = name or path.absolute().name
-        found = examine(path, self.base.signature, self.limits, name=name, judge_manners=self.prompts.check_manners)
+        found = diagnose(path, self.base.signature, self.limits, name=name, judge_manners=self.prompts.check_manners)
         if found.manifest is None or found.problems:
             return found, None
         try:

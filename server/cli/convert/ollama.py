@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 from server.adapters.content.folder import MAX_JSON_BYTES
 from server.adapters.content.signature import BaseSignature
 from server.adapters.content.words import first
+from server.cli.convert.go_template import translate
+from server.cli.convert.modelfile import MAX_BYTES, Modelfile, parse_modelfile
 from server.cli.folders import NotPublished
-from server.cli.go_template import translate
-from server.cli.modelfile import MAX_BYTES, Modelfile, parse_modelfile
 from server.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from adapter_format.messages import Message
-from server.text.prompt import PromptRenderer
+    from server.text.prompt import PromptRenderer
 
 BASES_TEMPLATE = "base"
 """The value of ``--chat-template`` that means the base's own."""

@@ -19,15 +19,15 @@ from base_files.locate import find_base
 from server.adapters.content.folder import MAX_JSON_BYTES
 from server.adapters.content.peft_config import parse_peft_config
 from server.cli.adapters_add import COMPANION_FILES
-from server.cli.convert_gguf import GGUFAdapter, read_gguf_adapter
-from server.cli.convert_mlx import MLXAdapter, is_mlx_folder, read_mlx
-from server.cli.convert_modelfile import Wishes, adapter_path, read_modelfile, read_wishes, settle_template
+from server.cli.convert.gguf import GGUFAdapter, read_gguf_adapter
+from server.cli.convert.mlx import MLXAdapter, is_mlx_folder, read_mlx
+from server.cli.convert.ollama import Wishes, adapter_path, read_modelfile, read_wishes, settle_template
 from server.cli.folders import NotPublished
 from server.errors import InvalidRequest
 from server.settings import Settings
 
 if TYPE_CHECKING:
-    from server.cli.examiner import Examiner
+    from server.cli.adapter_checker import AdapterChecker
 
 Format = Literal["peft", "mlx", "gguf", "modelfile"]
 _OLD_GGML = (b"algg", b"ggla")
@@ -98,22 +98,22 @@ def publish_converted(source: Source, target: Path, settings: Settings) -> Conve
     """Convert for the base of the settings, check as the server would, and publish. Raises ``NotPublished``."""
     find_base(settings.base_model)
     print(f"reading the base {settings.base_model}, against which it is checked", file=sys.stderr, flush=True)
-    from server.cli.examiner import Examiner  # torch, and seconds
+    from server.cli.adapter_checker import AdapterChecker  # torch, and seconds
 
-    with closing(Examiner.load(settings, dtype=settings.dtype)) as examiner, published_folder(target) as folder:
+    with closing(AdapterChecker.load(settings, dtype=settings.dtype)) as checker, published_folder(target) as folder:
         print(f"converting {source.adapter.kind}", file=sys.stderr, flush=True)
-        return fill_folder(source, folder, examiner, name=target.name, base_model=settings.base_model)
+        return fill_folder(source, folder, checker, name=target.name, base_model=settings.base_model)
 
 
-def fill_folder(source: Source, folder: Path, examiner: Examiner, *, name: str, base_model: str) -> Converted:
+def fill_folder(source: Source, folder: Path, checker: AdapterChecker, *, name: str, base_model: str) -> Converted:
     """Write the whole adapter into an empty folder and judge it. Raises ``NotPublished``."""
-    base = examiner.base.signature
-    said = _write_adapter(source.adapter, folder, examiner, base_model)
+    base = checker.base.signature
+    said = _write_adapter(source.adapter, folder, checker, base_model)
     if source.wishes is not None:
         said += (f"FROM {source.wishes.base}: here the base is {base.name}",)
-        said += _write_wishes(source.wishes, folder, examiner)
+        said += _write_wishes(source.wishes, folder, checker)
         said += tuple(f"not carried over: {one}" for one in source.wishes.lost)
-    found, weights = examiner.examine(folder, name=name)
+    found, weights = checker.check(folder, name=name)
     if weights is None or found.plan is None:
         raise NotPublished(
             f"converted, it would not be served on the base {base.name}: {'; '.join(found.problems[:3])}. Was it "
@@ -123,12 +123,12 @@ def fill_folder(source: Source, folder: Path, examiner: Examiner, *, name: str, 
 
 
 def _write_adapter(
-    adapter: MLXAdapter | GGUFAdapter | PEFTAdapter, folder: Path, examiner: Examiner, base_model: str
+    adapter: MLXAdapter | GGUFAdapter | PEFTAdapter, folder: Path, checker: AdapterChecker, base_model: str
 ) -> tuple[str, ...]:
     """PEFT's files, and those that stand beside them; returns what is to be said."""
-    from server.cli.lora_folder import write_lora_folder
+    from server.cli.convert.lora_folder import write_lora_folder
 
-    base = examiner.base.signature
+    base = checker.base.signature
     match adapter:
         case PEFTAdapter():
             _copy(adapter.folder, folder, CONFIG_FILE, WEIGHTS_FILE, *COMPANION_FILES, SOURCE_FILE)
@@ -137,7 +137,7 @@ def _write_adapter(
             tensors = adapter.convert(base)
             _copy(adapter.folder, folder, *COMPANION_FILES, SOURCE_FILE)
         case GGUFAdapter():
-            tensors = adapter.convert(base, examiner.base.model.config.get_text_config())
+            tensors = adapter.convert(base, checker.base.model.config.get_text_config())
     try:
         write_lora_folder(folder, tensors, base_model=base_model)
     except ValueError as error:
@@ -145,13 +145,13 @@ def _write_adapter(
     return tensors.notes
 
 
-def _write_wishes(wishes: Wishes, folder: Path, examiner: Examiner) -> tuple[str, ...]:
+def _write_wishes(wishes: Wishes, folder: Path, checker: AdapterChecker) -> tuple[str, ...]:
     """The sidecar and the licences; returns what is to be said."""
     path, notes = folder / SIDECAR_FILE, wishes.notes
     present: Any = json.loads(path.read_bytes()) if path.is_file() else {}
-    sidecar = wishes.sidecar_for(examiner.base.signature, present if isinstance(present, dict) else {})
+    sidecar = wishes.sidecar_for(checker.base.signature, present if isinstance(present, dict) else {})
     if wishes.template is not None:
-        template, note = settle_template(wishes.template, examiner.prompts, begin=_begin(examiner))
+        template, note = settle_template(wishes.template, checker.prompts, begin=_begin(checker))
         notes += (note,)
         sidecar |= {} if template is None else {"chat_template": template}
     try:
@@ -163,13 +163,13 @@ def _write_wishes(wishes: Wishes, folder: Path, examiner: Examiner) -> tuple[str
     return notes
 
 
-def _begin(examiner: Examiner) -> str:
+def _begin(checker: AdapterChecker) -> str:
     """The text of the token that begins every prompt, by the base's tokenizer or its chat template; "" for none."""
-    bos = examiner.base.tokenizer.bos_token_id
-    starts = [examiner.prompts.completion("x")[:1]]
+    bos = checker.base.tokenizer.bos_token_id
+    starts = [checker.prompts.completion("x")[:1]]
     with contextlib.suppress(InvalidRequest):
-        starts.append(examiner.prompts.chat([{"role": "user", "content": "x"}])[:1])
-    return str(examiner.base.tokenizer.bos_token) if bos is not None and [bos] in starts else ""
+        starts.append(checker.prompts.chat([{"role": "user", "content": "x"}])[:1])
+    return str(checker.base.tokenizer.bos_token) if bos is not None and [bos] in starts else ""
 
 
 def _read_adapter(path: Path, max_bytes: int) -> MLXAdapter | GGUFAdapter | PEFTAdapter:

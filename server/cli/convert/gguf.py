@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from server.adapters.content.signature import BaseSignature
-    from server.cli.lora_folder import Delta, LoRATensors
+    from server.cli.convert.lora_folder import Delta, LoRATensors
 
 _TOP = {"token_embd": "model.embed_tokens", "output": "lm_head", "output_norm": "model.norm"}
 _ATTENTION = {
@@ -94,7 +94,7 @@ class GGUFAdapter:
 
     def convert(self, base: BaseSignature, config: Any) -> LoRATensors:
         """PEFT's tensors of it, for this base and transformers' config of its text model. Raises ``NotPublished``."""
-        from server.cli.lora_folder import LoRATensors
+        from server.cli.convert.lora_folder import LoRATensors
 
         found = _known(self.architecture)
         if config.model_type not in found.model_types:
@@ -138,7 +138,7 @@ class GGUFAdapter:
         return pairs, norms
 
     def _delta(self, module: str, pair: Mapping[str, str], architecture: Architecture, config: Any) -> Delta:
-        from server.cli.lora_folder import Delta
+        from server.cli.convert.lora_folder import Delta
 
         if missing := [f"lora_{letter}" for letter in "ab" if letter not in pair]:
             raise NotPublished(f"{next(iter(pair.values()))} has no {missing[0]} beside it: the adapter is damaged")

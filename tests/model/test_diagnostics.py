@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AddedToken
 
 from server.__main__ import main
-from server.adapters.content.doctor import examine
+from server.adapters.content.diagnostics import diagnose
 from server.adapters.content.manifest import Manifest, read_manifest
 from server.cli import adapters_check, parity
 from server.errors import AdapterRejected
@@ -214,13 +214,13 @@ def test_the_reason_why_the_server_refuses_a_folder_is_among_what_is_told(
     (path,) = tmp_path.iterdir()
     with pytest.raises(AdapterRejected) as refused:
         read_manifest(path, BASE, LIMITS)
-    found = examine(path, BASE, LIMITS)
+    found = diagnose(path, BASE, LIMITS)
     assert found.manifest is None and len(set(found.problems)) == len(found.problems) > 0
     assert found.problems[0] in refused.value.reason
 
 
 def test_memory_over_the_limit_is_a_problem_of_an_adapter_that_is_told_all_the_same(tmp_path: Path) -> None:
-    found = examine(make(tmp_path, "good"), BASE, replace(LIMITS, max_memory=10))
+    found = diagnose(make(tmp_path, "good"), BASE, replace(LIMITS, max_memory=10))
     assert found.plan is not None and ["the limit is 10" in problem for problem in found.problems] == [True]
 
 

@@ -1,9 +1,10 @@
-"""The outermost layer that is ours: request ids, limits on bodies, counted errors, and the answer to bugs."""
+"""The outermost layer that is ours: request ids, limits on bodies, counted errors, and the response to bugs."""
 
 from __future__ import annotations
 
 import logging
 import re
+import time
 import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -19,7 +20,7 @@ _log = logging.getLogger("quickchange.api")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
-class Boundary:
+class RequestMiddleware:
     """Pure ASGI middleware: it neither buffers nor wraps what streams through it."""
 
     def __init__(self, app: ASGIApp, *, metrics: Metrics, max_body_bytes: int = MAX_BODY_BYTES) -> None:
@@ -33,8 +34,8 @@ class Boundary:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        exchange = _Exchange(_request_id(headers), self._metrics, receive, send, self._max_body_bytes)
-        scope.setdefault("state", {})["request_id"] = exchange.request_id
+        exchange = _HttpExchange(_request_id(headers), self._metrics, receive, send, self._max_body_bytes)
+        scope.setdefault("state", {}).update(request_id=exchange.request_id, arrived=time.perf_counter())
         if (status := self._refusal(scope, headers)) is not None:
             await http_reply(status).response()(scope, receive, exchange.send)
             return
@@ -59,7 +60,7 @@ class Boundary:
         return None
 
 
-class _Exchange:
+class _HttpExchange:
     """One request and its response, as they pass."""
 
     def __init__(self, request_id: str, metrics: Metrics, receive: Receive, send: Send, max_body_bytes: int) -> None:

@@ -1,0 +1,375 @@
+"""Low-rank deltas by torch's operations: a product for modules that share an input, and one for adapters of a shape."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, chain, repeat
+from typing import ClassVar
+
+import torch
+
+from server.integrity import ensure
+from server.lora.backend import AdapterRun, BatchAdapters
+from server.lora.delta import Delta
+from server.lora.slots import LoRAShape, LoRASlots, factors_of, shape_of
+from server.lora.transfer import to_device
+from server.lora.weights import FusedA, LoRAWeights
+from server.sequence import Batch, Segment
+
+logger = logging.getLogger("quickchange.lora")
+
+# What benchmarks/lora_bank.py measured, in rows of a stack.
+_ALONE, _ROW_ALONE = 12, 0.3
+"""What an adapter's calls cost more if it is computed alone, and what each of its rows does."""
+_UNEVEN = 10
+"""What gathering rows costs where adapters in slots have unequally many."""
+
+
+class BatchedTorchLoRA:
+    """Two products for a linear and an adapter, or two batched ones for several adapters.
+
+    ``groups`` are linears that receive the same tensor. Adapters of one shape that have few rows in a step are copied
+    to ``max_slots`` slots at most, and computed together (Chen et al. 2023, Punica); where there is no memory for a
+    copy, adapters are computed one after another.
+    """
+
+    makes_copies: ClassVar[bool] = True
+    can_replay: ClassVar[bool] = False
+    generation: ClassVar[int] = 0
+
+    def __init__(self, groups: Sequence[tuple[str, ...]], *, max_slots: int, device: torch.device) -> None:
+        self.batch = BatchAdapters()
+        self._groups, self._max_slots, self._device = groups, max_slots, device
+        self._max_bytes: int | None = None
+        self._inputs: dict[str, SharedLoRAInput] = {}
+        for modules in groups:
+            self._inputs |= dict.fromkeys(modules, SharedLoRAInput(modules))
+        self._slots: dict[LoRAShape, LoRASlots] = {}
+        self._slots_of: dict[str, LoRASlots] = {}
+        self._without_copies: set[LoRASlots] = set()
+        self._placed: dict[LoRASlots, Mapping[str, int]] = {}  # of the step: places in the window, by digest
+        self._layouts: dict[int, AdapterLayout] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(slots.num_bytes for slots in self._slots.values())
+
+    @property
+    def active(self) -> bool:
+        return self.batch.active
+
+    def pack(self, weights: LoRAWeights) -> LoRAWeights:
+        """The A of each group's plain deltas in one tensor, where there are two or more."""
+        deltas, fused = dict(weights.deltas), list(weights.fused)
+        packed = {module for one in fused for module in one.columns}
+        for modules in self._groups:
+            plain = [module for module in modules if module in deltas and deltas[module].plain]
+            if len(plain) > 1 and packed.isdisjoint(plain):
+                fused.append(_fuse(plain, deltas))
+        return replace(weights, deltas=deltas, fused=fused)
+
+    def attach(self, module: str) -> bool:
+        self._inputs.setdefault(module, SharedLoRAInput((module,))).attached.add(module)
+        return True
+
+    def detach(self, module: str) -> None:
+        if module in self._inputs:
+            self._inputs[module].attached.discard(module)
+
+    def add(self, digest: str, weights: LoRAWeights) -> Iterable[torch.Tensor]:
+        for shared in {self._inputs[module] for module in weights.deltas if module in self._inputs}:
+            shared.add(digest, weights)
+        if (shape := shape_of(weights.deltas)) is not None:
+            if shape not in self._slots:
+                self._slots[shape] = LoRASlots(self._by_input(shape), shape, max_slots=self._max_slots)
+            self._slots[shape].adapters[digest] = weights.deltas
+            self._slots_of[digest] = self._slots[shape]
+        return ()
+
+    def remove(self, digest: str) -> None:
+        self._slots_of.pop(digest, None)
+        for shape, slots in list(self._slots.items()):
+            slots.remove(digest)
+            if not slots.adapters:
+                del self._slots[shape]
+        self._without_copies.clear()
+        self._placed = {}
+        for shared in self._inputs.values():
+            shared.remove(digest)
+
+    def limit(self, max_bytes: int | None) -> None:
+        self._max_bytes = max_bytes
+        for slots in self._slots.values():
+            if max_bytes is None or self.num_bytes <= max_bytes:
+                return
+            slots.clear()
+
+    def begin(self, batch: Batch) -> Batch:
+        """Rows of the base first, then those in slots in the slots' order, then those computed one after another."""
+        if self.batch.active:  # a step that failed may have left something
+            for shared in self._inputs.values():
+                shared.forget()
+        self._place(batch)
+        places = {
+            digest: (number, slot)
+            for number, placed in enumerate(self._placed.values())
+            for digest, slot in placed.items()
+        }
+        last = (len(self._placed), 0)
+
+        def key(segment: Segment) -> tuple[bool, tuple[int, int], object]:
+            adapters = segment.sequence.adapters
+            return bool(adapters), places.get(adapters[0].digest, last) if len(adapters) == 1 else last, adapters
+
+        ordered = replace(batch, segments=tuple(sorted(batch.segments, key=key)))
+        self.batch.begin(ordered.segments)
+        self._layouts = {}
+        return ordered
+
+    def apply(self, module: str, x: torch.Tensor, y: torch.Tensor) -> None:
+        for rows, low, b in self._inputs[module].take(module, x, self.layout):
+            rows.add(y, low, b)
+
+    def layout(self, num_rows: int) -> AdapterLayout:
+        """How the rows of a module that got so many are computed."""
+        if num_rows not in self._layouts:
+            self._layouts[num_rows] = self._laid_out(self.batch.runs(num_rows))
+        return self._layouts[num_rows]
+
+    def check_integrity(self, digests: Iterable[str], modules: Iterable[str]) -> None:
+        for slots in self._slots.values():
+            slots.check_integrity()
+        in_slots = {digest for slots in self._slots.values() for digest in slots.adapters}
+        ensure(in_slots == self._slots_of.keys(), "slots have other adapters than their books")
+        ensure(in_slots <= set(digests), "slots have an adapter that is gone")
+        attached = {module for shared in self._inputs.values() for module in shared.attached}
+        ensure(attached == set(modules), "inputs know of other linears than are wrapped")
+
+    def _by_input(self, shape: LoRAShape) -> Mapping[str, Sequence[str]]:
+        inputs: dict[str, list[str]] = defaultdict(list)
+        for module in sorted(module for module, _ in shape):
+            inputs[self._inputs[module].name].append(module)
+        return inputs
+
+    def _place(self, batch: Batch) -> None:
+        """Put the adapters that are computed together into slots, where two or more have few rows."""
+        rows: dict[LoRASlots, dict[str, int]] = {}
+        for segment in batch.segments:
+            adapters = segment.sequence.adapters
+            slots = self._slots_of.get(adapters[0].digest) if len(adapters) == 1 else None
+            if slots is not None:
+                counts = rows.setdefault(slots, {})
+                counts[adapters[0].digest] = counts.get(adapters[0].digest, 0) + segment.length
+        self._placed = {}
+        for slots, counts in rows.items():
+            digests = computed_together(counts)
+            if 0 < len(digests) <= self._max_slots and (placed := self._placed_in(slots, digests)):
+                self._placed[slots] = placed
+
+    def _placed_in(self, slots: LoRASlots, digests: Sequence[str]) -> Mapping[str, int]:
+        """Places of as many of these adapters as there is memory for, none for fewer than two."""
+        if slots in self._without_copies:
+            return {}
+        room = self._room(slots, len(digests))
+        if room < len(digests):
+            digests = sorted(digests, key=lambda digest: not slots.has_copy(digest))[:room]
+        if len(digests) < 2:
+            return {}
+        try:
+            return slots.place(digests, max_slots=room)
+        except (MemoryError, RuntimeError) as error:
+            self._without_copies.add(slots)
+            logger.warning("no memory to compute adapters side by side, so they are one by one: %s", error)
+            return {}
+
+    def _room(self, slots: LoRASlots, num_needed: int) -> int:
+        """How many slots of a shape there may be. Copies that the step does not use make room."""
+        if self._max_bytes is None:
+            return self._max_slots
+        others = [other for other in self._slots.values() if other is not slots]
+        left = self._max_bytes - sum(other.num_bytes for other in others)
+        for other in others:
+            if left >= num_needed * slots.slot_bytes:
+                break
+            if other not in self._placed:
+                left += other.num_bytes
+                other.clear()
+        return max(slots.capacity, left // slots.slot_bytes)
+
+    def _laid_out(self, runs: Sequence[AdapterRun]) -> AdapterLayout:
+        in_slots: dict[LoRASlots, list[AdapterRun]] = {}
+        alone = []
+        for run in runs:
+            slots = self._slots_of.get(run.adapters[0].digest) if len(run.adapters) == 1 else None
+            if slots is not None and run.adapters[0].digest in self._placed.get(slots, ()):
+                in_slots.setdefault(slots, []).append(run)
+            else:
+                alone.append(run)
+        groups = [_padded_group(slots, self._placed[slots], runs, self._device) for slots, runs in in_slots.items()]
+        return AdapterLayout(alone, groups)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterLayout:
+    """The rows of a module: runs that are computed ``alone``, and ``groups`` of those in slots."""
+
+    alone: Sequence[AdapterRun]
+    groups: Sequence[PaddedGroup]
+
+
+@dataclass(frozen=True, slots=True)
+class PaddedGroup:
+    """Rows ``start`` to ``end`` of adapters whose copies are in neighbouring slots, in the order of their slots.
+
+    Each slot of the window has ``most`` rows. Where some have fewer, ``gather`` [window * most] says which row of the
+    group stands there (any, where there is none), and ``back`` [rows] where each row's result is.
+    """
+
+    slots: LoRASlots
+    start: int
+    end: int
+    most: int
+    gather: torch.Tensor | None = None
+    back: torch.Tensor | None = None
+    scales: torch.Tensor | None = None  # [window, most, 1], where one of them is not 1
+
+    def cut(self, x: torch.Tensor) -> torch.Tensor:
+        """x [all rows, in] -> [window, most, in]."""
+        part = x[self.start : self.end]
+        if self.gather is not None:
+            part = part.index_select(0, self.gather)
+        return part.view(-1, self.most, x.shape[1])
+
+    def add(self, y: torch.Tensor, low: torch.Tensor, b: torch.Tensor) -> None:
+        """``y += low @ b`` on these rows: y [all rows, out], low [window, most, rank], b [window, rank, out]."""
+        part = y[self.start : self.end]
+        if self.back is None and y.dtype == torch.float32 and y.is_contiguous():
+            part.view(-1, self.most, y.shape[1]).baddbmm_(low, b)  # half as fast as below where y is not contiguous
+            return
+        change = torch.bmm(low, b).view(-1, y.shape[1])
+        part.add_(change if self.back is None else change.index_select(0, self.back))
+
+
+LoRATerm = tuple[AdapterRun | PaddedGroup, torch.Tensor, torch.Tensor]
+"""Rows, their product with a module's A, and its B: what ``add`` of the rows takes."""
+
+
+class SharedLoRAInput:
+    """The plain deltas of modules that receive the same tensor; a module that shares with none has one of its own.
+
+    ``name`` is the first of them. The first that is called computes the products with all their A.
+    """
+
+    def __init__(self, modules: tuple[str, ...]) -> None:
+        self.name, self.modules = modules[0], modules
+        self.attached: set[str] = set()
+        self._adapters: dict[str, Sequence[tuple[FusedA, Mapping[str, torch.Tensor]]]] = {}  # with each module's B
+        self._x: torch.Tensor | None = None
+        self._terms: dict[str, list[LoRATerm]] = {}
+
+    def add(self, digest: str, weights: LoRAWeights) -> None:
+        """Take what an adapter has for these modules."""
+        factors = {module: factors_of(delta) for module, delta in weights.deltas.items() if delta.plain}
+        alone = [module for module in self.modules if module in factors]
+        products = []
+        for fused in weights.fused:
+            if fused.columns.keys() <= set(alone):
+                products.append((fused, {module: factors[module][1] for module in fused.columns}))
+                alone = [module for module in alone if module not in fused.columns]
+        for module in alone:
+            a, b = factors[module]
+            products.append((FusedA(a, {module: slice(0, a.shape[1])}), {module: b}))
+        if products:
+            self._adapters[digest] = products
+
+    def remove(self, digest: str) -> None:
+        """Forget an adapter; one that is not there is no error."""
+        self._adapters.pop(digest, None)
+
+    def take(self, module: str, x: torch.Tensor, layout: Callable[[int], AdapterLayout]) -> list[LoRATerm]:
+        """What to add to a module's result for x [..., rows, in]; ``layout`` tells it by their number.
+
+        x is held until every module took its terms; those of one that comes again are computed again.
+        """
+        if x is not self._x or module not in self._terms:
+            flat = x.reshape(-1, x.shape[-1])
+            self._x, self._terms = x, self._compute(flat, layout(len(flat)))
+        terms = self._terms.pop(module)
+        if not self._terms:
+            self._x = None
+        return terms
+
+    def forget(self) -> None:
+        """Let go of what a step left, whose modules were not all called."""
+        self._x, self._terms = None, {}
+
+    def _compute(self, x: torch.Tensor, layout: AdapterLayout) -> dict[str, list[LoRATerm]]:
+        terms: dict[str, list[LoRATerm]] = {module: [] for module in self.attached}
+        for group in layout.groups:
+            slots = group.slots
+            if self.name in slots.low:
+                low = torch.bmm(group.cut(x).float(), slots.low[self.name])  # [window, most, rank of all]
+                if group.scales is not None:
+                    low *= group.scales
+                for module in slots.inputs[self.name]:
+                    terms[module].append((group, low[:, :, slots.columns[module]], slots.high[module]))
+        for run in layout.alone:
+            for use in run.adapters:
+                for fused, high in self._adapters.get(use.digest, ()):
+                    low = run.cut(x).float() @ fused.a  # [rows, rank of all]
+                    if use.scale != 1.0:
+                        low *= use.scale
+                    for module, columns in fused.columns.items():
+                        terms[module].append((run, low[:, columns], high[module]))
+        return terms
+
+
+def computed_together(rows: Mapping[str, int]) -> Sequence[str]:
+    """Of adapters with so many rows those to pad to the most rows among them, so that all together cost least."""
+    fewest_first = sorted(rows, key=lambda digest: rows[digest])
+    alone = sum(_ALONE + _ROW_ALONE * count for count in rows.values())
+    best, cost = 0, alone
+    for number, digest in enumerate(fewest_first, start=1):
+        most = rows[digest]
+        alone -= _ALONE + _ROW_ALONE * most
+        padded = number * most + (_UNEVEN if rows[fewest_first[0]] < most else 0)
+        if number > 1 and alone + padded < cost:
+            best, cost = number, alone + padded
+    return fewest_first[:best]
+
+
+def _padded_group(
+    slots: LoRASlots, places: Mapping[str, int], runs: Sequence[AdapterRun], device: torch.device
+) -> PaddedGroup:
+    """The rows of runs that follow one another in the order of their slots; ``places`` are those of the window."""
+    counts = [0] * slots.num_window
+    for run in runs:
+        counts[places[run.adapters[0].digest]] += run.end - run.start
+    start, end, most = runs[0].start, runs[-1].end, max(counts)
+    scales = list(chain.from_iterable(repeat(run.adapters[0].scale, run.end - run.start) for run in runs))
+    assert sum(counts) == end - start == len(scales), "rows of adapters in slots do not lie side by side"
+    firsts = list(accumulate(counts, initial=0))
+    gathered = [min(first + row, end - start - 1) for first in firsts[:-1] for row in range(most)]  # [window * most]
+    gather = back = factors = None
+    if min(counts) < most:
+        places_of_rows = [slot * most + row for slot, count in enumerate(counts) for row in range(count)]
+        gather, back = to_device(device, gathered, places_of_rows)
+    if any(scale != 1.0 for scale in scales):
+        (factors,) = to_device(device, [scales[row] for row in gathered], dtype=torch.float32)
+        factors = factors.view(-1, most, 1)
+    return PaddedGroup(slots, start, end, most, gather, back, factors)
+
+
+def _fuse(modules: Sequence[str], deltas: dict[str, Delta]) -> FusedA:
+    """Put the A of these modules' plain deltas into one tensor, of which theirs become views."""
+    parts = [factors_of(deltas[module])[0].t() for module in modules]  # [rank, in], as the file has them
+    whole = torch.cat(parts)
+    ends = list(accumulate(len(part) for part in parts))
+    columns = {}
+    for module, part, end in zip(modules, parts, ends, strict=True):
+        columns[module] = slice(end - len(part), end)
+        deltas[module] = replace(deltas[module], a=whole[columns[module]].t())
+    return FusedA(whole.t(), columns)

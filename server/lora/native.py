@@ -1,0 +1,273 @@
+"""Low-rank deltas by native kernels: an adapter is two addresses for each linear, whatever mixture a step has."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import ClassVar, Protocol
+
+import torch
+
+from cpu_kernels.blocks import HALF, ROW_BLOCK, STEP, padded
+from cpu_kernels.kernels import Kernels
+from cpu_kernels.linear import Deltas
+from cpu_kernels.lora_deltas import ENTRY, HEAD, RUN
+from cpu_kernels.lora_tiles import LISTED, TILE
+from server.integrity import IntegrityError, ensure
+from server.lora.backend import AdapterRun, BatchAdapters
+from server.lora.delta import Delta
+from server.lora.weights import LoRAWeights
+from server.sequence import Batch
+
+_MIN_ADAPTERS = 8
+"""Adapters that tables have room for from the beginning."""
+_ADAPTERS_OF_SEQUENCE = 4
+_LINE = 64
+
+Outputs = Sequence[tuple[str, int]]
+"""Linears that are computed by one product: name, and number of outputs, a multiple of 16."""
+
+
+class AddsDeltas(Protocol):
+    """A product of several linears that adds ``deltas`` itself, if they are set."""
+
+    deltas: Deltas | None
+
+
+class NativeLoRA:
+    """One kernel call for a linear, or none where the linear's product adds the deltas itself.
+
+    ``modules`` may be wrapped; ``products`` add the deltas of their linears. Each linear has a table with a row for
+    every adapter, and a step has task tables: which rows use which adapters. Their addresses stay while ``generation``
+    does; what is there changes from step to step.
+    """
+
+    makes_copies: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        modules: Sequence[str],
+        products: Sequence[tuple[AddsDeltas, Outputs]] = (),
+        *,
+        kernels: Kernels,
+        max_seqs: int,
+    ) -> None:
+        assert kernels.add_deltas is not None
+        self.batch = BatchAdapters()
+        self.generation = 0
+        self._add_deltas, self._launch = kernels.add_deltas, kernels.launch
+        self._product_of = {name: (product, outputs) for product, outputs in products for name, _ in outputs}
+        self._cells = torch.zeros(len(modules), dtype=torch.long)  # the address of each linear's table
+        self._cell_of = {module: number for number, module in enumerate(modules)}
+        self._tables: dict[str, torch.Tensor] = {}  # int64 [capacity, ENTRY], of linears that are wrapped
+        self._capacity = _MIN_ADAPTERS
+        self._indices: dict[str, int] = {}
+        self._free = list(range(_MIN_ADAPTERS))
+        self._ranks: dict[str, int] = {}
+        self._kept: dict[str, list[torch.Tensor]] = {}
+        self._no_replay: set[str] = set()
+        size = HEAD + RUN * _ADAPTERS_OF_SEQUENCE * max_seqs
+        self._task_tables = [torch.zeros(size, dtype=torch.long) for _ in range(2)]  # of all rows, of those sampled
+        self._low = torch.empty(0, dtype=torch.uint8)
+        self._max_linears = max((len(outputs) for _, outputs in products), default=1)
+        self._steps_adapters: set[str] = set()
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(table.nbytes for table in self._tables.values())
+
+    @property
+    def active(self) -> bool:
+        return self.batch.active or self._launch.is_recording
+
+    @property
+    def can_replay(self) -> bool:
+        return self._no_replay.isdisjoint(self._steps_adapters)
+
+    def pack(self, weights: LoRAWeights) -> LoRAWeights:
+        """In tiles where a product adds the deltas."""
+        deltas = {
+            name: delta.in_tiles() if name in self._product_of else delta for name, delta in weights.deltas.items()
+        }
+        return replace(weights, deltas=deltas)
+
+    def attach(self, module: str) -> bool:
+        if module not in self._tables:
+            self._set_table(module, torch.zeros(self._capacity, ENTRY, dtype=torch.long))
+        if module not in self._product_of:
+            return True
+        product, outputs = self._product_of[module]
+        if product.deltas is None:
+            product.deltas = self._deltas_of(outputs)
+        return False
+
+    def detach(self, module: str) -> None:
+        if module in self._product_of:
+            product, outputs = self._product_of[module]
+            if self._tables.keys().isdisjoint(name for name, _ in outputs if name != module):
+                product.deltas = None
+        if module in self._tables:
+            self._cells[self._cell_of[module]] = 0
+            del self._tables[module]
+
+    def add(self, digest: str, weights: LoRAWeights) -> Iterable[torch.Tensor]:
+        if not self._free:
+            self._grow()
+        index = self._indices[digest] = self._free.pop()
+        kept, max_rank = self._kept.setdefault(digest, []), 0
+        for module, delta in weights.deltas.items():
+            if not delta.plain or delta.kind == "rows":
+                self._no_replay.add(digest)
+            if delta.plain and delta.kind == "linear":
+                tensors, entry = _entry(delta)
+                kept += tensors
+                self._tables[module][index] = torch.tensor(entry)
+                max_rank = max(max_rank, entry[-1])
+        self._ranks[digest] = max_rank
+        return kept
+
+    def remove(self, digest: str) -> None:
+        """Its place is free only when no table has an address of it, so that a second call finishes a failed one."""
+        self._no_replay.discard(digest)
+        if digest not in self._indices:
+            return
+        for table in self._tables.values():
+            table[self._indices[digest]] = 0
+        self._ranks.pop(digest, None)
+        self._kept.pop(digest, None)
+        self._free.append(self._indices.pop(digest))
+
+    def limit(self, max_bytes: int | None) -> None:
+        """There are no copies."""
+
+    def begin(self, batch: Batch) -> Batch:
+        """Rows of the base first, then those of each adapter."""
+        ordered = replace(batch, segments=tuple(sorted(batch.segments, key=lambda one: one.sequence.adapters)))
+        adapters = self.batch
+        adapters.begin(ordered.segments)
+        self._steps_adapters = {use.digest for segment in batch.segments for use in segment.sequence.adapters}
+        counts = (adapters.num_rows, adapters.num_sampled)
+        tasks = [_Tasks(adapters.runs(count), self._indices, self._ranks) for count in counts]
+        num_bytes = _LINE + max(one.num_bytes(self._max_linears) for one in tasks)
+        if self._low.nbytes < num_bytes:
+            self._low = torch.empty(2 * num_bytes, dtype=torch.uint8)
+        address = padded(self._low.data_ptr(), _LINE)
+        for number, one in enumerate(tasks):
+            table = one.table(address, self._max_linears)
+            if len(table) > len(self._task_tables[number]):
+                self._task_tables[number] = torch.zeros(2 * len(table), dtype=torch.long)
+                self.generation += 1
+            self._task_tables[number][: len(table)] = torch.tensor(table)
+        return ordered
+
+    def apply(self, module: str, x: torch.Tensor, y: torch.Tensor) -> None:
+        """y's rows may be apart, the numbers of a row may not."""
+        self._add_deltas(x, y, self.task_table(x.numel() // x.shape[-1]), self._cell(module))
+
+    def task_table(self, num_rows: int) -> int:
+        """The address of the tasks of a module that got so many rows; 0 where no row has any."""
+        if not self.active:
+            return 0
+        if num_rows not in (self.batch.num_rows, self.batch.num_sampled):
+            raise IntegrityError(f"a module got {num_rows} of {self.batch.num_rows} rows")
+        return self._task_tables[num_rows != self.batch.num_rows].data_ptr()
+
+    def check_integrity(self, digests: Iterable[str], modules: Iterable[str]) -> None:
+        ensure(self._indices.keys() == set(digests), "tables have other adapters than there are")
+        ensure(self._tables.keys() == set(modules), "tables are read for other linears than are wrapped")
+
+    def _deltas_of(self, outputs: Outputs) -> ProductDeltas:
+        numbers, first = [len(outputs)], 0
+        for module, size in outputs:
+            numbers += [self._cell(module), first, first + size // HALF]
+            first += size // HALF
+        return ProductDeltas(self, torch.tensor(numbers))
+
+    def _cell(self, module: str) -> int:
+        return self._cells.data_ptr() + 8 * self._cell_of[module]
+
+    def _set_table(self, module: str, table: torch.Tensor) -> None:
+        """Make it the linear's table. The address that is read is never that of memory which is gone."""
+        before = self._tables.get(module)
+        try:
+            self._tables[module] = table
+            self._cells[self._cell_of[module]] = table.data_ptr()
+        except BaseException:
+            if before is None:
+                self._tables.pop(module, None)
+            else:
+                self._tables[module] = before
+            raise
+
+    def _grow(self) -> None:
+        """Room for twice as many adapters."""
+        capacity = 2 * self._capacity
+        larger = {module: torch.zeros(capacity, ENTRY, dtype=torch.long) for module in self._tables}
+        for module, table in larger.items():
+            table[: self._capacity] = self._tables[module][: self._capacity]
+            self._set_table(module, table)
+        free = list(range(self._capacity, capacity))
+        self._capacity, self._free = capacity, free
+
+
+class ProductDeltas:
+    """What a product of several linears is told of the adapters of its rows."""
+
+    def __init__(self, backend: NativeLoRA, linears: torch.Tensor) -> None:
+        self._backend, self._linears = backend, linears
+
+    def of(self, num_rows: int) -> tuple[int, int]:
+        """The addresses of tasks and of the linears, both 0 where no row needs them."""
+        tasks = self._backend.task_table(num_rows)
+        return (tasks, self._linears.data_ptr()) if tasks else (0, 0)
+
+
+class _Tasks:
+    """A step's runs as kernels read them, and the memory that they take."""
+
+    def __init__(self, runs: Sequence[AdapterRun], indices: Mapping[str, int], ranks: Mapping[str, int]) -> None:
+        self._numbers: list[int] = []
+        self._num_rows = self._num_tiles = self._max_rank = 0
+        for run in runs:
+            num_tiles = 2 * (-(-run.end // ROW_BLOCK) - run.start // ROW_BLOCK)
+            for use in run.adapters:
+                place = (self._num_rows, self._num_tiles)
+                self._numbers += [run.start, run.end, indices[use.digest], _float_bits(use.scale), *place]
+                self._num_rows += run.end - run.start
+                self._num_tiles += num_tiles
+                self._max_rank = max(self._max_rank, ranks[use.digest])
+
+    @property
+    def _tile_bytes(self) -> int:
+        """Of 16 rows' x @ A of one linear."""
+        return -(-self._max_rank // STEP) * TILE
+
+    def _low_bytes(self, num_linears: int) -> int:
+        """Of all rows' x @ A: in float32, or in tiles of so many linears of a product."""
+        return padded(max(4 * self._num_rows * self._max_rank, num_linears * self._num_tiles * self._tile_bytes), _LINE)
+
+    def num_bytes(self, num_linears: int) -> int:
+        """Of that and of lists of tasks."""
+        return self._low_bytes(num_linears) + 8 * num_linears * (1 + LISTED * (len(self._numbers) // RUN))
+
+    def table(self, address: int, num_linears: int) -> list[int]:
+        """Head and tasks; at ``address`` are ``num_bytes`` to work in."""
+        lists = address + self._low_bytes(num_linears)
+        head = [len(self._numbers) // RUN, address, self._max_rank, address, self._tile_bytes, lists]
+        return head + self._numbers
+
+
+def _entry(delta: Delta) -> tuple[list[torch.Tensor], list[int]]:
+    """A plain delta's tensors, and what tables have of it, the rank last."""
+    if (tiles := delta.tiles) is not None:
+        return [tiles.memory], [tiles.a_address, tiles.rank, tiles.b_address, tiles.rank]
+    assert delta.a is not None and delta.b is not None
+    a, b = delta.a.t(), delta.b.contiguous()  # [rank, in], [rank, out]
+    a = a if a.stride(1) == 1 else a.contiguous()
+    return [a, b], [a.data_ptr(), a.stride(0), b.data_ptr(), len(a)]
+
+
+def _float_bits(factor: float) -> int:
+    bits: int = struct.unpack("<i", struct.pack("<f", factor))[0]
+    return bits

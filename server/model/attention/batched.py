@@ -1,0 +1,215 @@
+"""Attention on an accelerator: one call for the decoding rows of all sequences, and one for each chunk of a prompt.
+
+On a CPU a call costs little and padding costs reads, so that ``cpu`` attends to one segment after another. On an
+accelerator calls are what a decoding step is made of.
+
+Which kernel torch takes on CUDA decides how things are laid out. With a mask, and in float32, that is the
+memory-efficient one: it takes any strides but those of the last dimension, copies a mask whose rows do not begin at
+multiples of 8 numbers, and may know nothing of grouped heads. So the query heads that share keys are laid out as rows,
+or as a batch of which all see the same keys, and no key is repeated in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from server.lora.transfer import to_device
+from server.model.attention.eager import causal_mask, eager_attention, segment_mask
+from server.model.attention.interface import AttentionParams
+from server.model.kv_cache import AttentionMetadata, AttentionSegment, KVCache
+
+_PADDING = 512
+"""Keys that a row may be given beyond those it sees: reading them costs less than a call."""
+_BLOCK = 64
+"""Padded rows get whole blocks of keys, so that few sizes occur."""
+
+
+@dataclass(frozen=True, eq=False)
+class RowGroup:
+    """Decoding rows that are attended to in one call.
+
+    Row ``rows[i]`` of the batch looks at positions ``first`` to ``end`` of slot ``slots[i]``, of which ``mask``
+    [n, 1, 1, keys] hides those that it must not see. ``slots`` is a range where the slots follow one another.
+    """
+
+    rows: torch.Tensor
+    slots: torch.Tensor | range
+    first: int
+    end: int
+    mask: torch.Tensor | None
+
+    def seen(self, kept: torch.Tensor) -> torch.Tensor:
+        """Of [slots, kv_heads, max_len, dim] what the group looks at [n, kv_heads, keys, dim]; copied if need be."""
+        if isinstance(self.slots, range):
+            return kept[self.slots.start : self.slots.stop, :, self.first : self.end]
+        return kept[:, :, self.first : self.end].index_select(0, self.slots)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A step's calls for layers of one window.
+
+    ``chunks`` are segments of several rows, each with its mask [rows, keys], or None where its rows are the first of a
+    sequence and no window hides any key. ``whole`` is the one group of all rows in their order, if it is so.
+    """
+
+    groups: Sequence[RowGroup]
+    chunks: Sequence[tuple[AttentionSegment, torch.Tensor | None]]
+    whole: RowGroup | None
+
+
+class BatchedAttention:
+    """Attends with all rows that decode in one call, or in a few of similar lengths."""
+
+    max_single_rows = 1
+    reads_unwritten = True
+
+    def __init__(self, cache: KVCache) -> None:
+        self.cache = cache
+        self.metadata: AttentionMetadata | None = None
+        self._plans: dict[tuple[int | None, bool], Plan] = {}
+
+    def begin(self, metadata: AttentionMetadata) -> None:
+        self.metadata = metadata
+        self._plans = {}
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: AttentionParams
+    ) -> torch.Tensor:
+        assert self.metadata is not None, "no step was begun"
+        self.cache.write(layer, self.metadata, key, value)
+        queries = query.to(self.cache.layout.dtype)
+        kind = params.window, params.plain
+        if kind not in self._plans:
+            max_len = self.cache.layout.max_len
+            self._plans[kind] = plan_step(self.metadata.segments, *kind, max_len=max_len, like=queries)
+        attended = self._run(self._plans[kind], layer, queries, params)
+        return attended[None].to(query.dtype)
+
+    def step_tensors(self) -> list[torch.Tensor]:
+        return [] if self.metadata is None else [self.metadata.slots, self.metadata.positions]
+
+    def _run(self, plan: Plan, layer: int, query: torch.Tensor, params: AttentionParams) -> torch.Tensor:
+        """query [1, heads, rows, dim] in the cache's format -> [rows, heads, value_dim]."""
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        if plan.whole is not None:
+            return _attend_group(plan.whole, query, keys, values, params)
+        num_heads, num_rows = query.shape[1:3]
+        attended = query.new_empty(num_rows, num_heads, values.shape[-1])
+        for group in plan.groups:
+            queries = query.index_select(2, group.rows)
+            attended.index_copy_(0, group.rows, _attend_group(group, queries, keys, values, params))
+        for segment, mask in plan.chunks:
+            seen = self.cache.read(layer, segment, params.window)
+            attended[segment.rows] = _attend_chunk(query[:, :, segment.rows], *seen, mask, params)
+        return attended
+
+
+def plan_step(
+    segments: Sequence[AttentionSegment], window: int | None, plain: bool, *, max_len: int, like: torch.Tensor
+) -> Plan:
+    """The calls for segments laid end to end, with masks in the format and on the device of ``like``."""
+    groups = grouped([segment for segment in segments if segment.length == 1], window)
+    lists = [[number(segment) for segment in group] for group in groups for number in (_row, _slot, _position)]
+    tensors = to_device(like.device, *lists)
+    row_groups = [
+        _row_group(group, *tensors[3 * place : 3 * place + 3], window=window, max_len=max_len, dtype=like.dtype)
+        for place, group in enumerate(groups)
+    ]
+    chunks: list[tuple[AttentionSegment, torch.Tensor | None]] = []
+    for segment in segments:
+        if segment.length > 1:
+            needs_mask = not (plain and segment.is_causal(window))
+            chunks.append((segment, segment_mask(segment, window, like.dtype, like.device) if needs_mask else None))
+    in_order = len(groups) == 1 and [segment.row for segment in groups[0]] == list(range(len(segments)))
+    return Plan(row_groups, chunks, row_groups[0] if in_order and not chunks else None)
+
+
+def grouped(rows: Sequence[AttentionSegment], window: int | None) -> list[list[AttentionSegment]]:
+    """Single rows in groups that read few keys for nothing: at most as many as they need, or ``_PADDING``."""
+    groups: list[list[AttentionSegment]] = []
+    for row in sorted(rows, key=_position):
+        if groups:
+            head = groups[-1][0]
+            first = head.first_key(window)
+            if row.end - first <= max(2 * (head.end - first), _PADDING):
+                groups[-1].append(row)
+                continue
+        groups.append([row])
+    return [_ordered(group) for group in groups]
+
+
+def _ordered(group: Sequence[AttentionSegment]) -> list[AttentionSegment]:
+    """By slot where the slots follow one another, so that no key is copied; else by row, so that no query is."""
+    by_slot = sorted(group, key=_slot)
+    return by_slot if _have_adjacent_slots(by_slot) else sorted(group, key=_row)
+
+
+def _have_adjacent_slots(group: Sequence[AttentionSegment]) -> bool:
+    return [segment.slot for segment in group] == list(range(group[0].slot, group[0].slot + len(group)))
+
+
+def _row_group(
+    group: Sequence[AttentionSegment],
+    rows: torch.Tensor,
+    slots: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    window: int | None,
+    max_len: int,
+    dtype: torch.dtype,
+) -> RowGroup:
+    first = min(segment.first_key(window) for segment in group)
+    end = max(segment.end for segment in group)
+    mask = None
+    if any(segment.end != end for segment in group):
+        end = min(max_len, first + -(-(end - first) // _BLOCK) * _BLOCK)
+        mask = causal_mask(positions[:, None, None], first, end, window, dtype=dtype)
+    low = group[0].slot
+    return RowGroup(rows, range(low, low + len(group)) if _have_adjacent_slots(group) else slots, first, end, mask)
+
+
+def _attend_group(
+    group: RowGroup, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, params: AttentionParams
+) -> torch.Tensor:
+    """query [1, heads, n, dim] -> [n, heads, value_dim]. Query heads that share keys lie where rows would."""
+    _, num_heads, num_rows, dim = query.shape
+    seen_keys, seen_values = group.seen(keys), group.seen(values)  # [n, kv_heads, keys, dim]
+    if not params.plain:
+        queries = query.permute(2, 1, 0, 3)  # [n, heads, 1, dim]
+        mask = None if group.mask is None else group.mask[:, None]
+        return eager_attention(queries, seen_keys, seen_values, mask, params)[:, :, 0]
+    folded = query.view(keys.shape[1], -1, num_rows, dim).permute(2, 0, 1, 3)  # [n, kv_heads, group, dim]
+    attended = F.scaled_dot_product_attention(folded, seen_keys, seen_values, attn_mask=group.mask, scale=params.scale)
+    return attended.reshape(num_rows, num_heads, -1)
+
+
+def _attend_chunk(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, params: AttentionParams
+) -> torch.Tensor:
+    """query [1, heads, rows, dim] -> [rows, heads, value_dim]. Query heads that share keys are a batch."""
+    _, num_heads, num_rows, dim = query.shape
+    if not params.plain:
+        return eager_attention(query, keys, values, mask, params)[0].transpose(0, 1)
+    split = query.view(keys.shape[1], -1, num_rows, dim).transpose(0, 1)  # [group, kv_heads, rows, dim]
+    each_keys, each_values = (seen.expand(len(split), -1, -1, -1) for seen in (keys, values))
+    attended = F.scaled_dot_product_attention(
+        split, each_keys, each_values, attn_mask=mask, is_causal=mask is None, scale=params.scale
+    )
+    return attended.permute(2, 1, 0, 3).reshape(num_rows, num_heads, -1)
+
+
+def _row(segment: AttentionSegment) -> int:
+    return segment.row
+
+
+def _slot(segment: AttentionSegment) -> int:
+    return segment.slot
+
+
+def _position(segment: AttentionSegment) -> int:
+    return segment.start

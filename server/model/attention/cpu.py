@@ -1,0 +1,195 @@
+"""Attention on a CPU: by torch segment after segment, or by native kernels.
+
+A call costs little there, and padding costs reads, so that segments are not batched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from cpu_kernels.kernels import Kernels
+from server.model.attention.eager import eager_attention, segment_mask
+from server.model.attention.interface import AttentionBackend, AttentionParams
+from server.model.kv_cache import AttentionMetadata, AttentionSegment, KVCache
+
+if TYPE_CHECKING:
+    from cpu_kernels.decode_attention import DecodeAttention
+    from cpu_kernels.prompt_attention import PromptAttention
+
+_FEW_ROWS = 32
+"""Rows of a prompt that the decode kernel computes as fast as one call for all of them."""
+
+
+class TorchAttention:
+    """One call of torch's attention for each segment."""
+
+    max_single_rows = 1
+    reads_unwritten = False
+
+    def __init__(self, cache: KVCache) -> None:
+        self.cache = cache
+        self.metadata: AttentionMetadata | None = None
+        self._masks: dict[tuple[int, int, int | None], torch.Tensor] = {}
+
+    def begin(self, metadata: AttentionMetadata) -> None:
+        self.metadata = metadata
+        self._masks = {}
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: AttentionParams
+    ) -> torch.Tensor:
+        assert self.metadata is not None, "no step was begun"
+        self.cache.write(layer, self.metadata, key, value)
+        queries = query.to(self.cache.layout.dtype)
+        single_rows = _fold_heads(queries, key.shape[1]) if params.plain else ()
+        parts = []  # [length, heads, value_dim] each
+        for segment in self.metadata.segments:
+            if segment.length == 1 and params.plain:
+                keys, values = self.cache.read(layer, segment, params.window)
+                parts.append(_attend_one_row(single_rows[segment.row], keys, values, params.scale))
+            else:
+                parts.append(self.attend_segment(layer, segment, queries[:, :, segment.rows], params))
+        attended = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return attended[None].to(query.dtype)
+
+    def attend_segment(
+        self, layer: int, segment: AttentionSegment, query: torch.Tensor, params: AttentionParams
+    ) -> torch.Tensor:
+        """query [1, heads, length, dim] in the cache's format, on what is in it -> [length, heads, value_dim]."""
+        keys, values = self.cache.read(layer, segment, params.window)
+        return attend_to_sequence(query, keys, values, self._mask(segment, params), params)
+
+    def step_tensors(self) -> list[torch.Tensor]:
+        return [] if self.metadata is None else [self.metadata.slots, self.metadata.positions]
+
+    def _mask(self, segment: AttentionSegment, params: AttentionParams) -> torch.Tensor | None:
+        if segment.length == 1 or (params.plain and segment.is_causal(params.window)):
+            return None
+        key = (segment.start, segment.length, params.window)
+        if key not in self._masks:
+            self._masks[key] = segment_mask(segment, params.window, self.cache.layout.dtype, self.cache.device)
+        return self._masks[key]
+
+
+class NativeAttention:
+    """A kernel that writes keys and values and attends with single rows, and one for prompt chunks.
+
+    Torch computes layers with soft caps or sinks, heads of other sizes than the kernels know, and prompt chunks where
+    the CPU has no kernel for them. ``windows`` are those of the model's layers; ``plain`` says that none has a soft cap
+    or sinks.
+    """
+
+    reads_unwritten = False
+
+    def __init__(
+        self,
+        cache: KVCache,
+        decode: DecodeAttention,
+        prompt: PromptAttention | None,
+        *,
+        windows: Iterable[int | None],
+        plain: bool,
+    ) -> None:
+        self.cache = cache
+        self.metadata: AttentionMetadata | None = None
+        self.max_single_rows = _FEW_ROWS if plain else 1
+        self._decode, self._prompt, self._torch = decode, prompt, TorchAttention(cache)
+        self._windows = tuple(windows)
+        self._chunks: list[AttentionSegment] = []
+        self._single_rows: dict[int | None, tuple[torch.Tensor, int]] = {}
+
+    def begin(self, metadata: AttentionMetadata) -> None:
+        self.metadata = metadata
+        self._torch.begin(metadata)
+        self._chunks = [segment for segment in metadata.segments if segment.length > 1]
+        self._single_rows = {}
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: AttentionParams
+    ) -> torch.Tensor:
+        if not params.plain or not self._decode.can_attend(query, key, value):
+            return self._torch.attend(layer, query, key, value, params)
+        assert self.metadata is not None, "no step was begun"
+        rows, num_keys = self._plan_single_rows(params.window)
+        slots, positions = self.metadata.slots, self.metadata.positions
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        attended = self._decode(query, key, value, keys, values, slots, positions, rows, num_keys, params.scale)
+        for segment in self._chunks:
+            self._attend_chunk(layer, segment, query[:, :, segment.rows], params, attended[segment.rows])
+        return attended[None]
+
+    def step_tensors(self) -> list[torch.Tensor]:
+        assert self.metadata is not None, "no step was begun"
+        rows = [self._plan_single_rows(window)[0] for window in self._windows]
+        return [self.metadata.slots, self.metadata.positions, *rows]
+
+    def _attend_chunk(
+        self, layer: int, segment: AttentionSegment, query: torch.Tensor, params: AttentionParams, out: torch.Tensor
+    ) -> None:
+        kernel = self._prompt
+        keys, values = self.cache.read(layer, segment, params.window)
+        if kernel is not None and kernel.can_attend(query, keys, values):
+            kernel(query[0], keys[0], values[0], out, params.window, params.scale)
+        else:
+            out.copy_(self._torch.attend_segment(layer, segment, query.to(self.cache.layout.dtype), params))
+
+    def _plan_single_rows(self, window: int | None) -> tuple[torch.Tensor, int]:
+        """Segments of one row: the row and the first key it sees, int64 [n, 2]; the most keys that one of them sees."""
+        if window not in self._single_rows:
+            assert self.metadata is not None
+            rows, num_keys = [], 0
+            for segment in self.metadata.segments:
+                if segment.length == 1:
+                    first = segment.first_key(window)
+                    rows.append((segment.row, first))
+                    num_keys = max(num_keys, segment.end - first)
+            self._single_rows[window] = torch.tensor(rows, dtype=torch.long).view(-1, 2), num_keys
+        return self._single_rows[window]
+
+
+def cpu_attention(cache: KVCache, *, kernels: Kernels, windows: Iterable[int | None], plain: bool) -> AttentionBackend:
+    """By native kernels, or by torch where there are none for the number format of the cache."""
+    decode = kernels.decode_attention(cache.layout.dtype)
+    if decode is None:
+        return TorchAttention(cache)
+    prompt = kernels.prompt_attention(cache.layout.dtype)
+    return NativeAttention(cache, decode, prompt, windows=windows, plain=plain)
+
+
+def attend_to_sequence(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, params: AttentionParams
+) -> torch.Tensor:
+    """Rows of one sequence: query [1, heads, rows, dim] -> [rows, heads, value_dim].
+
+    keys and values are [1, kv_heads, keys, dim], up to the last row's own. Without a mask the rows are the first of the
+    sequence, or a single row with a soft cap or sinks.
+    """
+    if not params.plain:
+        return eager_attention(query, keys, values, mask, params)[0].transpose(0, 1)
+    grouped = query.shape[1] != keys.shape[1]
+    attended = F.scaled_dot_product_attention(
+        query, keys, values, attn_mask=mask, is_causal=mask is None, scale=params.scale, enable_gqa=grouped
+    )
+    return attended[0].transpose(0, 1)
+
+
+def _fold_heads(query: torch.Tensor, kv_heads: int) -> tuple[torch.Tensor, ...]:
+    """Each row of a query [1, heads, rows, dim] as [1, kv_heads, group, dim].
+
+    The heads of a group, which share keys, lie where rows would, so that no key is repeated.
+    """
+    _, heads, rows, dim = query.shape
+    split: tuple[torch.Tensor, ...] = query[0].transpose(0, 1).reshape(rows, kv_heads, heads // kv_heads, dim).split(1)
+    return split
+
+
+def _attend_one_row(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
+    """One row, folded, on all the keys it is given -> [1, heads, value_dim].
+
+    Kernels differ in how their result lies in memory: on CUDA in float32 it is row by row, all heads of each.
+    """
+    return F.scaled_dot_product_attention(query, keys, values, scale=scale).reshape(1, -1, values.shape[-1])

@@ -1,0 +1,52 @@
+"""Attention while a base is examined: without a cache, on whole sequences, with a record of each layer."""
+
+from __future__ import annotations
+
+import torch
+
+from server.model.attention.cpu import attend_to_sequence
+from server.model.attention.eager import segment_mask
+from server.model.attention.interface import AttentionParams, FlatAttention
+from server.model.kv_cache import AttentionMetadata, LayerShape
+
+
+class ProbingAttention(FlatAttention):
+    """The attention function of a model that has no KV cache yet; ``begin`` tells it the sequences of a pass.
+
+    It counts calls, and notes the shape of each layer's keys and values, all windows, and whether every layer is
+    ``plain``, without soft caps and sinks.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._metadata: AttentionMetadata | None = None
+        self._shapes: dict[int, LayerShape] = {}
+        self.windows: set[int | None] = set()
+        self.plain = True
+        self.num_calls = 0
+
+    @property
+    def shapes(self) -> list[LayerShape]:
+        return [self._shapes[layer] for layer in sorted(self._shapes)]
+
+    def begin(self, metadata: AttentionMetadata) -> None:
+        assert all(segment.start == 0 for segment in metadata.segments), "without a cache a sequence comes whole"
+        self._metadata = metadata
+        self.num_calls = 0
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: AttentionParams
+    ) -> torch.Tensor:
+        assert self._metadata is not None, "no pass was begun"
+        self.num_calls += 1
+        self._shapes[layer] = LayerShape(key.shape[1], key.shape[-1], value.shape[-1])
+        self.windows.add(params.window)
+        self.plain &= params.plain
+        parts = []  # [length, heads, value_dim] each
+        for segment in self._metadata.segments:
+            queries, keys, values = (tensor[:, :, segment.rows] for tensor in (query, key, value))
+            mask = None
+            if not (params.plain and segment.is_causal(params.window)):
+                mask = segment_mask(segment, params.window, query.dtype, query.device)
+            parts.append(attend_to_sequence(queries, keys, values, mask, params))
+        return torch.cat(parts)[None]
