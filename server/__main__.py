@@ -26,7 +26,7 @@ def serve(arguments: Sequence[str]) -> int:
 
 
 def chat(arguments: Sequence[str]) -> int:
-    from server.cli.chat_command import main
+    from server.cli.chat import main
 
     return main(arguments)
 

@@ -28,6 +28,7 @@ the trainer shares. No request can raise one: ``__main__`` shows it as it shows 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 MAX_LINE = 900
 
@@ -36,6 +37,12 @@ def one_line(text: str) -> str:
     """Somebody's text in characters that a line of a log and a JSON body can hold, and not too many of them."""
     shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text[:MAX_LINE])
     return shown if len(text) <= MAX_LINE else f"{shown}..."
+
+
+def first(names: Sequence[str], separator: str = ", ") -> str:
+    """The first three of a list, and how many more."""
+    shown = separator.join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
 _PATH = re.compile(

@@ -13,8 +13,8 @@ import safetensors.torch
 import torch
 
 from server.adapters.adapter_cache import AdapterCache
-from server.adapters.content.manifest import BaseSignature, Limits, Manifest
-from server.adapters.content.signature import linear
+from server.adapters.content.manifest import Limits, Manifest
+from server.adapters.content.signature import BaseSignature, linear
 from server.adapters.leases import Loaded
 from server.adapters.library import AdapterLibrary
 from server.adapters.operator import AdapterOperator

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from server.adapters.content.folder import Signature, signature_of, sizes_of
-from server.adapters.content.manifest import BaseSignature, Limits, Listing, Manifest, list_folder, read_manifest
+from server.adapters.content.manifest import Limits, Listing, Manifest, list_folder, read_manifest
 from server.adapters.content.manners import AdapterDefaults
+from server.adapters.content.signature import BaseSignature
 from server.adapters.versions import CachedDigest, VersionStore
 from server.errors import AdapterRejected
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from importlib import import_module
 
 USAGE = """\
 usage: quickchange adapters [list] [--SETTING VALUE ...]   every adapter: served or not and why, pins, kept versions
@@ -19,58 +20,16 @@ it. VERSION is the beginning of a version's digest.
 """
 
 
-def list_adapters(arguments: Sequence[str]) -> int:
-    from server.cli.adapters_list import main
-
-    return main(arguments)
-
-
-def check(arguments: Sequence[str]) -> int:
-    from server.cli.adapters_check import main
-
-    return main(arguments)
-
-
-def add(arguments: Sequence[str]) -> int:
-    from server.cli.adapters_add import main
-
-    return main(arguments)
-
-
-def convert(arguments: Sequence[str]) -> int:
-    """Write an adapter of another kind or another trainer as LoRA."""
-    from server.cli.convert.command import main
-
-    return main(arguments)
-
-
-def pin(arguments: Sequence[str]) -> int:
-    from server.cli.adapters_pins import run_pin
-
-    return run_pin(arguments)
-
-
-def unpin(arguments: Sequence[str]) -> int:
-    from server.cli.adapters_pins import run_unpin
-
-    return run_unpin(arguments)
-
-
-def rollback(arguments: Sequence[str]) -> int:
-    from server.cli.adapters_pins import run_rollback
-
-    return run_rollback(arguments)
-
-
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    "list": list_adapters,
-    "check": check,
-    "add": add,
-    "convert": convert,
-    "pin": pin,
-    "unpin": unpin,
-    "rollback": rollback,
+COMMANDS = {
+    "list": ("server.cli.adapters_list", "main"),
+    "check": ("server.cli.adapters_check", "main"),
+    "add": ("server.cli.adapters_add", "main"),
+    "convert": ("server.cli.convert.command", "main"),
+    "pin": ("server.cli.adapters_pins", "run_pin"),
+    "unpin": ("server.cli.adapters_pins", "run_unpin"),
+    "rollback": ("server.cli.adapters_pins", "run_rollback"),
 }
+"""The module and function of each, imported when it is asked for: some need torch, or huggingface_hub."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -83,7 +42,8 @@ def main(arguments: Sequence[str]) -> int:
     if name not in COMMANDS:
         print(f"quickchange adapters: there is no command {name!r}\n{USAGE}", file=sys.stderr, end="")
         return 2
-    return COMMANDS[name](given)
+    module, function = COMMANDS[name]
+    return int(getattr(import_module(module), function)(given))
 
 
 def _with_command_first(arguments: Sequence[str]) -> list[str]:
@@ -91,7 +51,7 @@ def _with_command_first(arguments: Sequence[str]) -> list[str]:
     given = list(arguments)
     if not given or not given[0].startswith("--"):
         return given
-    from server.cli.options import bind_values
+    from server.cli.command_line import bind_values
 
     bound = bind_values(given)
     at = next((index for index, argument in enumerate(bound) if not argument.startswith("-")), None)

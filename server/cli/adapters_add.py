@@ -39,9 +39,8 @@ from adapter_format.files import (
 )
 from adapter_format.publishing import published_folder
 from server.adapters.content.folder import MAX_JSON_BYTES, MAX_TOKENS_BYTES, OPTIONAL_FILES
+from server.cli.command_line import command_parser, parse_options, parse_settings
 from server.cli.folders import NotPublished, choose_target
-from server.cli.options import command_parser, parse_options
-from server.cli.settings import parse_settings
 
 DESCRIPTION = """\
 Fetch a PEFT adapter from the Hugging Face hub into --adapters-dir. Only its own files are fetched, and safetensors

@@ -11,16 +11,13 @@ from base_files.locate import base_on_disk
 from server.adapters.aliases import ALIASES_FILE, MAX_ALIASES_BYTES, Alias, parse_aliases
 from server.adapters.content.folder import UNREAD_FILES, read_file, sub_folders
 from server.adapters.content.manifest import Manifest
-from server.adapters.content.words import first
 from server.adapters.names import parse_model
 from server.adapters.registry import DIGITS, Adapter
 from server.adapters.versions import Pin, VersionStore
 from server.cli.adapters_pins import describe
+from server.cli.command_line import command_parser, parse_options, parse_settings, say
 from server.cli.folders import adapter_folders, adapter_roots, open_store
-from server.cli.options import command_parser, parse_options
-from server.cli.settings import parse_settings
-from server.cli.terminal import say
-from server.errors import SettingsError
+from server.errors import SettingsError, first
 from server.settings import Settings
 
 if TYPE_CHECKING:

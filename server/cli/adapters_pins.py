@@ -11,8 +11,7 @@ from collections.abc import Callable, Sequence
 
 from server.adapters.names import is_name
 from server.adapters.versions import KeptVersion, Pin, VersionStore
-from server.cli.options import command_parser, parse_options
-from server.cli.settings import parse_settings
+from server.cli.command_line import command_parser, parse_options, parse_settings
 
 PIN = """\
 Without a version: keep an adapter in memory, whatever else is used. With one, as in helpdesk@ab12: hold the name at

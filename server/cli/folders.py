@@ -98,3 +98,18 @@ def choose_target(settings: Settings, name: str, *, replace: bool = False) -> Pa
     if target.is_symlink() or not target.is_dir():
         raise NotPublished(f"{target} is no folder of its own, so it is not replaced: remove it first")
     return target
+
+
+def user_cache(name: str) -> Path | None:
+    """A folder of the user's cache, which need not exist yet; None where the user has none.
+
+    It is ``$XDG_CACHE_HOME/quickchange``, or ``~/.cache/quickchange``, as the XDG Base Directory Specification says: a
+    variable that is no absolute path does not count.
+    """
+    root = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not root.is_absolute():
+        try:
+            root = Path.home() / ".cache"
+        except RuntimeError:
+            return None
+    return root / "quickchange" / name

@@ -25,7 +25,7 @@ from server.adapters.content.manners import AdapterDefaults
 from server.adapters.watcher import AdapterWatcher
 from server.api.app import ServerState, create_app
 from server.cli.adapter_services import build_adapter_services
-from server.cli.user_cache import user_cache
+from server.cli.folders import user_cache
 from server.engine.async_engine import AsyncEngine
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from base_files.locate import base_on_disk
 from server.cli.allocation import keep_freed_memory
+from server.cli.command_line import parse_settings
 from server.cli.folders import check_folders
-from server.cli.settings import parse_settings
 from server.errors import SettingsError
 
 

@@ -13,9 +13,8 @@ import torch
 from torch import nn
 
 from base_files.safetensors_header import TensorEntry
-from server.adapters.content.module_plan import LowRank, ModulePlan
+from server.adapters.content.module_plan import LowRank, ModulePlan, num_experts
 from server.adapters.content.module_plan import TokenRows as TokenEntries
-from server.adapters.content.parts import num_experts
 from server.adapters.content.signature import ModuleShape
 from server.lora.delta import Delta, ParameterDelta, TokenRows, in_floats, with_parameters
 from server.lora.dora import weight_norm

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from server.adapters.content.peft_config import FIELDS, NO_EFFECT, READ
+from server.adapters.content.config_fields import FIELDS, NO_EFFECT, READ
 from tests.model.peft_cases import CASES, TOLERANCE, Case, Names
 from tests.model.tuner_outcomes import OUTCOMES, REFUSED, Outcome
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from server.cli.user_cache import user_cache
+from server.cli.folders import user_cache
 from server.model import calibration
 from server.model.attention.probe import ProbingAttention
 from server.model.calibration import MOST_TOKENS, Calibration, calibration_ids

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from cpu_kernels.kernels import choose_linear
 from cpu_kernels.native_kernel import available
-from server.adapters.content.manifest import BaseSignature, Limits, read_manifest
+from server.adapters.content.manifest import Limits, read_manifest
+from server.adapters.content.signature import BaseSignature
 from server.lora.native import NativeLoRA
 from server.lora.weights import LoRAWeights
 from server.model.model_trace import signature_of

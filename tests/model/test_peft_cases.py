@@ -13,7 +13,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from server.adapters.content.manifest import BaseSignature, Limits, Manifest, read_manifest
+from server.adapters.content.manifest import Limits, Manifest, read_manifest
+from server.adapters.content.signature import BaseSignature
 from server.lora.weights import LoRAWeights
 from server.model.model_trace import signature_of
 from tests.model.harness import Answer, Ask, Hosted, difference, host, prompts, stock_logits

@@ -173,7 +173,8 @@ def chat(model: str, **more: Any) -> dict[str, Any]:
 WATCHED = """
 import json, socket, sys
 from pathlib import Path
-from server.adapters.content.manifest import BaseSignature, Limits, read_manifest
+from server.adapters.content.signature import BaseSignature
+from server.adapters.content.manifest import Limits, read_manifest
 from server.adapters.content.signature import linear
 from server.errors import AdapterRejected
 

@@ -19,9 +19,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from server.adapters.content.added_tokens import listed_in_head
 from server.adapters.content.diagnostics import diagnose
-from server.adapters.content.manifest import BaseSignature, Manifest, list_folder, read_manifest
+from server.adapters.content.manifest import Manifest, list_folder, read_manifest
 from server.adapters.content.manners import AdapterDefaults
-from server.adapters.content.signature import embedding, linear
+from server.adapters.content.signature import BaseSignature, embedding, linear
 from server.api.app import create_app
 from server.api.generation import end_ids
 from server.errors import AdapterRejected

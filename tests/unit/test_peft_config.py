@@ -10,9 +10,8 @@ from typing import Any
 import peft
 import pytest
 
-from server.adapters.content.config_fields import OTHER_TOOLS
-from server.adapters.content.patterns import MAX_KEY_CHARS, MAX_KEYS, Pattern
-from server.adapters.content.peft_config import FIELDS, NO_EFFECT, READ, LoRAConfig, parse_peft_config
+from server.adapters.content.config_fields import FIELDS, NO_EFFECT, OTHER_TOOLS, READ
+from server.adapters.content.peft_config import MAX_KEY_CHARS, MAX_KEYS, LoRAConfig, Pattern, parse_peft_config
 
 CONFIG: dict[str, Any] = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 4}
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from base_files.safetensors_header import TensorEntry
-from server.adapters.content.module_names import ModuleNames
 from server.adapters.content.peft_config import parse_peft_config
 from server.adapters.content.plan import Plan, PlanError, make_plan
 from server.adapters.content.signature import BaseSignature, ModuleShape, Shape, embedding, linear
+from server.adapters.content.tensor_names import ModuleNames
 
 EXPERTS = ModuleShape("rows", {"gate_up_proj": (3, 10, 6), "bias": (3, 10), "down_proj": (3, 6, 5)}, axis=0)
 BASE = BaseSignature(

@@ -9,9 +9,9 @@ import pytest
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 
+from server.adapters.content.fit import Targets
 from server.adapters.content.peft_config import parse_peft_config
 from server.adapters.content.signature import Shape
-from server.adapters.content.targets import Targets
 from tests.unit.test_plan import EMBEDDING, GOOD, E, H, N, Q, V, plan, problems, renamed
 
 ROWS: Mapping[str, Shape] = {f"{E}.token_adapter.trainable_tokens_delta": (1, 6)}

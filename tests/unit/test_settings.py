@@ -8,7 +8,7 @@ from typing import Any, get_args
 import pytest
 from pydantic.fields import FieldInfo
 
-from server.cli.settings import parse_settings
+from server.cli.command_line import parse_settings
 from server.errors import SettingsError
 from server.settings import Settings
 

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from server.adapters.content.manifest import BaseSignature, Limits
+from server.adapters.content.manifest import Limits
+from server.adapters.content.signature import BaseSignature
 from server.adapters.reader import AdapterReader
 from server.adapters.watcher import AdapterWatcher
 from server.cli import serve

@@ -10,8 +10,8 @@ import pytest
 
 from server.adapters.content.manifest import Manifest, read_manifest
 from server.adapters.content.templates import default_template, is_same
+from server.cli.command_line import parse_settings
 from server.cli.folders import limits_of
-from server.cli.settings import parse_settings
 from server.errors import AdapterRejected
 from server.text.prompt import PromptRenderer
 from tests.adapter_folders import BASE, LIMITS, make

@@ -15,6 +15,7 @@ from typing import Any
 from adapter_format.files import CONFIG_FILE, SIDECAR_FILE, SOURCE_FILE, TOKENS_FILE, WEIGHTS_FILE
 from adapter_format.sidecar import Sidecar, parse_sidecar
 from base_files.safetensors_header import TensorEntry
+from server.adapters.content.config_fields import FIELDS, READ
 from server.adapters.content.folder import (
     MAX_JSON_BYTES,
     OPTIONAL_FILES,
@@ -25,7 +26,6 @@ from server.adapters.content.folder import (
 )
 from server.adapters.content.manifest import (
     EXPONENTS,
-    BaseSignature,
     Limits,
     Manifest,
     check_tokenizer,
@@ -37,10 +37,11 @@ from server.adapters.content.manifest import (
     weights_header,
 )
 from server.adapters.content.manners import AdapterDefaults
+from server.adapters.content.module_plan import LowRank
 from server.adapters.content.opening import Folder, PermissionDenied
-from server.adapters.content.peft_config import FIELDS, READ, LoRAConfig, parse_peft_config
-from server.adapters.content.plan import LowRank, Plan, PlanError, make_plan
-from server.adapters.content.signature import base_check
+from server.adapters.content.peft_config import LoRAConfig, parse_peft_config
+from server.adapters.content.plan import Plan, PlanError, make_plan
+from server.adapters.content.signature import BaseSignature, base_check
 from server.errors import AdapterRejected
 
 JudgeManners = Callable[[AdapterDefaults], None]

@@ -41,15 +41,12 @@ from server.adapters.content.folder import MAX_HEADER_BYTES, AdapterFiles, read_
 from server.adapters.content.manners import AdapterDefaults, Neighbours, defaults_of, token_text
 from server.adapters.content.opening import PASSING
 from server.adapters.content.peft_config import LoRAConfig, parse_peft_config
-from server.adapters.content.plan import BaseSignature, Plan, PlanError, make_plan
-from server.adapters.content.signature import BaseCheck, base_check
+from server.adapters.content.plan import Plan, PlanError, make_plan
+from server.adapters.content.signature import BaseCheck, BaseSignature, base_check
 from server.adapters.content.templates import is_same
 from server.adapters.names import is_name
 from server.errors import AdapterRejected
 from server.metrics import BASE
-
-__all__ = ["BaseSignature", "Limits", "Listing", "Manifest", "list_folder", "read_manifest"]
-
 
 EXPONENTS: Mapping[str, tuple[np.dtype[Any], int]] = {
     "F32": (np.dtype("<u4"), 0x7F800000),

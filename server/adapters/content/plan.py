@@ -10,24 +10,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from base_files.safetensors_header import TensorEntry
-from server.adapters.content.fit import problems_of
-from server.adapters.content.module_names import ModuleNames
-from server.adapters.content.module_plan import LowRank, ModulePlan, TokenRows
-from server.adapters.content.parts import module_plan
+from server.adapters.content.fit import problems_of, target_problems
+from server.adapters.content.module_plan import ModulePlan, module_plan
 from server.adapters.content.peft_config import LoRAConfig
-from server.adapters.content.signature import BaseSignature, ModuleShape, embedding, linear
-from server.adapters.content.targets import target_problems
-from server.adapters.content.tensor_names import ModuleTensors, SortedTensors, sort_tensors
-from server.adapters.content.words import first
-
-__all__ = [
-    "BaseSignature", "LowRank", "ModulePlan", "ModuleShape", "Plan", "PlanError", "TokenRows", "embedding", "first",
-    "linear", "make_plan",
-]  # fmt: skip
+from server.adapters.content.signature import BaseSignature
+from server.adapters.content.tensor_names import ModuleNames, ModuleTensors, SortedTensors, sort_tensors
+from server.errors import first
 
 _OLD_EXPERT = re.compile(r"\.experts\.\d+\.")
-_FACTOR = re.compile(r"\.lora_[AB]\.(?:[^.]+\.)?weight$")
 _FLOATS = ("F32", "F16", "BF16")
+_FACTOR = re.compile(r"\.lora_[AB]\.(?:[^.]+\.)?weight$")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,22 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from base_files.safetensors_header import TensorEntry
-from server.adapters.content.module_names import PREFIX, ModuleNames, trained_name, without_hooks
+
+PREFIX = "base_model.model."
+_HOOKS = re.compile(
+    r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module|_fpw_module)(?:\.|$)"
+)
+"""``torch.compile``, FSDP, activation checkpointing, Fabric and FairScale: names that no model gives to its modules."""
+
+_HOLDERS = frozenset({
+    "base_model", "model", "module", "pretrained_model", "transformer", "gpt_neox",
+    "language_model", "text_model", "llm", "thinker",
+})  # fmt: skip
+"""Modules that hold a whole language model: PEFT's and transformers' own, DDP's, TRL's, those of multimodal models."""
+
+
+_MOST_HOLDERS = 12
+"""Holders that may stand in a module's name beside those of its own name."""
 
 _ADAPTER = r"(?:\.(?P<adapter>(?!(?:weight|bias)$)[^.]+))?"
 _ROLES = (
@@ -32,6 +47,46 @@ _ROLES = (
     ("own", re.compile(r"(?P<module>.+)\.(?P<part>[A-Za-z0-9_]+)")),
 )
 _PARAMETERS = ("saved", "base", "own")
+
+
+def without_hooks(name: str) -> str:
+    """A tensor's or module's name without the wrappers that torch puts around modules while they are trained."""
+    return _HOOKS.sub("", name).removesuffix(".")
+
+
+class ModuleNames:
+    """The base's modules, found by their own names or by those that they have in models that hold it.
+
+    A training run may put the model into wrappers (compiled, parallel, multimodal) whose names end up in the tensors'
+    names. The module is the same where the name without them is that of exactly one module of the base.
+    """
+
+    def __init__(self, modules: Iterable[str]) -> None:
+        self._own = frozenset(modules)
+        self._most_parts = max((name.count(".") + 1 for name in self._own), default=0) + _MOST_HOLDERS
+        self._by_tail: dict[str, str | None] = {}
+        for name in self._own:
+            tail = _tail(name)
+            self._by_tail[tail] = None if tail in self._by_tail else name  # None: of two, so nobody's
+
+    def find(self, name: str) -> str | None:
+        """The base's name of a module; None where it has none, or two that it might be."""
+        return name if name in self._own else self._by_tail.get(_tail(name))
+
+    def unknown_wrapper(self, name: str) -> str | None:
+        """What stands before a name of the base's, where that alone keeps the module from being found."""
+        parts = name.split(".")
+        starts = range(max(1, len(parts) - self._most_parts), len(parts))
+        return next((".".join(parts[:start]) for start in starts if self.find(".".join(parts[start:]))), None)
+
+
+def trained_name(name: str) -> str:
+    """A module's name in the model that PEFT was given, which the patterns of its config are about."""
+    return name.rpartition(PREFIX)[2].removeprefix("module.")
+
+
+def _tail(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _HOLDERS)
 
 
 @dataclass

@@ -18,11 +18,9 @@ from adapter_format.files import CONFIG_FILE, WEIGHTS_FILE
 from adapter_format.publishing import published_folder
 from base_files.locate import find_base
 from server.cli.adapters_add import shown_size
+from server.cli.command_line import command_parser, parse_options, parse_settings, say
 from server.cli.convert.source import Format, default_name, find_source, format_of, publish_converted, read_source
 from server.cli.folders import NotPublished, choose_target
-from server.cli.options import command_parser, parse_options
-from server.cli.settings import parse_settings
-from server.cli.terminal import say
 from server.settings import Settings
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ import numpy as np
 
 from base_files.gguf import GGUFFile, is_gguf, read_gguf
 from server.adapters.content.file_kinds import kind_of_bytes
-from server.adapters.content.module_names import ModuleNames
-from server.adapters.content.words import first
+from server.adapters.content.tensor_names import ModuleNames
 from server.cli.folders import NotPublished
+from server.errors import first
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -18,10 +18,10 @@ from adapter_format.files import CONFIG_FILE, WEIGHTS_FILE
 from base_files.safetensors_header import TensorEntry, parse_header
 from server.adapters.content.file_kinds import kind_of_bytes
 from server.adapters.content.folder import MAX_JSON_BYTES
-from server.adapters.content.module_names import ModuleNames
 from server.adapters.content.signature import BaseSignature
-from server.adapters.content.words import first
+from server.adapters.content.tensor_names import ModuleNames
 from server.cli.folders import NotPublished
+from server.errors import first
 
 if TYPE_CHECKING:
     import torch

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from server.adapters.content.folder import MAX_JSON_BYTES
 from server.adapters.content.signature import BaseSignature
-from server.adapters.content.words import first
 from server.cli.convert.go_template import translate
 from server.cli.convert.modelfile import MAX_BYTES, Modelfile, parse_modelfile
 from server.cli.folders import NotPublished
-from server.errors import InvalidRequest
+from server.errors import InvalidRequest, first
 
 if TYPE_CHECKING:
     from adapter_format.messages import Message

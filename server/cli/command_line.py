@@ -1,0 +1,93 @@
+"""The command line: settings, which every command takes, a command's own options, and lines for the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from pydantic import ValidationError
+from pydantic_settings import SettingsError as UnreadableSettings
+
+from server.errors import SettingsError
+from server.settings import Settings
+
+SETTINGS_TOO = "Every setting of `quickchange serve` may be given too; `quickchange serve --help` lists them."
+
+_LABEL_CHARS = 13
+
+
+def command_parser(command: str, description: str) -> argparse.ArgumentParser:
+    """A parser whose help shows ``description`` as it is written."""
+    return argparse.ArgumentParser(
+        prog=f"quickchange {command}",
+        description=description,
+        epilog=SETTINGS_TOO,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def parse_options(
+    parser: argparse.ArgumentParser, arguments: Sequence[str], *, switches: Sequence[str] = ()
+) -> tuple[argparse.Namespace, list[str]]:
+    """A command's own options, and the arguments that are left, which are settings.
+
+    ``switches`` are the command's flags without a value.
+    """
+    return parser.parse_known_args(bind_values(arguments, switches=switches))
+
+
+def bind_values(arguments: Sequence[str], *, switches: Sequence[str] = ()) -> list[str]:
+    """The arguments with values bound to their flags by '='.
+
+    So a setting's value is never taken for a positional argument.
+    """
+    fields = Settings.model_fields.items()
+    flags = [f"--{name.replace('_', '-')}" for name, field in fields if field.annotation is bool]
+    alone = {"--help", "--", *switches, *flags, *(f"--no-{flag[2:]}" for flag in flags)}
+    bound: list[str] = []
+    pending = False
+    for argument in arguments:
+        if pending and not argument.startswith("--"):
+            bound[-1] = f"{bound[-1]}={argument}"
+            pending = False
+            continue
+        bound.append(argument)
+        pending = argument.startswith("--") and "=" not in argument and argument not in alone
+    return bound
+
+
+def parse_settings(command: str, arguments: Sequence[str]) -> Settings:
+    """The settings of a command. Raises ``SettingsError`` that names field, value and the way out."""
+    try:
+        settings = Settings(
+            _cli_parse_args=list(arguments),
+            _cli_prog_name=f"quickchange {command}",
+            _cli_kebab_case="all",
+            _cli_implicit_flags=True,
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        value = "hidden here" if "key" in field else repr(first["input"])
+        raise SettingsError(
+            f"setting {field} (--{field.replace('_', '-')} or QUICKCHANGE_{field.upper()}) is {value}: {first['msg']}"
+        ) from None
+    except UnreadableSettings as error:
+        raise SettingsError(str(error)) from None
+    logging.getLogger().setLevel(settings.log_level.upper())
+    for name in ("httpx", "httpcore", "uvicorn.error", "transformers", "huggingface_hub", "filelock", "watchfiles"):
+        logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))
+    sys.stdout.reconfigure(line_buffering=True) if hasattr(sys.stdout, "reconfigure") else None
+    return settings
+
+
+def say(text: str) -> None:
+    """Print a line; control characters, which could move the cursor or colour what follows, are spelled out."""
+    print("".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text))
+
+
+def say_row(label: str, text: str) -> None:
+    say(f"  {label:<{_LABEL_CHARS}}{text}")
