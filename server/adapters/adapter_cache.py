@@ -71,6 +71,10 @@ class AdapterCache:
     def num_waiting(self) -> int:
         return len(self._queue)
 
+    def __contains__(self, digest: str) -> bool:
+        """Whether weights are in memory or being loaded."""
+        return digest in self._bytes
+
     def state(self, digest: str) -> str | None:
         """``resident``, ``loading``, or None."""
         if digest not in self._bytes:

@@ -40,12 +40,12 @@ class Lease:
 
     @property
     def uses(self) -> tuple[AdapterUse, ...]:
-        return tuple(AdapterUse(one.adapter.weights_digest, one.scale) for one in self.adapters)
+        return tuple(AdapterUse(leased.adapter.weights_digest, leased.scale) for leased in self.adapters)
 
     @property
     def label(self) -> str:
         """``name@digest``, joined by ``+`` where there are several; it can be asked for as a model."""
-        return "+".join(one.label for one in self.adapters)
+        return "+".join(leased.label for leased in self.adapters)
 
     @property
     def metrics_label(self) -> str:

@@ -98,11 +98,13 @@ class AdapterLibrary:
 
     def delta_norm(self, weights_digest: str) -> float | None:
         """The Frobenius norm of what an adapter adds to the base's weights; None until it was loaded once."""
-        return None if (loaded := self._loaded.get(weights_digest)) is None else loaded.delta_norm
+        loaded = self._loaded.get(weights_digest)
+        return None if loaded is None else loaded.delta_norm
 
     def num_bytes(self, adapter: Adapter) -> int:
         """Bytes that an adapter takes in memory; at most so many until it was loaded once."""
-        return adapter.num_bytes if (loaded := self._loaded.get(adapter.weights_digest)) is None else loaded.num_bytes
+        loaded = self._loaded.get(adapter.weights_digest)
+        return adapter.num_bytes if loaded is None else loaded.num_bytes
 
     def set_aliases(self, aliases: Mapping[str, Alias]) -> None:
         for name in aliases:
@@ -111,7 +113,7 @@ class AdapterLibrary:
         self.aliases = aliases
 
     def set_pins(self, pins: Mapping[str, Pin]) -> None:
-        """From now on these names are leased at a version, or in memory."""
+        """Replace the pins, by name: a version that is served whatever the folder holds, or weights kept in memory."""
         before = [entry.served for entry in self.registry]
         self.registry.pins = pins
         for adapter in before:
@@ -125,14 +127,15 @@ class AdapterLibrary:
         pinned = [entry for entry in self.registry if self._stays(entry)]
         self.cache.pin(entry.served.weights_digest for entry in pinned if entry.served is not None)
         for entry in pinned:
-            there = entry.served is not None and self.cache.state(entry.served.weights_digest) is not None
-            if not there and entry.name not in self._preloading:
+            in_memory = entry.served is not None and entry.served.weights_digest in self.cache
+            if not in_memory and entry.name not in self._preloading:
                 self._preloading[entry.name] = asyncio.ensure_future(self._preload(entry.name))
 
     def _stays(self, entry: Entry) -> bool:
         """Whether it is pinned in memory, or at a version that is nowhere else."""
-        nowhere_else = self.registry.retain and entry.served is not None and entry.served is not entry.current
-        return entry.pin.resident or nowhere_else
+        if entry.pin.resident:
+            return True
+        return self.registry.retain and entry.served is not None and entry.served is not entry.current
 
     async def _preload(self, name: str) -> None:
         try:
@@ -146,9 +149,9 @@ class AdapterLibrary:
         except (ModelNotFound, AdapterRejected, AdapterNotLoaded, FolderMoved, QueueFull) as error:
             logger.warning("the pinned adapter %s is not in memory: %s", name, error)
             return
-        entry = self.registry.get(name) if name in self.registry else None
-        if entry is not None and self._stays(entry) and (served := entry.served) is not None:
-            self.cache.pin({*self.cache.pinned, served.weights_digest})
+        entry = self.registry.find(name)
+        if entry is not None and entry.served is not None and self._stays(entry):
+            self.cache.pin({*self.cache.pinned, entry.served.weights_digest})
         lease.release()
 
     def _refs(self, model: str, user: str | None, scale: float | None) -> tuple[ModelRef, ...]:
@@ -168,43 +171,46 @@ class AdapterLibrary:
         return (replace(refs[0], scale=scale),)
 
     async def _lease(self, refs: tuple[ModelRef, ...]) -> Lease:
-        leased = tuple([LeasedAdapter(await self._version(ref), ref.scale) for ref in refs])
-        _check_composition(leased)
-        adapters = {one.adapter.weights_digest: one.adapter for one in leased}
-        needs = {digest: self.num_bytes(adapter) for digest, adapter in adapters.items()}
+        adapters = tuple([LeasedAdapter(await self._version(ref), ref.scale) for ref in refs])
+        _check_composition(adapters)
+        by_digest = {leased.adapter.weights_digest: leased.adapter for leased in adapters}
+        needs = {digest: self.num_bytes(adapter) for digest, adapter in by_digest.items()}
         if sum(needs.values()) > self.cache.max_bytes:
             raise InvalidRequest("These adapters do not fit into memory together.", param="model")
         try:
-            await self.cache.hold(needs, lambda digest: self._load(adapters[digest]))
+            await self.cache.hold(needs, lambda digest: self._load(by_digest[digest]))
         finally:
-            self._report()  # others may have made room, whether it was of use or not
-        self._in_use.update({one.adapter.name for one in leased})
-        for one in leased:
-            self.metrics.know_adapter(one.adapter.name)
-            self._show_version(one.adapter.name)
-        return Lease(leased, lambda: self._release(leased))
+            self._report()  # weights may have been evicted, even where this failed
+        names = {leased.adapter.name for leased in adapters}
+        self._in_use.update(names)
+        for name in names:
+            self.metrics.know_adapter(name)
+            self._show_version(name)
+        return Lease(adapters, lambda: self._release(adapters))
 
     async def _version(self, ref: ModelRef) -> Adapter:
-        if ref.version is None:
+        """The version that is asked for: of its digest, else the pinned one, else the folder's."""
+        entry = self.registry.find(ref.name)
+        version = ref.version
+        if version is None:
             entry = self.registry.get(ref.name)
-            if entry.pin.version is None:
+            version = entry.pin.version
+            if version is None:
                 return await self.sync.hash(entry)
-        version = ref.version or entry.pin.version
-        assert version is not None
-        known = self.registry.get(ref.name) if ref.name in self.registry else None
-        adapter = None if known is None else known.known(version)
-        adapter = adapter or await self._kept(ref.name, version, known)
-        if known is not None:
-            known.asked.add(adapter.version_digest)
+        if entry is None:
+            return await self._kept(ref.name, version, None)
+        adapter = entry.known(version) or await self._kept(ref.name, version, entry)
+        entry.asked.add(adapter.version_digest)
         return adapter
 
     async def _kept(self, name: str, version: str, entry: Entry | None) -> Adapter:
         """A version that is not known by now: the folder's own, or one from the state directory."""
         if entry is not None:
             await self.sync.hash(entry)
-        known = {} if entry is None else {one.version_digest: one for one in entry.versions}
-        digests = sorted({digest for digest in known if digest.startswith(version)})
-        digests = sorted({*digests, *await self.reader.find_kept(name, version)})
+        versions = [] if entry is None else entry.versions
+        known = {adapter.version_digest: adapter for adapter in versions}
+        matching = {digest for digest in known if digest.startswith(version)}
+        digests = sorted(matching.union(await self.reader.find_kept(name, version)))
         if len(digests) == 1 and digests[0] in known:
             return known[digests[0]]
         if len(digests) > 1:
@@ -230,7 +236,7 @@ class AdapterLibrary:
         try:
             return await self._put(manifest)
         except AdapterRejected as error:
-            entry = self.registry.get(adapter.name) if adapter.name in self.registry else None
+            entry = self.registry.find(adapter.name)
             if entry is not None and entry.current is adapter:
                 self.sync.refuse(entry, error.reason)
             raise
@@ -241,7 +247,8 @@ class AdapterLibrary:
         return loaded.num_bytes
 
     async def _bytes_of(self, adapter: Adapter) -> Manifest:
-        entry = self.registry.get(adapter.name) if adapter.name in self.registry else None
+        """A version's files as they are now. Raises ``FolderMoved`` or ``AdapterRejected``."""
+        entry = self.registry.find(adapter.name)
         moved: Exception = FolderMoved(adapter.name)
         if entry is not None and entry.current is adapter:
             try:
@@ -260,20 +267,20 @@ class AdapterLibrary:
             raise moved
         return kept
 
-    def _release(self, leased: tuple[LeasedAdapter, ...]) -> None:
-        self.cache.release({one.adapter.weights_digest for one in leased})
-        for one in leased:
-            self._drop_unwanted(one.adapter)
-        for name in {one.adapter.name for one in leased}:
+    def _release(self, adapters: tuple[LeasedAdapter, ...]) -> None:
+        self.cache.release({leased.adapter.weights_digest for leased in adapters})
+        for leased in adapters:
+            self._drop_unwanted(leased.adapter)
+        for name in {leased.adapter.name for leased in adapters}:
             self._in_use[name] -= 1
             self._forget_if_gone(name)
         self._report()
 
     def _is_gone(self, name: str, refs: tuple[ModelRef, ...]) -> bool:
         """Whether there is no use in waiting for a folder: it is gone, refused by now, or not what was asked for."""
-        if name not in self.registry:
+        entry = self.registry.find(name)
+        if entry is None:
             return True
-        entry = self.registry.get(name)
         version = next((ref.version for ref in refs if ref.name == name), None) or entry.pin.version
         if version is not None and not (entry.current and entry.current.version_digest.startswith(version)):
             return True
@@ -286,8 +293,8 @@ class AdapterLibrary:
     async def moving(self, entry: Entry, adapter: Adapter, manifest: Manifest) -> AsyncIterator[None]:
         """Load a version beside the one before it, if that is in memory and there is room for both."""
         before, needs = entry.current, {adapter.weights_digest: adapter.num_bytes}
-        hot = before is not None and self.cache.state(before.weights_digest) is not None
-        ahead = hot and entry.pin.version is None and self.cache.has_room(adapter.num_bytes)
+        in_memory = before is not None and before.weights_digest in self.cache
+        ahead = in_memory and entry.pin.version is None and self.cache.has_room(adapter.num_bytes)
         try:
             if ahead:
                 await self.cache.hold(needs, lambda digest: self._put(manifest))
@@ -305,10 +312,10 @@ class AdapterLibrary:
             self._report()
 
     def _drop_unwanted(self, adapter: Adapter) -> None:
-        """Free what nobody uses and nobody can ask for, and forget what was known of it."""
+        """Free weights that are idle and cannot be asked for any more, and what was known of them."""
         digest = adapter.weights_digest
         self.cache.drop_unwanted(digest)
-        if self.cache.state(digest) is None and not self.registry.is_wanted(digest):
+        if digest not in self.cache and not self.registry.is_wanted(digest):
             self._loaded.pop(digest, None)
 
     def arrived(self, entry: Entry) -> None:
@@ -318,9 +325,11 @@ class AdapterLibrary:
     def has_weights(self, entry: Entry) -> bool:
         """Whether the version that a name means is in memory, on its way there, or kept."""
         served = entry.served
-        if served is not None and self.cache.state(served.weights_digest) is not None:
+        if served is not None and served.weights_digest in self.cache:
             return True
-        version = entry.pin.version or (None if entry.current is None else entry.current.version_digest)
+        version = entry.pin.version
+        if version is None and entry.current is not None:
+            version = entry.current.version_digest
         return version is not None and self.reader.has_kept(version)
 
     def left(self, entry: Entry) -> None:
@@ -339,7 +348,8 @@ class AdapterLibrary:
                 self.metrics.forget_adapter(name)
 
     def _show_version(self, name: str) -> None:
-        served = self.registry.get(name).served if name in self.registry else None
+        entry = self.registry.find(name)
+        served = None if entry is None else entry.served
         self.metrics.show_version(name, None if served is None else served.version_digest[:DIGITS])
 
     def _report(self) -> None:
@@ -347,18 +357,18 @@ class AdapterLibrary:
         self.metrics.adapter_memory.set(self.cache.num_bytes)
 
 
-def _check_composition(leased: tuple[LeasedAdapter, ...]) -> None:
+def _check_composition(adapters: tuple[LeasedAdapter, ...]) -> None:
     """Only plain low-rank deltas can be scaled and added up."""
-    if all(one.scale == 1 for one in leased) and len(leased) == 1:
+    if len(adapters) == 1 and adapters[0].scale == 1:
         return
-    for one in leased:
-        if not one.adapter.composable:
+    for leased in adapters:
+        if not leased.adapter.composable:
             raise InvalidRequest(
-                f"'{one.adapter.name}' cannot be scaled or added to others: it is not plain LoRA (it has magnitudes, "
-                "biases or saved weights).",
+                f"'{leased.adapter.name}' cannot be scaled or added to others: it is not plain LoRA (it has "
+                "magnitudes, biases or saved weights).",
                 param="model",
             )
-    if len({one.adapter.defaults.added_tokens for one in leased} - {()}) > 1:
+    if len({leased.adapter.defaults.added_tokens for leased in adapters} - {()}) > 1:
         raise InvalidRequest(
             "These adapters cannot be added to each other: their tokenizers have different added tokens.", param="model"
         )

@@ -89,13 +89,16 @@ class Entry:
 
     def known(self, prefix: str) -> Adapter | None:
         """A version by the beginning of its digest, if it was read before and no other begins so."""
-        found = [one for one in self.versions if one.version_digest.startswith(prefix)]
+        found = [adapter for adapter in self.versions if adapter.version_digest.startswith(prefix)]
         return found[0] if len(found) == 1 else None
 
     @property
     def versions(self) -> list[Adapter]:
         """Every version that was read, oldest first."""
-        return [*self.older.values(), *([] if self.current is None else [self.current])]
+        versions = list(self.older.values())
+        if self.current is not None:
+            versions.append(self.current)
+        return versions
 
 
 class AdapterRegistry:
@@ -127,6 +130,9 @@ class AdapterRegistry:
         except KeyError:
             raise ModelNotFound(name) from None
 
+    def find(self, name: str) -> Entry | None:
+        return self._entries.get(name)
+
     @property
     def pins(self) -> Mapping[str, Pin]:
         """What operators want of names, whether they are listed or not."""
@@ -146,13 +152,15 @@ class AdapterRegistry:
     def publish(self, adapter: Adapter, listing: Listing, signature: Signature) -> None:
         """Move a name, known or new, to a version in one step."""
         entry = self._entries.get(adapter.name) or self.add(listing, signature)
-        before, entry.listing, entry.signature, entry.refused = entry.current, listing, signature, None
-        if before is None or before.version_digest != adapter.version_digest:
-            if before is not None:
-                self._remember(entry, before)
-            entry.older.pop(adapter.version_digest, None)
-            entry.current = adapter
-            self._names.setdefault(adapter.weights_digest, set()).add(adapter.name)
+        entry.listing, entry.signature, entry.refused = listing, signature, None
+        before = entry.current
+        if before is not None and before.version_digest == adapter.version_digest:
+            return
+        if before is not None:
+            self._remember(entry, before)
+        entry.older.pop(adapter.version_digest, None)
+        entry.current = adapter
+        self._names.setdefault(adapter.weights_digest, set()).add(adapter.name)
 
     def remember(self, entry: Entry, adapter: Adapter) -> None:
         """Note a version of a name that was found among those kept."""
@@ -167,16 +175,17 @@ class AdapterRegistry:
     def is_wanted(self, weights_digest: str) -> bool:
         """Whether somebody could ask for these weights again without reading a file."""
         entries = [self._entries[name] for name in self._names.get(weights_digest, ()) if name in self._entries]
-        knowing = [one for one in entries if any(weights_digest == v.weights_digest for v in one.versions)]
-        if not knowing:
+        if not any(weights_digest == adapter.weights_digest for entry in entries for adapter in entry.versions):
             self._names.pop(weights_digest, None)
-        return any(weights_digest == one.weights_digest for entry in knowing for one in self._in_memory(entry))
+        return any(weights_digest == adapter.weights_digest for entry in entries for adapter in self._wanted(entry))
 
-    def _in_memory(self, entry: Entry) -> list[Adapter]:
+    def _wanted(self, entry: Entry) -> list[Adapter]:
+        """The versions of a name whose weights may stay in memory."""
         if self.retain:
             return entry.versions
-        asked = [one for digest, one in entry.older.items() if digest in entry.asked]
-        return [*asked, *[one for one in (entry.current, entry.served) if one is not None]]
+        wanted = [adapter for digest, adapter in entry.older.items() if digest in entry.asked]
+        wanted += [adapter for adapter in (entry.current, entry.served) if adapter is not None]
+        return wanted
 
     def _remember(self, entry: Entry, adapter: Adapter) -> None:
         entry.older.pop(adapter.version_digest, None)

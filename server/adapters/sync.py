@@ -151,7 +151,7 @@ class AdapterSync:
             entry = await self._unhashed.get()
             since = since if num_hashed else time.perf_counter()
             try:
-                if entry.name in self.registry and self.registry.get(entry.name) is entry:
+                if self.registry.find(entry.name) is entry:
                     await self.hash(entry)
                     num_hashed += 1
             except (AdapterRejected, FolderMoved):
@@ -182,7 +182,7 @@ class AdapterSync:
             del self._hashing[entry]
         adapter = Adapter.read(manifest)
         await self._keep(manifest, entry.signature)
-        if entry.name in self.registry and self.registry.get(entry.name) is entry:
+        if self.registry.find(entry.name) is entry:
             self.registry.publish(adapter, manifest.listing, entry.signature)
         return adapter
 
@@ -218,7 +218,7 @@ class AdapterSync:
 
     def refuse(self, entry: Entry, reason: str) -> None:
         """Withdraw a name whose only version turned out to be wrong when its bytes were read."""
-        if entry.name in self.registry and self.registry.get(entry.name) is entry:
+        if self.registry.find(entry.name) is entry:
             self._withdraw(entry.name)
         self._refuse(entry.name, entry.listing.path, reason)
 
@@ -249,7 +249,8 @@ class AdapterSync:
 
     def _refuse(self, name: str, path: Path, reason: str) -> None:
         self._settle(name)
-        if name in self.registry and self.registry.get(name).current is None:
+        entry = self.registry.find(name)
+        if entry is not None and entry.current is None:
             self._withdraw(name)
         self.refusals[name] = (path, reason)
         self.metrics.adapter_rejections.inc()
