@@ -83,7 +83,7 @@ class Reader:
         runner, uses = self._runner, () if adapter is None else (AdapterUse(adapter),)
         metadata = AttentionMetadata.of((AttentionSegment(0, 0, len(window), 0),), self.base.model.device)
         sequence = Generation(0, tuple(window), 1, SamplingParams(), uses)
-        runner.backend.begin(metadata)
+        runner.attention_backend.begin(metadata)
         runner.bank.begin(Batch((Segment(sequence, 0, 0, len(window)),)))
         ids = torch.tensor([list(window)], device=self.base.model.device)
         output = runner.model(input_ids=ids, position_ids=metadata.positions[None], use_cache=False)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class ModelRunner:
-    """The base, its KV cache and its adapters. ``attention`` is installed in ``model``; ``backend`` makes its backend.
+    """The base, its KV cache and its adapters. ``attention``, which is installed in ``model``, gets a backend.
 
     ``groups`` are linears that receive the same tensor; ``kernels`` are its operations. Adapters and copies of
     them take ``adapter_memory`` bytes at most.
@@ -38,7 +38,7 @@ class ModelRunner:
         model: PreTrainedModel,
         attention: FlatAttention,
         shapes: Sequence[LayerShape],
-        backend: BackendFactory,
+        attention_backend: BackendFactory,
         *,
         num_slots: int,
         max_len: int,
@@ -53,7 +53,7 @@ class ModelRunner:
         )
         dtype = model.dtype if kv_dtype is None else kv_dtype
         cache = KVCache(shapes, num_slots=num_slots, max_len=max_len, dtype=dtype, device=model.device)
-        attention.backend = backend(cache)
+        attention.backend = attention_backend(cache)
         self.graphs: GraphRunner | None = None
         if kernels.records_layers:
             from server.model.layer_graphs import GraphRunner
@@ -80,7 +80,7 @@ class ModelRunner:
         )
 
     @property
-    def backend(self) -> AttentionBackend:
+    def attention_backend(self) -> AttentionBackend:
         """That of the runner that was made last for this base."""
         assert self.attention.backend is not None, "the base was closed"
         return self.attention.backend
@@ -97,8 +97,8 @@ class ModelRunner:
         Its segments are in the order in which the adapters of their rows are computed fastest.
         """
         batch = self.bank.begin(batch)
-        backend = self.backend
-        self._prepare_slots(batch, backend)
+        backend = self.attention_backend
+        backend.prepare_slots(batch)
         segments = attention_segments(batch.segments, backend.max_single_rows)
         ids = [token for segment in batch.segments for token in segment.ids]
         slots, positions, input_ids, sampled = to_device(
@@ -118,15 +118,6 @@ class ModelRunner:
         )
         logits: torch.Tensor = output.logits[0]
         return logits, batch
-
-    @staticmethod
-    def _prepare_slots(batch: Batch, backend: AttentionBackend) -> None:
-        for move in batch.moves:
-            backend.cache.do(move)
-        if backend.reads_unwritten:
-            for segment in batch.segments:
-                if segment.start == segment.sequence.num_cached:
-                    backend.cache.clear(segment.slot, segment.start)
 
     def prepare(self, manifest: Manifest) -> LoRAWeights:
         """An adapter's tensors, for ``add_adapter``; any thread may call this, while steps run.

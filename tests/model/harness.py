@@ -134,7 +134,7 @@ class Hosted:
 
     @property
     def _cache(self) -> KVCache:
-        return self.runner.backend.cache
+        return self.runner.attention_backend.cache
 
     def _slots(self, kv_memory: int) -> SlotTable:
         return SlotTable(

@@ -36,7 +36,7 @@ def test_a_base_that_is_closed_frees_its_entry_and_its_keys_and_values(tmp_path:
     base = load(build_tiny_base(tmp_path))
     assert entries() - before == {base.attention.name}
     runner = ModelRunner.of(base, num_slots=2)
-    cache, pages = weakref.ref(runner.backend.cache), weakref.ref(runner.backend.cache._pages)
+    cache, pages = weakref.ref(runner.attention_backend.cache), weakref.ref(runner.attention_backend.cache._pages)
     base.close()
     assert entries() == before
     assert cache() is None and pages() is None

@@ -43,7 +43,7 @@ def test_logits_are_those_without_routines_and_rows_are_the_same_alone(family: s
     expected = host(build(family), linear=linear).run(ASKS)
     hosted = host(build(family), linear=linear, native=True)
     assert any(isinstance(module, GatedMLP) for module in hosted.model.modules()) == (family in GATED)
-    assert isinstance(hosted.runner.backend, NativeAttention)
+    assert isinstance(hosted.runner.attention_backend, NativeAttention)
     found, alone = hosted.run(ASKS), [hosted.run([ask])[0] for ask in ASKS]
     far = [difference(*with_equal_past(ours, theirs)) for ours, theirs in zip(found, expected, strict=True)]
     assert min(far) < 1e-5 and max(far) < (1e-5 if linear is None else 0.1)

@@ -13,19 +13,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 import torch.nn.functional as F
 
 from server.lora.transfer import to_device
 from server.model.attention.eager import causal_mask, eager_attention, segment_mask
-from server.model.attention.interface import AttentionParams
-from server.model.kv_cache import AttentionMetadata, AttentionSegment, KVCache
+from server.model.attention.interface import AttentionBackend, AttentionParams
+from server.model.kv_cache import AttentionMetadata, AttentionSegment
+from server.sequence import Batch
 
 _PADDING = 512
 """Keys that a row may be given beyond those it sees: reading them costs less than a call."""
 _BLOCK = 64
 """Padded rows get whole blocks of keys, so that few sizes occur."""
+_row, _slot, _position = attrgetter("row"), attrgetter("slot"), attrgetter("start")
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,25 +65,23 @@ class Plan:
     whole: RowGroup | None
 
 
-class BatchedAttention:
+class BatchedAttention(AttentionBackend):
     """Attends with all rows that decode in one call, or in a few of similar lengths."""
 
-    max_single_rows = 1
-    reads_unwritten = True
-
-    def __init__(self, cache: KVCache) -> None:
-        self.cache = cache
-        self.metadata: AttentionMetadata | None = None
-        self._plans: dict[tuple[int | None, bool], Plan] = {}
+    def prepare_slots(self, batch: Batch) -> None:
+        """Also clears what is behind the prefix of a new sequence: it is read, with a weight of 0."""
+        super().prepare_slots(batch)
+        for segment in batch.segments:
+            if segment.start == segment.sequence.num_cached:
+                self.cache.clear(segment.slot, segment.start)
 
     def begin(self, metadata: AttentionMetadata) -> None:
-        self.metadata = metadata
-        self._plans = {}
+        super().begin(metadata)
+        self._plans: dict[tuple[int | None, bool], Plan] = {}
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: AttentionParams
     ) -> torch.Tensor:
-        assert self.metadata is not None, "no step was begun"
         self.cache.write(layer, self.metadata, key, value)
         queries = query.to(self.cache.layout.dtype)
         kind = params.window, params.plain
@@ -89,9 +90,6 @@ class BatchedAttention:
             self._plans[kind] = plan_step(self.metadata.segments, *kind, max_len=max_len, like=queries)
         attended = self._run(self._plans[kind], layer, queries, params)
         return attended[None].to(query.dtype)
-
-    def step_tensors(self) -> list[torch.Tensor]:
-        return [] if self.metadata is None else [self.metadata.slots, self.metadata.positions]
 
     def _run(self, plan: Plan, layer: int, query: torch.Tensor, params: AttentionParams) -> torch.Tensor:
         """query [1, heads, rows, dim] in the cache's format -> [rows, heads, value_dim]."""
@@ -201,15 +199,3 @@ def _attend_chunk(
         split, each_keys, each_values, attn_mask=mask, is_causal=mask is None, scale=params.scale
     )
     return attended.permute(2, 1, 0, 3).reshape(num_rows, num_heads, -1)
-
-
-def _row(segment: AttentionSegment) -> int:
-    return segment.row
-
-
-def _slot(segment: AttentionSegment) -> int:
-    return segment.slot
-
-
-def _position(segment: AttentionSegment) -> int:
-    return segment.start

@@ -24,25 +24,16 @@ _FEW_ROWS = 32
 """Rows of a prompt that the decode kernel computes as fast as one call for all of them."""
 
 
-class TorchAttention:
+class TorchAttention(AttentionBackend):
     """One call of torch's attention for each segment."""
 
-    max_single_rows = 1
-    reads_unwritten = False
-
-    def __init__(self, cache: KVCache) -> None:
-        self.cache = cache
-        self.metadata: AttentionMetadata | None = None
-        self._masks: dict[tuple[int, int, int | None], torch.Tensor] = {}
-
     def begin(self, metadata: AttentionMetadata) -> None:
-        self.metadata = metadata
-        self._masks = {}
+        super().begin(metadata)
+        self._masks: dict[tuple[int, int, int | None], torch.Tensor] = {}
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: AttentionParams
     ) -> torch.Tensor:
-        assert self.metadata is not None, "no step was begun"
         self.cache.write(layer, self.metadata, key, value)
         queries = query.to(self.cache.layout.dtype)
         single_rows = _fold_heads(queries, key.shape[1]) if params.plain else ()
@@ -63,9 +54,6 @@ class TorchAttention:
         keys, values = self.cache.read(layer, segment, params.window)
         return attend_to_sequence(query, keys, values, self._mask(segment, params), params)
 
-    def step_tensors(self) -> list[torch.Tensor]:
-        return [] if self.metadata is None else [self.metadata.slots, self.metadata.positions]
-
     def _mask(self, segment: AttentionSegment, params: AttentionParams) -> torch.Tensor | None:
         if segment.length == 1 or (params.plain and segment.is_causal(params.window)):
             return None
@@ -75,15 +63,13 @@ class TorchAttention:
         return self._masks[key]
 
 
-class NativeAttention:
+class NativeAttention(AttentionBackend):
     """A kernel that writes keys and values and attends with single rows, and one for prompt chunks.
 
     Torch computes layers with soft caps or sinks, heads of other sizes than the kernels know, and prompt chunks where
     the CPU has no kernel for them. ``windows`` are those of the model's layers; ``plain`` says that none has a soft cap
     or sinks.
     """
-
-    reads_unwritten = False
 
     def __init__(
         self,
@@ -94,26 +80,22 @@ class NativeAttention:
         windows: Iterable[int | None],
         plain: bool,
     ) -> None:
-        self.cache = cache
-        self.metadata: AttentionMetadata | None = None
+        super().__init__(cache)
         self.max_single_rows = _FEW_ROWS if plain else 1
         self._decode, self._prompt, self._torch = decode, prompt, TorchAttention(cache)
         self._windows = tuple(windows)
-        self._chunks: list[AttentionSegment] = []
-        self._single_rows: dict[int | None, tuple[torch.Tensor, int]] = {}
 
     def begin(self, metadata: AttentionMetadata) -> None:
-        self.metadata = metadata
+        super().begin(metadata)
         self._torch.begin(metadata)
         self._chunks = [segment for segment in metadata.segments if segment.length > 1]
-        self._single_rows = {}
+        self._single_rows: dict[int | None, tuple[torch.Tensor, int]] = {}
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: AttentionParams
     ) -> torch.Tensor:
         if not params.plain or not self._decode.can_attend(query, key, value):
             return self._torch.attend(layer, query, key, value, params)
-        assert self.metadata is not None, "no step was begun"
         rows, num_keys = self._plan_single_rows(params.window)
         slots, positions = self.metadata.slots, self.metadata.positions
         keys, values = self.cache.keys[layer], self.cache.values[layer]
@@ -123,9 +105,7 @@ class NativeAttention:
         return attended[None]
 
     def step_tensors(self) -> list[torch.Tensor]:
-        assert self.metadata is not None, "no step was begun"
-        rows = [self._plan_single_rows(window)[0] for window in self._windows]
-        return [self.metadata.slots, self.metadata.positions, *rows]
+        return [*super().step_tensors(), *(self._plan_single_rows(window)[0] for window in self._windows)]
 
     def _attend_chunk(
         self, layer: int, segment: AttentionSegment, query: torch.Tensor, params: AttentionParams, out: torch.Tensor
@@ -140,7 +120,6 @@ class NativeAttention:
     def _plan_single_rows(self, window: int | None) -> tuple[torch.Tensor, int]:
         """Segments of one row: the row and the first key it sees, int64 [n, 2]; the most keys that one of them sees."""
         if window not in self._single_rows:
-            assert self.metadata is not None
             rows, num_keys = [], 0
             for segment in self.metadata.segments:
                 if segment.length == 1:

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from server.model.kv_cache import AttentionMetadata, AttentionSegment, KVCache
-from server.sequence import Segment
+from server.sequence import Batch, Segment
 
 _numbers = itertools.count()
 
@@ -34,22 +35,30 @@ class AttentionParams(NamedTuple):
         return self.softcap is None and self.sinks is None
 
 
-class AttentionBackend(Protocol):
+class AttentionBackend(ABC):
     """Writes the keys and values of a step into a KV cache, and attends to what is there.
 
-    ``begin`` once a step, then ``attend`` once a layer. ``metadata`` is that of the latest step. A backend plans a step
-    (masks, groups of rows) in ``begin`` or for the first layer that needs it.
+    For each step ``prepare_slots`` and ``begin`` are called once, then ``attend`` once for each layer. What a backend
+    plans for a step (masks, groups of rows) it makes in ``begin``, or for the first layer that needs it.
     """
 
-    cache: KVCache
-    metadata: AttentionMetadata | None
-    max_single_rows: int
-    """Known tokens of a segment that are cheaper as segments of one row than together."""
-    reads_unwritten: bool
-    """Whether positions behind a sequence's end are read, with a weight of 0: they must be finite."""
+    max_single_rows = 1
+    """A prompt chunk of at most so many rows is computed faster row by row than in one call."""
+    metadata: AttentionMetadata
+    """That of the latest step."""
 
-    def begin(self, metadata: AttentionMetadata) -> None: ...
+    def __init__(self, cache: KVCache) -> None:
+        self.cache = cache
 
+    def prepare_slots(self, batch: Batch) -> None:
+        """What a batch asks of the KV cache before it is computed."""
+        for move in batch.moves:
+            self.cache.do(move)
+
+    def begin(self, metadata: AttentionMetadata) -> None:
+        self.metadata = metadata
+
+    @abstractmethod
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: AttentionParams
     ) -> torch.Tensor:
@@ -58,10 +67,9 @@ class AttentionBackend(Protocol):
         The result has the number format of the query; keys and values are kept in the cache's.
         """
 
-        ...
-
     def step_tensors(self) -> list[torch.Tensor]:
         """Tensors that kernels read and that each step has anew: inputs of a recorded layer."""
+        return [self.metadata.slots, self.metadata.positions]
 
 
 BackendFactory = Callable[[KVCache], AttentionBackend]
