@@ -62,7 +62,6 @@ class Source:
 
     @classmethod
     def parse(cls, text: str) -> Source:
-        """From ``REPO_ID[@REVISION]``."""
         repo_id, _, revision = text.partition("@")
         return cls(repo_id, revision or None)
 

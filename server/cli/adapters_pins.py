@@ -38,12 +38,10 @@ def run_pin(arguments: Sequence[str]) -> int:
 
 
 def run_unpin(arguments: Sequence[str]) -> int:
-    """Unpin; the exit status is 1 where that could not be done."""
     return _run("unpin", "NAME", UNPIN, unpin, arguments)
 
 
 def run_rollback(arguments: Sequence[str]) -> int:
-    """Roll back; the exit status is 1 where there is no version before."""
     return _run("rollback", "NAME", ROLLBACK, roll_back, arguments)
 
 

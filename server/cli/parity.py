@@ -45,7 +45,6 @@ class Answer:
 
     @property
     def tokens(self) -> Sequence[int]:
-        """The tokens that followed."""
         return self.ids[-len(self.logits) :]
 
 

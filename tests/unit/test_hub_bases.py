@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub.utils._paths import filter_repo_objects
 
 from base_files.errors import BaseMalformed, BaseNotFound
-from base_files.locate import find_base, num_weight_bytes
+from base_files.locate import base_on_disk, find_base, num_weight_bytes
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -123,3 +123,11 @@ def test_a_shard_that_is_missing_is_told(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(INDEX, encoding="utf-8")
     with pytest.raises(BaseMalformed, match=SHARDS[0]):
         num_weight_bytes(tmp_path)
+
+
+@pytest.mark.parametrize("base_model", ["no-such-folder", "./no/such", "/no/such", "a/b/c"])
+def test_what_is_neither_a_folder_nor_a_hub_id_is_refused_without_asking_a_hub(base_model: str) -> None:
+    with pytest.raises(BaseNotFound, match="base_model must be 'micro', an existing folder, or a hub id") as refused:
+        base_on_disk(base_model)
+    assert refused.value.base_model == base_model
+    assert base_on_disk("someone/base") is None

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from adapter_format.sidecar import parse_sidecar
-from server.cli.convert.modelfile import Modelfile, parse_modelfile
-from server.cli.convert.ollama import adapter_path, read_modelfile, read_wishes
+from server.cli.convert.ollama import Modelfile, adapter_path, parse_modelfile, read_modelfile, read_wishes
 from server.cli.convert.source import read_source
 from server.cli.folders import NotPublished
 from tests.adapter_folders import BASE

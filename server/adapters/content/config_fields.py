@@ -107,7 +107,6 @@ def refusal(name: str, value: Any) -> str | None:
 
 
 def is_active(value: Any) -> bool:
-    """Whether a value asks for something."""
     if isinstance(value, str):
         return value.strip().lower() not in ("", "none", "null", "false")
     return value not in (None, False) and value != {} and value != []

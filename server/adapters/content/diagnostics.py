@@ -191,7 +191,6 @@ def _judge_weights(found: DiagnosticReport, data: bytes, base: BaseSignature, li
 
 
 def _moves(data: bytes, delta: LowRank | None) -> bool:
-    """Whether a delta is more than zero times something."""
     return delta is not None and all(data[one.begin : one.end].strip(b"\0") for one in (delta.a, delta.b))
 
 

@@ -150,5 +150,4 @@ def _number(name: str) -> tuple[int, str]:
 
 
 def _shown(name: str) -> str:
-    """A stranger's file name, short and in characters that a line can hold."""
     return "".join(char if char.isprintable() else "?" for char in name[:80])

@@ -21,7 +21,6 @@ _MAX_CHARS = 1024
 def problems_of(
     parts: Mapping[str, ModulePlan], config: LoRAConfig, base: BaseSignature, *, max_rank: int
 ) -> Iterator[str]:
-    """Everything that does not fit."""
     for module, part in parts.items():
         yield from _size_problems(module, part)
         yield from _token_problems(module, part, base)
@@ -206,7 +205,6 @@ class Targets:
         self._fields = {"layers_to_transform": config.layers, "exclude_modules": config.excluded}
 
     def fields_against(self, modules: Sequence[str]) -> list[str]:
-        """The fields that leave these modules out."""
         saved = any(self._is_saved(module) for module in modules)
         others = [name for name, value in self._fields.items() if value]
         return ["target_modules", *others, *(["modules_to_save"] if saved else [])]
@@ -238,7 +236,6 @@ class _Ends:
 
 
 def _holders(module: str) -> Iterator[str]:
-    """The module's name and those of all modules around it."""
     while module:
         yield module
         module = module.rpartition(".")[0]

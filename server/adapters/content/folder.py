@@ -77,7 +77,6 @@ class AdapterFiles:
 
     @property
     def whole(self) -> bool:
-        """Whether the weights are all there."""
         return len(self.weights) == self.weights_size
 
     def by_name(self) -> dict[str, bytes]:

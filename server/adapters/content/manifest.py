@@ -103,12 +103,10 @@ class Manifest(Listing):
 
     @property
     def listing(self) -> Listing:
-        """All but the bytes."""
         return Listing(**{item.name: getattr(self, item.name) for item in fields(Listing)})
 
     @property
     def data(self) -> bytes:
-        """The bytes of the weights file."""
         return self.files.weights
 
 

@@ -51,12 +51,10 @@ class ModulePlan:
 
     @property
     def ranks(self) -> list[int]:
-        """The rank of each delta."""
         return [one.rank for one in (self.low_rank, *self.parameters.values()) if one is not None]
 
     @property
     def composable(self) -> bool:
-        """Whether it is a plain low-rank delta."""
         return self == ModulePlan(self.shape, self.low_rank)
 
     @property
@@ -158,6 +156,5 @@ def _pair(name: str, half: Mapping[str, TensorEntry]) -> tuple[TensorEntry, Tens
 
 
 def num_experts(shape: ModuleShape, parameter: str) -> int:
-    """How many matrices a parameter holds."""
     size = shape.parameters[parameter]
     return size[0] if len(size) == 3 else 1

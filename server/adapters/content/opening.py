@@ -231,7 +231,6 @@ def path_of(descriptor: int) -> str | None:
 
 
 def is_inside(path: str, folders: Iterable[str]) -> bool:
-    """Whether a path without links is one of the folders, or below one."""
     return any(path == folder or path.startswith(f"{folder.rstrip('/')}/") for folder in folders)
 
 

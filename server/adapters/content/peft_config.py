@@ -110,11 +110,9 @@ class LoRAConfig:
         return self.rank_pattern.get(self.trained_name(module), self.r)
 
     def alpha_of(self, module: str) -> float:
-        """A module's alpha."""
         return self.alpha_pattern.get(self.trained_name(module), self.alpha)
 
     def scaling(self, module: str) -> float:
-        """The factor on a module's delta."""
         alpha, rank = self.alpha_of(module), self.rank(module)
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 

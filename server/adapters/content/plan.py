@@ -42,7 +42,6 @@ class Plan:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """The modules it touches, in the file's order."""
         return tuple(self.parts)
 
     @property

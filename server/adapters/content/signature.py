@@ -38,7 +38,6 @@ class ModuleShape:
         return self.kind == "embedding" or self.transposed
 
     def num_bytes(self, parameter: str) -> int:
-        """Bytes of a parameter in memory."""
         return self.itemsize * math.prod(self.parameters[parameter])
 
 

@@ -89,7 +89,6 @@ class GGUFAdapter:
 
     @property
     def kind(self) -> str:
-        """What it is called in a sentence."""
         return "a GGUF LoRA"
 
     def convert(self, base: BaseSignature, config: Any) -> LoRATensors:

@@ -32,7 +32,6 @@ class Delta:
 
     @property
     def rank(self) -> int:
-        """Rows of A."""
         return self.a.shape[0]
 
 
@@ -46,7 +45,6 @@ class LoRATensors:
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """Every delta's rank, ascending."""
         return tuple(sorted(delta.rank for delta in self.deltas.values()))
 
 

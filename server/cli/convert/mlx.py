@@ -46,7 +46,6 @@ class MLXAdapter:
 
     @property
     def kind(self) -> str:
-        """What it is called in a sentence."""
         return "mlx-lm's DoRA" if self.dora else "mlx-lm's LoRA"
 
     def convert(self, base: BaseSignature) -> LoRATensors:

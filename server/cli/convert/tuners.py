@@ -129,7 +129,6 @@ def _gain(merged: nn.Module, untouched: nn.Module, adapter: str) -> torch.Tensor
 
 
 def _to_lora(model: PeftModel, folder: Path, *, rank: float) -> Mapping[str, torch.Tensor]:
-    """Convert by PEFT and save."""
     from peft.tuners.lora.conversion import convert_to_lora
 
     config, tensors = convert_to_lora(model, rank=rank, progressbar=sys.stderr.isatty())
