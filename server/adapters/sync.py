@@ -119,7 +119,7 @@ class AdapterSync:
         """Have the watcher read a folder soon that a request found changed; logged once until it was read."""
         if name in self.registry and name not in self._awaited:
             self._awaited.add(name)
-            logger.info("adapter %s: its folder changed since it was read, so it is looked at again", name)
+            logger.info("adapter %s: its folder changed since it was read; reading it again", name)
         if name not in self.pending:
             self.pending.add(name)
             self.woken.set()

@@ -31,8 +31,8 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 _TEMPORARY = ".tmp-"
 _Content = TypeVar("_Content")
 
-Signature = str | int | tuple["Signature", ...]
-"""What a folder looked like; lists in the file are tuples here."""
+JsonTuple = str | int | tuple["JsonTuple", ...]
+"""A JSON value whose lists are tuples."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Pin:
 class CachedDigest:
     """The digests of a folder that looked like ``signature``, so that it need not be read again."""
 
-    signature: Signature
+    signature: JsonTuple
     weights_digest: str
     version_digest: str
 
@@ -270,7 +270,7 @@ def _parse_cached(value: Any) -> CachedDigest:
     raise ValueError("it lacks a signature or a digest")
 
 
-def _parse_signature(value: Any) -> Signature:
+def _parse_signature(value: Any) -> JsonTuple:
     if isinstance(value, list):
         return tuple(_parse_signature(one) for one in value)
     if isinstance(value, str) or type(value) is int:

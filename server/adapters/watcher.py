@@ -1,8 +1,8 @@
-"""Looks at the adapter folders, and has the library take in what appeared, changed and went.
+"""Scans the adapter folders, and has the registry updated: what appeared, changed or is gone.
 
 A folder counts when nothing in it has changed for ``settle`` seconds, so that one still being copied is left alone; a
 name is gone when its folder has been missing for ``grace`` seconds, so that one removed and put back is an update.
-Events of the file system bring a look forward; where there are none, looks are taken every ``settle`` seconds.
+File system events bring a scan forward; without them there is a scan every ``settle`` seconds.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from server.adapters.versions import VersionStore
 
 logger = logging.getLogger("quickchange.adapters")
 
-_MOST_OF_THE_TIME = 20
-"""Looks may take one part in so many of the time, however many folders there are."""
-_SLOW_LOOK = 5.0
-"""Seconds of a look that are worth a warning."""
+_PAUSE_PER_SCAN = 20
+"""The shortest pause after a scan, in durations of a scan: with many folders, scans take 5 % of the time."""
+_SLOW_SCAN = 5.0
+"""Seconds; a scan that takes longer is logged as a warning."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,12 @@ class AdapterWatcher:
         self._aliases_signature: Signature | None = None
         self._pins_signature: object = None
         self._durations = (0.0, 0.0)
-        self._places: frozenset[tuple[Path, int]] = frozenset()
+        self._watchable: frozenset[tuple[Path, int]] = frozenset()
         self._watched: frozenset[tuple[Path, int]] = frozenset()
         self._listening: asyncio.Task[None] | None = None
         self._listening_since = -math.inf
-        self._complained: int | None = None
-        self._stirred = False
+        self._logged_errno: int | None = None
+        self._has_events = False
         self._scanning = asyncio.Lock()
 
     async def start(self) -> None:
@@ -97,24 +97,24 @@ class AdapterWatcher:
         try:
             while True:
                 settled = await self._scan_and_report()
-                told = self._keep_listening() and not self._linked
-                pause = 10 * self.settle if told and settled else self.settle
-                await self._rest(max(pause, _MOST_OF_THE_TIME * min(self._durations)))
+                gets_events = self._keep_listening() and not self._linked
+                pause = 10 * self.settle if gets_events and settled else self.settle
+                await self._wait(max(pause, _PAUSE_PER_SCAN * min(self._durations)))
         finally:
             if self._listening is not None:
                 self._listening.cancel()
 
     async def scan(self, names: Collection[str] | None = None) -> bool:
-        """One look, at all folders or at those of some names. True where every folder had settled."""
+        """Scan all folders, or those of some names. True where every folder had settled."""
         async with self._scanning:
             now = time.monotonic()
             try:
-                found = await asyncio.to_thread(self._timed_look, names)
+                found = await asyncio.to_thread(self._timed_read, names)
             except OSError as error:
-                self._complain(error)
+                self._log_failure(error)
                 return False
-            self._complained = None
-            waiting = {name for name, one in found.items() if not await self._take(name, one, now)}
+            self._logged_errno = None
+            waiting = {name for name, one in found.items() if not await self._apply(name, one, now)}
             gone = {name for name in self._handled if name not in found and (names is None or name in names)}
             for name in gone:
                 if now - self._missing.setdefault(name, now) >= self.grace:
@@ -126,12 +126,12 @@ class AdapterWatcher:
                 self._seen |= sightings
                 return not self._sync.pending
             self._hidden = {name: signature for name, signature in self._hidden.items() if name in found}
-            await self._look_at_small_files()
+            await self._read_aliases_and_pins()
             self._seen = sightings
             return not self._sync.pending
 
     async def mount(self, name: str, path: Path) -> None:
-        """Serve a folder inside the adapter folders under a name of its own, from the next look on.
+        """Serve a folder inside the adapter folders under a name of its own, from the next scan on.
 
         Nothing above the folder may be a link; the folder may be one, into the roots.
         """
@@ -141,7 +141,7 @@ class AdapterWatcher:
             self._handled.pop(name, None)
 
     def forget_pins(self) -> None:
-        """Read the pins again at the next look, whatever their files look like."""
+        """Read the pins again at the next scan, even where their files are unchanged."""
         self._pins_signature = None
 
     async def hide(self, name: str) -> None:
@@ -155,33 +155,33 @@ class AdapterWatcher:
             self._forget(name)
 
     def is_current(self, name: str) -> bool:
-        """Whether what the last look found of a name was taken in, for better or worse."""
+        """Whether what the last scan found of a name was applied: it is served, or refused."""
         return name in self._handled and name not in self._missing
 
-    async def _rest(self, seconds: float) -> None:
-        """Until events or ``seconds`` call for the next look at everything, look at what is pending."""
+    async def _wait(self, seconds: float) -> None:
+        """Wait for events, ``seconds`` at most; meanwhile, scan the folders of pending names."""
         due = time.monotonic() + seconds
-        while not self._stirred and (left := due - time.monotonic()) > 0:
+        while not self._has_events and (left := due - time.monotonic()) > 0:
             pause = min(left, self.settle / 2) if self._sync.pending else left
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._sync.woken.wait(), pause)
             self._sync.woken.clear()
-            if self._sync.pending and not self._stirred:
+            if self._sync.pending and not self._has_events:
                 await self._scan_and_report(frozenset(self._sync.pending))
-        if self._stirred:
-            await asyncio.sleep(self.settle / 4)  # a stir is seldom alone
-        self._stirred = False
+        if self._has_events:
+            await asyncio.sleep(self.settle / 4)  # events come in groups
+        self._has_events = False
 
     def is_inside(self, path: Path) -> bool:
         """Whether a folder, whose path had no links, is where that says, or where links may lead."""
         return path.resolve() == path or leads_inside(path, self._roots)
 
-    def _complain(self, error: OSError) -> None:
-        """Log once why looks fail, until one does not."""
-        if self._complained != error.errno:
-            self._complained = error.errno
+    def _log_failure(self, error: OSError) -> None:
+        """Log once why scans fail, until one succeeds."""
+        if self._logged_errno != error.errno:
+            self._logged_errno = error.errno
             logger.warning(
-                "the adapter folders cannot be looked at (%s: %s); what was served stays",
+                "the adapter folders cannot be scanned (%s: %s); adapters that were served stay",
                 error.filename,
                 error.strerror,
             )
@@ -190,11 +190,11 @@ class AdapterWatcher:
         try:
             return await self.scan(names)
         except Exception:
-            logger.exception("looking at the adapter folders failed; trying again")
+            logger.exception("scanning the adapter folders failed; trying again")
             return False
 
     def _keep_listening(self) -> bool:
-        """Listen in the folders that there are now; True where the system tells of events in all of them.
+        """Watch the folders that exist now; True where the system sends events for all of them.
 
         Each folder is named by itself, because a recursive watch goes through links, wherever they lead. Another set
         of them, or another folder in the place of one, is taken up after a while that is longer the more there are:
@@ -203,29 +203,29 @@ class AdapterWatcher:
         folders = self.folders if self._store is None else (*self.folders, self._store.state_dir)
         there = [(folder, folder.stat().st_ino) for folder in folders if folder.is_dir()]
         if not there or there[0][0] != self.folders[0]:
-            return False  # the folder is still to be made: only looking finds it
-        wanted, now = frozenset([*there, *self._places]), time.monotonic()
+            return False  # the folder does not exist yet: only a scan finds it
+        wanted, now = frozenset([*there, *self._watchable]), time.monotonic()
         if wanted != self._watched and now >= self._listening_since + self.settle * (1 + len(wanted) // 200):
             if self._listening is not None:
                 self._listening.cancel()
             self._watched, self._listening_since = wanted, now
             paths = [path for path, _ in wanted]
             self._listening = asyncio.create_task(self._listen(paths))
-            self._stirred = True  # what happened before the system listens is found by one more look
+            self._has_events = True  # changes before the watch began are found by one more scan
         return wanted == self._watched and self._listening is not None and not self._listening.done()
 
     async def _listen(self, paths: Collection[Path]) -> None:
-        """Bring the next look forward at every event in the folders, as long as the system tells of them."""
+        """Bring the next scan forward at every event in the folders, while the system sends events."""
         try:
             async for _ in awatch(
                 *paths, recursive=False, debounce=200, step=50, watch_filter=None, rust_timeout=5_000
             ):
-                self._stirred = True
+                self._has_events = True
                 self._sync.woken.set()
         except (OSError, RuntimeError) as error:
-            logger.info("no events from the adapter folders (%s); looking every %g s", error, self.settle)
+            logger.info("no file system events from the adapter folders (%s); scanning every %g s", error, self.settle)
 
-    async def _take(self, name: str, found: Found, now: float) -> bool:
+    async def _apply(self, name: str, found: Found, now: float) -> bool:
         """Have a folder read that is new or changed. False where it has not settled."""
         if self._handled.get(name) == (found.path, found.signature) or self._hidden.get(name) == found.signature:
             return True
@@ -246,7 +246,7 @@ class AdapterWatcher:
         return unchanged or self.settle <= time.time() - found.changed
 
     def _sighting(self, name: str, found: Found, now: float) -> tuple[Found, float]:
-        """The folder, and since when it has looked like this."""
+        """The folder, and since when it has been unchanged."""
         seen, since = self._seen.get(name, (None, now))
         return (found, since if seen == found else now)
 
@@ -256,24 +256,24 @@ class AdapterWatcher:
         self._mounted.pop(name, None)
         self._sync.vanish(name)
 
-    def _timed_look(self, names: Collection[str] | None) -> dict[str, Found]:
-        """A look whose length, if it is one at everything, bounds how often such looks are taken.
+    def _timed_read(self, names: Collection[str] | None) -> dict[str, Found]:
+        """Read the folders; how long a full read takes bounds how often there is one.
 
         The shorter one of two in a row counts, so that a disk that stalls once delays nothing.
         """
         since = time.perf_counter()
-        found = self._look(names)
+        found = self._read_folders(names)
         seconds = time.perf_counter() - since
         if names is None:
             self._durations = (self._durations[1], seconds)
             links = any(follows_links(one.signature) for one in found.values())
             self._linked = links or any(folder.is_symlink() for folder in self.folders)
-            self._places = frozenset((one.path, one.inode) for one in found.values() if _can_be_watched(one))
-        if seconds > _SLOW_LOOK:
-            logger.warning("looking at %d adapter folders took %.1f s", len(found), seconds)
+            self._watchable = frozenset((one.path, one.inode) for one in found.values() if _can_be_watched(one))
+        if seconds > _SLOW_SCAN:
+            logger.warning("scanning %d adapter folders took %.1f s", len(found), seconds)
         return found
 
-    def _look(self, names: Collection[str] | None = None) -> dict[str, Found]:
+    def _read_folders(self, names: Collection[str] | None = None) -> dict[str, Found]:
         """Each adapter folder by name, with its files' names, inodes, sizes and times."""
         found: dict[str, Found] = {}
         mounted = [(name, path) for name, path in self._mounted.items() if names is None or name in names]
@@ -292,8 +292,8 @@ class AdapterWatcher:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 yield from sub_folders(folder, names)
 
-    async def _look_at_small_files(self) -> None:
-        """Read the aliases and the pins again where they changed."""
+    async def _read_aliases_and_pins(self) -> None:
+        """Read the aliases and the pins again where their files changed."""
         path = self.folders[0] / ALIASES_FILE
         signature = await asyncio.to_thread(file_signature, path, self._roots)
         if signature != self._aliases_signature:
@@ -320,11 +320,11 @@ def _inode(path: Path, status: os.stat_result) -> int:
 
 
 def _can_be_watched(found: Found) -> bool:
-    """Whether the system may tell of events in a folder: of one that may not be read it does not, and looks find it."""
+    """Whether the system may send events for a folder; for one that may not be read it does not, and scans find it."""
     effective = os.access in os.supports_effective_ids
     return not _is_outside(found.signature) and os.access(found.path, os.R_OK, effective_ids=effective)
 
 
 def _is_outside(signature: Signature) -> bool:
-    """Whether a folder is a link that leads outside the roots, so that nothing behind it was looked at."""
+    """Whether a folder is a link that leads outside the roots, so that nothing behind it was read."""
     return [name for name, *_ in signature] == [""]

@@ -317,7 +317,7 @@ async def test_a_linked_folder_that_leads_outside_is_refused_once_whatever_happe
     ]  # fmt: skip
     assert "leads outside" in harness.sync.refusals["a"][1]
     assert "leads in a circle" in harness.sync.refusals["b"][1]
-    assert not harness.watcher._places
+    assert not harness.watcher._watchable
 
 
 @pytest.mark.usefixtures("either_way")

@@ -87,7 +87,7 @@ async def test_a_stalled_look_makes_no_adapter_wait_for_twenty_times_its_length(
 ) -> None:
     """A disk that stalled for seconds during a look kept what changed meanwhile out for minutes where the system tells
     of no events: a 404 after ten seconds each time, and no line in the log."""
-    look = AdapterWatcher._look
+    look = AdapterWatcher._read_folders
     stalled: list[float] = []
 
     async def deaf(self: AdapterWatcher, paths: object) -> None:
@@ -102,7 +102,7 @@ async def test_a_stalled_look_makes_no_adapter_wait_for_twenty_times_its_length(
         return found
 
     monkeypatch.setattr(AdapterWatcher, "_listen", deaf)
-    monkeypatch.setattr(AdapterWatcher, "_look", stall_once)
+    monkeypatch.setattr(AdapterWatcher, "_read_folders", stall_once)
     caplog.set_level(logging.INFO)
     harness = AdapterHarness(tmp_path, settle=0.1)
     path = make(harness.first, "a")
@@ -114,14 +114,14 @@ async def test_a_stalled_look_makes_no_adapter_wait_for_twenty_times_its_length(
         assert (await asyncio.wait_for(harness.use("a"), 2)).startswith("a@")
     finally:
         watching.cancel()
-    assert "adapter a: its folder changed since it was read, so it is looked at again" in caplog.messages
+    assert "adapter a: its folder changed since it was read; reading it again" in caplog.messages
 
 
 async def test_a_folder_that_a_request_waits_for_is_looked_at_by_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Looks at all folders are rare where they take long, and no request waits for the next one."""
-    look, looks = AdapterWatcher._look, Counter[bool]()
+    look, looks = AdapterWatcher._read_folders, Counter[bool]()
 
     async def deaf(self: AdapterWatcher, paths: object) -> None:
         return
@@ -132,7 +132,7 @@ async def test_a_folder_that_a_request_waits_for_is_looked_at_by_itself(
         return look(self, names)
 
     monkeypatch.setattr(AdapterWatcher, "_listen", deaf)
-    monkeypatch.setattr(AdapterWatcher, "_look", slow)
+    monkeypatch.setattr(AdapterWatcher, "_read_folders", slow)
     harness = AdapterHarness(tmp_path, settle=0.02)
     path = make(harness.first, "a")
     await harness.watcher.start()
@@ -191,10 +191,10 @@ async def test_a_version_is_not_read_again_for_every_request_while_its_folder_ho
 async def test_a_look_that_takes_long_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(watcher_module, "_SLOW_LOOK", 0.0)
+    monkeypatch.setattr(watcher_module, "_SLOW_SCAN", 0.0)
     make(tmp_path / "first", "a")
     await AdapterHarness(tmp_path).watcher.scan()
-    assert [line for line in caplog.messages if line.startswith("looking at 1 adapter folders took ")]
+    assert [line for line in caplog.messages if line.startswith("scanning 1 adapter folders took ")]
 
 
 async def test_an_adapter_refused_when_it_is_loaded_is_not_said_to_be_served(
