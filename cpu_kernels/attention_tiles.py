@@ -13,7 +13,7 @@ from typing import Any
 from llvmlite import ir
 
 from cpu_kernels.blocks import BLOCK, TILE_BYTES, TILE_ROWS
-from cpu_kernels.intrinsics import FLOATS, LANES, NUMBERS, Vector, Vectors, loop, void_intrinsic
+from cpu_kernels.intrinsics import FLOATS, LANES, NUMBERS, Vector, Vectors, call_llvm, loop, void_intrinsic
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 _HALVES = ir.VectorType(ir.IntType(16), 2 * LANES)
@@ -36,14 +36,11 @@ def _flush_denormals(builder: Any, flush: Any) -> None:
         place = builder.alloca(_I32)
     address = builder.bitcast(place, pointer)
     for name in ("stmxcsr", "ldmxcsr"):
-        whole = f"llvm.x86.sse.{name}"
-        kind = ir.FunctionType(ir.VoidType(), [pointer])
-        function = builder.module.globals.get(whole) or ir.Function(builder.module, kind, whole)
         if name == "ldmxcsr":
             before = builder.and_(builder.load(place), _I32(~0x8040))
             wanted = builder.select(builder.icmp_signed("!=", flush, _I64(0)), _I32(0x8040), _I32(0))
             builder.store(builder.or_(before, wanted), place)
-        builder.call(function, [address])
+        call_llvm(builder, f"x86.sse.{name}", ir.VoidType(), address)
 
 
 def _begin(builder: Any, state: Any, first: Any, last: Any) -> None:

@@ -30,6 +30,7 @@ from cpu_kernels.intrinsics import (
     barrier,
     has_features,
     integers,
+    llvm_function,
     longs,
     num_threads,
     prefetch_lines,
@@ -86,10 +87,7 @@ def dot_products(rows: int, bits: int, *, prefetch: bool = False) -> Any:
 def _dot_products(builder: Any, rows: int, lanes: int, vectors: range, ahead: int, arguments: Any) -> None:
     x, stride, count, weights, sums = arguments
     numbers, octets = ir.VectorType(_I32, lanes), ir.VectorType(_I8, 4 * lanes)
-    name = f"llvm.x86.avx512.vpdpbusd.{32 * lanes}"
-    product = builder.module.globals.get(name) or ir.Function(
-        builder.module, ir.FunctionType(numbers, [numbers, octets, octets]), name
-    )
+    product = llvm_function(builder, f"x86.avx512.vpdpbusd.{32 * lanes}", numbers, numbers, octets, octets)
 
     def at(address: Any, offset: Any, kind: Any) -> Any:
         return builder.inttoptr(builder.add(address, offset), kind.as_pointer())

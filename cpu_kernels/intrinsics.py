@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from llvmlite import ir
@@ -142,90 +141,23 @@ def loop(builder: Any, count: Any, begin: list[Any], body: Callable[[Any, list[A
     return after
 
 
+def llvm_function(builder: Any, name: str, kind: Any, *kinds: Any) -> Any:
+    """An intrinsic function of LLVM, ``llvm.`` and its name, that gives one kind and takes others."""
+    whole = f"llvm.{name}"
+    known = builder.module.globals.get(whole)
+    return known or ir.Function(builder.module, ir.FunctionType(kind, kinds), whole)
+
+
+def call_llvm(builder: Any, name: str, kind: Any, *arguments: Any) -> Any:
+    """The result of such a function."""
+    return builder.call(llvm_function(builder, name, kind, *(argument.type for argument in arguments)), arguments)
+
+
 def prefetch_lines(builder: Any, here: Any, offsets: range, level: int) -> None:
     """Call lines of 64 bytes into the first cache (level 3) or the second (2)."""
-    kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
-    name = "llvm.prefetch.p0"
-    prefetch = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
     for offset in offsets:
         address = builder.inttoptr(builder.add(here, _I64(offset)), _I8.as_pointer())
-        builder.call(prefetch, [address, _I32(0), _I32(level), _I32(1)])
-
-
-def _vector_at(builder: Any, address: Any, offset: Any) -> Any:
-    return builder.load(builder.inttoptr(builder.add(address, offset), FLOATS.as_pointer()), align=4)
-
-
-def _multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    name = "llvm.fma.v16f32"
-    function = builder.module.globals.get(name) or ir.Function(
-        builder.module, ir.FunctionType(FLOATS, [FLOATS] * 3), name
-    )
-    return builder.call(function, [a, b, c])
-
-
-def _shuffled(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
-    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, LANES), lanes))
-
-
-def _dots(num: int, builder: Any, x: Any, rows: Any, count: Any, out: Any) -> None:
-    """Every dot is added up in the same order, however many there are."""
-    width = builder.mul(count, _I64(4 * LANES))
-    zeros = [ir.Constant(FLOATS, None) for _ in range(num)]
-
-    def step(number: Any, sums: list[Any]) -> list[Any]:
-        offset = builder.mul(number, _I64(4 * LANES))
-        here = _vector_at(builder, x, offset)
-        places = [builder.add(offset, builder.mul(width, _I64(row))) for row in range(num)]
-        return [
-            _multiply_add(builder, here, _vector_at(builder, rows, place), one)
-            for place, one in zip(places, sums, strict=True)
-        ]
-
-    sums = loop(builder, count, zeros, step) * (LANES // num)
-    distance = LANES // 2
-    while distance:  # pairs of vectors add up their halves side by side
-        low = [lane for lane in range(LANES) if not lane & distance]
-        merged = []
-        for first, second in zip(sums[: len(sums) // 2], sums[len(sums) // 2 :], strict=True):
-            here = [lane if not lane & distance else lane + LANES - distance for lane in range(LANES)]
-            there = [lane + distance if lane in low else lane + LANES for lane in range(LANES)]
-            low_half, high_half = (_shuffled(builder, first, second, lanes) for lanes in (here, there))
-            merged.append(builder.fadd(low_half, high_half))
-        sums, distance = merged, distance // 2
-    kind = ir.VectorType(_F32, num)
-    first = builder.shuffle_vector(sums[0], sums[0], ir.Constant(ir.VectorType(_I32, num), list(range(num))))
-    builder.store(first, builder.inttoptr(out, kind.as_pointer()), align=4)
-
-
-def dots(num: int) -> Any:
-    """``f(x, rows, count, out)``: out float32 [num] = rows [num, 16 * count] @ x [16 * count]; num is 1, 4 or 16."""
-    return void_intrinsic(4, partial(_dots, num))
-
-
-def weighted_sum(vectors: int, num_rows: int = LANES) -> Any:
-    """``f(weights, rows, width, out)``: out float32 [16 * vectors] += weights [num_rows] @ rows [num_rows, width].
-
-    Of the beginnings of these rows, one row after another.
-    """
-
-    def generate(builder: Any, weights: Any, rows: Any, width: Any, out: Any) -> None:
-        stride = builder.mul(width, _I64(4))
-        places = [_I64(4 * LANES * one) for one in range(vectors)]
-        sums = [_vector_at(builder, out, place) for place in places]
-        for row in range(num_rows):
-            four = builder.load(builder.inttoptr(builder.add(weights, _I64(4 * row)), _F32.as_pointer()), align=4)
-            single = builder.insert_element(ir.Constant(FLOATS, ir.Undefined), four, _I32(0))
-            weight = _shuffled(builder, single, single, [0] * LANES)
-            here = builder.add(rows, builder.mul(stride, _I64(row)))
-            sums = [
-                _multiply_add(builder, weight, _vector_at(builder, here, place), one)
-                for place, one in zip(places, sums, strict=True)
-            ]
-        for place, one in zip(places, sums, strict=True):
-            builder.store(one, builder.inttoptr(builder.add(out, place), FLOATS.as_pointer()), align=4)
-
-    return void_intrinsic(4, generate)
+        call_llvm(builder, "prefetch.p0", ir.VoidType(), address, _I32(0), _I32(level), _I32(1))
 
 
 class _BFloat16(ir.Type):  # type: ignore[misc]
@@ -320,14 +252,71 @@ class Vectors:
         """What x is above the whole number below it; 0 of infinities."""
         return self._x86("avx512.mask.reduce.ps.512", FLOATS, x, _DOWN, self.number(0.0), _ALL_LANES, _AS_SET)
 
+    def shuffled(self, first: Vector, second: Vector, lanes: list[int]) -> Vector:
+        """Lanes of both, those of the second from 16 on."""
+        return self.builder.shuffle_vector(first, second, ir.Constant(NUMBERS, lanes))
+
     def _x86(self, name: str, kind: Any, *arguments: Any) -> Any:
-        whole, kinds = f"llvm.x86.{name}", [argument.type for argument in arguments]
-        known = self.builder.module.globals.get(whole)
-        known = known or ir.Function(self.builder.module, ir.FunctionType(kind, kinds), whole)
-        return self.builder.call(known, arguments)
+        return call_llvm(self.builder, f"x86.{name}", kind, *arguments)
 
     def _call(self, name: str, *arguments: Vector) -> Vector:
-        whole = f"llvm.{name}.v{LANES}f32"
-        known = self.builder.module.globals.get(whole)
-        kind = ir.FunctionType(FLOATS, [FLOATS] * len(arguments))
-        return self.builder.call(known or ir.Function(self.builder.module, kind, whole), arguments)
+        return call_llvm(self.builder, f"{name}.v{LANES}f32", FLOATS, *arguments)
+
+
+def dots(num: int) -> Any:
+    """``f(x, rows, count, out)``: out float32 [num] = rows [num, 16 * count] @ x [16 * count]; num is 1, 4 or 16.
+
+    Every dot is added up in the same order, however many there are.
+    """
+
+    def generate(builder: Any, x: Any, rows: Any, count: Any, out: Any) -> None:
+        vectors, width = Vectors(builder), builder.mul(count, _I64(4 * LANES))
+        zeros = [ir.Constant(FLOATS, None) for _ in range(num)]
+
+        def step(number: Any, sums: list[Any]) -> list[Any]:
+            offset = builder.mul(number, _I64(4 * LANES))
+            here = vectors.load(builder.add(x, offset))
+            places = [builder.add(offset, builder.mul(width, _I64(row))) for row in range(num)]
+            return [
+                vectors.multiply_add(here, vectors.load(builder.add(rows, place)), total)
+                for place, total in zip(places, sums, strict=True)
+            ]
+
+        sums = loop(builder, count, zeros, step) * (LANES // num)
+        distance = LANES // 2
+        while distance:  # pairs of vectors add up their halves side by side
+            first_lanes = [lane if not lane & distance else lane + LANES - distance for lane in range(LANES)]
+            second_lanes = [lane + distance if not lane & distance else lane + LANES for lane in range(LANES)]
+            merged = []
+            for pair in zip(sums[: len(sums) // 2], sums[len(sums) // 2 :], strict=True):
+                halves = (vectors.shuffled(*pair, lanes) for lanes in (first_lanes, second_lanes))
+                merged.append(builder.fadd(*halves))
+            sums, distance = merged, distance // 2
+        kind = ir.VectorType(_F32, num)
+        first = builder.shuffle_vector(sums[0], sums[0], ir.Constant(ir.VectorType(_I32, num), list(range(num))))
+        builder.store(first, builder.inttoptr(out, kind.as_pointer()), align=4)
+
+    return void_intrinsic(4, generate)
+
+
+def weighted_sum(num_vectors: int, num_rows: int = LANES) -> Any:
+    """``f(weights, rows, width, out)``: out float32 [16 * num_vectors] += weights [num_rows] @ rows [num_rows, width].
+
+    Of the beginnings of these rows, one row after another.
+    """
+
+    def generate(builder: Any, weights: Any, rows: Any, width: Any, out: Any) -> None:
+        vectors, stride = Vectors(builder), builder.mul(width, _I64(4))
+        places = [_I64(4 * LANES * number) for number in range(num_vectors)]
+        sums = [vectors.load(builder.add(out, place)) for place in places]
+        for row in range(num_rows):
+            weight = vectors.repeated(builder.add(weights, _I64(4 * row)))
+            here = builder.add(rows, builder.mul(stride, _I64(row)))
+            sums = [
+                vectors.multiply_add(weight, vectors.load(builder.add(here, place)), total)
+                for place, total in zip(places, sums, strict=True)
+            ]
+        for place, total in zip(places, sums, strict=True):
+            builder.store(total, vectors.at(builder.add(out, place)), align=4)
+
+    return void_intrinsic(4, generate)

@@ -16,6 +16,7 @@ from cpu_kernels.intrinsics import (
     Vectors,
     bits_of,
     bytes_at,
+    call_llvm,
     floats,
     integers,
     longs,
@@ -66,12 +67,11 @@ def _largest_bits(*, masked: bool) -> Any:
             return after
 
         found = loop(builder, count, [begin] * _PARTS, step)
-        name, kind = f"llvm.vector.reduce.smax.v{LANES}i32", ir.FunctionType(_I32, [NUMBERS])
-        reduce = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
         while len(found) > 1:
             first, second, *rest = found
             found = [*rest, builder.select(builder.icmp_signed(">", first, second), first, second)]
-        builder.store(builder.call(reduce, found), builder.inttoptr(out, _I32.as_pointer()))
+        largest = call_llvm(builder, f"vector.reduce.smax.v{LANES}i32", _I32, *found)
+        builder.store(largest, builder.inttoptr(out, _I32.as_pointer()))
 
     return void_intrinsic(5, generate)
 

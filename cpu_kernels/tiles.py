@@ -11,7 +11,7 @@ from typing import Any
 from llvmlite import ir
 
 from cpu_kernels.blocks import BLOCK, TILE_BYTES, TILE_ROWS
-from cpu_kernels.intrinsics import loop, prefetch_lines, void_intrinsic
+from cpu_kernels.intrinsics import llvm_function, loop, prefetch_lines, void_intrinsic
 
 _I8, _I64 = ir.IntType(8), ir.IntType(64)
 _AHEAD = 8192
@@ -37,9 +37,7 @@ def _configured(rows: Sequence[int], widths: Sequence[int]) -> bytes:
 
 def tile_function(builder: Any, name: str, *kinds: Any) -> Any:
     """An instruction of AMX, by the name of LLVM's intrinsic."""
-    whole = f"llvm.x86.{name}"
-    known = builder.module.globals.get(whole)
-    return known or ir.Function(builder.module, ir.FunctionType(ir.VoidType(), kinds), whole)
+    return llvm_function(builder, f"x86.{name}", ir.VoidType(), *kinds)
 
 
 def _configure(builder: Any, config: bytes, changes: Mapping[int, Any]) -> None:

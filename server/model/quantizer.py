@@ -23,7 +23,7 @@ from cpu_kernels.int8_weights import Int8Rows, Outliers, pieces
 from cpu_kernels.kernels import Kernels
 from server.model.mapped_files import MappedFiles, trim
 from server.quantization.embedding import Int8Embedding
-from server.quantization.linear import FusedLinear, Int8Linear, Original, joined
+from server.quantization.linear import FusedLinear, Int8Linear, WeightDigest, join_biases
 from server.quantization.outliers import find_outliers
 
 SMALLEST_SIDE = 32
@@ -127,7 +127,7 @@ class _Quantizer:
     def __init__(self, model: PreTrainedModel, kernels: Kernels, mapped: MappedFiles, known: OutlierInputs) -> None:
         self._model, self._kernels, self._mapped, self._known = model, kernels, mapped, known
         self._embedding = model.get_input_embeddings()
-        self._embedded: tuple[Original, Int8Rows] | None = None
+        self._embedded: tuple[WeightDigest, Int8Rows] | None = None
         self._input: torch.Tensor | None = None
         self._outliers: torch.Tensor | None = None
         self._same_input: list[tuple[str, nn.Module]] = []
@@ -181,7 +181,7 @@ class _Quantizer:
             return
         modules = [module for _, module in self._same_input]
         weights = [module.get_parameter("weight") for module in modules]
-        originals = [Original.of(weight, done=self._mapped.give_back) for weight in weights]
+        originals = [WeightDigest.of(weight, done=self._mapped.give_back) for weight in weights]
         turned = [w.t() if isinstance(m, Conv1D) else w for w, m in zip(weights, modules, strict=True)]
         rows = Int8Rows.of(turned, qmax=self._kernels.qmax, done=self._mapped.give_back)
         if weights[0] is self._embedding._parameters.get("weight"):
@@ -189,7 +189,7 @@ class _Quantizer:
         biases = [module._parameters.get("bias") for module in modules]
         outliers = None if self._outliers is None else Outliers.of(self._outliers, turned)
         sizes = [len(weight) for weight in turned]
-        fused = FusedLinear(self._kernels.linear(rows, joined(sizes, biases), outliers), sizes)
+        fused = FusedLinear(self._kernels.linear(rows, join_biases(sizes, biases), outliers), sizes)
         for number, ((name, module), original) in enumerate(zip(self._same_input, originals, strict=True)):
             self._replace(name, Int8Linear(module, original, fused, number))
             module._parameters["weight"] = None  # whoever still holds the module holds nothing large
@@ -206,7 +206,7 @@ class _Quantizer:
         if not (isinstance(stock, nn.Embedding) and plain):
             return
         original, rows = self._embedded or (
-            Original.of(stock.weight, done=self._mapped.give_back),
+            WeightDigest.of(stock.weight, done=self._mapped.give_back),
             Int8Rows.of([stock.weight], done=self._mapped.give_back),
         )
         for name, module in list(self._model.named_modules(remove_duplicate=False)):

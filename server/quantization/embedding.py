@@ -6,13 +6,13 @@ import torch
 from torch import nn
 
 from cpu_kernels.int8_weights import Int8Rows
-from server.quantization.linear import Original, with_weight, without_weight
+from server.quantization.linear import WeightDigest, with_weight, without_weight
 
 
 class Int8Embedding(nn.Module):
     """Stands in the place of an embedding; rows come out as ``dtype``, times the stock module's ``embed_scale``."""
 
-    def __init__(self, stock: nn.Embedding, original: Original, rows: Int8Rows, dtype: torch.dtype) -> None:
+    def __init__(self, stock: nn.Embedding, original: WeightDigest, rows: Int8Rows, dtype: torch.dtype) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim = stock.num_embeddings, stock.embedding_dim
         self.embed_scale = float(getattr(stock, "embed_scale", 1.0))

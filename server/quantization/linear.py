@@ -69,7 +69,7 @@ class FusedLinear:
             return None
         if numbers != (0, len(self._sizes) - 1):
             return None
-        return linear.gated(x, self._added(x), by_gelu=by_gelu)
+        return linear.gated(x, self._delta_addresses(x), by_gelu=by_gelu)
 
     def in_floats(self, number: int) -> torch.Tensor:
         """The weight of linear ``number``, float32 [out, in]."""
@@ -81,21 +81,21 @@ class FusedLinear:
             return self._compute(x.float()).to(x.dtype)
         if not x.numel():
             return x.new_zeros(*x.shape[:-1], sum(self._sizes))
-        return self._linear(x, self._added(x))
+        return self._linear(x, self._delta_addresses(x))
 
-    def _added(self, x: torch.Tensor) -> tuple[int, int]:
+    def _delta_addresses(self, x: torch.Tensor) -> tuple[int, int]:
         return NO_DELTAS if self.deltas is None else self.deltas.of(x.numel() // x.shape[-1])
 
 
 @dataclass(frozen=True)
-class Original:
+class WeightDigest:
     """What is left of a weight that was made integers: its number format and a digest of its bytes."""
 
     dtype: torch.dtype
     digest: bytes
 
     @classmethod
-    def of(cls, weight: torch.Tensor, *, done: Callable[[torch.Tensor], None] | None = None) -> Original:
+    def of(cls, weight: torch.Tensor, *, done: Callable[[torch.Tensor], None] | None = None) -> WeightDigest:
         """Of a weight that is still whole; ``done`` is told each piece that was read."""
         digest = hashlib.sha256()
         for piece in pieces(weight.detach()):
@@ -106,13 +106,13 @@ class Original:
 
     def equals(self, weight: torch.Tensor) -> bool:
         """Whether this is that weight."""
-        return Original.of(weight.to(self.dtype)) == self
+        return WeightDigest.of(weight.to(self.dtype)) == self
 
 
 class Int8Linear(nn.Module):
     """Stands in the place of a linear. Its bias is a parameter; its ``weight`` is made anew whenever it is read."""
 
-    def __init__(self, stock: nn.Module, original: Original, fused: FusedLinear, number: int) -> None:
+    def __init__(self, stock: nn.Module, original: WeightDigest, fused: FusedLinear, number: int) -> None:
         super().__init__()
         self.bias = stock._parameters.get("bias")
         self.original = original
@@ -170,7 +170,7 @@ def with_weight(stock: nn.Module, weight: torch.Tensor) -> nn.Module:
     return other
 
 
-def joined(sizes: Sequence[int], biases: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+def join_biases(sizes: Sequence[int], biases: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     """The biases end to end, zeros for those that are missing [sum of sizes]; None where all are."""
     if all(bias is None for bias in biases):
         return None

@@ -17,7 +17,7 @@ from cpu_kernels.int8_weights import QMAX_16BIT_SAFE, Int8Rows
 from cpu_kernels.kernels import Kernels, choose_linear
 from cpu_kernels.linear import NO_DELTAS, FbgemmLinear, OnednnLinear, PackedLinear, choose_torch_linear
 from server.quantization.embedding import Int8Embedding
-from server.quantization.linear import FusedLinear, Int8Linear, Original, joined
+from server.quantization.linear import FusedLinear, Int8Linear, WeightDigest, join_biases
 from tests.instruction_sets import variables_of
 from tests.model.int8_bases import (
     LINEARS,
@@ -122,7 +122,7 @@ def product_of(
     """A product with the float weights and biases it was made of; the second linear has no bias."""
     weights = [random(size, NUM_INPUTS, seed=number) for number, size in enumerate(sizes)]
     added = [random(size, seed=9) if biases and number != 1 else None for number, size in enumerate(sizes)]
-    return FusedLinear(make.linear(rows_for(make, weights), joined(sizes, added)), sizes), weights, added
+    return FusedLinear(make.linear(rows_for(make, weights), join_biases(sizes, added)), sizes), weights, added
 
 
 def test_parts_of_a_packed_product_are_the_linears_one_by_one(make: Kernels) -> None:
@@ -211,9 +211,9 @@ def test_bfloat16_comes_out_as_it_went_in(make: Kernels) -> None:
 def int8_linear(stock: nn.Module, make: Kernels) -> Int8Linear:
     weight = stock.get_parameter("weight").detach()
     turned = weight.t() if isinstance(stock, Conv1D) else weight
-    bias = joined((len(turned),), (stock._parameters.get("bias"),))
+    bias = join_biases((len(turned),), (stock._parameters.get("bias"),))
     product = FusedLinear(make.linear(rows_for(make, [turned]), bias), (len(turned),))
-    return Int8Linear(stock, Original.of(weight), product, 0)
+    return Int8Linear(stock, WeightDigest.of(weight), product, 0)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -261,7 +261,7 @@ class ScaledEmbedding(nn.Embedding):
 def test_an_embedding_looks_up_rows_with_the_models_scale(dtype: torch.dtype) -> None:
     stock = ScaledEmbedding(50, 64, 8.0).requires_grad_(False)
     rows = Int8Rows.of([stock.weight])
-    ours, ids = Int8Embedding(stock, Original.of(stock.weight), rows, dtype), torch.tensor([[3, 49], [0, 3]])
+    ours, ids = Int8Embedding(stock, WeightDigest.of(stock.weight), rows, dtype), torch.tensor([[3, 49], [0, 3]])
     y = ours(ids)
     assert y.dtype == dtype and y.shape == (2, 2, 64)
     assert float((y.float() - stock(ids)).norm() / stock(ids).norm()) < 0.012
@@ -273,7 +273,7 @@ def test_an_embedding_looks_up_rows_with_the_models_scale(dtype: torch.dtype) ->
 def test_an_original_is_known_again_in_any_format() -> None:
     """Adapters are saved in float32 beside a base in bfloat16, or the other way round."""
     weight = random(300, 64).bfloat16()
-    original = Original.of(weight)
+    original = WeightDigest.of(weight)
     assert original.equals(weight) and original.equals(weight.float())
     changed = weight.clone()
     changed[299, 63] += 1

@@ -18,7 +18,7 @@ from server.lora.delta import Delta
 from server.lora.native import NativeLoRA
 from server.lora.tiles import DeltaTiles
 from server.lora.weights import LoRAWeights
-from server.quantization.linear import FusedLinear, Int8Linear, Original, linears_with_deltas
+from server.quantization.linear import FusedLinear, Int8Linear, WeightDigest, linears_with_deltas
 from server.sequence import AdapterUse, Batch
 from tests.instruction_sets import needs
 from tests.model.test_low_rank import segments
@@ -57,7 +57,7 @@ class Stage:
         self.names = [f"linear{number}" for number in range(len(sizes))]
         for number, (name, size) in enumerate(zip(self.names, sizes, strict=True)):
             stock = nn.Linear(num_inputs, size, bias=False)
-            self.model.add_module(name, Int8Linear(stock, Original.of(stock.weight), product, number))
+            self.model.add_module(name, Int8Linear(stock, WeightDigest.of(stock.weight), product, number))
         self.model.register_parameter("some", nn.Parameter(torch.zeros(1)))
         products = linears_with_deltas(dict(self.model.named_modules()))
         self.bank = LoRABank(self.model, NativeLoRA(["", *self.names], products, kernels=kernels, max_seqs=4))
