@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -85,13 +86,21 @@ class Script:
     then: str = "stop"  # stop | length | fail | die | hang
     delay: float = 0.0
 
-    def outputs(self, sequence_id: int) -> Iterator[StepOutput]:
+    def outputs(self, sequence_id: int, num_logprobs: int | None = None) -> Iterator[StepOutput]:
         """The steps of one sequence."""
         ids = encode(self.text) if self.ids is None else self.ids
         body, last = (ids[:-1], ids[-1]) if self.then == "length" else (ids, EOS)
-        yield from (StepOutput(sequence_id, SampledToken(token)) for token in body)
+        yield from (StepOutput(sequence_id, _sampled(token, num_logprobs)) for token in body)
         if self.then in ("stop", "length"):
-            yield StepOutput(sequence_id, SampledToken(last), FinishReason(self.then))
+            yield StepOutput(sequence_id, _sampled(last, num_logprobs), FinishReason(self.then))
+
+
+def _sampled(token: int, num_logprobs: int | None) -> SampledToken:
+    """A token whose log probability tells its id; likelier is the one before it, and all others are impossible."""
+    if num_logprobs is None:
+        return SampledToken(token)
+    top = [(token - 1, -0.25), (token, -token / 8), *((token + n, -math.inf) for n in range(1, 20))]
+    return SampledToken(token, -token / 8, tuple(top[:num_logprobs]))
 
 
 @dataclass(eq=False)
@@ -103,6 +112,7 @@ class FakeSequence:
     sequence_id: int
     sink: Callable[[StepOutput | Exception], None]
     num_cached: int = 0
+    num_logprobs: int | None = None
     closed: bool = False
 
     def __post_init__(self) -> None:
@@ -110,7 +120,7 @@ class FakeSequence:
 
     async def _play(self) -> None:
         """The script's outputs, then its end."""
-        for output in self.script.outputs(self.sequence_id):
+        for output in self.script.outputs(self.sequence_id, self.num_logprobs):
             await asyncio.sleep(self.script.delay)
             self.sink(output)
         if self.script.then == "fail":
@@ -177,7 +187,7 @@ class FakeEngine:
         self.check_capacity(1)
         script = self.scripts[min(len(self.streams), len(self.scripts) - 1)]
         self.submitted.append(Submitted(tuple(prompt_ids), params, max_tokens, adapters, eos_ids, scope))
-        self.streams.append(FakeSequence(self, script, len(self.streams), sink, self.num_cached))
+        self.streams.append(FakeSequence(self, script, len(self.streams), sink, self.num_cached, params.num_logprobs))
         return self.streams[-1]
 
 

@@ -10,12 +10,13 @@ from starlette.responses import Response
 from adapter_format.messages import with_system_prompt
 from server.adapters.content.manners import AdapterDefaults
 from server.api.generation import Prompts, leased, submit
-from server.api.protocol import ChatRequest, CompletionRequest
+from server.api.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from server.api.response_formats import ChatFormat, CompletionFormat
 from server.api.responses import respond, unless_gone
 from server.api.state import State
 from server.errors import InvalidRequest
 from server.text.prompt import PromptRenderer
+from server.text.token_texts import TokenTexts
 
 router = APIRouter()
 
@@ -28,7 +29,7 @@ async def create_chat_completion(body: ChatRequest, http: Request, state: State)
         async with leased(body, state) as (lease, defaults):
             prompts = await asyncio.to_thread(_chat_prompt, body, defaults, state.prompts)
             request = submit(body, http, state, lease=lease, defaults=defaults, prompts=prompts)
-        return await respond(request, ChatFormat(), state)
+        return await respond(request, ChatFormat(_token_texts(body, prompts)), state)
 
     return await unless_gone(work(), http.receive)
 
@@ -41,9 +42,14 @@ async def create_completion(body: CompletionRequest, http: Request, state: State
         async with leased(body, state) as (lease, defaults):
             prompts = await asyncio.to_thread(_text_prompts, body, defaults, state.prompts)
             request = submit(body, http, state, lease=lease, defaults=defaults, prompts=prompts)
-        return await respond(request, CompletionFormat(), state)
+        return await respond(request, CompletionFormat(_token_texts(body, prompts)), state)
 
     return await unless_gone(work(), http.receive)
+
+
+def _token_texts(body: GenerationRequest, prompts: Prompts) -> TokenTexts | None:
+    """What names the tokens of the answers; None where no log probabilities are asked for."""
+    return None if body.num_logprobs is None else prompts.renderer.token_texts
 
 
 def _chat_prompt(body: ChatRequest, defaults: AdapterDefaults, base: PromptRenderer) -> Prompts:

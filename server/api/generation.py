@@ -135,6 +135,7 @@ def sampling_params(request: GenerationRequest, defaults: AdapterDefaults, *, in
         min_p=float(_first(request.min_p, defaults.min_p, 0.0)),
         seed=None if request.seed is None else request.seed + index,
         processors=request.processors,
+        num_logprobs=request.num_logprobs,
     )
 
 

@@ -26,6 +26,7 @@ MAX_STOP_LENGTH = 1024
 MAX_SALT_LENGTH = 256
 MAX_TOKEN_IDS = 1024
 MAX_BIAS = 100
+MAX_CHAT_LOGPROBS, MAX_COMPLETION_LOGPROBS = 20, 5
 
 # No effect on the answer of this server, whatever the value.
 IGNORED = frozenset(
@@ -51,7 +52,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "functions": ([],),
     "ignore_eos": (False,),
-    "logprobs": (False,),
     "modalities": (["text"],),
     "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
@@ -60,7 +60,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
 }
 
 
@@ -74,6 +73,10 @@ def _well_formed(text: str) -> str:
 
 def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
+
+
+def _none_if_false(value: object) -> object:
+    return None if value is False else value
 
 
 def _as_parts(value: object) -> object:
@@ -289,6 +292,11 @@ class GenerationRequest(_Strict):
         return tuple(asked)
 
     @property
+    def num_logprobs(self) -> int | None:
+        """How many of the likeliest tokens are told with each token; None where no log probabilities are."""
+        raise NotImplementedError
+
+    @property
     def num_prompts(self) -> int:
         """Prompts in the request, each of which is answered ``n`` times."""
         return 1
@@ -309,6 +317,21 @@ class ChatRequest(GenerationRequest):
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_CHAT_LOGPROBS)
+
+    @model_validator(mode="after")
+    def _top_logprobs_need_logprobs(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise PydanticCustomError(
+                "top_logprobs", "it is only allowed when 'logprobs' is true", {"field": "top_logprobs"}
+            )
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """``top_logprobs``, where ``logprobs`` are asked for."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def max_completion(self) -> int | None:
@@ -320,6 +343,7 @@ class CompletionRequest(GenerationRequest):
     """``POST /v1/completions``; ``prompt`` is a list of texts or of token ids, whichever way it was written."""
 
     prompt: Annotated[list[str | list[int]], PlainValidator(_parse_prompt)]
+    logprobs: Annotated[int | None, Field(ge=0, le=MAX_COMPLETION_LOGPROBS), BeforeValidator(_none_if_false)] = None
 
     @model_validator(mode="after")
     def _bounded(self) -> Self:
@@ -327,6 +351,11 @@ class CompletionRequest(GenerationRequest):
             message = f"prompts times 'n' should be at most {MAX_CHOICES}"
             raise PydanticCustomError("too_long", message, {"field": "prompt"})
         return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """``logprobs`` is the number, and 0 asks for those of the tokens themselves."""
+        return self.logprobs
 
     @property
     def num_prompts(self) -> int:

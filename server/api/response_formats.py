@@ -11,9 +11,13 @@ from typing import Any, Protocol
 
 from server.adapters.leases import Lease
 from server.api.active_request import TextDelta
+from server.api.logprobs import chat_logprobs, completion_logprobs
 from server.sequence import FinishReason
+from server.text.detokenizer import TokenStart
+from server.text.token_texts import TokenTexts
 
 Json = dict[str, Any]
+Tokens = tuple[TokenStart, ...]
 
 
 class ResponseFormat(Protocol):
@@ -29,36 +33,45 @@ class ResponseFormat(Protocol):
     def chunk(self, delta: TextDelta) -> Json:
         """More text of a stream's choice."""
 
-    def last_chunk(self, index: int, reason: FinishReason) -> Json:
-        """The end of a stream's choice."""
+    def last_chunk(self, end: TextDelta) -> Json:
+        """The end of a stream's choice, without text."""
 
     def message(self, answer: TextDelta) -> Json:
         """A choice that is not streamed: all of its text."""
 
 
 class ChatFormat:
-    """``/v1/chat/completions``."""
+    """``/v1/chat/completions``; with log probabilities where there are ``token_texts``."""
 
     id_prefix, object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
+    def __init__(self, token_texts: TokenTexts | None = None) -> None:
+        self._token_texts = token_texts
+
     def first_chunk(self, index: int) -> Json | None:
         """The role, which clients want first."""
-        return _chunk_choice(index, {"role": "assistant", "content": ""})
+        return self._chunk(index, {"role": "assistant", "content": ""})
 
     def chunk(self, delta: TextDelta) -> Json:
-        return _chunk_choice(delta.index, {"content": delta.text})
+        return self._chunk(delta.index, {"content": delta.text}, delta.tokens)
 
-    def last_chunk(self, index: int, reason: FinishReason) -> Json:
-        return _chunk_choice(index, {}, reason)
+    def last_chunk(self, end: TextDelta) -> Json:
+        return self._chunk(end.index, {}, end.tokens, end.finish_reason)
 
     def message(self, answer: TextDelta) -> Json:
-        message = {"role": "assistant", "content": answer.text, "refusal": None}
         return {
             "index": answer.index,
-            "message": message,
-            "logprobs": None,
+            "message": {"role": "assistant", "content": answer.text, "refusal": None},
+            "logprobs": self._logprobs(answer.tokens),
             "finish_reason": _value(answer.finish_reason),
         }
+
+    def _chunk(self, index: int, delta: Json, tokens: Tokens = (), reason: FinishReason | None = None) -> Json:
+        logprobs = self._logprobs(tokens) if tokens else None
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": _value(reason)}
+
+    def _logprobs(self, tokens: Tokens) -> Json | None:
+        return None if self._token_texts is None else chat_logprobs(tokens, self._token_texts)
 
 
 class CompletionFormat:
@@ -66,18 +79,27 @@ class CompletionFormat:
 
     id_prefix, object, chunk_object = "cmpl-", "text_completion", "text_completion"
 
+    def __init__(self, token_texts: TokenTexts | None = None) -> None:
+        self._token_texts = token_texts
+
     def first_chunk(self, index: int) -> Json | None:
         """Nothing: the first chunk has text."""
         return None
 
     def chunk(self, delta: TextDelta) -> Json:
-        return _text_choice(delta.index, delta.text, None)
+        return self._choice(delta, self._logprobs(delta.tokens) if delta.tokens else None)
 
-    def last_chunk(self, index: int, reason: FinishReason) -> Json:
-        return _text_choice(index, "", reason)
+    def last_chunk(self, end: TextDelta) -> Json:
+        return self._choice(end, self._logprobs(end.tokens) if end.tokens else None, end.finish_reason)
 
     def message(self, answer: TextDelta) -> Json:
-        return _text_choice(answer.index, answer.text, answer.finish_reason)
+        return self._choice(answer, self._logprobs(answer.tokens), answer.finish_reason)
+
+    def _choice(self, delta: TextDelta, logprobs: Json | None, reason: FinishReason | None = None) -> Json:
+        return {"index": delta.index, "text": delta.text, "logprobs": logprobs, "finish_reason": _value(reason)}
+
+    def _logprobs(self, tokens: Tokens) -> Json | None:
+        return None if self._token_texts is None else completion_logprobs(tokens, self._token_texts)
 
 
 @dataclass(frozen=True)
@@ -117,14 +139,6 @@ def fingerprint(base_name: str, lease: Lease | None, version: str) -> str:
 def to_json(payload: Json) -> str:
     """Compact JSON, in ASCII: some readers take Unicode's separators for the end of a line. NaN is an error."""
     return json.dumps(payload, allow_nan=False, separators=(",", ":"))
-
-
-def _chunk_choice(index: int, delta: Json, reason: FinishReason | None = None) -> Json:
-    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": _value(reason)}
-
-
-def _text_choice(index: int, text: str, reason: FinishReason | None) -> Json:
-    return {"index": index, "text": text, "logprobs": None, "finish_reason": _value(reason)}
 
 
 def _value(reason: FinishReason | None) -> str | None:

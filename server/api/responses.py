@@ -132,7 +132,8 @@ def _chunks(format: ResponseFormat, delta: TextDelta) -> Iterator[Json]:
     if delta.text:
         yield format.chunk(delta)
     if delta.finish_reason is not None:
-        yield format.last_chunk(delta.index, delta.finish_reason)
+        tokens = () if delta.text else delta.tokens  # such as have no text
+        yield format.last_chunk(replace(delta, text="", tokens=tokens))
 
 
 def _event(payload: Json) -> str:

@@ -102,7 +102,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"max_tokens": 0}, "max_tokens", "integer_below_min_value"),
     ({"n": 100}, "n", "integer_above_max_value"),
     ({"stop": ["x"] * 17}, "stop", "array_above_max_length"),
-    ({"logprobs": True}, "logprobs", "unsupported_parameter"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "integer_above_max_value"),
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "unsupported_parameter"),
     ({"extra_body": {"mirostat": 2}}, "mirostat", "unsupported_parameter"),
     ({"messages": [{"role": "user", "content": "x " * 5000}]}, "messages", "context_length_exceeded"),

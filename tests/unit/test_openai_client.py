@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from typing import Any
 
 import openai
 import pytest
@@ -68,6 +69,19 @@ def test_streams_are_as_the_client_wants_them(client: OpenAI) -> None:
         final = stream.get_final_completion()
     assert [choice.message.content for choice in final.choices] == ["日本 hello 🎉"] * 3
     assert final.usage is not None
+
+
+def test_log_probabilities_are_as_the_client_wants_them(client: OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "poet", "messages": HELLO, "logprobs": True, "top_logprobs": 4}
+    whole = client.chat.completions.create(**asked).choices[0].logprobs
+    with client.chat.completions.stream(**asked) as stream:
+        stream.until_done()
+        assert stream.get_final_completion().choices[0].logprobs == whole
+    assert whole is not None and whole.content is not None
+    assert bytes(byte for token in whole.content for byte in token.bytes or ()).decode() == "日本 hello 🎉"
+    text = client.completions.create(model=BASE, prompt="a", logprobs=2).choices[0].logprobs
+    assert text is not None and text.tokens is not None
+    assert text.token_logprobs == [token.logprob for token in whole.content]
 
 
 def test_a_stream_of_completions_is_as_the_client_wants_it(url: str) -> None:

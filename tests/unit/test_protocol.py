@@ -45,13 +45,25 @@ def test_a_field_that_is_not_honoured_may_ask_for_nothing_only(field: str) -> No
 
 
 def test_false_is_not_zero() -> None:
-    with pytest.raises(UnsupportedParameter):
-        chat(top_logprobs=False)
-    for field in ("frequency_penalty", "presence_penalty", "repetition_penalty", "min_tokens"):
+    for field in ("top_logprobs", "frequency_penalty", "presence_penalty", "repetition_penalty", "min_tokens"):
         with pytest.raises(ValidationError):
             chat(**{field: False})
-    with pytest.raises(UnsupportedParameter):
-        completion("x", logprobs=0)
+
+
+def test_log_probabilities_are_asked_for_as_at_openai() -> None:
+    """By a boolean in chat and a number in completions; there 0 asks for those of the chosen tokens alone."""
+    assert [chat(**fields).num_logprobs for fields in ({}, {"logprobs": False}, {"top_logprobs": 0})] == [None] * 3
+    assert [chat(logprobs=True, top_logprobs=count).num_logprobs for count in (None, 0, 1, 20)] == [0, 0, 1, 20]
+    assert [completion("x", logprobs=count).num_logprobs for count in (None, False, 0, 5)] == [None, None, 0, 5]
+    for fields in ({"top_logprobs": 1}, {"logprobs": False, "top_logprobs": 5}):
+        with pytest.raises(ValidationError, match="only allowed when 'logprobs' is true"):
+            chat(**fields)
+    for fields in ({"logprobs": 1}, {"logprobs": True, "top_logprobs": 21}, {"logprobs": True, "top_logprobs": -1}):
+        with pytest.raises(ValidationError):
+            chat(**fields)
+    for value in (True, 6, -1, "5", 1.5):
+        with pytest.raises(ValidationError):
+            completion("x", logprobs=value)
 
 
 NOTHING_ASKED: dict[str, Any] = {

@@ -1,0 +1,73 @@
+"""Log probabilities of a choice's tokens, in the forms of OpenAI's chat and completions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from server.sequence import SampledToken
+from server.text.detokenizer import TokenStart
+from server.text.token_texts import TokenText, TokenTexts
+
+Json = dict[str, Any]
+
+_LEAST = -9999.0
+"""What OpenAI writes for tokens that are next to impossible: JSON has no infinity."""
+
+
+def chat_logprobs(tokens: Sequence[TokenStart], texts: TokenTexts) -> Json:
+    """``logprobs`` of a chat's choice or chunk. Bytes that are no whole characters have an escaped ``token``."""
+    content = []
+    for (token, _), is_first in zip(tokens, _are_first(tokens, texts), strict=True):
+        top = [_chat_token(texts.get(top_id, first=is_first), logprob) for top_id, logprob in token.top_logprobs]
+        content.append({**_chat_token(texts.get(token.id, first=is_first), _own(token)), "top_logprobs": top})
+    return {"content": content, "refusal": None}
+
+
+def completion_logprobs(tokens: Sequence[TokenStart], texts: TokenTexts) -> Json:
+    """``logprobs`` of a completion's choice or chunk. Of tokens with the same text the likeliest is in a dictionary."""
+    names, top_logprobs = [], []
+    for (token, _), is_first in zip(tokens, _are_first(tokens, texts), strict=True):
+        names.append(_completion_token(texts.get(token.id, first=is_first)))
+        found: dict[str, float] = {}
+        for top_id, logprob in token.top_logprobs:
+            found.setdefault(_completion_token(texts.get(top_id, first=is_first)), max(logprob, _LEAST))
+        found.setdefault(names[-1], _own(token))
+        top_logprobs.append(found)
+    return {
+        "tokens": names,
+        "token_logprobs": [_own(token) for token, _ in tokens],
+        "top_logprobs": top_logprobs,
+        "text_offset": [start for _, start in tokens],
+    }
+
+
+def _are_first(tokens: Sequence[TokenStart], texts: TokenTexts) -> Iterator[bool]:
+    """For each token whether only special ones are before it in the answer: all that begin with its text are here."""
+    is_first = True
+    for token, start in tokens:
+        is_first = is_first and start == 0
+        yield is_first
+        is_first = is_first and texts.is_special(token.id)
+
+
+def _own(token: SampledToken) -> float:
+    assert token.logprob is not None, "the sequence did not ask for log probabilities"
+    return max(token.logprob, _LEAST)
+
+
+def _chat_token(token: TokenText, logprob: float) -> Json:
+    text = _escaped(token) if token.text is None else token.text
+    return {
+        "token": text,
+        "logprob": max(logprob, _LEAST),
+        "bytes": None if token.data is None else list(token.data),
+    }
+
+
+def _completion_token(token: TokenText) -> str:
+    return f"bytes:{_escaped(token)}" if token.text is None else token.text
+
+
+def _escaped(token: TokenText) -> str:
+    return "".join(f"\\x{byte:02x}" for byte in token.data or b"")
