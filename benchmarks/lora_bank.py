@@ -20,7 +20,7 @@ from torch import nn
 
 from server.lora.bank import LoRABank
 from server.lora.batched import BatchedTorchLoRA
-from server.lora.delta import Delta
+from server.lora.delta import LoRADelta
 from server.lora.weights import FusedA, LoRAWeights
 from server.model.device import available_threads
 from server.sequence import AdapterUse, Batch, SamplingParams, Segment, Sequence
@@ -79,7 +79,9 @@ def random_adapter(body: Body, rank: int) -> LoRAWeights:
             columns = {name: slice(place * rank, place * rank + rank) for place, name in enumerate(names)}
             shared.append(FusedA(whole.t(), columns))
             for name, kind in zip(names, group, strict=True):
-                deltas[name] = Delta("linear", whole[columns[name]].t(), torch.randn(rank, body.sizes[kind][1]) / 1000)
+                deltas[name] = LoRADelta(
+                    "linear", whole[columns[name]].t(), torch.randn(rank, body.sizes[kind][1]) / 1000
+                )
     return LoRAWeights(deltas, 1.0, shared)
 
 

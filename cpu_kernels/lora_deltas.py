@@ -28,7 +28,7 @@ of a linear, the address of memory for lists of them, then ``RUN`` numbers each:
 float32 factor, rows of the runs before, and tiles, which are those of whole panels. ``table`` is where the address of
 the linear's table stands, which is int64 [adapters, ENTRY]: address of A float32 [rank, inputs], numbers between its
 rows, address of B float32 [rank, outputs], rank; 0 where an adapter leaves this linear as it is. For tiles, A and B are
-as ``server/lora/tiles.py`` lays them out."""
+as ``server/lora/native.py`` lays them out."""
 HEAD, RUN, ENTRY = 6, 6, 4
 _PIECE = 512
 """Outputs whose B, at usual ranks, stays in the first cache while rows use it."""

@@ -13,7 +13,7 @@ import torch
 
 from server.integrity import ensure
 from server.lora.backend import AdapterRun, BatchAdapters
-from server.lora.delta import Delta
+from server.lora.delta import LoRADelta
 from server.lora.slots import LoRAShape, LoRASlots, factors_of, shape_of
 from server.lora.transfer import to_device
 from server.lora.weights import FusedA, LoRAWeights
@@ -363,7 +363,7 @@ def _padded_group(
     return PaddedGroup(slots, start, end, most, gather, back, factors)
 
 
-def _fuse(modules: Sequence[str], deltas: dict[str, Delta]) -> FusedA:
+def _fuse(modules: Sequence[str], deltas: dict[str, LoRADelta]) -> FusedA:
     """Put the A of these modules' plain deltas into one tensor, of which theirs become views."""
     parts = [factors_of(deltas[module])[0].t() for module in modules]  # [rank, in], as the file has them
     whole = torch.cat(parts)

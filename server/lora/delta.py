@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from server.adapters.content.signature import Kind
-from server.lora.tiles import DeltaTiles
+
+if TYPE_CHECKING:
+    from server.lora.native import LoRATiles
 
 
 @dataclass(frozen=True, eq=False)
-class TokenRows:
+class TokenEmbeddings:
     """New rows of an embedding or head: ``indices`` [tokens] ascending, ``rows`` [tokens, dim] float32."""
 
     indices: torch.Tensor
@@ -39,7 +42,7 @@ class ParameterDelta:
 
 
 @dataclass(frozen=True, eq=False)
-class Delta:
+class LoRADelta:
     """One module's change. On a row x with the base's result y: ``y * scale + shift + x @ a @ b``.
 
     ``a`` [in, rank] and ``b`` [rank, out] are float32 with the scaling in b; for an embedding ``in`` is the tokens, x
@@ -56,11 +59,11 @@ class Delta:
     shift: torch.Tensor | None = None
     own: nn.Module | None = None
     own_names: tuple[str, ...] = ()
-    tokens: TokenRows | None = None
+    tokens: TokenEmbeddings | None = None
     parameters: Mapping[str, ParameterDelta] = field(default_factory=dict)
     embed_scale: float = 1.0
     axis: int = 1
-    tiles: DeltaTiles | None = None
+    tiles: LoRATiles | None = None
 
     @cached_property
     def plain(self) -> bool:
@@ -69,15 +72,8 @@ class Delta:
         low_rank = self.a is not None or self.tiles is not None
         return low_rank and not self.parameters and all(one is None for one in others)
 
-    def in_tiles(self) -> Delta:
-        """The same for a product that adds it; what is not plain stays as it is."""
-        if not self.plain or self.a is None or self.b is None:
-            return self
-        return replace(self, a=None, b=None, tiles=DeltaTiles.of(self.a, self.b))
-
     @property
     def finite(self) -> bool:
-        """Whether no number overflowed."""
         return all(bool(tensor.isfinite().all()) for tensor in self.tensors())
 
     def tensors(self) -> Iterator[torch.Tensor]:

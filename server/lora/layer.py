@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from server.lora.backend import LoRABackend
-from server.lora.delta import Delta
+from server.lora.delta import LoRADelta
 
 
 class AdaptedModule(nn.Module):
@@ -21,11 +21,11 @@ class AdaptedModule(nn.Module):
     def __init__(self, base: nn.Module, backend: LoRABackend) -> None:
         super().__init__()
         self.base = base
-        self.deltas: dict[str, Delta] = {}
+        self.deltas: dict[str, LoRADelta] = {}
         self._backend, self._batch = backend, backend.batch
         self._compute = base.forward
 
-    def put(self, digest: str, delta: Delta) -> None:
+    def put(self, digest: str, delta: LoRADelta) -> None:
         """Take an adapter's change."""
         self.deltas[digest] = delta
 
@@ -42,7 +42,7 @@ class AdaptedModule(nn.Module):
         except AttributeError:
             return getattr(self.base, name)
 
-    def _parts(self, num_rows: int) -> list[tuple[slice, Delta, float]]:
+    def _parts(self, num_rows: int) -> list[tuple[slice, LoRADelta, float]]:
         """The rows of each adapter that changes this module, its change, and the factor on it."""
         deltas = self.deltas
         return [
@@ -66,7 +66,7 @@ class LoRALinear(AdaptedModule):
         """Tell the backend; unless the base's own product adds the plain deltas, it is to apply them."""
         self._applied = self._backend.attach(self._name)
 
-    def put(self, digest: str, delta: Delta) -> None:
+    def put(self, digest: str, delta: LoRADelta) -> None:
         super().put(digest, delta)
         if not delta.plain:
             self._not_plain.add(digest)
@@ -145,7 +145,7 @@ def as_base(module: nn.Module) -> nn.Module:
     return module
 
 
-def changed(delta: Delta, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
+def changed(delta: LoRADelta, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
     """The module's result with the adapter's parameters; those that have a delta exist only meanwhile."""
     assert delta.own is not None
     parameters = delta.own._parameters
@@ -180,7 +180,7 @@ def _add(y: torch.Tensor, low: torch.Tensor, b: torch.Tensor | None, scale: floa
     y.add_(low @ b, alpha=scale)
 
 
-def _linear(x: torch.Tensor, y: torch.Tensor, delta: Delta) -> torch.Tensor:
+def _linear(x: torch.Tensor, y: torch.Tensor, delta: LoRADelta) -> torch.Tensor:
     """Rows of an adapter that does more than add a delta: x [rows, in], the base's y [rows, out] -> [rows, out]."""
     z = _rescaled(y if delta.own is None else delta.own(x), delta)
     if delta.a is not None and delta.b is not None:
@@ -190,7 +190,7 @@ def _linear(x: torch.Tensor, y: torch.Tensor, delta: Delta) -> torch.Tensor:
     return z.to(y.dtype)
 
 
-def _embedding(ids: torch.Tensor, y: torch.Tensor, delta: Delta) -> torch.Tensor:
+def _embedding(ids: torch.Tensor, y: torch.Tensor, delta: LoRADelta) -> torch.Tensor:
     """As ``_linear``: ids [rows], y [rows, dim]."""
     z = _rescaled(y if delta.own is None else delta.own(ids), delta)
     if delta.a is not None and delta.b is not None:
@@ -202,7 +202,7 @@ def _embedding(ids: torch.Tensor, y: torch.Tensor, delta: Delta) -> torch.Tensor
     return z.to(y.dtype)
 
 
-def _rescaled(y: torch.Tensor, delta: Delta) -> torch.Tensor:
+def _rescaled(y: torch.Tensor, delta: LoRADelta) -> torch.Tensor:
     """In float32, with DoRA's scale and another bias."""
     z = y.float()
     if delta.scale is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
 import torch
@@ -16,14 +16,14 @@ from cpu_kernels.lora_deltas import ENTRY, HEAD, RUN
 from cpu_kernels.lora_tiles import LISTED, TILE
 from server.integrity import IntegrityError, ensure
 from server.lora.backend import AdapterRun, BatchAdapters
-from server.lora.delta import Delta
+from server.lora.delta import LoRADelta
 from server.lora.weights import LoRAWeights
 from server.sequence import Batch
 
 _MIN_ADAPTERS = 8
 """Adapters that tables have room for from the beginning."""
 _ADAPTERS_OF_SEQUENCE = 4
-_LINE = 64
+_LINE, _BF16_BYTES = 64, 2
 
 Outputs = Sequence[tuple[str, int]]
 """Linears that are computed by one product: name, and number of outputs, a multiple of 16."""
@@ -87,9 +87,9 @@ class NativeLoRA:
 
     def pack(self, weights: LoRAWeights) -> LoRAWeights:
         """In tiles where a product adds the deltas."""
-        deltas = {
-            name: delta.in_tiles() if name in self._product_of else delta for name, delta in weights.deltas.items()
-        }
+        deltas = dict(weights.deltas)
+        for module in deltas.keys() & self._product_of.keys():
+            deltas[module] = _in_tiles(deltas[module])
         return replace(weights, deltas=deltas)
 
     def attach(self, module: str) -> bool:
@@ -148,7 +148,7 @@ class NativeLoRA:
         adapters.begin(ordered.segments)
         self._steps_adapters = {use.digest for segment in batch.segments for use in segment.sequence.adapters}
         counts = (adapters.num_rows, adapters.num_sampled)
-        tasks = [_Tasks(adapters.runs(count), self._indices, self._ranks) for count in counts]
+        tasks = [LoRATaskTable(adapters.runs(count), self._indices, self._ranks) for count in counts]
         num_bytes = _LINE + max(one.num_bytes(self._max_linears) for one in tasks)
         if self._low.nbytes < num_bytes:
             self._low = torch.empty(2 * num_bytes, dtype=torch.uint8)
@@ -223,7 +223,7 @@ class ProductDeltas:
         return (tasks, self._linears.data_ptr()) if tasks else (0, 0)
 
 
-class _Tasks:
+class LoRATaskTable:
     """A step's runs as kernels read them, and the memory that they take."""
 
     def __init__(self, runs: Sequence[AdapterRun], indices: Mapping[str, int], ranks: Mapping[str, int]) -> None:
@@ -258,7 +258,14 @@ class _Tasks:
         return head + self._numbers
 
 
-def _entry(delta: Delta) -> tuple[list[torch.Tensor], list[int]]:
+def _in_tiles(delta: LoRADelta) -> LoRADelta:
+    """One that is not plain, or in tiles already, stays as it is."""
+    if not delta.plain or delta.a is None or delta.b is None:
+        return delta
+    return replace(delta, a=None, b=None, tiles=LoRATiles.of(delta.a, delta.b))
+
+
+def _entry(delta: LoRADelta) -> tuple[list[torch.Tensor], list[int]]:
     """A plain delta's tensors, and what tables have of it, the rank last."""
     if (tiles := delta.tiles) is not None:
         return [tiles.memory], [tiles.a_address, tiles.rank, tiles.b_address, tiles.rank]
@@ -271,3 +278,48 @@ def _entry(delta: Delta) -> tuple[list[torch.Tensor], list[int]]:
 def _float_bits(factor: float) -> int:
     bits: int = struct.unpack("<i", struct.pack("<f", factor))[0]
     return bits
+
+
+@dataclass(frozen=True, eq=False)
+class LoRATiles:
+    """A and B as tiles of AMX read them, in bfloat16: pairs of what is summed over side by side.
+
+    ``b`` [out / 16, rank / 2, 16, 2] and behind it ``a`` [in / 2, rank, 2] are in one flat ``memory``. ``rank`` is
+    that in memory, an even number; a rank that the adapter has not is zeros. Whole tiles reach from B into A, and from
+    A into a line more.
+    """
+
+    memory: torch.Tensor
+    rank: int
+    num_outputs: int
+
+    @classmethod
+    def of(cls, a: torch.Tensor, b: torch.Tensor) -> LoRATiles:
+        """From a [in, rank] and b [rank, out]; in is a multiple of 32, out of 16."""
+        (num_inputs, rank), num_outputs = a.shape, b.shape[1]
+        assert num_inputs % STEP == num_outputs % HALF == 0
+        even = rank + rank % 2
+        size = num_outputs * even + max(num_inputs * even + _LINE // _BF16_BYTES, TILE // _BF16_BYTES)
+        tiles = cls(torch.zeros(size, dtype=torch.bfloat16), even, num_outputs)
+        tiles._a(num_inputs)[:, :rank].copy_(a.view(num_inputs // 2, 2, rank).transpose(1, 2))
+        for first in range(2):
+            half = b[first::2].view(-1, num_outputs // HALF, HALF)
+            tiles._b()[:, : len(half), :, first].copy_(half.transpose(0, 1))
+        return tiles
+
+    @property
+    def b_address(self) -> int:
+        """Where B begins."""
+        return self.memory.data_ptr()
+
+    @property
+    def a_address(self) -> int:
+        """Where A begins."""
+        return self.b_address + self.memory.itemsize * self.num_outputs * self.rank
+
+    def _a(self, num_inputs: int) -> torch.Tensor:
+        first = self.num_outputs * self.rank
+        return self.memory[first : first + num_inputs * self.rank].view(-1, self.rank, 2)
+
+    def _b(self) -> torch.Tensor:
+        return self.memory[: self.num_outputs * self.rank].view(-1, self.rank // 2, HALF, 2)

@@ -14,7 +14,7 @@ from itertools import accumulate
 import torch
 
 from server.integrity import ensure
-from server.lora.delta import Delta
+from server.lora.delta import LoRADelta
 
 _MAX_WASTED = 3
 """Unused slots that are computed before the window is compacted: about what copying one adapter costs."""
@@ -25,7 +25,7 @@ LoRAShape = frozenset[tuple[str, int]]
 """Module and padded rank of every linear that an adapter changes."""
 
 
-def shape_of(deltas: Mapping[str, Delta]) -> LoRAShape | None:
+def shape_of(deltas: Mapping[str, LoRADelta]) -> LoRAShape | None:
     """What adapters that are computed together have in common, None where a linear is changed otherwise.
 
     Ranks are padded to a power of two.
@@ -51,7 +51,7 @@ class LoRASlots:
         for modules in inputs.values():
             ends = accumulate(ranks[module] for module in modules)
             self.columns |= {one: slice(end - ranks[one], end) for one, end in zip(modules, ends, strict=True)}
-        self.adapters: dict[str, Mapping[str, Delta]] = {}
+        self.adapters: dict[str, Mapping[str, LoRADelta]] = {}
         self.low: dict[str, torch.Tensor] = {}
         self.high: dict[str, torch.Tensor] = {}
         self._a: dict[str, torch.Tensor] = {}  # [capacity, rank of all, in]
@@ -199,7 +199,7 @@ class LoRASlots:
             self._window = window
 
 
-def factors_of(delta: Delta) -> tuple[torch.Tensor, torch.Tensor]:
+def factors_of(delta: LoRADelta) -> tuple[torch.Tensor, torch.Tensor]:
     """A [in, rank] and B [rank, out] of a delta that has both."""
     assert delta.a is not None and delta.b is not None
     return delta.a, delta.b

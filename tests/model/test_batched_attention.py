@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cpu_kernels.kernels import Kernels
-from server.lora.delta import Delta
+from server.lora.delta import LoRADelta
 from server.lora.weights import LoRAWeights
 from server.model.admission import admit
 from server.model.attention.batched import BatchedAttention, grouped, plan_step
@@ -201,7 +201,7 @@ def adapter_of(model: torch.nn.Module) -> LoRAWeights:
     sizes = {name: model.get_parameter(f"{name}.weight").shape for name in names}
     like = torch.empty(0, device="meta")
     return LoRAWeights(
-        {name: Delta("linear", like.new_empty(i, 4), like.new_empty(4, o)) for name, (o, i) in sizes.items()}
+        {name: LoRADelta("linear", like.new_empty(i, 4), like.new_empty(4, o)) for name, (o, i) in sizes.items()}
     )
 
 

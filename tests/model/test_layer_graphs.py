@@ -15,7 +15,7 @@ from cpu_kernels.kernels import choose_linear
 from cpu_kernels.layer_graph import LayerGraph
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
-from server.lora.delta import Delta, with_parameters
+from server.lora.delta import LoRADelta, with_parameters
 from server.lora.weights import LoRAWeights
 from server.metrics import Metrics
 from server.model import layer_graphs
@@ -85,7 +85,7 @@ def adapter(hosted: Hosted, seed: int, rank: int, *, every: int = 1, dora: bool 
     for name, (inside, outside) in list(linears.items())[seed % every :: every]:
         a = torch.randn(rank, inside, generator=generator).t() * inside**-0.5
         scale = torch.rand(outside, generator=generator) + 0.5 if dora else None
-        deltas[name] = Delta("linear", a, torch.randn(rank, outside, generator=generator) * 0.2, scale)
+        deltas[name] = LoRADelta("linear", a, torch.randn(rank, outside, generator=generator) * 0.2, scale)
     return LoRAWeights(deltas, 1.0)
 
 
@@ -96,7 +96,7 @@ def norms_of_its_own(hosted: Hosted) -> LoRAWeights:
         if name.endswith("norm") and shape.kind == "rows":
             base = hosted.runner.bank.base_modules[name]
             own = {"weight": base.get_parameter("weight") * 0.8}
-            deltas[name] = Delta("rows", own=with_parameters(base, own), own_names=("weight",), axis=shape.axis)
+            deltas[name] = LoRADelta("rows", own=with_parameters(base, own), own_names=("weight",), axis=shape.axis)
     return LoRAWeights(deltas, 1.0)
 
 

@@ -13,7 +13,7 @@ from cpu_kernels.kernels import Kernels
 from server.lora.backend import LoRABackend
 from server.lora.bank import LoRABank
 from server.lora.batched import BatchedTorchLoRA, PaddedGroup, computed_together
-from server.lora.delta import Delta
+from server.lora.delta import LoRADelta
 from server.lora.slots import LoRASlots
 from server.lora.weights import FusedA, LoRAWeights
 from server.sequence import AdapterUse, Batch, SamplingParams, Segment
@@ -49,7 +49,7 @@ def adapter(seed: int, targets: Sequence[str], rank: int, *, scale: torch.Tensor
     whole = torch.cat([own[name] for name in together]) if together else torch.empty(0)
     columns = {name: slice(place * rank, (place + 1) * rank) for place, name in enumerate(together)}
     deltas = {
-        name: Delta(
+        name: LoRADelta(
             "linear",
             (whole[columns[name]] if name in columns else own[name]).t(),
             torch.randn(rank, SIZES[name][1], generator=generator),

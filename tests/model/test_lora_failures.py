@@ -17,7 +17,7 @@ import server.lora
 from cpu_kernels.kernels import Kernels
 from cpu_kernels.linear import Deltas
 from server.lora.bank import LoRABank
-from server.lora.delta import Delta
+from server.lora.delta import LoRADelta
 from server.lora.slots import LoRASlots
 from server.lora.weights import LoRAWeights
 from tests.instruction_sets import NUMBA, needs
@@ -222,7 +222,7 @@ def test_an_adapter_in_tiles_that_cannot_be_added_leaves_no_address_of_it(way: F
     backend = NativeLoRA(["", *sizes], [(product, list(sizes.items()))], kernels=kernels, max_seqs=4)
     bank = LoRABank(model, backend)
     weights = LoRAWeights(
-        {name: Delta("linear", torch.rand(64, 3), torch.rand(3, size)) for name, size in sizes.items()}
+        {name: LoRADelta("linear", torch.rand(64, 3), torch.rand(3, size)) for name, size in sizes.items()}
     )
     for _ in every_failure(way, lambda: bank.add("it", weights)):
         bank.check_integrity()

@@ -11,7 +11,7 @@ from torch import nn
 
 from server.integrity import IntegrityError
 from server.lora.bank import LoRABank
-from server.lora.delta import Delta
+from server.lora.delta import LoRADelta
 from server.lora.native import NativeLoRA
 from server.lora.weights import LoRAWeights
 from server.sequence import AdapterUse, Batch, SamplingParams, Segment
@@ -99,10 +99,10 @@ def test_an_adapter_that_is_removed_leaves_nothing(stage: Stage) -> None:
     stage.step([sequence(0, [], 2)])
 
 
-def random_deltas(source: torch.Generator, num_inputs: int, num_outputs: int) -> Mapping[str, Delta]:
+def random_deltas(source: torch.Generator, num_inputs: int, num_outputs: int) -> Mapping[str, LoRADelta]:
     """One of each rank, and of one whose A lies in a wider tensor."""
     deltas = {
-        str(rank): Delta(
+        str(rank): LoRADelta(
             "linear",
             torch.randn(rank, num_inputs, generator=source).t(),
             torch.randn(rank, num_outputs, generator=source),
@@ -110,7 +110,7 @@ def random_deltas(source: torch.Generator, num_inputs: int, num_outputs: int) ->
         for rank in RANKS
     }
     wide = torch.randn(6, num_inputs + 5, generator=source)[:, 5:]
-    return {**deltas, "wide": Delta("linear", wide.t(), torch.randn(num_outputs, 6, generator=source).t())}
+    return {**deltas, "wide": LoRADelta("linear", wide.t(), torch.randn(num_outputs, 6, generator=source).t())}
 
 
 def segments(uses: Sequence[tuple[AdapterUse, ...]], lengths: Sequence[int]) -> tuple[Segment, ...]:

@@ -14,9 +14,8 @@ from torch import nn
 from cpu_kernels.int8_weights import Int8Rows, Outliers
 from cpu_kernels.kernels import Kernels
 from server.lora.bank import LoRABank
-from server.lora.delta import Delta
-from server.lora.native import NativeLoRA
-from server.lora.tiles import DeltaTiles
+from server.lora.delta import LoRADelta
+from server.lora.native import LoRATiles, NativeLoRA
 from server.lora.weights import LoRAWeights
 from server.quantization.linear import FusedLinear, Int8Linear, WeightDigest, linears_with_deltas
 from server.sequence import AdapterUse, Batch
@@ -36,6 +35,12 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+def in_floats(tiles: LoRATiles, num_inputs: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """a [in, rank] and b [rank, out], float32, as they were rounded."""
+    a, b = tiles._a(num_inputs).float(), tiles._b().float()
+    return a.transpose(1, 2).reshape(-1, tiles.rank), b.permute(1, 3, 0, 2).reshape(tiles.rank, -1)
 
 
 class Stage:
@@ -63,7 +68,7 @@ class Stage:
         self.bank = LoRABank(self.model, NativeLoRA(["", *self.names], products, kernels=kernels, max_seqs=4))
         self._order = torch.empty(0, dtype=torch.long)
         self.sizes, self.num_inputs, self._product = sizes, num_inputs, product
-        self.deltas: dict[str, Mapping[str, Delta]] = {}
+        self.deltas: dict[str, Mapping[str, LoRADelta]] = {}
 
     def add(self, digest: str, rank: int, modules: Sequence[str]) -> None:
         """An adapter with random numbers on these linears."""
@@ -72,7 +77,7 @@ class Stage:
             size = self.sizes[self.names.index(name)]
             a = torch.randn(rank, self.num_inputs, generator=self.source).t()
             b = torch.randn(rank, size, generator=self.source)
-            deltas[name] = Delta("linear", a, b)
+            deltas[name] = LoRADelta("linear", a, b)
         packed = self.bank.backend.pack(LoRAWeights(deltas))
         self.deltas[digest] = packed.deltas
         self.bank.add(digest, packed)
@@ -108,7 +113,7 @@ class Stage:
             for use in uses:
                 delta = self.deltas[use.digest].get(name)
                 if delta is not None and delta.tiles is not None:
-                    a, b = (one.double() for one in delta.tiles.in_floats(self.num_inputs))
+                    a, b = (one.double() for one in in_floats(delta.tiles, self.num_inputs))
                     total += use.scale * (x.bfloat16().double() @ a) @ b
                     most += abs(use.scale) * (x.double().abs() @ a.abs()) @ b.abs()
             parts.append((total, most))
@@ -197,8 +202,8 @@ def test_what_is_packed_is_what_was_given_rounded() -> None:
     source = torch.Generator().manual_seed(0)
     for rank in RANKS:
         a, b = torch.randn(rank, 64, generator=source).t(), torch.randn(rank, 48, generator=source)
-        tiles = DeltaTiles.of(a, b)
-        found_a, found_b = tiles.in_floats(64)
+        tiles = LoRATiles.of(a, b)
+        found_a, found_b = in_floats(tiles, 64)
         assert torch.equal(found_a[:, :rank], a.bfloat16().float()) and not found_a[:, rank:].any()
         assert torch.equal(found_b[:rank], b.bfloat16().float()) and not found_b[rank:].any()
         assert tiles.memory.nbytes <= 2 * (64 + 48) * (rank + 1) + 1024
