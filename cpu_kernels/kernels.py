@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -33,6 +33,18 @@ _TORCH_LINEARS = {linear.name: linear for linear in (FbgemmLinear, OnednnLinear)
 _WITH_TILES = "AMX"
 
 
+class Norm(Protocol):
+    """x * gain / sqrt(mean(x**2) + eps) over the last dimension (Zhang and Sennrich 2019)."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., dim] -> a new [..., dim]."""
+        ...
+
+    def of_sum(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """x += other, both contiguous [..., dim]; then as a call with x, to the bit."""
+        ...
+
+
 class Kernels:
     """The operations of ONE model, chosen one by one. No caller needs to know which of them are native.
 
@@ -43,11 +55,8 @@ class Kernels:
     Until ``ready`` has returned only ``linear`` and ``qmax`` may be used.
     """
 
-    rms_norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
-    """``f(x, gain, eps)``: x [..., dim], gain [dim] -> a new x * gain / sqrt(mean(x**2) + eps) [..., dim]."""
-
-    rms_norm_of_sum: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
-    """``f(x, other, gain, eps)``: x += other, both contiguous [..., dim]; then ``rms_norm`` of x, to the bit."""
+    rms_norm: Callable[[torch.Tensor, float], Norm]
+    """``f(gain, eps)``: the RMS norm with this gain [dim], prepared."""
 
     rotary_embedding: Callable[
         [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]
@@ -142,8 +151,7 @@ class Kernels:
 
     def _use_torch(self) -> None:
         ops = TorchOps()
-        self.rms_norm, self.rms_norm_of_sum = ops.rms_norm, ops.rms_norm_of_sum
-        self.rotary_embedding, self.add_ = ops.rotary_embedding, ops.add_
+        self.rms_norm, self.rotary_embedding, self.add_ = ops.rms_norm, ops.rotary_embedding, ops.add_
         self.silu_and_mul, self.gelu_and_mul = ops.silu_and_mul, ops.gelu_and_mul
         self.add_deltas = None
         self.records_layers = False

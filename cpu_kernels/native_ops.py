@@ -155,12 +155,41 @@ _GATE_FIELDS = "gate up y rows dim gate_stride up_stride"
 _SILU, _GELU = NativeKernel(_gate(silu_vectors), _GATE_FIELDS), NativeKernel(_gate(gelu_vectors), _GATE_FIELDS)
 
 
+class NativeNorm:
+    """An RMS norm by one kernel."""
+
+    def __init__(self, launch: Launcher, gain: torch.Tensor, eps: float) -> None:
+        self._launch, self._gain, self._eps = launch, gain, eps
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        y, numbers, dim = torch.empty(x.shape), x.numel(), x.shape[-1]
+        rows, heads, row_stride, head_stride = numbers // dim, 1, dim, dim
+        if x.ndim == 4 and x.shape[0] == 1 and x.stride(-1) == 1:
+            _, rows, heads, _ = x.shape
+            _, row_stride, head_stride, _ = x.stride()
+        elif not x.is_contiguous():
+            x = x.contiguous()
+        self._launch(
+            _NORM, _threads(numbers), x.data_ptr(), 0, y.data_ptr(), self._gain.data_ptr(), rows, heads, dim,
+            row_stride, head_stride, self._eps,
+        )  # fmt: skip
+        return y
+
+    def of_sum(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        dim = x.shape[-1]
+        y = torch.empty(x.shape)
+        self._launch(
+            _NORM, _threads(x.numel()), x.data_ptr(), other.data_ptr(), y.data_ptr(), self._gain.data_ptr(),
+            x.numel() // dim, 1, dim, dim, dim, self._eps,
+        )  # fmt: skip
+        return y
+
+
 class NativeOps:
     """The native form of ``TorchOps``, by one launcher. All tensors are float32, on the CPU."""
 
     KERNELS: ClassVar[Mapping[str, NativeKernel]] = {
         "rms_norm": _NORM,
-        "rms_norm_of_sum": _NORM,
         "rotary_embedding": _ROTATE,
         "add_": _ADD_TO,
         "silu_and_mul": _SILU,
@@ -172,28 +201,8 @@ class NativeOps:
     def __init__(self, launch: Launcher) -> None:
         self._launch = launch
 
-    def rms_norm(self, x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
-        y, numbers, dim = torch.empty(x.shape), x.numel(), x.shape[-1]
-        rows, heads, row_stride, head_stride = numbers // dim, 1, dim, dim
-        if x.ndim == 4 and x.shape[0] == 1 and x.stride(-1) == 1:
-            _, rows, heads, _ = x.shape
-            _, row_stride, head_stride, _ = x.stride()
-        elif not x.is_contiguous():
-            x = x.contiguous()
-        self._launch(
-            _NORM, _threads(numbers), x.data_ptr(), 0, y.data_ptr(), gain.data_ptr(), rows, heads, dim, row_stride,
-            head_stride, eps,
-        )  # fmt: skip
-        return y
-
-    def rms_norm_of_sum(self, x: torch.Tensor, other: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
-        dim = x.shape[-1]
-        y = torch.empty(x.shape)
-        self._launch(
-            _NORM, _threads(x.numel()), x.data_ptr(), other.data_ptr(), y.data_ptr(), gain.data_ptr(),
-            x.numel() // dim, 1, dim, dim, dim, eps,
-        )  # fmt: skip
-        return y
+    def rms_norm(self, gain: torch.Tensor, eps: float) -> NativeNorm:
+        return NativeNorm(self._launch, gain, eps)
 
     def add_(self, x: torch.Tensor, other: torch.Tensor) -> None:
         self._launch(_ADD_TO, _threads(x.numel()), x.data_ptr(), other.data_ptr(), x.numel())

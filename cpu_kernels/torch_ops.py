@@ -6,26 +6,29 @@ import torch
 import torch.nn.functional as F
 
 
+class TorchNorm:
+    """x * gain * sqrt(dim) / hypot(norm of x, sqrt(eps * dim)): four operations, where modelling code has eight."""
+
+    def __init__(self, gain: torch.Tensor, eps: float) -> None:
+        dim = len(gain)
+        self._gain, self._floor = gain * dim**0.5, torch.tensor((eps * dim) ** 0.5)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        length = torch.linalg.vector_norm(x, 2, -1, keepdim=True)
+        return torch.mul(x, self._gain).div_(torch.hypot(length, self._floor))
+
+    def of_sum(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return self(x.add_(other))
+
+
 class TorchOps:
     """See ``Kernels`` for what each computes. All tensors are float32, on the CPU."""
 
+    rms_norm = TorchNorm
+
     def __init__(self) -> None:
-        self._zero = torch.zeros(())
-        self._floors: dict[tuple[float, int], torch.Tensor] = {}
         self._sin: torch.Tensor | None = None
-        self._cos = self._signed_sin = self._zero
-
-    def rms_norm(self, x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
-        """x * gain * sqrt(dim) / hypot(norm of x, sqrt(eps * dim)): four operations, where modelling code has eight."""
-        dim = x.shape[-1]
-        floor = self._floors.get((eps, dim))
-        if floor is None:
-            floor = self._floors[eps, dim] = torch.tensor((eps * dim) ** 0.5)
-        length = torch.linalg.vector_norm(x, 2, -1, keepdim=True)
-        return torch.addcdiv(self._zero, torch.mul(x, gain), torch.hypot(length, floor), value=dim**0.5)
-
-    def rms_norm_of_sum(self, x: torch.Tensor, other: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
-        return self.rms_norm(x.add_(other), gain, eps)
+        self._cos = self._signed_sin = torch.empty(0)
 
     def rotary_embedding(
         self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor

@@ -85,7 +85,7 @@ class FusedLayer:
         attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **named)
         norm = layer._modules["post_attention_layernorm"]
         if type(norm) is RMSNorm and not norm._forward_hooks and _can_add(attended, hidden_states):
-            normed = norm.of_sum(attended, hidden_states, self._passes)
+            normed = norm.of_sum(attended, hidden_states)
         else:  # an adapter may have norms of its own
             attended = hidden_states + attended
             normed = layer.post_attention_layernorm(attended)

@@ -6,20 +6,17 @@ What is replaced is found by trying it: where the stock code gives another resul
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from cpu_kernels.kernels import Kernels, Norm
 from server.lora.layer import as_base
 from server.quantization.linear import Int8Linear
-
-if TYPE_CHECKING:
-    from cpu_kernels.kernels import Kernels
 
 _TOLERANCE = 1e-5
 _APART, _JOINED = ("gate_proj", "up_proj", "down_proj"), ("gate_up_proj", "down_proj")
@@ -54,10 +51,8 @@ class RMSNorm(nn.Module):
     def __init__(self, weight: nn.Parameter, eps: float, offset: float, passes: Kernels | None = None) -> None:
         super().__init__()
         self.weight = weight
-        self._eps, self._offset, self._passes = eps, offset, passes
-        self._root = 1.0 if passes else math.sqrt(weight.numel())
-        self._floor = torch.tensor(math.sqrt(eps * weight.numel()))
-        self._gain: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+        self._eps, self._offset, self._kernels = eps, offset, passes or Kernels()
+        self._prepared: tuple[torch.Tensor | None, Norm | None] = (None, None)
 
     @classmethod
     def like(cls, stock: nn.Module, passes: Kernels | None = None) -> RMSNorm | None:
@@ -79,25 +74,22 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., dim] -> [..., dim]."""
-        gain = self._own_gain()
-        if self._passes is not None:
-            if x.dtype == torch.float32:  # no calls of torch that change nothing: among cold caches each takes time
-                return self._passes.rms_norm(x, gain, self._eps)
-            return self._passes.rms_norm(x.float(), gain, self._eps).to(x.dtype)
-        norm = torch.linalg.vector_norm(x, 2, -1, keepdim=True)
-        return torch.mul(x, gain).div_(torch.hypot(norm, self._floor))
+        if x.dtype == torch.float32:  # no calls of torch that change nothing: among cold caches each takes time
+            return self._norm()(x)
+        return self._norm()(x.float()).to(x.dtype)
 
-    def of_sum(self, x: torch.Tensor, other: torch.Tensor, passes: Kernels) -> torch.Tensor:
-        """Of ``x += other`` in place, both contiguous float32 [..., dim]; by routines, bit by bit as ``forward``."""
-        return passes.rms_norm_of_sum(x, other, self._own_gain(), self._eps)
+    def of_sum(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """Of ``x += other`` in place, both contiguous float32 [..., dim]; to the bit as ``forward``."""
+        return self._norm().of_sum(x, other)
 
-    def _own_gain(self) -> torch.Tensor:
-        weight, gain = self._gain
-        if weight is not (own := self._parameters["weight"]) or gain is None:
+    def _norm(self) -> Norm:
+        """Prepared again where an adapter has put another weight in the place of the last one."""
+        weight, norm = self._prepared
+        if weight is not (own := self._parameters["weight"]) or norm is None:
             assert own is not None
-            gain = (own + self._offset) * self._root
-            self._gain = own, gain
-        return gain
+            norm = self._kernels.rms_norm(own + self._offset, self._eps)
+            self._prepared = own, norm
+        return norm
 
 
 class GatedMLP(nn.Module):

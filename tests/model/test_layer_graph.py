@@ -87,7 +87,7 @@ def test_views_new_tensors_sums_and_products_with_a_number_are_replayed_with_oth
     ops = NativeOps(launch)
 
     def compute(x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
-        normed = ops.rms_norm(x, gain, 1e-5).view(2, 4, 4).transpose(0, 1)
+        normed = ops.rms_norm(gain, 1e-5)(x).view(2, 4, 4).transpose(0, 1)
         first, second = normed.transpose(0, 1).reshape(8, 4).split(4)
         gated: torch.Tensor = ops.silu_and_mul(first + second * 0.22, x[4:]) + first
         return gated
@@ -134,9 +134,9 @@ def test_two_models_do_not_see_each_others_recording() -> None:
     calls_of_other: list[int] = []
 
     def compute(x: torch.Tensor) -> torch.Tensor:
-        normed = one.rms_norm(x, gain, 1e-5)
+        normed = one.rms_norm(gain, 1e-5)(x)
         with other.launch.recording() as calls:
-            other.rms_norm(noise, gain, 1e-5)
+            other.rms_norm(gain, 1e-5)(noise)
         calls_of_other.append(len(calls))
         assert one.launch.is_recording and not other.launch.is_recording
         return one.silu_and_mul(normed, x)
@@ -145,7 +145,7 @@ def test_two_models_do_not_see_each_others_recording() -> None:
     graph = LayerGraph.of(recorder, [x], recorder.record(lambda: compute(x)), Arena(1 << 12))
     assert (len(recorder.calls), calls_of_other) == (2, [1])
     again = torch.randn(8, 4)
-    assert torch.equal(graph.replay([again]), one.silu_and_mul(one.rms_norm(again, gain, 1e-5), again))
+    assert torch.equal(graph.replay([again]), one.silu_and_mul(one.rms_norm(gain, 1e-5)(again), again))
 
 
 def test_workspaces_belong_to_one_model_and_are_new_while_it_is_recorded() -> None:

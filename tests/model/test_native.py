@@ -19,6 +19,7 @@ from cpu_kernels.kernels import Kernels, choose_linear
 from cpu_kernels.linear import ZERO, GatedCall, PackedLinear, choose_torch_linear, quantize_rows
 from cpu_kernels.native_kernel import Launcher
 from cpu_kernels.native_ops import NativeOps, exponential
+from cpu_kernels.torch_ops import TorchNorm
 from tests.instruction_sets import NUMBA, each_product, needs
 
 pytestmark = needs(NUMBA)
@@ -169,18 +170,18 @@ def test_the_weight_is_read_off_exactly(make: Kernels) -> None:
 @pytest.mark.parametrize("dim", DIMS)
 def test_rms_norms_are_the_formulas_and_a_row_is_the_same_in_any_batch(threads: int, dim: int) -> None:
     gain, x, eps = 1.0 + random(dim, seed=1), activations(600, dim), 1e-6
-    exact = x.double()
+    norm, exact = OPS.rms_norm(gain, eps), x.double()
     exact = exact * (exact.pow(2).mean(-1, keepdim=True) + eps).rsqrt() * gain
-    alone = torch.cat([OPS.rms_norm(row[None], gain, eps) for row in x])
+    alone = torch.cat([norm(row[None]) for row in x])
     torch.testing.assert_close(alone, exact.float(), rtol=1e-6, atol=0.0)
     for num_rows in (2, 3, 7, 18, 19, 64, 257, 341, 600):
         for first in {0, 600 - num_rows}:
             at = slice(first, first + num_rows)
-            assert torch.equal(OPS.rms_norm(x[None, at], gain, eps)[0], alone[at]), (num_rows, first)
+            assert torch.equal(norm(x[None, at])[0], alone[at]), (num_rows, first)
     heads = x.view(2, 300, dim).transpose(0, 1)
-    assert torch.equal(OPS.rms_norm(heads, gain, eps).transpose(0, 1).reshape(600, dim), alone)
+    assert torch.equal(norm(heads).transpose(0, 1).reshape(600, dim), alone)
     x[5, 0] = torch.nan
-    spoiled = OPS.rms_norm(x, gain, eps)
+    spoiled = norm(x)
     assert bool(spoiled[5].isnan().all()) and torch.equal(spoiled[6:], alone[6:])
 
 
@@ -302,4 +303,4 @@ def assert_torch_does_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torchs is not None and choose_linear() == torchs.name
     chosen = Kernels(linear=torchs.name, native=True).ready()
     assert chosen.add_deltas is None and chosen.decode_attention(torch.float32) is None
-    assert not isinstance(chosen.rms_norm.__self__, NativeOps)  # type: ignore[attr-defined]
+    assert isinstance(chosen.rms_norm(torch.ones(4), 1e-5), TorchNorm)

@@ -109,7 +109,7 @@ def test_an_operation_that_cannot_be_compiled_is_torchs_and_the_log_names_it(
     assert chosen.decode_attention(base.kv_dtype) is None and chosen.add_deltas is not None
     assert not chosen.records_layers
     x, gain = torch.randn(3, 16), torch.rand(16)
-    torch.testing.assert_close(chosen.rms_norm(x, gain, 1e-5), torch.rms_norm(x, (16,), gain, 1e-5))
+    torch.testing.assert_close(chosen.rms_norm(gain, 1e-5)(x), torch.rms_norm(x, (16,), gain, 1e-5))
     failed = {message.partition(" could not")[0] for message in caplog.messages if "could not be compiled" in message}
     assert failed == {f"the native kernel for {name}" for name in ("rms_norm", "decode attention")}
 
