@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from server.engine.engine import Engine
-from server.engine.prefixes import Prefix
 from server.engine.scheduler import Scheduler
-from server.engine.slots import SlotTable
+from server.engine.slots import Prefix, SlotTable
 from server.lora.weights import LoRAWeights
 from server.metrics import Metrics
 from server.model.sampler import Sampler
