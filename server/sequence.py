@@ -57,8 +57,8 @@ class AdapterUse:
 class Sequence:
     """One generation; a request with ``n=3`` is three of them.
 
-    ``adapters`` are those whose deltas are added to the base, none for the base alone. ``scope`` tells whose it is (API
-    key and cache salt): what one sequence leaves behind may be of use only to those of the same scope. ``num_computed``
+    ``adapters`` are those whose deltas are added to the base, none for the base alone. ``cache_namespace``
+    is a digest of API key and cache salt: KV prefixes and drafts are shared only within it. ``num_computed``
     counts the tokens whose keys and values are in the slot; ``num_cached`` of them were there before. Tokens are
     drawn by ``seed``: the one that was asked for, or one of its own.
     """
@@ -69,7 +69,7 @@ class Sequence:
     params: SamplingParams
     adapters: tuple[AdapterUse, ...] = ()
     eos_ids: frozenset[int] = frozenset()
-    scope: bytes = b""
+    cache_namespace: bytes = b""
     output_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_cached: int = 0

@@ -144,7 +144,7 @@ class Submitted:
     max_tokens: int
     adapters: tuple[AdapterUse, ...]
     eos_ids: frozenset[int]
-    scope: bytes
+    cache_namespace: bytes
 
 
 @dataclass(eq=False)
@@ -181,12 +181,12 @@ class FakeEngine:
         max_tokens: int,
         adapters: tuple[AdapterUse, ...],
         eos_ids: frozenset[int],
-        scope: bytes = b"",
+        cache_namespace: bytes = b"",
     ) -> FakeSequence:
         """As the real one."""
         self.check_capacity(1)
         script = self.scripts[min(len(self.streams), len(self.scripts) - 1)]
-        self.submitted.append(Submitted(tuple(prompt_ids), params, max_tokens, adapters, eos_ids, scope))
+        self.submitted.append(Submitted(tuple(prompt_ids), params, max_tokens, adapters, eos_ids, cache_namespace))
         self.streams.append(FakeSequence(self, script, len(self.streams), sink, self.num_cached, params.num_logprobs))
         return self.streams[-1]
 

@@ -95,7 +95,7 @@ def submit(
                     max_tokens=max_tokens,
                     adapters=() if lease is None else lease.uses,
                     eos_ids=eos_ids,
-                    scope=namespace,
+                    cache_namespace=namespace,
                     sink=request.sink(index),
                 )
                 half_way.callback(sequence.close)

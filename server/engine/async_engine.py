@@ -111,14 +111,14 @@ class AsyncEngine:
         max_tokens: int,
         adapters: tuple[AdapterUse, ...],
         eos_ids: frozenset[int],
-        scope: bytes = b"",
+        cache_namespace: bytes = b"",
     ) -> SubmittedSequence:
         """Queue a sequence. ``adapters`` are loaded and leased. Raises as ``check_capacity``.
 
         ``sink`` is called in the event loop; after ``close`` of what is returned it is not.
         """
         self.check_capacity(1)
-        sequence = Sequence(next(self._ids), tuple(prompt_ids), max_tokens, params, adapters, eos_ids, scope)
+        sequence = Sequence(next(self._ids), tuple(prompt_ids), max_tokens, params, adapters, eos_ids, cache_namespace)
         submitted = self._submitted[sequence.id] = SubmittedSequence(sequence, sink, self._close)
         self._inbox.put(partial(self._add, sequence))
         return submitted

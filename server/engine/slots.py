@@ -28,7 +28,7 @@ class Prefix:
     """The first tokens of a sequence, as bytes, so that long ones compare at the speed of memory.
 
     Keys and values at a position depend on all tokens up to it and on the adapters' weights, which ``owner`` names by
-    their digests: an adapter that was replaced is another one. The scope in it keeps strangers' sequences apart.
+    their digests: an adapter that was replaced is another one. The cache namespace keeps strangers' sequences apart.
     """
 
     owner: tuple[bytes, tuple[AdapterUse, ...]]
@@ -37,7 +37,7 @@ class Prefix:
     @classmethod
     def of(cls, sequence: Sequence, length: int) -> Prefix:
         """The first ``length`` tokens of a sequence."""
-        return cls((sequence.scope, sequence.adapters), array("I", sequence.ids(0, length)).tobytes())
+        return cls((sequence.cache_namespace, sequence.adapters), array("I", sequence.ids(0, length)).tobytes())
 
     def __len__(self) -> int:
         """Tokens in it."""

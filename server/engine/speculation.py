@@ -1,8 +1,8 @@
 """Drafts without a second model: what followed the last tokens before will probably follow them again.
 
 Prompt lookup decoding (Saxena 2023) with a memory: what follows each pair and triple of tokens is known from a
-sequence's prompt, and learned from all outputs of the same adapters and the same scope, because an adapter that keeps a
-template repeats itself. A draft is walked through these tables while its probability lasts. The
+sequence's prompt, and learned from all outputs of the same adapters and the same cache namespace, because an adapter
+that keeps a template repeats itself. A draft is walked through these tables while its probability lasts. The
 model judges every token of it in the step that computes the next one anyway, so a wrong draft costs rows, never tokens.
 """
 
@@ -21,9 +21,9 @@ MAX_DRAFT_ROWS = 32
 MAX_PROMPT = 2048
 """Tokens of a prompt that are looked up in, the last ones."""
 MAX_NGRAMS = 4096
-"""N-grams remembered of all outputs of one (adapters, scope), about 250 bytes each."""
+"""N-grams remembered of all outputs of one (adapters, cache namespace), about 250 bytes each."""
 MAX_TABLES = 64
-"""How many (adapters, scope) are remembered, the last used ones."""
+"""How many (adapters, cache namespace) are remembered, the last used ones."""
 MAX_PAUSE = 32
 """Most steps in which a sequence whose drafts were wrong gets none."""
 
@@ -178,7 +178,7 @@ class Speculation:
         return track
 
     def _shared_table(self, sequence: Generation) -> NGrams:
-        key = (sequence.adapters, sequence.scope)
+        key = (sequence.adapters, sequence.cache_namespace)
         table = self._shared.setdefault(key, NGrams(MAX_NGRAMS))
         self._shared.move_to_end(key)
         if len(self._shared) > MAX_TABLES:

@@ -53,7 +53,7 @@ class Memory:
         for segment in batch.segments:
             one = segment.sequence
             slot = self.held.setdefault(segment.slot, [None] * LENGTH)
-            owner = (one.scope, one.adapters)
+            owner = (one.cache_namespace, one.adapters)
             ids = tuple(one.ids(0, segment.end))
             for position in range(segment.start):
                 assert slot[position] == (owner, ids[: position + 1]), "a row sees what is not its own"
@@ -109,10 +109,15 @@ def make(
 
 
 def ask(
-    number: int, prompt: tuple[int, ...], *, tokens: int = 4, adapters: tuple[AdapterUse, ...] = (), scope: bytes = b""
+    number: int,
+    prompt: tuple[int, ...],
+    *,
+    tokens: int = 4,
+    adapters: tuple[AdapterUse, ...] = (),
+    cache_namespace: bytes = b"",
 ) -> Sequence:
     """A sequence."""
-    return Sequence(number, prompt, tokens, GREEDY, adapters, scope=scope)
+    return Sequence(number, prompt, tokens, GREEDY, adapters, cache_namespace=cache_namespace)
 
 
 def test_the_same_prompt_again_computes_its_last_token_alone() -> None:
@@ -211,7 +216,7 @@ ADAPTER = (AdapterUse("one"),)
 
 
 @pytest.mark.parametrize(
-    ("adapters", "scope"),
+    ("adapters", "cache_namespace"),
     [
         ((), b"mine"),
         ((AdapterUse("another version"),), b"mine"),
@@ -222,18 +227,21 @@ ADAPTER = (AdapterUse("one"),)
     ],
 )
 def test_nothing_is_reused_across_adapters_versions_scales_and_scopes(
-    adapters: tuple[AdapterUse, ...], scope: bytes
+    adapters: tuple[AdapterUse, ...], cache_namespace: bytes
 ) -> None:
     engine, _ = make(budget=16)
-    mine = ask(1, SYSTEM, adapters=ADAPTER, scope=b"mine")
-    other, again = ask(2, SYSTEM, adapters=adapters, scope=scope), ask(3, SYSTEM, adapters=ADAPTER, scope=b"mine")
+    mine = ask(1, SYSTEM, adapters=ADAPTER, cache_namespace=b"mine")
+    other, again = (
+        ask(2, SYSTEM, adapters=adapters, cache_namespace=cache_namespace),
+        ask(3, SYSTEM, adapters=ADAPTER, cache_namespace=b"mine"),
+    )
     finish(engine, mine)
     finish(engine, other)
     finish(engine, again)
     assert (other.num_cached, again.num_cached) == (0, len(SYSTEM) - 1)
     other, together = (
-        ask(4, SYSTEM, adapters=adapters, scope=b"new" + scope),
-        ask(5, SYSTEM, adapters=ADAPTER, scope=b"n"),
+        ask(4, SYSTEM, adapters=adapters, cache_namespace=b"new" + cache_namespace),
+        ask(5, SYSTEM, adapters=ADAPTER, cache_namespace=b"n"),
     )
     finish(engine, together, other)
     assert other.num_cached == together.num_cached == 0
@@ -379,7 +387,7 @@ def test_whatever_comes_and_goes_rows_see_their_own_and_memory_stays_within_its_
         if earlier is not None and earlier.num_tokens < 150 and source.random() < 0.5:
             prompt = (*earlier.ids(0, earlier.num_tokens), *[source.randrange(VOCAB)] * source.randint(1, 9))
         owner = source.choice((((), b""), (ADAPTER, b""), (ADAPTER, b"x")))
-        asked[number] = ask(number, prompt, tokens=source.randint(1, 60), adapters=owner[0], scope=owner[1])
+        asked[number] = ask(number, prompt, tokens=source.randint(1, 60), adapters=owner[0], cache_namespace=owner[1])
         engine.add(asked[number])
         for _ in range(source.randint(0, 12)):
             if not engine.idle:

@@ -118,7 +118,7 @@ def random_asks(source: random.Random, *, penalized: bool) -> list[Sequence]:
                 params=params,
                 adapters=source.choice(((), (AdapterUse("a"),), (AdapterUse("a", 0.5), AdapterUse("b")))),
                 eos_ids=frozenset(source.sample(range(VOCAB), source.randint(0, 2))),
-                scope=source.choice((b"", b"x")),
+                cache_namespace=source.choice((b"", b"x")),
             )
         )
     return asks
@@ -294,22 +294,22 @@ def test_rows_of_drafts_are_bounded_over_all_sequences() -> None:
     assert max(drafted) == MAX_DRAFT_ROWS
 
 
-def test_others_outputs_help_those_of_the_same_adapters_and_scope_alone() -> None:
-    """What one sequence said must not even be noticed, by its speed, by another of a different scope."""
+def test_others_outputs_help_those_of_the_same_adapters_and_cache_namespace_alone() -> None:
+    """What one sequence said must not even be noticed, by its speed, by another of a different cache namespace."""
 
     def num_steps(engine: Engine, runner: ScriptedRunner, second: Sequence) -> int:
-        engine.add(ask(1, [0], adapters=(AdapterUse("a"),), scope=b"one"))
+        engine.add(ask(1, [0], adapters=(AdapterUse("a"),), cache_namespace=b"one"))
         finish(engine)
         before = len(runner.batches)
         engine.add(second)
         finish(engine)
         return len(runner.batches) - before
 
-    same = num_steps(*make(counting), ask(2, [0], adapters=(AdapterUse("a"),), scope=b"one"))
+    same = num_steps(*make(counting), ask(2, [0], adapters=(AdapterUse("a"),), cache_namespace=b"one"))
     others = [
-        num_steps(*make(counting), ask(2, [0], adapters=(AdapterUse("a"),), scope=b"two")),
-        num_steps(*make(counting), ask(2, [0], adapters=(AdapterUse("a", 0.5),), scope=b"one")),
-        num_steps(*make(counting), ask(2, [0], adapters=(), scope=b"one")),
+        num_steps(*make(counting), ask(2, [0], adapters=(AdapterUse("a"),), cache_namespace=b"two")),
+        num_steps(*make(counting), ask(2, [0], adapters=(AdapterUse("a", 0.5),), cache_namespace=b"one")),
+        num_steps(*make(counting), ask(2, [0], adapters=(), cache_namespace=b"one")),
     ]
     first = num_steps(*make(habits(1)), ask(2, [0]))
     assert same < min(others) < first
@@ -351,7 +351,7 @@ def test_tables_are_bounded() -> None:
     assert len(table) <= 102
     speculation = Speculation(max_drafts=4, max_model_len=LENGTH)
     for number in range(3 * MAX_TABLES):
-        speculation.extend([Segment(ask(number, [1, 2], scope=str(number).encode()), 0, 0, 2)], room=8)
+        speculation.extend([Segment(ask(number, [1, 2], cache_namespace=str(number).encode()), 0, 0, 2)], room=8)
     assert len(speculation._shared) == MAX_TABLES
     assert len(speculation._tracks) <= 1, "what is known of a sequence goes with it"
 

@@ -20,24 +20,24 @@ COMPLETION: tuple[str, dict[str, Any]] = ("/v1/completions", {"model": BASE, "pr
 KEY = "sk-somebodys-key-0123456789"
 
 
-def scopes(*asks: tuple[dict[str, str], dict[str, Any]], to: tuple[str, dict[str, Any]] = CHAT) -> list[bytes]:
+def namespaces(*asks: tuple[dict[str, str], dict[str, Any]], to: tuple[str, dict[str, Any]] = CHAT) -> list[bytes]:
     """What the engine is told of requests with these headers and fields."""
     engine = FakeEngine()
     app = create_app(server_state(engine))
     for headers, fields in asks:
         assert ask(app, "POST", to[0], json={**to[1], **fields}, headers=headers).status_code == 200
-    return [each.scope for each in engine.submitted]
+    return [each.cache_namespace for each in engine.submitted]
 
 
 @pytest.mark.parametrize("to", [CHAT, COMPLETION])
-def test_a_scope_is_a_key_and_a_salt(to: tuple[str, dict[str, Any]]) -> None:
+def test_a_cache_namespace_is_a_key_and_a_salt(to: tuple[str, dict[str, Any]]) -> None:
     keys: list[dict[str, str]] = [{}, {"authorization": f"Bearer {KEY}"}, {"authorization": "Bearer other"}]
     salts: list[dict[str, Any]] = [{}, {"cache_salt": "a"}, {"cache_salt": KEY}]
     asks = list(itertools.product(keys, salts))
-    found = scopes(*asks, *asks, to=to)
+    found = namespaces(*asks, *asks, to=to)
     assert found[:9] == found[9:]
     assert len(set(found)) == 9
-    assert scopes((keys[0], {"cache_salt": None}), to=to) == found[:1]
+    assert namespaces((keys[0], {"cache_salt": None}), to=to) == found[:1]
 
 
 def test_key_and_salt_cannot_be_shifted_into_each_other() -> None:
