@@ -16,6 +16,8 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_NAME_CHARS, MAX_DIMENSIONS = 512, 8
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 """Formats whose tensors' sizes are checked; others, as those of 8 bits and fewer, are taken as they are."""
+FLOAT_DTYPES = ("F32", "F16", "BF16")
+"""What the tensors of an adapter are in."""
 
 
 @dataclass(frozen=True)

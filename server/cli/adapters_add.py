@@ -26,14 +26,10 @@ from huggingface_hub.errors import (
 )
 
 from adapter_format.files import (
-    ADDED_FILE,
     CARD_FILE,
+    COMPANION_FILES,
     CONFIG_FILE,
-    GENERATION_FILE,
-    SIDECAR_FILE,
     SOURCE_FILE,
-    TEMPLATE_FILE,
-    TOKENIZER_FILE,
     TOKENS_FILE,
     WEIGHTS_FILE,
 )
@@ -46,8 +42,6 @@ DESCRIPTION = """\
 Fetch a PEFT adapter from the Hugging Face hub into --adapters-dir. Only its own files are fetched, and safetensors
 only, never a pickle or code. HF_TOKEN and HF_ENDPOINT mean what they mean to huggingface_hub."""
 
-COMPANION_FILES = (SIDECAR_FILE, TOKENIZER_FILE, TOKENS_FILE, ADDED_FILE, TEMPLATE_FILE, GENERATION_FILE)
-"""What may stand beside PEFT's two files and says how the adapter wants to be talked to."""
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl")
 _TIMEOUT = 30.0

@@ -14,7 +14,7 @@ from typing import Any
 
 from adapter_format.files import CONFIG_FILE, SIDECAR_FILE, SOURCE_FILE, TOKENS_FILE, WEIGHTS_FILE
 from adapter_format.sidecar import Sidecar, parse_sidecar
-from base_files.safetensors_header import TensorEntry
+from base_files.safetensors_header import FLOAT_DTYPES, TensorEntry
 from server.adapters.content.config_fields import FIELDS, READ
 from server.adapters.content.folder import (
     MAX_JSON_BYTES,
@@ -25,7 +25,6 @@ from server.adapters.content.folder import (
     read_tokens_at,
 )
 from server.adapters.content.manifest import (
-    EXPONENTS,
     Limits,
     Manifest,
     check_tokenizer,
@@ -181,7 +180,7 @@ def _judge_weights(found: DiagnosticReport, data: bytes, base: BaseSignature, li
     with found.noting():
         entries = weights_header(data, len(data))
     with found.noting():
-        check_values(data, {name: entry for name, entry in entries.items() if entry.dtype in EXPONENTS})
+        check_values(data, {name: entry for name, entry in entries.items() if entry.dtype in FLOAT_DTYPES})
     if not entries or found.config is None:
         return
     with found.noting():

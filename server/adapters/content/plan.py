@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from base_files.safetensors_header import TensorEntry
+from base_files.safetensors_header import FLOAT_DTYPES, TensorEntry
 from server.adapters.content.fit import problems_of, target_problems
 from server.adapters.content.module_plan import ModulePlan, module_plan
 from server.adapters.content.peft_config import LoRAConfig
@@ -18,7 +18,6 @@ from server.adapters.content.tensor_names import ModuleNames, ModuleTensors, Sor
 from server.errors import first
 
 _OLD_EXPERT = re.compile(r"\.experts\.\d+\.")
-_FLOATS = ("F32", "F16", "BF16")
 _FACTOR = re.compile(r"\.lora_[AB]\.(?:[^.]+\.)?weight$")
 
 
@@ -108,7 +107,7 @@ def _tensor_problems(entries: Mapping[str, TensorEntry], tensors_of: SortedTenso
     if len(adapters) > 1:
         yield f"it holds several adapters ({first(adapters)}): save one alone, save_pretrained(selected_adapters=[...])"
         return
-    if wrong := [f"{name} ({entry.dtype})" for name, entry in entries.items() if entry.dtype not in _FLOATS]:
+    if wrong := [f"{name} ({entry.dtype})" for name, entry in entries.items() if entry.dtype not in FLOAT_DTYPES]:
         yield f"its tensors must be floats (F32, F16 or BF16), and some are not: {first(wrong)}"
     if strange:
         yield f"it holds tensors that are no part of a LoRA adapter for this base: {first(strange)}"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapter_format.files import CONFIG_FILE, WEIGHTS_FILE
-from base_files.safetensors_header import TensorEntry, parse_header
+from base_files.safetensors_header import FLOAT_DTYPES, TensorEntry, parse_header
 from server.adapters.content.file_kinds import kind_of_bytes
 from server.adapters.content.folder import MAX_JSON_BYTES
 from server.adapters.content.signature import BaseSignature
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 MLX_WEIGHTS_FILE, OLD_WEIGHTS_FILE = "adapters.safetensors", "adapters.npz"
 _LEAVES = ("lora_a", "lora_b", "m")
-_FLOATS = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -179,7 +178,7 @@ def _check_entries(entries: Mapping[str, TensorEntry], *, dora: bool) -> None:
     """Raises ``NotPublished`` for tensors that are no part of such an adapter."""
     if strange := [name for name in entries if name.rpartition(".")[2] not in _LEAVES or "." not in name]:
         raise NotPublished(f"it holds tensors that are no lora_a, lora_b or m: {first(strange)}")
-    if wrong := [f"{name} ({entry.dtype})" for name, entry in entries.items() if entry.dtype not in _FLOATS]:
+    if wrong := [f"{name} ({entry.dtype})" for name, entry in entries.items() if entry.dtype not in FLOAT_DTYPES]:
         raise NotPublished(f"its tensors must be floats, and some are not: {first(wrong)}")
     if not entries:
         raise NotPublished(f"{MLX_WEIGHTS_FILE} holds no tensors")

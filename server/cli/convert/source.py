@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from adapter_format.files import CONFIG_FILE, SIDECAR_FILE, SOURCE_FILE, WEIGHTS_FILE
+from adapter_format.files import COMPANION_FILES, CONFIG_FILE, SIDECAR_FILE, SOURCE_FILE, WEIGHTS_FILE
 from adapter_format.publishing import published_folder
 from adapter_format.sidecar import parse_sidecar
 from base_files.gguf import is_gguf
 from base_files.locate import find_base
 from server.adapters.content.folder import MAX_JSON_BYTES
 from server.adapters.content.peft_config import parse_peft_config
-from server.cli.adapters_add import COMPANION_FILES
 from server.cli.convert.gguf import GGUFAdapter, read_gguf_adapter
 from server.cli.convert.mlx import MLXAdapter, is_mlx_folder, read_mlx
 from server.cli.convert.ollama import Wishes, adapter_path, read_modelfile, read_wishes, settle_template
@@ -131,11 +130,11 @@ def _write_adapter(
     base = checker.base.signature
     match adapter:
         case PEFTAdapter():
-            _copy(adapter.folder, folder, CONFIG_FILE, WEIGHTS_FILE, *COMPANION_FILES, SOURCE_FILE)
+            copy_files(adapter.folder, folder, CONFIG_FILE, WEIGHTS_FILE, *COMPANION_FILES, SOURCE_FILE)
             return ()
         case MLXAdapter():
             tensors = adapter.convert(base)
-            _copy(adapter.folder, folder, *COMPANION_FILES, SOURCE_FILE)
+            copy_files(adapter.folder, folder, *COMPANION_FILES, SOURCE_FILE)
         case GGUFAdapter():
             tensors = adapter.convert(base, checker.base.model.config.get_text_config())
     try:
@@ -198,7 +197,7 @@ def _read_peft(folder: Path) -> PEFTAdapter:
     return PEFTAdapter(folder)
 
 
-def _copy(source: Path, folder: Path, *names: str) -> None:
+def copy_files(source: Path, folder: Path, *names: str) -> None:
     for name in names:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -19,9 +18,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from adapter_format.files import CONFIG_FILE, SOURCE_FILE, WEIGHTS_FILE
+from adapter_format.files import COMPANION_FILES, CONFIG_FILE, SOURCE_FILE, WEIGHTS_FILE
 from server.adapters.content.peft_config import parse_peft_config
-from server.cli.adapters_add import COMPANION_FILES
+from server.cli.convert.source import copy_files
 from server.cli.folders import NotPublished
 from server.errors import BaseModelRefused
 from server.model.device import available_threads
@@ -70,9 +69,7 @@ def convert(
             _tell_gains_by_merging(model, load_stock(base_folder))
         tensors = _to_lora(model, folder, rank=rank)
         del base, model  # before the base is loaded once more
-    for name in (*COMPANION_FILES, SOURCE_FILE):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+    copy_files(source, folder, *COMPANION_FILES, SOURCE_FILE)
     with _peft_sentences("read the converted adapter"):
         got = _logits(_load_adapter(load_stock(base_folder), folder), prompts)
     off, effect = float((got - wanted).abs().max()), float((wanted - plain).abs().max())
