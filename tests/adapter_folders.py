@@ -12,10 +12,9 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from server.adapters.adapter_cache import AdapterCache
+from server.adapters.adapter_cache import AdapterCache, Loaded
 from server.adapters.content.manifest import Limits, Manifest
 from server.adapters.content.signature import BaseSignature, linear
-from server.adapters.leases import Loaded
 from server.adapters.library import AdapterLibrary
 from server.adapters.operator import AdapterOperator
 from server.adapters.reader import AdapterReader

@@ -16,12 +16,11 @@ from fastapi import FastAPI
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from server.adapters.adapter_cache import AdapterCache
+from server.adapters.adapter_cache import AdapterCache, Loaded
 from server.adapters.content.manifest import Listing, Manifest
 from server.adapters.content.manners import AdapterDefaults
 from server.adapters.content.peft_config import LoRAConfig
 from server.adapters.content.plan import Plan
-from server.adapters.leases import Loaded
 from server.adapters.library import AdapterLibrary
 from server.adapters.reader import AdapterReader
 from server.adapters.registry import Adapter, AdapterRegistry

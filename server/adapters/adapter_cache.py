@@ -1,4 +1,4 @@
-"""The adapters' weights in memory, within a budget of bytes. The event loop owns it: no locks.
+"""Leases of adapters, and their weights in memory within a budget of bytes. The event loop owns it: no locks.
 
 Weights that are leased or pinned are never evicted; the others are, least recently used first. A load reserves an upper
 bound of its bytes, which becomes what the weights really take once they are loaded. Requests whose weights find no room
@@ -11,16 +11,77 @@ from __future__ import annotations
 import asyncio
 from collections import Counter, OrderedDict, deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
+from server.adapters.content.manners import AdapterDefaults
+from server.adapters.registry import Adapter
 from server.errors import QueueFull
 from server.integrity import ensure
+from server.metrics import COMPOSITION
+from server.sequence import AdapterUse
 
 PATIENCE = 1.0
 """Seconds after which the first in the queue goes before requests whose weights are in memory."""
 
 Load = Callable[[str], Awaitable[int]]
 """Loads weights by their digest; returns the bytes that they take."""
+
+
+@dataclass(frozen=True)
+class LeasedAdapter:
+    """A version of an adapter in memory, and the factor of its delta."""
+
+    adapter: Adapter
+    scale: float = 1.0
+
+    @property
+    def label(self) -> str:
+        """``name@digest``, with the factor where it is not 1."""
+        return self.adapter.label if self.scale == 1 else f"{self.adapter.label}:{self.scale:g}"
+
+
+@dataclass(eq=False)
+class Lease:
+    """Adapters that stay in memory until ``release``."""
+
+    adapters: tuple[LeasedAdapter, ...]
+    _release: Callable[[], None]
+
+    @property
+    def uses(self) -> tuple[AdapterUse, ...]:
+        return tuple(AdapterUse(leased.adapter.weights_digest, leased.scale) for leased in self.adapters)
+
+    @property
+    def label(self) -> str:
+        """``name@digest``, joined by ``+`` where there are several; it can be asked for as a model."""
+        return "+".join(leased.label for leased in self.adapters)
+
+    @property
+    def metrics_label(self) -> str:
+        """The adapter's name; compositions are counted under one name together."""
+        return self.adapters[0].adapter.name if len(self.adapters) == 1 else COMPOSITION
+
+    @property
+    def defaults(self) -> AdapterDefaults:
+        """The first one's manners; what ends an answer of any of them ends this one, and tokens are those of all."""
+        manners = [one.adapter.defaults for one in self.adapters]
+        stop = dict.fromkeys(text for one in manners for text in one.stop)
+        eos = dict.fromkeys(token for one in manners for token in one.eos)
+        ends = dict.fromkeys(token for one in manners for token in one.end_tokens)
+        added = next((one.added_tokens for one in manners if one.added_tokens), ())
+        return replace(manners[0], stop=tuple(stop), eos=tuple(eos), end_tokens=tuple(ends), added_tokens=added)
+
+    def release(self) -> None:
+        """Give it back; once."""
+        self._release()
+
+
+class Loaded(NamedTuple):
+    """Weights in the engine: how far they move the base, and the bytes that they take."""
+
+    delta_norm: float
+    num_bytes: int
 
 
 @dataclass(eq=False)

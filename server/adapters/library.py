@@ -5,20 +5,27 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 
-from server.adapters.adapter_cache import AdapterCache
+from server.adapters.adapter_cache import AdapterCache, Lease, LeasedAdapter, Loaded
 from server.adapters.aliases import Alias
 from server.adapters.content.manifest import Manifest
-from server.adapters.leases import Lease, LeasedAdapter, Loaded, loading
 from server.adapters.names import ModelRef, parse_model
 from server.adapters.reader import AdapterReader, FolderMoved
 from server.adapters.registry import DIGITS, Adapter, AdapterRegistry, Entry
 from server.adapters.sync import AdapterSync
 from server.adapters.versions import Pin
-from server.errors import AdapterNotLoaded, AdapterPending, AdapterRejected, InvalidRequest, ModelNotFound, QueueFull
+from server.errors import (
+    AdapterNotLoaded,
+    AdapterPending,
+    AdapterRejected,
+    InvalidRequest,
+    ModelNotFound,
+    QueueFull,
+    QuickchangeError,
+)
 from server.metrics import Metrics
 
 logger = logging.getLogger("quickchange.adapters")
@@ -196,7 +203,7 @@ class AdapterLibrary:
             entry = self.registry.get(ref.name)
             version = entry.pin.version
             if version is None:
-                return await self.sync.hash(entry)
+                return entry.current or await self.sync.hash(entry)
         if entry is None:
             return await self._kept(ref.name, version, None)
         adapter = entry.known(version) or await self._kept(ref.name, version, entry)
@@ -231,7 +238,7 @@ class AdapterLibrary:
                 return await self._read_and_put(adapter)
 
     async def _read_and_put(self, adapter: Adapter) -> int:
-        with loading(adapter.name):
+        with _loading(adapter.name):
             manifest = await self._bytes_of(adapter)
         try:
             return await self._put(manifest)
@@ -242,7 +249,7 @@ class AdapterLibrary:
             raise
 
     async def _put(self, manifest: Manifest) -> int:
-        with loading(manifest.name):
+        with _loading(manifest.name):
             loaded = self._loaded[manifest.weights_digest] = await self._load_weights(manifest)
         return loaded.num_bytes
 
@@ -355,6 +362,18 @@ class AdapterLibrary:
     def _report(self) -> None:
         self.metrics.adapters_resident.set(len(self.cache.digests))
         self.metrics.adapter_memory.set(self.cache.num_bytes)
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """What fails inside, but for what is known to be the folder's fault, is an ``AdapterNotLoaded`` and in the log."""
+    try:
+        yield
+    except (QuickchangeError, FolderMoved):
+        raise
+    except Exception as error:
+        logger.exception("adapter %s could not be loaded", name)
+        raise AdapterNotLoaded(name) from error
 
 
 def _check_composition(adapters: tuple[LeasedAdapter, ...]) -> None:

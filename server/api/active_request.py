@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
-from server.adapters.leases import Lease
+from server.adapters.adapter_cache import Lease
 from server.api.protocol import GenerationRequest
 from server.engine.async_engine import SubmittedSequence
 from server.metrics import BASE, Metrics

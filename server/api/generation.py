@@ -10,8 +10,8 @@ from typing import TypeVar
 
 from fastapi import Request
 
+from server.adapters.adapter_cache import Lease
 from server.adapters.content.manners import AdapterDefaults
-from server.adapters.leases import Lease
 from server.api.active_request import ActiveRequest, Choice, RequestLog
 from server.api.protocol import GenerationRequest
 from server.api.state import ServerState

@@ -9,7 +9,7 @@ import uuid
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from server.adapters.leases import Lease
+from server.adapters.adapter_cache import Lease
 from server.api.active_request import TextDelta
 from server.api.logprobs import chat_logprobs, completion_logprobs
 from server.sequence import FinishReason

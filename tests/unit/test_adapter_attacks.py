@@ -32,10 +32,10 @@ import torch
 from fastapi import FastAPI
 from starlette.types import Message
 
+from server.adapters.adapter_cache import Loaded
 from server.adapters.content import folder as folder_module
 from server.adapters.content.folder import signature_of
 from server.adapters.content.manifest import Limits, Manifest, list_folder, read_manifest
-from server.adapters.leases import Loaded
 from server.adapters.reader import AdapterReader, FolderMoved
 from server.api.app import ServerState, create_app
 from server.engine.async_engine import AsyncEngine

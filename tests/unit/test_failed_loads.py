@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from server.adapters.adapter_cache import Loaded
 from server.adapters.content.manifest import Manifest
-from server.adapters.leases import Loaded
 from server.adapters.versions import Pin
 from server.api.errors import reply_to
 from server.errors import AdapterNotLoaded
