@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from server.adapters.content.manifest import Manifest
 from server.lora.weights import LoRAWeights
 from server.model.loader import Base, load_stock
-from server.model.rope import fix_rope
+from server.model.patches import ModelPatches, fix_rope
 from server.model.runner import ModelRunner
 from server.sequence import AdapterUse, Batch, SamplingParams, Segment
 from server.sequence import Sequence as Generation
@@ -98,7 +98,7 @@ def answer_here(base: Base, manifest: Manifest, weights: LoRAWeights) -> Answers
 def compare(base_folder: Path, manifest: Manifest, answers: Answers) -> Parity:
     """Hold answers against PEFT's, on a fresh base in float32. Raises whatever PEFT raises."""
     base = load_stock(base_folder)
-    fix_rope(base, answers.max_model_len)  # frequencies are those of the server's longest sequence
+    fix_rope(base, answers.max_model_len, ModelPatches())  # frequencies are those of the server's longest sequence
     model = _adapted(base, manifest)
     theirs = torch.stack([_logits(model, answer) for answer in answers.adapted])
     ours, plain = (torch.stack([one.logits for one in some]) for some in (answers.adapted, answers.plain))

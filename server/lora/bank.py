@@ -146,6 +146,11 @@ class LoRABank:
         self.backend.detach(name)
         del self._layers[name]
 
+    def unwrap_all(self) -> None:
+        """Put every module of the base back; the bank is of no use afterwards."""
+        for name in list(self._layers):
+            self._unwrap(name)
+
     def _replace(self, name: str, module: nn.Module) -> None:
         self._num_replaced += 1
         parent, _, attribute = name.rpartition(".")

@@ -19,7 +19,7 @@ from server.model.attention.cpu import TorchAttention
 from server.model.attention.interface import AttentionBackend, BackendFactory, FlatAttention
 from server.model.attention.probe import ProbingAttention
 from server.model.kv_cache import AttentionMetadata, AttentionSegment, KVCache
-from server.model.rope import fix_rope
+from server.model.patches import ModelPatches, fix_rope
 
 TOLERANCE = 1e-3
 """Largest difference allowed between logits, as a share of the largest stock logit; float32 leaves about 1e-6."""
@@ -141,7 +141,7 @@ def _compare(config: PretrainedConfig, backend: BackendFactory) -> None:
     """Stock logits of two sequences against ours: flat, in chunks, and token by token."""
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     _randomize(model)
-    fix_rope(model, _CONTEXT)
+    fix_rope(model, _CONTEXT, ModelPatches())
     sequences = [torch.randint(3, 200, (length,)) for length in _LENGTHS]
     stock = [model(input_ids=ids[None], use_cache=False).logits[0] for ids in sequences]
     probe, attention = ProbingAttention(), FlatAttention()

@@ -6,7 +6,6 @@ As in ``fused_ops`` they are found by trying: a layer that gives another result 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 from server.model.fused_ops import GatedMLP, RMSNorm, fuse_ops
+from server.model.patches import ModelPatches
 
 if TYPE_CHECKING:
     from cpu_kernels.kernels import Kernels
@@ -23,20 +23,14 @@ _PASSED_ON = frozenset({"attention_mask", "position_ids", "past_key_values", "us
 """What models call their layers with, for the attention."""
 
 
-def fuse_layers(model: nn.Module, passes: Kernels | None = None) -> None:
-    """Replace norms, rotation and gated units (``fused_ops.fuse_ops``), and with routines the layers of these."""
-    fuse_ops(model, passes)
+def fuse_layers(model: nn.Module, patches: ModelPatches, passes: Kernels | None = None) -> None:
+    """Replace what ``fuse_ops`` replaces, and with routines the ``forward`` of layers like Llama's."""
+    fuse_ops(model, patches, passes)
     for module in list(model.modules()):
         if passes is not None and {name for name, _ in module.named_children()} >= _CHILDREN:
             fused = FusedLayer.like(module, passes)
             if fused is not None:
-                module.__dict__["forward"] = fused
-
-
-def forward_of(layer: nn.Module) -> Callable[..., Any]:
-    """A layer's fused forward, or its class's where it has none."""
-    own = layer.__dict__.get("forward")
-    return own if isinstance(own, FusedLayer) else partial(type(layer).forward, layer)
+                patches.set_attribute(module, "forward", fused)
 
 
 class FusedLayer:
@@ -58,22 +52,20 @@ class FusedLayer:
         norm, units = layer.get_submodule("post_attention_layernorm"), layer.get_submodule("mlp")
         if type(norm) is not RMSNorm or not isinstance(units, GatedMLP):
             return None
-        fused, attention = cls(layer, passes), layer.get_submodule("self_attn")
+        fused = cls(layer, passes)
         x = torch.randn(1, 3, norm.weight.numel(), generator=torch.Generator().manual_seed(0))
         named = {name: object() for name in _PASSED_ON}
         before = x.clone()
         ours, theirs = _StandIn(), _StandIn()
         try:
-            layer.add_module("mlp", _Flip())
-            layer.add_module("self_attn", theirs)
-            expected = fused._stock(x.clone(), **named)
-            layer.add_module("self_attn", ours)
-            found = fused(x, **named)
+            with ModelPatches() as trial:
+                trial.set_child(layer, "mlp", _Flip())
+                trial.set_child(layer, "self_attn", theirs)
+                expected = fused._stock(x.clone(), **named)
+                trial.set_child(layer, "self_attn", ours)
+                found = fused(x, **named)
         except (AttributeError, RuntimeError, TypeError, ValueError):
             return None
-        finally:
-            layer.add_module("self_attn", attention)
-            layer.add_module("mlp", units)
         same = isinstance(expected, torch.Tensor) and torch.equal(found, expected) and torch.equal(x, before)
         return fused if same and ours.given == theirs.given else None
 

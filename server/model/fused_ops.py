@@ -6,43 +6,72 @@ What is replaced is found by trying it: where the stock code gives another resul
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
 from cpu_kernels.kernels import Kernels, Norm
 from server.lora.layer import as_base
+from server.model.patches import ModelPatches, with_globals
 from server.quantization.linear import Int8Linear
 
 _TOLERANCE = 1e-5
 _APART, _JOINED = ("gate_proj", "up_proj", "down_proj"), ("gate_up_proj", "down_proj")
 _EPSILONS = ("variance_epsilon", "eps")
+_ROTARY = "apply_rotary_pos_emb"
+"""What modelling code calls its rotary embedding, a function of its module."""
 
 
-def fuse_ops(model: nn.Module, passes: Kernels | None = None) -> None:
-    """Replace the norms of a float32 model, and the rotation in its modelling code.
+def fuse_ops(model: nn.Module, patches: ModelPatches, passes: Kernels | None = None) -> None:
+    """Replace the norms of a float32 model on a CPU, and its rotary embedding.
 
     With ``passes``, routines compiled for this CPU, each of these is one, and so is what gates a layer's units.
     """
+    patches.begin("fused ops")
     for name, module in list(model.named_modules()):
         fused = RMSNorm.like(module, passes) or (None if passes is None else GatedMLP.like(module, passes))
         if fused is not None:
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, fused)
-    fuse_rotary_embedding(model, passes)
+            patches.set_submodule(model, name, fused)
+    _fuse_rope(model, patches, passes)
 
 
-def fuse_rotary_embedding(model: nn.Module, passes: Kernels | None) -> None:
-    """Replace the rotary embedding in a model's modelling code, which all models of its family share."""
-    code = sys.modules[type(model).__module__]
-    stock = getattr(code, "apply_rotary_pos_emb", None)
-    stock = stock.stock if isinstance(stock, RotaryEmbedding) else stock
-    if callable(stock) and _rotates_alike(RotaryEmbedding(stock, passes)):
-        code.__dict__["apply_rotary_pos_emb"] = RotaryEmbedding(stock, passes)
+def fuse_norms(model: nn.Module, patches: ModelPatches) -> None:
+    """Replace the norms that ``FusedRMSNorm`` computes; others, as those that add one to their weight, stay."""
+    patches.begin("fused norms")
+    for name, module in list(model.named_modules()):
+        fused = FusedRMSNorm.like(module)
+        if fused is not None:
+            patches.set_submodule(model, name, fused)
+
+
+def _fuse_rope(model: nn.Module, patches: ModelPatches, passes: Kernels | None) -> None:
+    """Give attention modules a ``forward`` that finds our rotary embedding where stock code finds its own function."""
+    fused: dict[Any, RotaryEmbedding | None] = {}
+    copies: dict[Any, FunctionType | None] = {}
+    for module in model.modules():
+        forward = type(module).forward
+        if forward not in copies:
+            copies[forward] = _with_fused_rope(forward, fused, passes)
+        if (copy := copies[forward]) is not None:
+            patches.set_attribute(module, "forward", MethodType(copy, module))
+
+
+def _with_fused_rope(
+    forward: Any, fused: dict[Any, RotaryEmbedding | None], passes: Kernels | None
+) -> FunctionType | None:
+    """None for a method that is decorated, calls no rotary embedding, or one that computes something else."""
+    if not isinstance(forward, FunctionType) or _ROTARY not in forward.__code__.co_names:
+        return None
+    stock = forward.__globals__.get(_ROTARY)
+    if stock not in fused:
+        fused[stock] = RotaryEmbedding.like(stock, passes) if callable(stock) else None
+    embedding = fused[stock]
+    return None if embedding is None else with_globals(forward, **{_ROTARY: embedding})
 
 
 class RMSNorm(nn.Module):
@@ -57,12 +86,8 @@ class RMSNorm(nn.Module):
     @classmethod
     def like(cls, stock: nn.Module, passes: Kernels | None = None) -> RMSNorm | None:
         """One that computes what a stock module does, None where that is something else."""
-        parameters = list(stock.named_parameters())
-        eps = next((value for name in _EPSILONS if isinstance(value := getattr(stock, name, None), float)), None)
-        if [name for name, _ in parameters] != ["weight"] or eps is None or list(stock.children()):
-            return None
-        weight = stock.get_parameter("weight")
-        if weight.ndim != 1 or weight.dtype != torch.float32 or weight.device.type != "cpu":
+        weight, eps = _weight_and_eps(stock)
+        if weight is None or weight.dtype != torch.float32 or weight.device.type != "cpu":
             return None
         x = torch.randn(1, 3, len(weight), generator=torch.Generator().manual_seed(0))
         try:
@@ -90,6 +115,47 @@ class RMSNorm(nn.Module):
             norm = self._kernels.rms_norm(own + self._offset, self._eps)
             self._prepared = own, norm
         return norm
+
+
+class FusedRMSNorm(nn.Module):
+    """``x * weight / sqrt(mean(x**2) + eps)`` by torch's own operation, rounded once.
+
+    On an accelerator it is one kernel where modelling code launches eight.
+    """
+
+    def __init__(self, weight: nn.Parameter, eps: float) -> None:
+        super().__init__()
+        self.weight = weight
+        self._eps = eps
+
+    @classmethod
+    def like(cls, stock: nn.Module) -> FusedRMSNorm | None:
+        """One that computes what a stock module does, None where that is something else."""
+        weight, eps = _weight_and_eps(stock)
+        if weight is None:
+            return None
+        x = torch.randn(1, 3, len(weight), generator=torch.Generator().manual_seed(0)).to(weight.device)
+        exact = F.rms_norm(x, weight.shape, weight.float(), eps)
+        try:
+            expected = stock(x)  # which computes in float32, whatever the weight is kept in
+        except (RuntimeError, TypeError):
+            return None
+        if not isinstance(expected, torch.Tensor) or expected.dtype != torch.float32 or not _alike(exact, expected):
+            return None
+        return cls(nn.Parameter(weight, requires_grad=False), eps)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., dim] -> [..., dim]."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self._eps)
+
+
+def _weight_and_eps(stock: nn.Module) -> tuple[nn.Parameter | None, float]:
+    """Of a module that may be an RMS norm: its one parameter, [dim], and its epsilon; no weight where it is none."""
+    eps = next((value for name in _EPSILONS if isinstance(value := getattr(stock, name, None), float)), None)
+    parameters = dict(stock.named_parameters())
+    if eps is None or list(parameters) != ["weight"] or parameters["weight"].ndim != 1 or list(stock.children()):
+        return None, 0.0
+    return parameters["weight"], eps
 
 
 class GatedMLP(nn.Module):
@@ -122,18 +188,16 @@ class GatedMLP(nn.Module):
         if not isinstance(size, int):
             return None
         x = torch.randn(1, 3, size, generator=torch.Generator().manual_seed(0))
-        down = stock.get_submodule("down_proj")
         try:
-            stock.add_module("down_proj", nn.Identity())
-            candidates = [cls(stock, passes, names, by_gelu=by_gelu) for by_gelu in (False, True)]
-            expected = stock(x)
-            found = next((one for one in candidates if _alike(one(x), expected)), None)
+            with ModelPatches() as trial:
+                trial.set_child(stock, "down_proj", nn.Identity())
+                candidates = [cls(stock, passes, names, by_gelu=by_gelu) for by_gelu in (False, True)]
+                expected = stock(x)
+                found = next((one for one in candidates if _alike(one(x), expected)), None)
         except (RuntimeError, TypeError):
             return None
-        finally:
-            stock.add_module("down_proj", down)
         if found is not None:
-            found.add_module("down_proj", down)
+            found.add_module("down_proj", stock.get_submodule("down_proj"))
         return found
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -191,6 +255,19 @@ class RotaryEmbedding:
         self._for: torch.Tensor | None = None
         self._signed = self._cos = torch.empty(0)
 
+    @classmethod
+    def like(cls, stock: Callable[..., Any], passes: Kernels | None = None) -> RotaryEmbedding | None:
+        """One that computes what a stock function does, None where that is something else."""
+        fused, generator = cls(stock, passes), torch.Generator().manual_seed(0)
+        q, k = (torch.randn(1, heads, 3, 16, generator=generator) for heads in (4, 2))
+        cos, sin = (torch.randn(1, 3, 16, generator=generator) for _ in range(2))
+        try:
+            expected = stock(q, k, cos, sin)
+        except (RuntimeError, TypeError, ValueError):
+            return None
+        pairs = zip(fused(q, k, cos, sin), expected, strict=True)
+        return fused if all(_alike(ours, theirs) for ours, theirs in pairs) else None
+
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *others: Any, **named: Any
     ) -> Any:
@@ -213,18 +290,6 @@ class RotaryEmbedding:
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, signed: torch.Tensor, half: int) -> torch.Tensor:
     return torch.addcmul(x * cos, x.roll(half, -1), signed)
-
-
-def _rotates_alike(fused: RotaryEmbedding) -> bool:
-    """Whether a rotation gives what the stock code does."""
-    generator = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(1, heads, 3, 16, generator=generator) for heads in (4, 2))
-    cos, sin = (torch.randn(1, 3, 16, generator=generator) for _ in range(2))
-    try:
-        expected = fused.stock(q, k, cos, sin)
-    except (RuntimeError, TypeError, ValueError):
-        return False
-    return all(_alike(ours, theirs) for ours, theirs in zip(fused(q, k, cos, sin), expected, strict=True))
 
 
 def _alike(ours: torch.Tensor, theirs: Any) -> bool:

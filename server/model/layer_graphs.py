@@ -15,9 +15,9 @@ from cpu_kernels.kernels import Kernels
 from cpu_kernels.layer_graph import Arena, GraphRecorder, LayerGraph, NotRecordable, TooLarge
 from server.lora.bank import LoRABank
 from server.model.attention.interface import FlatAttention
-from server.model.fused_layers import forward_of
-from server.model.fused_ops import fuse_rotary_embedding, layers_of
+from server.model.fused_ops import layers_of
 from server.model.kv_cache import AttentionMetadata
+from server.model.patches import ModelPatches
 
 logger = logging.getLogger("quickchange.model")
 
@@ -37,9 +37,16 @@ class GraphRunner:
     in a layer, not only memory that routines read. A graph that does not give the same bits is not replayed.
     """
 
-    def __init__(self, model: PreTrainedModel, attention: FlatAttention, bank: LoRABank, kernels: Kernels) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        attention: FlatAttention,
+        bank: LoRABank,
+        kernels: Kernels,
+        patches: ModelPatches,
+    ) -> None:
         assert attention.backend is not None
-        self._model, self._attention, self._bank, self._kernels = model, attention, bank, kernels
+        self._attention, self._bank, self._kernels = attention, bank, kernels
         self._backend = attention.backend
         self._arena = Arena(_ARENA_BYTES)
         self._graphs: dict[Key, dict[int, LayerGraph]] = {}
@@ -52,7 +59,7 @@ class GraphRunner:
         self.problem: str | None = None
         self.num_replayed = 0
         for number, layer in enumerate(layers_of(model)):
-            layer.__dict__["forward"] = self._forward(number, forward_of(layer))
+            patches.set_attribute(layer, "forward", self._forward(number, layer.forward))
 
     def begin(self, metadata: AttentionMetadata) -> None:
         """A step begins, of which the bank knows the rows already."""
@@ -87,7 +94,6 @@ class GraphRunner:
         return forward
 
     def _recorded(self, key: Key, number: int, call: Callable[[], Any], inputs: list[torch.Tensor]) -> Any:
-        fuse_rotary_embedding(self._model, self._kernels)  # another model's calls would not be recorded
         recorder = GraphRecorder(self._kernels.launch)
         result = recorder.record(call)
         try:

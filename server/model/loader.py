@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,6 @@ from cpu_kernels.kernels import Kernels, choose_kernels
 from server.adapters.content.signature import BaseSignature
 from server.adapters.content.templates import default_template
 from server.errors import BaseModelRefused, SettingsError
-from server.lora import module_bypass
 from server.model.admission import admit
 from server.model.attention.batched import BatchedAttention
 from server.model.attention.cpu import TorchAttention, cpu_attention
@@ -41,11 +40,11 @@ from server.model.base_tokenizer import tokenizer_signature
 from server.model.calibration import Calibration
 from server.model.device import choose_device, choose_dtype, choose_float_dtype, choose_kv_dtype, prepare
 from server.model.fused_layers import fuse_layers
-from server.model.fused_norms import fuse_norms
+from server.model.fused_ops import fuse_norms
 from server.model.kv_cache import AttentionMetadata, AttentionSegment, KVLayout, LayerShape, longest_within
 from server.model.model_trace import PROBE_ROWS, ModelTrace, signature_of, trace_modules
+from server.model.patches import ModelPatches, bypass_modules, fix_rope
 from server.model.quantizer import Quantized, quantizing
-from server.model.rope import fix_rope
 
 logger = logging.getLogger("quickchange.model")
 
@@ -72,6 +71,7 @@ class Base:
     kernels: Kernels
     groups: tuple[tuple[str, ...], ...] = ()
     quantized: Quantized | None = None
+    patches: ModelPatches = field(default_factory=ModelPatches)
 
     @property
     def vocab_size(self) -> int:
@@ -79,8 +79,12 @@ class Base:
         return self.signature.vocab_size
 
     def close(self) -> None:
-        """Free the memory of keys and values; no step can be computed any more."""
-        self.attention.close()
+        """Free the keys and values, and make the model stock again; no step can be computed any more.
+
+        A quantized model gets its stock modules back, without the weights that became integers (they are on the
+        ``meta`` device), and keeps the number format of the others.
+        """
+        self.patches.undo()
 
 
 def load_base(
@@ -111,22 +115,23 @@ def load_base(
     model = load_stock(folder, "auto" if is_int8 else choose_dtype(dtype, place, num_weight_bytes(folder)))
     tokenizer = _load_tokenizer(folder)
     nn.Module.to(model, device=place)
-    probe = ProbingAttention()
-    probe.install(model)
+    patches = ModelPatches()
+    probe = _install_probe(model, patches)
     if not is_int8:
         trace, quantized = _probe(model, probe), None
     else:
         calibration = Calibration(fingerprint_v2, weight_files(folder), length, outlier_cache)
-        trace, quantized = _quantize(model, kernels, probe, tokenizer, dtype=dtype, calibration=calibration)
+        trace, quantized = _quantize(
+            model, kernels, probe, tokenizer, dtype=dtype, calibration=calibration, patches=patches
+        )
     _check_calls(name, probe, config)
     kv_dtype = choose_kv_dtype(model.dtype) if is_int8 else model.dtype
     if kv_memory is not None:
         length = _affordable(KVLayout(tuple(probe.shapes), length, kv_dtype), kv_memory, asked=max_model_len)
-    fix_rope(model, length)
+    fix_rope(model, length, patches)
     on_cpu = backend is TorchAttention
-    _fuse(model, kernels.ready(model.dtype), on_cpu=on_cpu)
-    attention = FlatAttention()
-    attention.install(model)
+    _fuse(model, kernels.ready(model.dtype), patches, on_cpu=on_cpu)
+    attention = _install_attention(model, patches)
     probe.close()
     signature = replace(signature_of(name, fingerprint, trace), fingerprint_v2=fingerprint_v2)
     return Base(
@@ -142,16 +147,35 @@ def load_base(
         kernels,
         trace.groups,
         quantized,
+        patches,
     )
 
 
-def _fuse(model: PreTrainedModel, kernels: Kernels, *, on_cpu: bool) -> None:
+def _install_probe(model: PreTrainedModel, patches: ModelPatches) -> ProbingAttention:
+    """The probe, in place of the stock attention, which comes back with an undo."""
+    patches.begin("attention")
+    patches.on_undo(partial(model.set_attn_implementation, model.config._attn_implementation))
+    probe = ProbingAttention()
+    probe.install(model)
+    return probe
+
+
+def _install_attention(model: PreTrainedModel, patches: ModelPatches) -> FlatAttention:
+    """The attention that is to stay, in place of the probe."""
+    patches.begin("KV cache")
+    attention = FlatAttention()
+    attention.install(model)
+    patches.on_undo(attention.close)
+    return attention
+
+
+def _fuse(model: PreTrainedModel, kernels: Kernels, patches: ModelPatches, *, on_cpu: bool) -> None:
     """Put modules that compute the same in fewer operations in the places of others."""
     if not on_cpu:
-        fuse_norms(model)
+        fuse_norms(model, patches)
     elif model.dtype == torch.float32:
-        fuse_layers(model, kernels)
-    module_bypass.install(model)
+        fuse_layers(model, patches, kernels)
+    bypass_modules(model, patches)
 
 
 def _place(device: str) -> tuple[torch.device, BackendFactory]:
@@ -287,11 +311,14 @@ def _quantize(
     *,
     dtype: str,
     calibration: Calibration,
+    patches: ModelPatches,
 ) -> tuple[ModelTrace, Quantized]:
     """A probe in which linears and embedding become integers, while their weights are read from the files."""
     outliers = calibration.outliers(model, probe, tokenizer)
     float_dtype = choose_float_dtype(dtype, _num_unpacked_bytes(model))
-    with quantizing(model, kernels, float_dtype, files=calibration.files, outliers=outliers) as quantized:
+    with quantizing(
+        model, kernels, float_dtype, patches=patches, files=calibration.files, outliers=outliers
+    ) as quantized:
         trace = _probe(model, probe, _ordinary_ids(tokenizer))
     return trace, quantized
 

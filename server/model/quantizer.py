@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from cpu_kernels.int8_weights import Int8Rows, Outliers, pieces
 from cpu_kernels.kernels import Kernels
 from server.model.mapped_files import MappedFiles, trim
+from server.model.patches import ModelPatches
 from server.quantization.embedding import Int8Embedding
 from server.quantization.linear import FusedLinear, Int8Linear, WeightDigest, join_biases
 from server.quantization.outliers import find_outliers
@@ -81,15 +82,12 @@ def noting_outliers(model: PreTrainedModel, *, files: Iterable[Path] = ()) -> It
     handles = [module.register_forward_hook(note(name)) for name, module in quantizable(model).items()]
     handles += [module.register_forward_hook(give_back) for module in model.modules()]
     head = model.get_output_embeddings()
-    if head is not None:
-        head.__dict__["forward"] = lambda x: x[..., :1]
-    try:
-        yield found
-    finally:
+    with ModelPatches() as temporary:
         for handle in handles:
-            handle.remove()
+            temporary.on_undo(handle.remove)
         if head is not None:
-            head.__dict__.pop("forward", None)
+            temporary.set_attribute(head, "forward", lambda x: x[..., :1])
+        yield found
 
 
 @contextmanager
@@ -98,34 +96,42 @@ def quantizing(
     kernels: Kernels,
     dtype: torch.dtype,
     *,
+    patches: ModelPatches,
     files: Iterable[Path] = (),
     outliers: OutlierInputs = MappingProxyType({}),
 ) -> Iterator[Quantized]:
     """While a batch runs, make the linears it gets to integers; what is left becomes ``dtype`` at the end.
 
-    ``files`` are those that hold the model's weights: pages of their mappings are given back. ``outliers`` are inputs
-    that stand out; of linears that are not among them the batch tells.
+    Undoing ``patches`` puts the stock linears back, but not their weights, which no memory holds any more: these are
+    then on the ``meta`` device. ``files`` are those that hold the model's weights: pages of their mappings are given
+    back. ``outliers`` are inputs that stand out; of linears that are not among them the batch tells.
     """
-    quantizer = _Quantizer(model, kernels, MappedFiles(files), outliers)
+    patches.begin("int8 weights")
+    quantizer = _Quantizer(model, kernels, MappedFiles(files), outliers, patches)
     handles = [module.register_forward_hook(quantizer.note(name)) for name, module in quantizable(model).items()]
     head = model.get_output_embeddings()
-    if type(head) is nn.Linear:
-        head.__dict__["forward"] = quantizer.in_pieces(head)
-    try:
-        yield quantizer.result
-    finally:
+    with ModelPatches() as temporary:
         for handle in handles:
-            handle.remove()
-        if head is not None:
-            head.__dict__.pop("forward", None)
+            temporary.on_undo(handle.remove)
+        if type(head) is nn.Linear:
+            temporary.set_attribute(head, "forward", quantizer.in_pieces(head))
+        yield quantizer.result
     quantizer.finish(dtype)
 
 
 class _Quantizer:
     """Where the probe is: the linears that got the input at hand, which are packed when another input comes."""
 
-    def __init__(self, model: PreTrainedModel, kernels: Kernels, mapped: MappedFiles, known: OutlierInputs) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        kernels: Kernels,
+        mapped: MappedFiles,
+        known: OutlierInputs,
+        patches: ModelPatches,
+    ) -> None:
         self._model, self._kernels, self._mapped, self._known = model, kernels, mapped, known
+        self._patches = patches
         self._embedding = model.get_input_embeddings()
         self._embedded: tuple[WeightDigest, Int8Rows] | None = None
         self._input: torch.Tensor | None = None
@@ -191,8 +197,8 @@ class _Quantizer:
         sizes = [len(weight) for weight in turned]
         fused = FusedLinear(self._kernels.linear(rows, join_biases(sizes, biases), outliers), sizes)
         for number, ((name, module), original) in enumerate(zip(self._same_input, originals, strict=True)):
-            self._replace(name, Int8Linear(module, original, fused, number))
-            module._parameters["weight"] = None  # whoever still holds the module holds nothing large
+            self._patches.set_submodule(self._model, name, Int8Linear(module, original, fused, number))
+            _drop_weight(module)
         self.result.num_linears += len(modules)
         self.result.num_products += 1
         self.result.num_outliers += 0 if outliers is None else len(outliers.indices)
@@ -211,9 +217,12 @@ class _Quantizer:
         )
         for name, module in list(self._model.named_modules(remove_duplicate=False)):
             if module is stock:
-                self._replace(name, Int8Embedding(stock, original, rows, dtype))
+                self._patches.set_submodule(self._model, name, Int8Embedding(stock, original, rows, dtype))
+        _drop_weight(stock)
         self.result.num_bytes += rows.integers.nbytes
 
-    def _replace(self, name: str, module: nn.Module) -> None:
-        parent, _, attribute = name.rpartition(".")
-        setattr(self._model.get_submodule(parent), attribute, module)
+
+def _drop_weight(stock: nn.Module) -> None:
+    """The patches keep the module, which must not keep its weight in memory."""
+    weight = stock.get_parameter("weight")
+    stock._parameters["weight"] = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)

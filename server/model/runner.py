@@ -19,6 +19,7 @@ from server.model.attention.interface import AttentionBackend, BackendFactory, F
 from server.model.fused_ops import last_units
 from server.model.kv_cache import AttentionMetadata, KVCache, LayerShape, slots_and_positions
 from server.model.loader import Base
+from server.model.patches import ModelPatches
 from server.quantization.linear import linears_with_deltas
 from server.sequence import Batch, Segment
 
@@ -30,7 +31,7 @@ class ModelRunner:
     """The base, its KV cache and its adapters. ``attention``, which is installed in ``model``, gets a backend.
 
     ``groups`` are linears that receive the same tensor; ``kernels`` are its operations. Adapters and copies of
-    them take ``adapter_memory`` bytes at most.
+    them take ``adapter_memory`` bytes at most. Of the runners that share ``patches`` the last one works.
     """
 
     def __init__(
@@ -46,11 +47,15 @@ class ModelRunner:
         groups: Sequence[tuple[str, ...]] = (),
         kernels: Kernels,
         adapter_memory: int | None = None,
+        patches: ModelPatches | None = None,
     ) -> None:
         self.model, self.attention = model, attention
+        patches = ModelPatches() if patches is None else patches
+        patches.begin("runner")
         self.bank = LoRABank(
             model, _lora_backend(model, groups, max_seqs=num_slots, kernels=kernels), max_bytes=adapter_memory
         )
+        patches.on_undo(self.bank.unwrap_all)
         dtype = model.dtype if kv_dtype is None else kv_dtype
         cache = KVCache(shapes, num_slots=num_slots, max_len=max_len, dtype=dtype, device=model.device)
         attention.backend = attention_backend(cache)
@@ -58,7 +63,7 @@ class ModelRunner:
         if kernels.records_layers:
             from server.model.layer_graphs import GraphRunner
 
-            self.graphs = GraphRunner(model, attention, self.bank, kernels)
+            self.graphs = GraphRunner(model, attention, self.bank, kernels, patches)
         self._last_units = last_units(model)
 
     @classmethod
@@ -77,6 +82,7 @@ class ModelRunner:
             groups=base.groups,
             kernels=base.kernels,
             adapter_memory=adapter_memory,
+            patches=base.patches,
         )
 
     @property

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from base_files.locate import find_base
 from server.adapters.content.manifest import Limits, read_manifest
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
@@ -21,12 +20,12 @@ from server.metrics import Metrics
 from server.model import loader
 from server.model.attention.batched import BatchedAttention
 from server.model.kv_cache import KVLayout
-from server.model.loader import Base, load_base, load_stock
+from server.model.loader import Base, load_base
 from server.model.runner import ModelRunner
 from server.sequence import AdapterUse, SamplingParams
 from server.sequence import Sequence as Generation
 from server.text.prompt import PromptRenderer
-from tests.model.harness import RecordingSampler, margin, put_back_rotation
+from tests.model.harness import RecordingSampler, margin
 from tests.serving import ROOT
 
 CONTEXT = 384
@@ -164,7 +163,6 @@ def with_drafts(micro: Micro) -> Answers:
 def loaded(device: str, dtype: str = "float32", *, batched: bool = False) -> Iterator[Micro]:
     """The base for a while; ``batched``, on the CPU, with the attention of an accelerator."""
     with pytest.MonkeyPatch.context() as patch:
-        put_back_rotation(load_stock(find_base("micro")), patch)
         if batched:
             patch.setattr(loader, "_place", lambda device: (torch.device(device), BatchedAttention))
         micro = Micro.load(device, dtype)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
-import pytest
 import torch
 from transformers import GenerationMixin, PreTrainedModel
 
@@ -21,13 +19,12 @@ from server.lora.weights import LoRAWeights
 from server.metrics import Metrics
 from server.model import loader
 from server.model.attention.cpu import cpu_attention
-from server.model.attention.interface import BackendFactory, FlatAttention
-from server.model.attention.probe import ProbingAttention
+from server.model.attention.interface import BackendFactory
 from server.model.fused_layers import fuse_layers
 from server.model.kv_cache import KVCache
 from server.model.model_trace import ModelTrace
+from server.model.patches import ModelPatches, fix_rope
 from server.model.quantizer import Quantized, quantizing
-from server.model.rope import fix_rope
 from server.model.runner import ModelRunner
 from server.model.sampler import Sampler
 from server.sequence import AdapterUse, Draw, SampledToken, SamplingParams
@@ -96,6 +93,7 @@ class Hosted:
     model: PreTrainedModel
     runner: ModelRunner
     trace: ModelTrace
+    patches: ModelPatches
     max_num_seqs: int = NUM_SLOTS
     budget: int = BUDGET
     kv_memory: int | None = None
@@ -168,21 +166,20 @@ def host(
     """Install the engine in a model, in the order in which ``load_base`` does; its stock forward is gone afterwards.
 
     With a ``linear`` its linears and embedding become int8, and it names what multiplies them; with ``native`` native
-    kernels do what they can, and rotate in the modelling code, too. ``backend`` attends, by default that of a CPU.
+    kernels do what they can. ``backend`` attends, by default that of a CPU.
     """
     kernels = Kernels(linear=linear, native=native).ready()
-    probe = ProbingAttention()
-    probe.install(model)
-    quantized = nullcontext() if linear is None else quantizing(model, kernels, torch.float32)
+    patches = ModelPatches()
+    probe = loader._install_probe(model, patches)
+    quantized = nullcontext() if linear is None else quantizing(model, kernels, torch.float32, patches=patches)
     with quantized as what:
         trace = loader._probe(model, probe)
-    fix_rope(model, max_model_len)
+    fix_rope(model, max_model_len, patches)
     if native:
-        fuse_layers(model, kernels)
+        fuse_layers(model, patches, kernels)
     if backend is None:
         backend = partial(cpu_attention, kernels=kernels, windows=probe.windows, plain=probe.plain)
-    attention = FlatAttention()
-    attention.install(model)
+    attention = loader._install_attention(model, patches)
     probe.close()
     num_slots = max_num_seqs if kv_memory is None else max_num_seqs + NUM_CACHES
     runner = ModelRunner(
@@ -194,15 +191,9 @@ def host(
         max_len=max_model_len,
         groups=groups,
         kernels=kernels,
+        patches=patches,
     )
-    return Hosted(model, runner, trace, max_num_seqs, budget, kv_memory, what, kernels)
-
-
-def put_back_rotation(model: PreTrainedModel, patch: pytest.MonkeyPatch) -> None:
-    """What ``host`` changes in a model's code with ``native`` is undone with the patch."""
-    code = sys.modules[type(model).__module__]
-    if hasattr(code, "apply_rotary_pos_emb"):
-        patch.setattr(code, "apply_rotary_pos_emb", code.apply_rotary_pos_emb)
+    return Hosted(model, runner, trace, patches, max_num_seqs, budget, kv_memory, what, kernels)
 
 
 def prompts(*lengths: int, seed: int = 0) -> list[tuple[int, ...]]:

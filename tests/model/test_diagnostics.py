@@ -20,6 +20,8 @@ from server.adapters.content.manifest import Manifest, read_manifest
 from server.cli import adapters_check, parity
 from server.errors import AdapterRejected
 from server.lora.weights import LoRAWeights
+from server.model.attention.interface import FlatAttention
+from server.model.fused_ops import RMSNorm, RotaryEmbedding
 from server.model.loader import load_stock
 from tests.adapter_folders import BASE, LIMITS, make, tensors, write
 from tests.model.peft_cases import CASES, base_of, make_adapter
@@ -228,6 +230,21 @@ def test_peft_is_kept_away_from_what_is_refused(folder: Path, check: Check, monk
     monkeypatch.setattr(parity, "compare", lambda *given: pytest.fail("PEFT was asked"))
     change(folder, layer_replication=[[0, 1]])
     assert check(folder)[0] == 1
+
+
+def test_peft_answers_by_stock_code(folder: Path, check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once PEFT's model, loaded after ours, shared our rotary embedding: an error in it could not be seen."""
+    compare = parity.compare
+
+    def without_ours(path: Path, manifest: Manifest, answers: parity.Answers) -> parity.Parity:
+        with monkeypatch.context() as patch:
+            for ours, method in ((RotaryEmbedding, "__call__"), (RMSNorm, "forward"), (FlatAttention, "__call__")):
+                patch.setattr(ours, method, lambda *given, **named: pytest.fail("our code was called"))
+            return compare(path, manifest, answers)
+
+    monkeypatch.setattr(parity, "compare", without_ours)
+    status, said = check(folder)
+    assert (status, "PEFT parity  holds" in said) == (0, True), said
 
 
 def test_peft_gets_names_and_numbers_in_place_of_a_strangers_expressions(

@@ -13,11 +13,11 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from cpu_kernels.kernels import Kernels
 from server.lora.delta import with_parameters
-from server.model.fused_layers import _PASSED_ON, FusedLayer, forward_of, fuse_layers
+from server.model.fused_layers import _PASSED_ON, FusedLayer, fuse_layers
 from server.model.fused_ops import RMSNorm
+from server.model.patches import ModelPatches
 from tests.instruction_sets import NUMBA, needs
 from tests.model.families import FAMILIES, build
-from tests.model.harness import put_back_rotation
 
 pytestmark = needs(NUMBA)
 OTHERWISE = {
@@ -64,7 +64,7 @@ def layer_of(kind: type[LlamaDecoderLayer] = LlamaDecoderLayer, size: int = 48) 
     layer = kind(config, 0).requires_grad_(False).eval()
     nn.init.uniform_(layer.post_attention_layernorm.weight)
     layer.add_module("self_attn", _Mixed())
-    fuse_layers(nn.ModuleList([layer]), Kernels(native=True).ready())
+    fuse_layers(nn.ModuleList([layer]), ModelPatches(), Kernels(native=True).ready())
     return layer
 
 
@@ -74,11 +74,10 @@ def named() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_layers_are_fused_where_they_are_as_those_of_llama(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_are_fused_where_they_are_as_those_of_llama(family: str) -> None:
     model = build(family)
-    put_back_rotation(model, monkeypatch)
-    fuse_layers(model, Kernels(native=True).ready())
-    fused = [one for one in model.modules() if isinstance(forward_of(one), FusedLayer)]
+    fuse_layers(model, ModelPatches(), Kernels(native=True).ready())
+    fused = [one for one in model.modules() if isinstance(one.forward, FusedLayer)]
     assert len(fused) == (0 if family in OTHERWISE else model.config.num_hidden_layers)
 
 
@@ -86,7 +85,7 @@ def test_layers_are_fused_where_they_are_as_those_of_llama(family: str, monkeypa
 @pytest.mark.parametrize("num_rows", [0, 1, 2, 5, 40])
 def test_a_fused_layer_gives_the_bits_of_the_stock_code(size: int, num_rows: int) -> None:
     layer, x = layer_of(size=size), torch.randn(1, num_rows, size)
-    assert isinstance(forward_of(layer), FusedLayer)
+    assert isinstance(layer.forward, FusedLayer)
     before = x.clone()
     got = layer(x, **named())
     assert torch.equal(got, type(layer).forward(layer, x, **named()))
@@ -96,7 +95,7 @@ def test_a_fused_layer_gives_the_bits_of_the_stock_code(size: int, num_rows: int
 @pytest.mark.parametrize("kind", [_Louder, _Forgetful])
 def test_a_layer_that_does_more_or_less_keeps_its_code(kind: type[LlamaDecoderLayer]) -> None:
     layer = layer_of(kind)
-    assert not isinstance(forward_of(layer), FusedLayer)
+    assert not isinstance(layer.forward, FusedLayer)
     assert isinstance(layer.self_attn, _Mixed)
 
 

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationMixin
 
 from server.model.attention.batched import BatchedAttention
-from server.model.fused_norms import FusedRMSNorm, fuse_norms
+from server.model.fused_ops import FusedRMSNorm, fuse_norms
+from server.model.patches import ModelPatches
 from tests.model.families import build
 from tests.model.harness import host
 from tests.model.test_batched_attention import started, step
@@ -28,7 +29,7 @@ def test_norms_that_compute_the_same_are_fused(family: str, expected: int) -> No
     """Gemma adds one to its weights and GPT-2 subtracts the mean: they keep their code."""
     model = build(family)
     stock = copy.deepcopy(model)
-    fuse_norms(model)
+    fuse_norms(model, ModelPatches())
     assert num_fused(model) == expected
     ids = torch.arange(3, 20)[None]
     assert torch.allclose(model(ids).logits, stock(ids).logits, atol=1e-4)
@@ -93,7 +94,7 @@ def operations_of_generate(num_tokens: int) -> int:
 def test_a_decoding_step_is_fewer_operations_than_transformers_own() -> None:
     """Each is a kernel to launch, and on a GPU small steps are little else."""
     model = build("llama")
-    fuse_norms(model)
+    fuse_norms(model, ModelPatches())
     hosted = host(model, backend=BatchedAttention, max_num_seqs=5, budget=200)
     sequences = started(hosted, 12, 12, 12, 12, 15)
     with Operations() as counted:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from server.lora.weights import LoRAWeights
 from server.model.model_trace import signature_of
 from server.sequence import AdapterUse
 from tests.instruction_sets import PRODUCTS, needs
-from tests.model.harness import Answer, Ask, Hosted, difference, host, prompts, put_back_rotation, stock_logits
+from tests.model.harness import Answer, Ask, Hosted, difference, host, prompts, stock_logits
 from tests.model.int8_oracle import oracle_of, without_copies
 from tests.model.peft_cases import CASES, TOLERANCE, base_of, make_adapter
 from tests.tables import one_of_each
@@ -75,14 +75,6 @@ def load(base: PreTrainedModel, folder: Path) -> PeftModel:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return PeftModel.from_pretrained(copy.deepcopy(base), str(folder)).eval()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _rotations_are_put_back() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name in {name for _, name in PAIRS}:
-            put_back_rotation(base_of(name, torch.float32), patch)
-        yield
 
 
 @functools.cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import pytest
@@ -26,7 +26,7 @@ from server.sequence import AdapterUse, Batch, SamplingParams, Segment
 from server.sequence import Sequence as Generation
 from tests.instruction_sets import PRODUCTS, needs
 from tests.model.families import _COMMON, FAMILIES, _config, build_from
-from tests.model.harness import GREEDY, Hosted, RecordingSampler, host, prompts, put_back_rotation
+from tests.model.harness import GREEDY, Hosted, RecordingSampler, host, prompts
 from tests.model.peft_cases import CONFIGS
 from tests.tables import one_of_each
 
@@ -58,19 +58,8 @@ def hosted_as(name: str) -> Hosted:
 
 
 @pytest.fixture
-def host_family(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Hosted]:
-    """``hosted_as``; the rotation in the modelling code is put back afterwards."""
-
-    def make(name: str) -> Hosted:
-        put_back_rotation(build_from(CONFIG[name]), monkeypatch)
-        return hosted_as(name)
-
-    return make
-
-
-@pytest.fixture
-def llama(host_family: Callable[[str], Hosted]) -> Hosted:
-    return host_family("llama")
+def llama() -> Hosted:
+    return hosted_as("llama")
 
 
 def graphs_of(hosted: Hosted) -> GraphRunner:
@@ -158,11 +147,9 @@ class Play:
 
 
 @pytest.mark.parametrize(("name", "threads"), one_of_each(itertools.product(CONFIG, (1, 2))))
-def test_whatever_happens_logits_are_those_of_steps_in_python(
-    name: str, threads: int, host_family: Callable[[str], Hosted], restore_threads: None
-) -> None:
+def test_whatever_happens_logits_are_those_of_steps_in_python(name: str, threads: int, restore_threads: None) -> None:
     torch.set_num_threads(threads)
-    played, stepped = host_family(name), host_family(name)
+    played, stepped = hosted_as(name), hosted_as(name)
     kept = graphs_of(played)
     stepped.runner.graphs = None
     found, expected = Play(played).through(), Play(stepped).through()
@@ -294,7 +281,14 @@ def test_a_step_of_another_runner_on_the_same_base_is_not_replayed(llama: Hosted
     backend = partial(cpu_attention, kernels=llama.kernels, windows={None}, plain=True)
     run(llama, batch_of(*PLAIN), times=3)
     llama.runner = ModelRunner(
-        llama.model, first.attention, shapes, backend, num_slots=3, max_len=LENGTH, kernels=llama.kernels
+        llama.model,
+        first.attention,
+        shapes,
+        backend,
+        num_slots=3,
+        max_len=LENGTH,
+        kernels=llama.kernels,
+        patches=llama.patches,
     )
     run(llama, batch_of(*PLAIN), times=3)
     assert graphs_of(llama).num_replayed > 0
@@ -319,11 +313,11 @@ def test_numbers_that_are_none_are_the_same_too(llama: Hosted) -> None:
 
 
 def test_a_step_too_large_for_the_arena_goes_through_python_and_others_do_not(
-    host_family: Callable[[str], Hosted], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(layer_graphs, "_ARENA_BYTES", 16 << 10)
     caplog.set_level(logging.INFO, "quickchange.model")
-    llama = host_family("llama")
+    llama = hosted_as("llama")
     long = batch_of((0, 260, ()), (1, 5, ()), drafts=10)
     assert [replayed(llama, long) for _ in range(4)] == [0, 0, 0, 0]
     assert "steps of 22 rows go through Python: layer 0: it needs more than 16384 bytes" in caplog.text
@@ -331,11 +325,9 @@ def test_a_step_too_large_for_the_arena_goes_through_python_and_others_do_not(
     assert [replayed(llama, batch_of((0, 5, ()))) for _ in range(3)] == [0, 0, 3]
 
 
-def test_the_log_says_why_a_model_has_no_layer_graphs(
-    host_family: Callable[[str], Hosted], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_log_says_why_a_model_has_no_layer_graphs(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "quickchange.model")
-    gpt2 = host_family("gpt2")
+    gpt2 = hosted_as("gpt2")
     assert [replayed(gpt2, batch_of(*PLAIN)) for _ in range(4)] == [0, 0, 0, 0]
     assert [record.message for record in caplog.records] == [
         "decoding steps go through Python: layer 0: aten.layer_norm.default"

@@ -14,19 +14,12 @@ from server.model.fused_ops import GatedMLP
 from server.model.runner import ModelRunner
 from tests.instruction_sets import NUMBA, needs
 from tests.model.families import FAMILIES, build
-from tests.model.harness import Answer, Ask, difference, host, prompts, put_back_rotation
+from tests.model.harness import Answer, Ask, difference, host, prompts
 from tests.model.peft_cases import MIXTURES
 
 pytestmark = needs(NUMBA)
 ASKS = [Ask(prompt, 6) for prompt in prompts(21, 5, 1, 70)]
 GATED = {*FAMILIES} - {"gpt_oss", "gpt2", "gpt_neox"}
-
-
-@pytest.fixture(params=FAMILIES)
-def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    name: str = request.param
-    put_back_rotation(build(name), monkeypatch)
-    return name
 
 
 def with_equal_past(ours: Answer, theirs: Answer) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,6 +29,7 @@ def with_equal_past(ours: Answer, theirs: Answer) -> tuple[torch.Tensor, torch.T
     return ours.logits[:end], theirs.logits[:end]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("quantization", ["int8", "none"])
 def test_logits_are_those_without_routines_and_rows_are_the_same_alone(family: str, quantization: str) -> None:
     """With integers an activation may fall to the other side of a border."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import Gemma3TextConfig, LlamaConfig, PreTrainedModel
 
-from server.model.rope import fix_rope
+from server.model.patches import ModelPatches, fix_rope
 from tests.model.families import FAMILIES, LONGROPE_BORDER, build, build_from, fix_long_factors
 
 HEAD_DIM = 16
@@ -45,7 +45,7 @@ def llama(rope: dict[str, object]) -> PreTrainedModel:
 def test_frequencies_that_do_not_depend_on_length_stay(family: str) -> None:
     model = build(family)
     before = frequencies(model)
-    fix_rope(model, 128)
+    fix_rope(model, 128, ModelPatches())
     look(model, 100)
     assert torch.equal(frequencies(model), before)
 
@@ -53,7 +53,7 @@ def test_frequencies_that_do_not_depend_on_length_stay(family: str) -> None:
 @pytest.mark.parametrize("length", [16, TRAINED, 48, 128])
 def test_dynamic_rope_is_chosen_for_the_longest_and_kept(length: int) -> None:
     model = llama({"rope_type": "dynamic", "rope_theta": THETA, "factor": FACTOR})
-    fix_rope(model, length)
+    fix_rope(model, length, ModelPatches())
     torch.testing.assert_close(frequencies(model), dynamic(length))
     for other in (3, 60, 120, 5):
         look(model, other)
@@ -64,8 +64,8 @@ def test_longrope_takes_the_short_factors_up_to_the_border_and_the_long_ones_bey
     short, long, expected = (build("phi3_longrope") for _ in range(3))
     before = frequencies(short)
     fix_long_factors(expected)
-    fix_rope(short, LONGROPE_BORDER)
-    fix_rope(long, LONGROPE_BORDER + 1)
+    fix_rope(short, LONGROPE_BORDER, ModelPatches())
+    fix_rope(long, LONGROPE_BORDER + 1, ModelPatches())
     for length in (5, 100, 7):
         look(short, length)
         look(long, length)
@@ -76,7 +76,7 @@ def test_longrope_takes_the_short_factors_up_to_the_border_and_the_long_ones_bey
 def test_fixed_frequencies_are_what_stock_code_uses_at_that_length() -> None:
     """Cosines and sines, attention scaling included, of a sequence exactly as long as the longest."""
     fixed, stock = build("phi3_longrope"), build("phi3_longrope")
-    fix_rope(fixed, 100)
+    fix_rope(fixed, 100, ModelPatches())
     positions, x = torch.arange(100)[None], torch.zeros(1, 100, 64)
     ours, theirs = (model.get_submodule("model.rotary_emb")(x, positions) for model in (fixed, stock))
     for one, other in zip(ours, theirs, strict=True):
@@ -92,7 +92,7 @@ def test_layers_of_different_kinds_are_fixed_each_for_itself() -> None:
     }
     model = build_from(Gemma3TextConfig(**config))
     sliding = frequencies(model, "sliding_attention_inv_freq")
-    fix_rope(model, 96)
+    fix_rope(model, 96, ModelPatches())
     look(model, 5)
     look(model, 110)
     torch.testing.assert_close(frequencies(model, "full_attention_inv_freq"), dynamic(96))

@@ -9,18 +9,17 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from base_files.locate import find_base
 from cpu_kernels.kernels import native_linears
 from server.adapters.content.manifest import Limits, read_manifest
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
 from server.metrics import Metrics
-from server.model.loader import Base, load_base, load_stock
+from server.model.loader import Base, load_base
 from server.model.runner import ModelRunner
 from server.sequence import AdapterUse, Batch, Draw, SamplingParams, Segment, Sequence
 from server.text.prompt import PromptRenderer
 from tests.instruction_sets import PRODUCTS, needs
-from tests.model.harness import RecordingSampler, difference, put_back_rotation
+from tests.model.harness import RecordingSampler, difference
 from tests.serving import ROOT
 from tests.tables import wide
 from trainer.micro.topics.python_facts import facts
@@ -83,11 +82,9 @@ class Micro:
 @pytest.fixture(scope="module", params=["none", "int8"])
 def micro(request: pytest.FixtureRequest) -> Iterator[Micro]:
     """The embedded base with three adapters."""
-    with pytest.MonkeyPatch.context() as patch:
-        put_back_rotation(load_stock(find_base("micro")), patch)
-        micro = _load(request.param)
-        yield micro
-        micro.base.close()
+    micro = _load(request.param)
+    yield micro
+    micro.base.close()
 
 
 def _load(quantization: str) -> Micro:
