@@ -121,9 +121,7 @@ def load_base(
         trace, quantized = _probe(model, probe), None
     else:
         calibration = Calibration(fingerprint_v2, weight_files(folder), length, outlier_cache)
-        trace, quantized = _quantize(
-            model, kernels, probe, tokenizer, dtype=dtype, calibration=calibration, patches=patches
-        )
+        trace, quantized = _quantize(model, kernels, probe, patches, calibration, tokenizer, dtype=dtype)
     _check_calls(name, probe, config)
     kv_dtype = choose_kv_dtype(model.dtype) if is_int8 else model.dtype
     if kv_memory is not None:
@@ -307,11 +305,11 @@ def _quantize(
     model: PreTrainedModel,
     kernels: Kernels,
     probe: ProbingAttention,
+    patches: ModelPatches,
+    calibration: Calibration,
     tokenizer: PreTrainedTokenizerBase,
     *,
     dtype: str,
-    calibration: Calibration,
-    patches: ModelPatches,
 ) -> tuple[ModelTrace, Quantized]:
     """A probe in which linears and embedding become integers, while their weights are read from the files."""
     outliers = calibration.outliers(model, probe, tokenizer)
