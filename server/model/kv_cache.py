@@ -53,10 +53,6 @@ class AttentionSegment:
         """The first position that any row sees."""
         return 0 if window is None else max(0, self.start - window + 1)
 
-    def is_causal(self, window: int | None) -> bool:
-        """Whether each row sees its own position and all before it, from row 0 on, so that no mask is needed."""
-        return self.start == 0 and (window is None or self.length <= window)
-
 
 @dataclass(frozen=True, eq=False)
 class AttentionMetadata:
@@ -173,7 +169,7 @@ class KVCache:
     def __init__(
         self, shapes: Sequence[LayerShape], *, num_slots: int, max_len: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.layout, self.device = KVLayout(tuple(shapes), max_len, dtype), device
+        self.layout = KVLayout(tuple(shapes), max_len, dtype)
         self._slot_bytes = self.layout.slot_size * dtype.itemsize
         self._num_copied = _MANY_SEGMENTS if device.type == "cpu" else 1
         self._pages: mmap.mmap | None = None

@@ -16,10 +16,10 @@ from server.errors import BaseModelRefused
 from server.model import admission
 from server.model.admission import admit, shrink
 from server.model.attention import cpu, probe
-from server.model.attention.cpu import TorchAttention, attend_to_sequence
-from server.model.attention.eager import segment_mask
+from server.model.attention.cpu import TorchAttention
 from server.model.attention.interface import AttentionParams, FlatAttention
 from server.model.attention.probe import ProbingAttention
+from server.model.attention.sdpa import attend_chunk, chunk_mask
 from server.model.kv_cache import AttentionMetadata, AttentionSegment, KVCache
 from tests.model.architectures import REFUSED, SERVED, verdict
 from tests.model.families import FAMILIES
@@ -162,8 +162,9 @@ def _mixes_layers(backend: TorchAttention, layer: int, *others: Any) -> torch.Te
     return _attend(backend, 0, *others)
 
 
-def _sees_the_future(*args: Any) -> torch.Tensor:
-    return torch.zeros_like(segment_mask(*args))
+def _sees_the_future(*args: Any) -> torch.Tensor | None:
+    mask = chunk_mask(*args)
+    return None if mask is None else torch.zeros_like(mask)
 
 
 def _repeats_heads_wrongly(
@@ -171,14 +172,13 @@ def _repeats_heads_wrongly(
 ) -> torch.Tensor:
     """Query heads are dealt to KV heads in turn, not in groups."""
     times = query.shape[1] // keys.shape[1]
-    return attend_to_sequence(query, keys.repeat(1, times, 1, 1), values.repeat(1, times, 1, 1), mask, params)
+    return attend_chunk(query, keys.repeat(1, times, 1, 1), values.repeat(1, times, 1, 1), mask, params)
 
 
-def _folds_heads_wrongly(query: torch.Tensor, kv_heads: int) -> tuple[torch.Tensor, ...]:
+def _folds_heads_wrongly(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
     """Likewise, where a single row is folded."""
     _, heads, rows, dim = query.shape
-    turned = query[0].transpose(0, 1).reshape(rows, heads // kv_heads, kv_heads, dim).transpose(1, 2)
-    return tuple(turned.contiguous()[row : row + 1] for row in range(rows))
+    return query.view(heads // kv_heads, kv_heads, rows, dim).permute(2, 1, 0, 3)
 
 
 _attend = TorchAttention.attend
@@ -194,10 +194,10 @@ _attend = TorchAttention.attend
         (admission, "fix_rope", lambda model, length, patches: None, "Phi-3 with longrope"),
         (admission, "fix_rope", lambda model, length, patches: None, "Llama with dynamic RoPE"),
         (TorchAttention, "attend", _mixes_layers, "Llama"),
-        (cpu, "segment_mask", _sees_the_future, "Qwen 3"),
-        (cpu, "attend_to_sequence", _repeats_heads_wrongly, "Llama 3.1 and later (scaled RoPE)"),
-        (probe, "attend_to_sequence", _repeats_heads_wrongly, "Llama 3.1 and later (scaled RoPE)"),
-        (cpu, "_fold_heads", _folds_heads_wrongly, "Llama 3.1 and later (scaled RoPE)"),
+        (cpu, "chunk_mask", _sees_the_future, "Qwen 3"),
+        (cpu, "attend_chunk", _repeats_heads_wrongly, "Llama 3.1 and later (scaled RoPE)"),
+        (probe, "attend_chunk", _repeats_heads_wrongly, "Llama 3.1 and later (scaled RoPE)"),
+        (cpu, "fold_heads", _folds_heads_wrongly, "Llama 3.1 and later (scaled RoPE)"),
     ],
 )
 def test_a_broken_engine_admits_nothing(

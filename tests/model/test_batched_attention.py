@@ -18,7 +18,8 @@ from cpu_kernels.kernels import Kernels
 from server.lora.delta import LoRADelta
 from server.lora.weights import LoRAWeights
 from server.model.admission import admit
-from server.model.attention.batched import BatchedAttention, grouped, plan_step
+from server.model.attention.batched import BatchedAttention, Plan, grouped, plan_step
+from server.model.attention.interface import AttentionParams
 from server.model.kv_cache import AttentionSegment
 from server.model.runner import ModelRunner
 from server.sequence import AdapterUse, Batch, SamplingParams, Segment, Sequence
@@ -179,19 +180,19 @@ def test_groups_hold_every_row_once_and_read_few_keys_for_nothing() -> None:
 
 
 def test_slots_side_by_side_are_a_range_and_rows_in_order_are_whole() -> None:
-    like = torch.empty(0)
-    in_order = plan_step(
-        [AttentionSegment(0, 9, 1, 4), AttentionSegment(1, 7, 1, 5)], None, True, max_len=100, like=like
-    )
+    def planned(*rows: tuple[int, int, int], window: int | None = None) -> Plan:
+        """Of rows, by number, position and slot."""
+        segments = [AttentionSegment(row, start, 1, slot) for row, start, slot in rows]
+        return plan_step(segments, AttentionParams(1.0, window), max_len=100, like=torch.empty(0))
+
+    in_order = planned((0, 9, 4), (1, 7, 5))
     assert in_order.whole is not None and in_order.whole.slots == range(4, 6)
-    turned = plan_step([AttentionSegment(0, 9, 1, 5), AttentionSegment(1, 7, 1, 4)], None, True, max_len=100, like=like)
+    turned = planned((0, 9, 5), (1, 7, 4))
     assert turned.whole is None and turned.groups[0].slots == range(4, 6)
     assert turned.groups[0].rows.tolist() == [1, 0]
-    apart = plan_step([AttentionSegment(0, 9, 1, 8), AttentionSegment(1, 7, 1, 4)], None, True, max_len=100, like=like)
+    apart = planned((0, 9, 8), (1, 7, 4))
     assert apart.whole is not None and isinstance(apart.whole.slots, torch.Tensor)
-    equal = plan_step(
-        [AttentionSegment(0, 9, 1, 8), AttentionSegment(1, 9, 1, 4)], WINDOW, True, max_len=100, like=like
-    )
+    equal = planned((0, 9, 8), (1, 9, 4), window=WINDOW)
     assert equal.groups[0].mask is None and (equal.groups[0].first, equal.groups[0].end) == (2, 10)
 
 

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from cpu_kernels.kernels import Kernels
-from server.model.attention.cpu import attend_to_sequence
-from server.model.attention.eager import segment_mask
 from server.model.attention.interface import AttentionParams
+from server.model.attention.sdpa import attend_chunk, chunk_mask
 from server.model.kv_cache import AttentionSegment
 from tests.instruction_sets import needs
 
@@ -36,10 +35,9 @@ def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None,
 
 def by_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, scale: float) -> torch.Tensor:
     segment = AttentionSegment(slot=0, row=0, start=k.shape[1] - q.shape[1], length=q.shape[1])
-    mask = segment_mask(segment, window, torch.bfloat16, torch.device("cpu"))
-    first = segment.first_key(window)
-    params = AttentionParams(scale, window)
-    return attend_to_sequence(q[None].bfloat16(), k[None, :, first:], v[None, :, first:], mask, params).float()
+    params, first = AttentionParams(scale, window), segment.first_key(window)
+    mask = chunk_mask(segment, params, torch.bfloat16, torch.device("cpu"))
+    return attend_chunk(q[None].bfloat16(), k[None, :, first:], v[None, :, first:], mask, params).float()
 
 
 def by_tiles() -> Attend:

@@ -2,11 +2,6 @@
 
 On a CPU a call costs little and padding costs reads, so that ``cpu`` attends to one segment after another. On an
 accelerator calls are what a decoding step is made of.
-
-Which kernel torch takes on CUDA decides how things are laid out. With a mask, and in float32, that is the
-memory-efficient one: it takes any strides but those of the last dimension, copies a mask whose rows do not begin at
-multiples of 8 numbers, and may know nothing of grouped heads. So the query heads that share keys are laid out as rows,
-or as a batch of which all see the same keys, and no key is repeated in memory.
 """
 
 from __future__ import annotations
@@ -16,11 +11,10 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 import torch
-import torch.nn.functional as F
 
 from server.lora.transfer import to_device
-from server.model.attention.eager import causal_mask, eager_attention, segment_mask
 from server.model.attention.interface import AttentionBackend, AttentionParams
+from server.model.attention.sdpa import attend_chunk, attend_rows, causal_mask, chunk_mask, fold_heads
 from server.model.kv_cache import AttentionMetadata, AttentionSegment
 from server.sequence import Batch
 
@@ -56,8 +50,8 @@ class RowGroup:
 class Plan:
     """A step's calls for layers of one window.
 
-    ``chunks`` are segments of several rows, each with its mask [rows, keys], or None where its rows are the first of a
-    sequence and no window hides any key. ``whole`` is the one group of all rows in their order, if it is so.
+    ``chunks`` are segments of several rows, each with its mask if it needs one. ``whole`` is the one group of all rows
+    in their order, if it is so.
     """
 
     groups: Sequence[RowGroup]
@@ -86,43 +80,44 @@ class BatchedAttention(AttentionBackend):
         queries = query.to(self.cache.layout.dtype)
         kind = params.window, params.plain
         if kind not in self._plans:
-            max_len = self.cache.layout.max_len
-            self._plans[kind] = plan_step(self.metadata.segments, *kind, max_len=max_len, like=queries)
+            self._plans[kind] = plan_step(
+                self.metadata.segments, params, max_len=self.cache.layout.max_len, like=queries
+            )
         attended = self._run(self._plans[kind], layer, queries, params)
         return attended[None].to(query.dtype)
 
     def _run(self, plan: Plan, layer: int, query: torch.Tensor, params: AttentionParams) -> torch.Tensor:
         """query [1, heads, rows, dim] in the cache's format -> [rows, heads, value_dim]."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        if plan.whole is not None:
-            return _attend_group(plan.whole, query, keys, values, params)
+        folded = fold_heads(query, keys.shape[1])
+        if (group := plan.whole) is not None:
+            return attend_rows(folded, group.seen(keys), group.seen(values), group.mask, params)
         num_heads, num_rows = query.shape[1:3]
         attended = query.new_empty(num_rows, num_heads, values.shape[-1])
         for group in plan.groups:
-            queries = query.index_select(2, group.rows)
-            attended.index_copy_(0, group.rows, _attend_group(group, queries, keys, values, params))
+            rows = folded.index_select(0, group.rows)
+            found = attend_rows(rows, group.seen(keys), group.seen(values), group.mask, params)
+            attended.index_copy_(0, group.rows, found)
         for segment, mask in plan.chunks:
-            seen = self.cache.read(layer, segment, params.window)
-            attended[segment.rows] = _attend_chunk(query[:, :, segment.rows], *seen, mask, params)
+            chunk = self.cache.read(layer, segment, params.window)
+            attended[segment.rows] = attend_chunk(query[:, :, segment.rows], *chunk, mask, params)
         return attended
 
 
 def plan_step(
-    segments: Sequence[AttentionSegment], window: int | None, plain: bool, *, max_len: int, like: torch.Tensor
+    segments: Sequence[AttentionSegment], params: AttentionParams, *, max_len: int, like: torch.Tensor
 ) -> Plan:
     """The calls for segments laid end to end, with masks in the format and on the device of ``like``."""
-    groups = grouped([segment for segment in segments if segment.length == 1], window)
+    groups = grouped([segment for segment in segments if segment.length == 1], params.window)
     lists = [[number(segment) for segment in group] for group in groups for number in (_row, _slot, _position)]
     tensors = to_device(like.device, *lists)
     row_groups = [
-        _row_group(group, *tensors[3 * place : 3 * place + 3], window=window, max_len=max_len, dtype=like.dtype)
+        _row_group(group, *tensors[3 * place : 3 * place + 3], window=params.window, max_len=max_len, dtype=like.dtype)
         for place, group in enumerate(groups)
     ]
-    chunks: list[tuple[AttentionSegment, torch.Tensor | None]] = []
-    for segment in segments:
-        if segment.length > 1:
-            needs_mask = not (plain and segment.is_causal(window))
-            chunks.append((segment, segment_mask(segment, window, like.dtype, like.device) if needs_mask else None))
+    chunks = [
+        (segment, chunk_mask(segment, params, like.dtype, like.device)) for segment in segments if segment.length > 1
+    ]
     in_order = len(groups) == 1 and [segment.row for segment in groups[0]] == list(range(len(segments)))
     return Plan(row_groups, chunks, row_groups[0] if in_order and not chunks else None)
 
@@ -169,33 +164,3 @@ def _row_group(
         mask = causal_mask(positions[:, None, None], first, end, window, dtype=dtype)
     low = group[0].slot
     return RowGroup(rows, range(low, low + len(group)) if _have_adjacent_slots(group) else slots, first, end, mask)
-
-
-def _attend_group(
-    group: RowGroup, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, params: AttentionParams
-) -> torch.Tensor:
-    """query [1, heads, n, dim] -> [n, heads, value_dim]. Query heads that share keys lie where rows would."""
-    _, num_heads, num_rows, dim = query.shape
-    seen_keys, seen_values = group.seen(keys), group.seen(values)  # [n, kv_heads, keys, dim]
-    if not params.plain:
-        queries = query.permute(2, 1, 0, 3)  # [n, heads, 1, dim]
-        mask = None if group.mask is None else group.mask[:, None]
-        return eager_attention(queries, seen_keys, seen_values, mask, params)[:, :, 0]
-    folded = query.view(keys.shape[1], -1, num_rows, dim).permute(2, 0, 1, 3)  # [n, kv_heads, group, dim]
-    attended = F.scaled_dot_product_attention(folded, seen_keys, seen_values, attn_mask=group.mask, scale=params.scale)
-    return attended.reshape(num_rows, num_heads, -1)
-
-
-def _attend_chunk(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, params: AttentionParams
-) -> torch.Tensor:
-    """query [1, heads, rows, dim] -> [rows, heads, value_dim]. Query heads that share keys are a batch."""
-    _, num_heads, num_rows, dim = query.shape
-    if not params.plain:
-        return eager_attention(query, keys, values, mask, params)[0].transpose(0, 1)
-    split = query.view(keys.shape[1], -1, num_rows, dim).transpose(0, 1)  # [group, kv_heads, rows, dim]
-    each_keys, each_values = (seen.expand(len(split), -1, -1, -1) for seen in (keys, values))
-    attended = F.scaled_dot_product_attention(
-        split, each_keys, each_values, attn_mask=mask, is_causal=mask is None, scale=params.scale
-    )
-    return attended.permute(2, 1, 0, 3).reshape(num_rows, num_heads, -1)

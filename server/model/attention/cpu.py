@@ -9,11 +9,10 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 
 from cpu_kernels.kernels import Kernels
-from server.model.attention.eager import eager_attention, segment_mask
 from server.model.attention.interface import AttentionBackend, AttentionParams
+from server.model.attention.sdpa import attend_chunk, attend_rows, chunk_mask, fold_heads
 from server.model.kv_cache import AttentionMetadata, AttentionSegment, KVCache
 
 if TYPE_CHECKING:
@@ -29,38 +28,33 @@ class TorchAttention(AttentionBackend):
 
     def begin(self, metadata: AttentionMetadata) -> None:
         super().begin(metadata)
-        self._masks: dict[tuple[int, int, int | None], torch.Tensor] = {}
+        self._masks: dict[tuple[AttentionSegment, int | None, bool], torch.Tensor | None] = {}
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: AttentionParams
     ) -> torch.Tensor:
         self.cache.write(layer, self.metadata, key, value)
         queries = query.to(self.cache.layout.dtype)
-        single_rows = _fold_heads(queries, key.shape[1]) if params.plain else ()
+        folded = fold_heads(queries, key.shape[1])
         parts = []  # [length, heads, value_dim] each
         for segment in self.metadata.segments:
-            if segment.length == 1 and params.plain:
-                keys, values = self.cache.read(layer, segment, params.window)
-                parts.append(_attend_one_row(single_rows[segment.row], keys, values, params.scale))
+            if segment.length > 1:
+                parts.append(self.attend_chunk(layer, segment, queries[:, :, segment.rows], params))
             else:
-                parts.append(self.attend_segment(layer, segment, queries[:, :, segment.rows], params))
+                keys, values = self.cache.read(layer, segment, params.window)
+                parts.append(attend_rows(folded[segment.rows], keys, values, None, params))
         attended = parts[0] if len(parts) == 1 else torch.cat(parts)
         return attended[None].to(query.dtype)
 
-    def attend_segment(
+    def attend_chunk(
         self, layer: int, segment: AttentionSegment, query: torch.Tensor, params: AttentionParams
     ) -> torch.Tensor:
         """query [1, heads, length, dim] in the cache's format, on what is in it -> [length, heads, value_dim]."""
+        kind = segment, params.window, params.plain
+        if kind not in self._masks:
+            self._masks[kind] = chunk_mask(segment, params, query.dtype, query.device)
         keys, values = self.cache.read(layer, segment, params.window)
-        return attend_to_sequence(query, keys, values, self._mask(segment, params), params)
-
-    def _mask(self, segment: AttentionSegment, params: AttentionParams) -> torch.Tensor | None:
-        if segment.length == 1 or (params.plain and segment.is_causal(params.window)):
-            return None
-        key = (segment.start, segment.length, params.window)
-        if key not in self._masks:
-            self._masks[key] = segment_mask(segment, params.window, self.cache.layout.dtype, self.cache.device)
-        return self._masks[key]
+        return attend_chunk(query, keys, values, self._masks[kind], params)
 
 
 class NativeAttention(AttentionBackend):
@@ -115,7 +109,7 @@ class NativeAttention(AttentionBackend):
         if kernel is not None and kernel.can_attend(query, keys, values):
             kernel(query[0], keys[0], values[0], out, params.window, params.scale)
         else:
-            out.copy_(self._torch.attend_segment(layer, segment, query.to(self.cache.layout.dtype), params))
+            out.copy_(self._torch.attend_chunk(layer, segment, query.to(self.cache.layout.dtype), params))
 
     def _plan_single_rows(self, window: int | None) -> tuple[torch.Tensor, int]:
         """Segments of one row: the row and the first key it sees, int64 [n, 2]; the most keys that one of them sees."""
@@ -137,38 +131,3 @@ def cpu_attention(cache: KVCache, *, kernels: Kernels, windows: Iterable[int | N
         return TorchAttention(cache)
     prompt = kernels.prompt_attention(cache.layout.dtype)
     return NativeAttention(cache, decode, prompt, windows=windows, plain=plain)
-
-
-def attend_to_sequence(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, params: AttentionParams
-) -> torch.Tensor:
-    """Rows of one sequence: query [1, heads, rows, dim] -> [rows, heads, value_dim].
-
-    keys and values are [1, kv_heads, keys, dim], up to the last row's own. Without a mask the rows are the first of the
-    sequence, or a single row with a soft cap or sinks.
-    """
-    if not params.plain:
-        return eager_attention(query, keys, values, mask, params)[0].transpose(0, 1)
-    grouped = query.shape[1] != keys.shape[1]
-    attended = F.scaled_dot_product_attention(
-        query, keys, values, attn_mask=mask, is_causal=mask is None, scale=params.scale, enable_gqa=grouped
-    )
-    return attended[0].transpose(0, 1)
-
-
-def _fold_heads(query: torch.Tensor, kv_heads: int) -> tuple[torch.Tensor, ...]:
-    """Each row of a query [1, heads, rows, dim] as [1, kv_heads, group, dim].
-
-    The heads of a group, which share keys, lie where rows would, so that no key is repeated.
-    """
-    _, heads, rows, dim = query.shape
-    split: tuple[torch.Tensor, ...] = query[0].transpose(0, 1).reshape(rows, kv_heads, heads // kv_heads, dim).split(1)
-    return split
-
-
-def _attend_one_row(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
-    """One row, folded, on all the keys it is given -> [1, heads, value_dim].
-
-    Kernels differ in how their result lies in memory: on CUDA in float32 it is row by row, all heads of each.
-    """
-    return F.scaled_dot_product_attention(query, keys, values, scale=scale).reshape(1, -1, values.shape[-1])

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from server.model.attention.cpu import attend_to_sequence
-from server.model.attention.eager import segment_mask
 from server.model.attention.interface import AttentionParams, FlatAttention
+from server.model.attention.sdpa import attend_chunk, chunk_mask
 from server.model.kv_cache import AttentionMetadata, LayerShape
 
 
@@ -45,8 +44,6 @@ class ProbingAttention(FlatAttention):
         parts = []  # [length, heads, value_dim] each
         for segment in self._metadata.segments:
             queries, keys, values = (tensor[:, :, segment.rows] for tensor in (query, key, value))
-            mask = None
-            if not (params.plain and segment.is_causal(params.window)):
-                mask = segment_mask(segment, params.window, query.dtype, query.device)
-            parts.append(attend_to_sequence(queries, keys, values, mask, params))
+            mask = chunk_mask(segment, params, query.dtype, query.device)
+            parts.append(attend_chunk(queries, keys, values, mask, params))
         return torch.cat(parts)[None]
