@@ -59,10 +59,10 @@ class FusedLayer:
         ours, theirs = _StandIn(), _StandIn()
         try:
             with ModelPatches() as trial:
-                trial.set_child(layer, "mlp", _Flip())
-                trial.set_child(layer, "self_attn", theirs)
+                trial.replace_child(layer, "mlp", _Flip())
+                trial.replace_child(layer, "self_attn", theirs)
                 expected = fused._stock(x.clone(), **named)
-                trial.set_child(layer, "self_attn", ours)
+                trial.replace_child(layer, "self_attn", ours)
                 found = fused(x, **named)
         except (AttributeError, RuntimeError, TypeError, ValueError):
             return None

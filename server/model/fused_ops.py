@@ -36,7 +36,7 @@ def fuse_ops(model: nn.Module, patches: ModelPatches, passes: Kernels | None = N
     for name, module in list(model.named_modules()):
         fused = RMSNorm.like(module, passes) or (None if passes is None else GatedMLP.like(module, passes))
         if fused is not None:
-            patches.set_submodule(model, name, fused)
+            patches.replace(model, name, fused)
     _fuse_rope(model, patches, passes)
 
 
@@ -46,7 +46,7 @@ def fuse_norms(model: nn.Module, patches: ModelPatches) -> None:
     for name, module in list(model.named_modules()):
         fused = FusedRMSNorm.like(module)
         if fused is not None:
-            patches.set_submodule(model, name, fused)
+            patches.replace(model, name, fused)
 
 
 def _fuse_rope(model: nn.Module, patches: ModelPatches, passes: Kernels | None) -> None:
@@ -190,15 +190,13 @@ class GatedMLP(nn.Module):
         x = torch.randn(1, 3, size, generator=torch.Generator().manual_seed(0))
         try:
             with ModelPatches() as trial:
-                trial.set_child(stock, "down_proj", nn.Identity())
+                trial.replace_child(stock, "down_proj", nn.Identity())
                 candidates = [cls(stock, passes, names, by_gelu=by_gelu) for by_gelu in (False, True)]
                 expected = stock(x)
                 found = next((one for one in candidates if _alike(one(x), expected)), None)
         except (RuntimeError, TypeError):
             return None
-        if found is not None:
-            found.add_module("down_proj", stock.get_submodule("down_proj"))
-        return found
+        return None if found is None else cls(stock, passes, names, by_gelu=found._by_gelu)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [1, rows, dim] -> [1, rows, dim]."""

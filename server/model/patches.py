@@ -55,15 +55,16 @@ class ModelPatches:
         """Count a change that was made elsewhere, and that ``undo`` takes back."""
         self._changes.append(_Change(self._patch, undo))
 
-    def set_child(self, parent: nn.Module, name: str, module: nn.Module) -> None:
+    def replace_child(self, parent: nn.Module, name: str, module: nn.Module) -> None:
         stock = parent._modules[name]
         assert stock is not None
         module_bypass.replace(parent, name, module)
         self.on_undo(partial(module_bypass.replace, parent, name, stock))
 
-    def set_submodule(self, model: nn.Module, path: str, module: nn.Module) -> None:
+    def replace(self, model: nn.Module, path: str, module: nn.Module) -> None:
+        """Replace the module of this name in a model."""
         parent, _, name = path.rpartition(".")
-        self.set_child(model.get_submodule(parent), name, module)
+        self.replace_child(model.get_submodule(parent), name, module)
 
     def set_attribute(self, module: nn.Module, name: str, value: Any) -> None:
         """Shadow an attribute, or a method such as ``forward``, on one instance."""

@@ -197,7 +197,7 @@ class _Quantizer:
         sizes = [len(weight) for weight in turned]
         fused = FusedLinear(self._kernels.linear(rows, join_biases(sizes, biases), outliers), sizes)
         for number, ((name, module), original) in enumerate(zip(self._same_input, originals, strict=True)):
-            self._patches.set_submodule(self._model, name, Int8Linear(module, original, fused, number))
+            self._patches.replace(self._model, name, Int8Linear(module, original, fused, number))
             _drop_weight(module)
         self.result.num_linears += len(modules)
         self.result.num_products += 1
@@ -217,7 +217,7 @@ class _Quantizer:
         )
         for name, module in list(self._model.named_modules(remove_duplicate=False)):
             if module is stock:
-                self._patches.set_submodule(self._model, name, Int8Embedding(stock, original, rows, dtype))
+                self._patches.replace(self._model, name, Int8Embedding(stock, original, rows, dtype))
         _drop_weight(stock)
         self.result.num_bytes += rows.integers.nbytes
 

@@ -196,15 +196,15 @@ def test_a_patch_that_begins_again_is_undone_first_with_all_that_came_after() ->
     parent, patches = nn.Sequential(nn.Identity(), nn.Identity()), ModelPatches()
     stock = list(parent)
     patches.begin("first")
-    patches.set_child(parent, "0", _Child())
+    patches.replace_child(parent, "0", _Child())
     patches.begin("second")
-    patches.set_child(parent, "1", _Child())
+    patches.replace_child(parent, "1", _Child())
     patches.set_attribute(parent, "note", "ours")
     patches.begin("second")
     assert patches.names == ["first"]
     assert parent[1] is stock[1] and "note" not in parent.__dict__
-    patches.set_child(parent, "1", _Child())
-    patches.set_child(parent, "1", _Child())
+    patches.replace_child(parent, "1", _Child())
+    patches.replace_child(parent, "1", _Child())
     patches.begin("first")
     assert patches.names == [] and list(parent) == stock
     patches.undo()
@@ -225,7 +225,7 @@ def test_a_trial_is_undone_when_it_fails() -> None:
 
     def fail() -> None:
         with ModelPatches() as trial:
-            trial.set_child(parent, "0", _Child())
+            trial.replace_child(parent, "0", _Child())
             raise RuntimeError("no")
 
     with pytest.raises(RuntimeError, match="no"):

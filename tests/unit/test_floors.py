@@ -67,6 +67,17 @@ ALLOWED = {
     "numba": ("cpu_kernels",),
     "llvmlite": ("cpu_kernels",),
 }
+# Who changes a model's modules, or what modules and tables of transformers hold, and why it is not patches.py.
+CHANGES_MODELS = {
+    "server/model/patches.py": "every change is recorded here with its inverse",
+    "server/lora/module_bypass.py": "how patches and the LoRA bank replace a module, below the floor of patches",
+    "server/model/attention/interface.py": "its own entry in transformers' table, which closing removes",
+    "server/model/quantizer.py": "frees the weights of modules that its patch replaced, and converts buffers",
+    "server/lora/delta.py": "parameters of a copy of a module",
+    "server/quantization/linear.py": "the weight of a copy of a module",
+    "server/model/admission.py": "fields of a copy of a config",
+    "server/cli/convert/tuners.py": "a layer that PEFT made for a conversion",
+}
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60
 # "path" or "path:function" -> why it may be longer.
 LONGER: dict[str, str] = {}
@@ -166,6 +177,85 @@ def test_torch_and_the_web_framework_stay_on_their_floors() -> None:
             if homes is not None and not any(is_within(module, home) for home in homes):
                 wrong.append(f"{module} imports {imported}")
     assert wrong == []
+
+
+_CONTENTS = {"__dict__", "_modules", "_parameters", "_buffers", "_global_mapping"}
+_CHANGING_METHODS = {"add_module", "register_module", "register_buffer", "register_parameter", "set_submodule"}
+_CHANGING_DICTS = {"update", "pop", "clear", "setdefault", "__setitem__", "__delitem__"}
+
+
+def is_contents(node: ast.expr) -> bool:
+    """Whether this is what another object holds: its ``__dict__``, children, parameters; or ``vars`` of it."""
+    if isinstance(node, ast.Call):
+        return isinstance(node.func, ast.Name) and node.func.id == "vars"
+    return isinstance(node, ast.Attribute) and node.attr in _CONTENTS and not is_self(node.value)
+
+
+def is_self(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id in ("self", "cls")
+
+
+def changes_a_model(node: ast.expr, imported: set[str]) -> bool:
+    """Whether a target or call changes modules of a model, or a module of transformers, by what it looks like."""
+    if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load):
+        foreign = isinstance(node.value, ast.Name) and node.value.id in imported
+        return foreign or (node.attr == "forward" and not is_self(node.value))
+    if isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load):
+        return is_contents(node.value)
+    if not isinstance(node, ast.Call):
+        return False
+    if isinstance(node.func, ast.Name):
+        return node.func.id in ("setattr", "delattr") and not is_self(node.args[0])
+    if not isinstance(node.func, ast.Attribute) or is_self(node.func.value):
+        return False
+    if node.func.attr == "register":
+        return isinstance(node.func.value, ast.Name) and node.func.value.id in imported
+    return node.func.attr in _CHANGING_METHODS or (node.func.attr in _CHANGING_DICTS and is_contents(node.func.value))
+
+
+def changing_lines(source: ast.Module) -> list[int]:
+    imports = [node for node in ast.walk(source) if isinstance(node, ast.Import | ast.ImportFrom)]
+    of_transformers = {
+        (alias.asname or alias.name).split(".")[0]
+        for node in imports
+        for alias in node.names
+        if (getattr(node, "module", None) or alias.name).split(".")[0] == "transformers"
+    }
+    expressions = [node for node in ast.walk(source) if isinstance(node, ast.expr)]
+    return [node.lineno for node in expressions if changes_a_model(node, of_transformers)]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "layer.forward = ours",
+        "del layer.forward",
+        "layer.__dict__['forward'] = ours",
+        "vars(code)['apply_rotary_pos_emb'] = ours",
+        "modeling_llama.apply_rotary_pos_emb = ours",
+        "setattr(parent, name, ours)",
+        "model._modules['head'] = ours",
+        "parent.__dict__.pop(name)",
+        "model.set_submodule('lm_head', ours)",
+        "stock.add_module('down_proj', ours)",
+        "AttentionInterface.register('ours', ours)",
+    ],
+)
+def test_what_changes_a_model_is_recognized(line: str) -> None:
+    imports = "from transformers import AttentionInterface\nfrom transformers.models.llama import modeling_llama\n"
+    assert changing_lines(ast.parse(imports + line)) == [3]
+
+
+def test_only_patches_change_a_model() -> None:
+    """Whatever else does, nobody undoes, and an oracle in the same process may get it as well."""
+    found = {
+        str(path.relative_to(ROOT)): lines
+        for path in sources("server", *SHARED)
+        if any(imported.split(".")[0] in ("torch", "transformers", "peft") for imported in imports_of(path))
+        and (lines := changing_lines(tree_of(path)))
+    }
+    assert {path: lines for path, lines in found.items() if path not in CHANGES_MODELS} == {}
+    assert [path for path in CHANGES_MODELS if path not in found] == []
 
 
 def test_server_trainer_and_what_they_share_never_import_each_other() -> None:
