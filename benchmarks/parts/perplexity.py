@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections import abc
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,8 +18,7 @@ from server.adapters.content.manifest import Limits, read_manifest
 from server.model.kv_cache import AttentionMetadata, AttentionSegment
 from server.model.loader import Base
 from server.model.runner import ModelRunner
-from server.sequence import AdapterUse, Batch, SamplingParams, Segment
-from server.sequence import Sequence as Generation
+from server.sequence import AdapterUse, Batch, SamplingParams, Segment, Sequence
 from trainer.books import clean
 from trainer.micro.conversation import Conversation
 from trainer.micro.corpus import conversation
@@ -31,7 +31,7 @@ _NUM_CONVERSATIONS = 400
 _NEW = "text that no training drew"
 """Seed of the conversations: those of the base's training began from numbers."""
 
-Windows = Sequence[Sequence[int]]
+Windows = abc.Sequence[abc.Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,11 @@ class Reader:
         return manifest.weights_digest
 
     @torch.inference_mode()
-    def logits(self, window: Sequence[int], adapter: str | None = None) -> torch.Tensor:
+    def logits(self, window: abc.Sequence[int], adapter: str | None = None) -> torch.Tensor:
         """Of every row, float32 [rows, vocabulary]."""
         runner, uses = self._runner, () if adapter is None else (AdapterUse(adapter),)
         metadata = AttentionMetadata.of((AttentionSegment(0, 0, len(window), 0),), self.base.model.device)
-        sequence = Generation(0, tuple(window), 1, SamplingParams(), uses)
+        sequence = Sequence(0, tuple(window), 1, SamplingParams(), uses)
         runner.attention_backend.begin(metadata)
         runner.bank.begin(Batch((Segment(sequence, 0, 0, len(window)),)))
         ids = torch.tensor([list(window)], device=self.base.model.device)
@@ -171,7 +171,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return [int(token) for token in ids]
 
 
-def _windows(ids: Sequence[int], num_windows: int) -> Windows:
+def _windows(ids: abc.Sequence[int], num_windows: int) -> Windows:
     """Spread through the text, as many as there are without overlap."""
     count = max(1, min(num_windows, len(ids) // LENGTH))
     stride = max(1, (len(ids) - LENGTH) // max(1, count - 1)) if count > 1 else 1

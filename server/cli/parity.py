@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections import abc
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -24,8 +25,7 @@ from server.lora.weights import LoRAWeights
 from server.model.loader import Base, load_stock
 from server.model.patches import ModelPatches, fix_rope
 from server.model.runner import ModelRunner
-from server.sequence import AdapterUse, Batch, SamplingParams, Segment
-from server.sequence import Sequence as Generation
+from server.sequence import AdapterUse, Batch, SamplingParams, Segment, Sequence
 
 MAX_DIFFERENCE = 1e-3
 """Of logits, as a share of the largest; float32 explains some 1e-6."""
@@ -40,11 +40,11 @@ _SENTENCE = (
 class Answer:
     """A prompt with the tokens that followed, and the logits from which each was taken [tokens, vocabulary]."""
 
-    ids: Sequence[int]
+    ids: abc.Sequence[int]
     logits: torch.Tensor
 
     @property
-    def tokens(self) -> Sequence[int]:
+    def tokens(self) -> abc.Sequence[int]:
         return self.ids[-len(self.logits) :]
 
 
@@ -73,8 +73,8 @@ class Answers:
     ``max_model_len`` is what rotary frequencies were chosen for.
     """
 
-    adapted: Sequence[Answer]
-    plain: Sequence[Answer]
+    adapted: abc.Sequence[Answer]
+    plain: abc.Sequence[Answer]
     max_model_len: int
 
 
@@ -84,7 +84,7 @@ def answer_here(base: Base, manifest: Manifest, weights: LoRAWeights) -> Answers
     num_new = min(_NEW_TOKENS, length - 1)
     prompts = [prompt[: length - num_new] for prompt in _prompts(base, manifest)]
     sequences = [
-        Generation(number, prompt, num_new, SamplingParams(temperature=0), adapters)
+        Sequence(number, prompt, num_new, SamplingParams(temperature=0), adapters)
         for number, (adapters, prompt) in enumerate(product(((AdapterUse(manifest.weights_digest),), ()), prompts))
     ]
     runner = ModelRunner.of(base, num_slots=len(sequences), max_len=length)
@@ -111,7 +111,7 @@ def compare(base_folder: Path, manifest: Manifest, answers: Answers) -> Parity:
     )
 
 
-def _step(runner: ModelRunner, sequences: Sequence[Generation]) -> torch.Tensor:
+def _step(runner: ModelRunner, sequences: abc.Sequence[Sequence]) -> torch.Tensor:
     """The next token of every sequence, chosen by those with the adapter; the logits [sequences, vocabulary]."""
     logits = torch.empty(0)
     while not len(logits):

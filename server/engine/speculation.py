@@ -9,12 +9,11 @@ model judges every token of it in the step that computes the next one anyway, so
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
-from server.sequence import AdapterUse, Segment
-from server.sequence import Sequence as Generation
+from server.sequence import AdapterUse, Segment, Sequence
 
 MAX_DRAFT_ROWS = 32
 """Rows of drafts in one step, over all sequences: beyond them a step is bound by arithmetic, and every row costs."""
@@ -57,7 +56,7 @@ class NGrams:
         """The token that followed, and how often without another."""
         return self._young.get(key) or self._old.get(key)
 
-    def learn(self, ids: Sequence[int], start: int) -> None:
+    def learn(self, ids: list[int], start: int) -> None:
         """Note what the tokens from index ``start`` followed. One that contradicts halves the count."""
         for place in range(max(start, min(_ORDERS)), len(ids)):
             token = ids[place]
@@ -123,7 +122,7 @@ class Speculation:
 
     def __init__(self, *, max_drafts: int, max_model_len: int) -> None:
         self._max_drafts, self._max_model_len = max_drafts, max_model_len
-        self._tracks: WeakKeyDictionary[Generation, _Track] = WeakKeyDictionary()
+        self._tracks: WeakKeyDictionary[Sequence, _Track] = WeakKeyDictionary()
         self._shared: OrderedDict[tuple[tuple[AdapterUse, ...], bytes], NGrams] = OrderedDict()
 
     def extend(self, segments: Iterable[Segment], *, room: int) -> list[Segment]:
@@ -155,7 +154,7 @@ class Speculation:
         for key in [key for key in self._shared if any(use.digest == digest for use in key[0])]:
             del self._shared[key]
 
-    def _drafts(self, sequence: Generation, room: int, least_likely: float) -> tuple[int, ...]:
+    def _drafts(self, sequence: Sequence, room: int, least_likely: float) -> tuple[int, ...]:
         track = self._track(sequence)
         if track.pause:
             track.pause -= 1
@@ -170,14 +169,14 @@ class Speculation:
         context = sequence.ids(max(0, known - _LONGEST), known)
         return track.walk(context, most=most, least_likely=least_likely, ends=sequence.eos_ids)
 
-    def _track(self, sequence: Generation) -> _Track:
+    def _track(self, sequence: Sequence) -> _Track:
         """What is known of a sequence."""
         if (track := self._tracks.get(sequence)) is None:
             prompt = _followers(sequence.prompt_ids[-MAX_PROMPT:])
             track = self._tracks[sequence] = _Track(prompt, self._shared_table(sequence))
         return track
 
-    def _shared_table(self, sequence: Generation) -> NGrams:
+    def _shared_table(self, sequence: Sequence) -> NGrams:
         key = (sequence.adapters, sequence.cache_namespace)
         table = self._shared.setdefault(key, NGrams(MAX_NGRAMS))
         self._shared.move_to_end(key)
@@ -186,7 +185,7 @@ class Speculation:
         return table
 
 
-def _followers(ids: Sequence[int]) -> dict[tuple[int, ...], int]:
+def _followers(ids: tuple[int, ...]) -> dict[tuple[int, ...], int]:
     """What followed each n-gram of a text, the last time where there were several."""
     found: dict[tuple[int, ...], int] = {}
     for order in _ORDERS:

@@ -5,7 +5,8 @@ Each case gives the greedy tokens of its sequences; on any device in float32 the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import abc
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -22,8 +23,7 @@ from server.model.attention.batched import BatchedAttention
 from server.model.kv_cache import KVLayout
 from server.model.loader import Base, load_base
 from server.model.runner import ModelRunner
-from server.sequence import AdapterUse, SamplingParams
-from server.sequence import Sequence as Generation
+from server.sequence import AdapterUse, SamplingParams, Sequence
 from server.text.prompt import PromptRenderer
 from tests.model.harness import RecordingSampler, margin
 from tests.serving import ROOT
@@ -69,15 +69,15 @@ class Micro:
         prompts = PromptRenderer(self.base.tokenizer, vocab_size=self.base.vocab_size)
         return tuple(prompts.chat([{"role": "user", "content": question}]))
 
-    def ask(self, asked: Sequence[tuple[str, tuple[AdapterUse, ...]]], *, num_tokens: int = 9) -> list[Generation]:
+    def ask(self, asked: abc.Sequence[tuple[str, tuple[AdapterUse, ...]]], *, num_tokens: int = 9) -> list[Sequence]:
         """A sequence for each question on adapters, of unequal lengths."""
         return [
-            Generation(number, self.prompt(question), num_tokens + number % 5, GREEDY, uses, self.base.eos_ids)
+            Sequence(number, self.prompt(question), num_tokens + number % 5, GREEDY, uses, self.base.eos_ids)
             for number, (question, uses) in enumerate(asked)
         ]
 
     def play(
-        self, sequences: Sequence[Generation], *, drafts: int = 0, reuses: bool = False, at_once: int = 5
+        self, sequences: abc.Sequence[Sequence], *, drafts: int = 0, reuses: bool = False, at_once: int = 5
     ) -> Answers:
         """Run sequences to their ends."""
         layout = KVLayout(tuple(self.base.shapes), CONTEXT, self.base.kv_dtype)
@@ -143,7 +143,7 @@ def after_prefixes(micro: Micro) -> Answers:
     start = micro.ask([(question, uses)])[0]
     follow = micro.prompt(QUESTIONS[4])
     later = [
-        Generation(number, (*start.prompt_ids, *follow[:length]), 9, GREEDY, uses, micro.base.eos_ids)
+        Sequence(number, (*start.prompt_ids, *follow[:length]), 9, GREEDY, uses, micro.base.eos_ids)
         for number, length in enumerate((6, 9, len(follow)), start=1)
     ]
     answers = micro.play([start, *later], reuses=True)
@@ -172,7 +172,7 @@ def loaded(device: str, dtype: str = "float32", *, batched: bool = False) -> Ite
             micro.base.close()
 
 
-CASES: Sequence[Callable[[Micro], Answers]] = (
+CASES: abc.Sequence[Callable[[Micro], Answers]] = (
     on_the_base,
     on_mixed_adapters,
     on_compositions,

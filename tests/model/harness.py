@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections import abc
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,8 +27,7 @@ from server.model.patches import ModelPatches, fix_rope
 from server.model.quantizer import Quantized, quantizing
 from server.model.runner import ModelRunner
 from server.model.sampler import Sampler
-from server.sequence import AdapterUse, Draw, SampledToken, SamplingParams
-from server.sequence import Sequence as Generation
+from server.sequence import AdapterUse, Draw, SampledToken, SamplingParams, Sequence
 from tests.model.families import CONTEXT, VOCAB_SIZE
 from tests.model.held import held_bytes
 
@@ -45,7 +44,7 @@ class RecordingSampler(Sampler):
         super().__init__()
         self.logits: dict[int, list[torch.Tensor]] = {}
 
-    def sample(self, logits: torch.Tensor, draws: Sequence[Draw]) -> list[SampledToken | None]:
+    def sample(self, logits: torch.Tensor, draws: abc.Sequence[Draw]) -> list[SampledToken | None]:
         """As the server's."""
         assert len(logits) == len(draws)
         tokens = super().sample(logits, draws)
@@ -100,7 +99,7 @@ class Hosted:
     quantized: Quantized | None = None
     kernels: Kernels = field(default_factory=Kernels)
 
-    def run(self, asks: Sequence[Ask]) -> list[Answer]:
+    def run(self, asks: abc.Sequence[Ask]) -> list[Answer]:
         """Every ask through scheduler, runner and sampler; books checked after each step."""
         sampler = RecordingSampler()
         scheduler = Scheduler(
@@ -110,7 +109,7 @@ class Hosted:
             slots=None if self.kv_memory is None else self._slots(self.kv_memory),
         )
         engine = Engine(scheduler, self.runner, sampler, Metrics())
-        sequences = [Generation(n, ask.prompt, ask.num_tokens, ask.params, ask.adapters) for n, ask in enumerate(asks)]
+        sequences = [Sequence(n, ask.prompt, ask.num_tokens, ask.params, ask.adapters) for n, ask in enumerate(asks)]
         pending = sorted(zip(sequences, asks, strict=True), key=lambda one: one[1].step)
         step = 0
         while pending or not engine.idle:
@@ -158,7 +157,7 @@ def host(
     max_num_seqs: int = NUM_SLOTS,
     budget: int = BUDGET,
     kv_memory: int | None = None,
-    groups: Sequence[tuple[str, ...]] = (),
+    groups: abc.Sequence[tuple[str, ...]] = (),
     linear: str | None = None,
     native: bool = False,
     backend: BackendFactory | None = None,

@@ -5,8 +5,7 @@ Nothing, to the bit, while its prompt is computed in the same pieces; a little w
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import abc, defaultdict
 
 import pytest
 import torch
@@ -18,8 +17,7 @@ from server.engine.scheduler import Scheduler
 from server.metrics import Metrics
 from server.model.loader import Base, load_base
 from server.model.runner import ModelRunner
-from server.sequence import AdapterUse, Batch, SamplingParams
-from server.sequence import Sequence as Generation
+from server.sequence import AdapterUse, Batch, SamplingParams, Sequence
 from server.settings import Settings
 from tests.instruction_sets import PRODUCTS, needs
 from tests.model.harness import RecordingSampler, difference, prompts
@@ -61,7 +59,7 @@ class NotingScheduler(Scheduler):
 class Answers:
     """Tokens and logits of some sequences, of which each joins a step after the one before it."""
 
-    def __init__(self, runner: ModelRunner, asked: Sequence[Generation]) -> None:
+    def __init__(self, runner: ModelRunner, asked: abc.Sequence[Sequence]) -> None:
         scheduler, sampler = NotingScheduler(), RecordingSampler()
         engine = Engine(scheduler, runner, sampler, Metrics())
         waiting = list(asked)
@@ -80,15 +78,15 @@ def load(linear: str, monkeypatch: pytest.MonkeyPatch) -> Base:
     return load_base("micro", name="micro", device="cpu", dtype="auto", max_model_len=CONTEXT, quantization="int8")
 
 
-def asked(lengths: Sequence[int], uses: Sequence[Uses] = ((),)) -> list[Generation]:
+def asked(lengths: abc.Sequence[int], uses: abc.Sequence[Uses] = ((),)) -> list[Sequence]:
     """Prompts of random tokens, on the adapters in turn, greedy and sampled."""
     return [
-        Generation(number, prompt, NUM_TOKENS, PARAMS[number % 2], uses[number % len(uses)])
+        Sequence(number, prompt, NUM_TOKENS, PARAMS[number % 2], uses[number % len(uses)])
         for number, prompt in enumerate(prompts(*lengths))
     ]
 
 
-def assert_equal_to_the_bit(runner: ModelRunner, lengths: Sequence[int], uses: Sequence[Uses]) -> None:
+def assert_equal_to_the_bit(runner: ModelRunner, lengths: abc.Sequence[int], uses: abc.Sequence[Uses]) -> None:
     """Each alone and all together, with every prompt in one piece."""
     mixed = Answers(runner, asked(lengths, uses))
     assert [mixed.pieces[number] for number in range(len(lengths))] == [[length] for length in lengths]

@@ -22,8 +22,7 @@ from server.model import layer_graphs
 from server.model.attention.cpu import cpu_attention
 from server.model.layer_graphs import GraphRunner
 from server.model.runner import ModelRunner
-from server.sequence import AdapterUse, Batch, SamplingParams, Segment
-from server.sequence import Sequence as Generation
+from server.sequence import AdapterUse, Batch, SamplingParams, Segment, Sequence
 from tests.instruction_sets import PRODUCTS, needs
 from tests.model.families import _COMMON, FAMILIES, _config, build_from
 from tests.model.harness import GREEDY, Hosted, RecordingSampler, host, prompts
@@ -104,7 +103,7 @@ class Play:
         """A sequence more, half of whose prompt it has said before."""
         half = prompts(-(-length // 2), seed=self.num_sequences)[0]
         adapters = tuple(AdapterUse(*use) for use in uses)
-        self.engine.add(Generation(self.num_sequences, (*half, *half)[:length], num_tokens, GREEDY, adapters))
+        self.engine.add(Sequence(self.num_sequences, (*half, *half)[:length], num_tokens, GREEDY, adapters))
         self.num_sequences += 1
 
     def steps(self, number: int | None = None) -> None:
@@ -175,7 +174,7 @@ def batch_of(*rows: Row, drafts: int = 0) -> Batch:
     """Decoding rows, each with so many drafts."""
     segments = []
     for number, (slot, position, uses) in enumerate(rows):
-        one = Generation(number, prompts(position + 1, seed=number)[0], 20, SamplingParams(), uses)
+        one = Sequence(number, prompts(position + 1, seed=number)[0], 20, SamplingParams(), uses)
         segments.append(Segment(one, slot, position, 1 + drafts, tuple(range(5, 5 + drafts))))
     return Batch(tuple(segments))
 
@@ -246,7 +245,7 @@ def test_steps_with_other_than_plain_deltas_and_with_prompts_go_through_python(l
     run(llama, batch_of(*PLAIN), times=3)
     for digest in ("dora", "norms"):
         assert replayed(llama, batch_of((0, 5, (AdapterUse(digest),)), (2, 9, ()))) == 0
-    chunk = Generation(7, prompts(40)[0], 20, SamplingParams())
+    chunk = Sequence(7, prompts(40)[0], 20, SamplingParams())
     assert replayed(llama, Batch((Segment(chunk, 1, 0, 33),))) == 0
     assert replayed(llama, batch_of(*PLAIN)) == 3
 
@@ -269,7 +268,7 @@ def test_a_step_that_fails_while_it_is_recorded_leaves_nothing(llama: Hosted, mo
             with pytest.raises(ZeroDivisionError):
                 llama.runner.run(batch_of(*PLAIN))
             assert not llama.kernels.launch.is_recording
-    chunk = Generation(7, prompts(40)[0], 20, SamplingParams())
+    chunk = Sequence(7, prompts(40)[0], 20, SamplingParams())
     run(llama, Batch((Segment(chunk, 1, 0, 33),)))
     assert replayed(llama, batch_of(*PLAIN)) in (0, 1, 3)
     assert replayed(llama, batch_of(*PLAIN)) == 3
@@ -292,7 +291,7 @@ def test_a_step_of_another_runner_on_the_same_base_is_not_replayed(llama: Hosted
     )
     run(llama, batch_of(*PLAIN), times=3)
     assert graphs_of(llama).num_replayed > 0
-    chunk = Generation(7, prompts(40)[0], 20, SamplingParams())
+    chunk = Sequence(7, prompts(40)[0], 20, SamplingParams())
     expected, _ = llama.runner.run(Batch((Segment(chunk, 1, 0, 3), *batch_of((0, 5, ())).segments)))
     llama.runner.run(batch_of(*PLAIN))
     before = graphs_of(llama).num_replayed

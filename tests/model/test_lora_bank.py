@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections import abc
+from collections.abc import Iterator, Mapping
 
 import pytest
 import torch
@@ -16,8 +17,7 @@ from server.lora.batched import BatchedTorchLoRA, PaddedGroup, computed_together
 from server.lora.delta import LoRADelta
 from server.lora.slots import LoRASlots
 from server.lora.weights import FusedA, LoRAWeights
-from server.sequence import AdapterUse, Batch, SamplingParams, Segment
-from server.sequence import Sequence as Generation
+from server.sequence import AdapterUse, Batch, SamplingParams, Segment, Sequence
 from tests.tables import wide
 
 HIDDEN, WIDE, VOCAB = 12, 20, 15
@@ -41,7 +41,7 @@ class Model(nn.Module):
         return {name: self.get_submodule(name)(one)[0] for name, one in inputs.items()}
 
 
-def adapter(seed: int, targets: Sequence[str], rank: int, *, scale: torch.Tensor | None = None) -> LoRAWeights:
+def adapter(seed: int, targets: abc.Sequence[str], rank: int, *, scale: torch.Tensor | None = None) -> LoRAWeights:
     """Random deltas; A of q, k and v in one tensor where they have them."""
     generator = torch.Generator().manual_seed(seed)
     own = {name: torch.randn(rank, SIZES[name][0], generator=generator) for name in targets}
@@ -60,11 +60,11 @@ def adapter(seed: int, targets: Sequence[str], rank: int, *, scale: torch.Tensor
     return LoRAWeights(deltas, 1.0, [FusedA(whole.t(), columns)] if len(together) > 1 else [])
 
 
-def sequence(number: int, uses: Sequence[tuple[str, float]], length: int) -> Segment:
+def sequence(number: int, uses: abc.Sequence[tuple[str, float]], length: int) -> Segment:
     """A segment of a sequence; an odd number's prompt goes on, so that it is not sampled."""
     prompt = tuple(range(length + (number % 2 if length > 1 else 0)))
     adapters = tuple(AdapterUse(*use) for use in uses)
-    return Segment(Generation(number, prompt, 9, SamplingParams(), adapters), number, 0, length)
+    return Segment(Sequence(number, prompt, 9, SamplingParams(), adapters), number, 0, length)
 
 
 def native_lora(model: nn.Module, *, max_seqs: int = 16) -> LoRABackend:
@@ -97,14 +97,14 @@ class Stage:
         del self.adapters[digest]
         self.bank.remove(digest)
 
-    def step(self, segments: Sequence[Segment], *, tolerance: float = 1e-4) -> Batch:
+    def step(self, segments: abc.Sequence[Segment], *, tolerance: float = 1e-4) -> Batch:
         """A step, whose rows are compared, and the books behind it."""
         batch = self.compute(segments, tolerance=tolerance)
         self.bank.check_integrity()
         return batch
 
     @torch.inference_mode()
-    def compute(self, segments: Sequence[Segment], *, tolerance: float = 1e-4) -> Batch:
+    def compute(self, segments: abc.Sequence[Segment], *, tolerance: float = 1e-4) -> Batch:
         """Every row is compared with the base's and its adapters' own products."""
         batch = self.bank.begin(Batch(tuple(segments)))
         assert sorted(one.sequence.id for one in batch.segments) == sorted(one.sequence.id for one in segments)
@@ -123,7 +123,7 @@ class Stage:
                 assert torch.allclose(found[name][number].float(), expected, atol=tolerance, rtol=tolerance)
         return batch
 
-    def _expected(self, name: str, x: torch.Tensor, y: torch.Tensor, uses: Sequence[AdapterUse]) -> torch.Tensor:
+    def _expected(self, name: str, x: torch.Tensor, y: torch.Tensor, uses: abc.Sequence[AdapterUse]) -> torch.Tensor:
         for use in uses:
             if (delta := self.adapters[use.digest].deltas.get(name)) is not None:
                 assert delta.a is not None and delta.b is not None
@@ -136,7 +136,7 @@ class Stage:
         assert self.batched is not None
         return list(self.batched._slots.values())
 
-    def groups(self, num_rows: int) -> Sequence[PaddedGroup]:
+    def groups(self, num_rows: int) -> abc.Sequence[PaddedGroup]:
         """Rows of adapters that the last step computed together."""
         return () if self.batched is None else self.batched.layout(num_rows).groups
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections import abc
+from collections.abc import Iterator, Mapping
 
 import pytest
 import torch
@@ -14,8 +15,7 @@ from server.lora.bank import LoRABank
 from server.lora.delta import LoRADelta
 from server.lora.native import NativeLoRA
 from server.lora.weights import LoRAWeights
-from server.sequence import AdapterUse, Batch, SamplingParams, Segment
-from server.sequence import Sequence as Generation
+from server.sequence import AdapterUse, Batch, SamplingParams, Segment, Sequence
 from tests.instruction_sets import NUMBA, needs
 from tests.model.test_lora_bank import HIDDEN, SEEDS, Stage, adapter, native_lora, ones, sequence, storm
 
@@ -113,10 +113,10 @@ def random_deltas(source: torch.Generator, num_inputs: int, num_outputs: int) ->
     return {**deltas, "wide": LoRADelta("linear", wide.t(), torch.randn(num_outputs, 6, generator=source).t())}
 
 
-def segments(uses: Sequence[tuple[AdapterUse, ...]], lengths: Sequence[int]) -> tuple[Segment, ...]:
+def segments(uses: abc.Sequence[tuple[AdapterUse, ...]], lengths: abc.Sequence[int]) -> tuple[Segment, ...]:
     made = []
     for number, (mine, length) in enumerate(zip(uses, lengths, strict=True)):
-        one = Generation(number, tuple(range(length)), 9, SamplingParams(), mine)
+        one = Sequence(number, tuple(range(length)), 9, SamplingParams(), mine)
         made.append(Segment(one, number, 0, length))
     return tuple(made)
 
