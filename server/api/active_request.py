@@ -134,7 +134,7 @@ _Output = tuple[int, StepOutput]
 
 @dataclass(eq=False)
 class ActiveRequest:
-    """``choices`` are its answers; ``close`` ends those that are alive, writes the log, and releases the lease."""
+    """``choices`` are its answers; ``close`` ends those that are alive, releases the lease, and writes the log."""
 
     body: GenerationRequest
     lease: Lease | None
@@ -197,6 +197,6 @@ class ActiveRequest:
         self._closed = True
         for choice in self.choices:
             choice.sequence.close()
-        self.log.write(self.lease, self.choices, self.usage, unfinished=self._unfinished)
         if self.lease is not None:
             self.lease.release()
+        self.log.write(self.lease, self.choices, self.usage, unfinished=self._unfinished)

@@ -28,8 +28,9 @@ async def create_chat_completion(body: ChatRequest, http: Request, state: State)
     async def work() -> Response:
         async with leased(body, state) as (lease, defaults):
             prompts = await asyncio.to_thread(_chat_prompt, body, defaults, state.prompts)
+            format = ChatFormat(_token_texts(body, prompts))
             request = submit(body, http, state, lease=lease, defaults=defaults, prompts=prompts)
-        return await respond(request, ChatFormat(_token_texts(body, prompts)), state)
+        return await respond(request, format, state)
 
     return await unless_gone(work(), http.receive)
 
@@ -41,8 +42,9 @@ async def create_completion(body: CompletionRequest, http: Request, state: State
     async def work() -> Response:
         async with leased(body, state) as (lease, defaults):
             prompts = await asyncio.to_thread(_text_prompts, body, defaults, state.prompts)
+            format = CompletionFormat(_token_texts(body, prompts))
             request = submit(body, http, state, lease=lease, defaults=defaults, prompts=prompts)
-        return await respond(request, CompletionFormat(_token_texts(body, prompts)), state)
+        return await respond(request, format, state)
 
     return await unless_gone(work(), http.receive)
 

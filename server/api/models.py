@@ -21,7 +21,7 @@ async def list_models(state: State) -> dict[str, Any]:
     """The base first, then the adapters by name, then the aliases."""
     adapters = [_adapter(entry, state) for entry in state.adapters.registry]
     aliases = [_alias(name, state) for name in sorted(state.adapters.aliases)]
-    return {"object": "list", "data": [_base(state), *adapters, *[one for one in aliases if one is not None]]}
+    return {"object": "list", "data": [_base(state), *adapters, *[alias for alias in aliases if alias is not None]]}
 
 
 @router.get("/v1/models/{model:path}")
@@ -74,7 +74,7 @@ def _details(entry: Entry, state: ServerState) -> dict[str, Any]:
     digest = None if served is None else served.weights_digest
     return {
         "weights_digest": digest,
-        "versions": [one.version_digest[:DIGITS] for one in entry.versions],
+        "versions": [version.version_digest[:DIGITS] for version in entry.versions],
         "pinned": {"version": entry.pin.version, "resident": entry.pin.resident},
         "refused": None if entry.refused is None else without_paths(entry.refused),
         "unread": {file: without_paths(reason) for file, reason in listing.unread.items()},
@@ -86,7 +86,7 @@ def _details(entry: Entry, state: ServerState) -> dict[str, Any]:
         "leases": 0 if digest is None else cache.num_leases(digest),
         "composable": listing.plan.composable,
         "checks": _checks(listing.sidecar),
-        "defaults": _said(listing.defaults, state.prompts.chat_template),
+        "defaults": _shown_defaults(listing.defaults, state.prompts.chat_template),
     }
 
 
@@ -95,13 +95,13 @@ def _checks(sidecar: Sidecar | None) -> dict[str, Any]:
     return {} if sidecar is None or sidecar.verdict is None else sidecar.verdict.model_dump()["checks"]
 
 
-def _said(defaults: AdapterDefaults, base_template: str | None) -> dict[str, Any]:
-    """What an adapter says of its manners; of its chat template only whose it is."""
-    said = {item.name: getattr(defaults, item.name) for item in fields(defaults)}
+def _shown_defaults(defaults: AdapterDefaults, base_template: str | None) -> dict[str, Any]:
+    """The defaults that an adapter sets; of its chat template only whose it is."""
+    shown = {item.name: getattr(defaults, item.name) for item in fields(defaults)}
     if defaults.chat_template is not None:
-        said["chat_template"] = "the base's" if defaults.chat_template == base_template else "its own"
-    said["added_tokens"] = "its own" if defaults.added_tokens else None
-    return {name: value for name, value in said.items() if value not in (None, ())}
+        shown["chat_template"] = "the base's" if defaults.chat_template == base_template else "its own"
+    shown["added_tokens"] = "its own" if defaults.added_tokens else None
+    return {name: value for name, value in shown.items() if value not in (None, ())}
 
 
 def _model(name: str, *, created: int, root: str, parent: str | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What clients may say, field by field. What is not said here, and would change the answer, is refused by name."""
+"""Bodies of requests, field by field. A field that is not here, and would change the answer, is refused by name."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _text_only(value: object) -> object:
 
 
 def _is_neutral(value: object, neutral: tuple[Any, ...]) -> bool:
-    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral)
+    return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in neutral)
 
 
 def _parse_prompt(value: object) -> list[str | list[int]]:
@@ -168,8 +168,8 @@ class _Strict(BaseModel):
     def _drop_what_asks_for_nothing(cls, raw: object) -> object:
         if not isinstance(raw, dict):
             raise PydanticCustomError("object_type", "it should be a JSON object")
-        said = {key: value for key, value in raw.items() if value is not None and key not in cls.ignored}
-        return {key: value for key, value in said.items() if not _is_neutral(value, cls.neutral.get(key, ()))}
+        present = {key: value for key, value in raw.items() if value is not None and key not in cls.ignored}
+        return {key: value for key, value in present.items() if not _is_neutral(value, cls.neutral.get(key, ()))}
 
 
 class TextPart(_Strict):
@@ -359,7 +359,6 @@ class CompletionRequest(GenerationRequest):
 
     @property
     def num_prompts(self) -> int:
-        """As many as the list is long."""
         return len(self.prompt)
 
 

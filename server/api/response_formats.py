@@ -131,8 +131,8 @@ class Envelope:
 
 def fingerprint(base_name: str, lease: Lease | None, version: str) -> str:
     """Changes when the base, an adapter's version or the server does, and so the answer to the same seed may."""
-    held = () if lease is None else lease.adapters
-    parts = [version, base_name, *(f"{one.adapter.version_digest}:{one.scale}" for one in held)]
+    adapters = () if lease is None else lease.adapters
+    parts = [version, base_name, *(f"{leased.adapter.version_digest}:{leased.scale}" for leased in adapters)]
     return "fp_" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 

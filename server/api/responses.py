@@ -58,13 +58,13 @@ async def respond(request: ActiveRequest, format: ResponseFormat, state: ServerS
 
     A stream begins with the first token, so that what goes wrong before has a status of its own.
     """
-    lease = request.lease
-    mark = fingerprint(state.base_name, lease, state.version)
-    envelope = Envelope.new(format, model=request.body.model, fingerprint=mark)
-    headers = {} if lease is None else {"x-quickchange-adapter": lease.label}
     with ExitStack() as stack:
         stack.callback(request.close)
         await request.wait_for_first_output(PING_SECONDS)
+        lease = request.lease
+        mark = fingerprint(state.base_name, lease, state.version)
+        envelope = Envelope.new(format, model=request.body.model, fingerprint=mark)
+        headers = {} if lease is None else {"x-quickchange-adapter": lease.label}
         if not request.body.stream:
             return JSONResponse(await _collect(request, format, envelope), headers=headers)
         stack.pop_all()
