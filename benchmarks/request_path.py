@@ -104,7 +104,7 @@ class Tracer:
 
     def _on_own_code(self, frame: FrameType, file: str) -> None:
         if frame.f_code.co_name == "__call__":
-            body = getattr(frame.f_locals.get("self"), "_body", None)
+            body = getattr(frame.f_locals.get("kernel"), "body", None)  # of a launcher's call
             if isinstance(body, FunctionType) and body.__code__ not in self._kernels:
                 self._kernels.add(body.__code__)
                 self.path.kernel_files.update(self._names(_inlined(body)))

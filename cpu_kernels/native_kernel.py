@@ -66,7 +66,7 @@ class NativeKernel:
 
     def __init__(self, body: Callable[[Any], None], fields: str, floats: str = "", *, reorder: bool = False) -> None:
         self.name = body.__name__.lstrip("_")
-        self._body, self._fastmath = body, {"reassoc", "nsz", "contract"} if reorder else False
+        self.body, self._fastmath = body, {"reassoc", "nsz", "contract"} if reorder else False
         self._integers, self._floats = fields.split(), floats.split()
         members: list[tuple[str, Any]] = [(name, ctypes.c_int64) for name in self._integers]
         members += [(name, ctypes.c_double) for name in self._floats]
@@ -89,7 +89,7 @@ class NativeKernel:
             _make_known(name)
         integers = [(name, types.int64) for name in self._integers]
         record = types.Record.make_c_struct(integers + [(name, types.float64) for name in self._floats])
-        body = numba.njit(fastmath=self._fastmath, error_model="numpy")(self._body)
+        body = numba.njit(fastmath=self._fastmath, error_model="numpy")(self.body)
 
         def run(pointer: Any) -> None:
             body(numba.carray(pointer, 1)[0])
