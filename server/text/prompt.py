@@ -38,6 +38,7 @@ _MAX_TEMPLATE_CHARS = 4 * 1024 * 1024
 class PromptRenderer:
     """Renders with one tokenizer; safe to call from several threads.
 
+    ``chat_template`` is the tokenizer's, of several named ones the default. Token ids are below ``vocab_size``.
     Nothing is kept between calls but the renderers of adapters with added tokens of their own, the last few of them.
     """
 
@@ -49,23 +50,14 @@ class PromptRenderer:
         hidden_ids: frozenset[int] = frozenset(),
     ) -> None:
         self._tokenizer = tokenizer
-        self._vocab_size = len(tokenizer) if vocab_size is None else vocab_size
+        self.chat_template = default_template(tokenizer.chat_template)
+        self.vocab_size = len(tokenizer) if vocab_size is None else vocab_size
         special = [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
         self._hidden_ids = hidden_ids  # special in answers, and not for the tokenizer
         self._special_ids = frozenset([*tokenizer.all_special_ids, *special, *hidden_ids])
         self._adapters: OrderedDict[_Key, PromptRenderer] = OrderedDict()
         self._lock, self._making = threading.Lock(), threading.Lock()
         tokenizer("x")  # a tokenizer with truncation or padding in its file drops them at its first call, in one thread
-
-    @property
-    def vocab_size(self) -> int:
-        """Token ids of a prompt are below this."""
-        return self._vocab_size
-
-    @property
-    def chat_template(self) -> str | None:
-        """The base's own; of several named ones the default."""
-        return default_template(self._tokenizer.chat_template)
 
     def of(self, defaults: AdapterDefaults) -> PromptRenderer:
         """The renderer of an adapter, whose tokenizer may have added tokens of its own; else this one.
@@ -105,7 +97,7 @@ class PromptRenderer:
             self._tokenizer, [replace(token, special=False) if token in plain else token for token in tokens]
         )
         hidden = frozenset(token.id for token in plain)
-        return PromptRenderer(tokenizer, vocab_size=self._vocab_size, hidden_ids=hidden)
+        return PromptRenderer(tokenizer, vocab_size=self.vocab_size, hidden_ids=hidden)
 
     def check_manners(self, defaults: AdapterDefaults) -> None:
         """Raises ``ValueError`` where an adapter's end tokens, added tokens or chat template cannot be honoured."""
@@ -121,7 +113,7 @@ class PromptRenderer:
     def end_token_id(self, token: str | int) -> int | None:
         """The id of a token that ends a turn, by its text or as it is; None where the base has no such token."""
         if isinstance(token, int):
-            return token if token < self._vocab_size else None
+            return token if token < self.vocab_size else None
         found = self._tokenizer.convert_tokens_to_ids(token)  # of an unknown text it is None or the unknown token's
         return found if isinstance(found, int) and self._tokenizer.convert_ids_to_tokens(found) == token else None
 
@@ -131,7 +123,7 @@ class PromptRenderer:
             if self.end_token_id(token) is None:
                 raise ValueError(
                     f"end_tokens in quickchange.json names {token!r}, which is no token of the base and no id below "
-                    f"{self._vocab_size}: name the token that ends a turn"
+                    f"{self.vocab_size}: name the token that ends a turn"
                 )
 
     def check_template(self, template: str | None, variables: Mapping[str, Any] | None = None) -> None:
