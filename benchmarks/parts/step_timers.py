@@ -20,7 +20,7 @@ from benchmarks.parts.engines import InProcessEngine
 from server.lora import module_bypass
 from server.lora.layer import AdaptedModule
 from server.model.attention.interface import FlatAttention
-from server.quantization.linear import Int8Linear
+from server.quantization.int8_modules import Int8Linear
 
 KINDS = ("linears", "LoRA", "attention", "norms", "elementwise", "embedding", "head", "sampling", "scheduling", "rest")
 

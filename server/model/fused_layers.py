@@ -7,28 +7,26 @@ As in ``fused_ops`` they are found by trying: a layer that gives another result 
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
+from cpu_kernels.kernels import Kernels
 from server.model.fused_ops import GatedMLP, RMSNorm, fuse_ops
 from server.model.patches import ModelPatches
-
-if TYPE_CHECKING:
-    from cpu_kernels.kernels import Kernels
 
 _CHILDREN = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 _PASSED_ON = frozenset({"attention_mask", "position_ids", "past_key_values", "use_cache", "position_embeddings"})
 """What models call their layers with, for the attention."""
 
 
-def fuse_layers(model: nn.Module, patches: ModelPatches, passes: Kernels | None = None) -> None:
-    """Replace what ``fuse_ops`` replaces, and with routines the ``forward`` of layers like Llama's."""
-    fuse_ops(model, patches, passes)
+def fuse_layers(model: nn.Module, patches: ModelPatches, kernels: Kernels) -> None:
+    """Replace what ``fuse_ops`` replaces, and the ``forward`` of layers like Llama's."""
+    fuse_ops(model, patches, kernels)
     for module in list(model.modules()):
-        if passes is not None and {name for name, _ in module.named_children()} >= _CHILDREN:
-            fused = FusedLayer.like(module, passes)
+        if {name for name, _ in module.named_children()} >= _CHILDREN:
+            fused = FusedLayer.like(module, kernels)
             if fused is not None:
                 patches.set_attribute(module, "forward", fused)
 
@@ -39,12 +37,12 @@ class FusedLayer:
     A sum is written over the result of the attention or of the units, which are nobody else's; the layer's input stays.
     """
 
-    def __init__(self, layer: nn.Module, passes: Kernels) -> None:
-        self._layer, self._passes = layer, passes
+    def __init__(self, layer: nn.Module, kernels: Kernels) -> None:
+        self._layer, self._kernels = layer, kernels
         self._stock = partial(type(layer).forward, layer)
 
     @classmethod
-    def like(cls, layer: nn.Module, passes: Kernels) -> FusedLayer | None:
+    def like(cls, layer: nn.Module, kernels: Kernels) -> FusedLayer | None:
         """One that computes what a layer's stock code does, None where that is something else.
 
         Attention and units are replaced meanwhile: they may need a cache, and tell last bits apart.
@@ -52,7 +50,7 @@ class FusedLayer:
         norm, units = layer.get_submodule("post_attention_layernorm"), layer.get_submodule("mlp")
         if type(norm) is not RMSNorm or not isinstance(units, GatedMLP):
             return None
-        fused = cls(layer, passes)
+        fused = cls(layer, kernels)
         x = torch.randn(1, 3, norm.weight.numel(), generator=torch.Generator().manual_seed(0))
         named = {name: object() for name in _PASSED_ON}
         before = x.clone()
@@ -84,7 +82,7 @@ class FusedLayer:
         y = layer.mlp(normed)
         if not _can_add(y, attended):
             return attended + y
-        self._passes.add_(y, attended)
+        self._kernels.add_(y, attended)
         return y
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from cpu_kernels.kernels import Kernels, Norm
 from server.lora.layer import as_base
 from server.model.patches import ModelPatches, with_globals
-from server.quantization.linear import Int8Linear
+from server.quantization.int8_modules import Int8Linear
 
 _TOLERANCE = 1e-5
 _APART, _JOINED = ("gate_proj", "up_proj", "down_proj"), ("gate_up_proj", "down_proj")
@@ -27,17 +27,17 @@ _ROTARY = "apply_rotary_pos_emb"
 """What modelling code calls its rotary embedding, a function of its module."""
 
 
-def fuse_ops(model: nn.Module, patches: ModelPatches, passes: Kernels | None = None) -> None:
+def fuse_ops(model: nn.Module, patches: ModelPatches, kernels: Kernels) -> None:
     """Replace the norms of a float32 model on a CPU, and its rotary embedding.
 
-    With ``passes``, routines compiled for this CPU, each of these is one, and so is what gates a layer's units.
+    Each is then one operation of ``kernels``, and so is what gates a layer's units.
     """
     patches.begin("fused ops")
     for name, module in list(model.named_modules()):
-        fused = RMSNorm.like(module, passes) or (None if passes is None else GatedMLP.like(module, passes))
+        fused = RMSNorm.like(module, kernels) or GatedMLP.like(module, kernels)
         if fused is not None:
             patches.replace(model, name, fused)
-    _fuse_rope(model, patches, passes)
+    _fuse_rope(model, patches, kernels)
 
 
 def fuse_norms(model: nn.Module, patches: ModelPatches) -> None:
@@ -49,27 +49,25 @@ def fuse_norms(model: nn.Module, patches: ModelPatches) -> None:
             patches.replace(model, name, fused)
 
 
-def _fuse_rope(model: nn.Module, patches: ModelPatches, passes: Kernels | None) -> None:
+def _fuse_rope(model: nn.Module, patches: ModelPatches, kernels: Kernels) -> None:
     """Give attention modules a ``forward`` that finds our rotary embedding where stock code finds its own function."""
     fused: dict[Any, RotaryEmbedding | None] = {}
     copies: dict[Any, FunctionType | None] = {}
     for module in model.modules():
         forward = type(module).forward
         if forward not in copies:
-            copies[forward] = _with_fused_rope(forward, fused, passes)
+            copies[forward] = _with_fused_rope(forward, fused, kernels)
         if (copy := copies[forward]) is not None:
             patches.set_attribute(module, "forward", MethodType(copy, module))
 
 
-def _with_fused_rope(
-    forward: Any, fused: dict[Any, RotaryEmbedding | None], passes: Kernels | None
-) -> FunctionType | None:
+def _with_fused_rope(forward: Any, fused: dict[Any, RotaryEmbedding | None], kernels: Kernels) -> FunctionType | None:
     """None for a method that is decorated, calls no rotary embedding, or one that computes something else."""
     if not isinstance(forward, FunctionType) or _ROTARY not in forward.__code__.co_names:
         return None
     stock = forward.__globals__.get(_ROTARY)
     if stock not in fused:
-        fused[stock] = RotaryEmbedding.like(stock, passes) if callable(stock) else None
+        fused[stock] = RotaryEmbedding.like(stock, kernels) if callable(stock) else None
     embedding = fused[stock]
     return None if embedding is None else with_globals(forward, **{_ROTARY: embedding})
 
@@ -77,14 +75,14 @@ def _with_fused_rope(
 class RMSNorm(nn.Module):
     """``x * (weight + offset) / sqrt(mean(x**2) + eps)`` (Zhang and Sennrich 2019) over the last axis, in float32."""
 
-    def __init__(self, weight: nn.Parameter, eps: float, offset: float, passes: Kernels | None = None) -> None:
+    def __init__(self, weight: nn.Parameter, eps: float, offset: float, kernels: Kernels) -> None:
         super().__init__()
         self.weight = weight
-        self._eps, self._offset, self._kernels = eps, offset, passes or Kernels()
+        self._eps, self._offset, self._kernels = eps, offset, kernels
         self._prepared: tuple[torch.Tensor | None, Norm | None] = (None, None)
 
     @classmethod
-    def like(cls, stock: nn.Module, passes: Kernels | None = None) -> RMSNorm | None:
+    def like(cls, stock: nn.Module, kernels: Kernels) -> RMSNorm | None:
         """One that computes what a stock module does, None where that is something else."""
         weight, eps = _weight_and_eps(stock)
         if weight is None or weight.dtype != torch.float32 or weight.device.type != "cpu":
@@ -94,7 +92,7 @@ class RMSNorm(nn.Module):
             expected = stock(x)
         except (RuntimeError, TypeError):
             return None
-        candidates = (cls(weight, eps, offset, passes) for offset in (0.0, 1.0))
+        candidates = (cls(weight, eps, offset, kernels) for offset in (0.0, 1.0))
         return next((one for one in candidates if _alike(one(x), expected)), None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -167,15 +165,16 @@ class GatedMLP(nn.Module):
 
     only: torch.Tensor | None = None
 
-    def __init__(self, stock: nn.Module, passes: Kernels, names: Sequence[str] = _APART, *, by_gelu: bool) -> None:
+    def __init__(self, stock: nn.Module, kernels: Kernels, names: Sequence[str] = _APART, *, by_gelu: bool) -> None:
         super().__init__()
         for name in names:
             self.add_module(name, stock.get_submodule(name))
         self._joined, self._by_gelu = names == _JOINED, by_gelu
-        self._passes, self._stock = passes, (stock,)  # in a tuple, so that it is no submodule
+        self._gate_and_mul = kernels.gelu_and_mul if by_gelu else kernels.silu_and_mul
+        self._stock = (stock,)  # in a tuple, so that it is no submodule
 
     @classmethod
-    def like(cls, stock: nn.Module, passes: Kernels) -> GatedMLP | None:
+    def like(cls, stock: nn.Module, kernels: Kernels) -> GatedMLP | None:
         """One that computes what a stock module does, None where that is something else.
 
         What goes into ``down_proj`` is compared: its integers may fall to the other side of a border for a last bit.
@@ -191,12 +190,12 @@ class GatedMLP(nn.Module):
         try:
             with ModelPatches() as trial:
                 trial.replace_child(stock, "down_proj", nn.Identity())
-                candidates = [cls(stock, passes, names, by_gelu=by_gelu) for by_gelu in (False, True)]
+                candidates = [cls(stock, kernels, names, by_gelu=by_gelu) for by_gelu in (False, True)]
                 expected = stock(x)
                 found = next((one for one in candidates if _alike(one(x), expected)), None)
         except (RuntimeError, TypeError):
             return None
-        return None if found is None else cls(stock, passes, names, by_gelu=found._by_gelu)
+        return None if found is None else cls(stock, kernels, names, by_gelu=found._by_gelu)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [1, rows, dim] -> [1, rows, dim]."""
@@ -211,7 +210,7 @@ class GatedMLP(nn.Module):
         units = self._as_one_product(x)
         if units is None:
             gate, up = self.gate_up_proj(x).chunk(2, -1) if self._joined else (self.gate_proj(x), self.up_proj(x))
-            units = (self._passes.gelu_and_mul if self._by_gelu else self._passes.silu_and_mul)(gate, up)
+            units = self._gate_and_mul(gate, up)
         y: torch.Tensor = self.down_proj(units)
         return y
 
@@ -248,15 +247,13 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList | list[nn.Module]:
 class RotaryEmbedding:
     """``x * cos + rotate_half(x) * sin`` (Su et al. 2021) for queries and keys; other calls go to the stock code."""
 
-    def __init__(self, stock: Callable[..., Any], passes: Kernels | None = None) -> None:
-        self.stock, self._passes = stock, passes
-        self._for: torch.Tensor | None = None
-        self._signed = self._cos = torch.empty(0)
+    def __init__(self, stock: Callable[..., Any], kernels: Kernels) -> None:
+        self.stock, self._rotate = stock, kernels.rotary_embedding
 
     @classmethod
-    def like(cls, stock: Callable[..., Any], passes: Kernels | None = None) -> RotaryEmbedding | None:
+    def like(cls, stock: Callable[..., Any], kernels: Kernels) -> RotaryEmbedding | None:
         """One that computes what a stock function does, None where that is something else."""
-        fused, generator = cls(stock, passes), torch.Generator().manual_seed(0)
+        fused, generator = cls(stock, kernels), torch.Generator().manual_seed(0)
         q, k = (torch.randn(1, heads, 3, 16, generator=generator) for heads in (4, 2))
         cos, sin = (torch.randn(1, 3, 16, generator=generator) for _ in range(2))
         try:
@@ -275,19 +272,10 @@ class RotaryEmbedding:
             or named
             or not q.shape[-1] == k.shape[-1] == cos.shape[-1]
             or not q.dtype == k.dtype == torch.float32
+            or not q.stride(-1) == k.stride(-1) == q.shape[0] == 1
         ):
             return self.stock(q, k, cos, sin, *others, **named)
-        if self._passes is not None and q.stride(-1) == k.stride(-1) == 1 and q.shape[0] == 1:
-            return self._passes.rotary_embedding(q, k, cos, sin)
-        half = cos.shape[-1] // 2
-        if sin is not self._for:
-            signed = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
-            self._for, self._cos, self._signed = sin, cos.unsqueeze(1), signed.unsqueeze(1)
-        return _rotated(q, self._cos, self._signed, half), _rotated(k, self._cos, self._signed, half)
-
-
-def _rotated(x: torch.Tensor, cos: torch.Tensor, signed: torch.Tensor, half: int) -> torch.Tensor:
-    return torch.addcmul(x * cos, x.roll(half, -1), signed)
+        return self._rotate(q, k, cos, sin)
 
 
 def _alike(ours: torch.Tensor, theirs: Any) -> bool:

@@ -23,8 +23,7 @@ from cpu_kernels.int8_weights import Int8Rows, Outliers, pieces
 from cpu_kernels.kernels import Kernels
 from server.model.mapped_files import MappedFiles, trim
 from server.model.patches import ModelPatches
-from server.quantization.embedding import Int8Embedding
-from server.quantization.linear import FusedLinear, Int8Linear, WeightDigest, join_biases
+from server.quantization.int8_modules import FusedLinear, Int8Embedding, Int8Linear, WeightDigest, join_biases
 from server.quantization.outliers import find_outliers
 
 SMALLEST_SIDE = 32

@@ -20,7 +20,7 @@ from server.model.fused_ops import last_units
 from server.model.kv_cache import AttentionMetadata, KVCache, LayerShape, slots_and_positions
 from server.model.loader import Base
 from server.model.patches import ModelPatches
-from server.quantization.linear import linears_with_deltas
+from server.quantization.int8_modules import linears_with_deltas
 from server.sequence import Batch, Segment
 
 if TYPE_CHECKING:

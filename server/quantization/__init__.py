@@ -1,4 +1,4 @@
 """Floor 2: linears in 8-bit integers, weights and activations.
 
-Read ``outliers``, ``linear``, ``embedding``; what computes is in ``cpu_kernels``.
+Read ``int8_modules``, ``outliers``; what computes is in ``cpu_kernels``.
 """

@@ -18,8 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from server.quantization.embedding import Int8Embedding
-from server.quantization.linear import Int8Linear
+from server.quantization.int8_modules import Int8Embedding, Int8Linear
 
 
 class OracleLinear(nn.Linear):

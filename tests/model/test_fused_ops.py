@@ -71,7 +71,7 @@ def test_gated_units_are_found_before_a_product_that_tells_last_bits_apart() -> 
 
 def test_a_norm_takes_the_weight_of_an_adapter() -> None:
     stock = Qwen2RMSNorm(48, eps=1e-5)
-    fused = RMSNorm.like(stock)
+    fused = RMSNorm.like(stock, Kernels())
     assert fused is not None
     x, own = torch.randn(1, 5, 48), torch.rand(48)
     before = fused(x)
@@ -83,16 +83,16 @@ def test_a_norm_takes_the_weight_of_an_adapter() -> None:
 @pytest.mark.parametrize("size", [0.0, 1e-20, 1e-3, 1e3, 1e15])
 def test_a_norm_is_that_of_stock_for_rows_of_any_size(size: float) -> None:
     stock = Qwen2RMSNorm(48, eps=1e-6)
-    fused = RMSNorm.like(stock)
+    fused = RMSNorm.like(stock, Kernels())
     assert fused is not None
     x = torch.randn(1, 5, 48) * size
     assert torch.allclose(fused(x), stock(x), rtol=1e-5, atol=1e-7)
 
 
 def test_what_is_no_rms_norm_stays() -> None:
-    assert RMSNorm.like(nn.LayerNorm(48)) is None
-    assert RMSNorm.like(nn.Linear(48, 48)) is None
-    assert RMSNorm.like(Qwen2RMSNorm(48).bfloat16()) is None
+    assert RMSNorm.like(nn.LayerNorm(48), Kernels()) is None
+    assert RMSNorm.like(nn.Linear(48, 48), Kernels()) is None
+    assert RMSNorm.like(Qwen2RMSNorm(48).bfloat16(), Kernels()) is None
 
 
 def test_a_rotation_leaves_calls_that_it_cannot_serve_to_the_stock_code() -> None:
@@ -102,7 +102,7 @@ def test_a_rotation_leaves_calls_that_it_cannot_serve_to_the_stock_code() -> Non
         calls.append((len(args), named))
         return "stock"
 
-    rotation = RotaryEmbedding(stock)
+    rotation = RotaryEmbedding(stock, Kernels())
     q, k = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 3, 16)
     narrow = torch.randn(1, 3, 8)
     assert rotation(q, k, narrow, narrow) == "stock"  # only a part of a head is rotated

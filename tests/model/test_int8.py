@@ -16,8 +16,7 @@ from cpu_kernels import kernels, linear
 from cpu_kernels.int8_weights import QMAX_16BIT_SAFE, Int8Rows
 from cpu_kernels.kernels import Kernels, choose_linear
 from cpu_kernels.linear import NO_DELTAS, FbgemmLinear, OnednnLinear, PackedLinear, choose_torch_linear
-from server.quantization.embedding import Int8Embedding
-from server.quantization.linear import FusedLinear, Int8Linear, WeightDigest, join_biases
+from server.quantization.int8_modules import FusedLinear, Int8Embedding, Int8Linear, WeightDigest, join_biases
 from tests.instruction_sets import variables_of
 from tests.model.int8_bases import (
     LINEARS,

@@ -13,8 +13,7 @@ from cpu_kernels.kernels import Kernels
 from cpu_kernels.linear import FbgemmLinear
 from server.errors import SettingsError
 from server.model import loader
-from server.quantization.embedding import Int8Embedding
-from server.quantization.linear import Int8Linear
+from server.quantization.int8_modules import Int8Embedding, Int8Linear
 from tests.model.families import FAMILIES, build, build_from, fix_long_factors
 from tests.model.harness import Ask, difference, host, prompts, stock_logits
 from tests.model.int8_bases import TWO_LINEARS, rounding

@@ -14,7 +14,7 @@ from cpu_kernels.int8_weights import Outliers
 from cpu_kernels.kernels import Kernels
 from server.model import quantizer
 from server.model.loader import load_base, load_stock
-from server.quantization.linear import FusedLinear
+from server.quantization.int8_modules import FusedLinear
 from server.quantization.outliers import MOST, find_outliers
 from tests.model.int8_bases import (
     MOST_DIVERGENCE,

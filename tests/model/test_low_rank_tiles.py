@@ -17,7 +17,7 @@ from server.lora.bank import LoRABank
 from server.lora.delta import LoRADelta
 from server.lora.native import LoRATiles, NativeLoRA
 from server.lora.weights import LoRAWeights
-from server.quantization.linear import FusedLinear, Int8Linear, WeightDigest, linears_with_deltas
+from server.quantization.int8_modules import FusedLinear, Int8Linear, WeightDigest, linears_with_deltas
 from server.sequence import AdapterUse, Batch
 from tests.instruction_sets import needs
 from tests.model.test_low_rank import segments

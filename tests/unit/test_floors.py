@@ -54,7 +54,7 @@ ALLOWED = {
         "server.cli",
     ),
     "transformers": (
-        "server.quantization.linear",
+        "server.quantization.int8_modules",
         "server.lora.module_bypass",
         "server.text.prompt",
         "server.model",
@@ -74,7 +74,7 @@ CHANGES_MODELS = {
     "server/model/attention/interface.py": "its own entry in transformers' table, which closing removes",
     "server/model/quantizer.py": "frees the weights of modules that its patch replaced, and converts buffers",
     "server/lora/delta.py": "parameters of a copy of a module",
-    "server/quantization/linear.py": "the weight of a copy of a module",
+    "server/quantization/int8_modules.py": "the weight of a copy of a module",
     "server/model/admission.py": "fields of a copy of a config",
     "server/cli/convert/tuners.py": "a layer that PEFT made for a conversion",
 }
