@@ -193,11 +193,6 @@ class Batch:
         return sum(segment.length for segment in self.segments)
 
     @property
-    def sampling(self) -> list[Sequence]:
-        """The sequence of each row that yields a token, in the order of the logits: once, and once for each draft."""
-        return [segment.sequence for segment in self.segments for _ in range(segment.num_sampled)]
-
-    @property
     def draws(self) -> list[Draw]:
         """What is to be drawn from each row of the logits."""
         return [

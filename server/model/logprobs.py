@@ -28,7 +28,8 @@ def sampled_tokens(
         if draw.sequence.params.num_logprobs is not None and token_ids[row] is not None
     ]
     if rows:
-        _add_logprobs(tokens, rows, logits[rows], [draws[row].sequence.params.num_logprobs or 0 for row in rows])
+        selected = logits if len(rows) == len(draws) else logits[rows]
+        _add_logprobs(tokens, rows, selected, [draws[row].sequence.params.num_logprobs or 0 for row in rows])
     return tokens
 
 

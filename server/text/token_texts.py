@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence, Set
+from functools import lru_cache
 from typing import NamedTuple
+
+MAX_TOKEN_TEXTS = 32_768
+"""Texts of tokens that are kept, the last used ones; about 300 bytes each."""
 
 _BROKEN = "\ufffd"
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -22,7 +26,7 @@ class TokenText(NamedTuple):
 
 
 class TokenTexts:
-    """Texts and bytes of a tokenizer's tokens, found when they are first asked for, and kept.
+    """Texts and bytes of a tokenizer's tokens, found when they are first asked for.
 
     The bytes of a text's tokens end to end are the bytes of the text. They are what ``decode``, which leaves out
     special tokens, adds for a token behind ``context_ids``, which may be any text. Where that is no whole character,
@@ -40,20 +44,17 @@ class TokenTexts:
     ) -> None:
         self._decode, self._name_of, self._special_ids = decode, name_of, special_ids
         self._context_ids, self._context_text = context_ids, decode(context_ids)
-        self._known: dict[tuple[int, bool], TokenText] = {}
+        self._find = lru_cache(MAX_TOKEN_TEXTS)(self._find_anew)
 
     def get(self, token_id: int, *, first: bool) -> TokenText:
         """A token's text; ``first`` where no token but special ones is before it: some lose a leading space there."""
-        key = (token_id, first)
-        if (known := self._known.get(key)) is None:
-            known = self._known[key] = self._find(token_id, first)
-        return known
+        return self._find(token_id, first)
 
     def is_special(self, token_id: int) -> bool:
         """Whether a token has no text in an answer."""
         return token_id in self._special_ids
 
-    def _find(self, token_id: int, first: bool) -> TokenText:
+    def _find_anew(self, token_id: int, first: bool) -> TokenText:
         if self.is_special(token_id):
             return TokenText(self._name_of(token_id), None)
         text = self._decode([token_id])

@@ -43,7 +43,7 @@ class Memory:
         self.fails: str | None = None
 
     def run(self, batch: Batch) -> tuple[torch.Tensor, Batch]:
-        """Logits that tell what was seen: the next token is made of all before it, [len(batch.sampling), vocab]."""
+        """Logits that tell what was seen: the next token is made of all before it, [len(batch.draws), vocab]."""
         if self.fails == "at once":
             raise RuntimeError("the model broke")
         for move in batch.moves:
@@ -62,8 +62,8 @@ class Memory:
             self.written[segment.slot] = max(self.written[segment.slot], segment.end)
             self.num_rows[one.id] += segment.length
         self.most_bytes = max(self.most_bytes, self.num_bytes)
-        logits = torch.zeros(len(batch.sampling), VOCAB)
-        for row, one in enumerate(batch.sampling):
+        logits = torch.zeros(len(batch.draws), VOCAB)
+        for row, (one, *_) in enumerate(batch.draws):
             logits[row, next_token(one)] = 9.0
         return logits, batch
 

@@ -35,18 +35,18 @@ class ScriptedRunner:
         return (sequence_id * 7 + number * 3) % (VOCAB - 1)
 
     def run(self, batch: Batch) -> tuple[torch.Tensor, Batch]:
-        """Logits with one token far above the others, [len(batch.sampling), vocab]."""
+        """Logits with one token far above the others, [len(batch.draws), vocab]."""
         if self.fails:
             raise RuntimeError("the model broke")
         self.batches.append(batch)
-        self.num_sampled.append(len(batch.sampling))
+        self.num_sampled.append(len(batch.draws))
         for segment in batch.segments:
             holder, length = self.computed.get(segment.slot, (None, 0))
             known = length if holder == segment.sequence.id else 0
             assert segment.start == known, "a position is left out or computed twice"
             self.computed[segment.slot] = (segment.sequence.id, segment.end)
-        logits = torch.zeros(len(batch.sampling), VOCAB)
-        for row, sequence in enumerate(batch.sampling):
+        logits = torch.zeros(len(batch.draws), VOCAB)
+        for row, (sequence, *_) in enumerate(batch.draws):
             logits[row, self.script(sequence.id, len(sequence.output_ids))] = 9.0
         return logits, batch
 
@@ -179,7 +179,7 @@ def test_a_row_without_finite_logits_ends_its_sequence_alone(monkeypatch: pytest
 
     def run(batch: Batch) -> tuple[torch.Tensor, Batch]:
         logits, batch = stock(batch)
-        for row, sequence in enumerate(batch.sampling):
+        for row, (sequence, *_) in enumerate(batch.draws):
             if sequence.id == 1 and sequence.output_ids:
                 logits[row] = float("nan")
         return logits, batch

@@ -52,7 +52,7 @@ class ScriptedRunner:
             assert len(held) < LENGTH, "a position beyond the slot"
             for row in range(segment.length - segment.num_sampled, segment.length):
                 logits.append(self.model(segment.sequence, held[: segment.start + row + 1]))
-        assert len(logits) == len(batch.draws) == len(batch.sampling)
+        assert len(logits) == len(batch.draws)
         return torch.stack(logits) if logits else torch.empty(0, VOCAB), batch
 
     num_copied_bytes = 0

@@ -39,8 +39,8 @@ class ScriptedRunner:
         self.num_steps += 1
         if self.failures:
             raise self.failures.pop()
-        logits = torch.zeros(len(batch.sampling), 10)
-        for row, sequence in enumerate(batch.sampling):
+        logits = torch.zeros(len(batch.draws), 10)
+        for row, (sequence, *_) in enumerate(batch.draws):
             logits[row, min(sequence.ids(sequence.num_tokens - 1, sequence.num_tokens)[0] + 1, 9)] = 1.0
         return logits * float("nan") if self.not_finite else logits, batch
 
