@@ -31,10 +31,10 @@ Key = tuple[int, int, int]
 
 
 class GraphRunner:
-    """The layers of a model whose linears, norms and attention are routines, as layer graphs.
+    """The layers of a model whose linears, norms and attention are native, as layer graphs.
 
     A layer graph is of use where every row is a decoding one, and adapters are plain deltas: all else changes tensors
-    in a layer, not only memory that routines read. A graph that does not give the same bits is not replayed.
+    in a layer, not only memory that native kernels read. A graph that does not give the same bits is not replayed.
     """
 
     def __init__(

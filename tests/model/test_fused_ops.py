@@ -56,7 +56,7 @@ def test_gated_units_take_rows_in_any_shape() -> None:
 
 @needs(NUMBA)
 def test_gated_units_are_found_before_a_product_that_tells_last_bits_apart() -> None:
-    """As one of integers does, where a unit lies on a border: a layer kept its stock code, and so all had no tapes."""
+    """As one of integers does, where a unit lies on a border: a layer kept its stock code, and so none was recorded."""
 
     class LastBits(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -34,11 +34,11 @@ LIMITS = Limits(max_rank=16, max_bytes=1 << 24)
 PAIRS = [
     (name, family) for name, case in CASES.items() for family in dict.fromkeys((case.families[0], case.families[-1]))
 ]
-Adding = Literal["torch", "routine", "product"]
+Adding = Literal["torch", "kernel", "product"]
 """By what deltas are added: the product of integers does it on CPUs with tiles, in bfloat16."""
 every_way = pytest.mark.parametrize(
     "adding",
-    ["torch", pytest.param("routine", marks=needs(*PRODUCTS)), pytest.param("product", marks=needs("AMX"))],
+    ["torch", pytest.param("kernel", marks=needs(*PRODUCTS)), pytest.param("product", marks=needs("AMX"))],
 )
 ROUNDED = ("linear_parameter", "tokens", "tokens_by_module", "tokens_of_head")
 """What PEFT computes with other weights, in floats, where the engine adds to the product of integers."""
@@ -84,7 +84,7 @@ def family_of(name: str, *, adding: Adding = "torch") -> Family:
     assert linear is not None
     base = base_of(name, torch.float32)
     hosted = host(copy.deepcopy(base), budget=64, linear=linear, native=available() and adding != "torch")
-    if adding == "routine":
+    if adding == "kernel":
         hosted.runner.bank.backend = NativeLoRA(
             list(hosted.runner.bank.base_modules), kernels=hosted.kernels, max_seqs=hosted.max_num_seqs
         )

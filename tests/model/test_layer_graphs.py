@@ -29,7 +29,7 @@ from tests.model.harness import GREEDY, Hosted, RecordingSampler, host, prompts
 from tests.model.peft_cases import CONFIGS
 from tests.tables import one_of_each
 
-pytestmark = needs(*PRODUCTS)  # without routines for products there are no layer graphs
+pytestmark = needs(*PRODUCTS)  # without native linears there are no layer graphs
 LENGTH = 288
 """Beyond 256 keys a head's scores take twice the room, and steps need other graphs."""
 
@@ -50,7 +50,7 @@ CONFIG = {
 
 
 def hosted_as(name: str) -> Hosted:
-    """A family in int8 with routines, whose sequences may be long."""
+    """A family in int8 with native kernels, whose sequences may be long."""
     config = copy.deepcopy(CONFIG[name])
     setattr(config, "n_positions" if name == "gpt2" else "max_position_embeddings", LENGTH)
     return host(build_from(config), linear=choose_linear(), native=True, max_model_len=LENGTH, budget=64)

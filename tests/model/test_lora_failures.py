@@ -211,7 +211,7 @@ def deltas_of(product: Fused) -> Deltas | None:
 @needs(NUMBA)
 @every_way
 def test_an_adapter_in_tiles_that_cannot_be_added_leaves_no_address_of_it(way: Failing) -> None:
-    """What is read by a product's routine on a CPU with AMX is looked at here on any."""
+    """What is read by a linear's kernel on a CPU with AMX is looked at here on any."""
     from server.lora.native import NativeLoRA
 
     sizes = {"q": 32, "k": 64}

@@ -1,4 +1,4 @@
-"""Deltas by a routine: those of each adapter by itself in whatever mixture, each row the same to the bit as alone."""
+"""Deltas by a native kernel: each adapter's by itself in whatever mixture, each row the same to the bit as alone."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_random_mixtures_are_what_each_adapter_gives_by_itself(seed: int, stage:
 
 
 def test_a_module_that_no_adapter_has_a_plain_delta_for(stage: Stage) -> None:
-    """It had no table, and the routine read the address 0."""
+    """It had no table, and the kernel read the address 0."""
     stage.add("dora", adapter(1, ("down",), 4, scale=torch.rand(HIDDEN) + 0.5))
     stage.step(ones("dora", "dora"))
     stage.add("plain", adapter(2, ("q", "v"), 4))
@@ -79,7 +79,7 @@ def test_steps_that_sample_no_row(stage: Stage) -> None:
 
 @torch.inference_mode()
 def test_a_module_that_gets_other_rows_than_the_batchs_is_not_computed(stage: Stage) -> None:
-    """The routine would write behind its result."""
+    """The kernel would write behind its result."""
     stage.add("a", adapter(1, ("q",), 4))
     stage.step([sequence(0, [("a", 1.0)], 5), sequence(2, [], 1)])
     with pytest.raises(IntegrityError, match="got 4 of 6 rows"):

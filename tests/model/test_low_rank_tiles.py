@@ -22,7 +22,7 @@ from server.sequence import AdapterUse, Batch
 from tests.instruction_sets import needs
 from tests.model.test_low_rank import segments
 
-pytestmark = needs("AMX")  # without its tiles a routine of its own adds deltas
+pytestmark = needs("AMX")  # without its tiles a kernel of its own adds deltas
 RANKS = (1, 2, 8, 9, 16, 17, 24, 33, 64)
 LENGTHS = (1, 1, 2, 3, 15, 16, 17, 33, 70)
 SIZES = {(896, (896, 128, 128)): False, (32, (16,)): False, (64, (160, 160)): True, (4864, (96,)): True}

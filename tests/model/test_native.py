@@ -1,4 +1,4 @@
-"""Routines compiled for this CPU: products of integers to the bit, passes over rows, and machines without them."""
+"""Native kernels: linears in integers to the bit, operations between them, and machines that have none."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def make(request: pytest.FixtureRequest) -> Kernels:
 
 @pytest.fixture(params=[1, 2], ids=["one_thread", "two_threads"])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    """What torch, and so every routine, runs on."""
+    """What torch, and so every native kernel, runs on."""
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param

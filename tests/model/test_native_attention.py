@@ -1,4 +1,4 @@
-"""Decoding rows attend to the KV cache by a routine: as the formula says, to the bit alone and in batches."""
+"""Decoding rows attend to the KV cache by a native kernel: as the formula says, to the bit alone and in batches."""
 
 from __future__ import annotations
 

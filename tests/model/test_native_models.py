@@ -1,4 +1,4 @@
-"""Every family with routines in place of all they can do: near to what torch computes, and each row the same alone."""
+"""Every family with native kernels for all they can do: near to what torch computes, and each row the same alone."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def with_equal_past(ours: Answer, theirs: Answer) -> tuple[torch.Tensor, torch.T
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("quantization", ["int8", "none"])
-def test_logits_are_those_without_routines_and_rows_are_the_same_alone(family: str, quantization: str) -> None:
+def test_logits_are_those_of_torch_and_rows_are_the_same_alone(family: str, quantization: str) -> None:
     """With integers an activation may fall to the other side of a border."""
     linear = choose_linear() if quantization == "int8" else None
     expected = host(build(family), linear=linear).run(ASKS)

@@ -131,7 +131,7 @@ def is_ours(module: str) -> bool:
 
 
 def package_of(module: str) -> list[str]:
-    """``server.api`` of ``server.api.chat``, ``cpu_kernels`` of ``cpu_kernels.routine``."""
+    """``server.api`` of ``server.api.chat``, ``cpu_kernels`` of ``cpu_kernels.linear``."""
     parts = module.split(".")
     return parts[:1] if parts[0] in SHARED else parts[:2]
 
