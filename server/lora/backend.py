@@ -77,58 +77,45 @@ class LoRABackend(Protocol):
     @property
     def num_bytes(self) -> int:
         """Bytes of copies and tables, which come on top of the adapters' own tensors."""
-        ...
 
     @property
     def active(self) -> bool:
         """Whether ``apply`` may change anything in the step at hand."""
-        ...
 
     @property
     def can_replay(self) -> bool:
         """Whether the adapters of the step are nothing but memory that kernels read: layer graphs may be replayed."""
-        ...
 
     @property
     def generation(self) -> int:
         """Another number when what kernels read lies elsewhere, so that recorded layer graphs are void."""
-        ...
 
     def pack(self, weights: LoRAWeights) -> LoRAWeights:
         """An adapter's tensors as this backend reads them; packed ones stay as they are. Any thread may do it."""
-        ...
 
     def attach(self, module: str) -> bool:
         """A linear is wrapped. False where the base's own product adds its deltas, so that ``apply`` is not called."""
-        ...
 
     def detach(self, module: str) -> None:
         """A linear is the base's again; one that never was attached is no error."""
-        ...
 
     def add(self, digest: str, weights: LoRAWeights) -> Iterable[torch.Tensor]:
         """Take a packed adapter, whose linears are attached. Tensors that it keeps of the adapter, copies too."""
-        ...
 
     def remove(self, digest: str) -> None:
         """Forget an adapter, also one that was half added; one that is not there is no error."""
-        ...
 
     def limit(self, max_bytes: int | None) -> None:
         """Copies take at most so many bytes from now on; those beyond are freed."""
-        ...
 
     def begin(self, batch: Batch) -> Batch:
         """Prepare a step. The same batch, its segments in the order in which the rows are computed fastest."""
-        ...
 
     def apply(self, module: str, x: torch.Tensor, y: torch.Tensor) -> None:
         """``y += x @ a @ b`` on the rows of each adapter: x [..., rows, in], y [rows, out]."""
-        ...
 
     def check_integrity(self, digests: Iterable[str], modules: Iterable[str]) -> None:
         """Raise ``IntegrityError`` where it has other adapters, or other attached linears, than these."""
-        ...
 
 
 def _runs(segments: Sequence[Segment], counts: Sequence[int]) -> list[AdapterRun]:

@@ -134,7 +134,6 @@ class BatchedTorchLoRA:
             rows.add(y, low, b)
 
     def layout(self, num_rows: int) -> AdapterLayout:
-        """How the rows of a module that got so many are computed."""
         if num_rows not in self._layouts:
             self._layouts[num_rows] = self._laid_out(self.batch.runs(num_rows))
         return self._layouts[num_rows]
@@ -271,7 +270,6 @@ class SharedLoRAInput:
         self._terms: dict[str, list[LoRATerm]] = {}
 
     def add(self, digest: str, weights: LoRAWeights) -> None:
-        """Take what an adapter has for these modules."""
         factors = {module: factors_of(delta) for module, delta in weights.deltas.items() if delta.plain}
         alone = [module for module in self.modules if module in factors]
         products = []
@@ -286,7 +284,6 @@ class SharedLoRAInput:
             self._adapters[digest] = products
 
     def remove(self, digest: str) -> None:
-        """Forget an adapter; one that is not there is no error."""
         self._adapters.pop(digest, None)
 
     def take(self, module: str, x: torch.Tensor, layout: Callable[[int], AdapterLayout]) -> list[LoRATerm]:

@@ -26,7 +26,6 @@ class AdaptedModule(nn.Module):
         self._compute = base.forward
 
     def put(self, digest: str, delta: LoRADelta) -> None:
-        """Take an adapter's change."""
         self.deltas[digest] = delta
 
     def drop(self, digest: str) -> None:
@@ -34,7 +33,6 @@ class AdaptedModule(nn.Module):
         self.deltas.pop(digest, None)
 
     def __getattr__(self, name: str) -> Any:
-        """The base's attribute."""
         if name in ("base", "_modules"):
             return super().__getattr__(name)
         try:
@@ -111,8 +109,8 @@ class LoRAEmbedding(AdaptedModule):
                 assert scale == 1.0
                 flat_y[rows] = _embedding(flat_ids[rows], flat_y[rows], delta)
             else:
-                assert delta.a is not None
-                _add(flat_y[rows], delta.a[flat_ids[rows]], delta.b, scale * delta.embed_scale)
+                assert delta.a is not None and delta.b is not None
+                flat_y[rows].add_(delta.a[flat_ids[rows]] @ delta.b, alpha=scale * delta.embed_scale)
         return y
 
 
@@ -124,15 +122,16 @@ class LoRARows(AdaptedModule):
         if not self._batch.active:
             return self._compute(*inputs, **named)
         axis = next(iter(self.deltas.values())).axis
-        num_rows = first_tensor(inputs, named).shape[axis]
+        num_rows = next(value for value in (*inputs, *named.values()) if isinstance(value, torch.Tensor)).shape[axis]
         parts = self._parts(num_rows)
         if len(parts) == 1 and parts[0][0] == slice(0, num_rows):
-            return changed(parts[0][1], inputs, named)
+            return _call_with_own(parts[0][1], inputs, named)
         result = self._compute(*inputs, **named)
         for rows, delta, _ in parts:
             at = (slice(None),) * axis + (rows,)
-            cut_named = {name: _cut(one, axis, at, num_rows) for name, one in named.items()}
-            own = changed(delta, tuple(_cut(one, axis, at, num_rows) for one in inputs), cut_named)
+            cut_inputs = tuple(_cut(value, axis, at, num_rows) for value in inputs)
+            cut_named = {name: _cut(value, axis, at, num_rows) for name, value in named.items()}
+            own = _call_with_own(delta, cut_inputs, cut_named)
             for target, source in zip(_as_tuple(result), _as_tuple(own), strict=True):
                 target[at] = source
         return result
@@ -145,39 +144,28 @@ def as_base(module: nn.Module) -> nn.Module:
     return module
 
 
-def changed(delta: LoRADelta, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
+def _call_with_own(delta: LoRADelta, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
     """The module's result with the adapter's parameters; those that have a delta exist only meanwhile."""
     assert delta.own is not None
     parameters = delta.own._parameters
     before = {name: parameters[name] for name in delta.parameters}
     try:
-        for name, one in delta.parameters.items():
+        for name, change in delta.parameters.items():
             whole = parameters[name]
             assert whole is not None
-            parameters[name] = nn.Parameter(one.added_to(whole), requires_grad=False)
+            parameters[name] = nn.Parameter(change.added_to(whole), requires_grad=False)
         return delta.own(*inputs, **named)
     finally:
         parameters.update(before)
 
 
-def first_tensor(inputs: tuple[Any, ...], named: Mapping[str, Any]) -> torch.Tensor:
-    """The input that tells the rows."""
-    return next(one for one in (*inputs, *named.values()) if isinstance(one, torch.Tensor))
-
-
-def _cut(one: Any, axis: int, at: tuple[slice, ...], num_rows: int) -> Any:
-    by_row = isinstance(one, torch.Tensor) and one.ndim > axis and one.shape[axis] == num_rows
-    return one[at] if by_row else one
+def _cut(value: Any, axis: int, at: tuple[slice, ...], num_rows: int) -> Any:
+    by_row = isinstance(value, torch.Tensor) and value.ndim > axis and value.shape[axis] == num_rows
+    return value[at] if by_row else value
 
 
 def _as_tuple(result: Any) -> tuple[torch.Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
-
-
-def _add(y: torch.Tensor, low: torch.Tensor, b: torch.Tensor | None, scale: float) -> None:
-    """``y += scale * low @ b`` in place, rounded once: y [rows, out], low [rows, rank], b [rank, out]."""
-    assert b is not None
-    y.add_(low @ b, alpha=scale)
 
 
 def _linear(x: torch.Tensor, y: torch.Tensor, delta: LoRADelta) -> torch.Tensor:

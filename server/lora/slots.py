@@ -69,12 +69,10 @@ class LoRASlots:
 
     @property
     def num_window(self) -> int:
-        """Slots of the window."""
         return len(self._window)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all slots."""
         return self.capacity * self.slot_bytes if self.capacity else 0
 
     @cached_property
@@ -97,7 +95,6 @@ class LoRASlots:
             tensors.clear()
 
     def remove(self, digest: str) -> None:
-        """Forget an adapter, so that its slot is free; one that is not there is no error."""
         self.adapters.pop(digest, None)
         if digest in self._slots:
             self._digests[self._slots.pop(digest)] = None
