@@ -1,12 +1,13 @@
-"""The same arithmetic in fewer operations: RMS norms, the rotation of queries and keys, and gated units.
+"""Fused operations: RMS norms, rotary embeddings, gated MLPs and the sums of decoder layers.
 
-A decoding step is hundreds of small operations between the products, each of which costs more to start than to compute.
-What is replaced is found by trying it: where the stock code gives another result, it stays.
+A decode step has hundreds of small operations between the linear layers, each of which costs more to start than to
+compute. Each replacement is tried against the stock code, which stays where the results differ.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -23,21 +24,25 @@ from server.quantization.int8_modules import Int8Linear
 _TOLERANCE = 1e-5
 _APART, _JOINED = ("gate_proj", "up_proj", "down_proj"), ("gate_up_proj", "down_proj")
 _EPSILONS = ("variance_epsilon", "eps")
+_LAYER_CHILDREN = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+_PASSED_ON = frozenset({"attention_mask", "position_ids", "past_key_values", "use_cache", "position_embeddings"})
+"""What models call their layers with, for the attention."""
 _ROTARY = "apply_rotary_pos_emb"
 """What modelling code calls its rotary embedding, a function of its module."""
 
 
-def fuse_ops(model: nn.Module, patches: ModelPatches, kernels: Kernels) -> None:
-    """Replace the norms of a float32 model on a CPU, and its rotary embedding.
-
-    Each is then one operation of ``kernels``, and so is what gates a layer's units.
-    """
+def fuse_ops(model: nn.Module, kernels: Kernels, patches: ModelPatches) -> None:
+    """Replace norms, gated MLPs and rotary embeddings of a float32 model on a CPU, and ``forward`` of its layers."""
     patches.begin("fused ops")
     for name, module in list(model.named_modules()):
         fused = RMSNorm.like(module, kernels) or GatedMLP.like(module, kernels)
         if fused is not None:
             patches.replace(model, name, fused)
-    _fuse_rope(model, patches, kernels)
+    _fuse_rope(model, kernels, patches)
+    for module in list(model.modules()):
+        layer = FusedLayer.like(module, kernels)
+        if layer is not None:
+            patches.set_attribute(module, "forward", layer)
 
 
 def fuse_norms(model: nn.Module, patches: ModelPatches) -> None:
@@ -49,7 +54,7 @@ def fuse_norms(model: nn.Module, patches: ModelPatches) -> None:
             patches.replace(model, name, fused)
 
 
-def _fuse_rope(model: nn.Module, patches: ModelPatches, kernels: Kernels) -> None:
+def _fuse_rope(model: nn.Module, kernels: Kernels, patches: ModelPatches) -> None:
     """Give attention modules a ``forward`` that finds our rotary embedding where stock code finds its own function."""
     fused: dict[Any, RotaryEmbedding | None] = {}
     copies: dict[Any, FunctionType | None] = {}
@@ -230,6 +235,89 @@ class GatedMLP(nn.Module):
             return getattr(self._stock[0], name)
 
 
+class FusedLayer:
+    """The ``forward`` of a layer such as Llama's: ``h = x + attention(norm(x))``, ``h + mlp(norm(h))``.
+
+    The first sum is one kernel with the norm behind it. Sums are written over the results of attention and MLP, which
+    are nobody else's; the layer's input stays.
+    """
+
+    def __init__(self, layer: nn.Module, kernels: Kernels) -> None:
+        self._layer, self._kernels = layer, kernels
+        self._stock = partial(type(layer).forward, layer)
+
+    @classmethod
+    def like(cls, layer: nn.Module, kernels: Kernels) -> FusedLayer | None:
+        """One that computes what a layer's stock code does, None where that is something else.
+
+        Attention and units are replaced meanwhile: they may need a cache, and tell last bits apart.
+        """
+        children = dict(layer.named_children())
+        norm, mlp = children.get("post_attention_layernorm"), children.get("mlp")
+        if not children.keys() >= _LAYER_CHILDREN or type(norm) is not RMSNorm or not isinstance(mlp, GatedMLP):
+            return None
+        fused = cls(layer, kernels)
+        x = torch.randn(1, 3, norm.weight.numel(), generator=torch.Generator().manual_seed(0))
+        named = {name: object() for name in _PASSED_ON}
+        before = x.clone()
+        ours, theirs = _StandIn(), _StandIn()
+        try:
+            with ModelPatches() as trial:
+                trial.replace_child(layer, "mlp", _Flip())
+                trial.replace_child(layer, "self_attn", theirs)
+                expected = fused._stock(x.clone(), **named)
+                trial.replace_child(layer, "self_attn", ours)
+                found = fused(x, **named)
+        except (AttributeError, RuntimeError, TypeError, ValueError):
+            return None
+        same = isinstance(expected, torch.Tensor) and torch.equal(found, expected) and torch.equal(x, before)
+        return fused if same and ours.given == theirs.given else None
+
+    def __call__(self, hidden_states: torch.Tensor, *others: Any, **named: Any) -> Any:
+        """hidden_states [1, rows, dim] -> a new [1, rows, dim]."""
+        if others or named.keys() != _PASSED_ON:
+            return self._stock(hidden_states, *others, **named)
+        layer: Any = self._layer
+        attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **named)
+        norm = layer._modules["post_attention_layernorm"]
+        if type(norm) is RMSNorm and not norm._forward_hooks and _can_add(attended, hidden_states):
+            normed = norm.of_sum(attended, hidden_states)
+        else:  # an adapter may have norms of its own
+            attended = hidden_states + attended
+            normed = layer.post_attention_layernorm(attended)
+        y = layer.mlp(normed)
+        if not _can_add(y, attended):
+            return attended + y
+        self._kernels.add_(y, attended)
+        return y
+
+
+class _StandIn(nn.Module):
+    """An attention that needs no cache, and notes what it was given."""
+
+    given: dict[str, Any]
+
+    def forward(self, hidden_states: torch.Tensor, **named: Any) -> tuple[torch.Tensor, None]:
+        """Something else than it is given."""
+        self.given = named
+        return 2.0 * hidden_states.roll(1, -1), None
+
+
+class _Flip(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Something else again."""
+        return x.flip(-1)
+
+
+def _can_add(x: torch.Tensor, other: torch.Tensor) -> bool:
+    return (
+        x.dtype == other.dtype == torch.float32
+        and x.shape == other.shape
+        and x.is_contiguous()
+        and other.is_contiguous()
+    )
+
+
 def last_units(model: PreTrainedModel) -> GatedMLP | None:
     """Those of the last layer, where they are its own: an expert's, inside of a mixture, get other rows."""
     layers = layers_of(model)
@@ -248,7 +336,7 @@ class RotaryEmbedding:
     """``x * cos + rotate_half(x) * sin`` (Su et al. 2021) for queries and keys; other calls go to the stock code."""
 
     def __init__(self, stock: Callable[..., Any], kernels: Kernels) -> None:
-        self.stock, self._rotate = stock, kernels.rotary_embedding
+        self._stock, self._rotate = stock, kernels.rotary_embedding
 
     @classmethod
     def like(cls, stock: Callable[..., Any], kernels: Kernels) -> RotaryEmbedding | None:
@@ -274,7 +362,7 @@ class RotaryEmbedding:
             or not q.dtype == k.dtype == torch.float32
             or not q.stride(-1) == k.stride(-1) == q.shape[0] == 1
         ):
-            return self.stock(q, k, cos, sin, *others, **named)
+            return self._stock(q, k, cos, sin, *others, **named)
         return self._rotate(q, k, cos, sin)
 
 

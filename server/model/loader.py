@@ -39,8 +39,7 @@ from server.model.attention.probe import ProbingAttention
 from server.model.base_tokenizer import tokenizer_signature
 from server.model.calibration import Calibration
 from server.model.device import choose_device, choose_dtype, choose_float_dtype, choose_kv_dtype, prepare
-from server.model.fused_layers import fuse_layers
-from server.model.fused_ops import fuse_norms
+from server.model.fused_ops import fuse_norms, fuse_ops
 from server.model.kv_cache import AttentionMetadata, AttentionSegment, KVLayout, LayerShape, longest_within
 from server.model.model_trace import PROBE_ROWS, ModelTrace, signature_of, trace_modules
 from server.model.patches import ModelPatches, bypass_modules, fix_rope
@@ -172,7 +171,7 @@ def _fuse(model: PreTrainedModel, kernels: Kernels, patches: ModelPatches, *, on
     if not on_cpu:
         fuse_norms(model, patches)
     elif model.dtype == torch.float32:
-        fuse_layers(model, patches, kernels)
+        fuse_ops(model, kernels, patches)
     bypass_modules(model, patches)
 
 

@@ -20,7 +20,7 @@ from server.metrics import Metrics
 from server.model import loader
 from server.model.attention.cpu import cpu_attention
 from server.model.attention.interface import BackendFactory
-from server.model.fused_layers import fuse_layers
+from server.model.fused_ops import fuse_ops
 from server.model.kv_cache import KVCache
 from server.model.model_trace import ModelTrace
 from server.model.patches import ModelPatches, fix_rope
@@ -175,7 +175,7 @@ def host(
         trace = loader._probe(model, probe)
     fix_rope(model, max_model_len, patches)
     if native:
-        fuse_layers(model, patches, kernels)
+        fuse_ops(model, kernels, patches)
     if backend is None:
         backend = partial(cpu_attention, kernels=kernels, windows=probe.windows, plain=probe.plain)
     attention = loader._install_attention(model, patches)

@@ -13,8 +13,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from cpu_kernels.kernels import Kernels
 from server.lora.delta import with_parameters
-from server.model.fused_layers import _PASSED_ON, FusedLayer, fuse_layers
-from server.model.fused_ops import RMSNorm
+from server.model.fused_ops import _PASSED_ON, FusedLayer, RMSNorm, fuse_ops
 from server.model.patches import ModelPatches
 from tests.instruction_sets import NUMBA, needs
 from tests.model.families import FAMILIES, build
@@ -64,7 +63,7 @@ def layer_of(kind: type[LlamaDecoderLayer] = LlamaDecoderLayer, size: int = 48) 
     layer = kind(config, 0).requires_grad_(False).eval()
     nn.init.uniform_(layer.post_attention_layernorm.weight)
     layer.add_module("self_attn", _Mixed())
-    fuse_layers(nn.ModuleList([layer]), ModelPatches(), Kernels(native=True).ready())
+    fuse_ops(nn.ModuleList([layer]), Kernels(native=True).ready(), ModelPatches())
     return layer
 
 
@@ -76,7 +75,7 @@ def named() -> dict[str, Any]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layers_are_fused_where_they_are_as_those_of_llama(family: str) -> None:
     model = build(family)
-    fuse_layers(model, ModelPatches(), Kernels(native=True).ready())
+    fuse_ops(model, Kernels(native=True).ready(), ModelPatches())
     fused = [one for one in model.modules() if isinstance(one.forward, FusedLayer)]
     assert len(fused) == (0 if family in OTHERWISE else model.config.num_hidden_layers)
 

@@ -14,8 +14,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from cpu_kernels.kernels import Kernels
 from server.lora import module_bypass
 from server.lora.delta import with_parameters
-from server.model.fused_layers import fuse_layers
-from server.model.fused_ops import GatedMLP, RMSNorm, RotaryEmbedding
+from server.model.fused_ops import GatedMLP, RMSNorm, RotaryEmbedding, fuse_ops
 from server.model.patches import ModelPatches
 from tests.instruction_sets import NUMBA, needs
 from tests.model.families import FAMILIES, build
@@ -31,7 +30,7 @@ def test_a_fused_model_gives_the_stock_logits(family: str, native: bool) -> None
     ids = torch.arange(3, 40)[None] % stock.config.get_text_config().vocab_size
     expected = stock(ids).logits
     model = copy.deepcopy(stock)
-    fuse_layers(model, ModelPatches(), Kernels(native=native).ready())
+    fuse_ops(model, Kernels(native=native).ready(), ModelPatches())
     module_bypass.install(model)
     got = model(ids).logits
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
