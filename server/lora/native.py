@@ -71,7 +71,6 @@ class NativeLoRA:
         self._task_tables = [torch.zeros(size, dtype=torch.long) for _ in range(2)]  # of all rows, of those sampled
         self._low = torch.empty(0, dtype=torch.uint8)
         self._max_linears = max((len(outputs) for _, outputs in products), default=1)
-        self._steps_adapters: set[str] = set()
 
     @property
     def num_bytes(self) -> int:
@@ -83,7 +82,8 @@ class NativeLoRA:
 
     @property
     def can_replay(self) -> bool:
-        return self._no_replay.isdisjoint(self._steps_adapters)
+        runs = self.batch.runs(self.batch.num_rows)
+        return not any(use.digest in self._no_replay for run in runs for use in run.adapters)
 
     def pack(self, weights: LoRAWeights) -> LoRAWeights:
         """In tiles where a product adds the deltas."""
@@ -144,21 +144,19 @@ class NativeLoRA:
     def begin(self, batch: Batch) -> Batch:
         """Rows of the base first, then those of each adapter."""
         ordered = replace(batch, segments=tuple(sorted(batch.segments, key=lambda one: one.sequence.adapters)))
-        adapters = self.batch
-        adapters.begin(ordered.segments)
-        self._steps_adapters = {use.digest for segment in batch.segments for use in segment.sequence.adapters}
-        counts = (adapters.num_rows, adapters.num_sampled)
-        tasks = [LoRATaskTable(adapters.runs(count), self._indices, self._ranks) for count in counts]
-        num_bytes = _LINE + max(one.num_bytes(self._max_linears) for one in tasks)
+        self.batch.begin(ordered.segments)
+        counts = dict.fromkeys((self.batch.num_rows, self.batch.num_sampled))  # where all are sampled: one table
+        tables = [LoRATaskTable(self.batch.runs(count), self._indices, self._ranks) for count in counts]
+        num_bytes = _LINE + max(table.num_bytes(self._max_linears) for table in tables)
         if self._low.nbytes < num_bytes:
             self._low = torch.empty(2 * num_bytes, dtype=torch.uint8)
         address = padded(self._low.data_ptr(), _LINE)
-        for number, one in enumerate(tasks):
-            table = one.table(address, self._max_linears)
-            if len(table) > len(self._task_tables[number]):
-                self._task_tables[number] = torch.zeros(2 * len(table), dtype=torch.long)
+        for place, table in enumerate(tables):
+            numbers = table.numbers(address, self._max_linears)
+            if len(numbers) > len(self._task_tables[place]):
+                self._task_tables[place] = torch.zeros(2 * len(numbers), dtype=torch.long)
                 self.generation += 1
-            self._task_tables[number][: len(table)] = torch.tensor(table)
+            self._task_tables[place][: len(numbers)] = torch.tensor(numbers)
         return ordered
 
     def apply(self, module: str, x: torch.Tensor, y: torch.Tensor) -> None:
@@ -251,7 +249,7 @@ class LoRATaskTable:
         """Of that and of lists of tasks."""
         return self._low_bytes(num_linears) + 8 * num_linears * (1 + LISTED * (len(self._numbers) // RUN))
 
-    def table(self, address: int, num_linears: int) -> list[int]:
+    def numbers(self, address: int, num_linears: int) -> list[int]:
         """Head and tasks; at ``address`` are ``num_bytes`` to work in."""
         lists = address + self._low_bytes(num_linears)
         head = [len(self._numbers) // RUN, address, self._max_rank, address, self._tile_bytes, lists]
