@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 MAX_FILES = 5
-PATH = re.compile(r"[\w./-]+\.(?:py|md|json|yml)")
+PATH = re.compile(r"[\w./<>-]+\.(?:py|md|json|yml)")
 NAME = re.compile(r"\w{3,}(?:\.\w+)?")
 
 
@@ -56,7 +56,7 @@ def test_every_file_and_every_name_of_the_page_exists(change: str) -> None:
         quoted = re.findall(r"`([^`]+)`", point)
         paths = [resolved(text, (ROOT / quoted[0]).parent) for text in quoted if PATH.fullmatch(text)]
         assert paths and quoted[0] == re.split("`", point)[1], point
-        new = [path for path in paths if path.stem == "NAME"]
+        new = [path for path in paths if path.stem == "<name>"]
         assert [str(path) for path in new if not path.parent.is_dir()] == []
         assert [str(path) for path in paths if path not in new and not path.is_file()] == []
         source = "\n".join(path.read_text(encoding="utf-8") for path in package_files(paths) if path.suffix == ".py")
@@ -67,4 +67,4 @@ def test_every_file_and_every_name_of_the_page_exists(change: str) -> None:
 
 def package_files(paths: list[Path]) -> list[Path]:
     """The files that a point names; for a new one, the files beside it, whose names it may take up."""
-    return [path for each in paths for path in (sorted(each.parent.glob("*.py")) if each.stem == "NAME" else [each])]
+    return [path for each in paths for path in (sorted(each.parent.glob("*.py")) if each.stem == "<name>" else [each])]
