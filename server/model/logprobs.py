@@ -17,32 +17,18 @@ from server.model.top_k import likeliest
 from server.sequence import Draw, SampledToken
 
 
-def sampled_tokens(
-    logits: torch.Tensor, token_ids: SequenceOf[int | None], draws: SequenceOf[Draw]
-) -> list[SampledToken | None]:
-    """The chosen tokens, with log probabilities by logits [len(draws), vocab] where their sequences ask for them."""
-    tokens = [None if token_id is None else SampledToken(token_id) for token_id in token_ids]
-    rows = [
-        row
-        for row, draw in enumerate(draws)
-        if draw.sequence.params.num_logprobs is not None and token_ids[row] is not None
-    ]
-    if rows:
-        selected = logits if len(rows) == len(draws) else logits[rows]
-        _add_logprobs(tokens, rows, selected, [draws[row].sequence.params.num_logprobs or 0 for row in rows])
-    return tokens
-
-
-def _add_logprobs(
-    tokens: list[SampledToken | None], rows: SequenceOf[int], logits: torch.Tensor, counts: SequenceOf[int]
+def add_logprobs(
+    tokens: list[SampledToken | None], logits: torch.Tensor, draws: SequenceOf[Draw], rows: SequenceOf[int]
 ) -> None:
-    """Put in the log probabilities of the tokens of ``rows``, by their logits [len(rows), vocab] in float32."""
+    """Put log probabilities into the tokens of ``rows``, which have one, by logits [len(draws), vocab] in float32."""
+    selected = logits if len(rows) == len(draws) else logits[rows]
+    counts = [draws[row].sequence.params.num_logprobs or 0 for row in rows]
     width = min(max(counts), logits.shape[1])
     chosen = [token.id for token in (tokens[row] for row in rows) if token is not None]
     ids = torch.tensor(chosen, device=logits.device)[:, None]
     if width:
-        ids = torch.cat([ids, likeliest(logits, width)], dim=1)
-    logprobs = on_host(logits.gather(1, ids)) - _log_totals(logits)[:, None]
+        ids = torch.cat([ids, likeliest(selected, width)], dim=1)
+    logprobs = on_host(selected.gather(1, ids)) - _log_totals(selected)[:, None]
     for row, count, row_ids, row_logprobs in zip(rows, counts, ids.tolist(), logprobs.tolist(), strict=True):
         top = sorted(zip(row_ids[1:], row_logprobs[1:], strict=True), key=lambda pair: (-pair[1], pair[0]))
         tokens[row] = SampledToken(row_ids[0], row_logprobs[0], tuple(top[:count]))

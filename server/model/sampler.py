@@ -13,7 +13,7 @@ import torch
 from server.model.blocks import largest
 from server.model.drawing import draw_tokens
 from server.model.logits.registry import LogitsProcessing
-from server.model.logprobs import sampled_tokens
+from server.model.logprobs import add_logprobs
 from server.sequence import Draw, SampledToken
 
 
@@ -42,11 +42,22 @@ class Sampler:
             selected = logits if len(rows) == len(draws) else logits[rows]
             for row, token in zip(rows, draw_tokens(selected, [draws[row] for row in rows]), strict=True):
                 chosen[row] = token
-        return sampled_tokens(raw_logits, _until_a_draft_is_wrong(chosen, draws), draws)
+        tokens = _until_a_draft_is_wrong(chosen, draws)
+        asking = [
+            row
+            for row, draw in enumerate(draws)
+            if draw.sequence.params.num_logprobs is not None and tokens[row] is not None
+        ]
+        if asking:
+            add_logprobs(tokens, raw_logits, draws, asking)
+        return tokens
 
 
-def _until_a_draft_is_wrong(chosen: SequenceOf[int | None], draws: SequenceOf[Draw]) -> list[int | None]:
-    tokens: list[int | None] = []
-    for token, draw in zip(chosen, draws, strict=True):
-        tokens.append(token if draw.given is None or draw.given == tokens[-1] else None)
+def _until_a_draft_is_wrong(token_ids: SequenceOf[int | None], draws: SequenceOf[Draw]) -> list[SampledToken | None]:
+    tokens: list[SampledToken | None] = []
+    before: int | None = None
+    for token_id, draw in zip(token_ids, draws, strict=True):
+        is_right = draw.given is None or draw.given == before
+        before = token_id if is_right else None
+        tokens.append(None if before is None else SampledToken(before))
     return tokens
