@@ -1,4 +1,4 @@
-"""Decoding steps without Python: each layer is recorded once for a number of rows, and played from then on."""
+"""Decode steps without Python: each layer is recorded once for a number of rows, and replayed from then on."""
 
 from __future__ import annotations
 

@@ -43,10 +43,8 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def load(folder: Path, quantization: str = "none") -> Base:
-    return load_base(
-        str(folder), name="tiny", device="cpu", dtype="float32", max_model_len=64, quantization=quantization
-    )
+def load(folder: Path, quantization: str = "none", dtype: str = "float32") -> Base:
+    return load_base(str(folder), name="tiny", device="cpu", dtype=dtype, max_model_len=64, quantization=quantization)
 
 
 def run(base: Base) -> tuple[ModelRunner, torch.Tensor]:
@@ -103,14 +101,17 @@ def logits_of(model: PreTrainedModel) -> torch.Tensor:
     return logits
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("batched", [False, True], ids=["cpu", "accelerator"])
 @pytest.mark.parametrize("folder", ["llama", "gemma2", "gpt_neox", "phi3_longrope"], indirect=True)
-def test_a_closed_base_is_the_stock_model(folder: Path, batched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closed_base_is_the_stock_model(
+    folder: Path, batched: bool, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """GPT-NeoX rotates a part of each head; Phi-3's frequencies depend on length."""
     if batched:
         monkeypatch.setattr(loader, "_place", lambda device: (torch.device(device), BatchedAttention))
-    stock, before = load_stock(folder), namespaces()
-    base = load(folder)
+    stock, before = load_stock(folder, dtype), namespaces()
+    base = load(folder, dtype=dtype)
     run(base)
     assert not is_stock(base.model, folder)
     base.close()
