@@ -9,7 +9,7 @@ from benchmarks.request_path import trace_request
 from server.settings import Settings
 from tests.tiny_models import build_tiny_base
 
-MOST_FILES = 48
+MOST_FILES = 44
 MOST_API_FILES = 8
 
 
