@@ -86,7 +86,6 @@ class GatedRow:
         self._halves = [[self._constant(constants, number, half) for number in (1, 2)] for half in range(2)]
 
     def compute(self, number: Any) -> None:
-        """One row."""
         vectors, builder = self._vectors, self._vectors.builder
         factor = vectors.repeated(builder.add(self._largest, builder.mul(number, _I64(4))))
         here = builder.add(self._sums, builder.mul(number, _I64(4 * BLOCK)))

@@ -149,7 +149,6 @@ def llvm_function(builder: Any, name: str, kind: Any, *kinds: Any) -> Any:
 
 
 def call_llvm(builder: Any, name: str, kind: Any, *arguments: Any) -> Any:
-    """The result of such a function."""
     return builder.call(llvm_function(builder, name, kind, *(argument.type for argument in arguments)), arguments)
 
 
@@ -185,11 +184,9 @@ class Vectors:
         return ir.Constant(FLOATS, [single] * LANES)
 
     def at(self, address: Any, kind: Any = FLOATS) -> Any:
-        """A pointer to a vector."""
         return self.builder.inttoptr(address, kind.as_pointer())
 
     def load(self, address: Any, kind: Any = FLOATS) -> Vector:
-        """Sixteen numbers."""
         return self.builder.load(self.at(address, kind), align=4)
 
     def repeated(self, address: Any) -> Vector:
@@ -203,7 +200,6 @@ class Vectors:
         return self.builder.shuffle_vector(alone, alone, ir.Constant(NUMBERS, None))
 
     def multiply_add(self, a: Vector, b: Vector, c: Vector) -> Vector:
-        """a * b + c, rounded once."""
         return self._call("fma", a, b, c)
 
     def greater(self, x: Vector, y: Vector) -> Vector:

@@ -44,12 +44,10 @@ class _Made:
 
     @property
     def begin(self) -> int:
-        """The address."""
         return self.tensor.data_ptr()
 
     @property
     def size(self) -> int:
-        """Bytes, in whole lines of the cache."""
         return -(-self.tensor.nbytes // _LINE) * _LINE
 
 
@@ -67,7 +65,6 @@ class GraphRecorder(TorchDispatchMode):
         self.problem: str | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """One operation of torch."""
         if func is _aten.add.Tensor and not kwargs and _alike(*args):
             x, other = args
             y = torch.empty_like(x)
@@ -88,7 +85,6 @@ class GraphRecorder(TorchDispatchMode):
         return result
 
     def record(self, function: Callable[[], Any]) -> Any:
-        """Call it, and record what it does."""
         with self.launch.recording() as self.calls, self:
             return function()
 

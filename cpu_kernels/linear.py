@@ -50,7 +50,7 @@ class Deltas(Protocol):
 
 
 class GatedCall(Protocol):
-    """``PackedLinear.gated``."""
+    """The type of ``PackedLinear.gated``."""
 
     def __call__(self, x: torch.Tensor, deltas: tuple[int, int] = NO_DELTAS, *, by_gelu: bool = False) -> torch.Tensor:
         """float32 [..., in] -> [..., out / 2]."""
@@ -102,7 +102,6 @@ class TorchLinear:
         self._bias, self._outliers = bias, outliers
 
     def __call__(self, x: torch.Tensor, deltas: tuple[int, int] = NO_DELTAS) -> torch.Tensor:
-        """float32 [..., in] -> a new float32 [..., out]."""
         assert deltas == NO_DELTAS
         if self._outliers is None:
             y = self._product(x)
@@ -112,7 +111,6 @@ class TorchLinear:
         return y if self._bias is None else y.add_(self._bias)
 
     def can_add_deltas(self, sizes: Sequence[int]) -> bool:
-        """No."""
         return False
 
     def in_floats(self) -> torch.Tensor:
@@ -208,7 +206,6 @@ class NativeLinear:
         self._fixed = self._addresses()
 
     def __call__(self, x: torch.Tensor, deltas: tuple[int, int] = NO_DELTAS) -> torch.Tensor:
-        """float32 [..., in] -> a new float32 [..., out]."""
         y = torch.empty(*x.shape[:-1], self.num_outputs)
         return self._multiply(x, y, NO_GATING, deltas)
 

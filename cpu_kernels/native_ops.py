@@ -49,7 +49,6 @@ def to_bfloat16(number: Any) -> Any:
 
 
 def _add(a: Any) -> None:
-    """y = x + other of ``size`` numbers."""
     me, team = thread_number(), num_threads()
     x, other, y = floats(a.x), floats(a.other), floats(a.y)
     for i in range(a.size * me // team, a.size * (me + 1) // team):
@@ -65,7 +64,6 @@ def _add_to(a: Any) -> None:
 
 
 def _scale(a: Any) -> None:
-    """y = x * factor of ``size`` numbers."""
     me, team = thread_number(), num_threads()
     x, y, factor = floats(a.x), floats(a.y), np.float32(a.factor)
     for i in range(a.size * me // team, a.size * (me + 1) // team):
@@ -156,7 +154,7 @@ _SILU, _GELU = NativeKernel(_gate(silu_vectors), _GATE_FIELDS), NativeKernel(_ga
 
 
 class NativeNorm:
-    """An RMS norm by one kernel."""
+    """An RMS norm by one native kernel."""
 
     def __init__(self, launch: Launcher, gain: torch.Tensor, eps: float) -> None:
         self._launch, self._gain, self._eps = launch, gain, eps

@@ -35,7 +35,6 @@ class FusedLinear:
 
     @property
     def sizes(self) -> Sequence[int]:
-        """Outputs of each linear."""
         return self._sizes
 
     @property
@@ -105,7 +104,6 @@ class WeightDigest:
         return cls(weight.dtype, digest.digest())
 
     def equals(self, weight: torch.Tensor) -> bool:
-        """Whether this is that weight."""
         return WeightDigest.of(weight.to(self.dtype)) == self
 
 
@@ -133,7 +131,6 @@ class Int8Linear(nn.Module):
         return self.fused.gated((self.number, up.number), x, by_gelu=by_gelu)
 
     def in_floats(self) -> nn.Module:
-        """The stock module with these numbers."""
         return with_weight(self._stock[0], self.weight)
 
     def __getattr__(self, name: str) -> Any:
@@ -168,7 +165,6 @@ class Int8Embedding(nn.Module):
         return self._rows.in_floats()
 
     def in_floats(self) -> nn.Module:
-        """The stock module with these numbers."""
         return with_weight(self._stock[0], self.weight)
 
 
