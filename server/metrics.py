@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 BASE = "base"
@@ -10,24 +12,7 @@ COMPOSITION = "_composition"
 FINISH_REASONS = ("stop", "length", "cancelled", "failed")
 ENGINE_FAILURES = ("step", "command", "accounting", "integrity")
 
-_REQUEST_SECONDS = (
-    0.01,
-    0.02,
-    0.04,
-    0.08,
-    0.16,
-    0.32,
-    0.64,
-    1.28,
-    2.56,
-    5.12,
-    10.24,
-    20.48,
-    40.96,
-    81.92,
-    163.84,
-    655.36,
-)
+_REQUEST_SECONDS = (*(0.01 * 2**doublings for doublings in range(15)), 655.36)
 _FIRST_TOKEN_SECONDS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0)
 _PER_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
 _STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
@@ -40,6 +25,9 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._counter = partial(Counter, registry=self.registry)
+        self._gauge = partial(Gauge, registry=self.registry)
+        self._histogram = partial(Histogram, registry=self.registry)
         self.build_info = Info("quickchange_build", "Version of the server.", registry=self.registry)
         self.base_model_info = Info("quickchange_base_model", "The base model in memory.", registry=self.registry)
         self._known: set[str] = set()
@@ -54,147 +42,98 @@ class Metrics:
 
     def _make_request_metrics(self) -> None:
         labels = ("adapter",)
-        self.requests = Counter(
-            "quickchange_requests",
-            "Generations ended, by adapter and reason.",
-            ("adapter", "finish_reason"),
-            registry=self.registry,
+        self.requests = self._counter(
+            "quickchange_requests", "Generations ended, by adapter and reason.", ("adapter", "finish_reason")
         )
-        self.http_errors = Counter(
-            "quickchange_http_errors",
-            "Requests refused or failed, by HTTP status.",
-            ("status",),
-            registry=self.registry,
+        self.http_errors = self._counter(
+            "quickchange_http_errors", "Requests refused or failed, by HTTP status.", ("status",)
         )
-        self.prompt_tokens = Counter(
-            "quickchange_prompt_tokens", "Prompt tokens taken in.", labels, registry=self.registry
+        self.prompt_tokens = self._counter("quickchange_prompt_tokens", "Prompt tokens taken in.", labels)
+        self.cached_tokens = self._counter(
+            "quickchange_prefix_cached_tokens", "Prompt tokens whose keys and values were there already.", labels
         )
-        self.cached_tokens = Counter(
-            "quickchange_prefix_cached_tokens",
-            "Prompt tokens whose keys and values were there already.",
-            labels,
-            registry=self.registry,
-        )
-        self.generated_tokens = Counter(
-            "quickchange_generated_tokens", "Tokens generated.", labels, registry=self.registry
-        )
-        self.time_to_first_token = Histogram(
+        self.generated_tokens = self._counter("quickchange_generated_tokens", "Tokens generated.", labels)
+        self.time_to_first_token = self._histogram(
             "quickchange_time_to_first_token_seconds",
             "From a request's arrival to its first token.",
             buckets=_FIRST_TOKEN_SECONDS,
-            registry=self.registry,
         )
-        self.time_per_output_token = Histogram(
+        self.time_per_output_token = self._histogram(
             "quickchange_time_per_output_token_seconds",
             "Mean time between the tokens of one generation after the first.",
             buckets=_PER_TOKEN_SECONDS,
-            registry=self.registry,
         )
-        self.request_duration = Histogram(
-            "quickchange_request_duration_seconds",
-            "From a request's arrival to its end.",
-            buckets=_REQUEST_SECONDS,
-            registry=self.registry,
+        self.request_duration = self._histogram(
+            "quickchange_request_duration_seconds", "From a request's arrival to its end.", buckets=_REQUEST_SECONDS
         )
 
     def _make_kv_metrics(self) -> None:
-        self.kv_slots_used = Gauge("quickchange_kv_slots_used", "KV slots held.", registry=self.registry)
-        self.kv_slots_cached = Gauge(
-            "quickchange_kv_slots_cached", "KV slots that keep what an ended sequence computed.", registry=self.registry
+        self.kv_slots_used = self._gauge("quickchange_kv_slots_used", "KV slots held.")
+        self.kv_slots_cached = self._gauge(
+            "quickchange_kv_slots_cached", "KV slots that keep what an ended sequence computed."
         )
-        self.kv_slots = Gauge("quickchange_kv_slots", "KV slots there are.", registry=self.registry)
-        self.kv_memory = Gauge(
+        self.kv_slots = self._gauge("quickchange_kv_slots", "KV slots there are.")
+        self.kv_memory = self._gauge(
             "quickchange_kv_memory_bytes",
             "Memory of keys and values: promised to running sequences, and kept of ended ones.",
-            registry=self.registry,
         )
-        self.kv_memory_limit = Gauge(
-            "quickchange_kv_memory_limit_bytes", "Memory that keys and values may take.", registry=self.registry
-        )
+        self.kv_memory_limit = self._gauge("quickchange_kv_memory_limit_bytes", "Memory that keys and values may take.")
 
     def _make_adapter_metrics(self) -> None:
-        self.adapters_loaded = Gauge(
-            "quickchange_adapters_loaded", "Adapters that can be asked for.", registry=self.registry
+        self.adapters_loaded = self._gauge("quickchange_adapters_loaded", "Adapters that can be asked for.")
+        self.adapter_rejections = self._counter(
+            "quickchange_adapter_rejections", "Adapter folders that were refused when read."
         )
-        self.adapter_rejections = Counter(
-            "quickchange_adapter_rejections", "Adapter folders that were refused when read.", registry=self.registry
-        )
-        self.adapter_version = Gauge(
+        self.adapter_version = self._gauge(
             "quickchange_adapter_info",
             "1 for the version that an adapter's name means; adapters that were asked for.",
             ("adapter", "version"),
-            registry=self.registry,
         )
-        self.adapters_resident = Gauge(
-            "quickchange_adapters_resident", "Adapters whose weights are in memory.", registry=self.registry
-        )
-        self.adapter_memory = Gauge(
-            "quickchange_adapter_memory_bytes", "Memory that adapters' weights take.", registry=self.registry
-        )
-        self.adapter_copies = Gauge(
+        self.adapters_resident = self._gauge("quickchange_adapters_resident", "Adapters whose weights are in memory.")
+        self.adapter_memory = self._gauge("quickchange_adapter_memory_bytes", "Memory that adapters' weights take.")
+        self.adapter_copies = self._gauge(
             "quickchange_adapter_copies_bytes",
             "Memory of adapters' weights copied for batched computation, within the same limit, or of kernels' tables.",
-            registry=self.registry,
         )
-        self.adapter_memory_limit = Gauge(
-            "quickchange_adapter_memory_limit_bytes",
-            "Memory that adapters' weights and copies may take.",
-            registry=self.registry,
+        self.adapter_memory_limit = self._gauge(
+            "quickchange_adapter_memory_limit_bytes", "Memory that adapters' weights and copies may take."
         )
-        self.adapter_load_seconds = Histogram(
+        self.adapter_load_seconds = self._histogram(
             "quickchange_adapter_load_seconds",
             "From reading an adapter's file to its weights in the engine.",
             buckets=_LOAD_SECONDS,
-            registry=self.registry,
         )
 
     def _make_engine_metrics(self) -> None:
-        self.queued = Gauge(
-            "quickchange_sequences_queued", "Sequences that wait for a KV slot.", registry=self.registry
-        )
-        self.running = Gauge("quickchange_sequences_running", "Sequences in the batch.", registry=self.registry)
-        self.engine_up = Gauge("quickchange_engine_up", "1 while the engine thread lives.", registry=self.registry)
-        self.engine_failures = Counter(
+        self.queued = self._gauge("quickchange_sequences_queued", "Sequences that wait for a KV slot.")
+        self.running = self._gauge("quickchange_sequences_running", "Sequences in the batch.")
+        self.engine_up = self._gauge("quickchange_engine_up", "1 while the engine thread lives.")
+        self.engine_failures = self._counter(
             "quickchange_engine_failures",
             "Failures that the engine thread survived: of a step, a command, its accounting, or a check of its books.",
             ("kind",),
-            registry=self.registry,
         )
         for kind in ENGINE_FAILURES:
             self.engine_failures.labels(kind)
-        self.step_duration = Histogram(
-            "quickchange_step_duration_seconds",
-            "Duration of an engine step.",
-            buckets=_STEP_SECONDS,
-            registry=self.registry,
+        self.step_duration = self._histogram(
+            "quickchange_step_duration_seconds", "Duration of an engine step.", buckets=_STEP_SECONDS
         )
-        self.step_rows = Histogram(
-            "quickchange_step_rows",
-            "Rows of the flat forward pass of a step.",
-            buckets=_STEP_ROWS,
-            registry=self.registry,
+        self.step_rows = self._histogram(
+            "quickchange_step_rows", "Rows of the flat forward pass of a step.", buckets=_STEP_ROWS
         )
-        self.step_sequences = Histogram(
-            "quickchange_step_sequences",
-            "Sequences that shared a step.",
-            buckets=_STEP_ROWS[:8],
-            registry=self.registry,
+        self.step_sequences = self._histogram(
+            "quickchange_step_sequences", "Sequences that shared a step.", buckets=_STEP_ROWS[:8]
         )
-        self.step_adapters = Histogram(
+        self.step_adapters = self._histogram(
             "quickchange_step_adapters",
             "Different adapters in a step, the base alone counted as one.",
             buckets=_STEP_ROWS[:8],
-            registry=self.registry,
         )
 
     def _make_speculation_metrics(self) -> None:
-        self.draft_tokens = Counter(
-            "quickchange_draft_tokens", "Tokens drafted by speculation.", registry=self.registry
-        )
-        self.accepted_draft_tokens = Counter(
-            "quickchange_accepted_draft_tokens",
-            "Drafted tokens that the model said as well.",
-            registry=self.registry,
+        self.draft_tokens = self._counter("quickchange_draft_tokens", "Tokens drafted by speculation.")
+        self.accepted_draft_tokens = self._counter(
+            "quickchange_accepted_draft_tokens", "Drafted tokens that the model said as well."
         )
 
     def forget_adapter(self, adapter: str) -> None:
