@@ -19,7 +19,7 @@ from server.errors import AdminOff, InvalidKey
 router = APIRouter()
 
 
-def _operator(request: Request, state: State) -> AdapterOperator:
+async def _operator(request: Request, state: State) -> AdapterOperator:
     """Who may do this. Raises ``AdminOff`` or ``InvalidKey``; keys are compared by their digests, in constant time."""
     if state.operator is None or state.admin_key_digest is None:
         raise AdminOff

@@ -36,7 +36,7 @@ class ServerState:
     admin_key_digest: bytes | None = field(default=None, repr=False)
 
 
-def _state_of(request: Request) -> ServerState:
+async def _state_of(request: Request) -> ServerState:  # async: FastAPI calls other functions in a thread
     state = request.app.state.server
     assert isinstance(state, ServerState)
     return state

@@ -28,6 +28,7 @@ def test_a_streamed_request_with_an_adapter_passes_few_files(tmp_path: Path) -> 
     path = trace_request(settings, "a0", max_tokens=8)
     assert path.num_tokens == 8
     assert path.num_queues == 1, path.report()
+    assert len(path.threads) == 3, "the event loop, the engine, and the one that renders the prompt"
     files = {file for file in path.files if not file.startswith("cpu_kernels/")}
     assert len(files) <= MOST_FILES, path.report()
     assert len([file for file in files if file.startswith("server/api/")]) <= MOST_API_FILES, path.report()
