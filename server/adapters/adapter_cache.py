@@ -3,7 +3,7 @@
 Weights that are leased or pinned are never evicted; the others are, least recently used first. A load reserves an upper
 bound of its bytes, which becomes what the weights really take once they are loaded. Requests whose weights find no room
 wait in a queue, first come, first served. Weights in memory are leased at once, past the queue, unless its first
-request has waited ``PATIENCE`` seconds for room that this would keep taken.
+request has waited ``MAX_QUEUE_SECONDS`` for room that this would keep taken.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from server.integrity import ensure
 from server.metrics import COMPOSITION
 from server.sequence import AdapterUse
 
-PATIENCE = 1.0
+MAX_QUEUE_SECONDS = 1.0
 """Seconds after which the first in the queue goes before requests whose weights are in memory."""
 
 Load = Callable[[str], Awaitable[int]]
@@ -197,7 +197,7 @@ class AdapterCache:
 
     async def _reserve(self, needs: Mapping[str, int], load: Load) -> list[asyncio.Task[None]]:
         now = asyncio.get_running_loop().time()
-        starving = bool(self._queue) and now - self._queue[0].since > PATIENCE
+        starving = bool(self._queue) and now - self._queue[0].since > MAX_QUEUE_SECONDS
         in_memory = all(digest in self._bytes for digest in needs)
         if (in_memory and not starving) or (not self._queue and self._fits(needs)):
             return self._take(needs, load)

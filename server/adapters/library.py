@@ -30,9 +30,9 @@ from server.metrics import Metrics
 
 logger = logging.getLogger("quickchange.adapters")
 
-PATIENCE = 3.0
-"""Seconds that a request waits for a look at a folder that was just changed, before it is told to come again."""
-_LOOK_AGAIN = 0.1
+READ_TIMEOUT = 3.0
+"""Seconds that a request waits until a changed folder is read, before it gets a 503."""
+_RETRY_SECONDS = 0.1
 
 LoadWeights = Callable[[Manifest], Awaitable[Loaded]]
 """Puts a version's weights into the engine. Raises ``AdapterRejected`` or ``AdapterNotLoaded``."""
@@ -70,7 +70,7 @@ class AdapterLibrary:
         except ModelNotFound:
             raise self.not_found(model) from None
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + PATIENCE
+        deadline = loop.time() + READ_TIMEOUT
         while True:
             try:
                 return await self._lease(refs)
@@ -86,7 +86,7 @@ class AdapterLibrary:
             except AdapterRejected as error:
                 if loop.time() > deadline or any(ref.name == error.adapter for ref in refs):
                     raise ModelNotFound(error.adapter, refused=error.reason) from error
-            await asyncio.sleep(_LOOK_AGAIN)
+            await asyncio.sleep(_RETRY_SECONDS)
 
     async def served(self, name: str) -> Adapter:
         """The version that a bare name means. Raises ``ModelNotFound``, ``AdapterPending``."""

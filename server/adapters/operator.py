@@ -16,7 +16,7 @@ from server.adapters.versions import Pin, VersionStore
 from server.adapters.watcher import AdapterWatcher
 from server.errors import AdapterRejected, InvalidRequest
 
-PATIENCE = 10.0
+SETTLE_TIMEOUT = 10.0
 """Seconds that a folder which is to be served may go on changing."""
 
 
@@ -109,7 +109,7 @@ class AdapterOperator:
 
     async def _settled(self, name: str, folder: Path) -> None:
         """Wait until a mounted folder was taken in, for better or worse. Raises ``InvalidRequest``."""
-        deadline = time.monotonic() + max(PATIENCE, 4 * self._watcher.settle)
+        deadline = time.monotonic() + max(SETTLE_TIMEOUT, 4 * self._watcher.settle)
         while True:
             await self._watcher.scan()
             if self._watcher.is_current(name):
@@ -117,7 +117,7 @@ class AdapterOperator:
             gone = not await asyncio.to_thread(folder.is_dir)
             if gone or time.monotonic() > deadline:
                 await self._watcher.hide(name)
-                what = "is gone" if gone else f"went on changing for {PATIENCE:g} seconds"
+                what = "is gone" if gone else f"went on changing for {SETTLE_TIMEOUT:g} seconds"
                 raise InvalidRequest(f"Invalid 'lora_path': the folder {what}.", param="lora_path")
             await asyncio.sleep(self._watcher.settle / 4)
 

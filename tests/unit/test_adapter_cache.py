@@ -91,7 +91,7 @@ async def test_who_has_waited_long_goes_before_those_whose_weights_are_in_memory
     memory: Memory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Otherwise requests for two busy adapters would keep a third one out for ever."""
-    monkeypatch.setattr(module, "PATIENCE", 0.0)
+    monkeypatch.setattr(module, "MAX_QUEUE_SECONDS", 0.0)
     await memory.hold("a")
     await memory.hold("b")
     third = memory.hold_later("c")

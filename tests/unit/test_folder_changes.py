@@ -51,7 +51,7 @@ async def test_a_change_of_nothing_but_times_disturbs_no_request(
 ) -> None:
     """A hard link to a served file moves its ctime: an intact adapter that was not in memory was a 404 until the next
     look, ten seconds a request. No look is taken here at all."""
-    monkeypatch.setattr(library_module, "PATIENCE", 0.0)
+    monkeypatch.setattr(library_module, "READ_TIMEOUT", 0.0)
     harness = AdapterHarness(tmp_path, room=1)
     path = make(harness.first, "a")
     make(harness.first, "b", lora_alpha=16)
@@ -150,7 +150,7 @@ async def test_a_folder_that_a_request_waits_for_is_looked_at_by_itself(
 async def test_who_asks_while_a_changed_folder_is_still_to_be_read_is_told_to_come_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(library_module, "PATIENCE", 0.0)
+    monkeypatch.setattr(library_module, "READ_TIMEOUT", 0.0)
     harness = AdapterHarness(tmp_path)
     path = make(harness.first, "a")
     await harness.watcher.scan()
@@ -169,7 +169,7 @@ async def test_a_version_is_not_read_again_for_every_request_while_its_folder_ho
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Equal sizes look like equal content: only reading tells, and once is enough."""
-    monkeypatch.setattr(library_module, "PATIENCE", 0.0)
+    monkeypatch.setattr(library_module, "READ_TIMEOUT", 0.0)
     harness = AdapterHarness(tmp_path)
     path = make(harness.first, "a", lora_alpha=16)
     await harness.watcher.scan()

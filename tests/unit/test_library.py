@@ -347,7 +347,7 @@ async def test_a_folder_that_never_settles_is_not_waited_for_for_ever(
     harness: AdapterHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was a 404, as if there were no such adapter; it is one that is to be asked for again."""
-    monkeypatch.setattr(module, "PATIENCE", 0.2)
+    monkeypatch.setattr(module, "READ_TIMEOUT", 0.2)
     make(harness.first, "a")
     await harness.watcher.scan()
     write(harness.first / "a", config=CONFIG | {"lora_alpha": 16})
