@@ -52,7 +52,7 @@ _SENTENCE = "The old man looked at the sea for a long time, and then he said to 
 
 @dataclass(frozen=True)
 class Base:
-    """A base in memory, with the attention function installed, which ``attention_backend`` makes for a KV cache.
+    """A base in memory, with the attention function installed; ``attention_backend`` makes its backend of a KV cache.
 
     ``shapes`` are its layers' keys and values, kept as ``kv_dtype``; ``groups`` are linears that get the same
     input, ``kernels`` are the operations it computes with on a CPU, and ``quantized`` says what is in integers.
