@@ -17,8 +17,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from server.adapters.adapter_cache import AdapterCache, Loaded
+from server.adapters.content.generation_defaults import GenerationDefaults
 from server.adapters.content.manifest import Listing, Manifest
-from server.adapters.content.manners import AdapterDefaults
 from server.adapters.content.peft_config import LoRAConfig
 from server.adapters.content.plan import Plan
 from server.adapters.library import AdapterLibrary
@@ -201,7 +201,7 @@ def adapter(name: str, **defaults: object) -> Adapter:
         modules=("q_proj", "v_proj"),
         created=1_700_000_000,
         path=Path("/adapters") / name,
-        defaults=AdapterDefaults(**defaults),  # type: ignore[arg-type]
+        defaults=GenerationDefaults(**defaults),  # type: ignore[arg-type]
     )
 
 
@@ -241,7 +241,9 @@ def library(*adapters: Adapter) -> AdapterLibrary:
 BASE = "micro"
 
 
-def server_state(engine: FakeEngine, *adapters: Adapter, base_defaults: AdapterDefaults | None = None) -> ServerState:
+def server_state(
+    engine: FakeEngine, *adapters: Adapter, base_defaults: GenerationDefaults | None = None
+) -> ServerState:
     """A server over a fake engine."""
     served = library(*adapters)
     return ServerState(
@@ -254,7 +256,7 @@ def server_state(engine: FakeEngine, *adapters: Adapter, base_defaults: AdapterD
         default_max_tokens=64,
         eos_ids=frozenset({EOS}),
         version="0.0.test",
-        base_defaults=base_defaults or AdapterDefaults(),
+        base_defaults=base_defaults or GenerationDefaults(),
     )
 
 

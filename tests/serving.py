@@ -134,7 +134,8 @@ def vary(
 ) -> Path:
     """Write another adapter than the one it is made of.
 
-    Its delta is taken ``factor`` times and cut to ``rank``, with some noise where there is a ``seed``; its manners
+    Its delta is taken ``factor`` times and cut to ``rank``, with some noise where there is a ``seed``;
+    its generation defaults
     are what ``sidecar`` says.
     """
     config = json.loads((source / "adapter_config.json").read_text())

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from server.adapters.content.manners import AdapterDefaults
+from server.adapters.content.generation_defaults import GenerationDefaults
 from server.adapters.registry import Adapter
 from server.errors import QueueFull
 from server.integrity import ensure
@@ -63,14 +63,14 @@ class Lease:
         return self.adapters[0].adapter.name if len(self.adapters) == 1 else COMPOSITION
 
     @property
-    def defaults(self) -> AdapterDefaults:
-        """The first one's manners; what ends an answer of any of them ends this one, and tokens are those of all."""
-        manners = [one.adapter.defaults for one in self.adapters]
-        stop = dict.fromkeys(text for one in manners for text in one.stop)
-        eos = dict.fromkeys(token for one in manners for token in one.eos)
-        ends = dict.fromkeys(token for one in manners for token in one.end_tokens)
-        added = next((one.added_tokens for one in manners if one.added_tokens), ())
-        return replace(manners[0], stop=tuple(stop), eos=tuple(eos), end_tokens=tuple(ends), added_tokens=added)
+    def defaults(self) -> GenerationDefaults:
+        """The generation defaults of the first adapter, with the stop strings, end tokens and added tokens of all."""
+        defaults = [one.adapter.defaults for one in self.adapters]
+        stop = dict.fromkeys(text for one in defaults for text in one.stop)
+        eos = dict.fromkeys(token for one in defaults for token in one.eos)
+        ends = dict.fromkeys(token for one in defaults for token in one.end_tokens)
+        added = next((one.added_tokens for one in defaults if one.added_tokens), ())
+        return replace(defaults[0], stop=tuple(stop), eos=tuple(eos), end_tokens=tuple(ends), added_tokens=added)
 
     def release(self) -> None:
         """Give it back; once."""

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from server.adapters.content.folder import Signature, signature_of, sizes_of
+from server.adapters.content.generation_defaults import GenerationDefaults
 from server.adapters.content.manifest import Limits, Listing, Manifest, list_folder, read_manifest
-from server.adapters.content.manners import AdapterDefaults
 from server.adapters.content.signature import BaseSignature
 from server.adapters.versions import CachedDigest, VersionStore
 from server.errors import AdapterRejected
@@ -26,7 +26,7 @@ class FolderMoved(Exception):
 
 
 class AdapterReader:
-    """Folders and kept versions as manifests. ``judge_manners`` raises ``ValueError`` for what cannot be honoured."""
+    """Folders and kept versions as manifests. ``validate_defaults`` raises ``ValueError`` for an unsupported value."""
 
     def __init__(
         self,
@@ -34,11 +34,11 @@ class AdapterReader:
         limits: Limits,
         *,
         store: VersionStore | None = None,
-        judge_manners: Callable[[AdapterDefaults], None] = lambda defaults: None,
+        validate_defaults: Callable[[GenerationDefaults], None] = lambda defaults: None,
     ) -> None:
         self.store = store
         self.roots = limits.roots
-        self._base, self._limits, self._judge_manners = base, limits, judge_manners
+        self._base, self._limits, self._validate_defaults = base, limits, validate_defaults
         self._digests: dict[str, CachedDigest] = {}
         self._unsaved = 0
         self._others: dict[Path, Signature] = {}
@@ -162,7 +162,7 @@ class AdapterReader:
     def _read(self, path: Path, name: str) -> Manifest:
         manifest = read_manifest(path, self._base, self._limits, name=name)
         try:
-            self._judge_manners(manifest.defaults)
+            self._validate_defaults(manifest.defaults)
         except ValueError as error:
             raise AdapterRejected(name, str(error)) from None
         return manifest

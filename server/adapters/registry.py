@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from server.adapters.content.folder import Signature
+from server.adapters.content.generation_defaults import GenerationDefaults
 from server.adapters.content.manifest import Listing, Manifest
-from server.adapters.content.manners import AdapterDefaults
 from server.adapters.content.signature import BaseCheck
 from server.adapters.versions import Pin
 from server.errors import ModelNotFound
@@ -29,7 +29,7 @@ class Adapter:
     modules: tuple[str, ...]
     created: int
     path: Path
-    defaults: AdapterDefaults
+    defaults: GenerationDefaults
     composable: bool = True
     base_check: BaseCheck = "shapes"
 

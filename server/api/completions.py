@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from adapter_format.messages import with_system_prompt
-from server.adapters.content.manners import AdapterDefaults
+from server.adapters.content.generation_defaults import GenerationDefaults
 from server.api.generation import Prompts, leased, submit
 from server.api.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from server.api.response_formats import ChatFormat, CompletionFormat
@@ -54,7 +54,7 @@ def _token_texts(body: GenerationRequest, prompts: Prompts) -> TokenTexts | None
     return None if body.num_logprobs is None else prompts.renderer.token_texts
 
 
-def _chat_prompt(body: ChatRequest, defaults: AdapterDefaults, base: PromptRenderer) -> Prompts:
+def _chat_prompt(body: ChatRequest, defaults: GenerationDefaults, base: PromptRenderer) -> Prompts:
     """In a thread: the conversation by the adapter's or the base's chat template."""
     renderer = base.of(defaults)
     messages = [message.model_dump(exclude_none=True) for message in body.messages]
@@ -66,7 +66,7 @@ def _chat_prompt(body: ChatRequest, defaults: AdapterDefaults, base: PromptRende
     return Prompts([ids], renderer, "messages")
 
 
-def _text_prompts(body: CompletionRequest, defaults: AdapterDefaults, base: PromptRenderer) -> Prompts:
+def _text_prompts(body: CompletionRequest, defaults: GenerationDefaults, base: PromptRenderer) -> Prompts:
     """In a thread: texts as token ids; token ids as they are."""
     renderer = base.of(defaults)
     return Prompts([_prompt_ids(prompt, renderer) for prompt in body.prompt], renderer, "prompt")

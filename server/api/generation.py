@@ -11,7 +11,7 @@ from typing import TypeVar
 from fastapi import Request
 
 from server.adapters.adapter_cache import Lease
-from server.adapters.content.manners import AdapterDefaults
+from server.adapters.content.generation_defaults import GenerationDefaults
 from server.api.active_request import ActiveRequest, Choice, RequestLog
 from server.api.protocol import GenerationRequest
 from server.api.state import ServerState
@@ -33,7 +33,7 @@ class Prompts:
 
 
 @asynccontextmanager
-async def leased(body: GenerationRequest, state: ServerState) -> AsyncIterator[tuple[Lease | None, AdapterDefaults]]:
+async def leased(body: GenerationRequest, state: ServerState) -> AsyncIterator[tuple[Lease | None, GenerationDefaults]]:
     """The adapters that ``model`` names, in memory, and the defaults of what the request leaves open.
 
     The lease is released here only where something is raised inside. Raises every error that is known before prompts
@@ -66,7 +66,7 @@ def submit(
     state: ServerState,
     *,
     lease: Lease | None,
-    defaults: AdapterDefaults,
+    defaults: GenerationDefaults,
     prompts: Prompts,
 ) -> ActiveRequest:
     """Queue ``n`` sequences for each prompt. Raises ``ContextLengthExceeded``, ``QueueFull``, ``EngineUnavailable``."""
@@ -117,15 +117,15 @@ def cache_namespace(authorization: str | None, cache_salt: str | None) -> bytes:
     return digest.digest()
 
 
-def overlay(defaults: AdapterDefaults, below: AdapterDefaults) -> AdapterDefaults:
+def overlay(defaults: GenerationDefaults, below: GenerationDefaults) -> GenerationDefaults:
     """``defaults``, and ``below`` where they say nothing; what ends an answer of both."""
-    chosen = {item.name: getattr(defaults, item.name) for item in fields(AdapterDefaults)}
+    chosen = {item.name: getattr(defaults, item.name) for item in fields(GenerationDefaults)}
     filled = {name: getattr(below, name) if value is None else value for name, value in chosen.items()}
     ends = {name: (*getattr(defaults, name), *getattr(below, name)) for name in ("stop", "end_tokens", "eos")}
-    return AdapterDefaults(**{**filled, **ends})
+    return GenerationDefaults(**{**filled, **ends})
 
 
-def sampling_params(request: GenerationRequest, defaults: AdapterDefaults, *, index: int) -> SamplingParams:
+def sampling_params(request: GenerationRequest, defaults: GenerationDefaults, *, index: int) -> SamplingParams:
     """How answer ``index`` of a prompt is sampled; each of several answers has a seed of its own."""
     top_k = _first(request.top_k, defaults.top_k, 0)
     return SamplingParams(
@@ -139,12 +139,12 @@ def sampling_params(request: GenerationRequest, defaults: AdapterDefaults, *, in
     )
 
 
-def stop_strings(request: GenerationRequest, defaults: AdapterDefaults) -> tuple[str, ...]:
+def stop_strings(request: GenerationRequest, defaults: GenerationDefaults) -> tuple[str, ...]:
     """The request's stop strings and the adapter's, each once."""
     return tuple(dict.fromkeys([*(request.stop or ()), *defaults.stop]))
 
 
-def end_ids(defaults: AdapterDefaults, stop: Iterable[str], prompts: PromptRenderer) -> frozenset[int]:
+def end_ids(defaults: GenerationDefaults, stop: Iterable[str], prompts: PromptRenderer) -> frozenset[int]:
     """Tokens that end an answer beside the base's: the adapter's, and stop strings that are special tokens.
 
     A special token has no text in an answer, so that as a stop string it would never be seen.

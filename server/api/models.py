@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter
 
 from adapter_format.sidecar import Sidecar
-from server.adapters.content.manners import AdapterDefaults
+from server.adapters.content.generation_defaults import GenerationDefaults
 from server.adapters.registry import DIGITS, Adapter, Entry
 from server.api.state import ServerState, State
 from server.errors import without_paths
@@ -95,7 +95,7 @@ def _checks(sidecar: Sidecar | None) -> dict[str, Any]:
     return {} if sidecar is None or sidecar.verdict is None else sidecar.verdict.model_dump()["checks"]
 
 
-def _shown_defaults(defaults: AdapterDefaults, base_template: str | None) -> dict[str, Any]:
+def _shown_defaults(defaults: GenerationDefaults, base_template: str | None) -> dict[str, Any]:
     """The defaults that an adapter sets; of its chat template only whose it is."""
     shown = {item.name: getattr(defaults, item.name) for item in fields(defaults)}
     if defaults.chat_template is not None:

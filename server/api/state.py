@@ -7,7 +7,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from server.adapters.content.manners import AdapterDefaults
+from server.adapters.content.generation_defaults import GenerationDefaults
 from server.adapters.library import AdapterLibrary
 from server.adapters.operator import AdapterOperator
 from server.engine.async_engine import AsyncEngine
@@ -31,7 +31,7 @@ class ServerState:
     default_max_tokens: int
     eos_ids: frozenset[int]
     version: str
-    base_defaults: AdapterDefaults = field(default_factory=AdapterDefaults)
+    base_defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
     operator: AdapterOperator | None = None
     admin_key_digest: bytes | None = field(default=None, repr=False)
 

@@ -49,7 +49,9 @@ class AdapterChecker:
     def check(self, path: Path, *, name: str | None = None) -> tuple[DiagnosticReport, LoRAWeights | None]:
         """What is to be said of a folder, under its own name or another, and its weights where it is served."""
         name = name or path.absolute().name
-        found = diagnose(path, self.base.signature, self.limits, name=name, judge_manners=self.prompts.check_manners)
+        found = diagnose(
+            path, self.base.signature, self.limits, name=name, validate_defaults=self.prompts.check_defaults
+        )
         if found.manifest is None or found.problems:
             return found, None
         try:

@@ -44,7 +44,7 @@ def build_adapter_services(
         num_bytes = await engine.load_adapter(manifest.weights_digest, weights)
         return Loaded(weights.delta_norm, num_bytes)
 
-    reader = AdapterReader(base.signature, limits_of(settings), store=store, judge_manners=prompts.check_manners)
+    reader = AdapterReader(base.signature, limits_of(settings), store=store, validate_defaults=prompts.check_defaults)
     cache = AdapterCache(
         settings.adapter_memory,
         unload=engine.unload_adapter,

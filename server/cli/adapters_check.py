@@ -15,8 +15,8 @@ from adapter_format.sidecar import Verdict
 from base_files.locate import find_base, num_weight_bytes
 from server.adapters.content.diagnostics import DiagnosticReport
 from server.adapters.content.folder import OPTIONAL_FILES, UNREAD_FILES
+from server.adapters.content.generation_defaults import GenerationDefaults
 from server.adapters.content.manifest import Manifest
-from server.adapters.content.manners import AdapterDefaults
 from server.adapters.content.module_plan import LowRank
 from server.adapters.content.plan import Plan
 from server.adapters.content.signature import BaseSignature, base_check
@@ -229,7 +229,7 @@ def _verdict(verdict: Verdict) -> Iterator[Row]:
     yield "verdict", ", ".join([verdict.status, *others])
 
 
-def _manners(defaults: AdapterDefaults) -> Iterator[Row]:
+def _manners(defaults: GenerationDefaults) -> Iterator[Row]:
     if (prompt := defaults.system_prompt) is not None:
         yield "prompt", f"{len(prompt)} characters: {_quoted(prompt)}"
     if defaults.stop or defaults.end_tokens or defaults.eos:
@@ -241,7 +241,7 @@ def _manners(defaults: AdapterDefaults) -> Iterator[Row]:
         yield "variables", ", ".join(f"{name} {_quoted(value)}" for name, value in variables.items())
 
 
-def _tokens(defaults: AdapterDefaults, base: BaseSignature) -> Iterator[Row]:
+def _tokens(defaults: GenerationDefaults, base: BaseSignature) -> Iterator[Row]:
     """Added tokens that the base's tokenizer does not have in this way."""
     own = set() if base.tokenizer is None else set(base.tokenizer.added)
     if new := [f"{_quoted(token.content)} {token.id}" for token in defaults.added_tokens if token not in own]:

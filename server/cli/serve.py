@@ -21,7 +21,7 @@ import uvicorn
 from fastapi import FastAPI
 from transformers import GenerationConfig
 
-from server.adapters.content.manners import AdapterDefaults
+from server.adapters.content.generation_defaults import GenerationDefaults
 from server.adapters.watcher import AdapterWatcher
 from server.api.app import ServerState, create_app
 from server.cli.adapter_services import build_adapter_services
@@ -269,12 +269,12 @@ def _largest_left(left: Mapping[str, int]) -> str:
     return f", above all {', '.join(large[:3])}{' ...' if len(large) > 3 else ''}" if large else ""
 
 
-def _base_defaults(base: Base) -> AdapterDefaults:
+def _base_defaults(base: Base) -> GenerationDefaults:
     """The sampling that the base's makers advise in its generation config."""
     advised = base.model.generation_config or GenerationConfig()
     if advised.do_sample is not True:
-        return AdapterDefaults()
-    return AdapterDefaults(
+        return GenerationDefaults()
+    return GenerationDefaults(
         temperature=advised.temperature, top_p=advised.top_p, top_k=advised.top_k, min_p=advised.min_p
     )
 

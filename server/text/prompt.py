@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from adapter_format.messages import Message, plain_messages
 from server.adapters.content.added_tokens import AddedToken
-from server.adapters.content.manners import AdapterDefaults
+from server.adapters.content.generation_defaults import GenerationDefaults
 from server.adapters.content.templates import default_template
 from server.errors import InvalidRequest
 from server.text.deadline import DeadlineExceeded, deadline
@@ -59,7 +59,7 @@ class PromptRenderer:
         self._lock, self._making = threading.Lock(), threading.Lock()
         tokenizer("x")  # a tokenizer with truncation or padding in its file drops them at its first call, in one thread
 
-    def of(self, defaults: AdapterDefaults) -> PromptRenderer:
+    def of(self, defaults: GenerationDefaults) -> PromptRenderer:
         """The renderer of an adapter, whose tokenizer may have added tokens of its own; else this one.
 
         A special token that only the adapter has would never be in a prompt where the template is the base's, which
@@ -99,7 +99,7 @@ class PromptRenderer:
         hidden = frozenset(token.id for token in plain)
         return PromptRenderer(tokenizer, vocab_size=self.vocab_size, hidden_ids=hidden)
 
-    def check_manners(self, defaults: AdapterDefaults) -> None:
+    def check_defaults(self, defaults: GenerationDefaults) -> None:
         """Raises ``ValueError`` where an adapter's end tokens, added tokens or chat template cannot be honoured."""
         prompts = self.of(defaults)
         prompts.check_end_tokens(defaults.end_tokens)

@@ -122,7 +122,8 @@ class Stream:
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     """A server in its second life: in the first, ``veteran`` was served in two versions.
 
-    At its second start there are ``one`` and ``two``, and what has the weights of ``two`` and manners of its own.
+    At its second start there are ``one`` and ``two``, and what has the weights of ``two`` and other
+    generation defaults.
     """
     root = tmp_path_factory.mktemp("stage")
     (root / "adapters").mkdir()
@@ -134,11 +135,11 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
         old = first.ask("veteran")
         first.put("veteran", 2)
         before = (old, first.ask("veteran"))
-    manners: dict[str, dict[str, Any]] = {
+    defaults: dict[str, dict[str, Any]] = {
         "led": {"system_prompt": PROMPT}, "templated": {"chat_template": TEMPLATE}, "stopped": {"stop": [STOP]}
     }  # fmt: skip
-    for name, number in (("one", 1), ("two", 2), *((name, 2) for name in manners)):
-        content(root, number, **manners.get(name, {})).rename(root / "adapters" / name)
+    for name, number in (("one", 1), ("two", 2), *((name, 2) for name in defaults)):
+        content(root, number, **defaults.get(name, {})).rename(root / "adapters" / name)
     with running_server(*flags, *times, "--admin-key", KEY.decode()) as server:
         yield Stage(server, root, before)
 

@@ -63,11 +63,11 @@ def make_contents(folder: Path) -> None:
     """Contents that answer differently: other deltas, ranks, system prompts and stop strings."""
     rng = random.Random(0)
     for number in range(NUM_CONTENTS):
-        manners: dict[str, Any] = {"system_prompt": f"Speak of {rng.choice(TOPICS)}."} if number % 3 else {}
-        manners |= {"stop": [rng.choice(["\n", ",", " the"])]} if number % 5 == 0 else {}
+        defaults: dict[str, Any] = {"system_prompt": f"Speak of {rng.choice(TOPICS)}."} if number % 3 else {}
+        defaults |= {"stop": [rng.choice(["\n", ",", " the"])]} if number % 5 == 0 else {}
         factor, rank = rng.uniform(0.8, 1.8), rng.choice((8, 12, 16))
         demo = ROOT / "adapters" / DEMOS[number % len(DEMOS)]
-        vary(demo, folder / f"content-{number}", factor=factor, rank=rank, seed=number, **manners)
+        vary(demo, folder / f"content-{number}", factor=factor, rank=rank, seed=number, **defaults)
 
 
 @dataclass

@@ -831,7 +831,7 @@ async def test_a_folder_that_changes_while_it_is_read_is_not_judged(
         return found
 
     monkeypatch.setattr(folder_module, "read_file_at", read_and_step)
-    reader = AdapterReader(BASE, LIMITS, judge_manners=lambda defaults: step())
+    reader = AdapterReader(BASE, LIMITS, validate_defaults=lambda defaults: step())
     phases = 2 * len(EXPECTED_FILES) + 1  # around each file, and when all are read
     paths = [make(tmp_path / str(number), "good") for number in range(phases)]
     time.sleep(0.02)  # so that the changes get a time of their own

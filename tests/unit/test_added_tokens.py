@@ -19,8 +19,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from server.adapters.content.added_tokens import listed_in_head
 from server.adapters.content.diagnostics import diagnose
+from server.adapters.content.generation_defaults import GenerationDefaults
 from server.adapters.content.manifest import Manifest, list_folder, read_manifest
-from server.adapters.content.manners import AdapterDefaults
 from server.adapters.content.signature import BaseSignature, embedding, linear
 from server.api.app import create_app
 from server.api.generation import end_ids
@@ -150,7 +150,7 @@ def test_the_base_and_other_adapters_keep_the_bases_tokens(folder: Path) -> None
     prompts.of(read(folder).defaults)
     assert prompts.completion("a <tool>") == encode("a <tool>")
     assert max(prompts.chat(MESSAGES)) < NUM_IDS
-    assert prompts.of(AdapterDefaults()) is prompts
+    assert prompts.of(GenerationDefaults()) is prompts
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -198,8 +198,8 @@ def test_an_end_token_that_is_not_marked_special_ends_every_answer() -> None:
     """A base's added token with ``special: false``, named as ``eos_token`` by an adapter, never ended an answer."""
     base = trained(HfToken("<tool>", special=False, normalized=False))
     prompts = PromptRenderer(base, vocab_size=NUM_ROWS)
-    assert end_ids(AdapterDefaults(eos=("<tool>", "<ghost>")), (), prompts) == {base.convert_tokens_to_ids("<tool>")}
-    assert end_ids(AdapterDefaults(), ("<tool>",), prompts) == set(), "as a stop string it is seen in the text"
+    assert end_ids(GenerationDefaults(eos=("<tool>", "<ghost>")), (), prompts) == {base.convert_tokens_to_ids("<tool>")}
+    assert end_ids(GenerationDefaults(), ("<tool>",), prompts) == set(), "as a stop string it is seen in the text"
 
 
 @pytest.mark.parametrize(
@@ -446,14 +446,16 @@ def test_tokens_whose_ids_no_tokenizer_would_give_are_refused(
     edit(folder, lambda said: (change(said["added_tokens"]), None)[1])
     defaults = read(folder).defaults
     with pytest.raises(ValueError, match=words):
-        renderer().check_manners(defaults)
+        renderer().check_defaults(defaults)
 
 
 def test_a_template_is_tried_with_the_adapters_tokens(folder: Path) -> None:
     tokens = read(folder).defaults.added_tokens
-    renderer().check_manners(AdapterDefaults(chat_template=OWN_TEMPLATE, added_tokens=tokens, end_tokens=("<call>",)))
+    renderer().check_defaults(
+        GenerationDefaults(chat_template=OWN_TEMPLATE, added_tokens=tokens, end_tokens=("<call>",))
+    )
     with pytest.raises(ValueError, match="end_tokens"):
-        renderer().check_manners(AdapterDefaults(end_tokens=("<call>",)))
+        renderer().check_defaults(GenerationDefaults(end_tokens=("<call>",)))
 
 
 def test_adapters_with_different_tokens_are_not_added_up(folder: Path) -> None:
@@ -474,7 +476,7 @@ def test_only_the_last_few_tokenizers_are_kept(folder: Path, monkeypatch: pytest
     monkeypatch.setattr(prompt_module, "MAX_TOKENIZERS", 2)
     tokens = read(folder).defaults.added_tokens
     prompts = renderer()
-    sets = [AdapterDefaults(added_tokens=some) for some in (tokens, tokens[:-1], tokens[:-2])]
+    sets = [GenerationDefaults(added_tokens=some) for some in (tokens, tokens[:-1], tokens[:-2])]
     first = [prompts.of(defaults) for defaults in sets]
     assert prompts.of(sets[2]) is first[2]
     assert prompts.of(sets[0]) is not first[0]
@@ -483,7 +485,7 @@ def test_only_the_last_few_tokenizers_are_kept(folder: Path, monkeypatch: pytest
 def test_a_tokenizer_that_is_being_made_delays_no_other(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While one was made, which takes seconds, the event loop waited for those that were there."""
     tokens, prompts = read(folder).defaults.added_tokens, renderer()
-    there, new = AdapterDefaults(added_tokens=tokens), AdapterDefaults(added_tokens=tokens[:-1])
+    there, new = GenerationDefaults(added_tokens=tokens), GenerationDefaults(added_tokens=tokens[:-1])
     first = prompts.of(there)
     begun, go_on = threading.Event(), threading.Event()
     make_tokenizer = prompt_module._with_added_tokens

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from server.adapters.content.manners import AdapterDefaults
+from server.adapters.content.generation_defaults import GenerationDefaults
 from server.api.generation import completion_length, overlay, sampling_params, stop_strings
 from server.api.protocol import IGNORED, NEUTRAL, ChatRequest, CompletionRequest
 from server.errors import ContextLengthExceeded, UnsupportedParameter
 from server.sequence import SamplingParams
 
-NOTHING = AdapterDefaults()
+NOTHING = GenerationDefaults()
 
 
 def chat(**fields: Any) -> ChatRequest:
@@ -166,10 +166,10 @@ def test_prompts_and_answers_are_bounded_together() -> None:
 
 
 def test_the_request_goes_before_the_adapter_and_the_adapter_before_the_base() -> None:
-    base = AdapterDefaults(temperature=0.1, top_p=0.2, top_k=3, stop=("base",))
-    adapter = AdapterDefaults(top_p=0.5, top_k=4, stop=("adapter",), system_prompt="s")
+    base = GenerationDefaults(temperature=0.1, top_p=0.2, top_k=3, stop=("base",))
+    adapter = GenerationDefaults(top_p=0.5, top_k=4, stop=("adapter",), system_prompt="s")
     defaults = overlay(adapter, base)
-    assert defaults == AdapterDefaults(
+    assert defaults == GenerationDefaults(
         stop=("adapter", "base"), system_prompt="s", temperature=0.1, top_p=0.5, top_k=4, min_p=None, max_tokens=None
     )
     request = chat(top_k=5, stop=["request", "adapter"])
@@ -178,13 +178,13 @@ def test_the_request_goes_before_the_adapter_and_the_adapter_before_the_base() -
 
 
 def test_zero_is_a_wish_and_not_the_absence_of_one() -> None:
-    defaults = AdapterDefaults(temperature=0.7, top_k=40, min_p=0.1)
+    defaults = GenerationDefaults(temperature=0.7, top_k=40, min_p=0.1)
     params = sampling_params(chat(temperature=0, top_k=0, min_p=0), defaults, index=0)
     assert (params.temperature, params.top_k, params.min_p) == (0.0, 0, 0.0)
 
 
 def test_minus_one_turns_top_k_off() -> None:
-    assert sampling_params(chat(top_k=-1), AdapterDefaults(top_k=40), index=0).top_k == 0
+    assert sampling_params(chat(top_k=-1), GenerationDefaults(top_k=40), index=0).top_k == 0
 
 
 def test_each_answer_has_a_seed_of_its_own() -> None:

@@ -13,8 +13,8 @@ import httpx
 import pytest
 
 from server.adapters.content.folder import signature_of
+from server.adapters.content.generation_defaults import GenerationDefaults
 from server.adapters.content.manifest import Manifest, read_manifest
-from server.adapters.content.manners import AdapterDefaults
 from server.adapters.registry import Adapter
 from server.api.app import create_app
 from server.api.generation import end_ids, overlay
@@ -130,7 +130,7 @@ def test_end_tokens_end_an_answer_beside_the_bases_own(folder: Path) -> None:
     text = str(small_tokenizer().convert_ids_to_tokens(HELLO))
     defaults = read(folder, end_tokens=["<|tool|>", PAD, text]).defaults
     assert end_ids(defaults, (), prompts) == {TOOL, PAD, HELLO}
-    assert end_ids(overlay(defaults, AdapterDefaults()), (), prompts) == {TOOL, PAD, HELLO}
+    assert end_ids(overlay(defaults, GenerationDefaults()), (), prompts) == {TOOL, PAD, HELLO}
     prompts.check_end_tokens(defaults.end_tokens)
 
 

@@ -24,6 +24,7 @@ from server.adapters.content.folder import (
     read_file_at,
     read_tokens_at,
 )
+from server.adapters.content.generation_defaults import GenerationDefaults
 from server.adapters.content.manifest import (
     Limits,
     Manifest,
@@ -35,7 +36,6 @@ from server.adapters.content.manifest import (
     read_manifest,
     weights_header,
 )
-from server.adapters.content.manners import AdapterDefaults
 from server.adapters.content.module_plan import LowRank
 from server.adapters.content.opening import Folder, PermissionDenied
 from server.adapters.content.peft_config import LoRAConfig, parse_peft_config
@@ -43,7 +43,7 @@ from server.adapters.content.plan import Plan, PlanError, make_plan
 from server.adapters.content.signature import BaseSignature, base_check
 from server.errors import AdapterRejected
 
-JudgeManners = Callable[[AdapterDefaults], None]
+ValidateDefaults = Callable[[GenerationDefaults], None]
 
 
 @dataclass
@@ -60,7 +60,7 @@ class DiagnosticReport:
     source: Mapping[str, Any] = field(default_factory=dict)
     config: LoRAConfig | None = None
     sidecar: Sidecar | None = None
-    defaults: AdapterDefaults | None = None
+    defaults: GenerationDefaults | None = None
     plan: Plan | None = None
     manifest: Manifest | None = None
 
@@ -85,9 +85,9 @@ def diagnose(
     limits: Limits,
     *,
     name: str | None = None,
-    judge_manners: JudgeManners = lambda defaults: None,
+    validate_defaults: ValidateDefaults = lambda defaults: None,
 ) -> DiagnosticReport:
-    """Read and judge a folder. ``judge_manners`` raises ``ValueError`` for what cannot be honoured."""
+    """Read and judge a folder. ``validate_defaults`` raises ``ValueError`` for what cannot be honoured."""
     found = DiagnosticReport(path, name or path.name)
     try:
         manifest = read_manifest(path, base, limits, name=found.name)
@@ -95,19 +95,21 @@ def diagnose(
         found.problems.append(f"cannot be read just now: {error.strerror}")
         return found
     except AdapterRejected as error:
-        _look_closer(found, base, limits, judge_manners)
+        _look_closer(found, base, limits, validate_defaults)
         if not any(problem in error.reason for problem in found.problems):
             found.problems.insert(0, error.reason)
         return found
     with found.noting():
-        judge_manners(manifest.defaults)
+        validate_defaults(manifest.defaults)
     found.said, found.source = json.loads(manifest.files.config), _object(manifest.files.others, SOURCE_FILE)
     found.config, found.sidecar, found.defaults = manifest.config, manifest.sidecar, manifest.defaults
     found.plan, found.manifest = manifest.plan, manifest
     return found
 
 
-def _look_closer(found: DiagnosticReport, base: BaseSignature, limits: Limits, judge_manners: JudgeManners) -> None:
+def _look_closer(
+    found: DiagnosticReport, base: BaseSignature, limits: Limits, validate_defaults: ValidateDefaults
+) -> None:
     """Judge each part by itself, as far as the parts before it allow."""
     files = _read_parts(found, limits)
     found.source = _object(files.others, SOURCE_FILE)
@@ -124,7 +126,7 @@ def _look_closer(found: DiagnosticReport, base: BaseSignature, limits: Limits, j
         found.defaults = manners_of(found.name, files, found.sidecar, base, replace(limits, trust_chat_templates=True))
     if found.defaults is not None:
         with found.noting():
-            judge_manners(found.defaults)
+            validate_defaults(found.defaults)
     if files.weights:
         _judge_weights(found, files.weights, base, limits)
 

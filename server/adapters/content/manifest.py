@@ -38,7 +38,7 @@ from server.adapters.content.added_tokens import (
 )
 from server.adapters.content.file_kinds import kind_of_bytes
 from server.adapters.content.folder import MAX_HEADER_BYTES, AdapterFiles, read_files
-from server.adapters.content.manners import AdapterDefaults, Neighbours, defaults_of, token_text
+from server.adapters.content.generation_defaults import CompanionFiles, GenerationDefaults, defaults_of, token_text
 from server.adapters.content.opening import PASSING
 from server.adapters.content.peft_config import LoRAConfig, parse_peft_config
 from server.adapters.content.plan import Plan, PlanError, make_plan
@@ -86,7 +86,7 @@ class Listing:
     path: Path
     config: LoRAConfig
     sidecar: Sidecar | None
-    defaults: AdapterDefaults
+    defaults: GenerationDefaults
     plan: Plan
     created: int
     unread: Mapping[str, str]
@@ -95,7 +95,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class Manifest(Listing):
-    """A folder's whole content. ``weights_digest`` is of config and weights; ``version_digest`` adds the manners."""
+    """A folder's whole content. ``version_digest`` adds the generation defaults to ``weights_digest``."""
 
     weights_digest: str
     version_digest: str
@@ -130,13 +130,13 @@ def read_manifest(path: Path, base: BaseSignature, limits: Limits, *, name: str 
         files = files if listing.defaults.added_tokens else _without_idle_tokenizer(files, base)
         weights_digest = _digest(files.config, files.weights)
         template = _manners_as_written(files, listing.sidecar).chat_template or ""
-        manners = [files.others.get(SIDECAR_FILE, b""), template.encode()]
-        manners += [files.others.get(GENERATION_FILE, b""), repr(listing.defaults.eos).encode()]
-        manners += [repr(tokens).encode()] if (tokens := listing.defaults.added_tokens) else []
+        defaults = [files.others.get(SIDECAR_FILE, b""), template.encode()]
+        defaults += [files.others.get(GENERATION_FILE, b""), repr(listing.defaults.eos).encode()]
+        defaults += [repr(tokens).encode()] if (tokens := listing.defaults.added_tokens) else []
         return Manifest(
             **vars(listing),
             weights_digest=weights_digest,
-            version_digest=_digest(weights_digest.encode(), *manners),
+            version_digest=_digest(weights_digest.encode(), *defaults),
             files=files,
         )
 
@@ -220,8 +220,8 @@ def _object(files: AdapterFiles, name: str) -> Mapping[str, Any]:
 
 def manners_of(
     name: str, files: AdapterFiles, sidecar: Sidecar | None, base: BaseSignature, limits: Limits
-) -> AdapterDefaults:
-    """The manners that sidecar and neighbours ask for.
+) -> GenerationDefaults:
+    """The generation defaults of sidecar and companion files.
 
     Raises ``ValueError`` where a template is not trusted, or the tokenizer's added tokens cannot be served.
     """
@@ -239,14 +239,14 @@ def manners_of(
     return defaults
 
 
-def _manners_as_written(files: AdapterFiles, sidecar: Sidecar | None) -> AdapterDefaults:
-    """What sidecar and neighbours ask for, whoever wrote it."""
+def _manners_as_written(files: AdapterFiles, sidecar: Sidecar | None) -> GenerationDefaults:
+    """What sidecar and companions ask for, whoever wrote it."""
     template = files.others.get(TEMPLATE_FILE)
     try:
         text = None if template is None else template.decode()
     except UnicodeDecodeError:
         raise ValueError(f"{TEMPLATE_FILE} is not UTF-8 text") from None
-    return defaults_of(sidecar, Neighbours(text, _object(files, TOKENIZER_FILE), _object(files, GENERATION_FILE)))
+    return defaults_of(sidecar, CompanionFiles(text, _object(files, TOKENIZER_FILE), _object(files, GENERATION_FILE)))
 
 
 def _added_tokens(files: AdapterFiles, base: BaseSignature) -> tuple[AddedToken, ...]:
@@ -322,7 +322,7 @@ def _other_tokenizer(part: str) -> str:
     )
 
 
-def _check_trained_tokens(plan: Plan, defaults: AdapterDefaults, base: BaseSignature, unread: str | None) -> None:
+def _check_trained_tokens(plan: Plan, defaults: GenerationDefaults, base: BaseSignature, unread: str | None) -> None:
     """Raises ``ValueError`` where rows were trained for tokens that have no text.
 
     ``unread`` is why the tokenizer in the folder is not read, where there is one.

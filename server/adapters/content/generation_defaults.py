@@ -16,10 +16,10 @@ from server.adapters.content.templates import default_template
 
 
 @dataclass(frozen=True)
-class AdapterDefaults:
+class GenerationDefaults:
     """What applies where a request says nothing; ``stop``, ``end_tokens`` and ``eos`` add to what else ends an answer.
 
-    ``end_tokens`` (the sidecar's) and ``eos`` (the neighbours') are texts of tokens and ids of tokens that end a turn
+    ``end_tokens`` (the sidecar's) and ``eos`` (the companions') are texts of tokens and ids of tokens that end a turn
     beside the base's own. Of ``eos`` those that the base does not have are passed over. ``chat_template_kwargs`` are
     variables of the chat template. ``added_tokens`` are all of the adapter's tokenizer, where they are not the base's.
     """
@@ -39,7 +39,7 @@ class AdapterDefaults:
 
 
 @dataclass(frozen=True)
-class Neighbours:
+class CompanionFiles:
     """What was found beside PEFT's files, parsed; ``template`` is the text of ``chat_template.jinja``."""
 
     template: str | None
@@ -55,13 +55,13 @@ class Neighbours:
         return default_template(found) if isinstance(found, str | list) else None
 
 
-def defaults_of(sidecar: Sidecar | None, neighbours: Neighbours) -> AdapterDefaults:
-    """The sidecar's word first, the neighbours' where it is silent."""
-    generation = neighbours.generation
+def defaults_of(sidecar: Sidecar | None, companions: CompanionFiles) -> GenerationDefaults:
+    """The sidecar's word first, the companions' where it is silent."""
+    generation = companions.generation
     advised = generation if generation.get("do_sample") is True else {}
     sampling = sidecar.sampling if sidecar is not None and sidecar.sampling is not None else SamplingDefaults()
     end_tokens = None if sidecar is None else sidecar.end_tokens
-    return AdapterDefaults(
+    return GenerationDefaults(
         stop=tuple(sidecar.stop or ()) if sidecar is not None else (),
         system_prompt=None if sidecar is None else sidecar.system_prompt,
         temperature=_said(sampling.temperature, _number(advised, "temperature", 0, 2)),
@@ -69,10 +69,10 @@ def defaults_of(sidecar: Sidecar | None, neighbours: Neighbours) -> AdapterDefau
         top_k=_said(sampling.top_k, _count(advised, "top_k")),
         min_p=_said(sampling.min_p, _number(advised, "min_p", 0, 1)),
         max_tokens=_said(sampling.max_tokens, _count(generation, "max_new_tokens")),
-        chat_template=_said(None if sidecar is None else sidecar.chat_template, neighbours.chat_template),
+        chat_template=_said(None if sidecar is None else sidecar.chat_template, companions.chat_template),
         chat_template_kwargs=None if sidecar is None else sidecar.chat_template_kwargs,
         end_tokens=tuple(end_tokens or ()),
-        eos=_eos(neighbours) if end_tokens is None else (),
+        eos=_eos(companions) if end_tokens is None else (),
     )
 
 
@@ -96,9 +96,9 @@ def token_text(token: Any) -> Any:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _eos(neighbours: Neighbours) -> tuple[str | int, ...]:
-    text = token_text(neighbours.tokenizer.get("eos_token"))
-    ids = neighbours.generation.get("eos_token_id")
+def _eos(companions: CompanionFiles) -> tuple[str | int, ...]:
+    text = token_text(companions.tokenizer.get("eos_token"))
+    ids = companions.generation.get("eos_token_id")
     listed = ids if isinstance(ids, list) else [ids]
     found: list[str | int] = [text] if isinstance(text, str) and text.isprintable() and text else []
     found += [one for one in listed if isinstance(one, int) and not isinstance(one, bool) and one >= 0]

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from server.adapters.content.folder import signature_of
+from server.adapters.content.generation_defaults import GenerationDefaults
 from server.adapters.content.manifest import Manifest, read_manifest
-from server.adapters.content.manners import AdapterDefaults
 from server.adapters.reader import AdapterReader
 from server.api.app import create_app
 from server.api.generation import completion_length, end_ids, overlay, sampling_params, stop_strings
@@ -58,7 +58,7 @@ def request(**said: Any) -> ChatRequest:
     return ChatRequest.model_validate({"model": "good", "messages": USER} | said)
 
 
-def ends(defaults: AdapterDefaults, *stop: str) -> frozenset[int]:
+def ends(defaults: GenerationDefaults, *stop: str) -> frozenset[int]:
     """Token ids that end an answer, beside the base's."""
     asked = request(stop=list(stop)) if stop else request()
     return end_ids(defaults, stop_strings(asked, defaults), PromptRenderer(small_tokenizer()))
@@ -169,11 +169,11 @@ async def test_a_template_that_does_not_work_is_refused_when_the_folder_is_read(
     """What a template raised was let through unless it was of four kinds: one that divides by zero was a 500."""
     prompts = PromptRenderer(small_tokenizer())
 
-    def judge(defaults: AdapterDefaults) -> None:
+    def judge(defaults: GenerationDefaults) -> None:
         if defaults.chat_template is not None:
             prompts.check_template(defaults.chat_template)
 
-    reader = AdapterReader(BASE, LIMITS, judge_manners=judge)
+    reader = AdapterReader(BASE, LIMITS, validate_defaults=judge)
     put(folder, {TEMPLATE_FILE: template})
     with pytest.raises(AdapterRejected, match=f"its chat template.*{words}"):
         await reader.manifest(folder, signature_of(folder), "good")
@@ -224,7 +224,7 @@ def test_the_system_prompt_leads_a_conversation_that_has_none(folder: Path, role
 FOUR = {"temperature": 0.25, "top_p": 0.5, "top_k": 7, "min_p": 0.125}
 OTHERS = {"temperature": 1.5, "top_p": 0.75, "top_k": 11, "min_p": 0.375}
 THIRD = {"temperature": 0.75, "top_p": 0.25, "top_k": 13, "min_p": 0.0625}
-BASES = AdapterDefaults(temperature=1.25, top_p=0.875, top_k=17, min_p=0.03125)
+BASES = GenerationDefaults(temperature=1.25, top_p=0.875, top_k=17, min_p=0.03125)
 
 
 @pytest.mark.parametrize("name", FOUR)
@@ -244,7 +244,7 @@ def test_the_request_goes_before_the_sidecar_the_sidecar_before_the_neighbour_an
 
 
 def test_where_nobody_says_anything_the_whole_distribution_is_drawn_from() -> None:
-    chosen = sampling_params(request(), overlay(AdapterDefaults(), AdapterDefaults()), index=0)
+    chosen = sampling_params(request(), overlay(GenerationDefaults(), GenerationDefaults()), index=0)
     assert (chosen.temperature, chosen.top_p, chosen.top_k, chosen.min_p) == (1.0, 1.0, 0, 0.0)
 
 
@@ -265,7 +265,7 @@ def test_a_sidecar_that_wants_greedy_answers_gets_them(folder: Path) -> None:
 )
 def test_a_neighbours_sampling_counts_only_where_it_says_that_it_samples(folder: Path, said: dict[str, Any]) -> None:
     put(folder, {GENERATION_FILE: said | FOUR | {"max_new_tokens": 9}})
-    assert read(folder).defaults == AdapterDefaults(max_tokens=9)
+    assert read(folder).defaults == GenerationDefaults(max_tokens=9)
 
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -287,7 +287,7 @@ HUGE = 10**400  # as a float it is an error, not infinity
 def test_a_neighbours_numbers_out_of_range_are_no_advice(folder: Path, said: dict[str, Any]) -> None:
     """An integer too large for a float was an error that nobody caught."""
     put(folder, {GENERATION_FILE: {"do_sample": True} | said})
-    assert read(folder).defaults == AdapterDefaults()
+    assert read(folder).defaults == GenerationDefaults()
 
 
 def test_the_longest_answer_is_the_requests_or_the_sidecars_or_the_neighbours_or_the_servers(folder: Path) -> None:
@@ -355,8 +355,8 @@ def test_tokens_that_end_a_turn_are_added_to_the_bases(folder: Path, files: dict
 
 def test_a_clients_stop_string_that_is_a_special_token_ends_the_answer() -> None:
     """A special token has no text in an answer, so that it would never be seen."""
-    assert ends(AdapterDefaults(), "<|tool|>", "###") == {TOOL}
-    assert ends(AdapterDefaults(stop=("<|pad|>",)), "<|tool|>") == {TOOL, PAD}
+    assert ends(GenerationDefaults(), "<|tool|>", "###") == {TOOL}
+    assert ends(GenerationDefaults(stop=("<|pad|>",)), "<|tool|>") == {TOOL, PAD}
     engine = FakeEngine()
     app = create_app(server_state(engine, adapter("poet", eos=("<|pad|>", 10**6))))
     ask(app, "POST", CHAT, json={"model": "poet", "messages": USER, "stop": "<|tool|>"})
@@ -401,7 +401,7 @@ def test_a_template_that_is_no_text_is_named(folder: Path) -> None:
 def test_a_list_of_templates_that_is_none_is_passed_over(folder: Path, named: Any) -> None:
     """A name that was no text ended in a TypeError that nobody caught."""
     put(folder, {TOKENIZER_FILE: {"chat_template": named}})
-    assert read(folder).defaults == AdapterDefaults()
+    assert read(folder).defaults == GenerationDefaults()
 
 
 @pytest.mark.parametrize(
