@@ -25,7 +25,7 @@ from benchmarks.parts.figures import median, table
 from server.cli.allocation import keep_freed_memory
 from server.model.device import available_threads
 from server.model.sampler import Sampler
-from server.sequence import Draw, SampledToken, SamplingParams, Sequence
+from server.sequence import SampledToken, SampleRow, SamplingParams, Sequence
 
 SETTINGS = {
     "greedy": SamplingParams(temperature=0.0),
@@ -60,7 +60,7 @@ class Stopwatch(Sampler):
 
     seconds = 0.0
 
-    def sample(self, logits: torch.Tensor, draws: SequenceOf[Draw]) -> list[SampledToken | None]:
+    def sample(self, logits: torch.Tensor, draws: SequenceOf[SampleRow]) -> list[SampledToken | None]:
         since = time.perf_counter()
         tokens = super().sample(logits, draws)
         self.seconds = time.perf_counter() - since
@@ -74,7 +74,7 @@ def on_random_logits(rows: int, vocab: int, spread: float) -> Step:
 
     def step(params: SamplingParams) -> tuple[float, float]:
         number = next(numbers)
-        sampler.sample(logits, [Draw(Sequence(row, (1,), 1, params), number) for row in range(rows)])
+        sampler.sample(logits, [SampleRow(Sequence(row, (1,), 1, params), number) for row in range(rows)])
         return sampler.seconds, sampler.seconds
 
     return step

@@ -149,7 +149,7 @@ class SampledToken(NamedTuple):
     top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
-class Draw(NamedTuple):
+class SampleRow(NamedTuple):
     """A token to be drawn: the ``number``-th of a sequence's output, where the one before it came out as ``given``."""
 
     sequence: Sequence
@@ -193,10 +193,10 @@ class Batch:
         return sum(segment.length for segment in self.segments)
 
     @property
-    def draws(self) -> list[Draw]:
+    def draws(self) -> list[SampleRow]:
         """What is to be drawn from each row of the logits."""
         return [
-            Draw(segment.sequence, len(segment.sequence.output_ids) + place, given)
+            SampleRow(segment.sequence, len(segment.sequence.output_ids) + place, given)
             for segment in self.segments
             if segment.samples
             for place, given in enumerate((None, *segment.drafts))

@@ -25,10 +25,10 @@ from server.model.categorical import TokenIds, on_host, pick
 from server.model.random_numbers import stream
 from server.model.top_k import likeliest
 from server.model.top_p import redraw_outside
-from server.sequence import Draw, SamplingParams
+from server.sequence import SampleRow, SamplingParams
 
 
-def draw_tokens(logits: torch.Tensor, draws: SequenceOf[Draw]) -> list[int]:
+def draw_tokens(logits: torch.Tensor, draws: SequenceOf[SampleRow]) -> list[int]:
     """A token for each row of logits [len(draws), vocab], whose largest is finite; minus infinity is never drawn."""
     vocab_size = logits.shape[1]
     rows_by_width: dict[int, list[int]] = defaultdict(list)
@@ -44,14 +44,14 @@ def draw_tokens(logits: torch.Tensor, draws: SequenceOf[Draw]) -> list[int]:
     return tokens
 
 
-def _draw_of_top_k(logits: torch.Tensor, draws: SequenceOf[Draw], top_k: int) -> list[int]:
+def _draw_of_top_k(logits: torch.Tensor, draws: SequenceOf[SampleRow], top_k: int) -> list[int]:
     ids = likeliest(logits, top_k)  # [rows, top_k]
     tokens = ids.cpu().numpy()
     places = _draw(logits.gather(1, ids), draws, tokens)
     return [int(row[place]) for row, place in zip(tokens, places, strict=True)]
 
 
-def _draw(logits: torch.Tensor, draws: SequenceOf[Draw], ids: TokenIds | None = None) -> list[int]:
+def _draw(logits: torch.Tensor, draws: SequenceOf[SampleRow], ids: TokenIds | None = None) -> list[int]:
     """A place in each row of logits [len(draws), width], by every filter but top-k; ``ids`` are the places' tokens."""
     params = [draw.sequence.params for draw in draws]
     weights = _softmax(logits, params)

@@ -14,11 +14,11 @@ import torch
 from server.model.blocks import block_sums
 from server.model.categorical import Doubles, on_host, totals
 from server.model.top_k import likeliest
-from server.sequence import Draw, SampledToken
+from server.sequence import SampledToken, SampleRow
 
 
 def add_logprobs(
-    tokens: list[SampledToken | None], logits: torch.Tensor, draws: SequenceOf[Draw], rows: SequenceOf[int]
+    tokens: list[SampledToken | None], logits: torch.Tensor, draws: SequenceOf[SampleRow], rows: SequenceOf[int]
 ) -> None:
     """Put log probabilities into the tokens of ``rows``, which have one, by logits [len(draws), vocab] in float32."""
     selected = logits if len(rows) == len(draws) else logits[rows]

@@ -14,7 +14,7 @@ from server.model.blocks import largest
 from server.model.drawing import draw_tokens
 from server.model.logits.registry import LogitsProcessing
 from server.model.logprobs import add_logprobs
-from server.sequence import Draw, SampledToken
+from server.sequence import SampledToken, SampleRow
 
 
 class Sampler:
@@ -23,7 +23,7 @@ class Sampler:
     def __init__(self) -> None:
         self._processing = LogitsProcessing()
 
-    def sample(self, logits: torch.Tensor, draws: SequenceOf[Draw]) -> list[SampledToken | None]:
+    def sample(self, logits: torch.Tensor, draws: SequenceOf[SampleRow]) -> list[SampledToken | None]:
         """A token for each row of ``logits`` [len(draws), vocab].
 
         None where the row is not finite, and where the token before did not come out as the draw has it given.
@@ -53,7 +53,9 @@ class Sampler:
         return tokens
 
 
-def _until_a_draft_is_wrong(token_ids: SequenceOf[int | None], draws: SequenceOf[Draw]) -> list[SampledToken | None]:
+def _until_a_draft_is_wrong(
+    token_ids: SequenceOf[int | None], draws: SequenceOf[SampleRow]
+) -> list[SampledToken | None]:
     tokens: list[SampledToken | None] = []
     before: int | None = None
     for token_id, draw in zip(token_ids, draws, strict=True):

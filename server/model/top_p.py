@@ -19,7 +19,7 @@ import torch
 from server.model.blocks import BLOCK, block_sums
 from server.model.categorical import Doubles, TokenIds, on_host, pick, totals, weights_above
 from server.model.random_numbers import stream
-from server.sequence import Draw
+from server.sequence import SampleRow
 
 _PART = 4
 """One block in so many is looked at first: most places that are inside show it there."""
@@ -30,7 +30,7 @@ def redraw_outside(
     own: Doubles,
     weights: torch.Tensor,
     sums: Doubles,
-    draws: SequenceOf[Draw],
+    draws: SequenceOf[SampleRow],
     ids: TokenIds | None = None,
 ) -> None:
     """Replace those of ``places``, one for each row of weights [rows, width], that top-p leaves out.
@@ -55,7 +55,7 @@ def redraw_outside(
         places[row] = _draw_inside(weights[row], float(mass[row]), places[row], draws[row], tokens)
 
 
-def _draw_inside(weights: torch.Tensor, mass: float, place: int, draw: Draw, ids: TokenIds | None) -> int:
+def _draw_inside(weights: torch.Tensor, mass: float, place: int, draw: SampleRow, ids: TokenIds | None) -> int:
     """``place`` if it is in the set of a row of weights [width] that reaches ``mass``, else another that is.
 
     Ends, because each rejected place is followed by one that is likelier, or by one of the whole set.

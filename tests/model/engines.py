@@ -9,7 +9,7 @@ import torch
 
 from server.engine.engine import Engine
 from server.model.sampler import Sampler
-from server.sequence import Draw, Sequence, StepOutput
+from server.sequence import SampleRow, Sequence, StepOutput
 
 made: list[Engine] = []
 """Those of the test at hand, by ``tracked``."""
@@ -26,7 +26,7 @@ def token_ids(outputs: Iterable[StepOutput]) -> list[int | None]:
     return [output.token and output.token.id for output in outputs]
 
 
-def sample(logits: torch.Tensor, draws: SequenceOf[Draw]) -> list[int | None]:
+def sample(logits: torch.Tensor, draws: SequenceOf[SampleRow]) -> list[int | None]:
     """The ids that a sampler of its own chooses."""
     return [token and token.id for token in Sampler().sample(logits, draws)]
 

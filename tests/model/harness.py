@@ -27,7 +27,7 @@ from server.model.patches import ModelPatches, fix_rope
 from server.model.quantizer import Quantized, quantizing
 from server.model.runner import ModelRunner
 from server.model.sampler import Sampler
-from server.sequence import AdapterUse, Draw, SampledToken, SamplingParams, Sequence
+from server.sequence import AdapterUse, SampledToken, SampleRow, SamplingParams, Sequence
 from tests.model.families import CONTEXT, VOCAB_SIZE
 from tests.model.held import held_bytes
 
@@ -44,7 +44,7 @@ class RecordingSampler(Sampler):
         super().__init__()
         self.logits: dict[int, list[torch.Tensor]] = {}
 
-    def sample(self, logits: torch.Tensor, draws: abc.Sequence[Draw]) -> list[SampledToken | None]:
+    def sample(self, logits: torch.Tensor, draws: abc.Sequence[SampleRow]) -> list[SampledToken | None]:
         """As the server's."""
         assert len(logits) == len(draws)
         tokens = super().sample(logits, draws)

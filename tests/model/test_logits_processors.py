@@ -12,7 +12,7 @@ from transformers import MinNewTokensLengthLogitsProcessor, RepetitionPenaltyLog
 
 from server.api.protocol import processed_fields
 from server.model.logits.registry import PROCESSORS, LogitsProcessing
-from server.sequence import Draw, SamplingParams, Sequence
+from server.sequence import SampleRow, SamplingParams, Sequence
 from tests.model.engines import sample
 
 VOCAB = 6
@@ -28,7 +28,7 @@ def sequence(output_ids: list[int], *, prompt: tuple[int, ...] = (1,), eos: int 
 def processed(one: Sequence, *, drafts: tuple[int, ...] = (), logits: list[float] | None = None) -> list[float]:
     """The logits of the row behind output and drafts."""
     number = len(one.output_ids)
-    draws = [Draw(one, number), *(Draw(one, number + 1 + place, draft) for place, draft in enumerate(drafts))]
+    draws = [SampleRow(one, number), *(SampleRow(one, number + 1 + place, draft) for place, draft in enumerate(drafts))]
     rows = torch.tensor(LOGITS if logits is None else logits).expand(len(draws), -1)
     found: list[float] = LogitsProcessing()(rows, draws)[-1].tolist()
     return found
@@ -82,7 +82,10 @@ def test_a_drafts_row_sees_the_drafts_before_it_and_forgets_them() -> None:
     for _ in range(60):
         drafts = [rng.randrange(VOCAB) for _ in range(rng.randrange(5))]
         number = len(one.output_ids)
-        draws = [Draw(one, number), *(Draw(one, number + 1 + place, draft) for place, draft in enumerate(drafts))]
+        draws = [
+            SampleRow(one, number),
+            *(SampleRow(one, number + 1 + place, draft) for place, draft in enumerate(drafts)),
+        ]
         rows = processing(torch.tensor(LOGITS).repeat(len(draws), 1), draws)
         for place, row in enumerate(rows.tolist()):
             fresh = sequence([*one.output_ids, *drafts[:place]], prompt=(1, 2), min_tokens=9, **settings)
@@ -96,7 +99,7 @@ def test_tokens_beyond_the_first_hundred_are_counted() -> None:
     processing = LogitsProcessing()
     for number in range(0, len(output) + 1, 25):
         one.output_ids[:] = output[:number]
-        row = processing(logits, [Draw(one, number)])[0]
+        row = processing(logits, [SampleRow(one, number)])[0]
         assert torch.equal(-row, torch.bincount(torch.tensor(output[:number], dtype=torch.long), minlength=400).float())
 
 
@@ -123,8 +126,8 @@ def test_rows_without_processors_are_untouched_and_a_batch_of_them_is_not_even_c
     plain, one = sequence([4]), sequence([4], frequency_penalty=1.0)
     logits = torch.tensor([LOGITS] * 3)
     before, processing = logits.clone(), LogitsProcessing()
-    assert processing(logits, [Draw(plain, 1)] * 3) is logits
-    changed = processing(logits, [Draw(plain, 1), Draw(one, 1), Draw(plain, 1)])
+    assert processing(logits, [SampleRow(plain, 1)] * 3) is logits
+    changed = processing(logits, [SampleRow(plain, 1), SampleRow(one, 1), SampleRow(plain, 1)])
     assert torch.equal(logits, before)
     assert torch.equal(changed[[0, 2]], logits[[0, 2]]) and not torch.equal(changed[1], logits[1])
 
@@ -133,18 +136,18 @@ def test_greedy_and_sampled_rows_alike_are_chosen_from_processed_logits() -> Non
     logits = torch.tensor([LOGITS])
     for temperature in (0.0, 1.0):
         params = SamplingParams(temperature=temperature, seed=1, processors=(("logit_bias", ((3, 100.0),)),))
-        assert sample(logits, [Draw(Sequence(1, (1,), 9, params), 0)]) == [3]
+        assert sample(logits, [SampleRow(Sequence(1, (1,), 9, params), 0)]) == [3]
 
 
 def test_a_row_that_is_not_finite_fails_with_processors_as_without() -> None:
     logits = torch.tensor([LOGITS, [torch.nan] * VOCAB, LOGITS])
     one = sequence([4], frequency_penalty=1.0, repetition_penalty=1.2, min_tokens=2)
-    assert sample(logits, [Draw(one, 1)] * 3) == [0, None, 0]
+    assert sample(logits, [SampleRow(one, 1)] * 3) == [0, None, 0]
 
 
 def test_what_was_counted_goes_with_the_sequence() -> None:
     processing, one = LogitsProcessing(), sequence([4], frequency_penalty=1.0)
-    processing(torch.tensor([LOGITS]), [Draw(one, 1)])
+    processing(torch.tensor([LOGITS]), [SampleRow(one, 1)])
     assert len(processing._processors) == 1
     del one
     gc.collect()

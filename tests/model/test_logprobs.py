@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from server.model.sampler import Sampler
-from server.sequence import Draw, SampledToken, SamplingParams, Sequence
+from server.sequence import SampledToken, SampleRow, SamplingParams, Sequence
 from tests.model.test_sampler import recorded
 
 LARGE_VOCAB = 151_936
@@ -26,7 +26,7 @@ def random_logits(rows: int, vocab: int, *, dtype: torch.dtype = torch.float32) 
 
 def sample(logits: torch.Tensor, *sequences: Sequence) -> list[SampledToken]:
     """The first token of each sequence."""
-    tokens = Sampler().sample(logits, [Draw(each, 0) for each in sequences])
+    tokens = Sampler().sample(logits, [SampleRow(each, 0) for each in sequences])
     return [token for token in tokens if token is not None]
 
 
@@ -81,7 +81,12 @@ def test_rows_of_drafts_have_their_own_and_rejected_ones_none() -> None:
     logits, asking = random_logits(4, 40), sequence(1, 2, temperature=0)
     right = logits.argmax(-1).tolist()
     wrong = (right[1] + 1) % 40
-    draws = [Draw(asking, 0), Draw(asking, 1, right[0]), Draw(asking, 2, wrong), Draw(asking, 3, right[2])]
+    draws = [
+        SampleRow(asking, 0),
+        SampleRow(asking, 1, right[0]),
+        SampleRow(asking, 2, wrong),
+        SampleRow(asking, 3, right[2]),
+    ]
     first, second, *rejected = Sampler().sample(logits, draws)
     assert rejected == [None, None]
     for number, token in enumerate((first, second)):

@@ -26,7 +26,7 @@ from server.model.blocks import block_sums
 from server.model.categorical import on_host
 from server.model.random_numbers import exponentials, stream
 from server.model.top_p import redraw_outside
-from server.sequence import Draw, SamplingParams, Sequence
+from server.sequence import SampleRow, SamplingParams, Sequence
 from tests.model.engines import sample
 
 VOCAB = 60
@@ -58,14 +58,14 @@ def sequence(number: int, **params: float | None) -> Sequence:
     return Sequence(number, (1,), 1000, SamplingParams(**params))  # type: ignore[arg-type]
 
 
-def firsts(*sequences: Sequence) -> list[Draw]:
+def firsts(*sequences: Sequence) -> list[SampleRow]:
     """The first token of each sequence."""
-    return [Draw(sequence, 0) for sequence in sequences]
+    return [SampleRow(sequence, 0) for sequence in sequences]
 
 
 def draw_all(logits: torch.Tensor, drawn: Sequence) -> list[int | None]:
     """One token after another from rows of logits [tokens, vocab]."""
-    return [sample(row, [Draw(drawn, number)])[0] for number, row in enumerate(logits.split(1))]
+    return [sample(row, [SampleRow(drawn, number)])[0] for number, row in enumerate(logits.split(1))]
 
 
 def stock(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
@@ -98,7 +98,7 @@ def all_draws(logits: torch.Tensor, params: SamplingParams, count: int) -> list[
     drawn, tokens = Sequence(1, (1,), count, params), []
     batch = 32 if len(logits) == LARGE_VOCAB else 250
     for first in range(0, count, batch):
-        draws = [Draw(drawn, number) for number in range(first, min(first + batch, count))]
+        draws = [SampleRow(drawn, number) for number in range(first, min(first + batch, count))]
         tokens += sample(logits.expand(len(draws), -1), draws)
     return [token for token in tokens if token is not None]
 
@@ -106,7 +106,7 @@ def all_draws(logits: torch.Tensor, params: SamplingParams, count: int) -> list[
 def in_top_p(weights: list[float], top_p: float) -> list[int]:
     """The places of one row of weights which are left as they were drawn."""
     places = list(range(len(weights)))
-    draws = [Draw(sequence(place, top_p=top_p, seed=place), 0) for place in places]
+    draws = [SampleRow(sequence(place, top_p=top_p, seed=place), 0) for place in places]
     table = torch.tensor(weights).expand(len(weights), -1)
     redraw_outside(places, np.array(weights), table, on_host(block_sums(table)), draws)
     kept = [place for place, drawn in enumerate(places) if place == drawn]
@@ -256,7 +256,7 @@ def test_a_seed_gives_the_same_tokens_in_any_batch() -> None:
     beside = []
     for step, logits in enumerate(steps):
         order = [0, 1, 2, 3] if step % 2 else [2, 3, 1, 0]
-        draws = [Draw(one if row == 2 else sequence(90 + row, seed=row or None), step) for row in order]
+        draws = [SampleRow(one if row == 2 else sequence(90 + row, seed=row or None), step) for row in order]
         beside.append(sample(logits[order], draws)[order.index(2)])
     assert beside == by_itself
     assert len(set(by_itself)) > 1
@@ -267,7 +267,7 @@ def test_a_token_is_the_same_alone_and_among_any_neighbours_with_any_number_of_t
     """To the bit: weights and the sums of their blocks too, on which the choice rests."""
     settings = [*SETTINGS, SamplingParams(temperature=0), SamplingParams(top_p=0.9), SamplingParams(top_k=50)]
     logits = rows(len(settings), vocab=vocab)
-    draws = [Draw(Sequence(n, (1,), 9, replace(params, seed=n)), n) for n, params in enumerate(settings)]
+    draws = [SampleRow(Sequence(n, (1,), 9, replace(params, seed=n)), n) for n, params in enumerate(settings)]
     alone = [sample(logits[n : n + 1], draws[n : n + 1])[0] for n in range(len(draws))]
     weights = [row[None].softmax(-1) for row in logits]
     threads = torch.get_num_threads()
@@ -315,9 +315,9 @@ def test_a_token_is_drawn_by_its_seed_and_number_alone() -> None:
     """Whatever was drawn before it: with drafts, several tokens are drawn at once, and some of them in vain."""
     logits, one = rows(6), sequence(1, seed=5, temperature=2.0)
     in_order = draw_all(logits, one)
-    backwards = [sample(logits[number : number + 1], [Draw(one, number)])[0] for number in range(5, -1, -1)]
+    backwards = [sample(logits[number : number + 1], [SampleRow(one, number)])[0] for number in range(5, -1, -1)]
     assert backwards[::-1] == in_order
-    drafts = [Draw(one, 0), *(Draw(one, number, in_order[number - 1]) for number in range(1, 6))]
+    drafts = [SampleRow(one, 0), *(SampleRow(one, number, in_order[number - 1]) for number in range(1, 6))]
     assert sample(logits, drafts) == in_order
 
 
@@ -326,7 +326,7 @@ def test_nothing_is_drawn_behind_a_draft_that_was_wrong(temperature: float) -> N
     logits, one = rows(4), sequence(1, seed=5, temperature=temperature)
     right = draw_all(logits, one)
     wrong = (right[1] or 0) + 1
-    draws = [Draw(one, 0), Draw(one, 1, right[0]), Draw(one, 2, wrong), Draw(one, 3, right[2])]
+    draws = [SampleRow(one, 0), SampleRow(one, 1, right[0]), SampleRow(one, 2, wrong), SampleRow(one, 3, right[2])]
     assert sample(logits, draws) == [right[0], right[1], None, None]
 
 

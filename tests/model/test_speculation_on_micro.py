@@ -16,7 +16,7 @@ from server.engine.scheduler import Scheduler
 from server.metrics import Metrics
 from server.model.loader import Base, load_base
 from server.model.runner import ModelRunner
-from server.sequence import AdapterUse, Batch, Draw, SamplingParams, Segment, Sequence
+from server.sequence import AdapterUse, Batch, SampleRow, SamplingParams, Segment, Sequence
 from server.text.prompt import PromptRenderer
 from tests.instruction_sets import PRODUCTS, needs
 from tests.model.harness import RecordingSampler, difference
@@ -191,7 +191,7 @@ def test_a_drafts_row_has_the_logits_of_a_decoding_row(micro: Micro) -> None:
     one_by_one = []
     for batch in (Batch((wrong,)), Batch((right,))):
         logits, _ = micro.runner.run(batch)
-        assert batch.draws[1] == Draw(known, 2, silent[1])
+        assert batch.draws[1] == SampleRow(known, 2, silent[1])
         assert logits.shape[0] == len(batch.draws) == batch.num_rows
         assert int(logits[0].argmax()) == silent[1]
         assert int(logits[1].argmax()) == silent[2]

@@ -13,7 +13,7 @@ from server.model.logits.bias import LogitBias
 from server.model.logits.min_tokens import MinTokens
 from server.model.logits.penalties import FrequencyPenalty, PresencePenalty, RepetitionPenalty
 from server.model.logits.processor import LogitsProcessor
-from server.sequence import Draw, Sequence
+from server.sequence import SampleRow, Sequence
 
 PROCESSORS: Mapping[str, Callable[[Any], LogitsProcessor]] = {
     "repetition_penalty": RepetitionPenalty,
@@ -31,7 +31,7 @@ class LogitsProcessing:
     def __init__(self) -> None:
         self._processors: WeakKeyDictionary[Sequence, list[LogitsProcessor]] = WeakKeyDictionary()
 
-    def __call__(self, logits: torch.Tensor, draws: SequenceOf[Draw]) -> torch.Tensor:
+    def __call__(self, logits: torch.Tensor, draws: SequenceOf[SampleRow]) -> torch.Tensor:
         """Logits [len(draws), vocab] as tokens are chosen from: the same tensor where no row has a processor."""
         if not any(draw.sequence.params.processors for draw in draws):
             return logits
