@@ -174,15 +174,15 @@ class ReleaseTail:
     length: int
 
 
-Move = CopyPrefix | ReleaseTail
+KVOperation = CopyPrefix | ReleaseTail
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step computes: segments end to end. ``moves`` are done before, in their order."""
+    """What one step computes: segments end to end. ``kv_ops`` are done before, in their order."""
 
     segments: tuple[Segment, ...]
-    moves: tuple[Move, ...] = ()
+    kv_ops: tuple[KVOperation, ...] = ()
 
     def __post_init__(self) -> None:
         assert self.segments

@@ -76,7 +76,7 @@ class Scheduler:
         ended = set(self.running)
         if batch is not None:
             ended = {segment.sequence.id for segment in batch.segments}
-            ended |= {sequence.id for sequence in self.slots.holders_of_targets(batch.moves)}
+            ended |= {sequence.id for sequence in self.slots.holders_of_targets(batch.kv_ops)}
         self.evict(ended)
         return sorted(ended)
 

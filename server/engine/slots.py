@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from server.integrity import IntegrityError, ensure
-from server.sequence import AdapterUse, CopyPrefix, Move, ReleaseTail, Segment, Sequence
+from server.sequence import AdapterUse, CopyPrefix, KVOperation, ReleaseTail, Segment, Sequence
 
 MIN_PREFIX = 16
 """Tokens in common that are worth a copy, or a wait; nearly all prompts begin with the same few."""
@@ -112,7 +112,7 @@ class SlotTable:
         assert bytes_of(max_len) <= self.max_bytes, "the longest sequence must fit"
         self._bytes_of = bytes_of
         self._slots = [Slot(number) for number in range(num_slots)]
-        self._moves: list[Move] = []
+        self._kv_ops: list[KVOperation] = []
         self._awaited: dict[int, tuple[Sequence, int]] = {}
         self._clock = 0
         self.num_bytes = 0
@@ -168,23 +168,23 @@ class SlotTable:
         reserved = self._reserve(sequence)
         target = self._choose(source, length, reserved)
         if target.num_touched > reserved:
-            self._moves.append(ReleaseTail(target.number, reserved))
+            self._kv_ops.append(ReleaseTail(target.number, reserved))
             target.num_touched = reserved
         if source is not None and target is not source:
-            self._moves.append(CopyPrefix(source.number, target.number, length))
+            self._kv_ops.append(CopyPrefix(source.number, target.number, length))
             source.used_at = self._tick()
         target.holder, target.prefix, target.num_reserved = sequence, prefix, reserved
         target.num_touched = max(target.num_touched, length)
         self._account(target)
         sequence.slot, sequence.num_computed, sequence.num_cached = target.number, length, length
 
-    def begin(self, segments: Iterable[Segment]) -> tuple[Move, ...]:
-        """Note what a step is about to write; the moves that must be done before."""
+    def begin(self, segments: Iterable[Segment]) -> tuple[KVOperation, ...]:
+        """Note what a step is about to write; the kv_ops that must be done before."""
         for segment in segments:
             slot = self._slots[segment.slot]
             slot.num_touched = max(slot.num_touched, segment.start + segment.length)
-        moves, self._moves = tuple(self._moves), []
-        return moves
+        kv_ops, self._kv_ops = tuple(self._kv_ops), []
+        return kv_ops
 
     def free(self, sequence: Sequence) -> None:
         """Take a sequence's slot back; what it has computed is kept for others."""
@@ -198,9 +198,9 @@ class SlotTable:
         self._account(slot)
         sequence.slot = None
 
-    def holders_of_targets(self, moves: Iterable[Move]) -> list[Sequence]:
-        """The sequences whose slots these moves change."""
-        numbers = {move.target if isinstance(move, CopyPrefix) else move.slot for move in moves}
+    def holders_of_targets(self, kv_ops: Iterable[KVOperation]) -> list[Sequence]:
+        """The sequences whose slots these kv_ops change."""
+        numbers = {kv_op.target if isinstance(kv_op, CopyPrefix) else kv_op.slot for kv_op in kv_ops}
         return [holder for number in numbers if (holder := self._slots[number].holder) is not None]
 
     def rebuild(self, holders: Iterable[Sequence]) -> None:
@@ -209,12 +209,12 @@ class SlotTable:
         After a failure nothing that it may have spoiled is reused.
         """
         held = {sequence.slot: sequence for sequence in holders}
-        self._moves, self._awaited = [], {}
+        self._kv_ops, self._awaited = [], {}
         for slot in self._slots:
             slot.holder = held.get(slot.number)
             if slot.holder is None:
                 slot.prefix, slot.num_touched, slot.num_reserved = NOTHING, 0, 0
-                self._moves.append(ReleaseTail(slot.number, 0))
+                self._kv_ops.append(ReleaseTail(slot.number, 0))
             slot.num_bytes = self._bytes_of(max(slot.num_touched, slot.num_reserved))
         self.num_bytes = sum(slot.num_bytes for slot in self._slots)
 
@@ -283,7 +283,7 @@ class SlotTable:
 
     def _empty(self, slot: Slot) -> None:
         if slot.num_touched:
-            self._moves.append(ReleaseTail(slot.number, 0))
+            self._kv_ops.append(ReleaseTail(slot.number, 0))
         slot.prefix, slot.num_touched = NOTHING, 0
         self._account(slot)
 

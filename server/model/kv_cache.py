@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 
 from server.lora.transfer import to_device
-from server.sequence import CopyPrefix, Move
+from server.sequence import CopyPrefix, KVOperation
 
 _MANY_SEGMENTS = 4
 """Segments for each of which a copy costs less than a scattered one for all, on a CPU; on an accelerator it is one."""
@@ -211,14 +211,14 @@ class KVCache:
             view = self._slots[layer, slot] = both
         return view
 
-    def do(self, move: Move) -> None:
+    def apply(self, kv_op: KVOperation) -> None:
         """Copy a prefix, or release a tail."""
-        if isinstance(move, CopyPrefix):
+        if isinstance(kv_op, CopyPrefix):
             for kept in (*self.keys, *self.values):
-                kept[move.target, :, : move.length] = kept[move.source, :, : move.length]
+                kept[kv_op.target, :, : kv_op.length] = kept[kv_op.source, :, : kv_op.length]
         elif self._pages is not None:
-            for begin, end in self.layout.tails(move.length):
-                self._pages.madvise(mmap.MADV_DONTNEED, move.slot * self._slot_bytes + begin, end - begin)
+            for begin, end in self.layout.tails(kv_op.length):
+                self._pages.madvise(mmap.MADV_DONTNEED, kv_op.slot * self._slot_bytes + begin, end - begin)
 
     def clear(self, slot: int, start: int) -> None:
         """Make positions of a slot from ``start`` on zero.

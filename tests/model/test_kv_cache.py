@@ -51,9 +51,9 @@ def test_a_slot_takes_the_memory_that_it_is_said_to_take_and_gives_it_back() -> 
         fill(cache, slot, 20_000, 1.0)
     taken = resident() - before
     assert abs(taken - 2 * cache.layout.bytes_of(20_000)) < 4 * MEGABYTE
-    cache.do(ReleaseTail(3, 0))
+    cache.apply(ReleaseTail(3, 0))
     assert abs(resident() - before - cache.layout.bytes_of(20_000)) < 4 * MEGABYTE
-    cache.do(ReleaseTail(4, 1000))
+    cache.apply(ReleaseTail(4, 1000))
     assert abs(resident() - before - cache.layout.bytes_of(1000)) < 4 * MEGABYTE
     assert holds(cache, 4, 0, 1000, 1.0)
 
@@ -64,7 +64,7 @@ def test_what_is_before_a_released_tail_and_in_other_slots_stays(length: int, dt
     cache = make(num_slots=3, max_len=1000, dtype=dtype)
     for slot in range(3):
         fill(cache, slot, 1000, slot + 1)
-    cache.do(ReleaseTail(1, length))
+    cache.apply(ReleaseTail(1, length))
     assert holds(cache, 0, 0, 1000, 1) and holds(cache, 2, 0, 1000, 3)
     assert holds(cache, 1, 0, length, 2)
 
@@ -73,7 +73,7 @@ def test_a_prefix_is_copied_and_nothing_else() -> None:
     cache = make(num_slots=3, max_len=100)
     for slot in range(3):
         fill(cache, slot, 100, slot)
-    cache.do(CopyPrefix(2, 0, 37))
+    cache.apply(CopyPrefix(2, 0, 37))
     assert holds(cache, 0, 0, 37, 2) and holds(cache, 0, 37, 100, 0)
     assert holds(cache, 1, 0, 100, 1) and holds(cache, 2, 0, 100, 2)
 

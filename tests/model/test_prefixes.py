@@ -38,7 +38,7 @@ class Memory:
         self.held: dict[int, list[tuple[Owner, tuple[int, ...]] | None]] = {}
         self.written: Counter[int] = Counter()
         self.num_rows: Counter[int] = Counter()
-        self.moves: list[CopyPrefix | ReleaseTail] = []
+        self.kv_ops: list[CopyPrefix | ReleaseTail] = []
         self.most_bytes = 0
         self.fails: str | None = None
 
@@ -46,9 +46,9 @@ class Memory:
         """Logits that tell what was seen: the next token is made of all before it, [len(batch.draws), vocab]."""
         if self.fails == "at once":
             raise RuntimeError("the model broke")
-        for move in batch.moves:
-            self._do(move)
-        if self.fails == "after the moves":
+        for kv_op in batch.kv_ops:
+            self._do(kv_op)
+        if self.fails == "after the kv_ops":
             raise RuntimeError("the model broke")
         for segment in batch.segments:
             one = segment.sequence
@@ -72,16 +72,16 @@ class Memory:
         """Memory that slots take."""
         return sum(bytes_of(length) for length in self.written.values())
 
-    def _do(self, move: CopyPrefix | ReleaseTail) -> None:
-        self.moves.append(move)
-        if isinstance(move, CopyPrefix):
-            target = self.held.setdefault(move.target, [None] * LENGTH)
-            target[: move.length] = self.held[move.source][: move.length]
-            self.written[move.target] = max(self.written[move.target], move.length)
-        elif move.slot in self.held:
-            kept = bytes_of(move.length)
-            self.held[move.slot][kept:] = [None] * (LENGTH - kept)
-            self.written[move.slot] = min(self.written[move.slot], move.length)
+    def _do(self, kv_op: CopyPrefix | ReleaseTail) -> None:
+        self.kv_ops.append(kv_op)
+        if isinstance(kv_op, CopyPrefix):
+            target = self.held.setdefault(kv_op.target, [None] * LENGTH)
+            target[: kv_op.length] = self.held[kv_op.source][: kv_op.length]
+            self.written[kv_op.target] = max(self.written[kv_op.target], kv_op.length)
+        elif kv_op.slot in self.held:
+            kept = bytes_of(kv_op.length)
+            self.held[kv_op.slot][kept:] = [None] * (LENGTH - kept)
+            self.written[kv_op.slot] = min(self.written[kv_op.slot], kv_op.length)
 
     num_copied_bytes = 0
 
@@ -137,7 +137,7 @@ def test_a_conversation_goes_on_in_the_slot_it_has() -> None:
     second = ask(2, (*SYSTEM, *first.output_ids, 7, 8, 9))
     finish(engine, second)
     assert second.num_cached == len(SYSTEM) + 3, "the last token of the answer was never an input"
-    assert memory.moves == []
+    assert memory.kv_ops == []
     assert set(memory.held) == {0}
 
 
@@ -146,7 +146,7 @@ def test_conversations_that_diverge_copy_what_they_share_and_both_stay() -> None
     first, second = ask(1, SYSTEM + (1,) * 40), ask(2, SYSTEM + (2,) * 40)
     finish(engine, first)
     finish(engine, second)
-    assert memory.moves == [CopyPrefix(0, 1, len(SYSTEM))]
+    assert memory.kv_ops == [CopyPrefix(0, 1, len(SYSTEM))]
     third = ask(3, (*first.ids(0, first.num_tokens), 9))
     finish(engine, third)
     assert third.num_cached == first.num_tokens - 1
@@ -159,7 +159,7 @@ def test_a_running_sequence_lends_what_it_has_computed() -> None:
     second = ask(2, (*SYSTEM, 5, 6))
     engine.add(second)
     engine.step()
-    assert memory.moves == [CopyPrefix(0, 1, len(SYSTEM))]
+    assert memory.kv_ops == [CopyPrefix(0, 1, len(SYSTEM))]
     assert second.num_cached == len(SYSTEM)
     finish(engine)
 
@@ -251,7 +251,7 @@ def test_a_few_tokens_in_common_are_not_worth_it() -> None:
     engine, memory = make()
     finish(engine, ask(1, SYSTEM))
     finish(engine, ask(2, (*SYSTEM[:15], *[1] * 20)))
-    assert memory.moves == []
+    assert memory.kv_ops == []
 
 
 def test_it_can_be_switched_off() -> None:
@@ -260,7 +260,7 @@ def test_it_can_be_switched_off() -> None:
     third = ask(3, SYSTEM)
     finish(engine, third)
     assert third.num_cached == 0
-    assert memory.moves == []
+    assert memory.kv_ops == []
     assert engine.scheduler.slots.num_cached == 0
 
 
@@ -305,7 +305,7 @@ def test_kept_prefixes_give_way_to_sequences_and_their_memory_is_given_back() ->
     for number in (1, 2, 3, 4):
         finish(engine, ask(number, (number,) * 40))
     finish(engine, ask(5, (5,) * 90, tokens=50))
-    assert ReleaseTail(0, 0) in memory.moves
+    assert ReleaseTail(0, 0) in memory.kv_ops
     last, first = ask(6, (4,) * 40), ask(7, (1,) * 40)
     finish(engine, last)
     finish(engine, first)
@@ -325,7 +325,7 @@ def test_a_sequence_as_long_as_memory_runs_alone_and_may_continue_its_own_prefix
     assert memory.most_bytes <= LENGTH
 
 
-@pytest.mark.parametrize("fails", ["at once", "after the moves"])
+@pytest.mark.parametrize("fails", ["at once", "after the kv_ops"])
 def test_what_a_failed_step_was_to_prepare_is_never_reused(fails: str) -> None:
     """A copy that was not made would be taken for a prefix; the slots of a step that failed are emptied."""
     engine, memory = make()
@@ -409,7 +409,7 @@ def test_whatever_comes_and_goes_rows_see_their_own_and_memory_stays_within_its_
 
 
 def _step_or_fail(engine: Engine, memory: Memory, *, fails: bool) -> None:
-    memory.fails = "after the moves" if fails else None
+    memory.fails = "after the kv_ops" if fails else None
     try:
         engine.step()
     except RuntimeError:

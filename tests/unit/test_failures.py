@@ -215,7 +215,7 @@ async def test_books_that_are_wrong_when_the_engine_goes_idle_are_mended(
     await until(lambda: scheduler.slots.num_cached == 0)
     scheduler.check_integrity()
     assert scheduler.slots.num_bytes == 0
-    assert {ReleaseTail(number, 0) for number in range(4)} <= set(scheduler.slots._moves)
+    assert {ReleaseTail(number, 0) for number in range(4)} <= set(scheduler.slots._kv_ops)
 
 
 async def test_a_check_that_always_fails_disturbs_nobody(started: AsyncEngine) -> None:

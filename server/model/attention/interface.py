@@ -52,8 +52,8 @@ class AttentionBackend(ABC):
 
     def prepare_slots(self, batch: Batch) -> None:
         """What a batch asks of the KV cache before it is computed."""
-        for move in batch.moves:
-            self.cache.do(move)
+        for kv_op in batch.kv_ops:
+            self.cache.apply(kv_op)
 
     def begin(self, metadata: AttentionMetadata) -> None:
         self.metadata = metadata
