@@ -52,7 +52,7 @@ class AdapterSync:
         self.woken = asyncio.Event()
         self.level = logging.DEBUG
         self._listener = listener
-        self._awaited: set[str] = set()
+        self._waiting_for: set[str] = set()
         self._troubles: dict[str, int | None] = {}
         self._hashing: dict[Entry, asyncio.Task[Adapter]] = {}
         self._unhashed: asyncio.Queue[Entry] = asyncio.Queue()
@@ -117,8 +117,8 @@ class AdapterSync:
 
     def look_again(self, name: str) -> None:
         """Have the watcher read a folder soon that a request found changed; logged once until it was read."""
-        if name in self.registry and name not in self._awaited:
-            self._awaited.add(name)
+        if name in self.registry and name not in self._waiting_for:
+            self._waiting_for.add(name)
             logger.info("adapter %s: its folder changed since it was read; reading it again", name)
         if name not in self.pending:
             self.pending.add(name)
@@ -237,7 +237,7 @@ class AdapterSync:
 
     def _settle(self, name: str) -> None:
         """A folder was read, refused or is gone: the next change is logged again."""
-        self._awaited.discard(name)
+        self._waiting_for.discard(name)
         self._troubles.pop(name, None)
 
     def _refuse_change(self, entry: Entry, path: Path, reason: str) -> None:

@@ -65,7 +65,7 @@ class Scheduler:
             if sequence.id == sequence_id:
                 sequence.status = SequenceStatus.FINISHED
                 self.waiting.remove(sequence)
-                self.slots.forget(sequence_id)
+                self.slots.cancel_wait(sequence_id)
                 return
 
     def give_up(self, batch: Batch | None) -> list[int]:
@@ -76,7 +76,7 @@ class Scheduler:
         ended = set(self.running)
         if batch is not None:
             ended = {segment.sequence.id for segment in batch.segments}
-            ended |= {sequence.id for sequence in self.slots.holders_of_targets(batch.kv_ops)}
+            ended |= {sequence.id for sequence in self.slots.holders_of_written_slots(batch.kv_ops)}
         self.evict(ended)
         return sorted(ended)
 
@@ -120,7 +120,7 @@ class Scheduler:
         if self.speculation is not None and budget:
             segments = self.speculation.extend(segments, room=budget)
         ensure(bool(segments), "there are sequences, and nothing to compute of them")
-        return Batch(tuple(segments), self.slots.begin(segments))
+        return Batch(tuple(segments), self.slots.begin_step(segments))
 
     def update(self, batch: Batch, sampled: Iterable[SampledToken | None]) -> list[StepOutput]:
         """Book what the step computed. ``sampled`` are of ``batch.draws``, None where no token could be chosen."""
@@ -143,14 +143,14 @@ class Scheduler:
     def _admit(self) -> None:
         """Let in who finds a slot and memory, the oldest first; who waits for a prefix lets others pass."""
         for sequence in tuple(self.waiting):
-            if len(self.running) >= self.max_num_seqs or not self.slots.can_place(sequence):
+            if len(self.running) >= self.max_num_seqs or not self.slots.can_allocate(sequence):
                 return
-            if self.slots.awaits(sequence):
+            if self.slots.waits_for_prefix(sequence):
                 continue
             self.running[sequence.id] = sequence  # first, so that a failure from here on ends it with the others
             self.waiting.remove(sequence)
             sequence.status = SequenceStatus.RUNNING
-            self.slots.place(sequence)
+            self.slots.allocate(sequence)
 
     def _accept(self, segment: Segment, tokens: list[SampledToken | None]) -> list[StepOutput]:
         """The next token, and one more for each draft that it, or the one before, has come out as."""

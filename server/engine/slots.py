@@ -113,7 +113,7 @@ class SlotTable:
         self._bytes_of = bytes_of
         self._slots = [Slot(number) for number in range(num_slots)]
         self._kv_ops: list[KVOperation] = []
-        self._awaited: dict[int, tuple[Sequence, int]] = {}
+        self._waiting_for: dict[int, tuple[Sequence, int]] = {}
         self._clock = 0
         self.num_bytes = 0
 
@@ -127,24 +127,24 @@ class SlotTable:
         """Slots nobody holds that keep a prefix."""
         return sum(slot.idle and len(slot.prefix) > 0 for slot in self._slots)
 
-    def can_place(self, sequence: Sequence) -> bool:
+    def can_allocate(self, sequence: Sequence) -> bool:
         """Whether there is a slot, and memory beside what the running sequences may need."""
         held = [slot for slot in self._slots if not slot.idle]
         taken = sum(slot.num_bytes for slot in held)
         return len(held) < self.num_slots and taken + self._bytes_of(self._reserve(sequence)) <= self.max_bytes
 
-    def awaits(self, sequence: Sequence) -> bool:
+    def waits_for_prefix(self, sequence: Sequence) -> bool:
         """Whether a running sequence is just computing more of this one's prompt than is to be had now.
 
         The wait costs nothing: the prompt of who came earlier is computed first anyhow.
         """
         if not self.reuses:
             return False
-        if (awaited := self._awaited.get(sequence.id)) is not None:
+        if (awaited := self._waiting_for.get(sequence.id)) is not None:
             other, length = awaited
             if other.slot is not None and other.num_computed < length:
                 return True
-            self.forget(sequence.id)
+            self.cancel_wait(sequence.id)
         prefix = Prefix.of(sequence, len(sequence.prompt_ids))
         best: tuple[Sequence, int] | None = None
         most = self._longest(prefix)[1] + MIN_PREFIX
@@ -154,15 +154,15 @@ class SlotTable:
                 if length >= most:
                     best, most = (slot.holder, length), length + 1
         if best is not None:
-            self._awaited[sequence.id] = best
+            self._waiting_for[sequence.id] = best
         return best is not None
 
-    def forget(self, sequence_id: int) -> None:
+    def cancel_wait(self, sequence_id: int) -> None:
         """A sequence waits no longer."""
-        self._awaited.pop(sequence_id, None)
+        self._waiting_for.pop(sequence_id, None)
 
-    def place(self, sequence: Sequence) -> None:
-        """Give a sequence a slot, with what others have computed of its prompt; ``can_place`` must hold."""
+    def allocate(self, sequence: Sequence) -> None:
+        """Give a sequence a slot, with what others have computed of its prompt; ``can_allocate`` must hold."""
         prefix = Prefix.of(sequence, len(sequence.prompt_ids))
         source, length = self._longest(prefix)
         reserved = self._reserve(sequence)
@@ -178,7 +178,7 @@ class SlotTable:
         self._account(target)
         sequence.slot, sequence.num_computed, sequence.num_cached = target.number, length, length
 
-    def begin(self, segments: Iterable[Segment]) -> tuple[KVOperation, ...]:
+    def begin_step(self, segments: Iterable[Segment]) -> tuple[KVOperation, ...]:
         """Note what a step is about to write; the kv_ops that must be done before."""
         for segment in segments:
             slot = self._slots[segment.slot]
@@ -198,7 +198,7 @@ class SlotTable:
         self._account(slot)
         sequence.slot = None
 
-    def holders_of_targets(self, kv_ops: Iterable[KVOperation]) -> list[Sequence]:
+    def holders_of_written_slots(self, kv_ops: Iterable[KVOperation]) -> list[Sequence]:
         """The sequences whose slots these kv_ops change."""
         numbers = {kv_op.target if isinstance(kv_op, CopyPrefix) else kv_op.slot for kv_op in kv_ops}
         return [holder for number in numbers if (holder := self._slots[number].holder) is not None]
@@ -209,7 +209,7 @@ class SlotTable:
         After a failure nothing that it may have spoiled is reused.
         """
         held = {sequence.slot: sequence for sequence in holders}
-        self._kv_ops, self._awaited = [], {}
+        self._kv_ops, self._waiting_for = [], {}
         for slot in self._slots:
             slot.holder = held.get(slot.number)
             if slot.holder is None:

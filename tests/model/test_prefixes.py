@@ -208,7 +208,7 @@ def test_aborting_who_waits_for_a_prefix() -> None:
     engine.add(ask(2, SYSTEM))
     engine.step()
     engine.abort(2)
-    assert not engine.scheduler.slots._awaited
+    assert not engine.scheduler.slots._waiting_for
     finish(engine)
 
 
@@ -399,7 +399,7 @@ def test_whatever_comes_and_goes_rows_see_their_own_and_memory_stays_within_its_
     finish(engine)
     assert memory.most_bytes <= most
     assert engine.scheduler.slots.num_used == 0
-    assert not engine.scheduler.slots._awaited
+    assert not engine.scheduler.slots._waiting_for
     assert sum(one.num_cached for one in asked.values()) > 300
     for one in asked.values():
         alone = ask(one.id, one.prompt_ids, tokens=one.max_tokens)

@@ -191,7 +191,7 @@ def _leak_bytes(scheduler: Scheduler) -> None:
 
 def _leak_a_slot(scheduler: Scheduler) -> None:
     gone = Sequence(99, PROMPT, 5, SamplingParams())
-    scheduler.slots.place(gone)
+    scheduler.slots.allocate(gone)
 
 
 def _forge_a_prefix(scheduler: Scheduler) -> None:
