@@ -29,7 +29,7 @@ MAX_PAUSE = 32
 _ORDERS = (3, 2)
 _LONGEST = max(_ORDERS)
 _MAX_HITS = 32
-_FIRST_TRUST, _LEARNING = 0.5, 0.05
+_INITIAL_ACCEPTANCE_RATE, _LEARNING = 0.5, 0.05
 _BY_PROMPT = 0.8
 """How probable it is taken to be that what followed in the prompt follows again: it is about this very matter."""
 _PAIR = 0.8
@@ -40,14 +40,14 @@ class NGrams:
     """What followed each pair and triple of tokens, and how often in a row. At most ``max_entries`` are kept.
 
     Two generations: where the young one is full it becomes the old one, whose entries are lost unless they are met.
-    ``trust`` is the share of drafts that were right of late.
+    ``acceptance_rate`` is the share of drafts that were right of late.
     """
 
     def __init__(self, max_entries: int) -> None:
         self._max_young = max_entries // 2
         self._young: dict[tuple[int, ...], tuple[int, int]] = {}
         self._old: dict[tuple[int, ...], tuple[int, int]] = {}
-        self.trust = _FIRST_TRUST
+        self.acceptance_rate = _INITIAL_ACCEPTANCE_RATE
 
     def __len__(self) -> int:
         return len(self._young) + len(self._old)
@@ -86,17 +86,17 @@ class _Track:
     misses: int = 0
     pause: int = 0
 
-    def walk(self, context: list[int], *, most: int, least_likely: float, ends: frozenset[int]) -> tuple[int, ...]:
-        """The likeliest tokens after the context, through the first of ``ends`` and while they are likely enough."""
+    def draft(self, context: list[int], *, most: int, least_likely: float, stop_ids: frozenset[int]) -> tuple[int, ...]:
+        """The most likely tokens after the context, up to the first of ``stop_ids`` while likely enough."""
         drafts: list[int] = []
-        likely = max(self.shared.trust, 1.1 * least_likely)  # however low, what is nearly sure is tried
+        likely = max(self.shared.acceptance_rate, 1.1 * least_likely)  # however low, what is nearly sure is tried
         while len(drafts) < most:
             token, chance = self._next(context)
             likely *= chance
             if likely < least_likely:
                 break
             drafts.append(token)
-            if token in ends:
+            if token in stop_ids:
                 break
             context = [*context[-_LONGEST + 1 :], token]
         return tuple(drafts)
@@ -145,7 +145,9 @@ class Speculation:
         ids = sequence.ids(first, sequence.num_tokens)
         track.shared.learn(ids, len(ids) - num_new)
         if segment.drafts:
-            track.shared.trust += _LEARNING * ((num_new - 1) / len(segment.drafts) - track.shared.trust)
+            track.shared.acceptance_rate += _LEARNING * (
+                (num_new - 1) / len(segment.drafts) - track.shared.acceptance_rate
+            )
             track.misses = track.misses + 1 if num_new <= 1 else 0
             track.pause = min(2 ** (track.misses - 1), MAX_PAUSE) if track.misses > 1 else 0
 
@@ -167,7 +169,7 @@ class Speculation:
             self._max_model_len - known - 1,
         )
         context = sequence.ids(max(0, known - _LONGEST), known)
-        return track.walk(context, most=most, least_likely=least_likely, ends=sequence.eos_ids)
+        return track.draft(context, most=most, least_likely=least_likely, stop_ids=sequence.eos_ids)
 
     def _track(self, sequence: Sequence) -> _Track:
         """What is known of a sequence."""
