@@ -90,7 +90,7 @@ class Bench:
             engine.add(self._sequence(number, prompt))
         while not engine.idle:
             outputs = engine.step()
-            engine.account(outputs, 0.0)
+            engine.record_step(outputs, 0.0)
             for output in outputs:
                 number, token = output.sequence_id, output.token
                 if token is None or number in stopped:

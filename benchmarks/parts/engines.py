@@ -85,7 +85,7 @@ class InProcessEngine:
     def step(self) -> list[StepOutput]:
         since = time.perf_counter()
         outputs = self.engine.step()
-        self.engine.account(outputs, time.perf_counter() - since)
+        self.engine.record_step(outputs, time.perf_counter() - since)
         return outputs
 
     def run(self, asks: SequenceOf[Ask], num_clients: int) -> float:

@@ -187,7 +187,7 @@ class AsyncEngine:
                 since = time.perf_counter()
                 outputs = self._step()
                 self._send(outputs)
-                self._account(self._engine.account, outputs, time.perf_counter() - since)
+                self._account(self._engine.record_step, outputs, time.perf_counter() - since)
         except BaseException as error:
             logger.exception("the engine died")
             reason = EngineUnavailable(f"The engine died ({type(error).__name__}); restart the server.")
@@ -217,7 +217,7 @@ class AsyncEngine:
                 raise
             logger.exception(_FAILURES["step"])
             self._count("step")
-            return self._engine.give_up("the step failed")
+            return self._engine.fail_batch("the step failed")
         self._failed_steps = 0
         return outputs
 
@@ -233,10 +233,10 @@ class AsyncEngine:
         return True
 
     def _audit(self) -> None:
-        """When the engine goes idle: check its books, mend them where they are wrong, and report them."""
+        """When the engine goes idle: check its books, repair them where they are wrong, and report them."""
         if self._attempt("integrity", self._engine.check_integrity) is not None:
-            self._send(self._engine.mend("the engine's books were wrong"))
-        self._account(self._engine.report_load)
+            self._send(self._engine.repair("the engine's books were wrong"))
+        self._account(self._engine.update_gauges)
 
     def _add(self, sequence: Sequence) -> None:
         if self._attempt("command", self._engine.add, sequence) is not None:

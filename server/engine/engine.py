@@ -71,17 +71,17 @@ class Engine:
         self.scheduler.evict({sequence_id})
         return _failed([sequence_id], reason)
 
-    def give_up(self, reason: str) -> list[StepOutput]:
+    def fail_batch(self, reason: str) -> list[StepOutput]:
         """End the sequences of the last batch, after a step that failed; all that run where none was made."""
-        return _failed(self.scheduler.give_up(self.batch), reason)
+        return _failed(self.scheduler.fail_batch(self.batch), reason)
 
     def check_integrity(self) -> None:
         """Raise ``IntegrityError`` where the books of sequences and slots contradict each other."""
         self.scheduler.check_integrity()
 
-    def mend(self, reason: str) -> list[StepOutput]:
+    def repair(self, reason: str) -> list[StepOutput]:
         """Make the books sound again, and end the sequences that cannot go on."""
-        return _failed(self.scheduler.mend(), reason)
+        return _failed(self.scheduler.repair(), reason)
 
     def step(self) -> list[StepOutput]:
         """A token or more for every sequence whose prompt is computed, a chunk further for the others."""
@@ -90,7 +90,7 @@ class Engine:
         tokens = self.sampler.sample(logits, self.batch.draws)
         return self.scheduler.update(self.batch, tokens)
 
-    def account(self, outputs: list[StepOutput], seconds: float) -> None:
+    def record_step(self, outputs: list[StepOutput], seconds: float) -> None:
         """Count the last step."""
         if (batch := self.batch) is None:
             return
@@ -101,9 +101,9 @@ class Engine:
         self.metrics.step_adapters.observe(len({segment.sequence.adapters for segment in batch.segments}))
         self.metrics.draft_tokens.inc(sum(len(segment.drafts) for segment in batch.segments))
         self.metrics.accepted_draft_tokens.inc(len(outputs) - len({output.sequence_id for output in outputs}))
-        self.report_load()
+        self.update_gauges()
 
-    def report_load(self) -> None:
+    def update_gauges(self) -> None:
         """Set the gauges of queue, batch and slots."""
         self.metrics.queued.set(len(self.scheduler.waiting))
         self.metrics.running.set(len(self.scheduler.running))

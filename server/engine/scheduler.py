@@ -68,7 +68,7 @@ class Scheduler:
                 self.slots.cancel_wait(sequence_id)
                 return
 
-    def give_up(self, batch: Batch | None) -> list[int]:
+    def fail_batch(self, batch: Batch | None) -> list[int]:
         """End the sequences of a step that failed, or all that run where it made no batch; their ids.
 
         Those whose slots it was to prepare are among them, and nothing that it may have spoiled is reused.
@@ -92,7 +92,7 @@ class Scheduler:
         self.waiting = deque(one for one in self.waiting if one.id not in sequence_ids)
         self.slots.rebuild(self.running.values())
 
-    def mend(self) -> list[int]:
+    def repair(self) -> list[int]:
         """Make the books sound again after a failed ``check_integrity``; ids of the sequences that this had to end.
 
         Sequences that run keep their slots; where that is not sound either, all of them end.
@@ -101,7 +101,7 @@ class Scheduler:
         try:
             self.check_integrity()
         except Exception:  # noqa: BLE001 - whatever is wrong, it was logged when it was found, and all of it goes
-            return self.give_up(None)
+            return self.fail_batch(None)
         return []
 
     def schedule(self) -> Batch:

@@ -96,7 +96,7 @@ class Micro:
         while not engine.idle:
             outputs = engine.step()
             assert not any(output.failed for output in outputs)
-            engine.account(outputs, 0.001)
+            engine.record_step(outputs, 0.001)
         accepted = engine.metrics.registry.get_sample_value("quickchange_accepted_draft_tokens_total")
         logits = [torch.stack(sampler.logits[sequence.id]) for sequence in sequences]
         cached = [sequence.num_cached for sequence in sequences]

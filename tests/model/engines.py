@@ -34,7 +34,7 @@ def sample(logits: torch.Tensor, draws: SequenceOf[SampleRow]) -> list[int | Non
 def step(engine: Engine) -> list[StepOutput]:
     """One step, after which all that is computed is known, and of each sequence all but the last token is computed."""
     outputs = engine.step()
-    engine.account(outputs, 0.001)
+    engine.record_step(outputs, 0.001)
     engine.scheduler.check_integrity()
     for sequence in engine.scheduler.running.values():
         assert sequence.num_computed < sequence.num_tokens

@@ -38,7 +38,7 @@ def run(hosted: Hosted, sequences: list[Sequence], *, max_drafts: int) -> tuple[
         engine.add(sequence)
     while not engine.idle:
         outputs = engine.step()
-        engine.account(outputs, 0.001)
+        engine.record_step(outputs, 0.001)
         for output in outputs:
             assert output.token is not None
             tokens[output.sequence_id].append(output.token)

@@ -335,7 +335,7 @@ def test_what_a_failed_step_was_to_prepare_is_never_reused(fails: str) -> None:
     memory.fails = fails
     with pytest.raises(RuntimeError):
         engine.step()
-    assert [output.sequence_id for output in engine.give_up("the step failed")] == [2]
+    assert [output.sequence_id for output in engine.fail_batch("the step failed")] == [2]
     memory.fails = None
     assert engine.scheduler.slots.num_cached == 0
     again = ask(3, SYSTEM + (2,) * 40)
@@ -354,7 +354,7 @@ def test_who_was_admitted_to_a_step_that_failed_without_a_row_in_it_is_given_up_
     with pytest.raises(RuntimeError):
         engine.step()
     assert engine.batch is not None and [segment.sequence.id for segment in engine.batch.segments] == [2]
-    assert [output.sequence_id for output in engine.give_up("the step failed")] == [2, 3]
+    assert [output.sequence_id for output in engine.fail_batch("the step failed")] == [2, 3]
 
 
 def test_prompts_leave_room_for_those_that_decode_and_take_all_of_it_where_nobody_does() -> None:
@@ -413,7 +413,7 @@ def _step_or_fail(engine: Engine, memory: Memory, *, fails: bool) -> None:
     try:
         engine.step()
     except RuntimeError:
-        engine.give_up("the step failed")
+        engine.fail_batch("the step failed")
     memory.fails = None
 
 

@@ -199,7 +199,7 @@ def test_a_step_that_failed_is_given_up_and_the_queue_goes_on() -> None:
     runner.fails = True
     with pytest.raises(RuntimeError):
         engine.step()
-    given_up = engine.give_up("the step failed")
+    given_up = engine.fail_batch("the step failed")
     assert [(output.sequence_id, output.failed, output.last) for output in given_up] == [(1, "the step failed", True)]
     runner.fails = False
     assert {output.sequence_id for output in finish(engine)} == {2}

@@ -292,10 +292,10 @@ def test_mending_keeps_running_sequences_where_it_can_and_ends_them_where_it_can
         scheduler.add(sequence)
     scheduler.update(scheduler.schedule(), [SampledToken(7), SampledToken(7)])
     scheduler.slots.num_bytes += 1
-    assert scheduler.mend() == []
+    assert scheduler.repair() == []
     scheduler.check_integrity()
     running[1].slot = running[0].slot
-    assert scheduler.mend() == [1, 2]
+    assert scheduler.repair() == [1, 2]
     scheduler.check_integrity()
     assert [one.status for one in running] == [SequenceStatus.FINISHED] * 2
 
