@@ -23,7 +23,7 @@ from server.lora.batched import BatchedTorchLoRA
 from server.lora.delta import LoRADelta
 from server.lora.weights import FusedA, LoRAWeights
 from server.model.device import available_threads
-from server.sequence import AdapterUse, Batch, SamplingParams, Segment, Sequence
+from server.sequence import Batch, LoRARequest, SamplingParams, Segment, Sequence
 
 CASES = {"1x1": [1], "8x1": [8], "8x8": [1] * 8, "16x8": [2] * 8, "32x8": [4] * 8, "32x32": [1] * 32}
 GROUPS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
@@ -88,7 +88,7 @@ def random_adapter(body: Body, rank: int) -> LoRAWeights:
 def make_batch(counts: list[int]) -> Batch:
     """One decoding row a sequence, so many on each adapter."""
     sequences = [
-        Sequence(0, (1,), 9, SamplingParams(), (AdapterUse(str(number)),))
+        Sequence(0, (1,), 9, SamplingParams(), (LoRARequest(str(number)),))
         for number, count in enumerate(counts)
         for _ in range(count)
     ]

@@ -30,7 +30,7 @@ from server.model.device import available_threads
 from server.model.loader import Base, load_base
 from server.model.runner import ModelRunner
 from server.model.sampler import Sampler
-from server.sequence import AdapterUse, SamplingParams, Sequence
+from server.sequence import LoRARequest, SamplingParams, Sequence
 from server.settings import Settings
 from server.text.detokenizer import Detokenizer
 from server.text.prompt import PromptRenderer
@@ -58,7 +58,7 @@ class Bench:
 
     base: Base
     runner: ModelRunner
-    adapters: tuple[AdapterUse, ...]
+    adapters: tuple[LoRARequest, ...]
     stop: tuple[str, ...]
     temperature: float
     num_tokens: int
@@ -118,12 +118,12 @@ def questions(base: Base, count: int) -> list[list[int]]:
 def build(options: argparse.Namespace) -> tuple[Bench, list[list[int]]]:
     base = load_base(options.base, name="base", device="cpu", dtype=options.dtype, max_model_len=CONTEXT)
     runner = ModelRunner.of(base, num_slots=options.at_once, max_len=CONTEXT)
-    adapters: tuple[AdapterUse, ...] = ()
+    adapters: tuple[LoRARequest, ...] = ()
     stop: tuple[str, ...] = ()
     if options.text == "adapter":
         manifest = read_manifest(options.adapter, base.signature, Limits(256, 1 << 30))
         runner.add_adapter(manifest.weights_digest, runner.prepare(manifest))
-        adapters, stop = (AdapterUse(manifest.weights_digest),), manifest.defaults.stop
+        adapters, stop = (LoRARequest(manifest.weights_digest),), manifest.defaults.stop
     temperature = {"adapter": 0.0, "base": 1.0, "random": 100.0}[options.text]
     bench = Bench(base, runner, adapters, stop, temperature, options.output_tokens, options.at_once)
     if options.text != "random":

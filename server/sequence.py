@@ -46,7 +46,7 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, order=True)
-class AdapterUse:
+class LoRARequest:
     """An adapter's part in a sequence: its weights digest, and the factor on its delta."""
 
     digest: str
@@ -67,7 +67,7 @@ class Sequence:
     prompt_ids: tuple[int, ...]
     max_tokens: int
     params: SamplingParams
-    adapters: tuple[AdapterUse, ...] = ()
+    adapters: tuple[LoRARequest, ...] = ()
     eos_ids: frozenset[int] = frozenset()
     cache_namespace: bytes = b""
     output_ids: list[int] = field(default_factory=list)

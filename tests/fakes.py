@@ -28,7 +28,7 @@ from server.api.app import ServerState
 from server.engine.async_engine import AsyncEngine
 from server.errors import EngineUnavailable, GenerationFailed, QueueFull
 from server.metrics import Metrics
-from server.sequence import AdapterUse, FinishReason, SampledToken, SamplingParams, StepOutput
+from server.sequence import FinishReason, LoRARequest, SampledToken, SamplingParams, StepOutput
 from server.text.prompt import PromptRenderer
 
 SPECIAL = ("<|pad|>", "<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
@@ -141,7 +141,7 @@ class Submitted:
     prompt_ids: tuple[int, ...]
     params: SamplingParams
     max_tokens: int
-    adapters: tuple[AdapterUse, ...]
+    adapters: tuple[LoRARequest, ...]
     eos_ids: frozenset[int]
     cache_namespace: bytes
 
@@ -178,7 +178,7 @@ class FakeEngine:
         sink: Callable[[StepOutput | Exception], None],
         params: SamplingParams,
         max_tokens: int,
-        adapters: tuple[AdapterUse, ...],
+        adapters: tuple[LoRARequest, ...],
         eos_ids: frozenset[int],
         cache_namespace: bytes = b"",
     ) -> FakeSequence:

@@ -24,7 +24,7 @@ from server.model.kv_cache import KVLayout
 from server.model.loader import Base, load_base
 from server.model.runner import ModelRunner
 from server.model.sampler import Sampler
-from server.sequence import AdapterUse, SamplingParams, Sequence, StepOutput
+from server.sequence import LoRARequest, SamplingParams, Sequence, StepOutput
 
 GREEDY = SamplingParams(temperature=0.0)
 _CPU = torch.device("cpu")
@@ -76,7 +76,7 @@ class InProcessEngine:
         self.base.close()
 
     def add(self, ask: Ask, *, eos_ids: frozenset[int] = frozenset()) -> Sequence:
-        uses = () if ask.adapter is None else (AdapterUse(self._digests[ask.adapter]),)
+        uses = () if ask.adapter is None else (LoRARequest(self._digests[ask.adapter]),)
         self._number += 1
         sequence = Sequence(self._number, ask.prompt_ids, ask.num_tokens, ask.params, uses, eos_ids)
         self.engine.add(sequence)

@@ -18,7 +18,7 @@ from server.adapters.content.manifest import Limits, read_manifest
 from server.model.kv_cache import AttentionMetadata, AttentionSegment
 from server.model.loader import Base
 from server.model.runner import ModelRunner
-from server.sequence import AdapterUse, Batch, SamplingParams, Segment, Sequence
+from server.sequence import Batch, LoRARequest, SamplingParams, Segment, Sequence
 from trainer.books import clean
 from trainer.micro.conversation import Conversation
 from trainer.micro.corpus import conversation
@@ -80,7 +80,7 @@ class Reader:
     @torch.inference_mode()
     def logits(self, window: abc.Sequence[int], adapter: str | None = None) -> torch.Tensor:
         """Of every row, float32 [rows, vocabulary]."""
-        runner, uses = self._runner, () if adapter is None else (AdapterUse(adapter),)
+        runner, uses = self._runner, () if adapter is None else (LoRARequest(adapter),)
         metadata = AttentionMetadata.of((AttentionSegment(0, 0, len(window), 0),), self.base.model.device)
         sequence = Sequence(0, tuple(window), 1, SamplingParams(), uses)
         runner.attention_backend.begin(metadata)

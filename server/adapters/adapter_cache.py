@@ -19,7 +19,7 @@ from server.adapters.registry import Adapter
 from server.errors import QueueFull
 from server.integrity import ensure
 from server.metrics import COMPOSITION
-from server.sequence import AdapterUse
+from server.sequence import LoRARequest
 
 MAX_QUEUE_SECONDS = 1.0
 """Seconds after which the first in the queue goes before requests whose weights are in memory."""
@@ -49,8 +49,8 @@ class Lease:
     _release: Callable[[], None]
 
     @property
-    def uses(self) -> tuple[AdapterUse, ...]:
-        return tuple(AdapterUse(leased.adapter.weights_digest, leased.scale) for leased in self.adapters)
+    def uses(self) -> tuple[LoRARequest, ...]:
+        return tuple(LoRARequest(leased.adapter.weights_digest, leased.scale) for leased in self.adapters)
 
     @property
     def label(self) -> str:

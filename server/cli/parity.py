@@ -25,7 +25,7 @@ from server.lora.weights import LoRAWeights
 from server.model.loader import Base, load_stock
 from server.model.patches import ModelPatches, fix_rope
 from server.model.runner import ModelRunner
-from server.sequence import AdapterUse, Batch, SamplingParams, Segment, Sequence
+from server.sequence import Batch, LoRARequest, SamplingParams, Segment, Sequence
 
 MAX_DIFFERENCE = 1e-3
 """Of logits, as a share of the largest; float32 explains some 1e-6."""
@@ -85,7 +85,7 @@ def answer_here(base: Base, manifest: Manifest, weights: LoRAWeights) -> Answers
     prompts = [prompt[: length - num_new] for prompt in _prompts(base, manifest)]
     sequences = [
         Sequence(number, prompt, num_new, SamplingParams(temperature=0), adapters)
-        for number, (adapters, prompt) in enumerate(product(((AdapterUse(manifest.weights_digest),), ()), prompts))
+        for number, (adapters, prompt) in enumerate(product(((LoRARequest(manifest.weights_digest),), ()), prompts))
     ]
     runner = ModelRunner.of(base, num_slots=len(sequences), max_len=length)
     runner.add_adapter(manifest.weights_digest, weights)

@@ -20,7 +20,7 @@ from functools import partial
 from server.engine.engine import Engine
 from server.errors import EngineUnavailable, GenerationFailed, QueueFull
 from server.lora.weights import LoRAWeights
-from server.sequence import AdapterUse, SamplingParams, Sequence, StepOutput
+from server.sequence import LoRARequest, SamplingParams, Sequence, StepOutput
 
 logger = logging.getLogger("quickchange.engine")
 
@@ -109,7 +109,7 @@ class AsyncEngine:
         sink: Sink,
         params: SamplingParams,
         max_tokens: int,
-        adapters: tuple[AdapterUse, ...],
+        adapters: tuple[LoRARequest, ...],
         eos_ids: frozenset[int],
         cache_namespace: bytes = b"",
     ) -> SubmittedSequence:

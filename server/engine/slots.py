@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from server.integrity import IntegrityError, ensure
-from server.sequence import AdapterUse, CopyPrefix, KVOperation, ReleaseTail, Segment, Sequence
+from server.sequence import CopyPrefix, KVOperation, LoRARequest, ReleaseTail, Segment, Sequence
 
 MIN_PREFIX = 16
 """Tokens in common that are worth a copy, or a wait; nearly all prompts begin with the same few."""
@@ -31,7 +31,7 @@ class Prefix:
     their digests: an adapter that was replaced is another one. The cache namespace keeps strangers' sequences apart.
     """
 
-    owner: tuple[bytes, tuple[AdapterUse, ...]]
+    owner: tuple[bytes, tuple[LoRARequest, ...]]
     ids: bytes
 
     @classmethod

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
-from server.sequence import AdapterUse, Segment, Sequence
+from server.sequence import LoRARequest, Segment, Sequence
 
 MAX_DRAFT_ROWS = 32
 """Rows of drafts in one step, over all sequences: beyond them a step is bound by arithmetic, and every row costs."""
@@ -123,7 +123,7 @@ class Speculation:
     def __init__(self, *, max_drafts: int, max_model_len: int) -> None:
         self._max_drafts, self._max_model_len = max_drafts, max_model_len
         self._tracks: WeakKeyDictionary[Sequence, _Track] = WeakKeyDictionary()
-        self._shared: OrderedDict[tuple[tuple[AdapterUse, ...], bytes], NGrams] = OrderedDict()
+        self._shared: OrderedDict[tuple[tuple[LoRARequest, ...], bytes], NGrams] = OrderedDict()
 
     def extend(self, segments: Iterable[Segment], *, room: int) -> list[Segment]:
         """The segments, with drafts of at most ``room`` rows together behind those that reach the last known token."""

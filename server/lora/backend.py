@@ -10,7 +10,7 @@ from typing import ClassVar, Protocol
 import torch
 
 from server.lora.weights import LoRAWeights
-from server.sequence import AdapterUse, Batch, Segment
+from server.sequence import Batch, LoRARequest, Segment
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class AdapterRun:
 
     start: int
     end: int
-    adapters: tuple[AdapterUse, ...]
+    adapters: tuple[LoRARequest, ...]
     whole: bool = False
 
     def cut(self, x: torch.Tensor) -> torch.Tensor:

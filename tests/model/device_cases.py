@@ -23,7 +23,7 @@ from server.model.attention.batched import BatchedAttention
 from server.model.kv_cache import KVLayout
 from server.model.loader import Base, load_base
 from server.model.runner import ModelRunner
-from server.sequence import AdapterUse, SamplingParams, Sequence
+from server.sequence import LoRARequest, SamplingParams, Sequence
 from server.text.prompt import PromptRenderer
 from tests.model.harness import RecordingSampler, margin
 from tests.serving import ROOT
@@ -50,18 +50,18 @@ class Micro:
 
     base: Base
     runner: ModelRunner
-    uses: dict[str, tuple[AdapterUse, ...]]
+    uses: dict[str, tuple[LoRARequest, ...]]
 
     @classmethod
     def load(cls, device: str, dtype: str = "float32") -> Micro:
         """Load base and adapters."""
         base = load_base("micro", name="micro", device=device, dtype=dtype, max_model_len=CONTEXT)
         runner = ModelRunner.of(base, num_slots=NUM_SLOTS)
-        uses: dict[str, tuple[AdapterUse, ...]] = {"base": ()}
+        uses: dict[str, tuple[LoRARequest, ...]] = {"base": ()}
         for name in ADAPTERS:
             manifest = read_manifest(ROOT / "adapters" / name, base.signature, Limits(256, 1 << 30))
             runner.add_adapter(manifest.weights_digest, runner.prepare(manifest))
-            uses[name] = (AdapterUse(manifest.weights_digest),)
+            uses[name] = (LoRARequest(manifest.weights_digest),)
         return cls(base, runner, uses)
 
     def prompt(self, question: str) -> tuple[int, ...]:
@@ -69,7 +69,7 @@ class Micro:
         prompts = PromptRenderer(self.base.tokenizer, vocab_size=self.base.vocab_size)
         return tuple(prompts.chat([{"role": "user", "content": question}]))
 
-    def ask(self, asked: abc.Sequence[tuple[str, tuple[AdapterUse, ...]]], *, num_tokens: int = 9) -> list[Sequence]:
+    def ask(self, asked: abc.Sequence[tuple[str, tuple[LoRARequest, ...]]], *, num_tokens: int = 9) -> list[Sequence]:
         """A sequence for each question on adapters, of unequal lengths."""
         return [
             Sequence(number, self.prompt(question), num_tokens + number % 5, GREEDY, uses, self.base.eos_ids)
@@ -132,8 +132,8 @@ def on_mixed_adapters(micro: Micro) -> Answers:
 def on_compositions(micro: Micro) -> Answers:
     """Two adapters on one row, and one at a weight, beside the base."""
     (tolstoy,), (shakespeare,) = micro.uses["tolstoy"], micro.uses["shakespeare"]
-    half = AdapterUse(tolstoy.digest, 0.5)
-    uses = ((half, shakespeare), (half,), (), (tolstoy, AdapterUse(shakespeare.digest, -0.3)))
+    half = LoRARequest(tolstoy.digest, 0.5)
+    uses = ((half, shakespeare), (half,), (), (tolstoy, LoRARequest(shakespeare.digest, -0.3)))
     return micro.play(micro.ask([(QUESTIONS[n], mix) for n, mix in enumerate(uses)]))
 
 

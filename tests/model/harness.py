@@ -27,7 +27,7 @@ from server.model.patches import ModelPatches, fix_rope
 from server.model.quantizer import Quantized, quantizing
 from server.model.runner import ModelRunner
 from server.model.sampler import Sampler
-from server.sequence import AdapterUse, SampledToken, SampleRow, SamplingParams, Sequence
+from server.sequence import LoRARequest, SampledToken, SampleRow, SamplingParams, Sequence
 from tests.model.families import CONTEXT, VOCAB_SIZE
 from tests.model.held import held_bytes
 
@@ -60,14 +60,14 @@ class Ask:
 
     prompt: tuple[int, ...]
     num_tokens: int = 10
-    adapter: str | tuple[AdapterUse, ...] | None = None
+    adapter: str | tuple[LoRARequest, ...] | None = None
     step: int = 0
     params: SamplingParams = GREEDY
 
     @property
-    def adapters(self) -> tuple[AdapterUse, ...]:
+    def adapters(self) -> tuple[LoRARequest, ...]:
         """One adapter's name, several uses, or none, as the engine takes them."""
-        return (AdapterUse(self.adapter),) if isinstance(self.adapter, str) else self.adapter or ()
+        return (LoRARequest(self.adapter),) if isinstance(self.adapter, str) else self.adapter or ()
 
 
 @dataclass(frozen=True)

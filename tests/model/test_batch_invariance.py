@@ -17,7 +17,7 @@ from server.engine.scheduler import Scheduler
 from server.metrics import Metrics
 from server.model.loader import Base, load_base
 from server.model.runner import ModelRunner
-from server.sequence import AdapterUse, Batch, SamplingParams, Sequence
+from server.sequence import Batch, LoRARequest, SamplingParams, Sequence
 from server.settings import Settings
 from tests.instruction_sets import PRODUCTS, needs
 from tests.model.harness import RecordingSampler, difference, prompts
@@ -28,7 +28,7 @@ CONTEXT = 512
 NUM_TOKENS = 8
 CUT_ELSEWHERE = 0.1
 """Of the largest logit: what another cut of a prompt may change; measured: 0.047 at most, and often nothing."""
-Uses = tuple[AdapterUse, ...]
+Uses = tuple[LoRARequest, ...]
 PARAMS = (SamplingParams(temperature=0), SamplingParams(temperature=1.0, seed=1))
 DEFAULTS = {name: field.default for name, field in Settings.model_fields.items()}
 """Of a server, whatever this machine's environment says."""
@@ -109,8 +109,8 @@ def test_with_routines_so_are_those_of_adapters_and_compositions(monkeypatch: py
     for name in ("helpdesk", "json", "tolstoy"):
         manifest = read_manifest(ROOT / "adapters" / name, base.signature, Limits(256, 1 << 30))
         runner.add_adapter(manifest.weights_digest, runner.prepare(manifest))
-        uses.append((AdapterUse(manifest.weights_digest),))
-    both = (*uses[0], AdapterUse(uses[2][0].digest, 0.5))
+        uses.append((LoRARequest(manifest.weights_digest),))
+    both = (*uses[0], LoRARequest(uses[2][0].digest, 0.5))
     assert_equal_to_the_bit(runner, (128, 1, 33, 31, 64), [*uses, both, ()])
 
 

@@ -22,7 +22,7 @@ from server.model.attention.batched import BatchedAttention, Plan, grouped, plan
 from server.model.attention.interface import AttentionParams
 from server.model.kv_cache import AttentionSegment
 from server.model.runner import ModelRunner
-from server.sequence import AdapterUse, Batch, SamplingParams, Segment, Sequence
+from server.sequence import Batch, LoRARequest, SamplingParams, Segment, Sequence
 from tests.model.architectures import SERVED
 from tests.model.families import WINDOW, build
 from tests.model.harness import Ask, Hosted, difference, generate, host, margin, prompts, stock_logits
@@ -242,7 +242,7 @@ def test_a_step_on_a_device_reads_nothing_back_and_copies_a_list_or_two_onto_it(
     for digest in ("one", "two", "three"):
         hosted.runner.add_adapter(digest, adapter_of(model))
     sequences = started(hosted, 5, 30, 9, 12, 40)
-    uses = [(), (AdapterUse("one"),), (AdapterUse("two", 0.5),), (AdapterUse("one"), AdapterUse("three")), ()]
+    uses = [(), (LoRARequest("one"),), (LoRARequest("two", 0.5),), (LoRARequest("one"), LoRARequest("three")), ()]
     for sequence, adapters in zip(sequences, uses, strict=True):
         sequence.adapters = adapters
     step(hosted, sequences)

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from server.sequence import AdapterUse
+from server.sequence import LoRARequest
 from tests.model.harness import Ask, prompts, stock_logits
 from tests.model.harness import difference as distance
 from tests.model.test_peft_cases import check, family_of, make
@@ -51,7 +51,7 @@ def test_deltas_add_up_as_pefts_cat(name: str, tmp_path: Path) -> None:
     peft = together(family.base, tmp_path, adapters)
     mixes = [(adapters[: len(weights)], weights) for weights in (*_WEIGHTS, (0.3,))]
     asks = [
-        Ask(prompt, 3, tuple(AdapterUse(*use) for use in zip(*mix, strict=True)))
+        Ask(prompt, 3, tuple(LoRARequest(*use) for use in zip(*mix, strict=True)))
         for prompt, mix in zip(prompts(9, 17, 5, 12), mixes, strict=True)
     ]
     plain, *answers = family.hosted.run([Ask(prompts(8)[0], 3), *asks])
@@ -68,6 +68,6 @@ def test_an_adapter_of_weight_one_alone_is_the_adapter_to_the_bit(tmp_path: Path
     make("rslora", "llama", tmp_path / "it")
     family.hosted.add("it", family.read(tmp_path / "it")[1])
     ask = Ask(prompts(9)[0], 3, "it")
-    (one,), (other,) = family.hosted.run([ask]), family.hosted.run([Ask(ask.prompt, 3, (AdapterUse("it", 1.0),))])
+    (one,), (other,) = family.hosted.run([ask]), family.hosted.run([Ask(ask.prompt, 3, (LoRARequest("it", 1.0),))])
     family.hosted.runner.remove_adapter("it")
     assert torch.equal(one.logits, other.logits)

@@ -22,7 +22,7 @@ from server.adapters.content.signature import BaseSignature
 from server.lora.native import NativeLoRA
 from server.lora.weights import LoRAWeights
 from server.model.model_trace import signature_of
-from server.sequence import AdapterUse
+from server.sequence import LoRARequest
 from tests.instruction_sets import PRODUCTS, needs
 from tests.model.harness import Answer, Ask, Hosted, difference, host, prompts, stock_logits
 from tests.model.int8_oracle import oracle_of, without_copies
@@ -180,7 +180,7 @@ def test_compositions_add_up_on_the_integers(adding: Adding, tmp_path: Path) -> 
     for case, folder in folders.items():
         family.make(case, "llama", folder)
         family.hosted.add(case, family.read(folder))
-    uses = (AdapterUse("all_linear", 0.5), AdapterUse("rslora", -1.5))
+    uses = (LoRARequest("all_linear", 0.5), LoRARequest("rslora", -1.5))
     answers = family.hosted.run([Ask(prompt, 3, uses) for prompt in prompts(12, 7, 21)])
     for case in folders:
         family.hosted.runner.remove_adapter(case)

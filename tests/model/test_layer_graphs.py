@@ -22,7 +22,7 @@ from server.model import layer_graphs
 from server.model.attention.cpu import cpu_attention
 from server.model.layer_graphs import GraphRunner
 from server.model.runner import ModelRunner
-from server.sequence import AdapterUse, Batch, SamplingParams, Segment, Sequence
+from server.sequence import Batch, LoRARequest, SamplingParams, Segment, Sequence
 from tests.instruction_sets import PRODUCTS, needs
 from tests.model.families import _COMMON, FAMILIES, _config, build_from
 from tests.model.harness import GREEDY, Hosted, RecordingSampler, host, prompts
@@ -102,7 +102,7 @@ class Play:
     def ask(self, length: int, num_tokens: int, *uses: tuple[str, float]) -> None:
         """A sequence more, half of whose prompt it has said before."""
         half = prompts(-(-length // 2), seed=self.num_sequences)[0]
-        adapters = tuple(AdapterUse(*use) for use in uses)
+        adapters = tuple(LoRARequest(*use) for use in uses)
         self.engine.add(Sequence(self.num_sequences, (*half, *half)[:length], num_tokens, GREEDY, adapters))
         self.num_sequences += 1
 
@@ -166,7 +166,7 @@ def restore_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-Row = tuple[int, int, tuple[AdapterUse, ...]]
+Row = tuple[int, int, tuple[LoRARequest, ...]]
 """A slot, the position of its decoding row, and what it uses."""
 
 
@@ -210,7 +210,7 @@ def test_a_kind_of_step_is_recorded_when_it_comes_again_and_then_replayed(llama:
 
 def test_drafts_are_rows_as_any_other(llama: Hosted) -> None:
     llama.add("a", adapter(llama, 1, 4))
-    uses = (AdapterUse("a", 0.5),)
+    uses = (LoRARequest("a", 0.5),)
     run(llama, batch_of((0, 5, uses), (2, 9, ()), drafts=3), times=3)
     assert replayed(llama, batch_of((0, 25, uses), (2, 9, ()), drafts=3)) == 3
     assert replayed(llama, batch_of(*((slot, 6, uses) for slot in (0, 1)), drafts=3)) == 3
@@ -219,13 +219,13 @@ def test_drafts_are_rows_as_any_other(llama: Hosted) -> None:
 def test_adapters_that_were_not_there_when_it_was_recorded_and_ones_that_replace_others(llama: Hosted) -> None:
     llama.add("a", adapter(llama, 1, 4))
     run(llama, batch_of(*PLAIN), times=3)
-    first = [run(llama, batch_of((0, 5, (AdapterUse(digest),)), (2, 9, ()))) for digest in "a"]
+    first = [run(llama, batch_of((0, 5, (LoRARequest(digest),)), (2, 9, ()))) for digest in "a"]
     for number in range(20):  # more than there was room for
         llama.add(str(number), adapter(llama, 10 + number, 1 + number))
-    assert replayed(llama, batch_of(*((slot, 5, (AdapterUse(str(slot)),)) for slot in (0, 1)))) == 3
+    assert replayed(llama, batch_of(*((slot, 5, (LoRARequest(str(slot)),)) for slot in (0, 1)))) == 3
     llama.runner.remove_adapter("a")
     llama.add("other", adapter(llama, 99, 3))
-    uses = (AdapterUse("other"),)
+    uses = (LoRARequest("other"),)
     assert replayed(llama, batch_of((0, 5, uses), (2, 9, ()))) == 3, "no module was wrapped or unwrapped"
     other = run(llama, batch_of((0, 5, uses), (2, 9, ())))
     assert not torch.equal(first[0][1], other[1]) and torch.equal(first[0][0], other[0]), "rows of the base are first"
@@ -244,7 +244,7 @@ def test_steps_with_other_than_plain_deltas_and_with_prompts_go_through_python(l
     llama.add("norms", norms_of_its_own(llama))
     run(llama, batch_of(*PLAIN), times=3)
     for digest in ("dora", "norms"):
-        assert replayed(llama, batch_of((0, 5, (AdapterUse(digest),)), (2, 9, ()))) == 0
+        assert replayed(llama, batch_of((0, 5, (LoRARequest(digest),)), (2, 9, ()))) == 0
     chunk = Sequence(7, prompts(40)[0], 20, SamplingParams())
     assert replayed(llama, Batch((Segment(chunk, 1, 0, 33),))) == 0
     assert replayed(llama, batch_of(*PLAIN)) == 3
@@ -306,7 +306,7 @@ def test_numbers_that_are_none_are_the_same_too(llama: Hosted) -> None:
         assert delta.b is not None
         delta.b.fill_(torch.nan)
     llama.add("a", weights)
-    batch = batch_of((0, 5, (AdapterUse("a"),)), (2, 9, ()))
+    batch = batch_of((0, 5, (LoRARequest("a"),)), (2, 9, ()))
     assert [replayed(llama, batch) for _ in range(3)] == [0, 0, 3]
     assert run(llama, batch)[1].isnan().any() and graphs_of(llama).problem is None
 

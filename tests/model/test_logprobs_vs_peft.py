@@ -12,7 +12,7 @@ from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
 from server.metrics import Metrics
 from server.model.sampler import Sampler
-from server.sequence import AdapterUse, SampledToken, SamplingParams, Sequence
+from server.sequence import LoRARequest, SampledToken, SamplingParams, Sequence
 from tests.model.harness import Hosted, prompts
 from tests.model.peft_cases import TOLERANCE
 from tests.model.test_peft_cases import family_of, make
@@ -67,7 +67,7 @@ def test_they_are_pefts_with_penalties_and_drafts_too(case: str, name: str, max_
     family = family_of(name)
     models: dict[str, nn.Module] = {"it": make(case, name, tmp_path / "it"), "": family.base}
     family.hosted.add("it", family.read(tmp_path / "it")[1])
-    asked = [(params, uses) for params in PARAMS for uses in ((), (AdapterUse("it"),))]
+    asked = [(params, uses) for params in PARAMS for uses in ((), (LoRARequest("it"),))]
     sequences = [  # the second time their tokens are drafted as they were the first time
         Sequence(number, prompts(12)[0], 30, params, uses) for number, (params, uses) in enumerate(asked * 2)
     ]

@@ -17,7 +17,7 @@ from server.lora.batched import BatchedTorchLoRA, PaddedGroup, computed_together
 from server.lora.delta import LoRADelta
 from server.lora.slots import LoRASlots
 from server.lora.weights import FusedA, LoRAWeights
-from server.sequence import AdapterUse, Batch, SamplingParams, Segment, Sequence
+from server.sequence import Batch, LoRARequest, SamplingParams, Segment, Sequence
 from tests.tables import wide
 
 HIDDEN, WIDE, VOCAB = 12, 20, 15
@@ -63,7 +63,7 @@ def adapter(seed: int, targets: abc.Sequence[str], rank: int, *, scale: torch.Te
 def sequence(number: int, uses: abc.Sequence[tuple[str, float]], length: int) -> Segment:
     """A segment of a sequence; an odd number's prompt goes on, so that it is not sampled."""
     prompt = tuple(range(length + (number % 2 if length > 1 else 0)))
-    adapters = tuple(AdapterUse(*use) for use in uses)
+    adapters = tuple(LoRARequest(*use) for use in uses)
     return Segment(Sequence(number, prompt, 9, SamplingParams(), adapters), number, 0, length)
 
 
@@ -123,7 +123,7 @@ class Stage:
                 assert torch.allclose(found[name][number].float(), expected, atol=tolerance, rtol=tolerance)
         return batch
 
-    def _expected(self, name: str, x: torch.Tensor, y: torch.Tensor, uses: abc.Sequence[AdapterUse]) -> torch.Tensor:
+    def _expected(self, name: str, x: torch.Tensor, y: torch.Tensor, uses: abc.Sequence[LoRARequest]) -> torch.Tensor:
         for use in uses:
             if (delta := self.adapters[use.digest].deltas.get(name)) is not None:
                 assert delta.a is not None and delta.b is not None

@@ -15,7 +15,7 @@ from server.lora.bank import LoRABank
 from server.lora.delta import LoRADelta
 from server.lora.native import NativeLoRA
 from server.lora.weights import LoRAWeights
-from server.sequence import AdapterUse, Batch, SamplingParams, Segment, Sequence
+from server.sequence import Batch, LoRARequest, SamplingParams, Segment, Sequence
 from tests.instruction_sets import NUMBA, needs
 from tests.model.test_lora_bank import HIDDEN, SEEDS, Stage, adapter, native_lora, ones, sequence, storm
 
@@ -113,7 +113,7 @@ def random_deltas(source: torch.Generator, num_inputs: int, num_outputs: int) ->
     return {**deltas, "wide": LoRADelta("linear", wide.t(), torch.randn(num_outputs, 6, generator=source).t())}
 
 
-def segments(uses: abc.Sequence[tuple[AdapterUse, ...]], lengths: abc.Sequence[int]) -> tuple[Segment, ...]:
+def segments(uses: abc.Sequence[tuple[LoRARequest, ...]], lengths: abc.Sequence[int]) -> tuple[Segment, ...]:
     made = []
     for number, (mine, length) in enumerate(zip(uses, lengths, strict=True)):
         one = Sequence(number, tuple(range(length)), 9, SamplingParams(), mine)
@@ -133,8 +133,11 @@ def test_every_size_is_torchs_and_a_row_is_the_same_alone(threads: int, num_inpu
     deltas = random_deltas(generator, num_inputs, num_outputs)
     for digest, delta in deltas.items():
         bank.add(digest, LoRAWeights({"it": delta}))
-    mixtures: list[tuple[AdapterUse, ...]] = [(), (AdapterUse("33"), AdapterUse("3", 2.0), AdapterUse("wide", -1.0))]
-    mixtures += [(AdapterUse(digest, source.choice((1.0, -0.5, 3.0))),) for digest in deltas]
+    mixtures: list[tuple[LoRARequest, ...]] = [
+        (),
+        (LoRARequest("33"), LoRARequest("3", 2.0), LoRARequest("wide", -1.0)),
+    ]
+    mixtures += [(LoRARequest(digest, source.choice((1.0, -0.5, 3.0))),) for digest in deltas]
     lengths = [source.choice(LENGTHS) for _ in mixtures]
     linear, batch = model.get_submodule("it"), bank.begin(Batch(segments(mixtures, lengths)))
     linear._compute = lambda x: torch.zeros(*x.shape[:-1], num_outputs)  # type: ignore[assignment]

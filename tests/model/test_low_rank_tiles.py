@@ -18,7 +18,7 @@ from server.lora.delta import LoRADelta
 from server.lora.native import LoRATiles, NativeLoRA
 from server.lora.weights import LoRAWeights
 from server.quantization.int8_modules import FusedLinear, Int8Linear, WeightDigest, linears_with_deltas
-from server.sequence import AdapterUse, Batch
+from server.sequence import Batch, LoRARequest
 from tests.instruction_sets import needs
 from tests.model.test_low_rank import segments
 
@@ -82,13 +82,13 @@ class Stage:
         self.deltas[digest] = packed.deltas
         self.bank.add(digest, packed)
 
-    def step(self, uses: Sequence[tuple[AdapterUse, ...]], lengths: Sequence[int], x: torch.Tensor) -> torch.Tensor:
+    def step(self, uses: Sequence[tuple[LoRARequest, ...]], lengths: Sequence[int], x: torch.Tensor) -> torch.Tensor:
         """The linears' results for rows x [rows, in] of sequences, side by side."""
         self.begin(uses, lengths)
         inputs = x[None, self._order]
         return self._in_order(torch.cat([self.model.get_submodule(name)(inputs)[0] for name in self.names], dim=-1))
 
-    def begin(self, uses: Sequence[tuple[AdapterUse, ...]], lengths: Sequence[int]) -> None:
+    def begin(self, uses: Sequence[tuple[LoRARequest, ...]], lengths: Sequence[int]) -> None:
         """A step, whose rows the bank puts into another order."""
         batch = self.bank.begin(Batch(segments(uses, lengths)))
         ends = list(accumulate(lengths))
@@ -104,7 +104,7 @@ class Stage:
     def _in_order(self, y: torch.Tensor) -> torch.Tensor:
         return torch.empty_like(y).index_copy_(0, self._order, y)
 
-    def added(self, uses: tuple[AdapterUse, ...], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def added(self, uses: tuple[LoRARequest, ...], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What is to be added to rows x of one sequence, and how much was added up for it; both float64."""
         parts: list[tuple[torch.Tensor, torch.Tensor]] = []
         for name, size in zip(self.names, self.sizes, strict=True):
@@ -120,12 +120,12 @@ class Stage:
         return torch.cat([total for total, _ in parts], -1), torch.cat([most for _, most in parts], -1)
 
 
-def mixture(stage: Stage, source: random.Random) -> tuple[list[tuple[AdapterUse, ...]], list[int]]:
+def mixture(stage: Stage, source: random.Random) -> tuple[list[tuple[LoRARequest, ...]], list[int]]:
     """Sequences of the base, of each adapter, and of compositions, some of them neighbours of their like."""
-    uses: list[tuple[AdapterUse, ...]] = [(), ()]
+    uses: list[tuple[LoRARequest, ...]] = [(), ()]
     for digest in stage.deltas:
-        uses += [(AdapterUse(digest, source.choice((1.0, -0.5, 3.0))),)] * source.choice((1, 1, 2))
-    uses.append(tuple(AdapterUse(digest, 0.5) for digest in stage.deltas)[:3])
+        uses += [(LoRARequest(digest, source.choice((1.0, -0.5, 3.0))),)] * source.choice((1, 1, 2))
+    uses.append(tuple(LoRARequest(digest, 0.5) for digest in stage.deltas)[:3])
     source.shuffle(uses)
     return uses, [source.choice(LENGTHS) for _ in uses]
 
@@ -162,7 +162,7 @@ def test_gated_units_are_made_of_changed_gates_and_ups(threads: int, by_gelu: bo
     stage = Stage(64, (160, 160), outliers=outliers)
     stage.add("a", 8, stage.names)
     stage.add("b", 20, stage.names[1:])
-    uses = [(AdapterUse("a"),), (), (AdapterUse("b", 2.0),), (AdapterUse("a"), AdapterUse("b")), ()]
+    uses = [(LoRARequest("a"),), (), (LoRARequest("b", 2.0),), (LoRARequest("a"), LoRARequest("b")), ()]
     for lengths in ((1, 1, 1, 1, 1), (2, 3, 9, 1, 4), (70, 3, 40, 1, 100)):
         x = torch.randn(sum(lengths), 64, generator=stage.source)
         gates, ups = stage.step(uses, lengths, x).split(160, -1)
@@ -186,7 +186,7 @@ def test_adapters_that_come_and_go(threads: int) -> None:
         if number % 3 == 2:
             stage.bank.remove(str(number - 1))
             del stage.deltas[str(number - 1)]
-        uses = [(AdapterUse(digest),) for digest in list(stage.deltas)[-3:]]
+        uses = [(LoRARequest(digest),) for digest in list(stage.deltas)[-3:]]
         found = stage.step(uses, [2] * len(uses), x[: 2 * len(uses)])
         for place, mine in enumerate(uses):
             here = slice(2 * place, 2 * place + 2)

@@ -23,7 +23,7 @@ from server.model.fused_ops import RotaryEmbedding
 from server.model.loader import Base, load_base, load_stock
 from server.model.patches import ModelPatches, with_globals
 from server.model.runner import ModelRunner
-from server.sequence import AdapterUse, Batch, SamplingParams, Segment
+from server.sequence import Batch, LoRARequest, SamplingParams, Segment
 from server.sequence import Sequence as Generation
 from tests.model.families import FAMILIES, build_from
 from tests.tiny_models import VOCAB_SIZE, tiny_tokenizer
@@ -55,10 +55,10 @@ def run(base: Base) -> tuple[ModelRunner, torch.Tensor]:
             inside, outside = shape.size
             deltas[name] = LoRADelta("linear", torch.ones(2, inside).t() * 0.01, torch.ones(2, outside) * 0.01)
     runner.add_adapter("digest", LoRAWeights(deltas, 1.0))
-    prompt = Generation(0, tuple(range(3, 15)), 20, SamplingParams(), (AdapterUse("digest"),))
+    prompt = Generation(0, tuple(range(3, 15)), 20, SamplingParams(), (LoRARequest("digest"),))
     logits = [runner.run(Batch((Segment(prompt, 0, 0, 12),)))[0]]
     for number in range(4):
-        token = Generation(1 + number, (5,) * 20, 20, SamplingParams(), (AdapterUse("digest"),))
+        token = Generation(1 + number, (5,) * 20, 20, SamplingParams(), (LoRARequest("digest"),))
         logits.append(runner.run(Batch((Segment(token, 0, 12 + number, 1),)))[0])
     return runner, torch.cat(logits)
 

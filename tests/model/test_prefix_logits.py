@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from server.sequence import AdapterUse
+from server.sequence import LoRARequest
 from tests.model.families import FAMILIES, build, fix_long_factors
 from tests.model.harness import Answer, Ask, Hosted, difference, generate, host, margin, prompts, stock_logits
 from tests.model.test_peft_cases import family_of, make
@@ -79,7 +79,7 @@ def test_adapters_and_scales_have_prefixes_of_their_own(tmp_path: Path) -> None:
     make("rslora", "llama", tmp_path / "it")
     family.hosted.add("it", family.read(tmp_path / "it")[1])
     (prompt,) = prompts(40)
-    uses = ((), (AdapterUse("it"),), (AdapterUse("it", 0.5),))
+    uses = ((), (LoRARequest("it"),), (LoRARequest("it", 0.5),))
     asks = [Ask(prompt, 4, use, step=20 * n) for n, use in enumerate((*uses, *uses))]
     plain, reusing = (replace(family.hosted, kv_memory=kv_memory).run(asks) for kv_memory in (None, PLENTY))
     family.hosted.runner.remove_adapter("it")

@@ -14,13 +14,13 @@ from server.engine.slots import Prefix, SlotTable
 from server.lora.weights import LoRAWeights
 from server.metrics import Metrics
 from server.model.sampler import Sampler
-from server.sequence import AdapterUse, Batch, CopyPrefix, ReleaseTail, SamplingParams, Sequence, SequenceStatus
+from server.sequence import Batch, CopyPrefix, LoRARequest, ReleaseTail, SamplingParams, Sequence, SequenceStatus
 from tests.model.engines import finish, tracked
 
 VOCAB, PAGE, LENGTH = 50, 8, 200
 GREEDY = SamplingParams(temperature=0)
 SYSTEM = tuple(range(3, 43))
-Owner = tuple[bytes, tuple[AdapterUse, ...]]
+Owner = tuple[bytes, tuple[LoRARequest, ...]]
 
 
 def bytes_of(length: int) -> int:
@@ -113,7 +113,7 @@ def ask(
     prompt: tuple[int, ...],
     *,
     tokens: int = 4,
-    adapters: tuple[AdapterUse, ...] = (),
+    adapters: tuple[LoRARequest, ...] = (),
     cache_namespace: bytes = b"",
 ) -> Sequence:
     """A sequence."""
@@ -212,22 +212,22 @@ def test_aborting_who_waits_for_a_prefix() -> None:
     finish(engine)
 
 
-ADAPTER = (AdapterUse("one"),)
+ADAPTER = (LoRARequest("one"),)
 
 
 @pytest.mark.parametrize(
     ("adapters", "cache_namespace"),
     [
         ((), b"mine"),
-        ((AdapterUse("another version"),), b"mine"),
-        ((AdapterUse("one", 0.5),), b"mine"),
-        ((AdapterUse("one"), AdapterUse("two")), b"mine"),
+        ((LoRARequest("another version"),), b"mine"),
+        ((LoRARequest("one", 0.5),), b"mine"),
+        ((LoRARequest("one"), LoRARequest("two")), b"mine"),
         (ADAPTER, b"yours"),
         (ADAPTER, b""),
     ],
 )
 def test_nothing_is_reused_across_adapters_versions_scales_and_scopes(
-    adapters: tuple[AdapterUse, ...], cache_namespace: bytes
+    adapters: tuple[LoRARequest, ...], cache_namespace: bytes
 ) -> None:
     engine, _ = make(budget=16)
     mine = ask(1, SYSTEM, adapters=ADAPTER, cache_namespace=b"mine")

@@ -13,7 +13,7 @@ from server.engine.slots import SlotTable
 from server.lora.weights import LoRAWeights
 from server.metrics import Metrics
 from server.model.sampler import Sampler
-from server.sequence import AdapterUse, Batch, FinishReason, SampledToken, SamplingParams, Sequence, SequenceStatus
+from server.sequence import Batch, FinishReason, LoRARequest, SampledToken, SamplingParams, Sequence, SequenceStatus
 from tests.model.engines import finish, token_ids, tracked
 
 VOCAB = 50
@@ -70,7 +70,7 @@ def make(*, slots: int = 3, budget: int = 8, length: int = 64) -> tuple[Engine, 
 def ask(number: int, length: int, *, tokens: int = 4, adapter: str | None = None, eos: int | None = None) -> Sequence:
     """A sequence with a prompt of this length."""
     eos_ids = frozenset() if eos is None else frozenset({eos})
-    adapters = () if adapter is None else (AdapterUse(adapter),)
+    adapters = () if adapter is None else (LoRARequest(adapter),)
     return Sequence(number, tuple(range(1, length + 1)), tokens, GREEDY, adapters, eos_ids)
 
 

@@ -17,7 +17,7 @@ from server.engine.speculation import MAX_DRAFT_ROWS, MAX_PAUSE, MAX_TABLES, NGr
 from server.lora.weights import LoRAWeights
 from server.metrics import Metrics
 from server.model.sampler import Sampler
-from server.sequence import AdapterUse, Batch, FinishReason, SamplingParams, Segment, Sequence
+from server.sequence import Batch, FinishReason, LoRARequest, SamplingParams, Segment, Sequence
 from tests.model.engines import finish, step, token_ids, tracked
 from tests.tables import wide
 
@@ -116,7 +116,7 @@ def random_asks(source: random.Random, *, penalized: bool) -> list[Sequence]:
                 [source.randrange(VOCAB) for _ in range(source.randint(1, 60))],
                 max_tokens=source.randint(1, 60),
                 params=params,
-                adapters=source.choice(((), (AdapterUse("a"),), (AdapterUse("a", 0.5), AdapterUse("b")))),
+                adapters=source.choice(((), (LoRARequest("a"),), (LoRARequest("a", 0.5), LoRARequest("b")))),
                 eos_ids=frozenset(source.sample(range(VOCAB), source.randint(0, 2))),
                 cache_namespace=source.choice((b"", b"x")),
             )
@@ -298,17 +298,17 @@ def test_others_outputs_help_those_of_the_same_adapters_and_cache_namespace_alon
     """What one sequence said must not even be noticed, by its speed, by another of a different cache namespace."""
 
     def num_steps(engine: Engine, runner: ScriptedRunner, second: Sequence) -> int:
-        engine.add(ask(1, [0], adapters=(AdapterUse("a"),), cache_namespace=b"one"))
+        engine.add(ask(1, [0], adapters=(LoRARequest("a"),), cache_namespace=b"one"))
         finish(engine)
         before = len(runner.batches)
         engine.add(second)
         finish(engine)
         return len(runner.batches) - before
 
-    same = num_steps(*make(counting), ask(2, [0], adapters=(AdapterUse("a"),), cache_namespace=b"one"))
+    same = num_steps(*make(counting), ask(2, [0], adapters=(LoRARequest("a"),), cache_namespace=b"one"))
     others = [
-        num_steps(*make(counting), ask(2, [0], adapters=(AdapterUse("a"),), cache_namespace=b"two")),
-        num_steps(*make(counting), ask(2, [0], adapters=(AdapterUse("a", 0.5),), cache_namespace=b"one")),
+        num_steps(*make(counting), ask(2, [0], adapters=(LoRARequest("a"),), cache_namespace=b"two")),
+        num_steps(*make(counting), ask(2, [0], adapters=(LoRARequest("a", 0.5),), cache_namespace=b"one")),
         num_steps(*make(counting), ask(2, [0], adapters=(), cache_namespace=b"one")),
     ]
     first = num_steps(*make(habits(1)), ask(2, [0]))
@@ -318,14 +318,14 @@ def test_others_outputs_help_those_of_the_same_adapters_and_cache_namespace_alon
 
 def test_what_an_unloaded_adapter_said_is_forgotten() -> None:
     engine, runner = make(counting)
-    uses = (AdapterUse("a"), AdapterUse("b", 0.5))
-    for number, adapters in enumerate((uses, (AdapterUse("c"),))):
+    uses = (LoRARequest("a"), LoRARequest("b", 0.5))
+    for number, adapters in enumerate((uses, (LoRARequest("c"),))):
         engine.add(ask(number, [0], adapters=adapters))
     finish(engine)
     engine.remove_adapter("b")
     assert runner.removed == ["b"]
     assert engine.scheduler.speculation is not None
-    assert [key[0] for key in engine.scheduler.speculation._shared] == [(AdapterUse("c"),)]
+    assert [key[0] for key in engine.scheduler.speculation._shared] == [(LoRARequest("c"),)]
 
 
 def test_text_that_looks_the_same_and_never_is_gets_few_drafts() -> None:

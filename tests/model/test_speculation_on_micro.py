@@ -16,7 +16,7 @@ from server.engine.scheduler import Scheduler
 from server.metrics import Metrics
 from server.model.loader import Base, load_base
 from server.model.runner import ModelRunner
-from server.sequence import AdapterUse, Batch, SampleRow, SamplingParams, Segment, Sequence
+from server.sequence import Batch, LoRARequest, SampleRow, SamplingParams, Segment, Sequence
 from server.text.prompt import PromptRenderer
 from tests.instruction_sets import PRODUCTS, needs
 from tests.model.harness import RecordingSampler, difference
@@ -48,7 +48,7 @@ class Micro:
 
     base: Base
     runner: ModelRunner
-    uses: dict[str, tuple[AdapterUse, ...]]
+    uses: dict[str, tuple[LoRARequest, ...]]
 
     def prompt(self, question: str) -> tuple[int, ...]:
         """A question as the base's template has it."""
@@ -96,8 +96,8 @@ def _load(quantization: str) -> Micro:
     for name in ("helpdesk", "json", "tolstoy"):
         manifest = read_manifest(ROOT / "adapters" / name, base.signature, Limits(256, 1 << 30))
         runner.add_adapter(manifest.weights_digest, runner.prepare(manifest))
-        uses[name] = (AdapterUse(manifest.weights_digest),)
-    return Micro(base, runner, {**uses, "both": (*uses["helpdesk"], AdapterUse(uses["tolstoy"][0].digest, 0.5))})
+        uses[name] = (LoRARequest(manifest.weights_digest),)
+    return Micro(base, runner, {**uses, "both": (*uses["helpdesk"], LoRARequest(uses["tolstoy"][0].digest, 0.5))})
 
 
 def ask(micro: Micro, *, every: int = 1) -> list[Sequence]:

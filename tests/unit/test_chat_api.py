@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from server.api.app import create_app
-from server.sequence import AdapterUse
+from server.sequence import LoRARequest
 from tests.fakes import BASE, EOS, FakeEngine, Script, adapter, ask, encode, server_state, small_tokenizer
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -45,7 +45,7 @@ def test_an_answer_has_every_required_key() -> None:
 def test_an_adapter_is_asked_by_its_weights_and_shown_by_its_version() -> None:
     engine = FakeEngine()
     response = ask(create_app(server_state(engine, adapter("poet"))), "POST", CHAT, json={**ONE, "model": "poet"})
-    assert engine.submitted[0].adapters == (AdapterUse("poet-weights"),)
+    assert engine.submitted[0].adapters == (LoRARequest("poet-weights"),)
     assert engine.submitted[0].eos_ids == {EOS}
     assert response.headers["x-quickchange-adapter"] == "poet@poet-version"
     assert response.json()["model"] == "poet"

@@ -17,7 +17,7 @@ from openai import OpenAI
 
 from server.api.app import create_app
 from server.cli.chat import run_chat
-from server.sequence import AdapterUse
+from server.sequence import LoRARequest
 from tests.fakes import BASE, FakeEngine, Script, adapter, server_state
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -170,7 +170,7 @@ def test_a_conversation_keeps_its_history_across_adapters(
     captured = capsys.readouterr()
     assert f"* {BASE}\n  poet\n" in captured.out
     assert "there is no 'nobody'" in captured.err
-    poet = (AdapterUse("poet-weights"),)
+    poet = (LoRARequest("poet-weights"),)
     assert [each.adapters for each in engine.submitted] == [(), poet, poet]
     first, second, third = (len(each.prompt_ids) for each in engine.submitted)
     assert second > first > third
