@@ -20,7 +20,7 @@ from server.adapters.adapter_cache import AdapterCache, Loaded
 from server.adapters.content.generation_defaults import GenerationDefaults
 from server.adapters.content.manifest import Listing, Manifest
 from server.adapters.content.peft_config import LoRAConfig
-from server.adapters.content.plan import Plan
+from server.adapters.content.plan import AdapterPlan
 from server.adapters.library import AdapterLibrary
 from server.adapters.reader import AdapterReader
 from server.adapters.registry import Adapter, AdapterRegistry
@@ -231,7 +231,9 @@ def library(*adapters: Adapter) -> AdapterLibrary:
     metrics, registry = Metrics(), AdapterRegistry()
     for each in adapters:
         config = LoRAConfig(r=8, alpha=8)
-        listing = Listing(each.name, each.path, config, None, each.defaults, Plan({}), each.created, {}, "shapes")
+        listing = Listing(
+            each.name, each.path, config, None, each.defaults, AdapterPlan({}), each.created, {}, "shapes"
+        )
         registry.publish(each, listing, ())
     reader = cast(AdapterReader, FakeReader(registry))
     cache = AdapterCache(1_000_000, unload=lambda digest: None, is_wanted=registry.is_wanted)

@@ -18,7 +18,7 @@ from server.adapters.content.folder import OPTIONAL_FILES, UNREAD_FILES
 from server.adapters.content.generation_defaults import GenerationDefaults
 from server.adapters.content.manifest import Manifest
 from server.adapters.content.module_plan import LowRank
-from server.adapters.content.plan import Plan
+from server.adapters.content.plan import AdapterPlan
 from server.adapters.content.signature import BaseSignature, base_check
 from server.adapters.names import is_name
 from server.cli.command_line import command_parser, parse_options, parse_settings, say, say_row
@@ -198,7 +198,7 @@ def _config(said: Mapping[str, Any]) -> Iterator[Row]:
     )
 
 
-def _modules(plan: Plan, base: BaseSignature) -> Iterator[Row]:
+def _modules(plan: AdapterPlan, base: BaseSignature) -> Iterator[Row]:
     deltas: list[LowRank] = []
     for part in plan.parts.values():
         deltas += part.parameters.values() if part.low_rank is None else [part.low_rank, *part.parameters.values()]

@@ -18,7 +18,7 @@ from cpu_kernels.kernels import Kernels
 from server.lora.delta import LoRADelta
 from server.lora.weights import LoRAWeights
 from server.model.admission import admit
-from server.model.attention.batched import BatchedAttention, Plan, grouped, plan_step
+from server.model.attention.batched import AttentionPlan, BatchedAttention, grouped, plan_step
 from server.model.attention.interface import AttentionParams
 from server.model.kv_cache import AttentionSegment
 from server.model.runner import ModelRunner
@@ -180,7 +180,7 @@ def test_groups_hold_every_row_once_and_read_few_keys_for_nothing() -> None:
 
 
 def test_slots_side_by_side_are_a_range_and_rows_in_order_are_whole() -> None:
-    def planned(*rows: tuple[int, int, int], window: int | None = None) -> Plan:
+    def planned(*rows: tuple[int, int, int], window: int | None = None) -> AttentionPlan:
         """Of rows, by number, position and slot."""
         segments = [AttentionSegment(row, start, 1, slot) for row, start, slot in rows]
         return plan_step(segments, AttentionParams(1.0, window), max_len=100, like=torch.empty(0))

@@ -9,7 +9,7 @@ import pytest
 
 from base_files.safetensors_header import TensorEntry
 from server.adapters.content.peft_config import parse_peft_config
-from server.adapters.content.plan import Plan, PlanError, make_plan
+from server.adapters.content.plan import AdapterPlan, PlanError, make_plan
 from server.adapters.content.signature import BaseSignature, ModuleShape, Shape, embedding, linear
 from server.adapters.content.tensor_names import ModuleNames
 
@@ -41,7 +41,7 @@ GOOD: Mapping[str, Shape] = {
 EMBEDDING: Mapping[str, Shape] = {f"{E}.lora_embedding_A": (2, 20), f"{E}.lora_embedding_B": (6, 2)}
 
 
-def plan(tensors: Mapping[str, Shape], *, dtype: str = "F32", **fields: Any) -> Plan:
+def plan(tensors: Mapping[str, Shape], *, dtype: str = "F32", **fields: Any) -> AdapterPlan:
     entries = {name: TensorEntry(name, dtype, shape, 0, 0) for name, shape in tensors.items()}
     config = parse_peft_config({"peft_type": "LORA", "r": 2, "lora_alpha": 4, **fields})
     return make_plan(entries, config, BASE, max_rank=8)

@@ -39,7 +39,7 @@ from server.adapters.content.manifest import (
 from server.adapters.content.module_plan import LowRank
 from server.adapters.content.opening import Folder, PermissionDenied
 from server.adapters.content.peft_config import LoRAConfig, parse_peft_config
-from server.adapters.content.plan import Plan, PlanError, make_plan
+from server.adapters.content.plan import AdapterPlan, PlanError, make_plan
 from server.adapters.content.signature import BaseSignature, base_check
 from server.errors import AdapterRejected
 
@@ -61,7 +61,7 @@ class DiagnosticReport:
     config: LoRAConfig | None = None
     sidecar: Sidecar | None = None
     defaults: GenerationDefaults | None = None
-    plan: Plan | None = None
+    plan: AdapterPlan | None = None
     manifest: Manifest | None = None
 
     @contextlib.contextmanager

@@ -41,7 +41,7 @@ from server.adapters.content.folder import MAX_HEADER_BYTES, AdapterFiles, read_
 from server.adapters.content.generation_defaults import CompanionFiles, GenerationDefaults, defaults_of, token_text
 from server.adapters.content.opening import PASSING
 from server.adapters.content.peft_config import LoRAConfig, parse_peft_config
-from server.adapters.content.plan import Plan, PlanError, make_plan
+from server.adapters.content.plan import AdapterPlan, PlanError, make_plan
 from server.adapters.content.signature import BaseCheck, BaseSignature, base_check
 from server.adapters.content.templates import is_same
 from server.adapters.names import is_name
@@ -87,7 +87,7 @@ class Listing:
     config: LoRAConfig
     sidecar: Sidecar | None
     defaults: GenerationDefaults
-    plan: Plan
+    plan: AdapterPlan
     created: int
     unread: Mapping[str, str]
     base_check: BaseCheck
@@ -322,7 +322,9 @@ def _other_tokenizer(part: str) -> str:
     )
 
 
-def _check_trained_tokens(plan: Plan, defaults: GenerationDefaults, base: BaseSignature, unread: str | None) -> None:
+def _check_trained_tokens(
+    plan: AdapterPlan, defaults: GenerationDefaults, base: BaseSignature, unread: str | None
+) -> None:
     """Raises ``ValueError`` where rows were trained for tokens that have no text.
 
     ``unread`` is why the tokenizer in the folder is not read, where there is one.

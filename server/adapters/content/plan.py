@@ -22,7 +22,7 @@ _FACTOR = re.compile(r"\.lora_[AB]\.(?:[^.]+\.)?weight$")
 
 
 @dataclass(frozen=True)
-class Plan:
+class AdapterPlan:
     """Every module an adapter touches, and how.
 
     ``names`` has each tensor's name as PEFT writes it for this base.
@@ -63,7 +63,9 @@ class PlanError(ValueError):
         self.problems = problems
 
 
-def make_plan(entries: Mapping[str, TensorEntry], config: LoRAConfig, base: BaseSignature, *, max_rank: int) -> Plan:
+def make_plan(
+    entries: Mapping[str, TensorEntry], config: LoRAConfig, base: BaseSignature, *, max_rank: int
+) -> AdapterPlan:
     """The plan of a weights file. Raises ``PlanError`` with all that is wrong."""
     names = ModuleNames({*base.modules, *base.others})
     if pieces := _pieces(entries):
@@ -82,7 +84,7 @@ def make_plan(entries: Mapping[str, TensorEntry], config: LoRAConfig, base: Base
     problems += [*target_problems(parts, config, base), *_absent(found, config, base)] if found else []
     if problems:
         raise PlanError(problems)
-    return Plan(_tie(parts, found, base), tensors_of.plain, tensors_of.trained_names)
+    return AdapterPlan(_tie(parts, found, base), tensors_of.plain, tensors_of.trained_names)
 
 
 def _pieces(entries: Mapping[str, TensorEntry]) -> str | None:

@@ -47,7 +47,7 @@ class RowGroup:
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class AttentionPlan:
     """A step's calls for layers of one window.
 
     ``chunks`` are segments of several rows, each with its mask if it needs one. ``whole`` is the one group of all rows
@@ -71,7 +71,7 @@ class BatchedAttention(AttentionBackend):
 
     def begin(self, metadata: AttentionMetadata) -> None:
         super().begin(metadata)
-        self._plans: dict[tuple[int | None, bool], Plan] = {}
+        self._plans: dict[tuple[int | None, bool], AttentionPlan] = {}
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: AttentionParams
@@ -86,7 +86,7 @@ class BatchedAttention(AttentionBackend):
         attended = self._run(self._plans[kind], layer, queries, params)
         return attended[None].to(query.dtype)
 
-    def _run(self, plan: Plan, layer: int, query: torch.Tensor, params: AttentionParams) -> torch.Tensor:
+    def _run(self, plan: AttentionPlan, layer: int, query: torch.Tensor, params: AttentionParams) -> torch.Tensor:
         """query [1, heads, rows, dim] in the cache's format -> [rows, heads, value_dim]."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         folded = fold_heads(query, keys.shape[1])
@@ -106,7 +106,7 @@ class BatchedAttention(AttentionBackend):
 
 def plan_step(
     segments: Sequence[AttentionSegment], params: AttentionParams, *, max_len: int, like: torch.Tensor
-) -> Plan:
+) -> AttentionPlan:
     """The calls for segments laid end to end, with masks in the format and on the device of ``like``."""
     groups = grouped([segment for segment in segments if segment.length == 1], params.window)
     lists = [[number(segment) for segment in group] for group in groups for number in (_row, _slot, _position)]
@@ -119,7 +119,7 @@ def plan_step(
         (segment, chunk_mask(segment, params, like.dtype, like.device)) for segment in segments if segment.length > 1
     ]
     in_order = len(groups) == 1 and [segment.row for segment in groups[0]] == list(range(len(segments)))
-    return Plan(row_groups, chunks, row_groups[0] if in_order and not chunks else None)
+    return AttentionPlan(row_groups, chunks, row_groups[0] if in_order and not chunks else None)
 
 
 def grouped(rows: Sequence[AttentionSegment], window: int | None) -> list[list[AttentionSegment]]:
