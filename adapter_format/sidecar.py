@@ -44,11 +44,11 @@ def _not_reserved(name: str) -> str:
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$"), AfterValidator(_not_reserved)]
 
 
-class _Section(BaseModel):
+class _SidecarPart(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class BaseReference(_Section):
+class BaseReference(_SidecarPart):
     """The base the adapter was trained on: a name for people, fingerprints for programs.
 
     ``fingerprint`` is of version 1. One of the two is there.
@@ -72,7 +72,7 @@ class BaseReference(_Section):
         return found
 
 
-class SamplingDefaults(_Section):
+class SamplingDefaults(_SidecarPart):
     """Sampling a request gets where it does not say."""
 
     temperature: float | None = Field(default=None, ge=0, le=2)
@@ -82,7 +82,7 @@ class SamplingDefaults(_Section):
     max_tokens: int | None = Field(default=None, ge=1)
 
 
-class TrainingRecord(_Section):
+class TrainingRecord(_SidecarPart):
     """How the adapter was made; for people. ``data_digest`` is over the token ids and labels, so it is the base's too.
 
     ``num_trained_tokens`` are those with a loss, over all epochs.
@@ -99,7 +99,7 @@ class TrainingRecord(_Section):
     versions: dict[str, str]
 
 
-class TrainingMetrics(_Section):
+class TrainingMetrics(_SidecarPart):
     """Mean losses in nats per trained token, for people; null where nothing was held out."""
 
     train_loss: float = Field(ge=0)
@@ -109,7 +109,7 @@ class TrainingMetrics(_Section):
     base_eval_perplexity: float | None = Field(ge=1)
 
 
-class Check(_Section):
+class Check(_SidecarPart):
     """One thing that was measured of the adapter, with figures of its own."""
 
     model_config = ConfigDict(extra="allow")
@@ -117,14 +117,14 @@ class Check(_Section):
     status: Status
 
 
-class Verdict(_Section):
+class Verdict(_SidecarPart):
     """What its trainer found the adapter to be worth."""
 
     status: Status
     checks: dict[Text, Check] = Field(default_factory=dict)
 
 
-class Sidecar(_Section):
+class Sidecar(_SidecarPart):
     """The whole file. A key that is not here is refused: what it asks for would not happen.
 
     Version 2 is written, 1 is read for good. ``quality`` is of version 1; ``end_tokens``, ``chat_template_kwargs``,

@@ -44,7 +44,7 @@ from server.sequence import SamplingParams
 MANY, MANY_CLIENTS, FEW = 64, 16, 8
 
 
-class Bench:
+class PairedBench:
     """The options, and the engines made so far: each is made once, when a scenario first needs it."""
 
     def __init__(self, options: argparse.Namespace, adapters: Sequence[Path]) -> None:
@@ -114,7 +114,7 @@ def throughput(engine: ClosedLoop, asks: Sequence[Ask], num_clients: int) -> Rou
     return lambda: tokens / engine.run(asks, num_clients)
 
 
-def peft_in_turn(bench: Bench) -> Pairs:
+def peft_in_turn(bench: PairedBench) -> Pairs:
     """All adapters at once against one after another."""
     num = bench.options.num_adapters
     asks = bench.asks(range(num))
@@ -122,7 +122,7 @@ def peft_in_turn(bench: Bench) -> Pairs:
     return bench.pairs(("ours mixed", "PEFT set_adapter in turn"), bench.alone(asks, hold=num), theirs)
 
 
-def peft_mixed(bench: Bench) -> Pairs:
+def peft_mixed(bench: PairedBench) -> Pairs:
     """All adapters at once on both sides."""
     num = bench.options.num_adapters
     asks = bench.asks(range(num))
@@ -130,30 +130,30 @@ def peft_mixed(bench: Bench) -> Pairs:
     return bench.pairs(("ours mixed", "PEFT adapter_names"), bench.alone(asks, hold=num), theirs)
 
 
-def peft_one(bench: Bench) -> Pairs:
+def peft_one(bench: PairedBench) -> Pairs:
     """One adapter, batched on both sides."""
     asks = bench.asks([0])
     theirs = throughput(bench.peft(1, mixed=True), asks, bench.options.clients)
     return bench.pairs(("ours on one adapter", "PEFT on one adapter"), bench.alone(asks, hold=1), theirs)
 
 
-def adapter_tax(bench: Bench) -> Pairs:
+def adapter_tax(bench: PairedBench) -> Pairs:
     """What mixing adapters costs over the base alone."""
     num = bench.options.num_adapters
     mixed = bench.alone(bench.asks(range(num)), hold=num)
     return bench.pairs(("adapters mixed", "base only"), mixed, bench.alone(bench.asks([None]), hold=0))
 
 
-def one_adapter(bench: Bench) -> Pairs:
+def one_adapter(bench: PairedBench) -> Pairs:
     """What one adapter costs over the base alone."""
     one = bench.alone(bench.asks([0]), hold=1)
     return bench.pairs(("one adapter", "base only"), one, bench.alone(bench.asks([None]), hold=0))
 
 
-def sampled(name: str, params: SamplingParams) -> Callable[[Bench], Pairs]:
+def sampled(name: str, params: SamplingParams) -> Callable[[PairedBench], Pairs]:
     """What drawing tokens costs over taking the likeliest."""
 
-    def scenario(bench: Bench) -> Pairs:
+    def scenario(bench: PairedBench) -> Pairs:
         greedy = bench.asks([None])
         drawn = [replace(ask, params=params) for ask in greedy]
         return bench.pairs((name, "greedy"), bench.alone(drawn, hold=0), bench.alone(greedy, hold=0))
@@ -161,14 +161,14 @@ def sampled(name: str, params: SamplingParams) -> Callable[[Bench], Pairs]:
     return scenario
 
 
-def stock_generate(bench: Bench) -> Pairs:
+def stock_generate(bench: PairedBench) -> Pairs:
     """The base alone on both sides."""
     asks = bench.asks([None])
     theirs = throughput(bench.stock(), asks, bench.options.clients)
     return bench.pairs(("ours", "transformers generate"), bench.alone(asks, hold=0), theirs)
 
 
-def zipf_64(bench: Bench) -> Pairs:
+def zipf_64(bench: PairedBench) -> Pairs:
     """What more adapters cost: as many clients on 64 as on 8."""
     rng, mix = random.Random(bench.options.seed), Mix([str(number) for number in range(MANY)], 1.0)
     count = max(bench.options.requests, 2 * MANY_CLIENTS)
@@ -181,10 +181,10 @@ def zipf_64(bench: Bench) -> Pairs:
     )
 
 
-def openvino(adapters: Callable[[int], Sequence[int | None]]) -> Callable[[Bench], Pairs]:
+def openvino(adapters: Callable[[int], Sequence[int | None]]) -> Callable[[PairedBench], Pairs]:
     """Against OpenVINO GenAI, on the base, one adapter or several."""
 
-    def scenario(bench: Bench) -> Pairs:
+    def scenario(bench: PairedBench) -> Pairs:
         if bench.options.openvino is None or (reason := missing()) is not None:
             raise SystemExit(
                 reason if bench.options.openvino else "--openvino must name a folder of the converted base"
@@ -198,7 +198,7 @@ def openvino(adapters: Callable[[int], Sequence[int | None]]) -> Callable[[Bench
     return scenario
 
 
-SCENARIOS: dict[str, Callable[[Bench], Pairs]] = {
+SCENARIOS: dict[str, Callable[[PairedBench], Pairs]] = {
     "peft-in-turn": peft_in_turn,
     "peft-mixed": peft_mixed,
     "peft-one": peft_one,
@@ -252,7 +252,7 @@ def main() -> None:
     options = parse()
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        bench = Bench(options, find_adapters(options, Path(scratch)))
+        bench = PairedBench(options, find_adapters(options, Path(scratch)))
         for name in options.scenarios:
             pairs = SCENARIOS[name](bench)
             results[name] = pairs.as_json()

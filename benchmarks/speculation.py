@@ -53,7 +53,7 @@ class Side:
 
 
 @dataclass
-class Bench:
+class SpeculationBench:
     """A base, one adapter or none, and how to ask."""
 
     base: Base
@@ -115,7 +115,7 @@ def questions(base: Base, count: int) -> list[list[int]]:
     return [prompts.chat([{"role": "user", "content": question}]) for question in asked]
 
 
-def build(options: argparse.Namespace) -> tuple[Bench, list[list[int]]]:
+def build(options: argparse.Namespace) -> tuple[SpeculationBench, list[list[int]]]:
     base = load_base(options.base, name="base", device="cpu", dtype=options.dtype, max_model_len=CONTEXT)
     runner = ModelRunner.of(base, num_slots=options.at_once, max_len=CONTEXT)
     adapters: tuple[LoRARequest, ...] = ()
@@ -125,7 +125,7 @@ def build(options: argparse.Namespace) -> tuple[Bench, list[list[int]]]:
         runner.add_adapter(manifest.weights_digest, runner.prepare(manifest))
         adapters, stop = (LoRARequest(manifest.weights_digest),), manifest.defaults.stop
     temperature = {"adapter": 0.0, "base": 1.0, "random": 100.0}[options.text]
-    bench = Bench(base, runner, adapters, stop, temperature, options.output_tokens, options.at_once)
+    bench = SpeculationBench(base, runner, adapters, stop, temperature, options.output_tokens, options.at_once)
     if options.text != "random":
         return bench, questions(base, options.prompts)
     rng = random.Random(0)

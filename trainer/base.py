@@ -15,7 +15,7 @@ from trainer.errors import BaseModelError
 
 
 @dataclass(frozen=True)
-class Base:
+class TrainingBase:
     """A base in memory. ``name`` never holds a path: it goes into published files."""
 
     name: str
@@ -26,7 +26,7 @@ class Base:
     tokenizer: PreTrainedTokenizerBase
 
 
-def load_base(base_model: str) -> Base:
+def load_base(base_model: str) -> TrainingBase:
     """The base in float32 with its tokenizer. Remote code and pickled weights are never read.
 
     Raises ``BaseModelError``.
@@ -55,7 +55,7 @@ def load_base(base_model: str) -> Base:
     model.requires_grad_(False)
     name = _name(base_model, folder)
     model.name_or_path = name  # PEFT writes it into adapter_config.json, where a path of this machine helps nobody
-    return Base(name, folder, fingerprint, fingerprint_v2, model, tokenizer)
+    return TrainingBase(name, folder, fingerprint, fingerprint_v2, model, tokenizer)
 
 
 def _name(base_model: str, folder: Path) -> str:

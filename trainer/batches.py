@@ -14,7 +14,7 @@ MicroBatch = list[int]  # places in the list of examples
 
 
 @dataclass(frozen=True)
-class Batch:
+class TrainingBatch:
     """``input_ids`` and ``targets``, [rows, length] each; a target is the token after its position, or ``IGNORED``.
 
     Rows are padded at the end, so a causal model needs no mask: no real token ever looks at padding.
@@ -28,7 +28,7 @@ class Batch:
         return int((self.targets != IGNORED).sum())
 
 
-def collate(examples: Sequence[Encoded]) -> Batch:
+def collate(examples: Sequence[Encoded]) -> TrainingBatch:
     """The examples as rows, padded to the longest of them."""
     length = max(len(example.input_ids) for example in examples)
     input_ids = torch.zeros(len(examples), length, dtype=torch.long)
@@ -36,7 +36,7 @@ def collate(examples: Sequence[Encoded]) -> Batch:
     for row, example in enumerate(examples):
         input_ids[row, : len(example.input_ids)] = torch.tensor(example.input_ids)
         targets[row, : len(example.labels) - 1] = torch.tensor(example.labels[1:])
-    return Batch(input_ids, targets)
+    return TrainingBatch(input_ids, targets)
 
 
 def plan_steps(

@@ -34,18 +34,18 @@ class TrainerSettings(BaseSettings):
     adapters_dir: Path = Field(default=Path("adapters"), description="The folder whose sub-folders are adapters.")
 
 
-class _Section(BaseModel):
+class _RecipePart(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
-class MessagesSource(_Section):
+class MessagesSource(_RecipePart):
     """Conversations, one JSON object with ``messages`` a line; a folder stands for its ``.jsonl`` files."""
 
     format: Literal["messages"]
     path: LenientPath
 
 
-class TextSource(_Section):
+class TextSource(_RecipePart):
     """Books or other prose in UTF-8, cut into passages; a folder stands for its ``.txt`` files."""
 
     format: Literal["text"]
@@ -72,7 +72,7 @@ class TextSource(_Section):
         return self
 
 
-class GeneratorSource(_Section):
+class GeneratorSource(_RecipePart):
     """Conversations out of a Python function without arguments; a recipe that names one runs it."""
 
     generator: str = Field(
@@ -99,7 +99,7 @@ Source = Annotated[
 ]
 
 
-class LoraSettings(_Section):
+class LoraSettings(_RecipePart):
     """The adapter's shape."""
 
     r: int = Field(default=8, ge=1, le=256, description="Rank.")
@@ -113,7 +113,7 @@ class LoraSettings(_Section):
     rslora: bool = Field(default=False, description="Scale by alpha / sqrt(r) (Kalajdzievski 2023).")
 
 
-class TrainConfig(_Section):
+class TrainConfig(_RecipePart):
     """One adapter: which base, which data, how to train, and what the server should assume when it serves it."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="The adapter's name in requests.")

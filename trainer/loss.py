@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from trainer.batches import Batch
+from trainer.batches import TrainingBatch
 from trainer.masking import IGNORED
 
 
@@ -32,7 +32,7 @@ class TokenLoss:
         self._bfloat16 = bfloat16
         self.skips_untrained = self._head_is_all()
 
-    def __call__(self, batch: Batch) -> torch.Tensor:
+    def __call__(self, batch: TrainingBatch) -> torch.Tensor:
         """The sum, in nats; divide by the trained tokens of the whole step."""
         trained = batch.targets != IGNORED  # [rows, length]
         with torch.autocast("cpu", torch.bfloat16, enabled=self._bfloat16):

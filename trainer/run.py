@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from adapter_format.sidecar import BaseReference, Sidecar, TrainingMetrics, TrainingRecord
-from trainer.base import Base, load_base
+from trainer.base import TrainingBase, load_base
 from trainer.card import Sample
 from trainer.config import TrainConfig
 from trainer.data import Dataset, load_dataset
@@ -58,7 +58,7 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
-def _check_length(config: TrainConfig, base: Base) -> None:
+def _check_length(config: TrainConfig, base: TrainingBase) -> None:
     longest = getattr(base.model.config, "max_position_embeddings", None)
     if longest is not None and config.max_length > longest:
         raise RecipeError(f"max_length: {config.max_length} is more than {base.name} takes; at most {longest}")
@@ -81,7 +81,7 @@ def _sample(model: PeftModel, tokenizer: PreTrainedTokenizerBase, config: TrainC
     return Sample(question, base_answer, ask())
 
 
-def _sidecar(config: TrainConfig, base: Base, dataset: Dataset, history: History) -> Sidecar:
+def _sidecar(config: TrainConfig, base: TrainingBase, dataset: Dataset, history: History) -> Sidecar:
     sampling = config.sampling.model_copy(deep=True)
     said: dict[str, Any] = {
         "system_prompt": config.system_prompt,
@@ -109,7 +109,7 @@ def _sidecar(config: TrainConfig, base: Base, dataset: Dataset, history: History
     )
 
 
-def _portable_recipe(config: TrainConfig, base: Base) -> dict[str, Any]:
+def _portable_recipe(config: TrainConfig, base: TrainingBase) -> dict[str, Any]:
     """What the recipe sets, without this machine's paths: the base by name, data files as the recipe names them."""
     recipe = config.model_dump(mode="json", exclude_unset=True, exclude={"data_root"})
     return {**recipe, "base_model": base.name}

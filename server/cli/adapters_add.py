@@ -48,14 +48,14 @@ _TIMEOUT = 30.0
 
 
 @dataclass(frozen=True)
-class Source:
+class HubSource:
     """A repository of the hub, and the branch, tag or commit that was asked for."""
 
     repo_id: str
     revision: str | None
 
     @classmethod
-    def parse(cls, text: str) -> Source:
+    def parse(cls, text: str) -> HubSource:
         repo_id, _, revision = text.partition("@")
         return cls(repo_id, revision or None)
 
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--replace", action="store_true", help="put it in the place of an adapter of that name")
     options, rest = parse_options(parser, arguments, switches=("--replace",))
     settings = parse_settings("adapters add", rest)
-    source = Source.parse(options.source)
+    source = HubSource.parse(options.source)
     name = options.name or source.repo_id.rpartition("/")[2]
     try:
         target = choose_target(settings, name, replace=options.replace)
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def fetch(source: Source, folder: Path, *, max_bytes: int) -> str:
+def fetch(source: HubSource, folder: Path, *, max_bytes: int) -> str:
     """Download the adapter into an empty folder, with a note of where it is from; returns the commit.
 
     Raises ``NotPublished``.
@@ -144,7 +144,7 @@ def _check_size(name: str, size: int, max_bytes: int) -> None:
         raise NotPublished(f"{name} has {size} bytes; the limit is {limit}{setting}")
 
 
-def _sentence(error: BaseException, source: Source) -> str:
+def _sentence(error: BaseException, source: HubSource) -> str:
     """What went wrong on the way from the hub, and what to do."""
     repo_id = source.repo_id
     match error:

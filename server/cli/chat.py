@@ -53,7 +53,7 @@ def run_chat(url: str, model: str | None, question: str | None) -> int:
             raise ChatError("the question is empty")
         with httpx.Client(base_url=url.rstrip("/"), timeout=_TIMEOUT) as client:
             server = Server(client)
-            talk = Conversation(server, model or server.models()[0])
+            talk = ChatSession(server, model or server.models()[0])
             if question is None:
                 talk.run()
             else:
@@ -93,7 +93,7 @@ class Server:
 
 
 @dataclass
-class Conversation:
+class ChatSession:
     """The turns so far, and who answers next."""
 
     server: Server
@@ -168,7 +168,7 @@ class Conversation:
             print()
 
 
-def _answer_once(talk: Conversation, question: str) -> None:
+def _answer_once(talk: ChatSession, question: str) -> None:
     for text in talk.ask(question):
         print(text, end="", flush=True)
     print()

@@ -12,8 +12,8 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from base_files.fingerprint import base_fingerprint
 from tests.tiny_models import build_tiny_base
-from trainer.base import Base, load_base
-from trainer.batches import Batch, collate, plan_steps
+from trainer.base import TrainingBase, load_base
+from trainer.batches import TrainingBatch, collate, plan_steps
 from trainer.config import LoraSettings, TrainConfig
 from trainer.data import Dataset
 from trainer.errors import BaseModelError, RecipeError, TrainingError
@@ -23,11 +23,11 @@ from trainer.train import accumulate, add_lora, lr_scale, train, uses_bfloat16
 
 
 @pytest.fixture
-def base(tmp_path: Path) -> Base:
+def base(tmp_path: Path) -> TrainingBase:
     return load_base(str(build_tiny_base(tmp_path / "base")))
 
 
-def _with_lora(base: Base) -> PeftModel:
+def _with_lora(base: TrainingBase) -> PeftModel:
     """LoRA with a B that is not zero, so that every gradient is something."""
     model = add_lora(base.model, LoraSettings(r=4), seed=0)
     generator = torch.Generator().manual_seed(0)
@@ -64,7 +64,7 @@ def _dataset(training: list[Encoded], evaluation: list[Encoded]) -> Dataset:
     return Dataset(training, evaluation, num_held_out=len(evaluation), num_duplicates=0, num_truncated=0)
 
 
-def test_many_small_batches_give_the_loss_and_gradients_of_one_big_batch(base: Base) -> None:
+def test_many_small_batches_give_the_loss_and_gradients_of_one_big_batch(base: TrainingBase) -> None:
     model, examples = _with_lora(base), _examples(12)
     loss = TokenLoss(model, bfloat16=False)
     one = accumulate(loss, examples, [list(range(12))])
@@ -75,7 +75,7 @@ def test_many_small_batches_give_the_loss_and_gradients_of_one_big_batch(base: B
 
 
 @torch.no_grad()
-def test_padding_changes_nothing(base: Base) -> None:
+def test_padding_changes_nothing(base: TrainingBase) -> None:
     model, examples = _with_lora(base), _examples(5)
     loss = TokenLoss(model, bfloat16=False)
     together = float(loss(collate(examples)))
@@ -83,7 +83,7 @@ def test_padding_changes_nothing(base: Base) -> None:
 
 
 @torch.no_grad()
-def test_logits_at_trained_positions_alone_give_transformers_loss(base: Base) -> None:
+def test_logits_at_trained_positions_alone_give_transformers_loss(base: TrainingBase) -> None:
     model, batch = _with_lora(base), collate(_examples(5))
     loss = TokenLoss(model, bfloat16=False)
     assert loss.skips_untrained
@@ -110,12 +110,12 @@ def test_a_soft_cap_on_the_logits_is_honoured() -> None:
     assert float(loss(batch)) == pytest.approx(_reference(model, batch), rel=1e-5)
 
 
-def _reference(model: PeftModel, batch: Batch) -> float:
+def _reference(model: PeftModel, batch: TrainingBatch) -> float:
     logits = full_logits(model, batch.input_ids)
     return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="sum"))
 
 
-def test_ten_steps_lower_the_loss_and_leave_the_base_alone(base: Base) -> None:
+def test_ten_steps_lower_the_loss_and_leave_the_base_alone(base: TrainingBase) -> None:
     examples = _examples(20)
     before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
     model = add_lora(base.model, LoraSettings(), seed=1)
@@ -142,14 +142,14 @@ def test_the_same_seed_trains_the_same_adapter(tmp_path: Path) -> None:
     assert runs[0].steps == runs[1].steps
 
 
-def test_a_loss_that_is_no_number_stops_the_run(base: Base) -> None:
+def test_a_loss_that_is_no_number_stops_the_run(base: TrainingBase) -> None:
     model = _with_lora(base)
     next(p for p in model.parameters() if p.requires_grad).data.fill_(float("nan"))
     with pytest.raises(TrainingError, match="step 1 is nan: lower lr"):
         train(model, _dataset(_examples(4), []), _config())
 
 
-def test_targets_that_match_no_module_are_refused(base: Base) -> None:
+def test_targets_that_match_no_module_are_refused(base: TrainingBase) -> None:
     with pytest.raises(RecipeError, match=r"lora\.target_modules"):
         add_lora(base.model, LoraSettings(target_modules=["no_such_proj"]), seed=0)
 

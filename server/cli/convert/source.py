@@ -41,7 +41,7 @@ class PEFTAdapter:
 
 
 @dataclass(frozen=True)
-class Source:
+class ConversionSource:
     """An adapter that can be converted, and what a Modelfile asks for beside it."""
 
     adapter: MLXAdapter | GGUFAdapter | PEFTAdapter
@@ -83,17 +83,17 @@ def default_name(path: Path, kind: Format) -> str:
     )
 
 
-def read_source(path: Path, kind: Format, *, max_bytes: int, chat_template: str | None) -> Source:
+def read_source(path: Path, kind: Format, *, max_bytes: int, chat_template: str | None) -> ConversionSource:
     """Read and check all that can be without the base. Raises ``NotPublished``."""
     if kind != "modelfile":
-        return Source(_read_adapter(path, max_bytes))
+        return ConversionSource(_read_adapter(path, max_bytes))
     _refuse_old_ggml(path)
     modelfile = read_modelfile(path)
     wishes = read_wishes(modelfile, chat_template=chat_template)
-    return Source(_read_adapter(adapter_path(modelfile, path), max_bytes), wishes)
+    return ConversionSource(_read_adapter(adapter_path(modelfile, path), max_bytes), wishes)
 
 
-def publish_converted(source: Source, target: Path, settings: Settings) -> Converted:
+def publish_converted(source: ConversionSource, target: Path, settings: Settings) -> Converted:
     """Convert for the base of the settings, check as the server would, and publish. Raises ``NotPublished``."""
     find_base(settings.base_model)
     print(f"reading the base {settings.base_model}, against which it is checked", file=sys.stderr, flush=True)
@@ -104,7 +104,9 @@ def publish_converted(source: Source, target: Path, settings: Settings) -> Conve
         return fill_folder(source, folder, checker, name=target.name, base_model=settings.base_model)
 
 
-def fill_folder(source: Source, folder: Path, checker: AdapterChecker, *, name: str, base_model: str) -> Converted:
+def fill_folder(
+    source: ConversionSource, folder: Path, checker: AdapterChecker, *, name: str, base_model: str
+) -> Converted:
     """Write the whole adapter into an empty folder and judge it. Raises ``NotPublished``."""
     base = checker.base.signature
     said = _write_adapter(source.adapter, folder, checker, base_model)
