@@ -26,7 +26,7 @@ import httpx
 import pytest
 
 from server.adapters.versions import Pin, VersionStore
-from tests.full.trouble import (
+from tests.full.fault_injection import (
     GRACE,
     KEEP,
     KEY,
@@ -35,7 +35,7 @@ from tests.full.trouble import (
     SETTLE,
     WEIGHTS,
     Note,
-    make_trouble,
+    inject_faults,
     may_be_missing,
 )
 from tests.serving import ROOT, ServerProcess, Usage, running_server, vary
@@ -285,7 +285,7 @@ def in_trouble(server: ServerProcess, root: Path, **how: float) -> Any:
     What it noted is returned.
     """
     arguments = (root / "adapters", root / "contents", root / "state", server.url, root / "notes.json")
-    process = multiprocessing.get_context("spawn").Process(target=make_trouble, args=arguments, kwargs=how)
+    process = multiprocessing.get_context("spawn").Process(target=inject_faults, args=arguments, kwargs=how)
     process.start()
     try:
         while process.is_alive():

@@ -29,7 +29,7 @@ Note = tuple[float, str, str, str]
 
 
 @dataclass
-class Trouble:
+class FaultInjector:
     """Does to an adapter folder what people and programs do to one, in a process of its own, and notes it.
 
     A note is ``gone`` before a name's folder is taken away for good, ``spoiled`` before its files are written or
@@ -173,15 +173,15 @@ class Trouble:
                 self.rename_into_place(name)
 
 
-def make_trouble(
+def inject_faults(
     folder: Path, contents: Path, state: Path, url: str, notes: Path, *, seconds: float, seed: int
 ) -> None:
     """The other process. What it did is left in the file ``notes``."""
-    trouble = Trouble(folder, contents, state, url, random.Random(seed))
+    fault_injection = FaultInjector(folder, contents, state, url, random.Random(seed))
     for name in NAMES[:-3]:
-        trouble.rename_into_place(name)
-    trouble.make(seconds)
-    left = {"notes": trouble.notes, "holds": trouble.holds, "done": trouble.num_done}
+        fault_injection.rename_into_place(name)
+    fault_injection.make(seconds)
+    left = {"notes": fault_injection.notes, "holds": fault_injection.holds, "done": fault_injection.num_done}
     notes.write_text(json.dumps(left))
 
 
