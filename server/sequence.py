@@ -179,7 +179,7 @@ KVOperation = CopyPrefix | ReleaseTail
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step computes: segments end to end. ``kv_ops`` are done before, in their order."""
+    """What one step computes: segments end to end. ``kv_ops`` are applied before, in their order."""
 
     segments: tuple[Segment, ...]
     kv_ops: tuple[KVOperation, ...] = ()

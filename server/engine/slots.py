@@ -179,7 +179,7 @@ class SlotTable:
         sequence.slot, sequence.num_computed, sequence.num_cached = target.number, length, length
 
     def begin_step(self, segments: Iterable[Segment]) -> tuple[KVOperation, ...]:
-        """Note what a step is about to write; the kv_ops that must be done before."""
+        """Note what a step is about to write; the KV operations that must be done before."""
         for segment in segments:
             slot = self._slots[segment.slot]
             slot.num_touched = max(slot.num_touched, segment.start + segment.length)
@@ -199,7 +199,7 @@ class SlotTable:
         sequence.slot = None
 
     def holders_of_written_slots(self, kv_ops: Iterable[KVOperation]) -> list[Sequence]:
-        """The sequences whose slots these kv_ops change."""
+        """The sequences whose slots these KV operations change."""
         numbers = {kv_op.target if isinstance(kv_op, CopyPrefix) else kv_op.slot for kv_op in kv_ops}
         return [holder for number in numbers if (holder := self._slots[number].holder) is not None]
 

@@ -105,7 +105,7 @@ class Handler(BaseHTTPRequestHandler):
             status, code = self.hub.file_error
             self._send(status, {"X-Error-Code": code} if code else {})
             return
-        assert commit in (COMMIT, OLD_COMMIT), "a file is asked for at a commit, not at a branch that may kv_op"
+        assert commit in (COMMIT, OLD_COMMIT), "a file is asked for at a commit, not at a branch that may move"
         body = self.hub.files[name]
         headers = {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha1(body).hexdigest()}"'}
         if name == WEIGHTS:  # large files are elsewhere

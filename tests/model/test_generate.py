@@ -14,7 +14,7 @@ TOLERANCE = 1e-5
 """Largest difference of logits, as a share of the largest stock logit, in float32; measured: 2e-6."""
 
 BFLOAT16_MARGIN = 0.15
-"""A row is decided in bfloat16 where its first logit stands so far above the second; rounding kv_ops logits by 0.05."""
+"""A row is decided in bfloat16 where its first logit stands so far above the second; rounding moves logits by 0.05."""
 
 SEEDS = {"gpt2": 5}
 """Where the model of seed 0 has two tokens that are nearly equal."""

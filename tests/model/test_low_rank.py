@@ -52,7 +52,7 @@ def test_a_module_that_no_adapter_has_a_plain_delta_for(stage: Stage) -> None:
 
 
 def test_more_adapters_than_there_was_room_for_while_some_run(stage: Stage) -> None:
-    """Tables kv_op when they grow; an adapter's place is free for the next one when it goes."""
+    """Tables move when they grow; an adapter's place is free for the next one when it goes."""
     for number in range(40):
         stage.add(str(number), adapter(number, ("q", "k", "down", "head"), 1 + number % 5))
         stage.step(ones(*stage.adapters))

@@ -359,7 +359,7 @@ def test_where_the_system_does_not_tell_where_a_link_leads_it_is_refused(
 
 
 async def test_an_adapter_folder_that_is_a_link_is_read_and_followed_when_it_is_moved(tmp_path: Path) -> None:
-    """``adapters -> releases/2``, as deployments kv_op it."""
+    """``adapters -> releases/2``, as deployments move it."""
     for number in (1, 2):
         make(tmp_path / "releases" / str(number), "a", lora_alpha=number)
     harness = AdapterHarness(tmp_path)

@@ -254,7 +254,7 @@ async def test_an_update_that_fails_half_way_ends_its_sequences_and_leaves_sound
 async def test_a_failure_anywhere_in_a_step_answers_everybody_in_it(started: AsyncEngine, owner: str) -> None:
     """A sequence that was no longer in the queue and not yet among the running was forgotten: it waited for ever."""
     broken = getattr(started._engine.scheduler, owner)
-    for name in {"slots": ("place", "begin", "free"), "speculation": ("extend", "learn")}[owner]:
+    for name in {"slots": ("allocate", "begin_step", "free"), "speculation": ("extend", "learn")}[owner]:
         Failing(broken, name)
         with pytest.raises(GenerationFailed, match="step failed"):
             async with asyncio.timeout(5):

@@ -316,3 +316,15 @@ def test_files_and_functions_stay_short(package: str) -> None:
 def test_every_module_has_a_name_that_says_something() -> None:
     modules = [module_of(path) for path in sources("server", "trainer", "tests", "benchmarks", *SHARED)]
     assert [module for module in modules if NAMELESS.search(module.rpartition(".")[2])] == []
+
+
+def test_a_class_name_stands_once_in_the_tree() -> None:
+    """A name that means two things sends readers, and their searches, to the wrong one."""
+    homes: dict[str, list[str]] = {}
+    for path in sources("server", "trainer", "benchmarks", *SHARED):
+        if is_within(module_of(path), "trainer.micro"):  # writes its own corpus and is in no wheel
+            continue
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.ClassDef):
+                homes.setdefault(node.name, []).append(module_of(path))
+    assert {name: modules for name, modules in homes.items() if len(modules) > 1} == {}

@@ -49,7 +49,7 @@ HARMLESS: dict[str, Callable[[Path], object]] = {
 async def test_a_change_of_nothing_but_times_disturbs_no_request(
     tmp_path: Path, change: Callable[[Path], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A hard link to a served file kv_ops its ctime: an intact adapter that was not in memory was a 404 until the next
+    """A hard link to a served file moves its ctime: an intact adapter that was not in memory was a 404 until the next
     look, ten seconds a request. No look is taken here at all."""
     monkeypatch.setattr(library_module, "READ_TIMEOUT", 0.0)
     harness = AdapterHarness(tmp_path, room=1)

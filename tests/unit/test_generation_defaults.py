@@ -453,7 +453,7 @@ def test_other_manners_are_another_version_of_the_same_weights(folder: Path, fil
 
 
 def test_every_manner_has_a_version_of_its_own(folder: Path) -> None:
-    """Texts that kv_op from one file to another must not come to the same digest."""
+    """Texts that move from one file to another must not come to the same digest."""
     digests = [read(folder).version_digest]
     kinds: list[dict[str, Any]] = [
         {TEMPLATE_FILE: "{}"},
