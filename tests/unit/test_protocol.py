@@ -206,7 +206,7 @@ def test_every_field_is_in_the_documentation_and_no_other() -> None:
     fields = {*ChatRequest.model_fields, *CompletionRequest.model_fields}
     assert set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == fields
     exceptions = text.partition("with two exceptions")[2].replace("\n", " ")
-    ignored, _, neutral = exceptions.partition("asks for nothing:")
+    ignored, _, neutral = exceptions.partition("has no effect:")
     assert set(re.findall(r"`(\w+)`", ignored)) == IGNORED
     values = {name: ", ".join(json.dumps(value) for value in NEUTRAL[name]) for name in NEUTRAL}
     assert dict(re.findall(r"`(\w+)` \((.*?)\)[,.]", neutral)) == values
