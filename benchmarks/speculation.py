@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from server.adapters.content.manifest import Limits, read_manifest
+from server.adapters.content.manifest import AdapterPolicy, read_manifest
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
 from server.metrics import Metrics
@@ -121,7 +121,7 @@ def build(options: argparse.Namespace) -> tuple[SpeculationBench, list[list[int]
     adapters: tuple[LoRARequest, ...] = ()
     stop: tuple[str, ...] = ()
     if options.text == "adapter":
-        manifest = read_manifest(options.adapter, base.signature, Limits(256, 1 << 30))
+        manifest = read_manifest(options.adapter, base.signature, AdapterPolicy(256, 1 << 30))
         runner.add_adapter(manifest.weights_digest, runner.prepare(manifest))
         adapters, stop = (LoRARequest(manifest.weights_digest),), manifest.defaults.stop
     temperature = {"adapter": 0.0, "base": 1.0, "random": 100.0}[options.text]

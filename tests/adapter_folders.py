@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 from server.adapters.adapter_cache import AdapterCache, Loaded
-from server.adapters.content.manifest import Limits, Manifest
+from server.adapters.content.manifest import AdapterPolicy, Manifest
 from server.adapters.content.signature import BaseSignature, linear
 from server.adapters.library import AdapterLibrary
 from server.adapters.operator import AdapterOperator
@@ -28,7 +28,7 @@ FINGERPRINT = "sha256:" + "a" * 64
 BASE = BaseSignature(
     "base", FINGERPRINT, {"model.layers.0.q_proj": linear(6, 4), "model.layers.0.v_proj": linear(6, 2)}
 )
-LIMITS = Limits(max_rank=8, max_bytes=100_000)
+LIMITS = AdapterPolicy(max_rank=8, max_bytes=100_000)
 CONFIG: dict[str, Any] = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 4, "bias": "none"}
 PREFIX = "base_model.model.model.layers.0."
 SIDECAR: dict[str, Any] = {

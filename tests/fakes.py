@@ -192,17 +192,14 @@ class FakeEngine:
 
 def adapter(name: str, **defaults: object) -> Adapter:
     """An adapter that exists only by name."""
-    return Adapter(
-        name=name,
-        version_digest=f"{name}-version".ljust(64, "0"),
-        weights_digest=f"{name}-weights",
-        rank=8,
-        num_bytes=1000,
-        modules=("q_proj", "v_proj"),
-        created=1_700_000_000,
-        path=Path("/adapters") / name,
-        defaults=GenerationDefaults(**defaults),  # type: ignore[arg-type]
-    )
+    return adapter_with(name, GenerationDefaults(**defaults))  # type: ignore[arg-type]
+
+
+def adapter_with(name: str, defaults: GenerationDefaults) -> Adapter:
+    """An adapter that exists only by name, with these generation defaults."""
+    config, path = LoRAConfig(r=8, alpha=8), Path("/adapters") / name
+    listing = Listing(name, path, config, None, defaults, AdapterPlan({}), 1_700_000_000, {}, "shapes")
+    return Adapter(listing, weights_digest=f"{name}-weights", version_digest=f"{name}-version".ljust(64, "0"))
 
 
 @dataclass
@@ -211,7 +208,7 @@ class FakeReader:
 
     registry: AdapterRegistry
 
-    async def manifest(self, path: Path, signature: object, name: str) -> Manifest:
+    async def manifest(self, path: Path, state: object, name: str) -> Manifest:
         """What names the current version."""
         current = self.registry.get(name).current
         assert current is not None
@@ -230,11 +227,7 @@ def library(*adapters: Adapter) -> AdapterLibrary:
 
     metrics, registry = Metrics(), AdapterRegistry()
     for each in adapters:
-        config = LoRAConfig(r=8, alpha=8)
-        listing = Listing(
-            each.name, each.path, config, None, each.defaults, AdapterPlan({}), each.created, {}, "shapes"
-        )
-        registry.publish(each, listing, ())
+        registry.publish(each, ())
     reader = cast(AdapterReader, FakeReader(registry))
     cache = AdapterCache(1_000_000, unload=lambda digest: None, is_wanted=registry.is_wanted)
     return AdapterLibrary(registry, cache, reader, load, metrics=metrics)

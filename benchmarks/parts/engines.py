@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from base_files.locate import find_base
-from server.adapters.content.manifest import Limits, read_manifest
+from server.adapters.content.manifest import AdapterPolicy, read_manifest
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
 from server.engine.slots import SlotTable
@@ -144,7 +144,7 @@ def in_process_engine(
     layout = KVLayout(tuple(base.shapes), max_len, base.kv_dtype)
     slots = SlotTable(num_slots, max_len=max_len, bytes_of=layout.bytes_of, reuses=prefix_caching)
     runner = ModelRunner.of(base, num_slots=num_slots)
-    manifests = [read_manifest(path, base.signature, Limits(256, 1 << 30)) for path in adapters]
+    manifests = [read_manifest(path, base.signature, AdapterPolicy(256, 1 << 30)) for path in adapters]
     weights = {manifest.weights_digest: runner.prepare(manifest) for manifest in manifests}
     scheduler = Scheduler(
         max_num_seqs=max_num_seqs,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from server.adapters.content.manifest import Limits, read_manifest
+from server.adapters.content.manifest import AdapterPolicy, read_manifest
 from server.model.kv_cache import AttentionMetadata, AttentionSegment
 from server.model.loader import Base
 from server.model.runner import ModelRunner
@@ -73,7 +73,7 @@ class Reader:
 
     def add(self, folder: Path) -> str:
         """Put an adapter in; what to call it here. Raises ``AdapterRejected``."""
-        manifest = read_manifest(folder, self.base.signature, Limits(256, 1 << 30))
+        manifest = read_manifest(folder, self.base.signature, AdapterPolicy(256, 1 << 30))
         self._runner.add_adapter(manifest.weights_digest, self._runner.prepare(manifest))
         return manifest.weights_digest
 

@@ -12,7 +12,7 @@ import asyncio
 from collections import Counter, OrderedDict, deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from server.adapters.content.generation_defaults import GenerationDefaults
 from server.adapters.registry import Adapter
@@ -128,10 +128,6 @@ class AdapterCache:
         """What is in memory, least recently used first."""
         return [digest for digest in self._bytes if digest not in self._loading]
 
-    @property
-    def num_waiting(self) -> int:
-        return len(self._queue)
-
     def __contains__(self, digest: str) -> bool:
         """Whether weights are in memory or being loaded."""
         return digest in self._bytes
@@ -232,7 +228,7 @@ class AdapterCache:
             self._bytes[digest] = size
             self.num_bytes += size
             self._loading[digest] = asyncio.ensure_future(self._load_weights(digest, load))
-            self._loading[digest].add_done_callback(_retrieve)
+            self._loading[digest].add_done_callback(retrieve_exception)
         for digest in needs:
             self._bytes.move_to_end(digest)
         return [self._loading[digest] for digest in needs if digest in self._loading]
@@ -281,7 +277,7 @@ class AdapterCache:
         self._unload(digest)
 
 
-def _retrieve(task: asyncio.Task[None]) -> None:
-    """Retrieve the exception of a load for which no request waits any more, so that asyncio does not log it."""
+def retrieve_exception(task: asyncio.Task[Any]) -> None:
+    """Mark a task's exception as retrieved: asyncio would log it if no request waits for the task any more."""
     if not task.cancelled():
         task.exception()

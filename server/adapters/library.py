@@ -78,7 +78,7 @@ class AdapterLibrary:
                 raise self.not_found(error.model) from None
             except FolderMoved as error:
                 name = str(error)
-                self.sync.look_again(name)
+                self.sync.request_read(name)
                 if any(ref.name == name for ref in refs) and self._is_gone(name, refs):
                     raise self.not_found(model) from None
                 if loop.time() > deadline:
@@ -93,7 +93,7 @@ class AdapterLibrary:
         try:
             return await self._version(ModelRef(name))
         except FolderMoved as error:
-            self.sync.look_again(name)
+            self.sync.request_read(name)
             raise AdapterPending(name) from error
         except AdapterRejected as error:
             raise ModelNotFound(name, refused=error.reason) from error
@@ -111,7 +111,7 @@ class AdapterLibrary:
     def num_bytes(self, adapter: Adapter) -> int:
         """Bytes that an adapter takes in memory; at most so many until it was loaded once."""
         loaded = self._loaded.get(adapter.weights_digest)
-        return adapter.num_bytes if loaded is None else loaded.num_bytes
+        return adapter.listing.plan.num_bytes if loaded is None else loaded.num_bytes
 
     def set_aliases(self, aliases: Mapping[str, Alias]) -> None:
         for name in aliases:
@@ -226,7 +226,7 @@ class AdapterLibrary:
         manifest = await self.reader.kept(name, digests[0]) if digests else None
         if manifest is None:
             raise ModelNotFound(f"{name}@{version}")
-        adapter = Adapter.read(manifest)
+        adapter = Adapter.of(manifest)
         if entry is not None:
             self.registry.remember(entry, adapter)
         return adapter
@@ -259,17 +259,17 @@ class AdapterLibrary:
         moved: Exception = FolderMoved(adapter.name)
         if entry is not None and entry.current is adapter:
             try:
-                manifest = await self.reader.manifest(adapter.path, entry.signature, adapter.name)
+                manifest = await self.reader.manifest(adapter.listing.path, entry.state, adapter.name)
                 if manifest.version_digest == adapter.version_digest:
                     return manifest
             except (FolderMoved, AdapterRejected) as error:
                 moved = error
             else:  # the digests that were noted for this folder were not its own
-                self.registry.publish(Adapter.read(manifest), manifest.listing, entry.signature)
+                self.registry.publish(Adapter.of(manifest), entry.state)
                 raise moved
         kept = await self.reader.kept(adapter.name, adapter.version_digest)
         if kept is None and entry is not None and entry.current is adapter:
-            kept = await self.reader.unchanged(adapter.path, adapter.name, adapter.version_digest, entry.signature)
+            kept = await self.reader.unchanged(adapter.listing.path, adapter.name, adapter.version_digest, entry.state)
         if kept is None:
             raise moved
         return kept
@@ -297,11 +297,12 @@ class AdapterLibrary:
         return False
 
     @asynccontextmanager
-    async def moving(self, entry: Entry, adapter: Adapter, manifest: Manifest) -> AsyncIterator[None]:
+    async def swapping(self, entry: Entry, adapter: Adapter, manifest: Manifest) -> AsyncIterator[None]:
         """Load a version beside the one before it, if that is in memory and there is room for both."""
-        before, needs = entry.current, {adapter.weights_digest: adapter.num_bytes}
+        before = entry.current
+        needs = {adapter.weights_digest: manifest.plan.num_bytes}
         in_memory = before is not None and before.weights_digest in self.cache
-        ahead = in_memory and entry.pin.version is None and self.cache.has_room(adapter.num_bytes)
+        ahead = in_memory and entry.pin.version is None and self.cache.has_room(manifest.plan.num_bytes)
         try:
             if ahead:
                 await self.cache.hold(needs, lambda digest: self._put(manifest))
@@ -325,7 +326,7 @@ class AdapterLibrary:
         if digest not in self.cache and not self.registry.is_wanted(digest):
             self._loaded.pop(digest, None)
 
-    def arrived(self, entry: Entry) -> None:
+    def added(self, entry: Entry) -> None:
         if entry.pin.resident:
             self.preload()
 
@@ -339,7 +340,7 @@ class AdapterLibrary:
             version = entry.current.version_digest
         return version is not None and self.reader.has_kept(version)
 
-    def left(self, entry: Entry) -> None:
+    def removed(self, entry: Entry) -> None:
         if entry.pin.resident:
             self.preload()
         for adapter in entry.versions:
@@ -381,7 +382,7 @@ def _check_composition(adapters: tuple[LeasedAdapter, ...]) -> None:
     if len(adapters) == 1 and adapters[0].scale == 1:
         return
     for leased in adapters:
-        if not leased.adapter.composable:
+        if not leased.adapter.listing.plan.composable:
             raise InvalidRequest(
                 f"'{leased.adapter.name}' cannot be scaled or added to others: it is not plain LoRA (it has "
                 "magnitudes, biases or saved weights).",

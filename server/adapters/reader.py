@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from server.adapters.content.folder import Signature, signature_of, sizes_of
+from server.adapters.content.folder import FolderState, folder_state, sizes_of
 from server.adapters.content.generation_defaults import GenerationDefaults
-from server.adapters.content.manifest import Limits, Listing, Manifest, list_folder, read_manifest
+from server.adapters.content.manifest import AdapterPolicy, Listing, Manifest, list_folder, read_manifest
 from server.adapters.content.signature import BaseSignature
 from server.adapters.versions import CachedDigest, VersionStore
 from server.errors import AdapterRejected
@@ -26,22 +26,22 @@ class FolderMoved(Exception):
 
 
 class AdapterReader:
-    """Folders and kept versions as manifests. ``validate_defaults`` raises ``ValueError`` for an unsupported value."""
+    """Folders and kept versions as manifests. ``check_defaults`` raises ``ValueError`` for an unsupported value."""
 
     def __init__(
         self,
         base: BaseSignature,
-        limits: Limits,
+        policy: AdapterPolicy,
         *,
         store: VersionStore | None = None,
-        validate_defaults: Callable[[GenerationDefaults], None] = lambda defaults: None,
+        check_defaults: Callable[[GenerationDefaults], None] = lambda defaults: None,
     ) -> None:
         self.store = store
-        self.roots = limits.roots
-        self._base, self._limits, self._validate_defaults = base, limits, validate_defaults
+        self.roots = policy.roots
+        self._base, self._policy, self._check_defaults = base, policy, check_defaults
         self._digests: dict[str, CachedDigest] = {}
         self._unsaved = 0
-        self._others: dict[Path, Signature] = {}
+        self._others: dict[Path, FolderState] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapters")
 
     async def run(self, function: Callable[..., T], *arguments: object) -> T:
@@ -52,36 +52,36 @@ class AdapterReader:
         """A folder's headers. Raises ``AdapterRejected``, or ``FolderMoved`` where they cannot be read just now."""
         return await self.run(self._list_settled, path, name)
 
-    async def manifest(self, path: Path, signature: Signature, name: str) -> Manifest:
+    async def manifest(self, path: Path, state: FolderState, name: str) -> Manifest:
         """The whole folder, if it is as it was when it had settled. Raises ``FolderMoved`` or ``AdapterRejected``."""
-        return await self.run(self._read_settled, path, signature, name)
+        return await self.run(self._read_settled, path, state, name)
 
-    async def unchanged(self, path: Path, name: str, version_digest: str, signature: Signature) -> Manifest | None:
-        """A version from its folder, whose times moved since ``signature``; None where it holds something else.
+    async def unchanged(self, path: Path, name: str, version_digest: str, state: FolderState) -> Manifest | None:
+        """A version from its folder, whose times moved since ``state``; None where it holds something else.
 
         A hard link, ``touch``, ``chmod`` or a checkout moves times; the digest tells that nothing else changed.
         """
-        return await self.run(self._read_unchanged, path, name, version_digest, signature)
+        return await self.run(self._read_unchanged, path, name, version_digest, state)
 
     async def kept(self, name: str, version_digest: str) -> Manifest | None:
         """A version of a name from the state directory; None where it is not there, or no longer what it was."""
         return await self.run(self._read_kept, name, version_digest)
 
-    async def keep(self, manifest: Manifest, signature: Signature) -> None:
+    async def keep(self, manifest: Manifest, state: FolderState) -> None:
         """Put a version into the state directory, where there is one, and note the digests of its folder."""
         if self.store is None:
             return
         await self.run(self.store.put, manifest.name, manifest.version_digest, manifest.files.by_name())
-        cached = CachedDigest(signature, manifest.weights_digest, manifest.version_digest)
+        cached = CachedDigest(state, manifest.weights_digest, manifest.version_digest)
         self._digests[str(manifest.path)] = cached
         self._unsaved += 1
 
-    def known_digests(self, listing: Listing, signature: Signature) -> CachedDigest | None:
+    def known_digests(self, listing: Listing, state: FolderState) -> CachedDigest | None:
         """The digests of a folder that was hashed when it looked the same, if that version is kept."""
         if self.store is None:
             return None
         cached = self._digests.get(str(listing.path))
-        if cached is None or cached.signature != signature or self.store.folder(cached.version_digest) is None:
+        if cached is None or cached.state != state or self.store.folder(cached.version_digest) is None:
             return None
         return cached
 
@@ -110,34 +110,34 @@ class AdapterReader:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _list_settled(self, path: Path, name: str) -> Listing:
-        before = signature_of(path, self.roots)
+        before = folder_state(path, self.roots)
         try:
-            return list_folder(path, self._base, self._limits, name=name)
+            return list_folder(path, self._base, self._policy, name=name)
         except OSError as error:
             raise FolderMoved(name) from error
         except AdapterRejected:
-            if signature_of(path, self.roots) != before:
+            if folder_state(path, self.roots) != before:
                 raise FolderMoved(name) from None
             raise
 
-    def _read_settled(self, path: Path, signature: Signature, name: str) -> Manifest:
-        if signature_of(path, self.roots) != signature:
+    def _read_settled(self, path: Path, state: FolderState, name: str) -> Manifest:
+        if folder_state(path, self.roots) != state:
             raise FolderMoved(name)
         try:
             manifest = self._read(path, name)
         except OSError as error:
             raise FolderMoved(name) from error
         except AdapterRejected:
-            if signature_of(path, self.roots) != signature:
+            if folder_state(path, self.roots) != state:
                 raise FolderMoved(name) from None
             raise
-        if signature_of(path, self.roots) != signature:
+        if folder_state(path, self.roots) != state:
             raise FolderMoved(name)
         return manifest
 
-    def _read_unchanged(self, path: Path, name: str, version_digest: str, signature: Signature) -> Manifest | None:
-        now = signature_of(path, self.roots)
-        if sizes_of(now) != sizes_of(signature) or self._others.get(path) == now:
+    def _read_unchanged(self, path: Path, name: str, version_digest: str, state: FolderState) -> Manifest | None:
+        now = folder_state(path, self.roots)
+        if sizes_of(now) != sizes_of(state) or self._others.get(path) == now:
             return None
         try:
             manifest = self._read(path, name)
@@ -160,9 +160,9 @@ class AdapterReader:
         return manifest if manifest.version_digest == version_digest else None
 
     def _read(self, path: Path, name: str) -> Manifest:
-        manifest = read_manifest(path, self._base, self._limits, name=name)
+        manifest = read_manifest(path, self._base, self._policy, name=name)
         try:
-            self._validate_defaults(manifest.defaults)
+            self._check_defaults(manifest.defaults)
         except ValueError as error:
             raise AdapterRejected(name, str(error)) from None
         return manifest

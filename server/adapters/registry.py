@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from server.adapters.content.folder import Signature
+from server.adapters.content.folder import FolderState
 from server.adapters.content.generation_defaults import GenerationDefaults
 from server.adapters.content.manifest import Listing, Manifest
-from server.adapters.content.signature import BaseCheck
 from server.adapters.versions import Pin
 from server.errors import ModelNotFound
 
@@ -19,45 +17,27 @@ DIGITS = 12
 
 @dataclass(frozen=True)
 class Adapter:
-    """One version of an adapter; it never changes. ``weights_digest`` names its rows in the LoRA bank."""
+    """One version of an adapter; immutable. ``weights_digest`` is the key of its weights in the engine."""
 
-    name: str
-    version_digest: str
+    listing: Listing
     weights_digest: str
-    rank: int
-    num_bytes: int
-    modules: tuple[str, ...]
-    created: int
-    path: Path
-    defaults: GenerationDefaults
-    composable: bool = True
-    base_check: BaseCheck = "shapes"
+    version_digest: str
 
     @classmethod
-    def of(cls, listing: Listing, *, weights_digest: str, version_digest: str) -> Adapter:
-        """The version of a folder whose digests are known."""
-        return cls(
-            name=listing.name,
-            version_digest=version_digest,
-            weights_digest=weights_digest,
-            rank=listing.plan.rank,
-            num_bytes=listing.plan.num_bytes,
-            modules=listing.plan.modules,
-            created=listing.created,
-            path=listing.path,
-            defaults=listing.defaults,
-            composable=listing.plan.composable,
-            base_check=listing.base_check,
-        )
+    def of(cls, manifest: Manifest) -> Adapter:
+        return cls(manifest.listing, manifest.weights_digest, manifest.version_digest)
 
-    @classmethod
-    def read(cls, manifest: Manifest) -> Adapter:
-        """The version of a folder that was read whole."""
-        return cls.of(manifest, weights_digest=manifest.weights_digest, version_digest=manifest.version_digest)
+    @property
+    def name(self) -> str:
+        return self.listing.name
+
+    @property
+    def defaults(self) -> GenerationDefaults:
+        return self.listing.defaults
 
     @property
     def label(self) -> str:
-        """``name@digest``, which can be asked for as a model."""
+        """``name@digest``, which a request can give as ``model``."""
         return f"{self.name}@{self.version_digest[:DIGITS]}"
 
 
@@ -71,7 +51,7 @@ class Entry:
     """
 
     listing: Listing
-    signature: Signature
+    state: FolderState
     current: Adapter | None = None
     pin: Pin = field(default_factory=Pin)
     refused: str | None = None
@@ -144,15 +124,17 @@ class AdapterRegistry:
         for entry in self._entries.values():
             entry.pin = self._pins.get(entry.name, Pin())
 
-    def add(self, listing: Listing, signature: Signature) -> Entry:
+    def add(self, listing: Listing, state: FolderState) -> Entry:
         """List a name whose bytes are still to be hashed."""
-        entry = self._entries[listing.name] = Entry(listing, signature, pin=self._pins.get(listing.name, Pin()))
+        entry = self._entries[listing.name] = Entry(listing, state, pin=self._pins.get(listing.name, Pin()))
         return entry
 
-    def publish(self, adapter: Adapter, listing: Listing, signature: Signature) -> None:
-        """Move a name, known or new, to a version in one step."""
-        entry = self._entries.get(adapter.name) or self.add(listing, signature)
-        entry.listing, entry.signature, entry.refused = listing, signature, None
+    def publish(self, adapter: Adapter, state: FolderState) -> None:
+        """Set the current version of a name, known or new."""
+        entry = self._entries.get(adapter.name) or self.add(adapter.listing, state)
+        entry.listing = adapter.listing
+        entry.state = state
+        entry.refused = None
         before = entry.current
         if before is not None and before.version_digest == adapter.version_digest:
             return

@@ -10,7 +10,8 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Protocol
 
-from server.adapters.content.folder import UNREAD_FILES, Signature
+from server.adapters.adapter_cache import retrieve_exception
+from server.adapters.content.folder import UNREAD_FILES, FolderState
 from server.adapters.content.manifest import Listing, Manifest
 from server.adapters.reader import AdapterReader, FolderMoved
 from server.adapters.registry import Adapter, AdapterRegistry, Entry
@@ -24,12 +25,12 @@ logger = logging.getLogger("quickchange.adapters")
 class SyncListener(Protocol):
     """What changes of the registry mean for weights in memory."""
 
-    def moving(self, entry: Entry, adapter: Adapter, manifest: Manifest) -> AbstractAsyncContextManager[None]:
+    def swapping(self, entry: Entry, adapter: Adapter, manifest: Manifest) -> AbstractAsyncContextManager[None]:
         """Surrounds the move of a name to another version."""
 
-    def arrived(self, entry: Entry) -> None: ...
+    def added(self, entry: Entry) -> None: ...
 
-    def left(self, entry: Entry) -> None: ...
+    def removed(self, entry: Entry) -> None: ...
 
     def has_weights(self, entry: Entry) -> bool:
         """Whether the version that a name means can be served without its folder."""
@@ -39,7 +40,7 @@ class AdapterSync:
     """Applies what the watcher found to the registry.
 
     ``refusals`` are the folders that are not served, by name, with the reason. ``pending`` are names whose folders the
-    watcher reads next; ``woken`` is set where one was added. ``level`` is the log level of an adapter that appears:
+    watcher reads next; ``wakeup`` is set where one was added. ``level`` is the log level of an adapter that appears:
     at start there may be thousands.
     """
 
@@ -49,7 +50,7 @@ class AdapterSync:
         self.registry, self.reader, self.metrics = registry, reader, metrics
         self.refusals: dict[str, tuple[Path, str]] = {}
         self.pending: set[str] = set()
-        self.woken = asyncio.Event()
+        self.wakeup = asyncio.Event()
         self.level = logging.DEBUG
         self._listener = listener
         self._waiting_for: set[str] = set()
@@ -57,12 +58,12 @@ class AdapterSync:
         self._hashing: dict[Entry, asyncio.Task[Adapter]] = {}
         self._unhashed: asyncio.Queue[Entry] = asyncio.Queue()
 
-    async def appear(self, name: str, path: Path, signature: Signature) -> bool:
+    async def add(self, name: str, path: Path, state: FolderState) -> bool:
         """List a folder by its headers; its bytes are hashed later, or when somebody asks for it."""
         try:
             listing = await self.reader.listing(path, name)
         except AdapterRejected as error:
-            await self._fall_back(name, path, signature, error.reason)
+            await self._fall_back(name, path, state, error.reason)
             return True
         except FolderMoved as error:
             self._note_trouble(name, error)
@@ -73,14 +74,14 @@ class AdapterSync:
             return True
         self._settle(name)
         self.refusals.pop(name, None)
-        entry = self.registry.add(listing, signature)
-        if (known := self.reader.known_digests(listing, signature)) is None:
+        entry = self.registry.add(listing, state)
+        known = self.reader.known_digests(listing, state)
+        if known is None:
             self._unhashed.put_nowait(entry)
         else:
-            digests = {"weights_digest": known.weights_digest, "version_digest": known.version_digest}
-            self.registry.publish(Adapter.of(listing, **digests), listing, signature)
+            self.registry.publish(Adapter(listing, known.weights_digest, known.version_digest), state)
         self._report()
-        self._listener.arrived(entry)
+        self._listener.added(entry)
         logger.log(
             self.level,
             "adapter %s: %d modules of rank %d, base checked by %s",
@@ -92,17 +93,17 @@ class AdapterSync:
         _tell_unread(listing)
         return True
 
-    async def change(self, name: str, path: Path, signature: Signature) -> bool:
+    async def update(self, name: str, path: Path, state: FolderState) -> bool:
         """Read a folder anew, load it beside the version before where that is in use, then move the name.
 
         False where it changed again meanwhile.
         """
         entry = self.registry.get(name)
         if entry.current is None:
-            return await self.appear(name, path, signature)
+            return await self.add(name, path, state)
         try:
-            manifest = await self.reader.manifest(path, signature, name)
-            await self._move(entry, manifest, signature)
+            manifest = await self.reader.manifest(path, state, name)
+            await self._move(entry, manifest, state)
             self._settle(name)
             _tell_unread(manifest)
         except AdapterRejected as error:
@@ -115,16 +116,16 @@ class AdapterSync:
             self._refuse_change(entry, path, f"it could not be read ({type(error).__name__})")
         return True
 
-    def look_again(self, name: str) -> None:
+    def request_read(self, name: str) -> None:
         """Have the watcher read a folder soon that a request found changed; logged once until it was read."""
         if name in self.registry and name not in self._waiting_for:
             self._waiting_for.add(name)
             logger.info("adapter %s: its folder changed since it was read; reading it again", name)
         if name not in self.pending:
             self.pending.add(name)
-            self.woken.set()
+            self.wakeup.set()
 
-    def vanish(self, name: str) -> None:
+    def remove(self, name: str) -> None:
         self._settle(name)
         self.refusals.pop(name, None)
         if name in self.registry:
@@ -137,7 +138,7 @@ class AdapterSync:
             return entry.current
         if entry not in self._hashing:
             task = self._hashing[entry] = asyncio.ensure_future(self._hash(entry))
-            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+            task.add_done_callback(retrieve_exception)
         return await asyncio.shield(self._hashing[entry])
 
     async def hash_all(self) -> None:
@@ -159,7 +160,7 @@ class AdapterSync:
             except Exception:
                 logger.exception("adapter folder %s could not be read", entry.name)
 
-    async def _fall_back(self, name: str, path: Path, signature: Signature, reason: str) -> None:
+    async def _fall_back(self, name: str, path: Path, state: FolderState, reason: str) -> None:
         """Refuse a folder; the version that was kept of it last, or that it is pinned at, is served on."""
         pin = self.registry.pins.get(name, Pin())
         versions = await self.reader.find_kept(name, pin.version or "")
@@ -168,38 +169,37 @@ class AdapterSync:
             with contextlib.suppress(AdapterRejected, FolderMoved):
                 kept = await self.reader.kept(name, versions[-1])
         if kept is not None:
-            self.registry.publish(Adapter.read(kept), kept.listing, signature)
+            self.registry.publish(Adapter.of(kept), state)
             self.registry.get(name).refused = reason
         self._refuse(name, path, reason)
 
     async def _hash(self, entry: Entry) -> Adapter:
         try:
-            manifest = await self.reader.manifest(entry.listing.path, entry.signature, entry.name)
+            manifest = await self.reader.manifest(entry.listing.path, entry.state, entry.name)
         except AdapterRejected as error:
             self.refuse(entry, error.reason)
             raise
         finally:
             del self._hashing[entry]
-        adapter = Adapter.read(manifest)
-        await self._keep(manifest, entry.signature)
+        adapter = Adapter.of(manifest)
+        await self._keep(manifest, entry.state)
         if self.registry.find(entry.name) is entry:
-            self.registry.publish(adapter, manifest.listing, entry.signature)
+            self.registry.publish(adapter, entry.state)
         return adapter
 
-    async def _move(self, entry: Entry, manifest: Manifest, signature: Signature) -> None:
-        adapter = Adapter.read(manifest)
+    async def _move(self, entry: Entry, manifest: Manifest, state: FolderState) -> None:
+        adapter = Adapter.of(manifest)
         self.refusals.pop(entry.name, None)
         if entry.current is not None and entry.current.version_digest == adapter.version_digest:
             if entry.listing.path != manifest.path:
                 entry.listing, entry.current = manifest.listing, adapter
-            entry.signature, entry.refused = signature, None
+            entry.state, entry.refused = state, None
             return
-        await self._keep(manifest, signature)
-        async with self._listener.moving(entry, adapter, manifest):
-            self.registry.publish(adapter, manifest.listing, signature)
-        logger.info(
-            "adapter %s: a new version, %d modules of rank %d", adapter.label, len(adapter.modules), adapter.rank
-        )
+        await self._keep(manifest, state)
+        async with self._listener.swapping(entry, adapter, manifest):
+            self.registry.publish(adapter, state)
+        plan = manifest.plan
+        logger.info("adapter %s: new version, %d modules, rank %d", adapter.label, len(plan.modules), plan.rank)
 
     async def _save_digests(self) -> None:
         try:
@@ -207,9 +207,9 @@ class AdapterSync:
         except OSError as error:
             logger.error("the digests could not be noted in the state directory (%s)", error.strerror)
 
-    async def _keep(self, manifest: Manifest, signature: Signature) -> None:
+    async def _keep(self, manifest: Manifest, state: FolderState) -> None:
         try:
-            await self.reader.keep(manifest, signature)
+            await self.reader.keep(manifest, state)
         except OSError as error:
             logger.error(
                 "version %s of adapter %s could not be kept in the state directory (%s)",
@@ -223,7 +223,7 @@ class AdapterSync:
         self._refuse(entry.name, entry.listing.path, reason)
 
     def _withdraw(self, name: str) -> None:
-        self._listener.left(self.registry.withdraw(name))
+        self._listener.removed(self.registry.withdraw(name))
         self._report()
 
     def _note_trouble(self, name: str, error: FolderMoved) -> None:

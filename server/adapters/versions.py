@@ -53,9 +53,9 @@ class Pin:
 
 @dataclass(frozen=True)
 class CachedDigest:
-    """The digests of a folder that looked like ``signature``, so that it need not be read again."""
+    """The digests of a folder that looked like ``state``, so that it need not be read again."""
 
-    signature: JsonTuple
+    state: JsonTuple
     weights_digest: str
     version_digest: str
 
@@ -132,7 +132,7 @@ class VersionStore:
             else:
                 _unlink(path)
 
-    def pins_signature(self) -> object:
+    def pins_state(self) -> object:
         """Equal as long as no pin changed, and cheaper than reading them."""
         with contextlib.suppress(FileNotFoundError):
             found = [(path.name, path.lstat()) for path in (self.state_dir / "pins").iterdir()]
@@ -145,7 +145,7 @@ class VersionStore:
 
     def save_digests(self, digests: Mapping[str, CachedDigest]) -> None:
         with self._writing():
-            content = {key: vars(digest) for key, digest in digests.items()}
+            content = {path: _cached_json(cached) for path, cached in digests.items()}
             self._write(self.state_dir / "digests.json", {"digests": content})
 
     def _path(self, folder: str, name: str) -> Path:
@@ -265,14 +265,19 @@ def _parse_digests(value: Any) -> dict[str, CachedDigest]:
 
 def _parse_cached(value: Any) -> CachedDigest:
     match value:
-        case {"signature": signature, "weights_digest": str(weights), "version_digest": str(version)}:
-            return CachedDigest(_parse_signature(signature), _checked(weights), _checked(version))
+        case {"signature": state, "weights_digest": str(weights), "version_digest": str(version)}:
+            return CachedDigest(_parse_state(state), _checked(weights), _checked(version))
     raise ValueError("it lacks a signature or a digest")
 
 
-def _parse_signature(value: Any) -> JsonTuple:
+def _cached_json(cached: CachedDigest) -> dict[str, Any]:
+    digests = {"weights_digest": cached.weights_digest, "version_digest": cached.version_digest}
+    return {"signature": cached.state, **digests}
+
+
+def _parse_state(value: Any) -> JsonTuple:
     if isinstance(value, list):
-        return tuple(_parse_signature(one) for one in value)
+        return tuple(_parse_state(one) for one in value)
     if isinstance(value, str) or type(value) is int:
         return value
     raise ValueError("a signature is of texts and integers")

@@ -22,14 +22,14 @@ from watchfiles import awatch
 
 from server.adapters.aliases import ALIASES_FILE, MAX_ALIASES_BYTES, parse_aliases
 from server.adapters.content.folder import (
-    Signature,
-    file_signature,
+    FolderState,
+    file_state,
+    folder_state,
     follows_links,
     read_file,
-    signature_of,
     sub_folders,
 )
-from server.adapters.content.opening import leads_inside
+from server.adapters.content.safe_open import leads_inside
 from server.adapters.library import AdapterLibrary
 from server.adapters.versions import VersionStore
 
@@ -49,7 +49,7 @@ class Found:
     """
 
     path: Path
-    signature: Signature
+    state: FolderState
     changed: float
     inode: int
 
@@ -70,12 +70,12 @@ class AdapterWatcher:
         self._adapters, self._sync, self._store = adapters, adapters.sync, store
         self._roots, self._linked = adapters.reader.roots, False
         self._seen: dict[str, tuple[Found, float]] = {}
-        self._handled: dict[str, tuple[Path, Signature]] = {}
+        self._handled: dict[str, tuple[Path, FolderState]] = {}
         self._missing: dict[str, float] = {}
-        self._hidden: dict[str, Signature] = {}
+        self._hidden: dict[str, FolderState] = {}
         self._mounted: dict[str, Path] = {}
-        self._aliases_signature: Signature | None = None
-        self._pins_signature: object = None
+        self._aliases_state: FolderState | None = None
+        self._pins_state: object = None
         self._durations = (0.0, 0.0)
         self._watchable: frozenset[tuple[Path, int]] = frozenset()
         self._watched: frozenset[tuple[Path, int]] = frozenset()
@@ -125,7 +125,7 @@ class AdapterWatcher:
             if names is not None:
                 self._seen |= sightings
                 return not self._sync.pending
-            self._hidden = {name: signature for name, signature in self._hidden.items() if name in found}
+            self._hidden = {name: state for name, state in self._hidden.items() if name in found}
             await self._read_aliases_and_pins()
             self._seen = sightings
             return not self._sync.pending
@@ -142,7 +142,7 @@ class AdapterWatcher:
 
     def forget_pins(self) -> None:
         """Read the pins again at the next scan, even where their files are unchanged."""
-        self._pins_signature = None
+        self._pins_state = None
 
     async def hide(self, name: str) -> None:
         """Serve a name no more, until its folder changes or it is mounted."""
@@ -151,7 +151,7 @@ class AdapterWatcher:
                 self._handled.pop(name, None)
             for own, path in await asyncio.to_thread(lambda: list(self._sub_folders())):
                 if own == name and name not in self._hidden:
-                    self._hidden[name] = await asyncio.to_thread(signature_of, path, self._roots)
+                    self._hidden[name] = await asyncio.to_thread(folder_state, path, self._roots)
             self._forget(name)
 
     def is_current(self, name: str) -> bool:
@@ -164,8 +164,8 @@ class AdapterWatcher:
         while not self._has_events and (left := due - time.monotonic()) > 0:
             pause = min(left, self.settle / 2) if self._sync.pending else left
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._sync.woken.wait(), pause)
-            self._sync.woken.clear()
+                await asyncio.wait_for(self._sync.wakeup.wait(), pause)
+            self._sync.wakeup.clear()
             if self._sync.pending and not self._has_events:
                 await self._scan_and_report(frozenset(self._sync.pending))
         if self._has_events:
@@ -221,23 +221,23 @@ class AdapterWatcher:
                 *paths, recursive=False, debounce=200, step=50, watch_filter=None, rust_timeout=5_000
             ):
                 self._has_events = True
-                self._sync.woken.set()
+                self._sync.wakeup.set()
         except (OSError, RuntimeError) as error:
             logger.info("no file system events from the adapter folders (%s); scanning every %g s", error, self.settle)
 
     async def _apply(self, name: str, found: Found, now: float) -> bool:
         """Have a folder read that is new or changed. False where it has not settled."""
-        if self._handled.get(name) == (found.path, found.signature) or self._hidden.get(name) == found.signature:
+        if self._handled.get(name) == (found.path, found.state) or self._hidden.get(name) == found.state:
             return True
         if not self._has_settled(name, found, now):
             return False
         self._hidden.pop(name, None)
         if name in self._sync.registry:
-            taken = await self._sync.change(name, found.path, found.signature)
+            taken = await self._sync.update(name, found.path, found.state)
         else:
-            taken = await self._sync.appear(name, found.path, found.signature)
+            taken = await self._sync.add(name, found.path, found.state)
         if taken:
-            self._handled[name] = (found.path, found.signature)
+            self._handled[name] = (found.path, found.state)
         return taken
 
     def _has_settled(self, name: str, found: Found, now: float) -> bool:
@@ -254,7 +254,7 @@ class AdapterWatcher:
         self._handled.pop(name, None)
         self._missing.pop(name, None)
         self._mounted.pop(name, None)
-        self._sync.vanish(name)
+        self._sync.remove(name)
 
     def _timed_read(self, names: Collection[str] | None) -> dict[str, Found]:
         """Read the folders; how long a full read takes bounds how often there is one.
@@ -266,7 +266,7 @@ class AdapterWatcher:
         seconds = time.perf_counter() - since
         if names is None:
             self._durations = (self._durations[1], seconds)
-            links = any(follows_links(one.signature) for one in found.values())
+            links = any(follows_links(one.state) for one in found.values())
             self._linked = links or any(folder.is_symlink() for folder in self.folders)
             self._watchable = frozenset((one.path, one.inode) for one in found.values() if _can_be_watched(one))
         if seconds > _SLOW_SCAN:
@@ -281,9 +281,9 @@ class AdapterWatcher:
             if name not in found and (name not in self._mounted or self.is_inside(path)):
                 with contextlib.suppress(OSError):
                     status = os.lstat(path)
-                    signature = signature_of(path, self._roots)
-                    changed = max([status.st_ctime, *(one[4] / 1e9 for one in signature)])
-                    found[name] = Found(path, signature, changed, _inode(path, status))
+                    state = folder_state(path, self._roots)
+                    changed = max([status.st_ctime, *(one[4] / 1e9 for one in state)])
+                    found[name] = Found(path, state, changed, _inode(path, status))
         return found
 
     def _sub_folders(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Path]]:
@@ -295,19 +295,19 @@ class AdapterWatcher:
     async def _read_aliases_and_pins(self) -> None:
         """Read the aliases and the pins again where their files changed."""
         path = self.folders[0] / ALIASES_FILE
-        signature = await asyncio.to_thread(file_signature, path, self._roots)
-        if signature != self._aliases_signature:
-            self._aliases_signature = signature
+        state = await asyncio.to_thread(file_state, path, self._roots)
+        if state != self._aliases_state:
+            self._aliases_state = state
             try:
-                data = await asyncio.to_thread(read_file, path, MAX_ALIASES_BYTES, self._roots) if signature else None
+                data = await asyncio.to_thread(read_file, path, MAX_ALIASES_BYTES, self._roots) if state else None
                 self._adapters.set_aliases(parse_aliases(data or b""))
             except (OSError, ValueError) as error:
                 logger.error("%s is not used, the aliases before it stay: %s", ALIASES_FILE, error)
         if self._store is None:
             return
-        pins = await asyncio.to_thread(self._store.pins_signature)
-        if pins != self._pins_signature:
-            self._pins_signature = pins
+        pins = await asyncio.to_thread(self._store.pins_state)
+        if pins != self._pins_state:
+            self._pins_state = pins
             self._adapters.set_pins(await asyncio.to_thread(self._store.pins))
 
 
@@ -322,9 +322,9 @@ def _inode(path: Path, status: os.stat_result) -> int:
 def _can_be_watched(found: Found) -> bool:
     """Whether the system may send events for a folder; for one that may not be read it does not, and scans find it."""
     effective = os.access in os.supports_effective_ids
-    return not _is_outside(found.signature) and os.access(found.path, os.R_OK, effective_ids=effective)
+    return not _is_outside(found.state) and os.access(found.path, os.R_OK, effective_ids=effective)
 
 
-def _is_outside(signature: Signature) -> bool:
+def _is_outside(state: FolderState) -> bool:
     """Whether a folder is a link that leads outside the roots, so that nothing behind it was read."""
-    return [name for name, *_ in signature] == [""]
+    return [name for name, *_ in state] == [""]

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from server.adapters.content.diagnostics import DiagnosticReport, diagnose
-from server.adapters.content.manifest import Limits
-from server.cli.folders import limits_of
+from server.adapters.content.manifest import AdapterPolicy
+from server.cli.folders import policy_of
 from server.errors import AdapterRejected
 from server.lora.weights import LoRAWeights
 from server.model.device import available_threads
@@ -25,7 +25,7 @@ class AdapterChecker:
     """Judges folders; ``modules`` are the base's own."""
 
     base: Base
-    limits: Limits
+    policy: AdapterPolicy
     prompts: PromptRenderer
     modules: Mapping[str, nn.Module]
 
@@ -41,7 +41,7 @@ class AdapterChecker:
             max_model_len=settings.max_model_len,
         )
         prompts = PromptRenderer(base.tokenizer, vocab_size=base.vocab_size)
-        return cls(base, limits_of(settings), prompts, dict(base.model.named_modules(remove_duplicate=False)))
+        return cls(base, policy_of(settings), prompts, dict(base.model.named_modules(remove_duplicate=False)))
 
     def close(self) -> None:
         self.base.close()
@@ -49,9 +49,7 @@ class AdapterChecker:
     def check(self, path: Path, *, name: str | None = None) -> tuple[DiagnosticReport, LoRAWeights | None]:
         """What is to be said of a folder, under its own name or another, and its weights where it is served."""
         name = name or path.absolute().name
-        found = diagnose(
-            path, self.base.signature, self.limits, name=name, validate_defaults=self.prompts.check_defaults
-        )
+        found = diagnose(path, self.base.signature, self.policy, name=name, check_defaults=self.prompts.check_defaults)
         if found.manifest is None or found.problems:
             return found, None
         try:

@@ -11,7 +11,7 @@ from server.adapters.operator import AdapterOperator
 from server.adapters.reader import AdapterReader
 from server.adapters.registry import AdapterRegistry
 from server.adapters.watcher import AdapterWatcher
-from server.cli.folders import adapter_folders, limits_of, open_store
+from server.cli.folders import adapter_folders, open_store, policy_of
 from server.engine.async_engine import AsyncEngine
 from server.metrics import Metrics
 from server.model.loader import Base
@@ -44,7 +44,7 @@ def build_adapter_services(
         num_bytes = await engine.load_adapter(manifest.weights_digest, weights)
         return Loaded(weights.delta_norm, num_bytes)
 
-    reader = AdapterReader(base.signature, limits_of(settings), store=store, validate_defaults=prompts.check_defaults)
+    reader = AdapterReader(base.signature, policy_of(settings), store=store, check_defaults=prompts.check_defaults)
     cache = AdapterCache(
         settings.adapter_memory,
         unload=engine.unload_adapter,

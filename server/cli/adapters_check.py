@@ -144,7 +144,7 @@ def report(
     if found.manifest is not None:
         yield "base check", f"by {found.manifest.base_check}"
     if found.defaults is not None:
-        yield from _manners(found.defaults)
+        yield from _default_rows(found.defaults)
         yield from _tokens(found.defaults, base)
         yield "template", _template(found, base_template, trusting=trusting)
     if found.sidecar is not None and found.sidecar.verdict is not None:
@@ -229,7 +229,7 @@ def _verdict(verdict: Verdict) -> Iterator[Row]:
     yield "verdict", ", ".join([verdict.status, *others])
 
 
-def _manners(defaults: GenerationDefaults) -> Iterator[Row]:
+def _default_rows(defaults: GenerationDefaults) -> Iterator[Row]:
     if (prompt := defaults.system_prompt) is not None:
         yield "prompt", f"{len(prompt)} characters: {_quoted(prompt)}"
     if defaults.stop or defaults.end_tokens or defaults.eos:

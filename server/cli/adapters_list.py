@@ -77,8 +77,8 @@ def _print_folder(checker: AdapterChecker, path: Path) -> str | None:
     if weights is None or found.manifest is None:
         say(f"{path.name}: NOT SERVED: {first(found.problems, '; ')}")
         return None
-    adapter = Adapter.read(found.manifest)
-    size = f"rank {adapter.rank}, {len(adapter.modules)} modules, {adapter.num_bytes / 1e6:.1f} MB"
+    adapter, plan = Adapter.of(found.manifest), found.manifest.plan
+    size = f"rank {plan.rank}, {len(plan.modules)} modules, {plan.num_bytes / 1e6:.1f} MB"
     say(f"{adapter.label}: {size}{_checked(found.manifest)}, {path}")
     for file, reason in found.manifest.unread.items():
         say(f"    served without its {file} ({UNREAD_FILES[file]}): {reason}")

@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from base_files.locate import EMBEDDED_BASE
-from server.adapters.content.manifest import Limits
+from server.adapters.content.manifest import AdapterPolicy
 from server.adapters.names import is_name
 from server.adapters.versions import VersionStore
 from server.errors import SettingsError
@@ -19,8 +19,8 @@ class NotPublished(Exception):
     """There is no new adapter, and nothing was left behind; the text is for the person at the terminal."""
 
 
-def limits_of(settings: Settings) -> Limits:
-    return Limits(
+def policy_of(settings: Settings) -> AdapterPolicy:
+    return AdapterPolicy(
         max_rank=settings.max_lora_rank,
         max_bytes=settings.max_adapter_bytes,
         max_memory=settings.adapter_memory,

@@ -7,12 +7,12 @@ from pathlib import Path
 import tokenizers
 from transformers import PreTrainedTokenizerBase
 
-from server.adapters.content.added_tokens import AddedToken, TokenizerSignature
+from server.adapters.content.added_tokens import AddedToken, BaseTokenizer
 
 _FILE = "tokenizer.json"
 
 
-def tokenizer_signature(tokenizer: PreTrainedTokenizerBase, folder: Path | None = None) -> TokenizerSignature | None:
+def tokenizer_signature(tokenizer: PreTrainedTokenizerBase, folder: Path | None = None) -> BaseTokenizer | None:
     """What an adapter's tokenizer must be; None where the base's is none of the library ``tokenizers``.
 
     Releases of transformers build some tokenizers in other ways than their file says: an adapter's may be as the one
@@ -31,7 +31,7 @@ def tokenizer_signature(tokenizer: PreTrainedTokenizerBase, folder: Path | None 
 
     added = tuple(_added(number, token) for number, token in sorted(backend.get_added_tokens_decoder().items()))
     num_ids = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-    return TokenizerSignature(added, num_ids, read, normalizes=backend.normalizer is not None)
+    return BaseTokenizer(added, num_ids, read, normalizes=backend.normalizer is not None)
 
 
 def _added(number: int, token: tokenizers.AddedToken) -> AddedToken:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from server.adapters.content.manifest import Limits, read_manifest
+from server.adapters.content.manifest import AdapterPolicy, read_manifest
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
 from server.engine.slots import SlotTable
@@ -59,7 +59,7 @@ class Micro:
         runner = ModelRunner.of(base, num_slots=NUM_SLOTS)
         uses: dict[str, tuple[LoRARequest, ...]] = {"base": ()}
         for name in ADAPTERS:
-            manifest = read_manifest(ROOT / "adapters" / name, base.signature, Limits(256, 1 << 30))
+            manifest = read_manifest(ROOT / "adapters" / name, base.signature, AdapterPolicy(256, 1 << 30))
             runner.add_adapter(manifest.weights_digest, runner.prepare(manifest))
             uses[name] = (LoRARequest(manifest.weights_digest),)
         return cls(base, runner, uses)

@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from server.adapters.content.manifest import Limits, read_manifest
+from server.adapters.content.manifest import AdapterPolicy, read_manifest
 from server.lora.batched import BatchedTorchLoRA
 from server.lora.weights import LoRAWeights
 from server.model.model_trace import signature_of
@@ -30,7 +30,7 @@ OF_EACH_KIND = ("llama", "gpt2", "gemma3", "phi3", "gpt_oss")
 """Plain; with Conv1D; with windows and norms of heads; with joined projections; with experts."""
 
 FINGERPRINT = f"sha256:{'0' * 64}"
-LIMITS = Limits(max_rank=16, max_bytes=1 << 24)
+LIMITS = AdapterPolicy(max_rank=16, max_bytes=1 << 24)
 
 _ATTENTION = {"gpt2": ["c_attn"], "gpt_neox": ["query_key_value"], "phi3": ["qkv_proj"], "phi3_longrope": ["qkv_proj"]}
 _LAST_PROJECTION = {"gpt2": "attn.c_proj", "gpt_neox": "attention.dense"}

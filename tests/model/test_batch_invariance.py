@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cpu_kernels import kernels
-from server.adapters.content.manifest import Limits, read_manifest
+from server.adapters.content.manifest import AdapterPolicy, read_manifest
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
 from server.metrics import Metrics
@@ -107,7 +107,7 @@ def test_with_routines_so_are_those_of_adapters_and_compositions(monkeypatch: py
     base = load(TWO_LINEARS[-1], monkeypatch)
     runner, uses = ModelRunner.of(base, num_slots=8), []
     for name in ("helpdesk", "json", "tolstoy"):
-        manifest = read_manifest(ROOT / "adapters" / name, base.signature, Limits(256, 1 << 30))
+        manifest = read_manifest(ROOT / "adapters" / name, base.signature, AdapterPolicy(256, 1 << 30))
         runner.add_adapter(manifest.weights_digest, runner.prepare(manifest))
         uses.append((LoRARequest(manifest.weights_digest),))
     both = (*uses[0], LoRARequest(uses[2][0].digest, 0.5))

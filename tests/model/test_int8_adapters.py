@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from cpu_kernels.kernels import choose_linear
 from cpu_kernels.native_kernel import available
-from server.adapters.content.manifest import Limits, read_manifest
+from server.adapters.content.manifest import AdapterPolicy, read_manifest
 from server.adapters.content.signature import BaseSignature
 from server.lora.native import NativeLoRA
 from server.lora.weights import LoRAWeights
@@ -30,7 +30,7 @@ from tests.model.peft_cases import CASES, TOLERANCE, base_of, make_adapter
 from tests.tables import one_of_each
 
 FINGERPRINT = f"sha256:{'0' * 64}"
-LIMITS = Limits(max_rank=16, max_bytes=1 << 24)
+LIMITS = AdapterPolicy(max_rank=16, max_bytes=1 << 24)
 PAIRS = [
     (name, family) for name, case in CASES.items() for family in dict.fromkeys((case.families[0], case.families[-1]))
 ]

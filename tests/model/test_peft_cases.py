@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from server.adapters.content.manifest import Limits, Manifest, read_manifest
+from server.adapters.content.manifest import AdapterPolicy, Manifest, read_manifest
 from server.adapters.content.signature import BaseSignature
 from server.lora.weights import LoRAWeights
 from server.model.model_trace import signature_of
@@ -23,7 +23,7 @@ from tests.model.peft_table import PATH, page
 from tests.tables import one_of_each
 
 FINGERPRINT = f"sha256:{'0' * 64}"
-LIMITS = Limits(max_rank=16, max_bytes=1 << 24)
+LIMITS = AdapterPolicy(max_rank=16, max_bytes=1 << 24)
 PAIRS = [(name, family) for name, case in CASES.items() for family in case.families]
 
 

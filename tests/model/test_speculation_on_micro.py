@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cpu_kernels.kernels import native_linears
-from server.adapters.content.manifest import Limits, read_manifest
+from server.adapters.content.manifest import AdapterPolicy, read_manifest
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
 from server.metrics import Metrics
@@ -94,7 +94,7 @@ def _load(quantization: str) -> Micro:
     runner = ModelRunner.of(base, num_slots=8)
     uses = {}
     for name in ("helpdesk", "json", "tolstoy"):
-        manifest = read_manifest(ROOT / "adapters" / name, base.signature, Limits(256, 1 << 30))
+        manifest = read_manifest(ROOT / "adapters" / name, base.signature, AdapterPolicy(256, 1 << 30))
         runner.add_adapter(manifest.weights_digest, runner.prepare(manifest))
         uses[name] = (LoRARequest(manifest.weights_digest),)
     return Micro(base, runner, {**uses, "both": (*uses["helpdesk"], LoRARequest(uses["tolstoy"][0].digest, 0.5))})

@@ -34,8 +34,8 @@ from starlette.types import Message
 
 from server.adapters.adapter_cache import Loaded
 from server.adapters.content import folder as folder_module
-from server.adapters.content.folder import signature_of
-from server.adapters.content.manifest import Limits, Manifest, list_folder, read_manifest
+from server.adapters.content.folder import folder_state
+from server.adapters.content.manifest import AdapterPolicy, Manifest, list_folder, read_manifest
 from server.adapters.reader import AdapterReader, FolderMoved
 from server.api.app import ServerState, create_app
 from server.engine.async_engine import AsyncEngine
@@ -75,7 +75,7 @@ async def harness(tmp_path: Path) -> AdapterHarness:
     return AdapterHarness(tmp_path)
 
 
-def read(path: Path, limits: Limits = LIMITS) -> Manifest:
+def read(path: Path, limits: AdapterPolicy = LIMITS) -> Manifest:
     return read_manifest(path, BASE, limits)
 
 
@@ -99,7 +99,7 @@ def within(seconds: float, work: Callable[..., Any], *arguments: Any) -> Any:
     return result
 
 
-def refusal(path: Path, limits: Limits = LIMITS) -> str:
+def refusal(path: Path, limits: AdapterPolicy = LIMITS) -> str:
     """Why a folder is refused, quickly and in a line that a log can hold; by its headers and by its bytes."""
     reasons = []
     for judge in (list_folder, read_manifest):
@@ -174,14 +174,14 @@ WATCHED = """
 import json, socket, sys
 from pathlib import Path
 from server.adapters.content.signature import BaseSignature
-from server.adapters.content.manifest import Limits, read_manifest
+from server.adapters.content.manifest import AdapterPolicy, read_manifest
 from server.adapters.content.signature import linear
 from server.errors import AdapterRejected
 
 modules = {"model.layers.0.q_proj": linear(6, 4), "model.layers.0.v_proj": linear(6, 2)}
 base = BaseSignature("base", sys.argv[1], modules)
 warm, *paths = map(Path, sys.argv[2:])
-read_manifest(warm, base, Limits(max_rank=8, max_bytes=100_000))
+read_manifest(warm, base, AdapterPolicy(max_rank=8, max_bytes=100_000))
 events, watching = [], False
 
 def watch(event, arguments):
@@ -192,7 +192,7 @@ sys.addaudithook(watch)
 for path in paths:
     watching = True
     try:
-        read_manifest(path, base, Limits(max_rank=8, max_bytes=100_000))
+        read_manifest(path, base, AdapterPolicy(max_rank=8, max_bytes=100_000))
         said = ""
     except AdapterRejected as error:
         said = error.reason
@@ -831,14 +831,14 @@ async def test_a_folder_that_changes_while_it_is_read_is_not_judged(
         return found
 
     monkeypatch.setattr(folder_module, "read_file_at", read_and_step)
-    reader = AdapterReader(BASE, LIMITS, validate_defaults=lambda defaults: step())
+    reader = AdapterReader(BASE, LIMITS, check_defaults=lambda defaults: step())
     phases = 2 * len(EXPECTED_FILES) + 1  # around each file, and when all are read
     paths = [make(tmp_path / str(number), "good") for number in range(phases)]
     time.sleep(0.02)  # so that the changes get a time of their own
     for phase, path in enumerate(paths):
         calls = 0
         with pytest.raises(FolderMoved):
-            await reader.manifest(path, signature_of(path), "good")
+            await reader.manifest(path, folder_state(path), "good")
         assert calls > phase
     reader.close()
 

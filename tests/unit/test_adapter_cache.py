@@ -70,7 +70,7 @@ async def test_who_finds_no_room_waits_until_a_lease_ends(memory: Memory) -> Non
     await memory.hold("b")
     third = memory.hold_later("c")
     await asyncio.sleep(0.01)
-    assert (third.done(), memory.books.num_waiting) == (False, 1)
+    assert (third.done(), len(memory.books._queue)) == (False, 1)
     memory.books.release(["a"])
     await third
     assert (memory.freed, memory.books.digests) == (["a"], ["b", "c"])
@@ -219,7 +219,7 @@ async def test_a_place_in_the_queue_is_given_up_by_who_leaves(memory: Memory) ->
     await asyncio.gather(waiting, return_exceptions=True)
     memory.books.release(["a"])
     memory.books.check_integrity()
-    assert (memory.books.num_waiting, memory.books.num_leases("b"), memory.loaded) == (0, 0, ["a"])
+    assert (len(memory.books._queue), memory.books.num_leases("b"), memory.loaded) == (0, 0, ["a"])
 
 
 async def test_weights_loaded_for_nobody_and_unwanted_do_not_stay(memory: Memory) -> None:
@@ -256,7 +256,7 @@ async def test_the_books_balance_after_a_storm(seed: int) -> None:
     results = await asyncio.wait_for(asyncio.gather(*clients, return_exceptions=True), 20)
     assert all(result is None or isinstance(result, asyncio.CancelledError) for result in results)
     memory.books.check_integrity()
-    assert memory.books.num_waiting == 0
+    assert len(memory.books._queue) == 0
     assert not any(memory.books.num_leases(digest) for digest in "abcdefgh")
 
 
@@ -277,7 +277,7 @@ async def test_room_that_is_left_of_a_reservation_is_given_to_who_waits(memory: 
     memory.gate.clear()
     first, second = memory.hold_later("a", size=8), memory.hold_later("b", size=8)
     await asyncio.sleep(0.01)
-    assert memory.books.num_waiting == 1
+    assert len(memory.books._queue) == 1
     memory.gate.set()
     await asyncio.wait_for(asyncio.gather(first, second), 1)
     assert memory.books.num_bytes == 10

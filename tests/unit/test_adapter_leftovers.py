@@ -63,8 +63,8 @@ async def test_content_that_changed_without_its_size_or_times_is_never_served_as
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Network file systems have coarse times; bytes are hashed whenever they are loaded."""
-    monkeypatch.setattr("server.adapters.reader.signature_of", lambda path, roots: ())
-    monkeypatch.setattr("server.adapters.watcher.signature_of", lambda path, roots: ())
+    monkeypatch.setattr("server.adapters.reader.folder_state", lambda path, roots: ())
+    monkeypatch.setattr("server.adapters.watcher.folder_state", lambda path, roots: ())
     harness = AdapterHarness(tmp_path, room=1)
     path = make(harness.first, "a", lora_alpha=16)
     make(harness.first, "b")

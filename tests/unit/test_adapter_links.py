@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from server.adapters.content import folder as folder_module
-from server.adapters.content import opening
+from server.adapters.content import safe_open
 from server.adapters.content.diagnostics import diagnose
-from server.adapters.content.folder import read_file, read_files, signature_of
+from server.adapters.content.folder import folder_state, read_file, read_files
 from server.adapters.content.manifest import read_manifest
 from server.adapters.reader import AdapterReader, FolderMoved
 from server.errors import AdapterRejected, InvalidRequest
@@ -25,11 +25,11 @@ from tests.adapter_folders import BASE, CONFIG, LIMITS, SIDECAR, AdapterHarness,
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
-@pytest.fixture(params=["by O_PATH", "by opening"])
+@pytest.fixture(params=["by O_PATH", "by reopening"])
 def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways to reach what a link leads to: Linux's, and that of systems without ``O_PATH``."""
-    if request.param == "by opening":
-        monkeypatch.setattr(opening, "_O_PATH", None)
+    if request.param == "by reopening":
+        monkeypatch.setattr(safe_open, "_O_PATH", None)
 
 
 def snapshot(hub: Path) -> Path:
@@ -220,7 +220,7 @@ async def test_a_swap_while_a_folder_is_read_is_read_again(tmp_path: Path, monke
         volume.put(files(4))
         left[0] = moment
         with pytest.raises(FolderMoved):
-            await reader.manifest(volume.path, signature_of(volume.path, reader.roots), "a")
+            await reader.manifest(volume.path, folder_state(volume.path, reader.roots), "a")
     reader.close()
 
 
@@ -329,7 +329,7 @@ def test_a_link_moved_after_it_was_judged_is_read_as_it_was_judged(
     (folder / CONFIG_FILE).rename(folder / "mine")
     (folder / CONFIG_FILE).symlink_to("mine")
     secret.write_text("a secret")
-    judge = opening.path_of
+    judge = safe_open.path_of
 
     def judge_and_exchange(descriptor: int) -> str | None:
         where = judge(descriptor)
@@ -338,7 +338,7 @@ def test_a_link_moved_after_it_was_judged_is_read_as_it_was_judged(
             (folder / CONFIG_FILE).symlink_to(secret)
         return where
 
-    monkeypatch.setattr(opening, "path_of", judge_and_exchange)
+    monkeypatch.setattr(safe_open, "path_of", judge_and_exchange)
     found = read_file(folder / CONFIG_FILE, 100_000, (tmp_path / "adapters",))
     assert json.loads(found or b"") == CONFIG
     with pytest.raises(ValueError, match="leads outside"):
@@ -350,7 +350,7 @@ def test_where_the_system_does_not_tell_where_a_link_leads_it_is_refused(
 ) -> None:
     folder = make(tmp_path, "a")
     limits = replace(LIMITS, roots=(tmp_path,))
-    monkeypatch.setattr(opening, "path_of", lambda descriptor: None)
+    monkeypatch.setattr(safe_open, "path_of", lambda descriptor: None)
     assert read_manifest(folder, BASE, limits).name == "a"
     (folder / CONFIG_FILE).rename(folder / "mine")
     (folder / CONFIG_FILE).symlink_to("mine")

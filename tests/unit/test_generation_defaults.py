@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from server.adapters.content.folder import signature_of
+from server.adapters.content.folder import folder_state
 from server.adapters.content.generation_defaults import GenerationDefaults
 from server.adapters.content.manifest import Manifest, read_manifest
 from server.adapters.reader import AdapterReader
@@ -20,7 +20,7 @@ from server.errors import AdapterRejected
 from server.text.prompt import PromptRenderer
 from tests import fakes
 from tests.adapter_folders import BASE, CONFIG, LIMITS, SIDECAR, make, write
-from tests.fakes import EOS, FakeEngine, Script, adapter, ask, encode, server_state, small_tokenizer
+from tests.fakes import EOS, FakeEngine, Script, adapter, adapter_with, ask, encode, server_state, small_tokenizer
 
 CHAT = "/v1/chat/completions"
 USER = [{"role": "user", "content": "hello"}]
@@ -173,12 +173,12 @@ async def test_a_template_that_does_not_work_is_refused_when_the_folder_is_read(
         if defaults.chat_template is not None:
             prompts.check_template(defaults.chat_template)
 
-    reader = AdapterReader(BASE, LIMITS, validate_defaults=judge)
+    reader = AdapterReader(BASE, LIMITS, check_defaults=judge)
     put(folder, {TEMPLATE_FILE: template})
     with pytest.raises(AdapterRejected, match=f"its chat template.*{words}"):
-        await reader.manifest(folder, signature_of(folder), "good")
+        await reader.manifest(folder, folder_state(folder), "good")
     put(folder, {TEMPLATE_FILE: TEMPLATE})
-    assert (await reader.manifest(folder, signature_of(folder), "good")).defaults.chat_template == TEMPLATE
+    assert (await reader.manifest(folder, folder_state(folder), "good")).defaults.chat_template == TEMPLATE
     reader.close()
 
 
@@ -212,7 +212,7 @@ def test_a_conversation_that_the_adapters_template_refuses_is_the_clients_to_men
 def test_the_system_prompt_leads_a_conversation_that_has_none(folder: Path, role: str, shown: bool) -> None:
     put(folder, sidecar(system_prompt="You rhyme."))
     engine = FakeEngine()
-    app = create_app(server_state(engine, replace(adapter("poet"), defaults=read(folder).defaults)))
+    app = create_app(server_state(engine, adapter_with("poet", read(folder).defaults)))
     messages = [{"role": role, "content": "Speak plainly."}, *USER]
     ask(app, "POST", CHAT, json={"model": "poet", "messages": messages})
     text = str(small_tokenizer().decode(list(engine.submitted[0].prompt_ids)))
@@ -294,7 +294,7 @@ def test_the_longest_answer_is_the_requests_or_the_sidecars_or_the_neighbours_or
     engine = FakeEngine()
 
     def longest(**asked: int) -> int:
-        app = create_app(server_state(engine, replace(adapter("good"), defaults=read(folder).defaults)))
+        app = create_app(server_state(engine, adapter_with("good", read(folder).defaults)))
         assert ask(app, "POST", CHAT, json={"model": "good", "messages": USER} | asked).status_code == 200
         return engine.submitted[-1].max_tokens
 

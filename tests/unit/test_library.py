@@ -122,7 +122,7 @@ async def test_noted_digests_that_lie_are_found_out_when_the_bytes_are_read(
     assert kept.store is not None
     digests = kept.store.load_digests()
     a, b = str(kept.first / "a"), str(kept.first / "b")
-    swapped = digests[b].__class__(digests[a].signature, digests[b].weights_digest, digests[b].version_digest)
+    swapped = digests[b].__class__(digests[a].state, digests[b].weights_digest, digests[b].version_digest)
     kept.store.save_digests({**digests, a: swapped})
     again = AdapterHarness(tmp_path, state=True)
     await again.watcher.start()
@@ -326,7 +326,7 @@ async def test_as_many_may_wait_for_room_as_the_queue_is_long(tmp_path: Path) ->
     await harness.watcher.scan()
     lease = await harness.adapters.acquire("a")
     waiting = [asyncio.ensure_future(harness.use("b")) for _ in range(8)]
-    while harness.cache.num_waiting < 8:
+    while len(harness.cache._queue) < 8:
         await asyncio.sleep(0.01)
     with pytest.raises(QueueFull):
         await harness.adapters.acquire("b")

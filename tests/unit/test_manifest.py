@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from server.adapters.content.manifest import Limits, Manifest, read_manifest
+from server.adapters.content.manifest import AdapterPolicy, Manifest, read_manifest
 from server.errors import AdapterRejected
 from server.lora.weights import LoRAWeights
 from tests.adapter_folders import BASE, CONFIG, LIMITS, PREFIX, SIDECAR, tensors, write
@@ -87,7 +87,7 @@ def test_weights_that_do_not_fit_are_refused(
 
 def test_a_file_over_the_limit_is_refused(folder: Path) -> None:
     with pytest.raises(AdapterRejected, match="the limit is 100"):
-        read_manifest(folder, BASE, Limits(8, 100))
+        read_manifest(folder, BASE, AdapterPolicy(8, 100))
 
 
 def test_an_adapter_for_another_base_is_refused(folder: Path) -> None:
@@ -99,7 +99,7 @@ def test_a_foreign_chat_template_is_refused_where_it_is_not_trusted(folder: Path
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     assert read(folder).defaults.chat_template == "{{ messages }}"
     with pytest.raises(AdapterRejected, match="it brings a chat template of its own"):
-        read_manifest(folder, BASE, Limits(8, 100_000, trust_chat_templates=False))
+        read_manifest(folder, BASE, AdapterPolicy(8, 100_000, trust_chat_templates=False))
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])

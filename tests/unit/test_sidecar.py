@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.adapters.content.folder import signature_of
+from server.adapters.content.folder import folder_state
 from server.adapters.content.generation_defaults import GenerationDefaults
 from server.adapters.content.manifest import Manifest, read_manifest
 from server.adapters.registry import Adapter
@@ -194,7 +194,7 @@ def test_variables_with_which_a_template_fails_are_told_when_the_folder_is_read(
 def told(manifest: Manifest) -> Iterator[dict[str, Any]]:
     """What the list of models and the model itself say of an adapter."""
     state = server_state(FakeEngine())
-    state.adapters.registry.publish(Adapter.read(manifest), manifest.listing, ())
+    state.adapters.registry.publish(Adapter.of(manifest), ())
     app = create_app(state)
     answers: list[httpx.Response] = [ask(app, "GET", url) for url in ("/v1/models", "/v1/models/good")]
     yield answers[0].json()["data"][1]
@@ -231,7 +231,7 @@ async def test_the_log_says_how_the_base_was_checked(tmp_path: Path, caplog: pyt
         if sidecar is not None:
             write(path, sidecar=sidecar)
         with caplog.at_level(logging.DEBUG):
-            assert await harness.sync.appear(name, path, signature_of(path))
+            assert await harness.sync.add(name, path, folder_state(path))
     harness.reader.close()
     assert "adapter signed: 2 modules of rank 2, base checked by fingerprint\n" in caplog.text
     assert "adapter plain: 2 modules of rank 2, base checked by shapes\n" in caplog.text

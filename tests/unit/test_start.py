@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from server.adapters.content.manifest import Limits
+from server.adapters.content.manifest import AdapterPolicy
 from server.adapters.content.signature import BaseSignature
 from server.adapters.reader import AdapterReader
 from server.adapters.watcher import AdapterWatcher
@@ -42,7 +42,7 @@ class Parts:
         self.engine = AsyncEngine(Engine(scheduler, ScriptedRunner(), Sampler(), Metrics()), max_queued_seqs=2)
         state = server_state(FakeEngine())
         state.adapters.reader = state.adapters.sync.reader = AdapterReader(
-            BaseSignature("base", "", {}), Limits(max_rank=8, max_bytes=1000)
+            BaseSignature("base", "", {}), AdapterPolicy(max_rank=8, max_bytes=1000)
         )
         self.watcher = AdapterWatcher([tmp_path], state.adapters, settle=0.01, grace=0.0)
         self.service = Service(replace(state, engine=self.engine), self.engine, self.watcher, Settings())

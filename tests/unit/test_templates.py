@@ -11,7 +11,7 @@ import pytest
 from server.adapters.content.manifest import Manifest, read_manifest
 from server.adapters.content.templates import default_template, is_same
 from server.cli.command_line import parse_settings
-from server.cli.folders import limits_of
+from server.cli.folders import policy_of
 from server.errors import AdapterRejected
 from server.text.prompt import PromptRenderer
 from tests.adapter_folders import BASE, LIMITS, make
@@ -148,7 +148,7 @@ def test_a_base_with_several_templates_is_compared_with_its_default_and_keeps_th
 def test_the_operator_trusts_the_templates_of_single_adapters(folder: Path, tmp_path: Path) -> None:
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}?")
     settings = parse_settings("serve", ["--trusted-templates", "other, good"])
-    trusted = limits_of(settings).trusted_templates
+    trusted = policy_of(settings).trusted_templates
     assert trusted == {"other", "good"}
     assert read(folder, trusted=trusted).defaults.chat_template == "{{ messages[0].content }}?"
     with pytest.raises(AdapterRejected, match="for this adapter with --trusted-templates good, or take it out"):

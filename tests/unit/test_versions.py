@@ -167,15 +167,15 @@ def test_pins_survive_a_restart_and_an_empty_one_is_no_file(store: VersionStore)
     assert [path.name for path in (store.state_dir / "pins").iterdir()] == ["b.json.json"]
 
 
-def test_the_signature_of_pins_changes_with_every_pin_and_with_nothing_else(store: VersionStore) -> None:
-    seen = [store.pins_signature()]
+def test_the_state_of_pins_changes_with_every_pin_and_with_nothing_else(store: VersionStore) -> None:
+    seen = [store.pins_state()]
     for name, pin in [("a", Pin(digest(1))), ("a", Pin(digest(2))), ("b", Pin(resident=True)), ("a", Pin())]:
         store.set_pin(name, pin)
-        assert store.pins_signature() not in seen
-        seen.append(store.pins_signature())
+        assert store.pins_state() not in seen
+        seen.append(store.pins_state())
     put(store, "a", 1)
     store.save_digests({})
-    assert store.pins_signature() == seen[-1]
+    assert store.pins_state() == seen[-1]
 
 
 @pytest.mark.parametrize("content", [

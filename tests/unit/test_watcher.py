@@ -145,10 +145,10 @@ async def test_the_first_folder_wins_and_the_second_takes_over(harness: AdapterH
     mine = make(harness.first, "a")
     make(harness.second, "a", lora_alpha=16)
     await harness.watcher.scan()
-    assert (await harness.adapters.served("a")).path == mine
+    assert (await harness.adapters.served("a")).listing.path == mine
     shutil.rmtree(mine)
     await harness.watcher.scan()
-    assert (await harness.adapters.served("a")).path == harness.second / "a"
+    assert (await harness.adapters.served("a")).listing.path == harness.second / "a"
 
 
 async def test_a_name_is_not_gone_while_its_successor_is_broken(harness: AdapterHarness) -> None:
@@ -162,7 +162,7 @@ async def test_a_name_is_not_gone_while_its_successor_is_broken(harness: Adapter
         assert await harness.use("a") == label
     write(mine, config=CONFIG | {"lora_alpha": 16})
     await harness.watcher.scan()
-    assert (await harness.adapters.served("a")).path == mine
+    assert (await harness.adapters.served("a")).listing.path == mine
 
 
 async def test_hidden_folders_and_files_are_left_alone_and_a_link_outside_is_refused(harness: AdapterHarness) -> None:

@@ -48,7 +48,7 @@ class AddedToken:
 
 
 @dataclass(frozen=True)
-class TokenizerSignature:
+class BaseTokenizer:
     """The base's tokenizer: its added tokens, and the number of its ids.
 
     ``read`` gives its JSON in every form it has, as it is in memory and in its file; ``normalizes`` says whether it has
@@ -143,7 +143,7 @@ def parse_decoder(decoder: Any, where: str) -> tuple[AddedToken, ...]:
     return parse_listed(listed, where)
 
 
-def parse_ids(ids: Any, base: TokenizerSignature, *, special: Iterable[str], where: str) -> tuple[AddedToken, ...]:
+def parse_ids(ids: Any, base: BaseTokenizer, *, special: Iterable[str], where: str) -> tuple[AddedToken, ...]:
     """Added tokens as ``added_tokens.json`` has them, text to id, beside the base's own. Raises as ``parse_listed``."""
     if not isinstance(ids, dict):
         raise ValueError(f"{where} is not a JSON object")
@@ -159,7 +159,7 @@ def parse_ids(ids: Any, base: TokenizerSignature, *, special: Iterable[str], whe
 
 
 def tokens_to_serve(
-    listed: Sequence[AddedToken], base: TokenizerSignature, *, num_rows: int, padding: str | None, where: str
+    listed: Sequence[AddedToken], base: BaseTokenizer, *, num_rows: int, padding: str | None, where: str
 ) -> tuple[AddedToken, ...]:
     """All added tokens of the adapter's tokenizer, or none where they are the base's.
 
@@ -183,7 +183,7 @@ def tokens_to_serve(
     return () if set(inside) == set(own) else tuple(inside)
 
 
-def nameless(ids: Iterable[int], base: TokenizerSignature, tokens: Sequence[AddedToken]) -> int | None:
+def nameless(ids: Iterable[int], base: BaseTokenizer, tokens: Sequence[AddedToken]) -> int | None:
     """The first of the ids that neither the base's tokenizer nor the adapter's gives a text to."""
     named = {token.id for token in tokens}
     return next((number for number in ids if number >= base.num_ids and number not in named), None)

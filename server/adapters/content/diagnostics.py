@@ -26,24 +26,24 @@ from server.adapters.content.folder import (
 )
 from server.adapters.content.generation_defaults import GenerationDefaults
 from server.adapters.content.manifest import (
-    Limits,
+    AdapterPolicy,
     Manifest,
     check_tokenizer,
     check_values,
-    manners_of,
+    generation_defaults_of,
     parse_json,
     parse_optional,
     read_manifest,
     weights_header,
 )
 from server.adapters.content.module_plan import LowRank
-from server.adapters.content.opening import Folder, PermissionDenied
 from server.adapters.content.peft_config import LoRAConfig, parse_peft_config
 from server.adapters.content.plan import AdapterPlan, PlanError, make_plan
+from server.adapters.content.safe_open import Folder, PermissionDenied
 from server.adapters.content.signature import BaseSignature, base_check
 from server.errors import AdapterRejected
 
-ValidateDefaults = Callable[[GenerationDefaults], None]
+CheckDefaults = Callable[[GenerationDefaults], None]
 
 
 @dataclass
@@ -82,25 +82,25 @@ class DiagnosticReport:
 def diagnose(
     path: Path,
     base: BaseSignature,
-    limits: Limits,
+    policy: AdapterPolicy,
     *,
     name: str | None = None,
-    validate_defaults: ValidateDefaults = lambda defaults: None,
+    check_defaults: CheckDefaults = lambda defaults: None,
 ) -> DiagnosticReport:
-    """Read and judge a folder. ``validate_defaults`` raises ``ValueError`` for what cannot be honoured."""
+    """Read and judge a folder. ``check_defaults`` raises ``ValueError`` for what cannot be honoured."""
     found = DiagnosticReport(path, name or path.name)
     try:
-        manifest = read_manifest(path, base, limits, name=found.name)
+        manifest = read_manifest(path, base, policy, name=found.name)
     except OSError as error:
         found.problems.append(f"cannot be read just now: {error.strerror}")
         return found
     except AdapterRejected as error:
-        _look_closer(found, base, limits, validate_defaults)
+        _look_closer(found, base, policy, check_defaults)
         if not any(problem in error.reason for problem in found.problems):
             found.problems.insert(0, error.reason)
         return found
     with found.noting():
-        validate_defaults(manifest.defaults)
+        check_defaults(manifest.defaults)
     found.said, found.source = json.loads(manifest.files.config), _object(manifest.files.others, SOURCE_FILE)
     found.config, found.sidecar, found.defaults = manifest.config, manifest.sidecar, manifest.defaults
     found.plan, found.manifest = manifest.plan, manifest
@@ -108,10 +108,10 @@ def diagnose(
 
 
 def _look_closer(
-    found: DiagnosticReport, base: BaseSignature, limits: Limits, validate_defaults: ValidateDefaults
+    found: DiagnosticReport, base: BaseSignature, policy: AdapterPolicy, check_defaults: CheckDefaults
 ) -> None:
     """Judge each part by itself, as far as the parts before it allow."""
-    files = _read_parts(found, limits)
+    files = _read_parts(found, policy)
     found.source = _object(files.others, SOURCE_FILE)
     if files.config:
         _judge_config(found, files.config)
@@ -121,21 +121,23 @@ def _look_closer(
     with found.noting():
         check_tokenizer(files, base)
     with found.noting():
-        manners_of(found.name, files, found.sidecar, base, limits)
+        generation_defaults_of(found.name, files, found.sidecar, base, policy)
     with contextlib.suppress(ValueError):
-        found.defaults = manners_of(found.name, files, found.sidecar, base, replace(limits, trust_chat_templates=True))
+        found.defaults = generation_defaults_of(
+            found.name, files, found.sidecar, base, replace(policy, trust_chat_templates=True)
+        )
     if found.defaults is not None:
         with found.noting():
-            validate_defaults(found.defaults)
+            check_defaults(found.defaults)
     if files.weights:
-        _judge_weights(found, files.weights, base, limits)
+        _judge_weights(found, files.weights, base, policy)
 
 
-def _read_parts(found: DiagnosticReport, limits: Limits) -> AdapterFiles:
+def _read_parts(found: DiagnosticReport, policy: AdapterPolicy) -> AdapterFiles:
     """The files that can be read; the others are empty or left out."""
     parts: dict[str, bytes] = {}
-    with found.noting(), Folder.opened(found.path, limits.roots) as folder:
-        for name, limit in {CONFIG_FILE: MAX_JSON_BYTES, WEIGHTS_FILE: limits.max_bytes, **OPTIONAL_FILES}.items():
+    with found.noting(), Folder.opened(found.path, policy.roots) as folder:
+        for name, limit in {CONFIG_FILE: MAX_JSON_BYTES, WEIGHTS_FILE: policy.max_bytes, **OPTIONAL_FILES}.items():
             with found.noting():
                 part = _read_part(folder, name, limit)
                 parts |= {} if part is None else {name: part}
@@ -176,7 +178,7 @@ def _field_problem(name: str, value: Any) -> str | None:
     return None
 
 
-def _judge_weights(found: DiagnosticReport, data: bytes, base: BaseSignature, limits: Limits) -> None:
+def _judge_weights(found: DiagnosticReport, data: bytes, base: BaseSignature, policy: AdapterPolicy) -> None:
     """The container, the values, and, where the config says what they mean, the tensors."""
     entries: Mapping[str, TensorEntry] = {}
     with found.noting():
@@ -186,7 +188,7 @@ def _judge_weights(found: DiagnosticReport, data: bytes, base: BaseSignature, li
     if not entries or found.config is None:
         return
     with found.noting():
-        found.plan = make_plan(entries, found.config, base, max_rank=limits.max_rank)
+        found.plan = make_plan(entries, found.config, base, max_rank=policy.max_rank)
         if found.plan.composable and not any(_moves(data, part.low_rank) for part in found.plan.parts.values()):
             raise ValueError("all its deltas are zero, so it would change nothing: was it trained?")
 

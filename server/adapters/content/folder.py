@@ -26,7 +26,7 @@ from adapter_format.files import (
 )
 from server.adapters.content.added_tokens import listed_in_head
 from server.adapters.content.file_kinds import kind_of_bytes, what_is_missing
-from server.adapters.content.opening import PASSING, Folder, PermissionDenied, leads_inside
+from server.adapters.content.safe_open import PASSING, Folder, PermissionDenied, leads_inside
 
 MAX_JSON_BYTES = 1024 * 1024
 MAX_HEADER_BYTES = 16 * MAX_JSON_BYTES
@@ -193,7 +193,7 @@ def _is_folder(path: Path) -> bool:
         return True
 
 
-Signature = tuple[tuple[str, int, int, int, int], ...]
+FolderState = tuple[tuple[str, int, int, int, int], ...]
 """The files of a folder by name, with inode, size, and times of content and of inode in nanoseconds.
 
 What a link leads to, if that is inside the roots, has the link's name with a slash behind it. A folder that is a link
@@ -201,8 +201,8 @@ itself has its own entry, without a name. Folders inside an adapter's are none o
 """
 
 
-def signature_of(path: Path, roots: Sequence[Path] = ()) -> Signature:
-    """The folder's signature now; empty where it is gone. The inode's time cannot be set back, so no change hides."""
+def folder_state(path: Path, roots: Sequence[Path] = ()) -> FolderState:
+    """The folder's state now; empty where it is gone. The inode's time cannot be set back, so no change hides."""
     files = []
     with contextlib.suppress(OSError):
         status = os.lstat(path)
@@ -215,19 +215,19 @@ def signature_of(path: Path, roots: Sequence[Path] = ()) -> Signature:
     return tuple(sorted(files))
 
 
-def file_signature(path: Path, roots: Sequence[Path] = ()) -> Signature:
-    """The signature of one file; empty where it is gone."""
+def file_state(path: Path, roots: Sequence[Path] = ()) -> FolderState:
+    """The state of one file; empty where it is gone."""
     return tuple(_entries(path.name, os.fspath(path), roots))
 
 
-def follows_links(signature: Signature) -> bool:
+def follows_links(state: FolderState) -> bool:
     """Whether what was looked at is reached through links, whose targets tell of no events."""
-    return any(not name or name.endswith("/") for name, *_ in signature)
+    return any(not name or name.endswith("/") for name, *_ in state)
 
 
-def sizes_of(signature: Signature) -> Mapping[str, int]:
+def sizes_of(state: FolderState) -> Mapping[str, int]:
     """Names and sizes of the files that an adapter is read from, through links where they are links."""
-    sizes = {name.rstrip("/"): size for name, _, size, *_ in sorted(signature)}
+    sizes = {name.rstrip("/"): size for name, _, size, *_ in sorted(state)}
     return {name: size for name, size in sizes.items() if name in _READ_FILES}
 
 

@@ -55,7 +55,7 @@ class CompanionFiles:
         return default_template(found) if isinstance(found, str | list) else None
 
 
-def defaults_of(sidecar: Sidecar | None, companions: CompanionFiles) -> GenerationDefaults:
+def merge_defaults(sidecar: Sidecar | None, companions: CompanionFiles) -> GenerationDefaults:
     """The sidecar's word first, the companions' where it is silent."""
     generation = companions.generation
     advised = generation if generation.get("do_sample") is True else {}

@@ -38,10 +38,10 @@ from server.adapters.content.added_tokens import (
 )
 from server.adapters.content.file_kinds import kind_of_bytes
 from server.adapters.content.folder import MAX_HEADER_BYTES, AdapterFiles, read_files
-from server.adapters.content.generation_defaults import CompanionFiles, GenerationDefaults, defaults_of, token_text
-from server.adapters.content.opening import PASSING
+from server.adapters.content.generation_defaults import CompanionFiles, GenerationDefaults, merge_defaults, token_text
 from server.adapters.content.peft_config import LoRAConfig, parse_peft_config
 from server.adapters.content.plan import AdapterPlan, PlanError, make_plan
+from server.adapters.content.safe_open import PASSING
 from server.adapters.content.signature import BaseCheck, BaseSignature, base_check
 from server.adapters.content.templates import is_same
 from server.adapters.names import is_name
@@ -60,7 +60,7 @@ _OTHER_DTYPE = re.compile(r"(?:[FIUC]|BF)\d{1,3}(?:_[A-Z0-9]{1,16})?")
 
 
 @dataclass(frozen=True)
-class Limits:
+class AdapterPolicy:
     """Largest rank, most bytes of a weights file, most bytes in memory; whose chat templates are trusted.
 
     ``trust_chat_templates`` trusts every adapter's, ``trusted_templates`` those of the adapters it names. Links are
@@ -110,26 +110,26 @@ class Manifest(Listing):
         return self.files.weights
 
 
-def list_folder(path: Path, base: BaseSignature, limits: Limits, *, name: str | None = None) -> Listing:
+def list_folder(path: Path, base: BaseSignature, policy: AdapterPolicy, *, name: str | None = None) -> Listing:
     """Read and judge all but the tensors' bytes.
 
     Raises ``AdapterRejected`` with a sentence that says what to do, ``OSError`` where trying again may help.
     """
     with _refusals(name or path.name):
-        files = read_files(path, max_bytes=limits.max_bytes, whole=False, roots=limits.roots)
-        return _judge(path, base, limits, name or path.name, files)
+        files = read_files(path, max_bytes=policy.max_bytes, whole=False, roots=policy.roots)
+        return _judge(path, base, policy, name or path.name, files)
 
 
-def read_manifest(path: Path, base: BaseSignature, limits: Limits, *, name: str | None = None) -> Manifest:
+def read_manifest(path: Path, base: BaseSignature, policy: AdapterPolicy, *, name: str | None = None) -> Manifest:
     """Read and judge the whole folder, which may be served under another ``name`` than its own. Raises as above."""
     with _refusals(name or path.name):
-        files = read_files(path, max_bytes=limits.max_bytes, roots=limits.roots)
-        listing = _judge(path, base, limits, name or path.name, files)
+        files = read_files(path, max_bytes=policy.max_bytes, roots=policy.roots)
+        listing = _judge(path, base, policy, name or path.name, files)
         check_values(files.weights, weights_header(files.weights, files.weights_size))
         check_tokenizer(files, base)
         files = files if listing.defaults.added_tokens else _without_idle_tokenizer(files, base)
         weights_digest = _digest(files.config, files.weights)
-        template = _manners_as_written(files, listing.sidecar).chat_template or ""
+        template = _defaults_as_written(files, listing.sidecar).chat_template or ""
         defaults = [files.others.get(SIDECAR_FILE, b""), template.encode()]
         defaults += [files.others.get(GENERATION_FILE, b""), repr(listing.defaults.eos).encode()]
         defaults += [repr(tokens).encode()] if (tokens := listing.defaults.added_tokens) else []
@@ -156,7 +156,7 @@ def _refusals(name: str) -> Iterator[None]:
         raise AdapterRejected(name, f"cannot be read: {error.strerror}") from None
 
 
-def _judge(path: Path, base: BaseSignature, limits: Limits, name: str, files: AdapterFiles) -> Listing:
+def _judge(path: Path, base: BaseSignature, policy: AdapterPolicy, name: str, files: AdapterFiles) -> Listing:
     if not is_name(name):
         raise ValueError("the folder's name is no model name: use letters, digits, '.', '_' and '-', 128 at most")
     if name in (base.name, BASE):
@@ -164,12 +164,12 @@ def _judge(path: Path, base: BaseSignature, limits: Limits, name: str, files: Ad
     config = parse_peft_config(parse_json(files.config, CONFIG_FILE))
     sidecar = parse_optional(files, SIDECAR_FILE, parse_sidecar)
     checked = base_check(sidecar, base)
-    defaults = manners_of(name, files, sidecar, base, limits)
+    defaults = generation_defaults_of(name, files, sidecar, base, policy)
     entries = weights_header(files.weights, files.weights_size)
-    plan = make_plan(entries, config, base, max_rank=limits.max_rank)
-    if limits.max_memory is not None and plan.num_bytes > limits.max_memory:
+    plan = make_plan(entries, config, base, max_rank=policy.max_rank)
+    if policy.max_memory is not None and plan.num_bytes > policy.max_memory:
         raise ValueError(
-            f"it needs {plan.num_bytes} bytes in memory; the limit is {limits.max_memory} (setting adapter_memory)"
+            f"it needs {plan.num_bytes} bytes in memory; the limit is {policy.max_memory} (setting adapter_memory)"
         )
     _check_trained_tokens(plan, defaults, base, files.unread.get(TOKENS_FILE))
     config = replace(config, trained_names=plan.trained_names)
@@ -218,19 +218,19 @@ def _object(files: AdapterFiles, name: str) -> Mapping[str, Any]:
     return found or {}
 
 
-def manners_of(
-    name: str, files: AdapterFiles, sidecar: Sidecar | None, base: BaseSignature, limits: Limits
+def generation_defaults_of(
+    name: str, files: AdapterFiles, sidecar: Sidecar | None, base: BaseSignature, policy: AdapterPolicy
 ) -> GenerationDefaults:
     """The generation defaults of sidecar and companion files.
 
     Raises ``ValueError`` where a template is not trusted, or the tokenizer's added tokens cannot be served.
     """
-    defaults = replace(_manners_as_written(files, sidecar), added_tokens=_added_tokens(files, base))
+    defaults = replace(_defaults_as_written(files, sidecar), added_tokens=_added_tokens(files, base))
     template = defaults.chat_template
     if template is None or is_same(template, base.chat_template):
         return replace(defaults, chat_template=None if template is None else base.chat_template)
     own = sidecar is not None and sidecar.chat_template is not None and SOURCE_FILE not in files.others
-    if not own and not limits.trust_chat_templates and name not in limits.trusted_templates:
+    if not own and not policy.trust_chat_templates and name not in policy.trusted_templates:
         raise ValueError(
             "it brings a chat template of its own, which is not the base's: allow that with --trust-chat-templates, or "
             f"for this adapter with --trusted-templates {name}, or take it out of the folder ({TEMPLATE_FILE}, "
@@ -239,14 +239,16 @@ def manners_of(
     return defaults
 
 
-def _manners_as_written(files: AdapterFiles, sidecar: Sidecar | None) -> GenerationDefaults:
+def _defaults_as_written(files: AdapterFiles, sidecar: Sidecar | None) -> GenerationDefaults:
     """What sidecar and companions ask for, whoever wrote it."""
     template = files.others.get(TEMPLATE_FILE)
     try:
         text = None if template is None else template.decode()
     except UnicodeDecodeError:
         raise ValueError(f"{TEMPLATE_FILE} is not UTF-8 text") from None
-    return defaults_of(sidecar, CompanionFiles(text, _object(files, TOKENIZER_FILE), _object(files, GENERATION_FILE)))
+    return merge_defaults(
+        sidecar, CompanionFiles(text, _object(files, TOKENIZER_FILE), _object(files, GENERATION_FILE))
+    )
 
 
 def _added_tokens(files: AdapterFiles, base: BaseSignature) -> tuple[AddedToken, ...]:

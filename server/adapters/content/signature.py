@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from adapter_format.sidecar import Sidecar
-from server.adapters.content.added_tokens import TokenizerSignature
+from server.adapters.content.added_tokens import BaseTokenizer
 
 Shape = tuple[int, ...]
 Kind = Literal["linear", "embedding", "rows"]
@@ -69,7 +69,7 @@ class BaseSignature:
     tied: Mapping[str, str] = field(default_factory=dict)
     others: frozenset[str] = frozenset()
     fingerprint_v2: str | None = None
-    tokenizer: TokenizerSignature | None = field(default=None, compare=False)
+    tokenizer: BaseTokenizer | None = field(default=None, compare=False)
 
     def fingerprint_of(self, version: int) -> str:
         """The fingerprint of a version, or of version 1 where that one is not known."""
