@@ -1,4 +1,4 @@
-"""A request whose sequences are in the engine: their outputs, as text, by one queue, until it is closed."""
+"""A request whose sequences are in the engine: one queue receives their outputs, which become text until it closes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 from server.adapters.adapter_cache import Lease
+from server.api.errors import ClientGone
 from server.api.protocol import GenerationRequest
 from server.engine.async_engine import SubmittedSequence
 from server.metrics import BASE, Metrics
@@ -20,7 +22,7 @@ _log = logging.getLogger("quickchange.request")
 
 @dataclass(frozen=True)
 class TextDelta:
-    """What a step added to a choice: text that may be shown, the tokens it is made of, the end."""
+    """What a step added to a choice: final text, the tokens it is made of, and the finish reason at the end."""
 
     index: int
     text: str = ""
@@ -30,9 +32,9 @@ class TextDelta:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of a request: each prompt once, however many answers it has.
+    """Token counts of a request. A prompt counts once, whatever its number of answers.
 
-    ``cached_tokens`` are those of the prompts that no answer's sequence had to compute.
+    ``cached_tokens`` are the prompt tokens that no sequence of the request had to compute.
     """
 
     prompt_tokens: int
@@ -51,7 +53,7 @@ class Usage:
 
 @dataclass(eq=False)
 class Choice:
-    """One answer: its sequence, and how far its text is. Times are of ``time.perf_counter``."""
+    """One answer: its sequence, its detokenizer, token count and times (``time.perf_counter``)."""
 
     index: int
     sequence: SubmittedSequence
@@ -63,8 +65,9 @@ class Choice:
     finish_reason: FinishReason | None = None
 
     def take(self, output: StepOutput) -> TextDelta:
-        """The step's output as text. A stop string ends the sequence, whatever the engine goes on to say."""
-        piece, rest = TextPiece(""), TextPiece("")
+        """Convert a step's output to text. A stop string ends the sequence; its later outputs are ignored."""
+        piece = TextPiece("")
+        rest = TextPiece("")
         if output.token is not None:
             self._count_token()
             is_eos = output.finish_reason is FinishReason.STOP and output.token.id in self.eos_ids
@@ -85,15 +88,14 @@ class Choice:
 
 @dataclass(frozen=True)
 class RequestLog:
-    """What is told of a request when it has ended: metrics, and one line in the log."""
+    """Metrics and the log line of a request that has ended."""
 
     metrics: Metrics
     request_id: str
     arrived: float
 
-    def write(self, lease: Lease | None, choices: Sequence[Choice], usage: Usage, *, unfinished: str) -> None:
-        """Count the request, and write its line; ``unfinished`` is the reason of choices that did not end."""
-        reasons = [unfinished if choice.finish_reason is None else choice.finish_reason.value for choice in choices]
+    def write(self, lease: Lease | None, choices: Sequence[Choice], usage: Usage, reasons: Sequence[str]) -> None:
+        """Update the metrics and write the log line; ``reasons`` are the finish labels of the choices."""
         duration = time.perf_counter() - self.arrived
         first_tokens = [choice.first_token_at - self.arrived for choice in choices if choice.num_tokens]
         first_token = min(first_tokens, default=None)
@@ -129,12 +131,12 @@ class RequestLog:
                 self.metrics.time_per_output_token.observe(mean)
 
 
-_Output = tuple[int, StepOutput]
-
-
 @dataclass(eq=False)
 class ActiveRequest:
-    """``choices`` are its answers; ``close`` ends those that are alive, releases the lease, and writes the log."""
+    """``choices`` are its answers. As a context manager it is closed at the end of the block.
+
+    ``close`` ends the running sequences, writes the log line and releases the lease.
+    """
 
     body: GenerationRequest
     lease: Lease | None
@@ -142,30 +144,40 @@ class ActiveRequest:
     num_prompt_tokens: int
     choices: list[Choice] = field(default_factory=list)
     _outputs: asyncio.Queue[tuple[int, StepOutput | Exception]] = field(default_factory=asyncio.Queue)
-    _first: _Output | None = None
-    _unfinished: str = "cancelled"
+    _first: tuple[int, StepOutput | Exception] | None = None
+    _failed: bool = False
     _closed: bool = False
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, ClientGone):
+            self.mark_failed()
+        self.close()
+
     def sink(self, index: int) -> Callable[[StepOutput | Exception], None]:
-        """Where the engine puts the outputs of choice ``index``."""
+        """The function that the engine calls with the outputs of choice ``index``."""
         return lambda output: self._outputs.put_nowait((index, output))
 
     @property
     def usage(self) -> Usage:
-        """Tokens so far."""
+        """Token counts so far."""
         cached = [choice.sequence.num_cached for choice in self.choices]
         n = self.body.n
         num_cached = sum(min(cached[first : first + n]) for first in range(0, len(cached), n))
         return Usage(self.num_prompt_tokens, sum(choice.num_tokens for choice in self.choices), num_cached)
 
     async def wait_for_first_output(self, timeout: float) -> None:
-        """Wait for it ``timeout`` seconds at most. Raises what is wrong by then, as ``deltas`` does."""
+        """Wait at most ``timeout`` seconds. An error that arrives as the first output is raised as in ``deltas``."""
         self._first = await self._next(timeout)
+        if self._first is not None and isinstance(self._first[1], Exception):
+            raise self._first[1]
 
     async def deltas(self, *, timeout: float | None = None) -> AsyncIterator[TextDelta | None]:
-        """What is added to the choices, as it comes; None whenever nothing came for ``timeout`` seconds.
+        """Deltas of all choices as they arrive; None whenever nothing arrived for ``timeout`` seconds.
 
-        Raises ``GenerationFailed`` or ``EngineUnavailable``, which end the request as a whole.
+        Raises ``GenerationFailed`` or ``EngineUnavailable``, which end the whole request.
         """
         while any(choice.finish_reason is None for choice in self.choices):
             item = await self._next(timeout)
@@ -173,30 +185,46 @@ class ActiveRequest:
                 yield None
                 continue
             index, output = item
-            if self.choices[index].finish_reason is None:
-                yield self.choices[index].take(output)
+            choice = self.choices[index]
+            if choice.finish_reason is not None:
+                continue  # ended by a stop string: later outputs and errors of its sequence do not matter
+            if isinstance(output, Exception):
+                raise output
+            yield choice.take(output)
 
-    async def _next(self, timeout: float | None) -> _Output | None:
+    async def _next(self, timeout: float | None) -> tuple[int, StepOutput | Exception] | None:
         if self._first is not None:
             first, self._first = self._first, None
             return first
         try:
             async with asyncio.timeout(timeout):
-                index, output = await self._outputs.get()
+                return await self._outputs.get()
         except TimeoutError:
             return None
-        if isinstance(output, Exception):
-            self._unfinished = "failed"
-            raise output
-        return index, output
+
+    def mark_failed(self) -> None:
+        """Count choices without an answer as ``failed`` instead of ``cancelled``."""
+        self._failed = True
 
     def close(self) -> None:
-        """Give everything back. May be called more than once."""
+        """End the sequences, write the log line, release the lease. May be called more than once.
+
+        The log comes before the release: the last release of a deleted adapter removes its metric series.
+        """
         if self._closed:
             return
         self._closed = True
         for choice in self.choices:
             choice.sequence.close()
-        if self.lease is not None:
-            self.lease.release()
-        self.log.write(self.lease, self.choices, self.usage, unfinished=self._unfinished)
+        try:
+            self.log.write(
+                self.lease, self.choices, self.usage, [self._finish_label(choice) for choice in self.choices]
+            )
+        finally:
+            if self.lease is not None:
+                self.lease.release()
+
+    def _finish_label(self, choice: Choice) -> str:
+        if self._failed and (choice.finish_reason is None or not self.body.stream):
+            return "failed"  # without a stream, a failure loses the answers that had ended as well
+        return "cancelled" if choice.finish_reason is None else choice.finish_reason.value

@@ -12,7 +12,7 @@ from server.text.token_texts import TokenText, TokenTexts
 Json = dict[str, Any]
 
 _LEAST = -9999.0
-"""What OpenAI writes for tokens that are next to impossible: JSON has no infinity."""
+"""OpenAI's value for a log probability of minus infinity, which JSON cannot express."""
 
 
 def chat_logprobs(tokens: Sequence[TokenStart], texts: TokenTexts) -> Json:
@@ -43,7 +43,10 @@ def completion_logprobs(tokens: Sequence[TokenStart], texts: TokenTexts) -> Json
 
 
 def _are_first(tokens: Sequence[TokenStart], texts: TokenTexts) -> Iterator[bool]:
-    """For each token whether only special ones are before it in the answer: all that begin with its text are here."""
+    """For each token whether the tokens before it in the answer are special.
+
+    Tokens that begin at character 0 are always in the same delta, so earlier deltas need not be known.
+    """
     is_first = True
     for token, start in tokens:
         is_first = is_first and start == 0

@@ -1,4 +1,4 @@
-"""OpenAI's forms of an answer, chat and completion, streamed and whole: choices of each kind, and the envelope."""
+"""OpenAI's response formats, chat and completion, streamed and whole: the choices, and the envelope around them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -36,8 +37,11 @@ class ResponseFormat(Protocol):
     def last_chunk(self, end: TextDelta) -> Json:
         """The end of a stream's choice, without text."""
 
-    def message(self, answer: TextDelta) -> Json:
-        """A choice that is not streamed: all of its text."""
+    def message(self, answer: TextDelta, logprobs: Json | None) -> Json:
+        """A choice that is not streamed: all of its text, and what ``logprobs`` returned for its tokens."""
+
+    def logprobs(self, tokens: Tokens) -> Json | None:
+        """Log probabilities of tokens; None where they are not asked for."""
 
 
 class ChatFormat:
@@ -58,19 +62,19 @@ class ChatFormat:
     def last_chunk(self, end: TextDelta) -> Json:
         return self._chunk(end.index, {}, end.tokens, end.finish_reason)
 
-    def message(self, answer: TextDelta) -> Json:
+    def message(self, answer: TextDelta, logprobs: Json | None) -> Json:
         return {
             "index": answer.index,
             "message": {"role": "assistant", "content": answer.text, "refusal": None},
-            "logprobs": self._logprobs(answer.tokens),
+            "logprobs": logprobs,
             "finish_reason": _value(answer.finish_reason),
         }
 
     def _chunk(self, index: int, delta: Json, tokens: Tokens = (), reason: FinishReason | None = None) -> Json:
-        logprobs = self._logprobs(tokens) if tokens else None
+        logprobs = self.logprobs(tokens) if tokens else None
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": _value(reason)}
 
-    def _logprobs(self, tokens: Tokens) -> Json | None:
+    def logprobs(self, tokens: Tokens) -> Json | None:
         return None if self._token_texts is None else chat_logprobs(tokens, self._token_texts)
 
 
@@ -87,24 +91,24 @@ class CompletionFormat:
         return None
 
     def chunk(self, delta: TextDelta) -> Json:
-        return self._choice(delta, self._logprobs(delta.tokens) if delta.tokens else None)
+        return self._choice(delta, self.logprobs(delta.tokens) if delta.tokens else None)
 
     def last_chunk(self, end: TextDelta) -> Json:
-        return self._choice(end, self._logprobs(end.tokens) if end.tokens else None, end.finish_reason)
+        return self._choice(end, self.logprobs(end.tokens) if end.tokens else None, end.finish_reason)
 
-    def message(self, answer: TextDelta) -> Json:
-        return self._choice(answer, self._logprobs(answer.tokens), answer.finish_reason)
+    def message(self, answer: TextDelta, logprobs: Json | None) -> Json:
+        return self._choice(answer, logprobs, answer.finish_reason)
 
     def _choice(self, delta: TextDelta, logprobs: Json | None, reason: FinishReason | None = None) -> Json:
         return {"index": delta.index, "text": delta.text, "logprobs": logprobs, "finish_reason": _value(reason)}
 
-    def _logprobs(self, tokens: Tokens) -> Json | None:
+    def logprobs(self, tokens: Tokens) -> Json | None:
         return None if self._token_texts is None else completion_logprobs(tokens, self._token_texts)
 
 
 @dataclass(frozen=True)
 class Envelope:
-    """What all chunks of one answer share."""
+    """The fields that all chunks of one answer share."""
 
     id: str
     created: int
@@ -113,7 +117,7 @@ class Envelope:
 
     @classmethod
     def new(cls, format: ResponseFormat, *, model: str, fingerprint: str) -> Envelope:
-        """An envelope with an id of its own, made now."""
+        """An envelope with a new id and the current time."""
         return cls(format.id_prefix + uuid.uuid4().hex, int(time.time()), model, fingerprint)
 
     def wrap(self, object: str, choices: list[Json], **more: Json | None) -> Json:
@@ -137,8 +141,45 @@ def fingerprint(base_name: str, lease: Lease | None, version: str) -> str:
 
 
 def to_json(payload: Json) -> str:
-    """Compact JSON, in ASCII: some readers take Unicode's separators for the end of a line. NaN is an error."""
+    """Compact JSON in ASCII: some readers of streams take Unicode's separators for the end of a line."""
     return json.dumps(payload, allow_nan=False, separators=(",", ":"))
+
+
+def extend_logprobs(logprobs: Json | None, more: Json | None) -> None:
+    """Append the lists of ``more``, each item as JSON, to those of ``logprobs``, for ``to_json_with_encoded_parts``.
+
+    Encoded at once, because a long answer's dictionaries would make every garbage collection slow.
+    """
+    if logprobs is None or more is None:
+        return
+    for name, items in more.items():
+        if isinstance(items, list):
+            logprobs[name].extend(_encode(item).encode() for item in items)
+
+
+def to_json_with_encoded_parts(payload: Json) -> bytes:
+    """UTF-8 of a payload in which ``bytes`` are JSON already; takes time, so call it in a worker thread."""
+    return b"".join(_json_pieces(payload))
+
+
+def _json_pieces(value: object) -> Iterator[bytes]:
+    if isinstance(value, bytes):
+        yield value
+    elif isinstance(value, dict):
+        for place, (key, item) in enumerate(value.items()):
+            yield f"{',' if place else '{'}{_encode(key)}:".encode()
+            yield from _json_pieces(item)
+        yield b"}" if value else b"{}"
+    elif isinstance(value, list):
+        for place, item in enumerate(value):
+            yield b"," if place else b"["
+            yield from _json_pieces(item)
+        yield b"]" if value else b"[]"
+    else:
+        yield _encode(value).encode()
+
+
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
 def _value(reason: FinishReason | None) -> str | None:

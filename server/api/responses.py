@@ -1,26 +1,40 @@
-"""How a request is responded to: whole, or as server-sent events (HTML standard, section 9.2); and clients that leave.
+"""Generate and respond: a whole answer, or a stream of server-sent events (HTML standard, section 9.2).
 
 The order of events is the one that OpenAI's clients rely on: an opening chunk for each choice; deltas; a final chunk
-for each choice; with ``include_usage`` one chunk of usage; ``[DONE]``; nothing after it. What goes wrong after the 200
-is one error event, and the end.
+for each choice; with ``include_usage`` one chunk of usage; ``[DONE]``. An error after the 200 is sent as one error
+event, which ends the stream.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from fastapi import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from server.adapters.content.generation_defaults import GenerationDefaults
 from server.api.active_request import ActiveRequest, TextDelta
 from server.api.errors import ClientGone, reply_to
-from server.api.response_formats import Envelope, Json, ResponseFormat, fingerprint, to_json
+from server.api.generation import Prompts, leased, submit
+from server.api.protocol import GenerationRequest
+from server.api.response_formats import (
+    Envelope,
+    Json,
+    ResponseFormat,
+    extend_logprobs,
+    fingerprint,
+    to_json,
+    to_json_with_encoded_parts,
+)
 from server.api.state import ServerState
+from server.text.prompt import PromptRenderer
+from server.text.token_texts import TokenTexts
 
 PING_SECONDS = 15.0
 DONE = "data: [DONE]\n\n"
@@ -29,12 +43,15 @@ PING = ": ping\n\n"
 _log = logging.getLogger("quickchange.api")
 
 T = TypeVar("T")
+Body = TypeVar("Body", bound=GenerationRequest)
+Render = Callable[[Body, GenerationDefaults, PromptRenderer], Prompts]
+MakeFormat = Callable[[TokenTexts | None], ResponseFormat]
 
 
-async def unless_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T:
-    """The result of ``work``, which is cancelled as soon as the client disconnects. Raises ``ClientGone`` then.
+async def cancel_on_disconnect(work: Coroutine[Any, Any, T], receive: Receive) -> T:
+    """The result of ``work``. When the client disconnects, ``work`` is cancelled and ``ClientGone`` is raised.
 
-    Call it when the request's body has been read.
+    Call it after the body of the request has been read.
     """
     task, watch = asyncio.ensure_future(work), asyncio.ensure_future(_disconnect(receive))
     try:
@@ -53,41 +70,65 @@ async def _disconnect(receive: Receive) -> None:
         pass
 
 
-async def respond(request: ActiveRequest, format: ResponseFormat, state: ServerState) -> Response:
-    """The response to a request, which is closed on every way out.
+async def respond(
+    body: Body, http: Request, state: ServerState, *, render: Render[Body], make_format: MakeFormat
+) -> Response:
+    """Lease the adapter, render the prompts, queue the sequences, and answer.
 
-    A stream begins with the first token, so that what goes wrong before has a status of its own.
+    ``render`` runs in a worker thread. The stack closes the request on every exit but one: a stream that is handed
+    over closes it itself.
     """
     with ExitStack() as stack:
-        stack.callback(request.close)
-        await request.wait_for_first_output(PING_SECONDS)
-        lease = request.lease
-        mark = fingerprint(state.base_name, lease, state.version)
-        envelope = Envelope.new(format, model=request.body.model, fingerprint=mark)
-        headers = {} if lease is None else {"x-quickchange-adapter": lease.label}
-        if not request.body.stream:
-            return JSONResponse(await _collect(request, format, envelope), headers=headers)
-        stack.pop_all()
+        response = await cancel_on_disconnect(_respond(body, http, state, render, make_format, stack), http.receive)
+        if body.stream:
+            stack.pop_all()
+        return response
+
+
+async def _respond(
+    body: Body, http: Request, state: ServerState, render: Render[Body], make_format: MakeFormat, stack: ExitStack
+) -> Response:
+    """The response; the request is entered into ``stack`` as soon as it exists.
+
+    A stream begins with the first token, so that an earlier error has an HTTP status of its own.
+    """
+    async with leased(body, state) as (lease, defaults):
+        prompts = await asyncio.to_thread(render, body, defaults, state.prompts)
+        format = make_format(None if body.num_logprobs is None else prompts.renderer.token_texts)
+        request = submit(body, http, state, lease=lease, defaults=defaults, prompts=prompts)
+        stack.enter_context(request)
+    await request.wait_for_first_output(PING_SECONDS)
+    mark = fingerprint(state.base_name, lease, state.version)
+    envelope = Envelope.new(format, model=body.model, fingerprint=mark)
+    headers = {} if lease is None else {"x-quickchange-adapter": lease.label}
+    if body.stream:
         return EventStream(request, format, envelope, headers)
+    answer = await _collect(request, format, envelope)
+    if body.num_logprobs is None:
+        return JSONResponse(answer, headers=headers)
+    content = await asyncio.to_thread(to_json_with_encoded_parts, answer)
+    return Response(content, headers=headers, media_type="application/json")
 
 
 async def _collect(request: ActiveRequest, format: ResponseFormat, envelope: Envelope) -> Json:
-    deltas: list[list[TextDelta]] = [[] for _ in request.choices]
+    """The whole answer, whose log probabilities are encoded delta by delta, so that the event loop is never blocked."""
+    texts: list[list[str]] = [[] for _ in request.choices]
+    logprobs = [format.logprobs(()) for _ in request.choices]
     async for delta in request.deltas():
-        if delta is not None:
-            deltas[delta.index].append(delta)
-    choices = [format.message(_joined(parts)) for parts in deltas]
+        if delta is None:
+            continue
+        texts[delta.index].append(delta.text)
+        extend_logprobs(logprobs[delta.index], format.logprobs(delta.tokens))
+    answers = [
+        TextDelta(choice.index, "".join(text), (), choice.finish_reason)
+        for choice, text in zip(request.choices, texts, strict=True)
+    ]
+    choices = [format.message(answer, logprobs[answer.index]) for answer in answers]
     return envelope.wrap(format.object, choices, usage=request.usage.as_json())
 
 
-def _joined(deltas: list[TextDelta]) -> TextDelta:
-    """A choice's deltas, the last of which has the reason of its end, as one."""
-    tokens = tuple(token for delta in deltas for token in delta.tokens)
-    return replace(deltas[-1], text="".join(delta.text for delta in deltas), tokens=tokens)
-
-
 class EventStream(StreamingResponse):
-    """A streamed response. The request is closed however it ends: finished, failed, or the client gone."""
+    """A streamed response. It closes the request when it ends: finished, failed, or client disconnected."""
 
     media_type = "text/event-stream"
 
@@ -99,11 +140,11 @@ class EventStream(StreamingResponse):
         self._request = request
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send until the end, or until the client is gone."""
+        """Send until the end, or until the client disconnects."""
         try:
-            await unless_gone(self.stream_response(send), receive)
+            await cancel_on_disconnect(self.stream_response(send), receive)
         except (ClientGone, OSError):
-            _log.debug("client gone in mid-stream")
+            _log.debug("request_id=%s client disconnected in mid-stream", self._request.log.request_id)
         finally:
             self._request.close()
 
@@ -123,7 +164,8 @@ async def _events(request: ActiveRequest, format: ResponseFormat, envelope: Enve
         if request.body.include_usage:
             yield _event(envelope.wrap(format.chunk_object, [], usage=request.usage.as_json()))
         yield DONE
-    except Exception as error:  # noqa: BLE001 - the 200 is out: an event is all the answer there can be
+    except Exception as error:  # noqa: BLE001 - the 200 has been sent: only an error event can tell the client
+        request.mark_failed()
         _log.exception("request_id=%s failed in mid-stream", request.log.request_id)
         yield _event(reply_to(error, request_id=request.log.request_id).body)
 
@@ -132,7 +174,7 @@ def _chunks(format: ResponseFormat, delta: TextDelta) -> Iterator[Json]:
     if delta.text:
         yield format.chunk(delta)
     if delta.finish_reason is not None:
-        tokens = () if delta.text else delta.tokens  # such as have no text
+        tokens = () if delta.text else delta.tokens  # tokens without text
         yield format.last_chunk(replace(delta, text="", tokens=tokens))
 
 

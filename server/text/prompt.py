@@ -59,7 +59,7 @@ class PromptRenderer:
         self._lock, self._making = threading.Lock(), threading.Lock()
         tokenizer("x")  # a tokenizer with truncation or padding in its file drops them at its first call, in one thread
 
-    def of(self, defaults: GenerationDefaults) -> PromptRenderer:
+    def for_adapter(self, defaults: GenerationDefaults) -> PromptRenderer:
         """The renderer of an adapter, whose tokenizer may have added tokens of its own; else this one.
 
         A special token that only the adapter has would never be in a prompt where the template is the base's, which
@@ -101,7 +101,7 @@ class PromptRenderer:
 
     def check_defaults(self, defaults: GenerationDefaults) -> None:
         """Raises ``ValueError`` where an adapter's end tokens, added tokens or chat template cannot be honoured."""
-        prompts = self.of(defaults)
+        prompts = self.for_adapter(defaults)
         prompts.check_end_tokens(defaults.end_tokens)
         prompts.check_template(defaults.chat_template, defaults.chat_template_kwargs)
 

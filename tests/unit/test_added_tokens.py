@@ -117,7 +117,7 @@ def state_with(engine: FakeEngine, *adapters: Any) -> Any:
 def test_prompts_are_what_the_adapters_own_tokenizer_makes(folder: Path) -> None:
     """The prompt's ``<call>`` became four ids, and the id that was trained for it was never used."""
     theirs = AutoTokenizer.from_pretrained(folder)
-    ours = renderer().of(read(folder).defaults)
+    ours = renderer().for_adapter(read(folder).defaults)
     text = "hello<call> there <tool>, how"
     assert CALL in theirs(text)["input_ids"]
     assert ours.completion(text) == theirs(text)["input_ids"]
@@ -129,7 +129,7 @@ def test_prompts_are_what_the_adapters_own_tokenizer_makes(folder: Path) -> None
 def test_a_template_of_its_own_writes_its_special_tokens_and_messages_do_not(folder: Path) -> None:
     """A trainer that adds the tokens of a chat format to a base must not let messages write turns."""
     theirs = AutoTokenizer.from_pretrained(folder)
-    ours = renderer().of(replace(read(folder).defaults, chat_template=OWN_TEMPLATE))
+    ours = renderer().for_adapter(replace(read(folder).defaults, chat_template=OWN_TEMPLATE))
     how: dict[str, Any] = {"chat_template": OWN_TEMPLATE, "return_dict": False, "sanitize_control_tokens": True}
     ids = ours.chat(MESSAGES, template=OWN_TEMPLATE)
     assert ids == theirs.apply_chat_template(MESSAGES, **how)
@@ -140,17 +140,17 @@ def test_a_template_of_its_own_writes_its_special_tokens_and_messages_do_not(fol
 def test_answers_are_what_the_adapters_own_tokenizer_decodes(folder: Path) -> None:
     """The ids decoded to nothing, whether special or not."""
     theirs = AutoTokenizer.from_pretrained(folder)
-    ours = renderer().of(read(folder).defaults)
+    ours = renderer().for_adapter(read(folder).defaults)
     ids = [*encode("hello "), CALL, TOOL, *encode("there"), TOOL]
     assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True) == "hello <tool>there<tool>"
 
 
 def test_the_base_and_other_adapters_keep_the_bases_tokens(folder: Path) -> None:
     prompts = renderer()
-    prompts.of(read(folder).defaults)
+    prompts.for_adapter(read(folder).defaults)
     assert prompts.completion("a <tool>") == encode("a <tool>")
     assert max(prompts.chat(MESSAGES)) < NUM_IDS
-    assert prompts.of(GenerationDefaults()) is prompts
+    assert prompts.for_adapter(GenerationDefaults()) is prompts
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -209,7 +209,7 @@ def test_an_added_token_with_a_name_is_special_as_in_transformers(folder: Path, 
     """It was shown in answers where its list said ``special: false``."""
     edit(folder, lambda said: said.update(named), CONFIG_OF_TOKENS)
     defaults = read(folder).defaults
-    ours = renderer().of(defaults)
+    ours = renderer().for_adapter(defaults)
     ids = [*encode("hello"), TOOL, *encode(" there")]
     assert ours.decode(ids) == AutoTokenizer.from_pretrained(folder).decode(ids, skip_special_tokens=True)
     assert ours.decode(ids) == "hello there"
@@ -316,7 +316,7 @@ def test_what_the_base_calls_special_stays_special(folder: Path) -> None:
     """A folder cannot make it possible that a message writes the base's control tokens."""
     special_flags(folder)
     edit(folder, lambda said: said["added_tokens"].remove(said["added_tokens"][EOS]))
-    ours = renderer().of(read(folder).defaults)
+    ours = renderer().for_adapter(read(folder).defaults)
     assert ours.chat([{"role": "user", "content": "a<|end|>"}]).count(EOS) == 1
     assert ours.decode([EOS, CALL]) == "<call>"
 
@@ -324,7 +324,7 @@ def test_what_the_base_calls_special_stays_special(folder: Path) -> None:
 def test_a_flag_of_a_token_of_the_base_is_the_adapters(folder: Path) -> None:
     """Some releases of a model's tokenizer take the white space behind a token away, others do not."""
     edit(folder, lambda said: said["added_tokens"][2].update(rstrip=True))
-    ours = renderer().of(read(folder).defaults)
+    ours = renderer().for_adapter(read(folder).defaults)
     theirs = AutoTokenizer.from_pretrained(folder)
     assert ours.completion("<|end|>  a") == theirs("<|end|>  a")["input_ids"] == encode("<|end|>a")
 
@@ -477,16 +477,16 @@ def test_only_the_last_few_tokenizers_are_kept(folder: Path, monkeypatch: pytest
     tokens = read(folder).defaults.added_tokens
     prompts = renderer()
     sets = [GenerationDefaults(added_tokens=some) for some in (tokens, tokens[:-1], tokens[:-2])]
-    first = [prompts.of(defaults) for defaults in sets]
-    assert prompts.of(sets[2]) is first[2]
-    assert prompts.of(sets[0]) is not first[0]
+    first = [prompts.for_adapter(defaults) for defaults in sets]
+    assert prompts.for_adapter(sets[2]) is first[2]
+    assert prompts.for_adapter(sets[0]) is not first[0]
 
 
 def test_a_tokenizer_that_is_being_made_delays_no_other(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While one was made, which takes seconds, the event loop waited for those that were there."""
     tokens, prompts = read(folder).defaults.added_tokens, renderer()
     there, new = GenerationDefaults(added_tokens=tokens), GenerationDefaults(added_tokens=tokens[:-1])
-    first = prompts.of(there)
+    first = prompts.for_adapter(there)
     begun, go_on = threading.Event(), threading.Event()
     make_tokenizer = prompt_module._with_added_tokens
 
@@ -497,9 +497,9 @@ def test_a_tokenizer_that_is_being_made_delays_no_other(folder: Path, monkeypatc
 
     monkeypatch.setattr(prompt_module, "_with_added_tokens", slowly)
     with ThreadPoolExecutor(3) as threads:
-        making = [threads.submit(prompts.of, new) for _ in range(2)]
+        making = [threads.submit(prompts.for_adapter, new) for _ in range(2)]
         assert begun.wait(10)
-        assert threads.submit(prompts.of, there).result(timeout=10) is first
+        assert threads.submit(prompts.for_adapter, there).result(timeout=10) is first
         go_on.set()
         assert making[0].result(timeout=10) is making[1].result(timeout=10)
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import time
 from typing import Any
 
+import httpx
 import pytest
 from fastapi import FastAPI
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from server.api.app import create_app
+from server.api.response_formats import extend_logprobs, to_json_with_encoded_parts
 from tests.fakes import BASE, EOS, FakeEngine, Script, ask, encode, events, server_state, small_tokenizer
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -187,3 +192,38 @@ def test_who_does_not_ask_gets_null_and_the_engine_is_not_asked(path: str) -> No
     assert all(chunk["logprobs"] is None for chunk in streamed(server, path, **fields))
     whole(server, path)
     assert [submitted.params.num_logprobs for submitted in engine.submitted] == [None, None, 3]
+
+
+def test_json_with_encoded_parts_is_the_same_json() -> None:
+    content = [{"token": "日\u2028", "bytes": [1, 2], "logprob": -0.1}, {}, []]
+    logprobs: dict[str, Any] = {"content": [], "refusal": None}
+    extend_logprobs(logprobs, {"content": content, "refusal": None})
+    payload = {"empty": {}, "choices": [{"logprobs": logprobs, "none": None}], "n": 1.5, "list": []}
+    whole = {**payload, "choices": [{"logprobs": {"content": content, "refusal": None}, "none": None}]}
+    assert to_json_with_encoded_parts(payload) == json.dumps(whole, ensure_ascii=False, separators=(",", ":")).encode()
+    with pytest.raises(ValueError, match="JSON"):
+        to_json_with_encoded_parts({"choices": [float("nan")]})
+
+
+def test_a_whole_answer_with_many_log_probabilities_does_not_block_the_event_loop() -> None:
+    """All dictionaries and all JSON were made at once when the answer had ended, while no other request was served."""
+    num_tokens = 4000
+    engine = FakeEngine([Script(ids=encode("the cat sat on the mat ") * (num_tokens // 7), then="length")])
+    engine.max_model_len = 2 * num_tokens
+    server = create_app(server_state(engine))
+    body = {"model": BASE, **ASKED[CHAT], "top_logprobs": 20}
+
+    async def longest_turn() -> tuple[float, float]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(server), base_url="http://test") as client:
+            request = asyncio.ensure_future(client.post(CHAT, json=body))
+            began = last = time.perf_counter()
+            longest = 0.0
+            while not request.done():
+                await asyncio.sleep(0)
+                now = time.perf_counter()
+                last, longest = now, max(longest, now - last)
+            assert request.result().status_code == 200
+            return longest, last - began
+
+    longest, total = asyncio.run(longest_turn())
+    assert longest < total / 8, (longest, total)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from typing import Any
 
@@ -12,7 +13,11 @@ from starlette.types import Message
 
 from server.api import responses
 from server.api.app import create_app
-from tests.fakes import BASE, FakeEngine, Script, adapter, ask, events, server_state
+from server.api.response_formats import ChatFormat
+from server.api.state import ServerState
+from server.metrics import BASE as BASE_LABEL
+from server.text.prompt import PromptRenderer
+from tests.fakes import BASE, FakeEngine, FakeSequence, Script, adapter, ask, events, server_state
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 ONE: dict[str, Any] = {"model": BASE, "messages": [{"role": "user", "content": "hello"}], "stream": True}
@@ -172,3 +177,110 @@ def test_a_stream_that_is_never_begun_gives_everything_back() -> None:
     asyncio.run(run())
     assert engine.num_open == 0
     assert state.adapters.cache.num_leases("poet-weights") == 0
+
+
+def cancelled_after(state: ServerState, num_ticks: int, body: dict[str, Any]) -> bool:
+    """Ask, and cancel the request after so many turns of the event loop; whether it was still running."""
+
+    async def run() -> bool:
+        parts = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+
+        async def receive() -> Message:
+            if parts:
+                return parts.pop()
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        async def send(message: Message) -> None:
+            await asyncio.sleep(0)
+
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": CHAT, "headers": headers, "query_string": b""}
+        app = create_app(state)
+        handler = asyncio.ensure_future(app(scope, receive, send))
+        for _ in range(num_ticks):
+            await asyncio.sleep(0)
+        running = handler.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await handler
+        return running
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_handler_cancelled_at_any_moment_gives_everything_back(
+    streaming: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A handler cancelled while its stream was handed over left the lease and the sequences with nobody."""
+
+    async def in_the_loop(function: Any, *arguments: Any) -> Any:
+        await asyncio.sleep(0)  # a worker thread would make the number of ticks differ from run to run
+        return function(*arguments)
+
+    monkeypatch.setattr(asyncio, "to_thread", in_the_loop)
+    body = {**ONE, "model": "poet", "stream": streaming, "n": 3}
+    for num_ticks in range(200):
+        engine = FakeEngine([Script("hello")])
+        state = server_state(engine, adapter("poet"))
+        running = cancelled_after(state, num_ticks, body)
+        assert (engine.num_open, state.adapters.cache.num_leases("poet-weights")) == (0, 0), num_ticks
+        if not running:
+            break
+    assert not running and num_ticks > 10
+
+
+def count(state: ServerState, adapter_name: str, reason: str) -> float | None:
+    labels = {"adapter": adapter_name, "finish_reason": reason}
+    return state.metrics.registry.get_sample_value("quickchange_requests_total", labels)
+
+
+def test_the_last_request_of_a_deleted_adapter_leaves_no_metric_series() -> None:
+    """The lease was released before the log was written, which created the series of the forgotten adapter anew."""
+    state = server_state(FakeEngine(), adapter("poet"))
+    cache = state.adapters.cache
+    release = cache.release
+
+    def release_and_forget(digests: Any) -> None:
+        release(digests)
+        state.metrics.forget_adapter("poet")
+
+    cache.release = release_and_forget  # type: ignore[method-assign]
+    state.metrics.know_adapter("poet")
+    ask(create_app(state), "POST", CHAT, json={**ONE, "model": "poet"})
+    assert count(state, "poet", "stop") is None
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_an_error_after_a_stop_string_does_not_end_the_other_choices(
+    streaming: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error that was in the queue behind the tokens of a stop string failed the whole request."""
+    monkeypatch.setattr(FakeSequence, "close", lambda self: None)  # outputs that are on their way still arrive
+    engine = FakeEngine([Script("a STOP b", then="fail"), Script("the other answer", delay=0.01)])
+    body = {**ONE, "stream": streaming, "n": 2, "stop": "STOP"}
+    response = ask(create_app(server_state(engine)), "POST", CHAT, json=body)
+    assert response.status_code == 200
+    assert "error" not in response.text
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_bug_while_text_is_made_counts_as_failed(streaming: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only errors of the engine were counted as failed; one of decoding was counted as a client that had left."""
+    state = server_state(FakeEngine())
+
+    def broken(self: PromptRenderer, ids: Any) -> str:
+        raise RuntimeError("no text")
+
+    monkeypatch.setattr(PromptRenderer, "decode", broken)
+    response = ask(create_app(state), "POST", CHAT, json={**ONE, "stream": streaming})
+    assert "internal_error" in response.text
+    assert (count(state, BASE_LABEL, "failed"), count(state, BASE_LABEL, "cancelled")) == (1, 0)
+
+
+def test_a_bug_while_a_whole_answer_is_written_counts_as_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its choices had ended, so they were counted as answered, though the client got a 500."""
+    state = server_state(FakeEngine())
+    monkeypatch.setattr(ChatFormat, "message", lambda *_: 1 / 0)
+    assert ask(create_app(state), "POST", CHAT, json={**ONE, "stream": False}).status_code == 500
+    assert (count(state, BASE_LABEL, "failed"), count(state, BASE_LABEL, "stop")) == (1, 0)
