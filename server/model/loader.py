@@ -80,8 +80,8 @@ class Base:
     def close(self) -> None:
         """Free the keys and values, and make the model stock again; no step can be computed any more.
 
-        A quantized model gets its stock modules back, without the weights that became integers (they are on the
-        ``meta`` device), and keeps the number format of the others.
+        A quantized model gets its stock modules back, without the weights that became integers (they are None, so that
+        a call raises), and keeps the number format of the others.
         """
         self.patches.undo()
 

@@ -101,9 +101,9 @@ def quantizing(
 ) -> Iterator[Quantized]:
     """While a batch runs, make the linears it gets to integers; what is left becomes ``dtype`` at the end.
 
-    Undoing ``patches`` puts the stock linears back, but not their weights, which no memory holds any more: these are
-    then on the ``meta`` device. ``files`` are those that hold the model's weights: pages of their mappings are given
-    back. ``outliers`` are inputs that stand out; of linears that are not among them the batch tells.
+    Undoing ``patches`` puts the stock linears back, but not their weights, which no memory holds any more: ``weight``
+    is then None, and a call raises. ``files`` are those that hold the model's weights: pages of their mappings are
+    given back. ``outliers`` are inputs that stand out; of linears that are not among them the batch tells.
     """
     patches.begin("int8 weights")
     quantizer = _Quantizer(model, kernels, MappedFiles(files), outliers, patches)
@@ -131,11 +131,14 @@ class _Quantizer:
     ) -> None:
         self._model, self._kernels, self._mapped, self._known = model, kernels, mapped, known
         self._patches = patches
+        self._names: dict[nn.Module, list[str]] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            self._names.setdefault(module, []).append(name)
         self._embedding = model.get_input_embeddings()
         self._embedded: tuple[WeightDigest, Int8Rows] | None = None
         self._input: torch.Tensor | None = None
         self._outliers: torch.Tensor | None = None
-        self._same_input: list[tuple[str, nn.Module]] = []
+        self._same_input: list[nn.Module] = []
         assert kernels.linear_name is not None
         self.result = Quantized(kernels.linear_name, sum(parameter.numel() for parameter in model.parameters()))
 
@@ -147,8 +150,9 @@ class _Quantizer:
                 self._pack()
                 self._input = args[0]
                 self._outliers = self._known[name] if name in self._known else find_outliers(args[0])
-            if all(module is not one for _, one in self._same_input):
-                self._same_input.append((name, module))
+            is_packed = module._parameters["weight"] is None
+            if not is_packed and all(module is not waiting for waiting in self._same_input):
+                self._same_input.append(module)
 
         return hook
 
@@ -184,7 +188,7 @@ class _Quantizer:
         """Make the linears that got the same input one product of integers."""
         if not self._same_input:
             return
-        modules = [module for _, module in self._same_input]
+        modules = self._same_input
         weights = [module.get_parameter("weight") for module in modules]
         originals = [WeightDigest.of(weight, done=self._mapped.give_back) for weight in weights]
         turned = [w.t() if isinstance(m, Conv1D) else w for w, m in zip(weights, modules, strict=True)]
@@ -195,9 +199,8 @@ class _Quantizer:
         outliers = None if self._outliers is None else Outliers.of(self._outliers, turned)
         sizes = [len(weight) for weight in turned]
         fused = FusedLinear(self._kernels.linear(rows, join_biases(sizes, biases), outliers), sizes)
-        for number, ((name, module), original) in enumerate(zip(self._same_input, originals, strict=True)):
-            self._patches.replace(self._model, name, Int8Linear(module, original, fused, number))
-            _drop_weight(module)
+        for number, (module, original) in enumerate(zip(modules, originals, strict=True)):
+            self._replace(module, Int8Linear(module, original, fused, number))
         self.result.num_linears += len(modules)
         self.result.num_products += 1
         self.result.num_outliers += 0 if outliers is None else len(outliers.indices)
@@ -214,14 +217,14 @@ class _Quantizer:
             WeightDigest.of(stock.weight, done=self._mapped.give_back),
             Int8Rows.of([stock.weight], done=self._mapped.give_back),
         )
-        for name, module in list(self._model.named_modules(remove_duplicate=False)):
-            if module is stock:
-                self._patches.replace(self._model, name, Int8Embedding(stock, original, rows, dtype))
-        _drop_weight(stock)
+        self._replace(stock, Int8Embedding(stock, original, rows, dtype))
         self.result.num_bytes += rows.integers.nbytes
 
+    def _replace(self, stock: nn.Module, module: nn.Module) -> None:
+        """Replace a module under each of its names, and drop its weight, which the patches would keep in memory.
 
-def _drop_weight(stock: nn.Module) -> None:
-    """The patches keep the module, which must not keep its weight in memory."""
-    weight = stock.get_parameter("weight")
-    stock._parameters["weight"] = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
+        The weight becomes None, not a ``meta`` tensor: with that torch computes from memory that nobody has written.
+        """
+        for name in self._names[stock]:
+            self._patches.replace(self._model, name, module)
+        stock._parameters["weight"] = None

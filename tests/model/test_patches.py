@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.models.llama import modeling_llama
 
+from cpu_kernels.kernels import Kernels, choose_linear
 from server.lora.delta import LoRADelta
 from server.lora.weights import LoRAWeights
 from server.model import loader
@@ -22,7 +23,9 @@ from server.model.attention.batched import BatchedAttention
 from server.model.fused_ops import RotaryEmbedding
 from server.model.loader import Base, load_base, load_stock
 from server.model.patches import ModelPatches, with_globals
+from server.model.quantizer import quantizing
 from server.model.runner import ModelRunner
+from server.quantization.int8_modules import Int8Linear
 from server.sequence import Batch, LoRARequest, SamplingParams, Segment
 from server.sequence import Sequence as Generation
 from tests.model.families import FAMILIES, build_from
@@ -129,11 +132,42 @@ def test_a_closed_int8_base_has_stock_modules_without_the_weights_that_became_in
     base.close()
     assert is_stock(base.model, folder)
     expected = dict(stock.named_parameters())
-    gone = {name for name, parameter in base.model.named_parameters() if parameter.is_meta}
-    assert gone == {name for name, parameter in expected.items() if parameter.ndim == 2}
-    for name, parameter in base.model.named_parameters():
-        assert name in gone or torch.equal(parameter, expected[name].float())
+    kept = dict(base.model.named_parameters())
+    assert kept.keys() == {name for name, parameter in expected.items() if parameter.ndim < 2}
+    for name, parameter in kept.items():
+        assert torch.equal(parameter, expected[name].float())
     assert changed(before) == []
+
+
+@pytest.mark.parametrize("folder", ["llama", "gpt2"], indirect=True)
+def test_a_closed_int8_base_raises_when_it_is_called(folder: Path) -> None:
+    """Its weights were on the meta device, with which torch computes from memory that nobody has written."""
+    base = load(folder, "int8")
+    base.close()
+    with pytest.raises(TypeError):
+        logits_of(base.model)
+    for module in base.model.modules():
+        if type(module) is nn.Linear:
+            with pytest.raises(TypeError):
+                module(torch.ones(1, module.in_features))
+
+
+@torch.inference_mode()
+def test_a_linear_with_two_names_becomes_integers_under_both_and_once() -> None:
+    """Under its second name it stayed stock, without a weight, and gave what lay in the memory of the process."""
+    model, patches = build_from(FAMILIES["llama"]), ModelPatches()
+    attention, mlp = model.get_submodule("model.layers.0.self_attn"), model.get_submodule("model.layers.0.mlp")
+    shared = attention.get_submodule("o_proj")
+    mlp.add_module("gate_proj", nn.Sequential(shared, shared, mlp.get_submodule("gate_proj")))
+    expected = logits_of(model)
+    with quantizing(model, Kernels(linear=choose_linear()), torch.float32, patches=patches):
+        logits_of(model)
+    names = ("model.layers.0.self_attn.o_proj", "model.layers.0.mlp.gate_proj.0", "model.layers.0.mlp.gate_proj.1")
+    replaced = [model.get_submodule(name) for name in names]
+    assert isinstance(replaced[0], Int8Linear) and all(module is replaced[0] for module in replaced)
+    assert (logits_of(model) - expected).abs().max() < 0.5 * expected.abs().max()
+    patches.undo()
+    assert all(model.get_submodule(name) is shared for name in names)
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8"])
