@@ -6,6 +6,7 @@ the process, such as an oracle, stays stock. ``tests/unit/test_floors.py`` keeps
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from server.lora import module_bypass
+
+logger = logging.getLogger("quickchange.model")
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,23 @@ class ModelPatches:
         attributes[name] = value
 
     def _undo_from(self, first: int) -> None:
+        """Undo all changes from this number on, the last one first.
+
+        Changes whose undo fails stay, for another attempt; the first error is raised when all others are undone.
+        """
+        failed: list[_Change] = []
+        errors: list[Exception] = []
         while len(self._changes) > first:
-            self._changes.pop().undo()
+            change = self._changes.pop()
+            try:
+                change.undo()
+            except Exception as error:
+                logger.exception("a change of %r could not be undone", change.patch)
+                failed.append(change)
+                errors.append(error)
+        self._changes += reversed(failed)
+        if errors:
+            raise errors[0]
 
     def __enter__(self) -> ModelPatches:
         return self

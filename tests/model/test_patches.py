@@ -254,6 +254,30 @@ def test_an_attribute_that_was_there_comes_back() -> None:
     assert module.__dict__["kind"] == "stock"
 
 
+def test_an_undo_that_fails_keeps_no_other_change_and_can_be_tried_again() -> None:
+    """It was forgotten, and the changes before it stayed until another ``undo``, which nobody called."""
+    module, patches, failures = nn.Identity(), ModelPatches(), [OSError("the first"), OSError("the second")]
+
+    def fail_at_first() -> None:
+        if failures:
+            raise failures.pop(0)
+        module.__dict__.pop("by_hand")
+
+    patches.begin("early")
+    patches.set_attribute(module, "kind", "ours")
+    patches.begin("late")
+    module.__dict__["by_hand"] = True
+    patches.on_undo(fail_at_first)
+    patches.set_attribute(module, "note", "ours")
+    for message in ("the first", "the second"):
+        with pytest.raises(OSError, match=message):
+            patches.undo()
+        assert not module.__dict__.keys() & {"kind", "note"} and "by_hand" in module.__dict__
+        assert patches.names == ["late"]
+    patches.undo()
+    assert patches.names == [] and "by_hand" not in module.__dict__
+
+
 def test_a_trial_is_undone_when_it_fails() -> None:
     parent = nn.Sequential(nn.Identity())
     stock = parent[0]
