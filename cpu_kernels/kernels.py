@@ -204,7 +204,8 @@ def choose_kernels(*, int8: bool, kv_dtype: torch.dtype) -> Kernels:
     """
     if not int8:
         return Kernels()
-    return Kernels(linear=choose_linear(), native=True, kv_dtype=kv_dtype)
+    linear = choose_linear()
+    return Kernels(linear=linear, native=linear is not None, kv_dtype=kv_dtype)
 
 
 def native_linears() -> Sequence[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -94,3 +96,12 @@ def test_a_linear_says_what_it_can_do() -> None:
     linear = chosen.linear(Int8Rows.of([random(32, 64)], qmax=chosen.qmax))
     assert (linear.num_outputs, linear.num_inputs) == (32, 64)
     assert linear.gated is None and not linear.can_add_deltas([32])
+
+
+def test_nothing_is_compiled_for_a_base_that_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing multiplies integers, a thread compiled kernels, for which the process waited before it ended."""
+    monkeypatch.setattr(kernels, "choose_linear", lambda: None)
+    before = set(threading.enumerate())
+    chosen = choose_kernels(int8=True, kv_dtype=torch.float32)
+    assert set(threading.enumerate()) <= before
+    assert chosen.linear_name is None and natively(chosen.ready()) == set()
