@@ -11,24 +11,28 @@ from pathlib import Path
 
 @contextmanager
 def published_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A folder beside ``target`` to fill; it takes its place when the block ends well, and vanishes otherwise.
+    """A folder beside ``target`` to fill. It becomes ``target`` when the block succeeds, else it is deleted.
 
-    Raises ``OSError`` where the disk does not allow it; what stood at ``target`` is there afterwards.
+    ``replace`` allows a folder at ``target``, which is kept unless the new one takes its place. Raises ``OSError``.
     """
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    old = target.with_name(f".{target.name}.old-{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)  # of a process of the same number, killed before
+        shutil.rmtree(partial, ignore_errors=True)  # left by a killed process with the same id
+        if old.exists() and not target.exists():
+            old.rename(target)  # killed between the two renames
+        shutil.rmtree(old, ignore_errors=True)
         partial.mkdir()
         yield partial
         _settle(partial)
-        _rename(partial, target, replace=replace)
+        _rename(partial, target, old if replace else None)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def _settle(folder: Path) -> None:
-    """Give every file the mode that new files have here (some libraries' are private), and wait for the disk."""
+    """Give every file the default mode of new files (some libraries write private ones), and flush all to disk."""
     mode = folder.stat().st_mode & 0o666
     for path in sorted(folder.iterdir()):
         path.chmod(mode)
@@ -36,19 +40,18 @@ def _settle(folder: Path) -> None:
     _fsync(folder)
 
 
-def _rename(partial: Path, target: Path, *, replace: bool) -> None:
-    """Where ``replace`` is set, what stood at ``target`` is moved aside first, and moved back if the rename fails."""
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    shutil.rmtree(old, ignore_errors=True)
-    if replace and target.exists():
-        target.rename(old)
+def _rename(partial: Path, target: Path, old: Path | None) -> None:
+    """Rename ``partial`` to ``target``. A folder at ``target`` is moved to ``old`` first, and back on any failure."""
     try:
+        if old is not None and target.exists():
+            target.rename(old)
         partial.rename(target)
-    except OSError:
-        if old.exists():
+    except BaseException:
+        if old is not None and old.exists() and not target.exists():
             old.rename(target)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
     _fsync(target.parent)
 
 

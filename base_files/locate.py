@@ -1,4 +1,4 @@
-"""Where the files of a base are. Imports nothing heavy, so that a wrong ``base_model`` is told at once."""
+"""Finds the files of a base. Imports nothing heavy, so that a wrong ``base_model`` is refused within milliseconds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NAMED_TEMPLATES = "additional_chat_templates/*.jinja"
 
 
 def find_base(base_model: str) -> Path:
-    """The folder of the embedded base, of a base on disk, or of one from the hub (fetched once, then cached).
+    """The folder of the embedded base, of a base on disk, or of a base from the hub (fetched once, then cached).
 
     Raises ``BaseNotFound``.
     """
@@ -31,9 +31,14 @@ def base_on_disk(base_model: str) -> Path | None:
     """The folder of the embedded base or of a base on disk; None for a hub id. Raises ``BaseNotFound`` otherwise."""
     if base_model == EMBEDDED_BASE:
         return _embedded_base()
-    folder = Path(base_model).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").exists():
+    try:
+        folder = Path(base_model).expanduser()
+        is_folder = folder.is_dir()
+        has_config = is_folder and (folder / "config.json").exists()
+    except (OSError, RuntimeError) as error:
+        raise BaseNotFound(base_model, f"its path cannot be used: {error}") from error
+    if is_folder:
+        if not has_config:
             raise BaseNotFound(base_model, "the folder has no config.json: is it a model as transformers saves it?")
         return folder
     if folder.is_absolute() or base_model.startswith(".") or base_model.count("/") != 1:
@@ -65,7 +70,7 @@ def num_weight_bytes(folder: Path) -> int:
 
 @contextmanager
 def malformed_if_unreadable(folder: Path) -> Iterator[None]:
-    """Turns every error of missing or malformed files into ``BaseMalformed``."""
+    """Turn errors of missing or malformed files into ``BaseMalformed``."""
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -88,10 +93,10 @@ def _shards(folder: Path) -> list[str]:
 
 
 def _from_hub(repo_id: str) -> Path:
-    """Fetches the small files first, then only the weights that the index among them names.
+    """Download the small files first, then only the weight files that the index names.
 
-    Repositories hold the same weights in several formats and folders. The second call names the commit that the first
-    one found, which is the name of its folder.
+    Repositories hold the same weights in several formats and folders. The second download names the commit of the
+    first, which is the name of its folder, so that both are of one version.
     """
     from huggingface_hub import snapshot_download
 
@@ -103,6 +108,6 @@ def _from_hub(repo_id: str) -> Path:
     except Exception as error:
         raise BaseNotFound(
             repo_id,
-            f"it is no folder here and could not be had from the hub ({type(error).__name__}): check the name and the "
-            "network, or name a folder",
+            f"it is not a folder, and could not be downloaded from the hub ({type(error).__name__}): check the name "
+            "and the network, or name a folder",
         ) from error

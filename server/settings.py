@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Literal
@@ -171,8 +172,8 @@ class Settings(BaseSettings):
     def base_name(self) -> str:
         if self.served_model_name:
             return self.served_model_name
-        folder = Path(self.base_model).expanduser()
-        return folder.resolve().name if folder.is_dir() else folder.name
+        folder = Path(os.path.expanduser(self.base_model))
+        return folder.resolve().name if os.path.isdir(folder) else folder.name  # never raises
 
 
 def _json_list(text: str) -> list[str]:

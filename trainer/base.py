@@ -33,6 +33,9 @@ def load_base(base_model: str) -> TrainingBase:
     """
     try:
         folder = find_base(base_model)
+    except BaseFilesError as error:
+        raise BaseModelError(str(error)) from error
+    try:
         fingerprint, fingerprint_v2 = base_fingerprint(folder), base_fingerprint_v2(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(
@@ -54,7 +57,7 @@ def load_base(base_model: str) -> TrainingBase:
         )
     model.requires_grad_(False)
     name = _name(base_model, folder)
-    model.name_or_path = name  # PEFT writes it into adapter_config.json, where a path of this machine helps nobody
+    model.name_or_path = name  # PEFT writes it into adapter_config.json, which should hold no path of this machine
     return TrainingBase(name, folder, fingerprint, fingerprint_v2, model, tokenizer)
 
 

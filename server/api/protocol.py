@@ -340,7 +340,9 @@ class ChatRequest(GenerationRequest):
 
 
 class CompletionRequest(GenerationRequest):
-    """``POST /v1/completions``; ``prompt`` is a list of texts or of token ids, whichever way it was written."""
+    """``POST /v1/completions``. ``prompt`` is converted to a list of texts or of lists of token ids."""
+
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {**NEUTRAL, "top_logprobs": (0,)}
 
     prompt: Annotated[list[str | list[int]], PlainValidator(_parse_prompt)]
     logprobs: Annotated[int | None, Field(ge=0, le=MAX_COMPLETION_LOGPROBS), BeforeValidator(_none_if_false)] = None

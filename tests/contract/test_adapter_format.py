@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -72,6 +73,40 @@ def test_every_token_that_the_base_names_ends_a_turn() -> None:
     assert end_token_ids(SimpleNamespace(config=config), tokenizer) == {2, 5}
     nothing = SimpleNamespace(eos_token_id=None)
     assert end_token_ids(SimpleNamespace(config=nothing, generation_config=nothing), nothing) == frozenset()
+
+
+@pytest.mark.parametrize("num_renames", [0, 1])
+def test_an_interrupt_between_the_renames_keeps_the_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_renames: int
+) -> None:
+    """Ctrl-C left the adapter under another name, which the next process with the same id deleted."""
+    target = tmp_path / "fox"
+    with published_folder(target) as partial:
+        (partial / "a").write_text("old")
+    stock, done = Path.rename, []
+
+    def interrupted(path: Path, to: Path) -> Path:
+        done.append(path)
+        if len(done) == num_renames + 1:
+            raise KeyboardInterrupt
+        return stock(path, to)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), published_folder(target, replace=True) as partial:
+        (partial / "a").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["fox"]
+    assert (target / "a").read_text() == "old"
+
+
+def test_an_adapter_that_a_killed_process_moved_aside_is_moved_back(tmp_path: Path) -> None:
+    """A process with the same id, which in a container is every process, deleted it."""
+    target, old = tmp_path / "fox", tmp_path / f".fox.old-{os.getpid()}"
+    old.mkdir()
+    (old / "a").write_text("old")
+    with pytest.raises(RuntimeError), published_folder(target, replace=True):
+        raise RuntimeError
+    assert [path.name for path in tmp_path.iterdir()] == ["fox"]
+    assert (target / "a").read_text() == "old"
 
 
 def test_a_folder_is_published_whole_or_not_at_all(tmp_path: Path) -> None:

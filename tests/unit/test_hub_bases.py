@@ -12,6 +12,7 @@ from huggingface_hub.utils._paths import filter_repo_objects
 
 from base_files.errors import BaseMalformed, BaseNotFound
 from base_files.locate import base_on_disk, find_base, num_weight_bytes
+from server.settings import Settings
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -131,3 +132,11 @@ def test_what_is_neither_a_folder_nor_a_hub_id_is_refused_without_asking_a_hub(b
         base_on_disk(base_model)
     assert refused.value.base_model == base_model
     assert base_on_disk("someone/base") is None
+
+
+@pytest.mark.parametrize("base_model", ["x" * 300, "~no-such-user/base"])
+def test_a_path_that_the_system_refuses_is_a_sentence(base_model: str) -> None:
+    """The system's error went through as a traceback, on the server already where its settings name the base."""
+    with pytest.raises(BaseNotFound, match=r"its path cannot be used|no such folder"):
+        base_on_disk(base_model)
+    assert Settings(base_model=base_model).base_name

@@ -50,6 +50,13 @@ def test_false_is_not_zero() -> None:
             chat(**{field: False})
 
 
+def test_a_completion_may_ask_for_no_likeliest_tokens() -> None:
+    """Since chat honours ``top_logprobs``, completions refused even 0, which clients send as their default."""
+    assert completion("x", top_logprobs=0) == completion("x")
+    with pytest.raises(UnsupportedParameter):
+        completion("x", top_logprobs=1)
+
+
 def test_log_probabilities_are_asked_for_as_at_openai() -> None:
     """By a boolean in chat and a number in completions; there 0 asks for those of the chosen tokens alone."""
     assert [chat(**fields).num_logprobs for fields in ({}, {"logprobs": False}, {"top_logprobs": 0})] == [None] * 3

@@ -216,3 +216,9 @@ def test_a_file_that_is_no_safetensors_is_refused(tmp_path: Path, content: bytes
 def test_a_base_that_is_nowhere_is_refused() -> None:
     with pytest.raises(BaseModelError, match="no such folder"):
         load_base("./no/such/folder")
+
+
+def test_a_base_whose_name_cannot_be_a_path_is_refused() -> None:
+    """It was an UnboundLocalError: the message named a folder that had not been found."""
+    with pytest.raises(BaseModelError, match=r"its path cannot be used|no such folder"):
+        load_base("x" * 300)
