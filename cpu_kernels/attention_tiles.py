@@ -12,7 +12,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from cpu_kernels.blocks import BLOCK, TILE_BYTES, TILE_ROWS
+from cpu_kernels.blocks import BLOCK_OUTPUTS, TILE_BYTES, TILE_ROWS
 from cpu_kernels.intrinsics import FLOATS, LANES, NUMBERS, Vector, Vectors, call_llvm, loop, void_intrinsic
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
@@ -238,7 +238,7 @@ def _pack_queries(builder: Any, rows: Any, stride: Any, last: Any, tiles: Any, s
     loop(builder, steps, [], step)
 
 
-def _pack_values(builder: Any, rows: Any, stride: Any, last: Any, tiles: Any, apart: Any) -> None:
+def _pack_values(builder: Any, rows: Any, stride: Any, last: Any, tiles: Any, tile_stride: Any) -> None:
     vectors, halves = Vectors(builder), []
     for half in range(2):
         pairs = []
@@ -251,7 +251,7 @@ def _pack_values(builder: Any, rows: Any, stride: Any, last: Any, tiles: Any, ap
         for odd in range(2):
             lanes = ir.Constant(ir.VectorType(_I32, 2 * LANES), list(range(odd, 4 * LANES, 2)))
             dim = 2 * pair + odd
-            tile = builder.add(tiles, builder.mul(apart, _I64(dim // TILE_ROWS)))
+            tile = builder.add(tiles, builder.mul(tile_stride, _I64(dim // TILE_ROWS)))
             there = vectors.at(builder.add(tile, _I64(dim % TILE_ROWS * TILE_BYTES)), _HALVES)
             builder.store(builder.shuffle_vector(first, second, lanes), there, align=4)
 
@@ -262,12 +262,12 @@ def _unpack_sums(builder: Any, sums: Any, factors: Any, rows: Any, stride: Any, 
 
     def step(number: Any, _: list[Any]) -> list[Any]:
         offset = builder.mul(number, _I64(4 * LANES))
-        here = builder.add(sums, builder.mul(number, _I64(4 * BLOCK * LANES)))
+        here = builder.add(sums, builder.mul(number, _I64(4 * BLOCK_OUTPUTS * LANES)))
         for half in range(2):
             factor = vectors.load(builder.add(factors, _I64(4 * LANES * half)))
             lanes = []
             for dim in range(LANES):
-                one = vectors.load(builder.add(here, _I64(4 * BLOCK * dim + 4 * LANES * half)))
+                one = vectors.load(builder.add(here, _I64(4 * BLOCK_OUTPUTS * dim + 4 * LANES * half)))
                 lanes.append(builder.fmul(one, factor))
             for place, row in zip(places[LANES * half :], transposed(builder, lanes), strict=False):
                 builder.store(row, vectors.at(builder.add(place, offset), FLOATS), align=4)
@@ -281,7 +281,8 @@ pack_queries = void_intrinsic(5, _pack_queries)
 
 In these three, ``stride`` bytes lie between rows, and rows behind the last are taken for it."""
 pack_values = void_intrinsic(5, _pack_values)
-"""``f(rows, stride, last, tiles, apart)``: bfloat16 [32, 32] -> two tiles [16, 32 rows], ``apart`` bytes apart.
+"""``f(rows, stride, last, tiles, tile_stride)``: bfloat16 [32, 32] -> two tiles [16, 32 rows], ``tile_stride`` bytes
+from one to the next.
 
 Rows behind the last are zeros."""
 unpack_sums = void_intrinsic(6, _unpack_sums)

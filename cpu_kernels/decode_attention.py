@@ -112,8 +112,8 @@ def _attend_with(store: Any, load: Any, size: int) -> Callable[[Any], None]:
                     part += 16
 
     def write_and_attend(a: Any) -> None:
-        me, team = thread_number(), num_threads()
-        for row in range(a.rows * me // team, a.rows * (me + 1) // team):
+        thread, team_size = thread_number(), num_threads()
+        for row in range(a.rows * thread // team_size, a.rows * (thread + 1) // team_size):
             slot, position = longs(a.slots)[row], longs(a.positions)[row]
             for head in range(a.kv_heads):
                 key = a.keys + size * (slot * a.key_slot + head * a.key_head + position * a.dim)
@@ -121,8 +121,8 @@ def _attend_with(store: Any, load: Any, size: int) -> Callable[[Any], None]:
                 value = a.values + size * (slot * a.value_slot + head * a.value_head + position * a.value_dim)
                 store(a.v + 4 * (row * a.v_row + head * a.v_head), value, a.value_dim)
         barrier()
-        scratch = a.scores + 4 * me * (a.group * a.scores_size + 16 * max(a.dim, a.value_dim))
-        for task in range(me, a.num_singles * a.kv_heads, team):
+        scratch = a.scores + 4 * thread * (a.group * a.scores_size + 16 * max(a.dim, a.value_dim))
+        for task in range(thread, a.num_singles * a.kv_heads, team_size):
             attend_to_one_head(a, task // a.kv_heads, task % a.kv_heads, scratch)
 
     return write_and_attend

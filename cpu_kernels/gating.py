@@ -1,4 +1,4 @@
-"""What gates units, silu(gate) * up or gelu(gate) * up, sixteen at a time in registers."""
+"""Gating of MLP units, silu(gate) * up or gelu(gate) * up, sixteen at a time in registers."""
 
 from __future__ import annotations
 
@@ -8,40 +8,40 @@ from typing import Any
 
 from llvmlite import ir
 
-from cpu_kernels.blocks import BLOCK, HALF, ROW_BLOCK
+from cpu_kernels.blocks import BLOCK_OUTPUTS, HALF_BLOCK, PANEL_ROWS
 from cpu_kernels.intrinsics import FLOATS, NUMBERS, Vector, Vectors, loop, void_intrinsic
 from cpu_kernels.tiles import multiply_tiles
 
-_LANES = HALF
+_LANES = HALF_BLOCK
 _I64 = ir.IntType(64)
 _LOG2E = 1.4426950408889634
-_MOST = 125.0
-"""Of an exponent of two, so that the power is a normal number."""
+_MAX_EXPONENT = 125.0
+"""The largest exponent of two, so that the power and its reciprocal are normal numbers."""
 _GELU_1, _GELU_3 = (2 * math.sqrt(2 / math.pi) * factor for factor in (1.0, 0.044715))
-_SHUT = 2.0**125
-"""One plus a power of e from which on a gate is shut; its reciprocal would leave the range of float32."""
-_RECIPROCAL = 0x7EF311C7
-"""Minus the bits of a number: those of its reciprocal to one part in eight. Three steps of Newton's make it exact."""
+_MAX_DENOMINATOR = 2.0**125
+"""From this denominator 1 + exp(-x) on a gate is 0; its reciprocal would leave the range of float32."""
+_RECIPROCAL_BITS = 0x7EF311C7
+"""This minus a float32's bits: the bits of its reciprocal to one part in eight; three Newton steps make it exact."""
 
 
 class _Gates(Vectors):
-    """What opens and shuts."""
+    """Vectors with the activation functions of gates."""
 
     def power(self, x: Vector) -> Vector:
         """Two to the x, at most 2**125 and at least 2**-125."""
-        return self.power_of_two(self.at_most(self.at_least(x, -_MOST), _MOST), 6)
+        return self.power_of_two(self.at_most(self.at_least(x, -_MAX_EXPONENT), _MAX_EXPONENT), 6)
 
     def over(self, x: Vector, power: Vector) -> Vector:
-        """x / (1 + power), without a division, which takes as long as all the rest."""
+        """x / (1 + power) without a division, which would take as long as all other instructions of a gate."""
         builder = self.builder
         d = builder.fadd(power, self.number(1.0))
-        bits = builder.sub(ir.Constant(NUMBERS, [_RECIPROCAL] * _LANES), builder.bitcast(d, NUMBERS))
+        bits = builder.sub(ir.Constant(NUMBERS, [_RECIPROCAL_BITS] * _LANES), builder.bitcast(d, NUMBERS))
         r = builder.bitcast(bits, FLOATS)
         negative = builder.fsub(self.number(-0.0), d)
         for _ in range(3):
             r = builder.fmul(r, self.multiply_add(negative, r, self.number(2.0)))
-        open_ = builder.fcmp_ordered("<", d, self.number(_SHUT))
-        return builder.fmul(x, builder.select(open_, r, self.number(0.0)))
+        in_range = builder.fcmp_ordered("<", d, self.number(_MAX_DENOMINATOR))
+        return builder.fmul(x, builder.select(in_range, r, self.number(0.0)))
 
     def silu(self, x: Vector) -> Vector:
         """x times the logistic function of x (Elfwing et al. 2018)."""
@@ -57,27 +57,27 @@ Gate = Callable[[_Gates, Vector], Vector]
 
 
 def _gate_vectors(gate: Gate) -> Any:
-    """``f(gate, up, y, count)``: of float32 [16 * count] each."""
+    """``f(gate, up, y, count)``: y = gate's activation * up, float32 [16 * count] each."""
 
     def generate(builder: Any, gates: Any, ups: Any, y: Any, count: Any) -> None:
         vectors = _Gates(builder)
 
-        def one(number: Any, _: list[Any]) -> list[Any]:
+        def gate_vector(number: Any, _: list[Any]) -> list[Any]:
             offset = builder.mul(number, _I64(4 * _LANES))
-            first, second = (vectors.load(builder.add(address, offset)) for address in (gates, ups))
-            builder.store(builder.fmul(gate(vectors, first), second), vectors.at(builder.add(y, offset)), align=4)
+            gate_value, up = (vectors.load(builder.add(address, offset)) for address in (gates, ups))
+            builder.store(builder.fmul(gate(vectors, gate_value), up), vectors.at(builder.add(y, offset)), align=4)
             return []
 
-        loop(builder, count, [], one)
+        loop(builder, count, [], gate_vector)
 
     return void_intrinsic(4, generate)
 
 
 class GatedRow:
-    """Code for rows of a block's sums, int32 [.., 32], that become units, float32 [.., 16]: as ``scale_rows`` does.
+    """Code for rows of a block's sums, int32 [rows, 32], that become units, float32 [rows, 16].
 
-    ``addresses`` are sums, constants, largest, y, the bytes between its rows, and deltas float32 [2, 32, 16], which are
-    added before.
+    The sums are scaled back as in ``epilogue.py``. ``addresses`` are sums, constants, absmax, y, the bytes from row to
+    row of y, and deltas float32 [2, 32, 16], which are added before the gate.
     """
 
     def __init__(self, gate: Gate, builder: Any, addresses: Sequence[Any], *, with_deltas: bool) -> None:
@@ -88,45 +88,47 @@ class GatedRow:
     def compute(self, number: Any) -> None:
         vectors, builder = self._vectors, self._vectors.builder
         factor = vectors.repeated(builder.add(self._largest, builder.mul(number, _I64(4))))
-        here = builder.add(self._sums, builder.mul(number, _I64(4 * BLOCK)))
-        found = []
+        row_sums = builder.add(self._sums, builder.mul(number, _I64(4 * BLOCK_OUTPUTS)))
+        values = []
         for half, (scales, bias) in enumerate(self._halves):
-            integers = vectors.load(builder.add(here, _I64(4 * HALF * half)), NUMBERS)
+            integers = vectors.load(builder.add(row_sums, _I64(4 * HALF_BLOCK * half)), NUMBERS)
             scaled = builder.fmul(builder.sitofp(integers, FLOATS), scales)
-            whole = builder.fadd(builder.fmul(scaled, factor), bias)
+            value = builder.fadd(builder.fmul(scaled, factor), bias)
             if self._with_deltas:
-                place = builder.add(self._deltas, builder.mul(number, _I64(4 * HALF)))
-                whole = builder.fadd(whole, vectors.load(builder.add(place, _I64(4 * HALF * ROW_BLOCK * half))))
-            found.append(whole)
-        units = builder.fmul(self._gate(vectors, found[0]), found[1])
+                row_deltas = builder.add(self._deltas, builder.mul(number, _I64(4 * HALF_BLOCK)))
+                value = builder.fadd(
+                    value, vectors.load(builder.add(row_deltas, _I64(4 * HALF_BLOCK * PANEL_ROWS * half)))
+                )
+            values.append(value)
+        units = builder.fmul(self._gate(vectors, values[0]), values[1])
         builder.store(units, vectors.at(builder.add(self._y, builder.mul(number, self._stride))), align=4)
 
     def _constant(self, constants: Any, number: int, half: int) -> Vector:
         builder = self._vectors.builder
-        return self._vectors.load(builder.add(constants, _I64(4 * (BLOCK * number + HALF * half))))
+        return self._vectors.load(builder.add(constants, _I64(4 * (BLOCK_OUTPUTS * number + HALF_BLOCK * half))))
 
 
 def gated_sums(gate: Gate, *, with_deltas: bool) -> Any:
-    """``f(count, sums, constants, largest, y, stride, deltas)``: so many rows, one after another."""
+    """``f(count, sums, constants, absmax, y, stride, deltas)``: scale and gate ``count`` rows, as ``GatedRow``."""
 
     def generate(builder: Any, count: Any, *addresses: Any) -> None:
         row = GatedRow(gate, builder, addresses, with_deltas=with_deltas)
 
-        def one(number: Any, _: list[Any]) -> list[Any]:
+        def gate_row(number: Any, _: list[Any]) -> list[Any]:
             row.compute(number)
             return []
 
-        loop(builder, count, [], one)
+        loop(builder, count, [], gate_row)
 
     return void_intrinsic(7, generate)
 
 
 def gated_beside_products(gate: Gate, *, with_deltas: bool) -> Any:
-    """Products of two row tiles, as ``tile_products``, and beside each of their steps two rows of sums made before.
+    """The products of two row tiles as ``tile_products``; each step also gates two rows of sums computed before.
 
-    ``f(x, apart, count, weights, sums, stride, begin, last, sums, constants, largest, y, stride, deltas)``: the first
-    seven are the products'; ``last`` is the last row of those sums, which rows beyond are taken for. Tiles and vectors
-    are multiplied at the same time, where one after the other takes as long as both.
+    ``f(x, tile_stride, count, weights, sums, stride, initial, last, sums, constants, absmax, y, stride, deltas)``: the
+    first seven are those of ``tile_products``, the last six those of ``gated_sums``, whose rows are 0 to ``last``
+    (later steps repeat row ``last``). Tile and vector units work at the same time, which hides the gating.
     """
 
     def generate(builder: Any, *arguments: Any) -> None:
@@ -134,8 +136,8 @@ def gated_beside_products(gate: Gate, *, with_deltas: bool) -> Any:
         row = GatedRow(gate, builder, addresses, with_deltas=with_deltas)
 
         def rows(step: Any) -> None:
-            for one in range(BESIDE):
-                number = builder.add(builder.mul(step, _I64(BESIDE)), _I64(one))
+            for i in range(BESIDE):
+                number = builder.add(builder.mul(step, _I64(BESIDE)), _I64(i))
                 row.compute(builder.select(builder.icmp_signed("<", number, last), number, last))
 
         multiply_tiles(builder, 2, arguments[:7], beside=rows)
@@ -144,6 +146,6 @@ def gated_beside_products(gate: Gate, *, with_deltas: bool) -> Any:
 
 
 BESIDE = 2
-"""Rows that are gated beside a step of the products."""
+"""Rows that are gated in each step of the products."""
 SILU, GELU = _Gates.silu, _Gates.gelu
 silu_vectors, gelu_vectors = _gate_vectors(SILU), _gate_vectors(GELU)

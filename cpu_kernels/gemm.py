@@ -1,6 +1,6 @@
-"""GEMM of rows of floats and int8 weights: rows are quantized, multiplied, and scaled back, in one call.
+"""GEMM of float32 rows with int8 weights (W8A8): quantize rows, multiply integers, scale sums back, in one call.
 
-How weights lie is told in ``blocks.py``.
+``blocks.py`` describes the layout of the weights.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from llvmlite import ir
 from numba import njit
 
 from cpu_kernels.blocks import (
-    BLOCK,
+    BLOCK_OUTPUTS,
     BY_SILU,
-    CHUNK,
-    FEW,
-    HALF,
+    CHUNK_ROWS,
+    FEW_ROWS,
+    HALF_BLOCK,
     NO_GATING,
-    ROW_BLOCK,
+    PANEL_ROWS,
     TILE_BYTES,
     TILE_ROWS,
-    WHOLE,
+    UNSPLIT_STEPS,
 )
 from cpu_kernels.epilogue import deltas_of_blocks, finish, finish_with_deltas, no_deltas
 from cpu_kernels.gating import BESIDE, GELU, SILU, Gate, gated_beside_products, gated_sums
@@ -38,39 +38,44 @@ from cpu_kernels.intrinsics import (
     thread_number,
     void_intrinsic,
 )
-from cpu_kernels.lora_tiles import list_runs, low_by_b, pairs_of, put_low, put_low_of_rows
+from cpu_kernels.lora_tiles import list_tasks, multiply_a_few_rows, multiply_a_row_tile, multiply_b, rank_pairs
 from cpu_kernels.native_kernel import NativeKernel
 from cpu_kernels.quantize_rows import quantize_row
 from cpu_kernels.tiles import configure_few_rows, configure_tiles, may_use_tiles, release_tiles, tile_products
 
-FIELDS = "x rows y gating quantized largest apart sums inputs outputs width blocks weights constants"
-FIELDS += " others num_outliers outliers outlier_weights runs parts"
-"""Of a GEMM's record. ``x`` float32 [rows, inputs] and ``y`` [rows, outputs], or [rows, outputs / 2] with a ``gating``.
-``quantized`` uint8 [whole row tiles, width], ``largest`` float32 [rows], ``apart`` [rows, outliers] and ``sums`` are
-for the time of the call. ``constants`` are, for each block, 32 int32 that sums begin with, 32 scales and a bias in
-float32. ``others`` float32 [inputs] has 0 at outliers, whose indices are int64 and whose weights float32 [blocks, ..,
-32]; 0 for what is not there. Where tiles add adapters' deltas, ``runs`` are as in ``lora_deltas.py``, and ``parts``
-int64: how many linears the weight is of, then ``PART`` numbers each."""
-_AHEAD_BY_VECTORS = 4096
-"""Bytes that vectors' weights are called into the caches ahead, where they come from memory; measured."""
+FIELDS = "x rows y gating quantized absmax outlier_inputs sums inputs outputs width blocks weights constants"
+FIELDS += " inlier_mask num_outliers outlier_indices outlier_weights tasks linears"
+"""The record of a GEMM: addresses and counts, all int64; an address is 0 where its array is missing.
+
+``x`` float32 [rows, inputs]; ``y`` float32 [rows, outputs], or [rows, outputs / 2] where ``gating`` is set.
+Memory for this call only: ``quantized`` uint8 [rows padded to row tiles, width], ``absmax`` float32 [rows],
+``outlier_inputs`` float32 [rows, num_outliers], ``sums`` int32 (``blocks.sums_size``).
+``weights`` int8 [blocks, width / 4, 32, 4]; ``constants`` [blocks, 3, 32]: int32 initial sums, float32 scales, float32
+bias. ``inlier_mask`` float32 [inputs], 0 at outliers; ``outlier_indices`` int64 [num_outliers]; ``outlier_weights``
+float32 [blocks, num_outliers, 32].
+Where AMX adds LoRA deltas, ``tasks`` is the step's task table (``lora_deltas.FIELDS``), and ``linears`` int64: how many
+linears the weight joins, then ``LINEAR_ENTRY_SIZE`` numbers each (``lora_tiles.py``).
+"""
+_PREFETCH_DISTANCE = 4096
+"""Bytes ahead of the current weights that vectors prefetch, where weights come from memory; measured."""
 _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
-_VERY_FEW = 4
-"""Rows that vectors multiply as fast as their weights come."""
-_BLOCKS = 16
-"""Whose deltas of very few rows are computed at once."""
-_TILE_SLAB = 8
-"""Steps of 64 inputs whose weights, 16 KB, stay in half of a first cache while all rows use them."""
-_SLAB = 128
-"""Steps of four inputs whose weights, 16 KB, stay in the first cache while several rows use them."""
+_VECTOR_ROWS = 4
+"""Up to so many rows vectors multiply as fast as memory delivers the weights, so tiles would gain nothing."""
+_DELTA_BLOCKS = 16
+"""Blocks whose LoRA deltas are computed together for up to ``_VECTOR_ROWS`` rows."""
+_TILE_SLAB_STEPS = 8
+"""Steps of 64 inputs in a slab: 16 KB of weights, which stay in half of the L1 cache while all rows use them."""
+_VECTOR_SLAB_STEPS = 128
+"""Steps of four inputs in a slab: 16 KB of weights, which stay in the L1 cache while several rows use them."""
 
 
 def dot_products(rows: int, bits: int, *, prefetch: bool = False) -> Any:
     """``f(x, stride, count, weights, sums)``: sums int32 [rows, 32] += x uint8 [rows, 4 * count] @ a block of weights.
 
-    By VPDPBUSD on vectors of so many bits. ``weights`` int8 [count, 32, 4]; ``stride`` bytes lie between rows of x.
+    By VPDPBUSD on vectors of ``bits`` bits. ``weights`` int8 [count, 32, 4]; ``stride``: bytes between rows of x.
     """
     lanes = bits // 32
-    per_block = BLOCK // lanes
+    per_block = BLOCK_OUTPUTS // lanes
     num_registers = (32 if bits == 512 else 16) - 4
     at_once = min(per_block, max(1, num_registers // rows))
     while per_block % at_once:
@@ -78,7 +83,7 @@ def dot_products(rows: int, bits: int, *, prefetch: bool = False) -> Any:
 
     def generate(builder: Any, x: Any, stride: Any, count: Any, weights: Any, sums: Any) -> None:
         for first in range(0, per_block, at_once):
-            ahead = _AHEAD_BY_VECTORS if prefetch else 0
+            ahead = _PREFETCH_DISTANCE if prefetch else 0
             _dot_products(builder, rows, lanes, range(first, first + at_once), ahead, (x, stride, count, weights, sums))
 
     return void_intrinsic(5, generate)
@@ -93,34 +98,33 @@ def _dot_products(builder: Any, rows: int, lanes: int, vectors: range, ahead: in
         return builder.inttoptr(builder.add(address, offset), kind.as_pointer())
 
     def sum_at(row: int, vector: int) -> Any:
-        return at(sums, _I64(4 * (BLOCK * row + lanes * vector)), numbers)
+        return at(sums, _I64(4 * (BLOCK_OUTPUTS * row + lanes * vector)), numbers)
 
     cells = [(row, vector) for row in range(rows) for vector in vectors]
-    begin = {cell: builder.load(sum_at(*cell), align=4) for cell in cells}
+    initial = {cell: builder.load(sum_at(*cell), align=4) for cell in cells}
     before, loop, end = builder.block, builder.append_basic_block(), builder.append_basic_block()
     builder.branch(loop)
     builder.position_at_end(loop)
     step = builder.phi(_I64)
     step.add_incoming(_I64(0), before)
     current = {cell: builder.phi(numbers) for cell in cells}
-    here = builder.add(weights, builder.mul(step, _I64(4 * BLOCK)))
-    loaded = {one: builder.load(at(here, _I64(4 * lanes * one), octets), align=1) for one in vectors}
+    step_weights = builder.add(weights, builder.mul(step, _I64(4 * BLOCK_OUTPUTS)))
+    loaded = {vector: builder.load(at(step_weights, _I64(4 * lanes * vector), octets), align=1) for vector in vectors}
     if ahead:
-        prefetch_lines(
-            builder, here, range(ahead + 4 * lanes * vectors[0], ahead + 4 * lanes * (vectors[-1] + 1), 64), 2
-        )
+        offsets = range(ahead + 4 * lanes * vectors[0], ahead + 4 * lanes * (vectors[-1] + 1), 64)
+        prefetch_lines(builder, step_weights, offsets, 2)
     after = {}
     for row in range(rows):
         offset = builder.add(builder.mul(stride, _I64(row)), builder.mul(step, _I64(4)))
-        four = builder.load(at(x, offset, _I32), align=1)
-        single = builder.insert_element(ir.Constant(numbers, ir.Undefined), four, _I32(0))
+        four_inputs = builder.load(at(x, offset, _I32), align=1)
+        single = builder.insert_element(ir.Constant(numbers, ir.Undefined), four_inputs, _I32(0))
         repeated = builder.bitcast(builder.shuffle_vector(single, single, ir.Constant(numbers, None)), octets)
-        for one in vectors:
-            after[row, one] = builder.call(product, [current[row, one], repeated, loaded[one]])
+        for vector in vectors:
+            after[row, vector] = builder.call(product, [current[row, vector], repeated, loaded[vector]])
     following = builder.add(step, _I64(1))
     step.add_incoming(following, loop)
     for cell in cells:
-        current[cell].add_incoming(begin[cell], before)
+        current[cell].add_incoming(initial[cell], before)
         current[cell].add_incoming(after[cell], loop)
     builder.cbranch(builder.icmp_signed("<", following, count), loop, end)
     builder.position_at_end(end)
@@ -128,195 +132,205 @@ def _dot_products(builder: Any, rows: int, lanes: int, vectors: range, ahead: in
         builder.store(after[cell], sum_at(*cell), align=4)
 
 
-_blocks_memory = scratch(4 * BLOCK * ROW_BLOCK * _BLOCKS)
-_sums_memory, _deltas_memory = scratch(4 * BLOCK * CHUNK), scratch(4 * BLOCK * ROW_BLOCK)
+_blocks_memory = scratch(4 * BLOCK_OUTPUTS * PANEL_ROWS * _DELTA_BLOCKS)
+_sums_memory, _deltas_memory = scratch(4 * BLOCK_OUTPUTS * CHUNK_ROWS), scratch(4 * BLOCK_OUTPUTS * PANEL_ROWS)
 _one_tile, _two_tiles = tile_products(1, prefetch=True), tile_products(2, prefetch=True)
 _tiles, _more_tiles = tile_products(2), tile_products(2, add=True)
 
 
 @njit(error_model="numpy")
 def _quantize_into_tiles(a: Any, first: int, end: int) -> None:
-    """Rows, as tiles of 16 rows and 64 bytes lie one behind the other."""
+    """Quantize rows into ``quantized`` as tiles uint8 [row tiles, width / 64, 16, 64]."""
     for row in range(first, end):
         target = a.quantized + row // TILE_ROWS * TILE_ROWS * a.width + row % TILE_ROWS * TILE_BYTES
         quantize_row(a, row, target, TILE_ROWS * TILE_BYTES)
 
 
 @njit(error_model="numpy")
-def _prepare_many_rows(a: Any, changed: bool) -> None:
-    """This thread's rows on tiles, and, where adapters change some, their products with A while they are at hand."""
-    me, team, tiles = thread_number(), num_threads(), (a.rows + ROW_BLOCK - 1) // ROW_BLOCK * 2
-    for tile in range(tiles * me // team, tiles * (me + 1) // team):
+def _prepare_many_rows(a: Any, has_deltas: bool) -> None:
+    """Quantize this thread's row tiles; with ``has_deltas`` also compute their x @ A, while x is cached."""
+    thread, team_size, tiles = thread_number(), num_threads(), (a.rows + PANEL_ROWS - 1) // PANEL_ROWS * 2
+    for tile in range(tiles * thread // team_size, tiles * (thread + 1) // team_size):
         _quantize_into_tiles(a, TILE_ROWS * tile, min(a.rows, TILE_ROWS * (tile + 1)))
-        if changed:
-            put_low_of_rows(a, tile)
+        if has_deltas:
+            multiply_a_row_tile(a, tile)
 
 
 def _by_dot_products(bits: int, deltas_of: Any = no_deltas) -> Callable[[Any], None]:
-    """x @ weights where vectors of so many bits multiply bytes; ``deltas_of`` gives what adapters add to a few rows."""
-    one, two, four = (dot_products(rows, bits, prefetch=True) for rows in (1, 2, 4))
-    most = 8 if bits == 512 else 4
-    many = dot_products(most, bits)
+    """The GEMM by VPDPBUSD on vectors of ``bits`` bits; ``deltas_of`` computes the LoRA deltas of a few rows."""
+    one_row, two_rows, four_rows = (dot_products(rows, bits, prefetch=True) for rows in (1, 2, 4))
+    max_rows = 8 if bits == 512 else 4
+    many_rows = dot_products(max_rows, bits)
 
     def by_dot_products(a: Any) -> None:
-        me, team = thread_number(), num_threads()
-        for row in range(a.rows * me // team, a.rows * (me + 1) // team):
+        thread, team_size = thread_number(), num_threads()
+        for row in range(a.rows * thread // team_size, a.rows * (thread + 1) // team_size):
             quantize_row(a, row, a.quantized + row * a.width, TILE_BYTES)
         barrier()
-        sums, memory, deltas = _sums_memory(), _blocks_memory(), 0
-        first, end = a.blocks * me // team, a.blocks * (me + 1) // team
+        sums, delta_memory, deltas = _sums_memory(), _blocks_memory(), 0
+        first, end = a.blocks * thread // team_size, a.blocks * (thread + 1) // team_size
         for block in range(first, end):
-            place = (block - first) % _BLOCKS
+            place = (block - first) % _DELTA_BLOCKS
             if place == 0:
-                deltas = deltas_of(a, block, min(_BLOCKS, end - block), memory)
-            mine = deltas + 4 * BLOCK * ROW_BLOCK * place if deltas else 0
-            for chunk in range(0, a.rows, CHUNK):
-                rows = min(a.rows - chunk, CHUNK)
-                begin = integers(a.constants + 12 * BLOCK * block)
+                deltas = deltas_of(a, block, min(_DELTA_BLOCKS, end - block), delta_memory)
+            block_deltas = deltas + 4 * BLOCK_OUTPUTS * PANEL_ROWS * place if deltas else 0
+            for chunk in range(0, a.rows, CHUNK_ROWS):
+                rows = min(a.rows - chunk, CHUNK_ROWS)
+                initial = integers(a.constants + 12 * BLOCK_OUTPUTS * block)
                 for row in range(rows):
-                    for i in range(BLOCK):
-                        integers(sums)[BLOCK * row + i] = begin[i]
-                for slab in range(0, a.width // 4, _SLAB):
-                    steps = min(a.width // 4 - slab, _SLAB)
-                    weights = a.weights + (block * a.width // 4 + slab) * 4 * BLOCK
+                    for i in range(BLOCK_OUTPUTS):
+                        integers(sums)[BLOCK_OUTPUTS * row + i] = initial[i]
+                for slab in range(0, a.width // 4, _VECTOR_SLAB_STEPS):
+                    steps = min(a.width // 4 - slab, _VECTOR_SLAB_STEPS)
+                    weights = a.weights + (block * a.width // 4 + slab) * 4 * BLOCK_OUTPUTS
                     row = 0
                     while row < rows:
-                        grid, here = a.quantized + (chunk + row) * a.width + 4 * slab, sums + 4 * BLOCK * row
-                        if rows - row >= most:
-                            many(grid, a.width, steps, weights, here)
-                            row += most
+                        x = a.quantized + (chunk + row) * a.width + 4 * slab
+                        row_sums = sums + 4 * BLOCK_OUTPUTS * row
+                        if rows - row >= max_rows:
+                            many_rows(x, a.width, steps, weights, row_sums)
+                            row += max_rows
                         elif rows - row >= 4:
-                            four(grid, a.width, steps, weights, here)
+                            four_rows(x, a.width, steps, weights, row_sums)
                             row += 4
                         elif rows - row >= 2:
-                            two(grid, a.width, steps, weights, here)
+                            two_rows(x, a.width, steps, weights, row_sums)
                             row += 2
                         else:
-                            one(grid, a.width, steps, weights, here)
+                            one_row(x, a.width, steps, weights, row_sums)
                             row += 1
-                finish(a, chunk, rows, block, sums, mine)
+                finish(a, chunk, rows, block, sums, block_deltas)
 
     return by_dot_products
 
 
 @njit(error_model="numpy")
 def _few_rows_by_tiles(a: Any, first: int, end: int) -> None:
-    """Products of up to 32 rows with these blocks, which come from memory."""
-    sums, apart = _sums_memory(), TILE_ROWS * a.width
+    """Blocks ``first`` to ``end`` for up to 32 rows: the weights come from memory, and are prefetched."""
+    sums, tile_stride = _sums_memory(), TILE_ROWS * a.width
     for block in range(first, end):
-        weights, begin = a.weights + block * a.width * BLOCK, a.constants + 12 * BLOCK * block
+        weights = a.weights + block * a.width * BLOCK_OUTPUTS
+        initial = a.constants + 12 * BLOCK_OUTPUTS * block
         if a.rows <= TILE_ROWS:
-            _one_tile(a.quantized, apart, a.width // TILE_BYTES, weights, sums, 4 * BLOCK, begin)
+            _one_tile(a.quantized, tile_stride, a.width // TILE_BYTES, weights, sums, 4 * BLOCK_OUTPUTS, initial)
         else:
-            _two_tiles(a.quantized, apart, a.width // TILE_BYTES, weights, sums, 4 * BLOCK, begin)
+            _two_tiles(a.quantized, tile_stride, a.width // TILE_BYTES, weights, sums, 4 * BLOCK_OUTPUTS, initial)
         finish_with_deltas(a, 0, a.rows, block, sums)
 
 
 @njit(error_model="numpy")
 def _many_rows_by_tiles(a: Any, chunk: int, first: int, end: int) -> None:
-    """Products of a chunk of rows with these blocks, in slabs that stay in the first cache while all rows use them."""
-    steps, last, apart = a.width // TILE_BYTES, min(a.rows, chunk + CHUNK), TILE_ROWS * a.width
-    slabs = 1 if steps <= WHOLE else (steps + _TILE_SLAB - 1) // _TILE_SLAB
-    per_block = (last - chunk + ROW_BLOCK - 1) // ROW_BLOCK * ROW_BLOCK
+    """Blocks ``first`` to ``end`` for the rows from ``chunk`` on, in slabs whose weights stay in the L1 cache."""
+    steps, last, tile_stride = a.width // TILE_BYTES, min(a.rows, chunk + CHUNK_ROWS), TILE_ROWS * a.width
+    slabs = 1 if steps <= UNSPLIT_STEPS else (steps + _TILE_SLAB_STEPS - 1) // _TILE_SLAB_STEPS
+    padded_rows = (last - chunk + PANEL_ROWS - 1) // PANEL_ROWS * PANEL_ROWS
     for slab in range(slabs):
         first_step = steps * slab // slabs
         count = steps * (slab + 1) // slabs - first_step
         for block in range(first, end):
-            weights = a.weights + (block * a.width + first_step * TILE_BYTES) * BLOCK
-            begin = a.constants + 12 * BLOCK * block
-            for row in range(chunk, last, ROW_BLOCK):
-                grid = a.quantized + row * a.width + first_step * TILE_ROWS * TILE_BYTES
+            weights = a.weights + (block * a.width + first_step * TILE_BYTES) * BLOCK_OUTPUTS
+            initial = a.constants + 12 * BLOCK_OUTPUTS * block
+            for row in range(chunk, last, PANEL_ROWS):
+                x = a.quantized + row * a.width + first_step * TILE_ROWS * TILE_BYTES
                 sums = _sums_memory()
                 if slabs > 1:
-                    sums = a.sums + 4 * BLOCK * (block * per_block + row - chunk)
+                    sums = a.sums + 4 * BLOCK_OUTPUTS * (block * padded_rows + row - chunk)
                 if slab:
-                    _more_tiles(grid, apart, count, weights, sums, 4 * BLOCK, begin)
+                    _more_tiles(x, tile_stride, count, weights, sums, 4 * BLOCK_OUTPUTS, initial)
                 else:
-                    _tiles(grid, apart, count, weights, sums, 4 * BLOCK, begin)
+                    _tiles(x, tile_stride, count, weights, sums, 4 * BLOCK_OUTPUTS, initial)
                 if slab == slabs - 1:
-                    finish_with_deltas(a, row, min(last - row, ROW_BLOCK), block, sums)
+                    finish_with_deltas(a, row, min(last - row, PANEL_ROWS), block, sums)
 
 
 def _many_gated_rows_by_tiles(gate: Gate, *, with_deltas: bool) -> Any:
-    """As ``_many_rows_by_tiles`` in one slab, where each panel of rows is gated beside the products of the next."""
-    beside = gated_beside_products(gate, with_deltas=with_deltas)
-    rows_of = gated_sums(gate, with_deltas=with_deltas)
+    """As ``_many_rows_by_tiles`` in one slab; vectors gate a panel of rows while tiles multiply the next panel."""
+    multiply_and_gate = gated_beside_products(gate, with_deltas=with_deltas)
+    gate_rows = gated_sums(gate, with_deltas=with_deltas)
 
     @njit(error_model="numpy")
     def multiply(a: Any, chunk: int, first: int, end: int) -> None:
-        steps, last, apart = a.width // TILE_BYTES, min(a.rows, chunk + CHUNK), TILE_ROWS * a.width
-        memory, deltas, stride = _sums_memory(), _deltas_memory(), 4 * HALF * a.blocks
-        sums, ready, count = memory, memory + 4 * BLOCK * ROW_BLOCK, 0
-        constants, largest, y = a.constants, a.largest, a.y
+        steps, last, tile_stride = a.width // TILE_BYTES, min(a.rows, chunk + CHUNK_ROWS), TILE_ROWS * a.width
+        memory, deltas, y_stride = _sums_memory(), _deltas_memory(), 4 * HALF_BLOCK * a.blocks
+        # the panel multiplied before, which is yet to be gated: its sums, number of rows, and what scales them
+        sums, ready_sums, ready_rows = memory, memory + 4 * BLOCK_OUTPUTS * PANEL_ROWS, 0
+        constants, absmax, y = a.constants, a.absmax, a.y
         for block in range(first, end):
-            weights, begin = a.weights + block * a.width * BLOCK, a.constants + 12 * BLOCK * block
-            for row in range(chunk, last, ROW_BLOCK):
-                grid, done = a.quantized + row * a.width, min(count, BESIDE * steps)
-                if count == 0:
-                    _tiles(grid, apart, steps, weights, sums, 4 * BLOCK, begin)
+            weights = a.weights + block * a.width * BLOCK_OUTPUTS
+            initial = a.constants + 12 * BLOCK_OUTPUTS * block
+            for row in range(chunk, last, PANEL_ROWS):
+                x, gated_rows = a.quantized + row * a.width, min(ready_rows, BESIDE * steps)
+                if ready_rows == 0:
+                    _tiles(x, tile_stride, steps, weights, sums, 4 * BLOCK_OUTPUTS, initial)
                 else:
-                    beside(
-                        grid, apart, steps, weights, sums, 4 * BLOCK, begin,
-                        count - 1, ready, constants, largest, y, stride, deltas,
+                    multiply_and_gate(
+                        x, tile_stride, steps, weights, sums, 4 * BLOCK_OUTPUTS, initial,
+                        ready_rows - 1, ready_sums, constants, absmax, y, y_stride, deltas,
                     )  # fmt: skip
-                if done < count:
-                    rows_of(
-                        count - done, ready + 4 * BLOCK * done, constants, largest + 4 * done, y + stride * done,
-                        stride, deltas + 4 * HALF * done,
+                if gated_rows < ready_rows:
+                    gate_rows(
+                        ready_rows - gated_rows, ready_sums + 4 * BLOCK_OUTPUTS * gated_rows, constants,
+                        absmax + 4 * gated_rows, y + y_stride * gated_rows, y_stride,
+                        deltas + 4 * HALF_BLOCK * gated_rows,
                     )  # fmt: skip
-                sums, ready, count, constants = ready, sums, min(last - row, ROW_BLOCK), begin
-                largest, y = a.largest + 4 * row, a.y + row * stride + 4 * HALF * block
+                sums, ready_sums = ready_sums, sums
+                ready_rows = min(last - row, PANEL_ROWS)
+                constants = initial
+                absmax = a.absmax + 4 * row
+                y = a.y + row * y_stride + 4 * HALF_BLOCK * block
                 if with_deltas:
-                    low_by_b(a, row, count, block, deltas)
-        if count:
-            rows_of(count, ready, constants, largest, y, stride, deltas)
+                    multiply_b(a, row, ready_rows, block, deltas)
+        if ready_rows:
+            gate_rows(ready_rows, ready_sums, constants, absmax, y, y_stride, deltas)
 
     return multiply
 
 
 def _by_tiles() -> Callable[[Any], None]:
-    """x @ weights where AMX multiplies bytes. A few rows, which only wait for memory, are multiplied by vectors."""
+    """The GEMM by AMX. Up to ``_VECTOR_ROWS`` rows, which only wait for memory, are multiplied by vectors."""
     very_few_rows = njit(error_model="numpy")(_by_dot_products(512, deltas_of_blocks))
-    by_silu, by_gelu = (_many_gated_rows_by_tiles(gate, with_deltas=False) for gate in (SILU, GELU))
-    changed_by_silu, changed_by_gelu = (_many_gated_rows_by_tiles(gate, with_deltas=True) for gate in (SILU, GELU))
+    silu_rows, gelu_rows = (_many_gated_rows_by_tiles(gate, with_deltas=False) for gate in (SILU, GELU))
+    silu_rows_with_deltas, gelu_rows_with_deltas = (
+        _many_gated_rows_by_tiles(gate, with_deltas=True) for gate in (SILU, GELU)
+    )
 
     def by_tiles(a: Any) -> None:
-        me, team = thread_number(), num_threads()
-        changed = a.runs != 0 and longs(a.runs)[0] > 0
+        thread, team_size = thread_number(), num_threads()
+        has_deltas = a.tasks != 0 and longs(a.tasks)[0] > 0
         if a.rows > TILE_ROWS:
             configure_tiles()
-        elif a.rows > _VERY_FEW or changed:
-            configure_few_rows(a.rows, pairs_of(a) if changed else TILE_ROWS)
-        if changed and me == 0:
-            list_runs(a)
-        if a.rows > FEW:
-            _prepare_many_rows(a, changed)
-        elif changed:
-            put_low(a)
-        if a.rows <= _VERY_FEW:
+        elif a.rows > _VECTOR_ROWS or has_deltas:
+            configure_few_rows(a.rows, rank_pairs(a) if has_deltas else TILE_ROWS)
+        if has_deltas and thread == 0:
+            list_tasks(a)
+        if a.rows > FEW_ROWS:
+            _prepare_many_rows(a, has_deltas)
+        elif has_deltas:
+            multiply_a_few_rows(a)
+        if a.rows <= _VECTOR_ROWS:
             very_few_rows(a)
-            if changed:
+            if has_deltas:
                 release_tiles()
             return
-        if a.rows <= FEW:
-            _quantize_into_tiles(a, a.rows * me // team, a.rows * (me + 1) // team)
+        if a.rows <= FEW_ROWS:
+            _quantize_into_tiles(a, a.rows * thread // team_size, a.rows * (thread + 1) // team_size)
         barrier()
-        first, end = a.blocks * me // team, a.blocks * (me + 1) // team
-        if a.rows <= FEW:
+        first, end = a.blocks * thread // team_size, a.blocks * (thread + 1) // team_size
+        if a.rows <= FEW_ROWS:
             _few_rows_by_tiles(a, first, end)
         else:
-            beside = a.gating != NO_GATING and a.num_outliers == 0 and a.width <= TILE_BYTES * WHOLE
-            for chunk in range(0, a.rows, CHUNK):
+            beside = a.gating != NO_GATING and a.num_outliers == 0 and a.width <= TILE_BYTES * UNSPLIT_STEPS
+            for chunk in range(0, a.rows, CHUNK_ROWS):
                 if not beside:
                     _many_rows_by_tiles(a, chunk, first, end)
-                elif a.gating == BY_SILU and changed:
-                    changed_by_silu(a, chunk, first, end)
+                elif a.gating == BY_SILU and has_deltas:
+                    silu_rows_with_deltas(a, chunk, first, end)
                 elif a.gating == BY_SILU:
-                    by_silu(a, chunk, first, end)
-                elif changed:
-                    changed_by_gelu(a, chunk, first, end)
+                    silu_rows(a, chunk, first, end)
+                elif has_deltas:
+                    gelu_rows_with_deltas(a, chunk, first, end)
                 else:
-                    by_gelu(a, chunk, first, end)
+                    gelu_rows(a, chunk, first, end)
         release_tiles()
 
     return by_tiles
@@ -324,7 +338,7 @@ def _by_tiles() -> Callable[[Any], None]:
 
 @cache
 def gemm_kernels() -> dict[str, NativeKernel]:
-    """Those that this CPU can run, by the instructions they use, fastest first."""
+    """The GEMM kernels that this CPU can run, by the name of their instruction set, fastest first."""
     found: dict[str, Callable[[Any], None]] = {}
     if has_features("amx-int8", "amx-bf16", "amx-tile", "avx512bf16") and may_use_tiles():
         found["AMX"] = _by_tiles()

@@ -1,4 +1,4 @@
-"""Weights as 8-bit integers with one scale for each output (symmetric, round to nearest), and the inputs left out."""
+"""Weights as int8 with one scale for each output (symmetric, round to nearest), and outlier inputs kept in float32."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dataclasses import dataclass
 import torch
 
 QMAX = 127
-"""The largest integer that a number becomes."""
+"""The largest quantized value."""
 QMAX_16BIT_SAFE = 64
-"""That of weights where pairs of products are added in 16 bits (AVX2, AVX-512 without VNNI): 2 * 255 * 64 fits in.
+"""The largest quantized weight where pairs of products are added in 16 bits (AVX2, AVX-512 without VNNI).
 
-A smaller largest integer of activations would fit as well, and lose more: their largest are further from the rest.
+2 * 255 * 64 is below 2**15. Smaller activations would fit as well, but lose more: they have larger outliers.
 """
 _PIECE_NUMBERS = 1 << 19
 _TINY = 1e-30
 _SUM_NUMBERS = 1 << 16
-"""Sums added to at a time, so that a core's cache holds them while all columns are added."""
+"""Sums that are updated at a time, so that a core's cache holds them while all columns are added."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,7 @@ class Int8Rows:
     ) -> Int8Rows:
         """Weights [out, in] of equal width, one below the other, in integers of ``-qmax`` to ``qmax``.
 
-        ``done`` is told each piece that was read.
+        ``done`` is called with each piece of a weight that was read.
         """
         out = sum(len(weight) for weight in weights)
         integers = torch.empty(out, weights[0].shape[1], dtype=torch.int8)
@@ -55,31 +55,31 @@ class Int8Rows:
         return cls(integers, scales)
 
     def in_floats(self) -> torch.Tensor:
-        """The weight these integers stand for, float32 [out, in]."""
+        """The dequantized weight, float32 [out, in]."""
         return self.integers * self.scales[:, None]
 
 
 @dataclass(frozen=True, eq=False)
 class Outliers:
-    """Inputs of a linear that are multiplied in float32, as they are far larger than the others.
+    """Inputs of a linear that are multiplied in float32, as they are far larger than the others (Dettmers et al. 2022).
 
-    ``indices`` [n] of inputs, ``others`` [in] with 0 at these and 1 elsewhere, their ``weights`` [n, out].
+    ``indices`` int64 [n]; ``inlier_mask`` float32 [in], 0 at these and 1 elsewhere; ``weights`` float32 [n, out].
     """
 
     indices: torch.Tensor
-    others: torch.Tensor
+    inlier_mask: torch.Tensor
     weights: torch.Tensor
 
     @classmethod
     def of(cls, indices: torch.Tensor, weights: Sequence[torch.Tensor]) -> Outliers:
-        """Of weights [out, in] that lie one below the other."""
-        others = torch.ones(weights[0].shape[1])
-        others[indices] = 0.0
+        """The outliers of weights [out, in] whose outputs are concatenated."""
+        inlier_mask = torch.ones(weights[0].shape[1])
+        inlier_mask[indices] = 0.0
         columns = torch.cat([weight[:, indices].float() for weight in weights])
-        return cls(indices, others, columns.t().contiguous())
+        return cls(indices, inlier_mask, columns.t().contiguous())
 
     def added_to(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """The product of the others y [rows, out] with that of these inputs of x [rows, in], in y.
+        """y [rows, out] += the outliers' part of x [rows, in], in place; returns y.
 
         One input after another: a matrix product adds up in an order that depends on the number of rows on some CPUs.
         """
@@ -91,12 +91,12 @@ class Outliers:
         return y
 
     def put_into(self, weight: torch.Tensor) -> torch.Tensor:
-        """A weight [out, in] with these columns exact, in place."""
+        """Set the exact columns of a weight [out, in], in place; returns it."""
         weight[:, self.indices] = self.weights.t()
         return weight
 
 
 def pieces(weight: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Rows of a weight, as many at a time as a core's cache holds in float32."""
+    """Slices of a weight's rows, each as large as a core's cache holds in float32."""
     split: Sequence[torch.Tensor] = weight.split(max(1, _PIECE_NUMBERS // weight.shape[1]))
     return split

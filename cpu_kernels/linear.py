@@ -14,14 +14,14 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from cpu_kernels.blocks import (
-    BLOCK,
+    BF16_STEP,
+    BLOCK_OUTPUTS,
     BY_GELU,
     BY_SILU,
-    FEW,
-    HALF,
+    FEW_ROWS,
+    HALF_BLOCK,
     NO_GATING,
-    ROW_BLOCK,
-    STEP,
+    PANEL_ROWS,
     by_blocks,
     in_blocks,
     out_of_blocks,
@@ -107,7 +107,7 @@ class TorchLinear:
             y = self._product(x)
         else:
             rows = x.reshape(-1, x.shape[-1])
-            y = self._outliers.added_to(self._product(rows * self._outliers.others), rows).view(*x.shape[:-1], -1)
+            y = self._outliers.added_to(self._product(rows * self._outliers.inlier_mask), rows).view(*x.shape[:-1], -1)
         return y if self._bias is None else y.add_(self._bias)
 
     def can_add_deltas(self, sizes: Sequence[int]) -> bool:
@@ -212,11 +212,11 @@ class NativeLinear:
     @property
     def gated(self) -> GatedCall | None:
         """See ``PackedLinear``: where both halves of the outputs are whole parts of blocks."""
-        return self._gated if self.num_outputs % BLOCK == 0 else None
+        return self._gated if self.num_outputs % BLOCK_OUTPUTS == 0 else None
 
     def can_add_deltas(self, sizes: Sequence[int]) -> bool:
         """With AMX, where inputs and outputs are whole tiles."""
-        return self._has_tiles and self.num_inputs % STEP == 0 and all(size % HALF == 0 for size in sizes)
+        return self._has_tiles and self.num_inputs % BF16_STEP == 0 and all(size % HALF_BLOCK == 0 for size in sizes)
 
     def in_floats(self) -> torch.Tensor:
         """The weight it multiplies with, float32 [out, in]."""
@@ -226,7 +226,7 @@ class NativeLinear:
 
     def _gated(self, x: torch.Tensor, deltas: tuple[int, int] = NO_DELTAS, *, by_gelu: bool = False) -> torch.Tensor:
         num_units, num_rows = self.num_outputs // 2, x.numel() // self.num_inputs
-        memory = self._launch.workspace("units", 4 * num_rows * num_units, reuse=num_rows > FEW)
+        memory = self._launch.workspace("units", 4 * num_rows * num_units, reuse=num_rows > FEW_ROWS)
         y = memory.view(torch.float32).view(*x.shape[:-1], num_units)
         return self._multiply(x, y, BY_GELU if by_gelu else BY_SILU, deltas)
 
@@ -234,11 +234,11 @@ class NativeLinear:
         if not x.is_contiguous():
             x = x.contiguous()
         num_rows = x.numel() // self.num_inputs
-        num_padded = padded(num_rows, ROW_BLOCK)
+        num_padded = padded(num_rows, PANEL_ROWS)
         sums = sums_size(num_rows, self._width, len(self._weights))
         num_apart = 0 if self._outliers is None else len(self._outliers.indices)
         num_bytes = sums + num_padded * (self._width + 4 + 4 * num_apart)
-        scratch = self._launch.workspace("scratch", num_bytes, reuse=num_rows > FEW)
+        scratch = self._launch.workspace("scratch", num_bytes, reuse=num_rows > FEW_ROWS)
         grid = scratch.data_ptr() + sums
         largest = grid + num_padded * self._width
         self._launch(
@@ -252,7 +252,7 @@ class NativeLinear:
         outliers = self._outliers
         apart = (0, 0, 0, 0)
         if outliers is not None:
-            mask, indices, weights = outliers.others, outliers.indices, self._outlier_weights
+            mask, indices, weights = outliers.inlier_mask, outliers.indices, self._outlier_weights
             apart = (mask.data_ptr(), len(indices), indices.data_ptr(), weights.data_ptr())
         sizes = (self.num_inputs, self.num_outputs, self._width, len(self._weights))
         return *sizes, self._weights.data_ptr(), self._constants.data_ptr(), *apart

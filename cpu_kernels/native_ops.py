@@ -49,24 +49,24 @@ def to_bfloat16(number: Any) -> Any:
 
 
 def _add(a: Any) -> None:
-    me, team = thread_number(), num_threads()
+    thread, team_size = thread_number(), num_threads()
     x, other, y = floats(a.x), floats(a.other), floats(a.y)
-    for i in range(a.size * me // team, a.size * (me + 1) // team):
+    for i in range(a.size * thread // team_size, a.size * (thread + 1) // team_size):
         y[i] = x[i] + other[i]
 
 
 def _add_to(a: Any) -> None:
     """x += other of ``size`` numbers: by themselves, as ``_add`` takes one at a time where y is x."""
-    me, team = thread_number(), num_threads()
+    thread, team_size = thread_number(), num_threads()
     x, other = floats(a.x), floats(a.other)
-    for i in range(a.size * me // team, a.size * (me + 1) // team):
+    for i in range(a.size * thread // team_size, a.size * (thread + 1) // team_size):
         x[i] += other[i]
 
 
 def _scale(a: Any) -> None:
-    me, team = thread_number(), num_threads()
+    thread, team_size = thread_number(), num_threads()
     x, y, factor = floats(a.x), floats(a.y), np.float32(a.factor)
-    for i in range(a.size * me // team, a.size * (me + 1) // team):
+    for i in range(a.size * thread // team_size, a.size * (thread + 1) // team_size):
         y[i] = x[i] * factor
 
 
@@ -81,9 +81,9 @@ def _rms_norm(a: Any) -> None:
 
     Where there is an ``other``, contiguous, x += other before: one kernel, so that both give the same bits.
     """
-    me, team = thread_number(), num_threads()
+    thread, team_size = thread_number(), num_threads()
     gain, eps = floats(a.gain), np.float32(a.eps)
-    for row in range(a.rows * me // team, a.rows * (me + 1) // team):
+    for row in range(a.rows * thread // team_size, a.rows * (thread + 1) // team_size):
         for head in range(a.heads):
             x = floats(a.x + 4 * (row * a.row_stride + head * a.head_stride))
             y = floats(a.y + 4 * (row * a.heads + head) * a.dim)
@@ -108,9 +108,9 @@ def _rotate(source: int, target: int, cos_at: int, sin_at: int, half: int) -> No
 
 def _rotate_heads(a: Any) -> None:
     """x * cos + rotate_half(x) * sin of queries and keys: strided [heads, rows, dim] -> [rows, heads, dim]."""
-    me, team = thread_number(), num_threads()
+    thread, team_size = thread_number(), num_threads()
     width = 8 * a.half
-    for row in range(a.rows * me // team, a.rows * (me + 1) // team):
+    for row in range(a.rows * thread // team_size, a.rows * (thread + 1) // team_size):
         cos, sin = a.cos + row * width, a.sin + row * width
         for head in range(a.q_heads):
             source = a.q + 4 * (head * a.q_head_stride + row * a.q_row_stride)
@@ -124,10 +124,10 @@ def _gate(vectors: Any) -> Callable[[Any], None]:
     """y = silu(gate) * up, or gelu(gate) * up, of rows [rows, dim] that lie a stride apart."""
 
     def gate(a: Any) -> None:
-        me, team = thread_number(), num_threads()
+        thread, team_size = thread_number(), num_threads()
         rest = _rest_memory()
         whole, left = a.dim // 16, a.dim % 16
-        for row in range(a.rows * me // team, a.rows * (me + 1) // team):
+        for row in range(a.rows * thread // team_size, a.rows * (thread + 1) // team_size):
             gate, up, y = a.gate + 4 * row * a.gate_stride, a.up + 4 * row * a.up_stride, a.y + 4 * row * a.dim
             if whole:
                 vectors(gate, up, y, whole)

@@ -26,7 +26,7 @@ from cpu_kernels.attention_tiles import (
     scale_sums,
     unpack_sums,
 )
-from cpu_kernels.blocks import ROW_BLOCK, TILE_BYTES, TILE_ROWS, padded
+from cpu_kernels.blocks import PANEL_ROWS, TILE_BYTES, TILE_ROWS, padded
 from cpu_kernels.intrinsics import (
     barrier,
     floats,
@@ -68,9 +68,9 @@ def _pack_keys(source: int, target: int, num: int, dim: int) -> None:
 @njit(error_model="numpy")
 def _pack(a: Any) -> None:
     """This thread's part of the keys and values of all heads; these as tiles [value_dim / 16, width / 32, 16, 32]."""
-    me, team = thread_number(), num_threads()
+    thread, team_size = thread_number(), num_threads()
     steps = a.width // _STEP
-    for task in range(me, a.kv_heads * steps, team):
+    for task in range(thread, a.kv_heads * steps, team_size):
         head, step = task // steps, task % steps
         num, keys = min(_STEP, a.num_keys - _STEP * step), a.packed + 2 * head * a.width * (a.dim + a.value_dim)
         source = a.keys + 2 * (head * a.key_head + _STEP * step * a.dim)
@@ -89,7 +89,7 @@ def _score(a: Any, queries: int, keys: int, key: int, end: int, row: int, scores
         x = keys + 2 * (key + _STEP * step) * a.dim
         _multiply(x, 32 * a.dim, a.dim // 32, queries, scores + 128 * _STEP * step, 128, 0)
     window, first = a.window if a.window else _EVERYTHING, a.first + row
-    after = min(end, a.first + min(row + ROW_BLOCK, a.rows) - window)
+    after = min(end, a.first + min(row + PANEL_ROWS, a.rows) - window)
     if key < after:
         hide_keys(scores, key, after - key, state, window)
     before = max(key, first + 1)
@@ -100,10 +100,10 @@ def _score(a: Any, queries: int, keys: int, key: int, end: int, row: int, scores
 @njit(error_model="numpy")
 def _attend(a: Any, head: int, row: int, scratch: int) -> None:
     """One head's 32 rows from ``row`` on."""
-    last, first = min(ROW_BLOCK, a.rows - row) - 1, a.first + row
-    scores, tiles = scratch, scratch + 4 * ROW_BLOCK * _KEYS
-    sums = tiles + 2 * ROW_BLOCK * _KEYS
-    state, queries = sums + 4 * ROW_BLOCK * a.value_dim, sums + 4 * ROW_BLOCK * a.value_dim + STATE_SIZE
+    last, first = min(PANEL_ROWS, a.rows - row) - 1, a.first + row
+    scores, tiles = scratch, scratch + 4 * PANEL_ROWS * _KEYS
+    sums = tiles + 2 * PANEL_ROWS * _KEYS
+    state, queries = sums + 4 * PANEL_ROWS * a.value_dim, sums + 4 * PANEL_ROWS * a.value_dim + STATE_SIZE
     numbers = _numbers_memory()
     floats(numbers)[0] = np.float32(a.scale * _LOG2E)
     pack_queries(a.q + 4 * (row * a.q_row + head * a.q_head), 4 * a.q_row, last, queries, a.dim // 32)
@@ -121,7 +121,7 @@ def _attend(a: Any, head: int, row: int, scratch: int) -> None:
             scale_sums(sums, a.value_dim, state)
         for part in range(a.value_dim // 32):
             x = values + (2 * part * (a.width // _STEP) + key // _STEP) * _TILE
-            here = sums + 4 * ROW_BLOCK * 32 * part
+            here = sums + 4 * PANEL_ROWS * 32 * part
             if key > begin:
                 _add_products(x, a.width // _STEP * _TILE, (until - key) // _STEP, tiles, here, 128, 0)
             else:
@@ -132,16 +132,16 @@ def _attend(a: Any, head: int, row: int, scratch: int) -> None:
 
 
 def _attend_to_chunk(a: Any) -> None:
-    me, team = thread_number(), num_threads()
+    thread, team_size = thread_number(), num_threads()
     _pack(a)
     barrier()
     configure_tiles()
     flush_denormals(1)
     # Neighbouring heads of a row lie side by side: threads that share them fetch each other's lines ahead.
-    together = a.heads // team if a.heads % team == 0 else 1
-    for piece in range(me, (a.rows + ROW_BLOCK - 1) // ROW_BLOCK * a.heads // together, team):
+    together = a.heads // team_size if a.heads % team_size == 0 else 1
+    for piece in range(thread, (a.rows + PANEL_ROWS - 1) // PANEL_ROWS * a.heads // together, team_size):
         for task in range(piece * together, (piece + 1) * together):
-            _attend(a, task % a.heads, task // a.heads * ROW_BLOCK, a.scratch + me * a.scratch_size)
+            _attend(a, task % a.heads, task // a.heads * PANEL_ROWS, a.scratch + thread * a.scratch_size)
     flush_denormals(0)
     release_tiles()
 
@@ -182,7 +182,7 @@ class PromptAttention:
         (heads, rows, dim), (kv_heads, num_keys, value_dim) = q.shape, values.shape
         threads, width = torch.get_num_threads(), padded(num_keys, _STEP)
         packed = torch.empty(kv_heads * width * (dim + value_dim), dtype=torch.bfloat16)
-        size = ROW_BLOCK * (6 * _KEYS + 4 * value_dim + 2 * dim) + STATE_SIZE
+        size = PANEL_ROWS * (6 * _KEYS + 4 * value_dim + 2 * dim) + STATE_SIZE
         scratch = torch.empty(threads * size, dtype=torch.uint8)
         self._launch(
             _KERNEL, threads, q.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr(), packed.data_ptr(),

@@ -1,4 +1,4 @@
-"""Rows of floats quantized: bytes around 128, so that a row's largest absolute value is 127 away."""
+"""Quantization of activations, row by row: q = round(x * 127 / absmax) + 128 as uint8, absmax = max |x| of the row."""
 
 from __future__ import annotations
 
@@ -28,38 +28,39 @@ from cpu_kernels.intrinsics import (
 
 _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 _PARTS = TILE_BYTES // LANES
-_AHEAD = 4096
-"""Bytes that rows are called into the caches ahead, which the CPU itself does not across pages; measured."""
+_PREFETCH_DISTANCE = 4096
+"""Bytes ahead that rows are prefetched: the CPU's own prefetcher stops at the end of a page; measured."""
 _WITHOUT_SIGN = 0x7FFFFFFF
-_MIDDLE = np.float32(128.5)
-"""Half a step more than the middle, so that cutting off rounds."""
+_ROUNDING_OFFSET = np.float32(128.5)
+"""The zero point and a half: truncation of the sum then rounds to nearest."""
 _ONE, _QMAX = np.float32(1.0), np.float32(127.0)
 _TINY_BITS = np.float32(1e-30).view(np.int32)
 
 
-def _part(vectors: Vectors, x: Any, others: Any | None, number: Any, part: int) -> Vector:
-    """Sixteen numbers, those of outliers as zeros."""
+def _part(vectors: Vectors, x: Any, inlier_mask: Any | None, number: Any, part: int) -> Vector:
+    """Sixteen numbers of x: part ``part`` of step ``number``, times the mask if there is one."""
     builder = vectors.builder
     offset = builder.add(builder.mul(number, _I64(4 * TILE_BYTES)), _I64(4 * LANES * part))
     found = vectors.load(builder.add(x, offset))
-    return found if others is None else builder.fmul(found, vectors.load(builder.add(others, offset)))
+    return found if inlier_mask is None else builder.fmul(found, vectors.load(builder.add(inlier_mask, offset)))
 
 
-def _largest_bits(*, masked: bool) -> Any:
-    """``f(x, others, count, least, out)``: out int32 = the greatest of ``least`` and the bits of |x|, x [64 * count].
+def _absmax_bits(*, masked: bool) -> Any:
+    """``f(x, inlier_mask, count, least, out)``: out int32 = max(``least``, the bits of |x|), x float32 [64 * count].
 
-    Floats above zero are in the order of their bits, and NaN above all. With ``masked``, x is multiplied by others.
+    Floats above zero are in the order of their bits, and NaN is above all. With ``masked``, x is first multiplied by
+    ``inlier_mask``.
     """
 
-    def generate(builder: Any, x: Any, others: Any, count: Any, least: Any, out: Any) -> None:
+    def generate(builder: Any, x: Any, inlier_mask: Any, count: Any, least: Any, out: Any) -> None:
         vectors = Vectors(builder)
-        mask = others if masked else None
+        mask = inlier_mask if masked else None
         begin = vectors.all_of(builder.trunc(least, _I32))
 
         def step(number: Any, found: list[Vector]) -> list[Vector]:
             after = []
             here = builder.add(x, builder.mul(number, _I64(4 * TILE_BYTES)))
-            prefetch_lines(builder, here, range(_AHEAD, _AHEAD + 4 * TILE_BYTES, 64), 2)
+            prefetch_lines(builder, here, range(_PREFETCH_DISTANCE, _PREFETCH_DISTANCE + 4 * TILE_BYTES, 64), 2)
             for part, most in enumerate(found):
                 bits = builder.bitcast(_part(vectors, x, mask, number, part), NUMBERS)
                 bits = builder.and_(bits, ir.Constant(NUMBERS, [_WITHOUT_SIGN] * LANES))
@@ -77,22 +78,22 @@ def _largest_bits(*, masked: bool) -> Any:
 
 
 def _put_bytes(*, masked: bool) -> Any:
-    """``f(x, others, count, scale, target, apart)``: x [64 * count] times the float32 at ``scale`` as bytes around 128.
+    """``f(x, inlier_mask, count, scale, target, step_stride)``: uint8 x [64 * count] * scale + 128.
 
-    Sixty-four are one behind the other, and ``apart`` bytes between these.
+    ``scale`` is the address of a float32, ``step_stride`` the bytes from one 64 bytes of the result to the next.
     """
 
-    def generate(builder: Any, x: Any, others: Any, count: Any, scale: Any, target: Any, apart: Any) -> None:
+    def generate(builder: Any, x: Any, inlier_mask: Any, count: Any, scale: Any, target: Any, step_stride: Any) -> None:
         vectors = Vectors(builder)
-        factor, middle = vectors.repeated(scale), vectors.number(float(_MIDDLE))
+        factor, rounding_offset = vectors.repeated(scale), vectors.number(float(_ROUNDING_OFFSET))
         kind = ir.VectorType(_I8, LANES)
 
         def step(number: Any, _: list[Vector]) -> list[Vector]:
-            there = builder.add(target, builder.mul(number, apart))
+            step_target = builder.add(target, builder.mul(number, step_stride))
             for part in range(_PARTS):
-                found = _part(vectors, x, others if masked else None, number, part)
-                whole = builder.fptosi(builder.fadd(builder.fmul(found, factor), middle), NUMBERS)
-                place = vectors.at(builder.add(there, _I64(LANES * part)), kind)
+                found = _part(vectors, x, inlier_mask if masked else None, number, part)
+                whole = builder.fptosi(builder.fadd(builder.fmul(found, factor), rounding_offset), NUMBERS)
+                place = vectors.at(builder.add(step_target, _I64(LANES * part)), kind)
                 builder.store(builder.trunc(whole, kind), place, align=1)
             return []
 
@@ -101,34 +102,35 @@ def _put_bytes(*, masked: bool) -> Any:
     return void_intrinsic(6, generate)
 
 
-_largest, _largest_of_others = _largest_bits(masked=False), _largest_bits(masked=True)
-_put, _put_others, _scale_memory = _put_bytes(masked=False), _put_bytes(masked=True), scratch(4)
+_absmax, _absmax_of_inliers = _absmax_bits(masked=False), _absmax_bits(masked=True)
+_put, _put_inliers, _scale_memory = _put_bytes(masked=False), _put_bytes(masked=True), scratch(4)
 
 
 @njit(error_model="numpy")
-def quantize_row(a: Any, row: int, target: int, apart: int) -> None:
-    """A row of x as bytes around 128, and its largest absolute value; outliers count as zeros.
+def quantize_row(a: Any, row: int, target: int, step_stride: int) -> None:
+    """Quantize a row of x to ``target``, and store its absmax and its outliers; outliers count as zeros in both.
 
-    ``apart`` bytes lie between the beginnings of each 64 bytes and the next.
+    ``step_stride``: bytes from one 64 bytes of the result to the next.
     """
-    x, largest_at, whole = a.x + 4 * row * a.inputs, a.largest + 4 * row, a.inputs // TILE_BYTES
-    integers(largest_at)[0] = _TINY_BITS
-    if whole and a.others:
-        _largest_of_others(x, a.others, whole, _TINY_BITS, largest_at)
+    x, absmax_address, whole = a.x + 4 * row * a.inputs, a.absmax + 4 * row, a.inputs // TILE_BYTES
+    integers(absmax_address)[0] = _TINY_BITS
+    if whole and a.inlier_mask:
+        _absmax_of_inliers(x, a.inlier_mask, whole, _TINY_BITS, absmax_address)
     elif whole:
-        _largest(x, 0, whole, _TINY_BITS, largest_at)
+        _absmax(x, 0, whole, _TINY_BITS, absmax_address)
     for i in range(TILE_BYTES * whole, a.inputs):
-        number = floats(x)[i] * floats(a.others)[i] if a.others else floats(x)[i]
-        integers(largest_at)[0] = max(integers(largest_at)[0], bits_of(abs(number)))
-    for one in range(a.num_outliers):
-        floats(a.apart)[row * a.num_outliers + one] = floats(x)[longs(a.outliers)[one]]
+        number = floats(x)[i] * floats(a.inlier_mask)[i] if a.inlier_mask else floats(x)[i]
+        integers(absmax_address)[0] = max(integers(absmax_address)[0], bits_of(abs(number)))
+    for i in range(a.num_outliers):
+        floats(a.outlier_inputs)[row * a.num_outliers + i] = floats(x)[longs(a.outlier_indices)[i]]
     memory = _scale_memory()
-    scale = _ONE / floats(largest_at)[0] * _QMAX  # in two steps as torch's kernels, so that bytes are theirs
+    scale = _ONE / floats(absmax_address)[0] * _QMAX  # in two steps as torch's kernels, so that the bytes are equal
     floats(memory)[0] = scale
-    if whole and a.others:
-        _put_others(x, a.others, whole, memory, target, apart)
+    if whole and a.inlier_mask:
+        _put_inliers(x, a.inlier_mask, whole, memory, target, step_stride)
     elif whole:
-        _put(x, 0, whole, memory, target, apart)
+        _put(x, 0, whole, memory, target, step_stride)
     for i in range(TILE_BYTES * whole, a.inputs):
-        number = floats(x)[i] * floats(a.others)[i] if a.others else floats(x)[i]
-        bytes_at(target + whole * apart)[i - TILE_BYTES * whole] = np.uint8(np.int32(number * scale + _MIDDLE))
+        number = floats(x)[i] * floats(a.inlier_mask)[i] if a.inlier_mask else floats(x)[i]
+        quantized = np.uint8(np.int32(number * scale + _ROUNDING_OFFSET))
+        bytes_at(target + whole * step_stride)[i - TILE_BYTES * whole] = quantized

@@ -9,11 +9,11 @@ from typing import ClassVar, Protocol
 
 import torch
 
-from cpu_kernels.blocks import HALF, ROW_BLOCK, STEP, padded
+from cpu_kernels.blocks import BF16_STEP, HALF_BLOCK, PANEL_ROWS, padded
 from cpu_kernels.kernels import Kernels
 from cpu_kernels.linear import Deltas
-from cpu_kernels.lora_deltas import ENTRY, HEAD, RUN
-from cpu_kernels.lora_tiles import LISTED, TILE
+from cpu_kernels.lora_deltas import ADAPTER_ENTRY_SIZE, TASK_HEADER_SIZE, TASK_SIZE
+from cpu_kernels.lora_tiles import LISTED_TASK_SIZE, TILE
 from server.integrity import IntegrityError, ensure
 from server.lora.backend import AdapterRun, BatchAdapters
 from server.lora.delta import LoRADelta
@@ -60,14 +60,14 @@ class NativeLoRA:
         self._product_of = {name: (product, outputs) for product, outputs in products for name, _ in outputs}
         self._cells = torch.zeros(len(modules), dtype=torch.long)  # the address of each linear's table
         self._cell_of = {module: number for number, module in enumerate(modules)}
-        self._tables: dict[str, torch.Tensor] = {}  # int64 [capacity, ENTRY], of linears that are wrapped
+        self._tables: dict[str, torch.Tensor] = {}  # int64 [capacity, ADAPTER_ENTRY_SIZE], of linears that are wrapped
         self._capacity = _MIN_ADAPTERS
         self._indices: dict[str, int] = {}
         self._free = list(range(_MIN_ADAPTERS))
         self._ranks: dict[str, int] = {}
         self._kept: dict[str, list[torch.Tensor]] = {}
         self._no_replay: set[str] = set()
-        size = HEAD + RUN * _ADAPTERS_OF_SEQUENCE * max_seqs
+        size = TASK_HEADER_SIZE + TASK_SIZE * _ADAPTERS_OF_SEQUENCE * max_seqs
         self._task_tables = [torch.zeros(size, dtype=torch.long) for _ in range(2)]  # of all rows, of those sampled
         self._low = torch.empty(0, dtype=torch.uint8)
         self._max_linears = max((len(outputs) for _, outputs in products), default=1)
@@ -94,7 +94,7 @@ class NativeLoRA:
 
     def attach(self, module: str) -> bool:
         if module not in self._tables:
-            self._set_table(module, torch.zeros(self._capacity, ENTRY, dtype=torch.long))
+            self._set_table(module, torch.zeros(self._capacity, ADAPTER_ENTRY_SIZE, dtype=torch.long))
         if module not in self._product_of:
             return True
         product, outputs = self._product_of[module]
@@ -178,8 +178,8 @@ class NativeLoRA:
     def _deltas_of(self, outputs: Outputs) -> ProductDeltas:
         numbers, first = [len(outputs)], 0
         for module, size in outputs:
-            numbers += [self._cell(module), first, first + size // HALF]
-            first += size // HALF
+            numbers += [self._cell(module), first, first + size // HALF_BLOCK]
+            first += size // HALF_BLOCK
         return ProductDeltas(self, torch.tensor(numbers))
 
     def _cell(self, module: str) -> int:
@@ -201,7 +201,7 @@ class NativeLoRA:
     def _grow(self) -> None:
         """Room for twice as many adapters."""
         capacity = 2 * self._capacity
-        larger = {module: torch.zeros(capacity, ENTRY, dtype=torch.long) for module in self._tables}
+        larger = {module: torch.zeros(capacity, ADAPTER_ENTRY_SIZE, dtype=torch.long) for module in self._tables}
         for module, table in larger.items():
             table[: self._capacity] = self._tables[module][: self._capacity]
             self._set_table(module, table)
@@ -228,7 +228,7 @@ class LoRATaskTable:
         self._numbers: list[int] = []
         self._num_rows = self._num_tiles = self._max_rank = 0
         for run in runs:
-            num_tiles = 2 * (-(-run.end // ROW_BLOCK) - run.start // ROW_BLOCK)
+            num_tiles = 2 * (-(-run.end // PANEL_ROWS) - run.start // PANEL_ROWS)
             for use in run.adapters:
                 place = (self._num_rows, self._num_tiles)
                 self._numbers += [run.start, run.end, indices[use.digest], _float_bits(use.scale), *place]
@@ -239,7 +239,7 @@ class LoRATaskTable:
     @property
     def _tile_bytes(self) -> int:
         """Of 16 rows' x @ A of one linear."""
-        return -(-self._max_rank // STEP) * TILE
+        return -(-self._max_rank // BF16_STEP) * TILE
 
     def _low_bytes(self, num_linears: int) -> int:
         """Of all rows' x @ A: in float32, or in tiles of so many linears of a product."""
@@ -247,12 +247,13 @@ class LoRATaskTable:
 
     def num_bytes(self, num_linears: int) -> int:
         """Of that and of lists of tasks."""
-        return self._low_bytes(num_linears) + 8 * num_linears * (1 + LISTED * (len(self._numbers) // RUN))
+        num_tasks = len(self._numbers) // TASK_SIZE
+        return self._low_bytes(num_linears) + 8 * num_linears * (1 + LISTED_TASK_SIZE * num_tasks)
 
     def numbers(self, address: int, num_linears: int) -> list[int]:
         """Head and tasks; at ``address`` are ``num_bytes`` to work in."""
         lists = address + self._low_bytes(num_linears)
-        head = [len(self._numbers) // RUN, address, self._max_rank, address, self._tile_bytes, lists]
+        head = [len(self._numbers) // TASK_SIZE, address, self._max_rank, address, self._tile_bytes, lists]
         return head + self._numbers
 
 
@@ -295,13 +296,13 @@ class LoRATiles:
     def of(cls, a: torch.Tensor, b: torch.Tensor) -> LoRATiles:
         """From a [in, rank] and b [rank, out]; in is a multiple of 32, out of 16."""
         (num_inputs, rank), num_outputs = a.shape, b.shape[1]
-        assert num_inputs % STEP == num_outputs % HALF == 0
+        assert num_inputs % BF16_STEP == num_outputs % HALF_BLOCK == 0
         even = rank + rank % 2
         size = num_outputs * even + max(num_inputs * even + _LINE // _BF16_BYTES, TILE // _BF16_BYTES)
         tiles = cls(torch.zeros(size, dtype=torch.bfloat16), even, num_outputs)
         tiles._a(num_inputs)[:, :rank].copy_(a.view(num_inputs // 2, 2, rank).transpose(1, 2))
         for first in range(2):
-            half = b[first::2].view(-1, num_outputs // HALF, HALF)
+            half = b[first::2].view(-1, num_outputs // HALF_BLOCK, HALF_BLOCK)
             tiles._b()[:, : len(half), :, first].copy_(half.transpose(0, 1))
         return tiles
 
@@ -320,4 +321,4 @@ class LoRATiles:
         return self.memory[first : first + num_inputs * self.rank].view(-1, self.rank, 2)
 
     def _b(self) -> torch.Tensor:
-        return self.memory[: self.num_outputs * self.rank].view(-1, self.rank // 2, HALF, 2)
+        return self.memory[: self.num_outputs * self.rank].view(-1, self.rank // 2, HALF_BLOCK, 2)

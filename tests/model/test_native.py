@@ -108,7 +108,7 @@ def test_bias_and_outliers_are_added_in_floats(make: Kernels, threads: int, num_
     )
     x[:, indices] *= 100.0
     assert torch.equal(with_bias(x), plain(x) + bias)
-    others = plain(x * outliers.others)
+    others = plain(x * outliers.inlier_mask)
     for kernel, begin in ((with_outliers, others), (with_both, others + bias)):
         expected = begin
         for index in indices:
