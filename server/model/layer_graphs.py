@@ -14,7 +14,7 @@ from cpu_kernels.decode_attention import scores_size
 from cpu_kernels.kernels import Kernels
 from cpu_kernels.layer_graph import Arena, GraphRecorder, LayerGraph, NotRecordable, TooLarge
 from server.lora.bank import LoRABank
-from server.model.attention.interface import FlatAttention
+from server.model.attention.interface import AttentionBackend, FlatAttention
 from server.model.fused_ops import layers_of
 from server.model.kv_cache import AttentionMetadata
 from server.model.patches import ModelPatches
@@ -47,7 +47,7 @@ class GraphRunner:
     ) -> None:
         assert attention.backend is not None
         self._attention, self._bank, self._kernels = attention, bank, kernels
-        self._backend = attention.backend
+        self._backend: AttentionBackend | None = attention.backend
         self._arena = Arena(_ARENA_BYTES)
         self._graphs: dict[Key, dict[int, LayerGraph]] = {}
         self._seen: Counter[Key] = Counter()
@@ -58,8 +58,16 @@ class GraphRunner:
         self._inputs: list[torch.Tensor] = []
         self.problem: str | None = None
         self.num_replayed = 0
+        patches.on_undo(self.close)
         for number, layer in enumerate(layers_of(model)):
             patches.set_attribute(layer, "forward", self._forward(number, layer.forward))
+
+    def close(self) -> None:
+        """Free the graphs, their arena and the KV cache: nothing is recorded or replayed any more."""
+        self.problem = "the base was closed, or has another runner"
+        self._key, self._metadata, self._inputs, self._backend = None, None, [], None
+        self._graphs.clear()
+        self._arena = Arena(0)
 
     def begin(self, metadata: AttentionMetadata) -> None:
         """A step begins, of which the bank knows the rows already."""
@@ -116,10 +124,12 @@ class GraphRunner:
 
     def _is_current(self) -> bool:
         """Whether the latest step of the base is the one that was begun here, not another runner's."""
-        return self._attention.backend is self._backend and self._backend.metadata is self._metadata
+        backend = self._backend
+        return backend is not None and self._attention.backend is backend and backend.metadata is self._metadata
 
     def _step_tensors(self) -> list[torch.Tensor]:
         if not self._inputs:
+            assert self._backend is not None
             self._inputs = self._backend.step_tensors()
         return self._inputs
 
