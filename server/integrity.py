@@ -1,10 +1,10 @@
-"""Checks of the server's own books. Unlike ``assert``, they run under ``python -O`` as well."""
+"""Checks of the server's internal state. Unlike ``assert``, they run under ``python -O`` as well."""
 
 from __future__ import annotations
 
 
 class IntegrityError(Exception):
-    """Books that contradict themselves. It is a bug of the server, so it is not in the tree of ``errors``."""
+    """Inconsistent internal state. It is a bug of the server, so it is not in the tree of ``errors``."""
 
 
 def ensure(condition: bool, problem: str) -> None:

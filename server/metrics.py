@@ -1,4 +1,4 @@
-"""What Prometheus sees. Label values come from the adapter registry and closed sets, never from a request's text."""
+"""Prometheus metrics. Label values come from the adapter registry and closed sets, never from a request's text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 BASE = "base"
 COMPOSITION = "_composition"
-"""The adapter label of requests that add several adapters up; no adapter can have this name."""
+"""Adapter label of requests with several adapters; no adapter can have this name."""
 FINISH_REASONS = ("stop", "length", "cancelled", "failed")
 ENGINE_FAILURES = ("step", "command", "accounting", "integrity")
 
@@ -21,7 +21,7 @@ _STEP_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
 
 class Metrics:
-    """All metrics of one server, in a registry of their own. The adapter label of the base alone is ``base``."""
+    """All metrics of one server, in their own registry. Requests without an adapter have the adapter label ``base``."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -48,14 +48,16 @@ class Metrics:
         self.http_errors = self._counter(
             "quickchange_http_errors", "Requests refused or failed, by HTTP status.", ("status",)
         )
-        self.prompt_tokens = self._counter("quickchange_prompt_tokens", "Prompt tokens taken in.", labels)
+        self.prompt_tokens = self._counter("quickchange_prompt_tokens", "Prompt tokens of ended requests.", labels)
         self.cached_tokens = self._counter(
-            "quickchange_prefix_cached_tokens", "Prompt tokens whose keys and values were there already.", labels
+            "quickchange_prefix_cached_tokens",
+            "Prompt tokens whose keys and values were reused from a cached prefix.",
+            labels,
         )
         self.generated_tokens = self._counter("quickchange_generated_tokens", "Tokens generated.", labels)
         self.time_to_first_token = self._histogram(
             "quickchange_time_to_first_token_seconds",
-            "From a request's arrival to its first token.",
+            "Time from a request's arrival to its first token.",
             buckets=_FIRST_TOKEN_SECONDS,
         )
         self.time_per_output_token = self._histogram(
@@ -64,29 +66,31 @@ class Metrics:
             buckets=_PER_TOKEN_SECONDS,
         )
         self.request_duration = self._histogram(
-            "quickchange_request_duration_seconds", "From a request's arrival to its end.", buckets=_REQUEST_SECONDS
+            "quickchange_request_duration_seconds",
+            "Time from a request's arrival to its end.",
+            buckets=_REQUEST_SECONDS,
         )
 
     def _make_kv_metrics(self) -> None:
-        self.kv_slots_used = self._gauge("quickchange_kv_slots_used", "KV slots held.")
+        self.kv_slots_used = self._gauge("quickchange_kv_slots_used", "KV slots of running sequences.")
         self.kv_slots_cached = self._gauge(
-            "quickchange_kv_slots_cached", "KV slots that keep what an ended sequence computed."
+            "quickchange_kv_slots_cached", "Free KV slots that cache the prefix of an ended sequence."
         )
-        self.kv_slots = self._gauge("quickchange_kv_slots", "KV slots there are.")
+        self.kv_slots = self._gauge("quickchange_kv_slots", "KV slots in total.")
         self.kv_memory = self._gauge(
             "quickchange_kv_memory_bytes",
-            "Memory of keys and values: promised to running sequences, and kept of ended ones.",
+            "Memory of keys and values: reserved by running sequences, and cached of ended ones.",
         )
         self.kv_memory_limit = self._gauge("quickchange_kv_memory_limit_bytes", "Memory that keys and values may take.")
 
     def _make_adapter_metrics(self) -> None:
-        self.adapters_loaded = self._gauge("quickchange_adapters_loaded", "Adapters that can be asked for.")
+        self.adapters_loaded = self._gauge("quickchange_adapters_loaded", "Adapters that can be requested.")
         self.adapter_rejections = self._counter(
             "quickchange_adapter_rejections", "Adapter folders that were refused when read."
         )
         self.adapter_version = self._gauge(
             "quickchange_adapter_info",
-            "1 for the version that an adapter's name means; adapters that were asked for.",
+            "1 for the current version of each adapter that has been requested.",
             ("adapter", "version"),
         )
         self.adapters_resident = self._gauge("quickchange_adapters_resident", "Adapters whose weights are in memory.")
@@ -100,7 +104,7 @@ class Metrics:
         )
         self.adapter_load_seconds = self._histogram(
             "quickchange_adapter_load_seconds",
-            "From reading an adapter's file to its weights in the engine.",
+            "Time from reading an adapter's file to having its weights in the engine.",
             buckets=_LOAD_SECONDS,
         )
 
@@ -110,7 +114,7 @@ class Metrics:
         self.engine_up = self._gauge("quickchange_engine_up", "1 while the engine thread lives.")
         self.engine_failures = self._counter(
             "quickchange_engine_failures",
-            "Failures that the engine thread survived: of a step, a command, its accounting, or a check of its books.",
+            "Failures that the engine thread survived, by kind: step, command, accounting (metrics), integrity check.",
             ("kind",),
         )
         for kind in ENGINE_FAILURES:
@@ -122,22 +126,22 @@ class Metrics:
             "quickchange_step_rows", "Rows of the flat forward pass of a step.", buckets=_STEP_ROWS
         )
         self.step_sequences = self._histogram(
-            "quickchange_step_sequences", "Sequences that shared a step.", buckets=_STEP_ROWS[:8]
+            "quickchange_step_sequences", "Sequences in a step.", buckets=_STEP_ROWS[:8]
         )
         self.step_adapters = self._histogram(
             "quickchange_step_adapters",
-            "Different adapters in a step, the base alone counted as one.",
+            "Different adapters in a step; the base without an adapter counts as one.",
             buckets=_STEP_ROWS[:8],
         )
 
     def _make_speculation_metrics(self) -> None:
-        self.draft_tokens = self._counter("quickchange_draft_tokens", "Tokens drafted by speculation.")
+        self.draft_tokens = self._counter("quickchange_draft_tokens", "Draft tokens proposed by speculation.")
         self.accepted_draft_tokens = self._counter(
-            "quickchange_accepted_draft_tokens", "Drafted tokens that the model said as well."
+            "quickchange_accepted_draft_tokens", "Draft tokens accepted by verification."
         )
 
     def forget_adapter(self, adapter: str) -> None:
-        """Drop the series of an adapter that is gone; one that has none is no error."""
+        """Remove the series of a deleted adapter; no error if it has none."""
         if adapter not in self._known:
             return
         self._known.discard(adapter)
@@ -149,9 +153,10 @@ class Metrics:
             self.requests.remove(adapter, reason)
 
     def show_version(self, adapter: str, version: str | None) -> None:
-        """Name the version that an adapter's name means now, or none any more; of adapters that have series."""
-        if (before := self._versions.pop(adapter, None)) is not None:
-            self.adapter_version.remove(adapter, before)
+        """Set the current version of an adapter that has series; None removes it."""
+        previous = self._versions.pop(adapter, None)
+        if previous is not None:
+            self.adapter_version.remove(adapter, previous)
         if version is not None and adapter in self._known:
             self._versions[adapter] = version
             self.adapter_version.labels(adapter, version).set(1)

@@ -1,4 +1,4 @@
-"""The nouns of generation: what is asked of the engine, what it works on, and what it says after each step."""
+"""Data types shared by API, engine and model."""
 
 from __future__ import annotations
 
@@ -9,26 +9,18 @@ from typing import Any, NamedTuple
 
 
 class FinishReason(Enum):
-    """Why a sequence ended, in OpenAI's words."""
+    """Why a sequence ended, as in OpenAI's API."""
 
     STOP = "stop"
     LENGTH = "length"
-
-
-class SequenceStatus(Enum):
-    """Where a sequence stands."""
-
-    WAITING = "waiting"
-    RUNNING = "running"
-    FINISHED = "finished"
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How the next token is chosen. ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off.
 
-    ``processors`` are names and values of those that change the logits before (``model/logits/registry.py``).
-    ``num_logprobs`` asks for log probabilities: of the chosen token, and of so many of the likeliest.
+    ``processors`` are names and values of logits processors (``model/logits/registry.py``). ``num_logprobs`` asks for
+    log probabilities: of the chosen token, and of this number of most likely tokens.
     """
 
     temperature: float = 1.0
@@ -41,13 +33,13 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is always taken; a temperature so low amounts to it, and would overflow."""
+        """Whether the most likely token is chosen; also at temperatures so low that dividing by them would overflow."""
         return self.temperature < 1e-4
 
 
 @dataclass(frozen=True, order=True)
 class LoRARequest:
-    """An adapter's part in a sequence: its weights digest, and the factor on its delta."""
+    """An adapter that a sequence uses: its weights digest, and the scale of its delta."""
 
     digest: str
     scale: float = 1.0
@@ -55,12 +47,11 @@ class LoRARequest:
 
 @dataclass(eq=False)
 class Sequence:
-    """One generation; a request with ``n=3`` is three of them.
+    """One choice of a request in the engine: prompt, output and state.
 
-    ``adapters`` are those whose deltas are added to the base, none for the base alone. ``cache_namespace``
-    is a digest of API key and cache salt: KV prefixes and drafts are shared only within it. ``num_computed``
-    counts the tokens whose keys and values are in the slot; ``num_cached`` of them were there before. Tokens are
-    drawn by ``seed``: the one that was asked for, or one of its own.
+    The deltas of ``adapters`` are added to the base; the base alone has none. ``cache_namespace`` is a digest of API
+    key and cache salt: KV prefixes and n-grams are shared only within it. ``num_computed`` counts the tokens whose keys
+    and values are in the slot, ``num_cached`` those that were reused. ``seed`` is the requested or a random one.
     """
 
     id: int
@@ -74,7 +65,6 @@ class Sequence:
     num_computed: int = 0
     num_cached: int = 0
     slot: int | None = None
-    status: SequenceStatus = SequenceStatus.WAITING
     seed: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -88,27 +78,27 @@ class Sequence:
 
     @property
     def num_uncomputed(self) -> int:
-        """Tokens still to go through the model: the rest of the prompt, or the one just sampled."""
+        """Tokens without keys and values: the rest of the prompt, or the last sampled token."""
         return self.num_tokens - self.num_computed
 
     @property
     def decoding(self) -> bool:
-        """Whether the whole prompt is computed, so that each step yields a token."""
+        """Whether the prompt is computed: each step then yields at least one token."""
         return self.num_computed >= len(self.prompt_ids)
 
     def ids(self, start: int, end: int) -> list[int]:
-        """Token ids at positions ``start`` to ``end``, of prompt and output end to end."""
-        border = len(self.prompt_ids)
-        if start >= border:
-            return self.output_ids[start - border : end - border]
-        return [*self.prompt_ids[start:end], *self.output_ids[: max(0, end - border)]]
+        """Token ids at positions ``start`` to ``end`` of prompt and output together."""
+        num_prompt = len(self.prompt_ids)
+        if start >= num_prompt:
+            return self.output_ids[start - num_prompt : end - num_prompt]
+        return [*self.prompt_ids[start:end], *self.output_ids[: max(0, end - num_prompt)]]
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of rows of one sequence in a batch: positions ``start`` to ``start + length``, in KV slot ``slot``.
+    """The rows of one sequence in a batch: positions ``start`` to ``start + length``, in KV slot ``slot``.
 
-    The last rows may be ``drafts``: guesses at the tokens behind the last known one.
+    The last rows may be ``drafts``: proposed tokens behind the last known token.
     """
 
     sequence: Sequence
@@ -119,12 +109,12 @@ class Segment:
 
     @property
     def end(self) -> int:
-        """One past the last position of a token that is known, not drafted."""
+        """The position behind the last row that is no draft."""
         return self.start + self.length - len(self.drafts)
 
     @property
     def samples(self) -> bool:
-        """Whether the segment reaches the last known token, whose row yields the next; each draft's yields one more."""
+        """Whether the segment reaches the last known token. Its row, and the row of each draft, then yield a token."""
         return self.end == self.sequence.num_tokens
 
     @property
@@ -139,9 +129,10 @@ class Segment:
 
 
 class SampledToken(NamedTuple):
-    """A chosen token. Where its sequence asks for log probabilities: its own, and ids and those of the likeliest.
+    """A sampled token; if its sequence asks for log probabilities, with its own and those of the most likely tokens.
 
-    They are the model's, before processors, temperature and filters; ``top_logprobs`` begin with the likeliest.
+    They are the model's, before processors, temperature and filters. ``top_logprobs`` are (id, log probability) pairs,
+    most likely first.
     """
 
     id: int
@@ -150,7 +141,7 @@ class SampledToken(NamedTuple):
 
 
 class SampleRow(NamedTuple):
-    """A token to be drawn: the ``number``-th of a sequence's output, where the one before it came out as ``given``."""
+    """A row to sample from: output token ``number`` of a sequence; ``given`` is the draft before it, if any."""
 
     sequence: Sequence
     number: int
@@ -168,7 +159,7 @@ class CopyPrefix:
 
 @dataclass(frozen=True)
 class ReleaseTail:
-    """Give the memory of a KV slot behind its first ``length`` positions back to the operating system."""
+    """Return the memory of a KV slot behind its first ``length`` positions to the operating system."""
 
     slot: int
     length: int
@@ -179,7 +170,7 @@ KVOperation = CopyPrefix | ReleaseTail
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step computes: segments end to end. ``kv_ops`` are applied before, in their order."""
+    """The rows of one step, segment after segment. ``kv_ops`` are applied before the forward pass, in order."""
 
     segments: tuple[Segment, ...]
     kv_ops: tuple[KVOperation, ...] = ()
@@ -194,7 +185,7 @@ class Batch:
 
     @property
     def draws(self) -> list[SampleRow]:
-        """What is to be drawn from each row of the logits."""
+        """The token to sample from each row of the logits."""
         return [
             SampleRow(segment.sequence, len(segment.sequence.output_ids) + place, given)
             for segment in self.segments
@@ -205,7 +196,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """One token of a sequence, its end, or both; a step may yield several. ``failed`` says why it could not go on."""
+    """A token of a sequence, its end, or both; a step may yield several. ``failed`` is the reason of a failure."""
 
     sequence_id: int
     token: SampledToken | None
@@ -214,5 +205,5 @@ class StepOutput:
 
     @property
     def last(self) -> bool:
-        """Whether nothing more comes for this sequence."""
+        """Whether it is the sequence's last output."""
         return self.finish_reason is not None or self.failed is not None

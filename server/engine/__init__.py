@@ -1,1 +1,1 @@
-"""Floors 1, 4 and 5: ``slots`` and ``scheduler`` decide, ``engine`` steps, ``async_engine`` meets the event loop."""
+"""Floors 1, 4 and 5. Reading order: ``async_engine``, ``engine``, ``scheduler``, ``slots``, ``speculation``."""

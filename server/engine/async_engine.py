@@ -1,7 +1,7 @@
-"""Where the event loop and the engine thread meet; no other file knows both.
+"""The interface between the event loop and the engine thread; no other file knows both.
 
-Commands go in by a queue, outputs come back by one ``call_soon_threadsafe`` a step. A thread that dies answers every
-waiter, and ``alive`` turns false.
+Commands go in through a queue, outputs come back in one ``call_soon_threadsafe`` per step. When the thread dies, every
+waiting request gets an error and ``alive`` becomes false.
 """
 
 from __future__ import annotations
@@ -25,23 +25,22 @@ from server.sequence import LoRARequest, SamplingParams, Sequence, StepOutput
 logger = logging.getLogger("quickchange.engine")
 
 MAX_FAILED_STEPS = 3
-"""Steps that may fail in a row before the engine gives up."""
+"""Consecutive failed steps that end the engine thread."""
 _FAILURES = {
-    "step": "a step failed; its sequences are given up",
-    "command": "a command failed; nothing else is disturbed",
-    "accounting": "the engine's metrics could not be updated",
-    "integrity": "the engine's books contradict themselves; they are made anew",
+    "step": "a step failed; its sequences were ended with an error",
+    "command": "a command failed; other sequences and adapters are not affected",
+    "accounting": "updating the engine's metrics failed",
+    "integrity": "integrity check failed; slot table rebuilt",
 }
-"""What is logged of each kind of failure that the thread survives; the kinds are those of ``Metrics``."""
-
+"""Log message of each kind of failure that the thread survives; the kinds are those of ``Metrics``."""
 
 Sink = Callable[[StepOutput | Exception], None]
-"""Takes the outputs of a sequence in the event loop, through the last or through the error that ended it."""
+"""Receives the outputs of a sequence in the event loop, up to its last output or the error that ended it."""
 
 
 @dataclass(eq=False)
 class SubmittedSequence:
-    """A sequence in the engine, and where its outputs go."""
+    """A sequence in the engine, and the function that receives its outputs."""
 
     sequence: Sequence
     sink: Sink
@@ -49,11 +48,11 @@ class SubmittedSequence:
 
     @property
     def num_cached(self) -> int:
-        """Prompt tokens that were not computed anew; settled when the first output comes."""
+        """Prompt tokens reused from a cached prefix; final when the first output arrives."""
         return self.sequence.num_cached
 
     def close(self) -> None:
-        """End the sequence if it is alive."""
+        """End the sequence unless it has ended."""
         self._close(self.sequence.id)
 
 
@@ -75,7 +74,7 @@ class AsyncEngine:
 
     @property
     def alive(self) -> bool:
-        """Whether sequences are taken and computed."""
+        """Whether sequences are accepted and computed."""
         return self._alive
 
     @property
@@ -83,20 +82,15 @@ class AsyncEngine:
         """Longest sequence in tokens, prompt and output together."""
         return self._engine.scheduler.max_model_len
 
-    @property
-    def num_unfinished(self) -> int:
-        """Sequences that somebody waits for."""
-        return len(self._submitted)
-
     def start(self) -> None:
         """Start the thread; outputs go to the running event loop."""
         self._loop = asyncio.get_running_loop()
-        self._thread.start()  # where that fails, nothing is alive
+        self._thread.start()  # before ``alive`` is set, because it may fail
         self._alive = True
         self._engine.metrics.engine_up.set(1)
 
     def check_capacity(self, num_sequences: int) -> None:
-        """Raises ``EngineUnavailable`` or ``QueueFull`` where so many sequences would be refused."""
+        """Raises ``EngineUnavailable`` or ``QueueFull`` if this number of sequences would be refused."""
         if not self._alive:
             raise EngineUnavailable("The engine is not running.")
         if len(self._submitted) + num_sequences > self._max_unfinished:
@@ -113,9 +107,9 @@ class AsyncEngine:
         eos_ids: frozenset[int],
         cache_namespace: bytes = b"",
     ) -> SubmittedSequence:
-        """Queue a sequence. ``adapters`` are loaded and leased. Raises as ``check_capacity``.
+        """Queue a sequence whose ``adapters`` are loaded and leased. Raises what ``check_capacity`` raises.
 
-        ``sink`` is called in the event loop; after ``close`` of what is returned it is not.
+        ``sink`` is called in the event loop, and no more after ``close`` of the submitted sequence.
         """
         self.check_capacity(1)
         sequence = Sequence(next(self._ids), tuple(prompt_ids), max_tokens, params, adapters, eos_ids, cache_namespace)
@@ -124,7 +118,7 @@ class AsyncEngine:
         return submitted
 
     async def load_adapter(self, digest: str, weights: LoRAWeights) -> int:
-        """Put prepared rows into the bank, between two steps; the bytes that they take there."""
+        """Load prepared weights into the bank between two steps; returns their bytes there."""
         if not self._alive:
             raise EngineUnavailable("The engine is not running.")
         loaded: asyncio.Future[int] = self._loop.create_future()
@@ -134,11 +128,11 @@ class AsyncEngine:
         return await loaded
 
     def unload_adapter(self, digest: str) -> None:
-        """Free an adapter's rows, between two steps; nobody may be using it."""
+        """Free an adapter's weights between two steps; no sequence may use it."""
         self._inbox.put(partial(self._attempt, "command", self._engine.remove_adapter, digest))
 
     async def stop(self, timeout: float) -> None:
-        """Stop taking sequences, give the running ones ``timeout`` seconds, and end the thread, if it was started."""
+        """Stop accepting sequences, wait ``timeout`` seconds for the running ones, and end the thread if started."""
         self._alive = False
         if self._thread.ident is None:
             return
@@ -153,7 +147,7 @@ class AsyncEngine:
             self._inbox.put(partial(self._abort, sequence_id))
 
     def _dispatch(self, outputs: list[StepOutput]) -> None:
-        """In the event loop: hand each output over, if somebody still waits for it."""
+        """In the event loop: call the sink of each output's sequence, unless that was closed."""
         for output in outputs:
             submitted = self._submitted.get(output.sequence_id)
             if submitted is None:
@@ -161,13 +155,13 @@ class AsyncEngine:
             try:
                 submitted.sink(output if output.failed is None else _failure(output))
             except Exception:
-                logger.exception("an output could not be handed over; its sequence is ended, and no other")
+                logger.exception("sequence %d aborted: delivering its output failed", output.sequence_id)
                 self._close(output.sequence_id)
             if output.last:
                 self._submitted.pop(output.sequence_id, None)
 
     def _end_all(self, error: Exception) -> None:
-        """In the event loop: nobody waits for a thread that is gone."""
+        """In the event loop, after the end of the thread: all waiting requests and loads get the error."""
         self._alive = False
         for submitted in self._submitted.values():
             submitted.sink(error)
@@ -176,10 +170,10 @@ class AsyncEngine:
             _settle(loaded, error)
 
     def _run(self) -> None:
-        """The thread: commands, then a step, while there is something to do.
+        """The thread's loop: carry out commands, then run a step.
 
-        What fails here ends the sequence, the adapter or the step that it was about. The thread ends by ``Stop``, by
-        steps that keep failing, and by what is no ``Exception``.
+        A failure ends only the sequence, adapter load or step that it belongs to. The thread ends after ``stop``,
+        after ``MAX_FAILED_STEPS`` failed steps in a row, or by an exception outside ``Exception``.
         """
         reason = EngineUnavailable("The engine was stopped.")
         try:
@@ -196,7 +190,7 @@ class AsyncEngine:
             self._engine.metrics.engine_up.set(0)
 
     def _account(self, action: Callable[..., None], *arguments: object) -> None:
-        """Update metrics, whose failure disturbs nobody: one that keeps failing is logged once until it works."""
+        """Update metrics. A failure affects nothing else, and is logged once until an update succeeds."""
         try:
             action(*arguments)
         except Exception:
@@ -208,7 +202,7 @@ class AsyncEngine:
         self._accounting_failed = False
 
     def _step(self) -> list[StepOutput]:
-        """A step of the engine. One that fails ends the sequences that ran in it, and no others."""
+        """Run a step. A failed step ends the sequences of its batch only."""
         try:
             outputs = self._engine.step()
         except Exception:
@@ -222,20 +216,20 @@ class AsyncEngine:
         return outputs
 
     def _take_commands(self) -> bool:
-        """Carry out what is in the inbox, waiting where there is nothing to compute. False to end the thread."""
+        """Carry out queued commands; block while the engine is idle. False ends the thread."""
         while self._engine.idle or not self._inbox.empty():
             if self._engine.idle and self._inbox.empty():
-                self._audit()
+                self._on_idle()
             command = self._inbox.get()
             if command is None:
                 return False
             command()
         return True
 
-    def _audit(self) -> None:
-        """When the engine goes idle: check its books, repair them where they are wrong, and report them."""
+    def _on_idle(self) -> None:
+        """Check the integrity of sequences and slots, repair them if the check fails, and update the gauges."""
         if self._attempt("integrity", self._engine.check_integrity) is not None:
-            self._send(self._engine.repair("the engine's books were wrong"))
+            self._send(self._engine.repair("an internal consistency check failed"))
         self._account(self._engine.update_gauges)
 
     def _add(self, sequence: Sequence) -> None:
@@ -258,7 +252,7 @@ class AsyncEngine:
         _call(self._loop, _settle, loaded, result)
 
     def _attempt(self, kind: str, action: Callable[..., object], *arguments: object) -> Exception | None:
-        """Do something whose failure must not end the thread; what went wrong, logged and counted."""
+        """Call ``action``, whose failure must not end the thread; the exception, logged and counted, or None."""
         try:
             action(*arguments)
         except Exception as error:
@@ -276,7 +270,7 @@ class AsyncEngine:
 
 
 def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: object) -> None:
-    """Run a function in the event loop, unless the loop is closed: then nobody waits any more."""
+    """Run a function in the event loop, unless the loop is closed."""
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(function, *arguments)
 
@@ -291,4 +285,4 @@ def _settle(loaded: asyncio.Future[int], result: int | Exception) -> None:
 
 
 def _failure(output: StepOutput) -> GenerationFailed:
-    return GenerationFailed(f"The generation could not go on: {output.failed}.")
+    return GenerationFailed(f"The generation failed: {output.failed}.")

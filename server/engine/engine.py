@@ -1,4 +1,4 @@
-"""The heart: schedule, run, sample, update. No asyncio, no HTTP, no text; one thread owns it."""
+"""One engine step: schedule, run, sample, update. No asyncio, HTTP or text; one thread owns it."""
 
 from __future__ import annotations
 
@@ -15,76 +15,75 @@ from server.sequence import Batch, Sequence, StepOutput
 
 
 class Runner(Protocol):
-    """What the engine asks of a model: ``model.runner.ModelRunner``, or a script in tests."""
+    """The model as the engine sees it: ``model.runner.ModelRunner``, or a script in tests."""
 
     def run(self, batch: Batch) -> tuple[torch.Tensor, Batch]:
-        """Logits of the rows that yield a token, [len(draws), vocab], and the batch, whose ``draws`` those are.
+        """Logits of the rows that yield a token, [len(draws), vocab], and the batch in the order of its ``draws``.
 
-        It may have its segments in another order.
+        The returned batch may have its segments in another order.
         """
         ...
 
     @property
     def num_copied_bytes(self) -> int:
-        """Memory that adapters take beside their own tensors."""
+        """Bytes of copies of adapters, beside their own tensors."""
         ...
 
     def add_adapter(self, digest: str, weights: LoRAWeights) -> int:
-        """Make an adapter's rows available; the bytes that they take."""
+        """Load an adapter's weights; returns their bytes."""
         ...
 
     def remove_adapter(self, digest: str) -> None:
-        """Free an adapter's rows."""
+        """Free an adapter's weights."""
         ...
 
 
 class Engine:
-    """Sequences in, tokens out."""
+    """Runs sequences step by step. ``batch`` is that of the last step until ``record_step``."""
 
     def __init__(self, scheduler: Scheduler, runner: Runner, sampler: Sampler, metrics: Metrics) -> None:
-        self.scheduler, self.runner, self.sampler, self.metrics = scheduler, runner, sampler, metrics
+        self.scheduler = scheduler
+        self.runner = runner
+        self.sampler = sampler
+        self.metrics = metrics
         self.batch: Batch | None = None
         metrics.kv_slots.set(scheduler.slots.num_slots)
         metrics.kv_memory_limit.set(scheduler.slots.max_bytes)
 
     @property
     def idle(self) -> bool:
-        """Whether a step would have nothing to do."""
         return self.scheduler.idle
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence."""
         self.scheduler.add(sequence)
 
     def abort(self, sequence_id: int) -> None:
-        """End a sequence before its time."""
         self.scheduler.abort(sequence_id)
 
     def remove_adapter(self, digest: str) -> None:
-        """Free an adapter's rows, and forget what its outputs were."""
+        """Free an adapter's weights and the n-grams of its outputs."""
         self.runner.remove_adapter(digest)
         if self.scheduler.speculation is not None:
             self.scheduler.speculation.forget(digest)
 
     def evict(self, sequence_id: int, reason: str) -> list[StepOutput]:
-        """End a sequence that could not be added or aborted, whatever the books say of it."""
+        """End a sequence after ``add`` or ``abort`` of it failed, whatever state that left."""
         self.scheduler.evict({sequence_id})
         return _failed([sequence_id], reason)
 
     def fail_batch(self, reason: str) -> list[StepOutput]:
-        """End the sequences of the last batch, after a step that failed; all that run where none was made."""
+        """End the sequences of the failed step's batch, or all running ones if it failed before it had a batch."""
         return _failed(self.scheduler.fail_batch(self.batch), reason)
 
     def check_integrity(self) -> None:
-        """Raise ``IntegrityError`` where the books of sequences and slots contradict each other."""
         self.scheduler.check_integrity()
 
     def repair(self, reason: str) -> list[StepOutput]:
-        """Make the books sound again, and end the sequences that cannot go on."""
+        """Rebuild the slot table, and end the sequences that cannot continue."""
         return _failed(self.scheduler.repair(), reason)
 
     def step(self) -> list[StepOutput]:
-        """A token or more for every sequence whose prompt is computed, a chunk further for the others."""
+        """One or more tokens for each decoding sequence, one prompt chunk for the others."""
         self.batch = self.scheduler.schedule()
         logits, self.batch = self.runner.run(self.batch)
         tokens = self.sampler.sample(logits, self.batch.draws)
@@ -92,9 +91,9 @@ class Engine:
 
     def record_step(self, outputs: list[StepOutput], seconds: float) -> None:
         """Count the last step."""
-        if (batch := self.batch) is None:
+        batch, self.batch = self.batch, None
+        if batch is None:
             return
-        self.batch = None
         self.metrics.step_duration.observe(seconds)
         self.metrics.step_rows.observe(batch.num_rows)
         self.metrics.step_sequences.observe(len(batch.segments))

@@ -1,9 +1,8 @@
 """Which sequences run, and what each step computes.
 
-Continuous batching (Yu et al. 2022, Orca): sequences join and leave at every step. Sequences that decode come first,
-one row each; what the token budget leaves goes to chunks of prompts, oldest first, and while anybody decodes only so
-much that a long prompt delays nobody by more than a step of bounded size; and what is left then to drafts
-(``speculation``).
+Continuous batching (Yu et al. 2022, Orca): sequences join and leave at every step. Decoding sequences come first, one
+row each. The rest of the token budget goes to prompt chunks, oldest sequence first; while any sequence decodes, prompt
+rows are limited, so that a long prompt cannot make steps slow. The remaining budget goes to drafts (``speculation``).
 """
 
 from __future__ import annotations
@@ -14,15 +13,15 @@ from collections.abc import Collection, Iterable
 from server.engine.slots import SlotTable
 from server.engine.speculation import Speculation
 from server.integrity import ensure
-from server.sequence import Batch, FinishReason, SampledToken, Segment, Sequence, SequenceStatus, StepOutput
+from server.sequence import Batch, FinishReason, SampledToken, Segment, Sequence, StepOutput
 
 
 class Scheduler:
-    """Queue, running set and slots. ``max_model_len`` bounds prompt and output together, in tokens.
+    """Queue, running sequences and slots. ``max_model_len`` limits prompt and output together, in tokens.
 
-    ``max_prefill_tokens`` are the prompt rows of a step in which others decode. Without ``slots`` there is one for each
-    sequence that may run, and no prefix is reused. ``max_draft_tokens`` are drafted for a sequence in a step at most; 0
-    is no speculation.
+    ``max_prefill_tokens`` limits the prompt rows of a step with decoding sequences. Without ``slots`` there is one slot
+    for each of ``max_num_seqs`` sequences, and no prefix reuse. ``max_draft_tokens`` limits the drafts of a sequence in
+    a step; 0 turns speculation off.
     """
 
     def __init__(
@@ -48,30 +47,29 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        """Whether there is nothing to compute."""
         return not self.waiting and not self.running
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence; it must leave room for one token at least."""
-        ensure(len(sequence.prompt_ids) < self.max_model_len, "a prompt leaves no room for a token")
+        """Queue a sequence, whose prompt must leave room for at least one token."""
+        ensure(len(sequence.prompt_ids) < self.max_model_len, "a prompt leaves no room for an output token")
         self.waiting.append(sequence)
 
     def abort(self, sequence_id: int) -> None:
-        """End a sequence wherever it stands; one that has ended already is no error."""
+        """End a running or waiting sequence; no error if it has ended already."""
         if (sequence := self.running.get(sequence_id)) is not None:
             self._finish(sequence)
             return
         for sequence in self.waiting:
             if sequence.id == sequence_id:
-                sequence.status = SequenceStatus.FINISHED
                 self.waiting.remove(sequence)
                 self.slots.cancel_wait(sequence_id)
                 return
 
     def fail_batch(self, batch: Batch | None) -> list[int]:
-        """End the sequences of a step that failed, or all that run where it made no batch; their ids.
+        """End the sequences of a failed step, or all running ones if it had no batch; returns their ids.
 
-        Those whose slots it was to prepare are among them, and nothing that it may have spoiled is reused.
+        Sequences whose slots the step's KV operations write are included. No slot that the step may have damaged is
+        reused.
         """
         ended = set(self.running)
         if batch is not None:
@@ -81,26 +79,27 @@ class Scheduler:
         return sorted(ended)
 
     def evict(self, sequence_ids: Collection[int]) -> None:
-        """End sequences whatever the books say of them, and write the books of slots anew around the others.
+        """End sequences after a failure, and rebuild the slot table for the other ones.
 
-        Where ``abort`` relies on the books, this relies on nothing: it is for what a failure left.
+        Unlike ``abort``, it does not rely on consistent state.
         """
         for sequence in (*self.running.values(), *self.waiting):
             if sequence.id in sequence_ids:
-                sequence.status, sequence.slot = SequenceStatus.FINISHED, None
-        self.running = {number: one for number, one in self.running.items() if number not in sequence_ids}
-        self.waiting = deque(one for one in self.waiting if one.id not in sequence_ids)
+                sequence.slot = None
+        kept = [sequence for sequence in self.running.values() if sequence.id not in sequence_ids]
+        self.running = {sequence.id: sequence for sequence in kept}
+        self.waiting = deque(sequence for sequence in self.waiting if sequence.id not in sequence_ids)
         self.slots.rebuild(self.running.values())
 
     def repair(self) -> list[int]:
-        """Make the books sound again after a failed ``check_integrity``; ids of the sequences that this had to end.
+        """Rebuild the slot table after a failed ``check_integrity``; returns the ids of sequences that had to end.
 
-        Sequences that run keep their slots; where that is not sound either, all of them end.
+        Running sequences keep their slots. If the check still fails, all of them end.
         """
         self.evict(())
         try:
             self.check_integrity()
-        except Exception:  # noqa: BLE001 - whatever is wrong, it was logged when it was found, and all of it goes
+        except Exception:  # noqa: BLE001 - the first failure was logged; whatever this one is, everything is ended
             return self.fail_batch(None)
         return []
 
@@ -109,66 +108,67 @@ class Scheduler:
         self._admit()
         budget = self.max_num_batched_tokens
         segments: list[Segment] = []
-        for sequence in sorted(self.running.values(), key=lambda one: not one.decoding):
+        for sequence in sorted(self.running.values(), key=lambda sequence: not sequence.decoding):
             if not sequence.decoding and segments and segments[-1].sequence.decoding:
-                budget = min(budget, self.max_prefill_tokens)  # here the prompts begin, behind those that decode
+                budget = min(budget, self.max_prefill_tokens)  # the first prompt, behind decoding sequences
             length = min(sequence.num_uncomputed, budget)
             if length:
                 assert sequence.slot is not None
                 segments.append(Segment(sequence, sequence.slot, sequence.num_computed, length))
                 budget -= length
         if self.speculation is not None and budget:
-            segments = self.speculation.extend(segments, room=budget)
-        ensure(bool(segments), "there are sequences, and nothing to compute of them")
+            segments = self.speculation.add_drafts(segments, room=budget)
+        ensure(bool(segments), "the batch is empty although sequences are waiting or running")
         return Batch(tuple(segments), self.slots.begin_step(segments))
 
     def update(self, batch: Batch, sampled: Iterable[SampledToken | None]) -> list[StepOutput]:
-        """Book what the step computed. ``sampled`` are of ``batch.draws``, None where no token could be chosen."""
+        """Apply the step's results: ``sampled`` in the order of ``batch.draws``, None for NaN or infinity."""
         remaining = deque(sampled)
         outputs: list[StepOutput] = []
         for segment in batch.segments:
             tokens = [remaining.popleft() for _ in range(segment.num_sampled)]
             segment.sequence.num_computed = segment.end
             outputs += self._accept(segment, tokens) if tokens else ()
-        ensure(not remaining, "there are more tokens than rows that yield one")
+        ensure(not remaining, "more tokens were sampled than rows yield")
         return outputs
 
     def check_integrity(self) -> None:
-        """Running sequences and held slots are the same."""
+        """Raise ``IntegrityError`` unless the slot table is consistent and its used slots are the running sequences."""
         self.slots.check_integrity()
-        ensure(self.slots.num_used == len(self.running), "a slot leaks")
-        running = all(sequence.status is SequenceStatus.RUNNING for sequence in self.running.values())
-        ensure(running, "a sequence runs that has ended")
+        num_used, num_running = self.slots.num_used, len(self.running)
+        ensure(num_used == num_running, f"used slots ({num_used}) differ from running sequences ({num_running})")
+        has_slots = all(sequence.slot is not None for sequence in self.running.values())
+        ensure(has_slots, "a running sequence has no slot")
 
     def _admit(self) -> None:
-        """Let in who finds a slot and memory, the oldest first; who waits for a prefix lets others pass."""
+        """Admit waiting sequences oldest first; skip one that waits for a prefix."""
         for sequence in tuple(self.waiting):
             if len(self.running) >= self.max_num_seqs or not self.slots.can_allocate(sequence):
                 return
             if self.slots.waits_for_prefix(sequence):
                 continue
-            self.running[sequence.id] = sequence  # first, so that a failure from here on ends it with the others
+            self.running[sequence.id] = sequence  # before ``allocate``, so that its failure ends this sequence too
             self.waiting.remove(sequence)
-            sequence.status = SequenceStatus.RUNNING
             self.slots.allocate(sequence)
 
     def _accept(self, segment: Segment, tokens: list[SampledToken | None]) -> list[StepOutput]:
-        """The next token, and one more for each draft that it, or the one before, has come out as."""
-        sequence, outputs = segment.sequence, [self._append(segment.sequence, tokens[0])]
-        for draft, before, token in zip(segment.drafts, tokens, tokens[1:], strict=False):
-            if outputs[-1].last or before is None or draft != before.id:
+        """Append the first token, and the token behind each draft that equals the token sampled in its place."""
+        sequence = segment.sequence
+        outputs = [self._append(sequence, tokens[0])]
+        for draft, sampled, following in zip(segment.drafts, tokens, tokens[1:], strict=False):
+            if outputs[-1].last or sampled is None or draft != sampled.id:
                 break
             sequence.num_computed += 1
-            outputs.append(self._append(sequence, token))
+            outputs.append(self._append(sequence, following))
         if self.speculation is not None:
             self.speculation.learn(segment, sum(output.token is not None for output in outputs))
         return outputs
 
     def _append(self, sequence: Sequence, token: SampledToken | None) -> StepOutput:
         if token is None:
-            sequence.num_computed = 0  # what it leaves behind may be as broken
+            sequence.num_computed = 0  # its keys and values may be NaN as well: nothing of the slot is reused
             self._finish(sequence)
-            return StepOutput(sequence.id, None, failed="the model gave no finite scores for the next token")
+            return StepOutput(sequence.id, None, failed="the logits of the next token are NaN or infinite")
         sequence.output_ids.append(token.id)
         reason = self._finish_reason(sequence, token.id)
         if reason is not None:
@@ -183,6 +183,5 @@ class Scheduler:
         return None
 
     def _finish(self, sequence: Sequence) -> None:
-        sequence.status = SequenceStatus.FINISHED
         self.running.pop(sequence.id, None)
         self.slots.free(sequence)

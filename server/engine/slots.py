@@ -1,8 +1,8 @@
-"""Who holds which KV slot, what the others keep of sequences that have ended, and how much memory all of it takes.
+"""KV slot allocation, prefix reuse and memory accounting.
 
-A slot whose sequence has ended keeps its keys and values until the slot or its memory is needed; what was used longest
-ago goes first. A sequence that begins as another did, ended or running, is spared what they have in common: it takes
-over the slot of one that has ended, or gets a copy of that much.
+The slot of an ended sequence keeps its keys and values until the slot or its memory is needed, least recently used
+first. A sequence whose prompt shares a prefix with another one, ended or running, does not compute that prefix again:
+it takes over the slot of an ended sequence, or gets a copy of the prefix.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from server.integrity import IntegrityError, ensure
 from server.sequence import CopyPrefix, KVOperation, LoRARequest, ReleaseTail, Segment, Sequence
 
 MIN_PREFIX = 16
-"""Tokens in common that are worth a copy, or a wait; nearly all prompts begin with the same few."""
+"""Shortest prefix in tokens that is copied or waited for; nearly all prompts share their first few tokens."""
 TAIL_SHARE = 8
-"""A slot is taken over where that loses at most so small a share of what is kept: one part in 8. Else it is copied."""
+"""A slot is taken over if its tail, which is lost, is at most 1/8 of the shared prefix; else the prefix is copied."""
 
 _TOKEN = array("I").itemsize
 _CHUNK = 256 * _TOKEN
@@ -25,10 +25,10 @@ _CHUNK = 256 * _TOKEN
 
 @dataclass(frozen=True)
 class Prefix:
-    """The first tokens of a sequence, as bytes, so that long ones compare at the speed of memory.
+    """The first tokens of a sequence, as bytes, which compare fast.
 
-    Keys and values at a position depend on all tokens up to it and on the adapters' weights, which ``owner`` names by
-    their digests: an adapter that was replaced is another one. The cache namespace keeps strangers' sequences apart.
+    Keys and values at a position depend on all tokens up to it and on the weights of the adapters. ``owner`` is the
+    cache namespace, which separates clients, and the digests and scales of the adapters.
     """
 
     owner: tuple[bytes, tuple[LoRARequest, ...]]
@@ -40,25 +40,22 @@ class Prefix:
         return cls((sequence.cache_namespace, sequence.adapters), array("I", sequence.ids(0, length)).tobytes())
 
     def __len__(self) -> int:
-        """Tokens in it."""
         return len(self.ids) // _TOKEN
 
-    def common(self, other: Prefix) -> int:
-        """How many tokens both begin with; 0 where the owners differ."""
+    def common_length(self, other: Prefix) -> int:
+        """Number of tokens that both begin with; 0 if the owners differ."""
         if self.owner != other.owner:
             return 0
-        mine, others, start = self.ids, other.ids, 0
-        most = min(len(mine), len(others))
-        while start < most and mine[start : start + _CHUNK] == others[start : start + _CHUNK]:
+        shorter = min(len(self.ids), len(other.ids))
+        start = 0
+        while start < shorter and self.ids[start : start + _CHUNK] == other.ids[start : start + _CHUNK]:
             start += _CHUNK
-        end = min(start + _CHUNK, most)
-        if start >= end:
-            return most // _TOKEN
-        differing = int.from_bytes(mine[start:end], "little") ^ int.from_bytes(others[start:end], "little")
+        end = min(start + _CHUNK, shorter)
+        differing = int.from_bytes(self.ids[start:end], "little") ^ int.from_bytes(other.ids[start:end], "little")
         if not differing:
-            return most // _TOKEN
-        lowest = (differing & -differing).bit_length() - 1  # the first bit at which they differ
-        return (start + lowest // 8) // _TOKEN
+            return shorter // _TOKEN
+        first_bit = (differing & -differing).bit_length() - 1
+        return (start + first_bit // 8) // _TOKEN
 
 
 NOTHING = Prefix((b"", ()), b"")
@@ -66,10 +63,10 @@ NOTHING = Prefix((b"", ()), b"")
 
 @dataclass(eq=False)
 class Slot:
-    """One slot. ``prefix`` is the holder's prompt, or without a holder the tokens whose keys and values are there.
+    """One slot. ``prefix`` is the holder's prompt; without a holder, the tokens whose keys and values are cached.
 
-    ``num_touched`` positions may have been written since the memory behind them was given back; the holder may write
-    ``num_reserved``; ``num_bytes`` is what these or those take. ``used_at`` orders slots by when they were of use.
+    Positions below ``num_touched`` may have memory of their own, positions below ``num_reserved`` may be written by the
+    holder; ``num_bytes`` is the memory of the larger number. ``used_at`` orders slots by their last use.
     """
 
     number: int
@@ -82,20 +79,20 @@ class Slot:
 
     @property
     def idle(self) -> bool:
-        """Whether nobody holds it."""
+        """Whether no sequence holds it."""
         return self.holder is None
 
     @property
     def num_valid(self) -> int:
-        """Tokens of the prefix whose keys and values are there."""
+        """Tokens of the prefix whose keys and values are computed."""
         return len(self.prefix) if self.holder is None else min(self.holder.num_computed, len(self.prefix))
 
 
 class SlotTable:
     """Slots for sequences of at most ``max_len`` tokens, within ``max_bytes`` of memory.
 
-    ``bytes_of`` says what a slot takes by its positions. A sequence gets room for its prompt and its whole answer, so
-    that it never has to give way: ``num_bytes`` are taken, or promised. ``reuses`` switches the reuse of prefixes on.
+    ``bytes_of`` returns the memory of a slot from its number of positions. Memory for prompt and whole answer is
+    reserved at allocation, so that no sequence is preempted; ``num_bytes`` includes it. ``reuses`` is for prefixes.
     """
 
     def __init__(
@@ -113,56 +110,56 @@ class SlotTable:
         self._bytes_of = bytes_of
         self._slots = [Slot(number) for number in range(num_slots)]
         self._kv_ops: list[KVOperation] = []
-        self._waiting_for: dict[int, tuple[Sequence, int]] = {}
+        self._waiting_for: dict[int, tuple[Sequence, int]] = {}  # by id: a running sequence, tokens it must compute
         self._clock = 0
         self.num_bytes = 0
 
     @property
     def num_used(self) -> int:
-        """Slots held by sequences."""
         return sum(not slot.idle for slot in self._slots)
 
     @property
     def num_cached(self) -> int:
-        """Slots nobody holds that keep a prefix."""
+        """Idle slots with a cached prefix."""
         return sum(slot.idle and len(slot.prefix) > 0 for slot in self._slots)
 
     def can_allocate(self, sequence: Sequence) -> bool:
-        """Whether there is a slot, and memory beside what the running sequences may need."""
+        """Whether a slot is free, and memory beside the reservations of the running sequences."""
         held = [slot for slot in self._slots if not slot.idle]
-        taken = sum(slot.num_bytes for slot in held)
-        return len(held) < self.num_slots and taken + self._bytes_of(self._reserve(sequence)) <= self.max_bytes
+        num_bytes = sum(slot.num_bytes for slot in held) + self._bytes_of(self._reserve(sequence))
+        return len(held) < self.num_slots and num_bytes <= self.max_bytes
 
     def waits_for_prefix(self, sequence: Sequence) -> bool:
-        """Whether a running sequence is just computing more of this one's prompt than is to be had now.
+        """Whether a running sequence is computing a longer prefix of this prompt than is available now.
 
-        The wait costs nothing: the prompt of who came earlier is computed first anyhow.
+        The wait costs nothing, because prompts are computed in order of arrival.
         """
         if not self.reuses:
             return False
-        if (awaited := self._waiting_for.get(sequence.id)) is not None:
+        awaited = self._waiting_for.get(sequence.id)
+        if awaited is not None:
             other, length = awaited
             if other.slot is not None and other.num_computed < length:
                 return True
             self.cancel_wait(sequence.id)
         prefix = Prefix.of(sequence, len(sequence.prompt_ids))
         best: tuple[Sequence, int] | None = None
-        most = self._longest(prefix)[1] + MIN_PREFIX
+        least = self._longest(prefix)[1] + MIN_PREFIX
         for slot in self._slots:
             if slot.holder is not None and not slot.holder.decoding:
-                length = min(prefix.common(slot.prefix), len(prefix) - 1)
-                if length >= most:
-                    best, most = (slot.holder, length), length + 1
+                length = min(prefix.common_length(slot.prefix), len(prefix) - 1)
+                if length >= least:
+                    best = (slot.holder, length)
+                    least = length + 1
         if best is not None:
             self._waiting_for[sequence.id] = best
         return best is not None
 
     def cancel_wait(self, sequence_id: int) -> None:
-        """A sequence waits no longer."""
         self._waiting_for.pop(sequence_id, None)
 
     def allocate(self, sequence: Sequence) -> None:
-        """Give a sequence a slot, with what others have computed of its prompt; ``can_allocate`` must hold."""
+        """Assign a slot to a sequence, with the cached prefix of its prompt. ``can_allocate`` must be true."""
         prefix = Prefix.of(sequence, len(sequence.prompt_ids))
         source, length = self._longest(prefix)
         reserved = self._reserve(sequence)
@@ -179,7 +176,7 @@ class SlotTable:
         sequence.slot, sequence.num_computed, sequence.num_cached = target.number, length, length
 
     def begin_step(self, segments: Iterable[Segment]) -> tuple[KVOperation, ...]:
-        """Note what a step is about to write; the KV operations that must be done before."""
+        """Record the positions that a step writes; returns the KV operations to apply before it."""
         for segment in segments:
             slot = self._slots[segment.slot]
             slot.num_touched = max(slot.num_touched, segment.start + segment.length)
@@ -187,10 +184,10 @@ class SlotTable:
         return kv_ops
 
     def free(self, sequence: Sequence) -> None:
-        """Take a sequence's slot back; what it has computed is kept for others."""
+        """Free a sequence's slot, whose keys and values stay cached."""
         slot = None if sequence.slot is None else self._slots[sequence.slot]
         if slot is None or slot.holder is not sequence:
-            raise IntegrityError("a slot is given back by a sequence that does not hold it")
+            raise IntegrityError("a sequence frees a slot that it does not hold")
         num_valid = min(sequence.num_computed, sequence.num_tokens)
         useful = self.reuses and num_valid >= MIN_PREFIX
         slot.prefix = Prefix.of(sequence, num_valid) if useful else NOTHING
@@ -199,14 +196,15 @@ class SlotTable:
         sequence.slot = None
 
     def holders_of_written_slots(self, kv_ops: Iterable[KVOperation]) -> list[Sequence]:
-        """The sequences whose slots these KV operations change."""
+        """The sequences whose slots these KV operations write."""
         numbers = {kv_op.target if isinstance(kv_op, CopyPrefix) else kv_op.slot for kv_op in kv_ops}
-        return [holder for number in numbers if (holder := self._slots[number].holder) is not None]
+        holders = [self._slots[number].holder for number in numbers]
+        return [holder for holder in holders if holder is not None]
 
     def rebuild(self, holders: Iterable[Sequence]) -> None:
-        """Write the books anew, whatever they say: ``holders`` keep their slots, and all others are emptied.
+        """Rebuild the slot table: ``holders`` keep their slots, and all others are emptied.
 
-        After a failure nothing that it may have spoiled is reused.
+        After a failure no cached prefix is reused, because it may be damaged.
         """
         held = {sequence.slot: sequence for sequence in holders}
         self._kv_ops, self._waiting_for = [], {}
@@ -219,21 +217,25 @@ class SlotTable:
         self.num_bytes = sum(slot.num_bytes for slot in self._slots)
 
     def check_integrity(self) -> None:
-        """Each holder knows its slot, positions are within bounds, and memory is within its limit."""
+        """Raise ``IntegrityError`` unless holders, positions and memory of all slots are consistent."""
         for slot in self._slots:
-            ensure(slot.holder is None or slot.holder.slot == slot.number, "a holder sits elsewhere")
-            ensure(slot.num_valid <= slot.num_touched <= self.max_len, "a slot holds more than was written")
-            ensure(slot.idle or slot.num_touched <= slot.num_reserved, "a sequence wrote beyond its room")
-            ensure(not slot.idle or not slot.num_reserved, "room is reserved for nobody")
+            ensure(slot.holder is None or slot.holder.slot == slot.number, "a slot's holder has another slot")
+            ensure(
+                slot.num_valid <= slot.num_touched <= self.max_len,
+                "a slot's prefix is longer than the written positions",
+            )
+            ensure(slot.idle or slot.num_touched <= slot.num_reserved, "a sequence wrote beyond its reserved positions")
+            ensure(not slot.idle or not slot.num_reserved, "an idle slot has reserved positions")
             num_bytes = self._bytes_of(max(slot.num_touched, slot.num_reserved))
-            ensure(slot.num_bytes == num_bytes, "a slot is miscounted")
+            ensure(slot.num_bytes == num_bytes, "the bytes of a slot are miscounted")
         ensure(self.num_bytes == sum(slot.num_bytes for slot in self._slots), "memory is miscounted")
-        ensure(self.num_bytes <= self.max_bytes, "more memory is taken than there may be")
+        ensure(self.num_bytes <= self.max_bytes, "memory exceeds its limit")
 
     def _account(self, slot: Slot) -> None:
-        """Count what a slot takes now."""
-        before, slot.num_bytes = slot.num_bytes, self._bytes_of(max(slot.num_touched, slot.num_reserved))
-        self.num_bytes += slot.num_bytes - before
+        """Update the bytes of a slot and the total."""
+        num_bytes = self._bytes_of(max(slot.num_touched, slot.num_reserved))
+        self.num_bytes += num_bytes - slot.num_bytes
+        slot.num_bytes = num_bytes
 
     def _reserve(self, sequence: Sequence) -> int:
         return min(len(sequence.prompt_ids) + sequence.max_tokens, self.max_len)
@@ -243,15 +245,15 @@ class SlotTable:
         return self._clock
 
     def _longest(self, prefix: Prefix) -> tuple[Slot | None, int]:
-        """The slot with the most of a prompt but its last token, whose logits are wanted, and how much it has.
+        """The slot with the longest prefix of a prompt without its last token, and the length of that prefix.
 
-        Among equals one that nobody holds, and of these the one that would lose least.
+        Among equals an idle slot is preferred, then the one with the shortest tail behind the prefix.
         """
         best, length = None, 0
         if not self.reuses:
             return best, length
         for slot in self._slots:
-            common = min(prefix.common(slot.prefix), slot.num_valid, len(prefix) - 1)
+            common = min(prefix.common_length(slot.prefix), slot.num_valid, len(prefix) - 1)
             if common < max(length, MIN_PREFIX):
                 continue
             rank = (common, slot.idle, -len(slot.prefix))
@@ -260,7 +262,7 @@ class SlotTable:
         return best, length
 
     def _choose(self, source: Slot | None, length: int, reserved: int) -> Slot:
-        """The slot for a sequence, with room made for it: its source where little is lost, else the least useful."""
+        """The slot for a sequence, with memory freed for it: ``source`` if little is lost, else the least useful."""
         others = sorted((slot for slot in self._slots if slot.idle and slot is not source), key=_usefulness)
         if source is not None and source.idle:
             little_lost = TAIL_SHARE * (len(source.prefix) - length) <= length
@@ -272,7 +274,7 @@ class SlotTable:
         return others[0]
 
     def _make_room(self, target: Slot, victims: Iterable[Slot], reserved: int) -> bool:
-        """Empty slots, the least useful first, until ``target`` may take what is to be reserved; whether it may."""
+        """Empty ``victims`` in order until ``target`` can reserve its positions; whether it can."""
         missing = self.num_bytes - target.num_bytes + self._bytes_of(reserved) - self.max_bytes
         for victim in victims:
             if missing <= 0:
@@ -289,6 +291,6 @@ class SlotTable:
 
 
 def _usefulness(slot: Slot) -> tuple[bool, int]:
-    """By how much one would rather keep a slot: the empty go first, and of them the one whose memory is warm."""
-    keeps = len(slot.prefix) > 0
-    return keeps, slot.used_at if keeps else -slot.used_at
+    """Sort key, least useful first: empty slots, most recently used (warm memory) first; then least recently used."""
+    is_cached = len(slot.prefix) > 0
+    return is_cached, slot.used_at if is_cached else -slot.used_at

@@ -1,9 +1,9 @@
-"""Drafts without a second model: what followed the last tokens before will probably follow them again.
+"""Speculative decoding without a draft model: drafts from n-gram tables.
 
-Prompt lookup decoding (Saxena 2023) with a memory: what follows each pair and triple of tokens is known from a
-sequence's prompt, and learned from all outputs of the same adapters and the same cache namespace, because an adapter
-that keeps a template repeats itself. A draft is walked through these tables while its probability lasts. The
-model judges every token of it in the step that computes the next one anyway, so a wrong draft costs rows, never tokens.
+Prompt lookup decoding (Saxena 2023), extended by outputs: which token follows each pair and triple of tokens is read
+from a sequence's prompt, and learned from all outputs of the same adapters and cache namespace, because answers of an
+adapter repeat phrases. A draft is extended token by token while its estimated probability is high enough. The model
+verifies all draft tokens in the step that computes the next token, so a wrong draft costs rows, never tokens.
 """
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ from weakref import WeakKeyDictionary
 from server.sequence import LoRARequest, Segment, Sequence
 
 MAX_DRAFT_ROWS = 32
-"""Rows of drafts in one step, over all sequences: beyond them a step is bound by arithmetic, and every row costs."""
+"""Most draft rows in one step, over all sequences: with more rows a step is bound by arithmetic."""
 MAX_PROMPT = 2048
-"""Tokens of a prompt that are looked up in, the last ones."""
+"""Last tokens of a prompt that are read into its table."""
 MAX_NGRAMS = 4096
-"""N-grams remembered of all outputs of one (adapters, cache namespace), about 250 bytes each."""
+"""N-grams kept of the outputs of one (adapters, cache namespace), about 250 bytes each."""
 MAX_TABLES = 64
-"""How many (adapters, cache namespace) are remembered, the last used ones."""
+"""Tables of (adapters, cache namespace) kept, the most recently used ones."""
 MAX_PAUSE = 32
-"""Most steps in which a sequence whose drafts were wrong gets none."""
+"""Most steps without drafts for a sequence whose drafts were rejected."""
 
 _ORDERS = (3, 2)
 _LONGEST = max(_ORDERS)
 _MAX_HITS = 32
 _INITIAL_ACCEPTANCE_RATE, _LEARNING = 0.5, 0.05
 _BY_PROMPT = 0.8
-"""How probable it is taken to be that what followed in the prompt follows again: it is about this very matter."""
+"""Estimated probability that a token which followed in the prompt follows again."""
 _PAIR = 0.8
-"""A pair of tokens tells less than a triple."""
+"""Factor on the probability where only a pair of tokens is known, not a triple."""
 
 
 class NGrams:
-    """What followed each pair and triple of tokens, and how often in a row. At most ``max_entries`` are kept.
+    """The token that followed each pair and triple of tokens, and its count. At most ``max_entries`` are kept.
 
-    Two generations: where the young one is full it becomes the old one, whose entries are lost unless they are met.
-    ``acceptance_rate`` is the share of drafts that were right of late.
+    Two generations: when the young one is full it becomes the old one, and the entries of the old one are dropped.
+    ``acceptance_rate`` is the moving average of the share of accepted draft tokens.
     """
 
     def __init__(self, max_entries: int) -> None:
@@ -53,18 +53,18 @@ class NGrams:
         return len(self._young) + len(self._old)
 
     def get(self, key: tuple[int, ...]) -> tuple[int, int] | None:
-        """The token that followed, and how often without another."""
+        """The token that followed, and its count."""
         return self._young.get(key) or self._old.get(key)
 
     def learn(self, ids: list[int], start: int) -> None:
-        """Note what the tokens from index ``start`` followed. One that contradicts halves the count."""
+        """Learn which n-grams the tokens from index ``start`` follow. A different token halves the count."""
         for place in range(max(start, min(_ORDERS)), len(ids)):
             token = ids[place]
             for order in _ORDERS:
                 if order <= place:
-                    self._note(tuple(ids[place - order : place]), token)
+                    self._learn_token(tuple(ids[place - order : place]), token)
 
-    def _note(self, key: tuple[int, ...], token: int) -> None:
+    def _learn_token(self, key: tuple[int, ...], token: int) -> None:
         known, hits = self.get(key) or (token, 0)
         if known == token:
             self._young[key] = (token, min(hits + 1, _MAX_HITS))
@@ -76,9 +76,9 @@ class NGrams:
 
 @dataclass
 class _Track:
-    """What is known of one running sequence: what followed last in its prompt, and what outputs like its own said.
+    """The tables of one running sequence: n-grams of its prompt, and the ``shared`` ones of outputs.
 
-    ``pause`` counts the steps in which it gets no draft, ``misses`` the drafts in a row that were wrong.
+    ``pause`` counts the coming steps without drafts, ``misses`` the rejected drafts in a row.
     """
 
     prompt: dict[tuple[int, ...], int]
@@ -87,13 +87,14 @@ class _Track:
     pause: int = 0
 
     def draft(self, context: list[int], *, most: int, least_likely: float, stop_ids: frozenset[int]) -> tuple[int, ...]:
-        """The most likely tokens after the context, up to the first of ``stop_ids`` while likely enough."""
+        """The most likely tokens after the context, while likely enough, up to the first of ``stop_ids``."""
         drafts: list[int] = []
-        likely = max(self.shared.acceptance_rate, 1.1 * least_likely)  # however low, what is nearly sure is tried
+        # With a low acceptance rate, tokens that are almost certain by their n-gram are drafted even so.
+        probability = max(self.shared.acceptance_rate, 1.1 * least_likely)
         while len(drafts) < most:
-            token, chance = self._next(context)
-            likely *= chance
-            if likely < least_likely:
+            token, factor = self._next(context)
+            probability *= factor
+            if probability < least_likely:
                 break
             drafts.append(token)
             if token in stop_ids:
@@ -102,59 +103,60 @@ class _Track:
         return tuple(drafts)
 
     def _next(self, context: list[int]) -> tuple[int, float]:
-        """The likeliest next token by the longest n-gram that is known, and its probability; 0 where none is."""
+        """The most likely next token by the longest known n-gram, and its probability; 0 if none is known."""
         for order in _ORDERS:
             if order > len(context):
                 continue
             key = tuple(context[-order:])
             weight = 1.0 if order > 2 else _PAIR
-            said, hits = self.shared.get(key) or (0, 0)
-            chance = hits / (hits + 1)
-            if chance <= _BY_PROMPT and (token := self.prompt.get(key)) is not None:
-                return token, _BY_PROMPT * weight
+            token, hits = self.shared.get(key) or (0, 0)
+            probability = hits / (hits + 1)
+            if probability <= _BY_PROMPT and key in self.prompt:
+                return self.prompt[key], _BY_PROMPT * weight
             if hits:
-                return said, chance * weight
+                return token, probability * weight
         return 0, 0.0
 
 
 class Speculation:
-    """Gives drafts to the segments of a batch, at most ``max_drafts`` each, and learns from what the model said."""
+    """Adds at most ``max_drafts`` drafts to each segment of a batch, and learns from the model's tokens."""
 
     def __init__(self, *, max_drafts: int, max_model_len: int) -> None:
         self._max_drafts, self._max_model_len = max_drafts, max_model_len
         self._tracks: WeakKeyDictionary[Sequence, _Track] = WeakKeyDictionary()
         self._shared: OrderedDict[tuple[tuple[LoRARequest, ...], bytes], NGrams] = OrderedDict()
 
-    def extend(self, segments: Iterable[Segment], *, room: int) -> list[Segment]:
-        """The segments, with drafts of at most ``room`` rows together behind those that reach the last known token."""
+    def add_drafts(self, segments: Iterable[Segment], *, room: int) -> list[Segment]:
+        """The segments, with at most ``room`` draft rows in total behind those that reach the last known token."""
         segments = list(segments)
         room = min(room, MAX_DRAFT_ROWS)
-        # A row costs little beside a step of few rows, and as much as a token is worth beside one of many.
+        # An additional row costs little in a step of few rows, and about as much as a token in one of many.
         least_likely = min(0.75, 0.1 + sum(segment.samples for segment in segments) / 40)
         for place, segment in enumerate(segments):
-            if segment.samples and (drafts := self._drafts(segment.sequence, room, least_likely)):
+            drafts = self._drafts(segment.sequence, room, least_likely) if segment.samples else ()
+            if drafts:
                 segments[place] = replace(segment, length=segment.length + len(drafts), drafts=drafts)
                 room -= len(drafts)
         return segments
 
     def learn(self, segment: Segment, num_new: int) -> None:
-        """Take in the tokens that the model said: ``num_new``, of which all but one had been drafted."""
+        """Learn from the ``num_new`` tokens of a step, all but one of which were accepted drafts."""
         sequence = segment.sequence
         track = self._track(sequence)
         first = max(0, sequence.num_tokens - num_new - _LONGEST)
         ids = sequence.ids(first, sequence.num_tokens)
         track.shared.learn(ids, len(ids) - num_new)
         if segment.drafts:
-            track.shared.acceptance_rate += _LEARNING * (
-                (num_new - 1) / len(segment.drafts) - track.shared.acceptance_rate
-            )
+            share = (num_new - 1) / len(segment.drafts)
+            track.shared.acceptance_rate += _LEARNING * (share - track.shared.acceptance_rate)
             track.misses = track.misses + 1 if num_new <= 1 else 0
             track.pause = min(2 ** (track.misses - 1), MAX_PAUSE) if track.misses > 1 else 0
 
     def forget(self, digest: str) -> None:
-        """Drop what was learned from an adapter that is gone."""
-        for key in [key for key in self._shared if any(use.digest == digest for use in key[0])]:
-            del self._shared[key]
+        """Drop the tables of an adapter that was removed."""
+        for adapters, namespace in list(self._shared):
+            if any(adapter.digest == digest for adapter in adapters):
+                del self._shared[adapters, namespace]
 
     def _drafts(self, sequence: Sequence, room: int, least_likely: float) -> tuple[int, ...]:
         track = self._track(sequence)
@@ -172,10 +174,11 @@ class Speculation:
         return track.draft(context, most=most, least_likely=least_likely, stop_ids=sequence.eos_ids)
 
     def _track(self, sequence: Sequence) -> _Track:
-        """What is known of a sequence."""
-        if (track := self._tracks.get(sequence)) is None:
+        track = self._tracks.get(sequence)
+        if track is None:
             prompt = _followers(sequence.prompt_ids[-MAX_PROMPT:])
-            track = self._tracks[sequence] = _Track(prompt, self._shared_table(sequence))
+            track = _Track(prompt, self._shared_table(sequence))
+            self._tracks[sequence] = track
         return track
 
     def _shared_table(self, sequence: Sequence) -> NGrams:
@@ -188,7 +191,7 @@ class Speculation:
 
 
 def _followers(ids: tuple[int, ...]) -> dict[tuple[int, ...], int]:
-    """What followed each n-gram of a text, the last time where there were several."""
+    """The token that followed each n-gram of a text at its last occurrence."""
     found: dict[tuple[int, ...], int] = {}
     for order in _ORDERS:
         found.update(zip(zip(*(ids[start:] for start in range(order)), strict=False), ids[order:], strict=False))

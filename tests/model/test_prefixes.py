@@ -14,7 +14,7 @@ from server.engine.slots import Prefix, SlotTable
 from server.lora.weights import LoRAWeights
 from server.metrics import Metrics
 from server.model.sampler import Sampler
-from server.sequence import Batch, CopyPrefix, LoRARequest, ReleaseTail, SamplingParams, Sequence, SequenceStatus
+from server.sequence import Batch, CopyPrefix, LoRARequest, ReleaseTail, SamplingParams, Sequence
 from tests.model.engines import finish, tracked
 
 VOCAB, PAGE, LENGTH = 50, 8, 200
@@ -185,7 +185,7 @@ def test_who_waits_for_a_prefix_lets_others_pass() -> None:
     for one in (ask(1, SYSTEM), waits, passes):
         engine.add(one)
     engine.step()
-    assert (waits.status, passes.status) == (SequenceStatus.WAITING, SequenceStatus.RUNNING)
+    assert list(engine.scheduler.waiting) == [waits] and passes.id in engine.scheduler.running
     finish(engine)
 
 
@@ -294,7 +294,7 @@ def test_memory_is_bounded_by_what_running_sequences_may_come_to_need() -> None:
     for one in (first, second, third):
         engine.add(one)
     engine.step()
-    assert [one.status for one in (first, second, third)] == [SequenceStatus.RUNNING] * 2 + [SequenceStatus.WAITING]
+    assert (set(engine.scheduler.running), list(engine.scheduler.waiting)) == ({1, 2}, [third])
     finish(engine)
     assert third.num_cached == 0
     assert memory.most_bytes <= 256
@@ -424,5 +424,5 @@ def test_the_common_length_of_two_prefixes(length: int, more: int) -> None:
     shared = tuple(source.randrange(200_000) for _ in range(length))
     mine, other = ((*shared, *[token] * more) for token in (70_001, 70_002))
     one, two = (Prefix.of(ask(1, (*ids, 1)), len(ids)) for ids in (mine, other))
-    assert one.common(two) == two.common(one) == length
-    assert one.common(one) == len(one) == length + more
+    assert one.common_length(two) == two.common_length(one) == length
+    assert one.common_length(one) == len(one) == length + more

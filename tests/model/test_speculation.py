@@ -335,7 +335,7 @@ def test_text_that_looks_the_same_and_never_is_gets_few_drafts() -> None:
     source, sequence, rows = random.Random(0), ask(1, [1, 2], max_tokens=10_000), 0
     for number in range(3000):
         start = sequence.num_tokens - 1
-        (segment,) = speculation.extend([Segment(sequence, 0, start, 1)], room=64)
+        (segment,) = speculation.add_drafts([Segment(sequence, 0, start, 1)], room=64)
         rows += len(segment.drafts)
         # After 1, 2 comes anything but what came last.
         sequence.output_ids.append((1, 2, 3 + (number // 3 + source.randrange(5)) % 20)[number % 3])
@@ -351,7 +351,7 @@ def test_tables_are_bounded() -> None:
     assert len(table) <= 102
     speculation = Speculation(max_drafts=4, max_model_len=LENGTH)
     for number in range(3 * MAX_TABLES):
-        speculation.extend([Segment(ask(number, [1, 2], cache_namespace=str(number).encode()), 0, 0, 2)], room=8)
+        speculation.add_drafts([Segment(ask(number, [1, 2], cache_namespace=str(number).encode()), 0, 0, 2)], room=8)
     assert len(speculation._shared) == MAX_TABLES
     assert len(speculation._tracks) <= 1, "what is known of a sequence goes with it"
 

@@ -20,7 +20,7 @@ from server.integrity import IntegrityError
 from server.lora.weights import LoRAWeights
 from server.metrics import ENGINE_FAILURES, Metrics
 from server.model.sampler import Sampler
-from server.sequence import Batch, ReleaseTail, SampledToken, SamplingParams, Sequence, SequenceStatus
+from server.sequence import Batch, ReleaseTail, SampledToken, SamplingParams, Sequence
 from tests.unit.test_async_engine import EOS, OutputStream, ScriptedRunner, submit, tokens, until
 
 PROMPT = (1,) * 20
@@ -182,7 +182,7 @@ async def test_an_output_that_cannot_be_handed_over_ends_its_own_sequence_alone(
     Failing(streams[0].sequence, "sink")
     runner.gate.set()
     assert await tokens(streams[1]) == ANSWER
-    assert started.num_unfinished == 0
+    assert not started._submitted
 
 
 def _leak_bytes(scheduler: Scheduler) -> None:
@@ -254,7 +254,7 @@ async def test_an_update_that_fails_half_way_ends_its_sequences_and_leaves_sound
 async def test_a_failure_anywhere_in_a_step_answers_everybody_in_it(started: AsyncEngine, owner: str) -> None:
     """A sequence that was no longer in the queue and not yet among the running was forgotten: it waited for ever."""
     broken = getattr(started._engine.scheduler, owner)
-    for name in {"slots": ("allocate", "begin_step", "free"), "speculation": ("extend", "learn")}[owner]:
+    for name in {"slots": ("allocate", "begin_step", "free"), "speculation": ("add_drafts", "learn")}[owner]:
         Failing(broken, name)
         with pytest.raises(GenerationFailed, match="step failed"):
             async with asyncio.timeout(5):
@@ -297,7 +297,7 @@ def test_mending_keeps_running_sequences_where_it_can_and_ends_them_where_it_can
     running[1].slot = running[0].slot
     assert scheduler.repair() == [1, 2]
     scheduler.check_integrity()
-    assert [one.status for one in running] == [SequenceStatus.FINISHED] * 2
+    assert scheduler.idle
 
 
 def test_checks_of_books_run_without_assertions_too() -> None:
