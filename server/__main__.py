@@ -12,9 +12,9 @@ from server.errors import StartError
 
 USAGE = """\
 usage: quickchange [serve] [--SETTING VALUE ...]            serve the base and its adapters (--help lists the settings)
-       quickchange chat [--adapter NAME] ["one question"]   talk to a running server, or to one started for the talk
+       quickchange chat [--adapter NAME] ["one question"]   chat with a running or a temporary server
        quickchange adapters [list|check|pin|unpin|rollback|add|convert]
-                                                            what there is and why one is not served (--help says more)
+                                                            list, check and manage adapters (--help explains each)
        quickchange train RECIPE.yaml [...]                  train an adapter (the same as python -m trainer train)
 """
 
@@ -38,7 +38,7 @@ def adapters(arguments: Sequence[str]) -> int:
 
 
 def train(arguments: Sequence[str]) -> int:
-    """Hand over to the trainer, which is another program: neither imports the other."""
+    """Replace this process by the trainer: server and trainer do not import each other."""
     os.execv(sys.executable, [sys.executable, "-m", "trainer", "train", *arguments])
 
 

@@ -1,4 +1,4 @@
-"""Every setting of the server in one typed object: environment (``QUICKCHANGE_*``), ``.env``, or flags."""
+"""The server's settings, from flags, ``QUICKCHANGE_*`` environment variables or ``.env``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from base_files.locate import EMBEDDED_BASE
 
 
 class Settings(BaseSettings):
-    """What an operator can choose. Built once in ``__main__`` and handed down as values."""
+    """Settings: flags first, then QUICKCHANGE_* environment variables, then .env."""
 
     model_config = SettingsConfigDict(
         env_prefix="QUICKCHANGE_", env_file=".env", env_file_encoding="utf-8", extra="ignore"
@@ -158,11 +158,11 @@ class Settings(BaseSettings):
     @field_validator("adapter_roots", mode="before")
     @classmethod
     def _listed(cls, value: object) -> object:
-        """Folders from one text: a JSON list, or separated by ``:``, or by ``,`` as a flag given twice."""
+        """Parse a JSON list, or folders separated by ``:``, or by ``,`` (a flag that is given twice)."""
         if not isinstance(value, str):
             return value
-        found = _json_list(value) if value.lstrip().startswith("[") else re.split(r"[:,]", value)
-        return [Path(one.strip()).expanduser() for one in found if one.strip()]
+        folders = _json_list(value) if value.lstrip().startswith("[") else re.split(r"[:,]", value)
+        return [Path(folder.strip()).expanduser() for folder in folders if folder.strip()]
 
     @property
     def trusted_names(self) -> frozenset[str]:
@@ -178,9 +178,9 @@ class Settings(BaseSettings):
 
 def _json_list(text: str) -> list[str]:
     try:
-        found = json.loads(text)
+        folders = json.loads(text)
     except ValueError:
-        found = None
-    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
-        raise ValueError("write folders separated by ':', or a JSON list of texts")
-    return found
+        folders = None
+    if not isinstance(folders, list) or not all(isinstance(folder, str) for folder in folders):
+        raise ValueError("write folders separated by ':', or a JSON list of strings")
+    return folders

@@ -14,9 +14,9 @@ from server.adapters.aliases import Alias
 from server.adapters.content.manifest import Manifest
 from server.adapters.names import ModelRef, parse_model
 from server.adapters.reader import AdapterReader, FolderMoved
-from server.adapters.registry import DIGITS, Adapter, AdapterRegistry, Entry
+from server.adapters.registry import Adapter, AdapterRegistry, Entry
 from server.adapters.sync import AdapterSync
-from server.adapters.versions import Pin
+from server.adapters.versions import DIGITS, Pin
 from server.errors import (
     AdapterNotLoaded,
     AdapterPending,

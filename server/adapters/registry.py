@@ -8,11 +8,8 @@ from dataclasses import dataclass, field
 from server.adapters.content.folder import FolderState
 from server.adapters.content.generation_defaults import GenerationDefaults
 from server.adapters.content.manifest import Listing, Manifest
-from server.adapters.versions import Pin
+from server.adapters.versions import DIGITS, Pin
 from server.errors import ModelNotFound
-
-DIGITS = 12
-"""Digits of a version's digest in headers, logs and lists."""
 
 
 @dataclass(frozen=True)

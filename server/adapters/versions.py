@@ -26,6 +26,8 @@ from server.adapters.names import is_name
 logger = logging.getLogger("quickchange.adapters")
 
 SCHEMA_VERSION = 1
+DIGITS = 12
+"""Digits of a version's digest in headers, logs and lists."""
 LEFTOVER_SECONDS = 3600
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _TEMPORARY = ".tmp-"

@@ -9,7 +9,8 @@ from fastapi import APIRouter
 
 from adapter_format.sidecar import Sidecar
 from server.adapters.content.generation_defaults import GenerationDefaults
-from server.adapters.registry import DIGITS, Adapter, Entry
+from server.adapters.registry import Adapter, Entry
+from server.adapters.versions import DIGITS
 from server.api.state import ServerState, State
 from server.errors import without_paths
 

@@ -1,4 +1,4 @@
-"""Floor 7: the commands, and what builds a server from its settings.
+"""Floor 7: the commands, and the construction of a server from its settings.
 
 ``command_line`` reads settings and options, ``folders`` finds adapters; ``serve_command`` and ``serve`` are the server,
 ``chat`` a client of it. ``adapters`` chooses among ``adapters_list``, ``adapters_check`` (with ``adapter_checker`` and

@@ -1,4 +1,4 @@
-"""A base in memory, and adapter folders judged on it as the server judges them."""
+"""A base in memory, and adapter folders checked against it as the server does."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from server.text.prompt import PromptRenderer
 
 @dataclass(frozen=True)
 class AdapterChecker:
-    """Judges folders; ``modules`` are the base's own."""
+    """Checks folders; ``modules`` are the base's."""
 
     base: Base
     policy: AdapterPolicy
@@ -31,7 +31,7 @@ class AdapterChecker:
 
     @classmethod
     def load(cls, settings: Settings, *, dtype: str = "float32") -> AdapterChecker:
-        """Load the base of the settings on the CPU. Raises a ``StartError`` where that cannot be."""
+        """Load the settings' base on the CPU. Raises ``StartError``."""
         torch.set_num_threads(settings.threads or available_threads())
         base = load_base(
             settings.base_model,
@@ -47,13 +47,13 @@ class AdapterChecker:
         self.base.close()
 
     def check(self, path: Path, *, name: str | None = None) -> tuple[DiagnosticReport, LoRAWeights | None]:
-        """What is to be said of a folder, under its own name or another, and its weights where it is served."""
+        """The report on a folder, under its own name or ``name``, and its weights if the server would serve it."""
         name = name or path.absolute().name
-        found = diagnose(path, self.base.signature, self.policy, name=name, check_defaults=self.prompts.check_defaults)
-        if found.manifest is None or found.problems:
-            return found, None
+        report = diagnose(path, self.base.signature, self.policy, name=name, check_defaults=self.prompts.check_defaults)
+        if report.manifest is None or report.problems:
+            return report, None
         try:
-            return found, LoRAWeights.of(found.manifest, self.modules)
+            return report, LoRAWeights.of(report.manifest, self.modules)
         except AdapterRejected as error:
-            found.problems.append(error.reason)
-            return found, None
+            report.problems.append(error.reason)
+            return report, None

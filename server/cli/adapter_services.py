@@ -1,4 +1,4 @@
-"""Builds what serves adapters, from the settings: folders, state directory, memory, and the engine behind them."""
+"""Builds the adapter services from the settings: library, watcher, operator."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from server.settings import Settings
 from server.text.prompt import PromptRenderer
 
 COPIES_SHARE = 4
-"""A quarter of the adapter memory is kept free of idle weights, for batched copies of adapters that run."""
+"""One part in this many of the adapter memory is kept free of idle weights, for batched copies of running adapters."""
 
 
 @dataclass(frozen=True)
 class AdapterServices:
-    """What serves adapters, and what keeps them up to date."""
+    """The library leases adapters, the watcher keeps them up to date, the operator changes them on request."""
 
     adapters: AdapterLibrary
     watcher: AdapterWatcher
@@ -35,7 +35,7 @@ class AdapterServices:
 def build_adapter_services(
     settings: Settings, base: Base, runner: ModelRunner, engine: AsyncEngine, prompts: PromptRenderer, metrics: Metrics
 ) -> AdapterServices:
-    """Put the parts together. Raises ``SettingsError`` where the state directory cannot be used."""
+    """Raises ``SettingsError`` if the state directory cannot be used."""
     store = open_store(settings)
     registry = AdapterRegistry(keep=settings.keep_versions, retain=store is None)
 

@@ -1,4 +1,4 @@
-"""``quickchange adapters``: what an operator does with adapters from a terminal, one sub-command each."""
+"""``quickchange adapters``: sub-commands that list, check and manage adapters."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from importlib import import_module
 
 USAGE = """\
-usage: quickchange adapters [list] [--SETTING VALUE ...]   every adapter: served or not and why, pins, kept versions
-       quickchange adapters check DIR|NAME [--no-probe]    everything about one, and whether it answers as under PEFT
-       quickchange adapters add REPO_ID[@REVISION]         fetch one from the Hugging Face hub
-       quickchange adapters convert SOURCE                 write one of mlx-lm, GGUF, Ollama or another tuner as LoRA
-       quickchange adapters pin NAME[@VERSION]             keep one in memory, or hold its name at a kept version
-       quickchange adapters unpin NAME                     let a name follow its folder again
-       quickchange adapters rollback NAME                  hold a name at the version before
+usage: quickchange adapters [list] [--SETTING VALUE ...]   list adapters: status, reason of a refusal, pins, versions
+       quickchange adapters check DIR|NAME [--no-probe]    report on one adapter and compare its logits with PEFT's
+       quickchange adapters add REPO_ID[@REVISION]         download an adapter from the Hugging Face hub
+       quickchange adapters convert SOURCE                 convert from mlx-lm, GGUF, Ollama or another PEFT tuner
+       quickchange adapters pin NAME[@VERSION]             keep an adapter in memory, or pin its name to a kept version
+       quickchange adapters unpin NAME                     remove the pin: the name follows its folder again
+       quickchange adapters rollback NAME                  pin the name to the previous version
 
-Each takes --help, and every setting of `quickchange serve`, before the name of the command or after
-it. VERSION is the beginning of a version's digest.
+Each command takes --help and every setting of `quickchange serve`. Settings may precede the command.
+VERSION is a prefix of a version's digest.
 """
 
 
@@ -29,11 +29,11 @@ COMMANDS = {
     "unpin": ("server.cli.adapters_pins", "run_unpin"),
     "rollback": ("server.cli.adapters_pins", "run_rollback"),
 }
-"""The module and function of each, imported when it is asked for: some need torch, or huggingface_hub."""
+"""Module and function of each command. They are imported on demand: some import torch or huggingface_hub."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run a sub-command, ``list`` where none is named; the exit status is 2 for one that there is not."""
+    """Run a sub-command (default: ``list``); the exit status is 2 for an unknown one."""
     given = _with_command_first(arguments)
     if given[:1] in (["help"], ["--help"], ["-h"]):
         print(USAGE, end="")
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _with_command_first(arguments: Sequence[str]) -> list[str]:
-    """The arguments with the settings that stand before the command's name put behind it."""
+    """The arguments with the settings that precede the command moved behind it."""
     given = list(arguments)
     if not given or not given[0].startswith("--"):
         return given

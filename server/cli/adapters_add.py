@@ -1,7 +1,7 @@
-"""``quickchange adapters add``: an adapter fetched from the hub and put among the others under a name.
+"""``quickchange adapters add``: downloads an adapter from the hub into the adapter folder.
 
-Only an adapter's own files are asked for, by name and at one commit; whatever else the repository holds is never
-downloaded. The folder takes its name when all is on disk, so a running server sees the whole adapter or none.
+Only an adapter's own files are downloaded, all from one commit. The folder is renamed into place when it is complete,
+so a running server sees the whole adapter or none.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from server.cli.command_line import command_parser, parse_options, parse_setting
 from server.cli.folders import NotPublished, choose_target
 
 DESCRIPTION = """\
-Fetch a PEFT adapter from the Hugging Face hub into --adapters-dir. Only its own files are fetched, and safetensors
-only, never a pickle or code. HF_TOKEN and HF_ENDPOINT mean what they mean to huggingface_hub."""
+Download a PEFT adapter from the Hugging Face hub into --adapters-dir: the adapter's own files only, weights as
+safetensors only, never a pickle or code. HF_TOKEN and HF_ENDPOINT have their usual meaning in huggingface_hub."""
 
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl")
@@ -49,7 +49,7 @@ _TIMEOUT = 30.0
 
 @dataclass(frozen=True)
 class HubSource:
-    """A repository of the hub, and the branch, tag or commit that was asked for."""
+    """A repository of the hub, and a branch, tag or commit of it."""
 
     repo_id: str
     revision: str | None
@@ -61,11 +61,11 @@ class HubSource:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Fetch and publish; the exit status is 1 where there is no new adapter afterwards."""
+    """Download and publish; the exit status is 1 if no adapter was added."""
     parser = command_parser("adapters add", DESCRIPTION)
     parser.add_argument("source", metavar="REPO_ID[@REVISION]", help="for example ORG/NAME, or ORG/NAME@v2")
-    parser.add_argument("--name", help="what the adapter is called; without it, the last part of REPO_ID")
-    parser.add_argument("--replace", action="store_true", help="put it in the place of an adapter of that name")
+    parser.add_argument("--name", help="name of the adapter (default: the last part of REPO_ID)")
+    parser.add_argument("--replace", action="store_true", help="replace an existing adapter of that name")
     options, rest = parse_options(parser, arguments, switches=("--replace",))
     settings = parse_settings("adapters add", rest)
     source = HubSource.parse(options.source)
@@ -82,13 +82,13 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    print(f"{name}: {source.repo_id} at {commit[:12]} is in {target}")
+    print(f"{name}: {source.repo_id} at {commit[:12]} was added in {target}")
     print(f"next: quickchange adapters check {name}")
     return 0
 
 
 def fetch(source: HubSource, folder: Path, *, max_bytes: int) -> str:
-    """Download the adapter into an empty folder, with a note of where it is from; returns the commit.
+    """Download the adapter into an empty folder, with a note of its source; returns the commit.
 
     Raises ``NotPublished``.
     """
@@ -98,14 +98,14 @@ def fetch(source: HubSource, folder: Path, *, max_bytes: int) -> str:
         commit = str(info.sha)
         sizes = {sibling.rfilename: sibling.size for sibling in info.siblings or ()}
         for name in _choose(sizes, source.repo_id, max_bytes):
-            if not sys.stderr.isatty():  # where there is a terminal, the hub's library draws a bar
+            if not sys.stderr.isatty():  # on a terminal, huggingface_hub draws a progress bar
                 print(f"fetching {name} ({shown_size(sizes[name])})", file=sys.stderr, flush=True)
             api.hf_hub_download(source.repo_id, name, revision=commit, local_dir=folder)
     except NotPublished:
         raise
     except Exception as error:
         raise NotPublished(_sentence(error, source)) from error
-    shutil.rmtree(folder / ".cache", ignore_errors=True)  # where the hub's library keeps notes of its own
+    shutil.rmtree(folder / ".cache", ignore_errors=True)  # metadata of huggingface_hub
     for path in folder.iterdir():
         _check_size(path.name, path.lstat().st_size, max_bytes)
     note = {
@@ -118,16 +118,16 @@ def fetch(source: HubSource, folder: Path, *, max_bytes: int) -> str:
 
 
 def _choose(sizes: Mapping[str, int | None], repo_id: str, max_bytes: int) -> list[str]:
-    """The files to fetch, of those there are. Raises ``NotPublished`` where they make no adapter or are too large."""
+    """The files to download. Raises ``NotPublished`` if they are no adapter or too large."""
     missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if name not in sizes]
     if missing == [WEIGHTS_FILE] and any(name.endswith(_PICKLES) for name in sizes):
         raise NotPublished(
-            f"{repo_id} has its weights as a pickle only, which can run code when it is opened: load the adapter with "
-            "PEFT where you trust it and save it again; save_pretrained writes safetensors"
+            f"{repo_id} has its weights as a pickle only, which can run code when opened: if you trust the repository, "
+            "load the adapter with PEFT and save it again with save_pretrained, which writes safetensors"
         )
     if missing:
         verb = "is" if len(missing) == 1 else "are"
-        raise NotPublished(f"{repo_id} is no PEFT adapter: {' and '.join(missing)} {verb} missing in it")
+        raise NotPublished(f"{repo_id} is no PEFT adapter: {' and '.join(missing)} {verb} missing")
     chosen = [name for name in (CONFIG_FILE, WEIGHTS_FILE, *COMPANION_FILES) if name in sizes]
     for name in chosen:
         _check_size(name, sizes[name] or 0, max_bytes)
@@ -145,7 +145,7 @@ def _check_size(name: str, size: int, max_bytes: int) -> None:
 
 
 def _sentence(error: BaseException, source: HubSource) -> str:
-    """What went wrong on the way from the hub, and what to do."""
+    """A message for an error of the hub: what failed, and what to do."""
     repo_id = source.repo_id
     match error:
         case HFValidationError():
@@ -163,16 +163,16 @@ def _sentence(error: BaseException, source: HubSource) -> str:
         case HfHubHTTPError():
             return f"the hub answered with HTTP {error.response.status_code} for {repo_id}: try again later"
         case OfflineModeIsEnabled():
-            return "HF_HUB_OFFLINE is set, so nothing can be fetched: unset it"
+            return "HF_HUB_OFFLINE is set, so nothing can be downloaded: unset it"
         case LocalEntryNotFoundError() if error.__cause__ is not None:
             return _sentence(error.__cause__, source)
         case OSError(strerror=str(reason)):
-            return f"what was fetched cannot be written: {reason}"
+            return f"the downloaded files cannot be written: {reason}"
     reason = " ".join(str(error).split())[:200]
-    return (
-        f"{repo_id} could not be had from the hub, check the network and try again ({type(error).__name__}: {reason})"
-    )
+    return f"{repo_id} could not be downloaded ({type(error).__name__}: {reason}): check the network and try again"
 
 
 def shown_size(size: int | None) -> str:
-    return "size unknown" if size is None else f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size} bytes"
+    if size is None:
+        return "size unknown"
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size} bytes"

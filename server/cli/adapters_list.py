@@ -1,4 +1,4 @@
-"""``quickchange adapters list``: every adapter that there is, what is pinned and kept of it, and the aliases."""
+"""``quickchange adapters list``: every adapter with its pin and kept versions, and the aliases."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from server.adapters.aliases import ALIASES_FILE, MAX_ALIASES_BYTES, Alias, pars
 from server.adapters.content.folder import UNREAD_FILES, read_file, sub_folders
 from server.adapters.content.manifest import Manifest
 from server.adapters.names import parse_model
-from server.adapters.registry import DIGITS, Adapter
-from server.adapters.versions import Pin, VersionStore
+from server.adapters.registry import Adapter
+from server.adapters.versions import DIGITS, Pin, VersionStore
 from server.cli.adapters_pins import describe
 from server.cli.command_line import command_parser, parse_options, parse_settings, say
 from server.cli.folders import adapter_folders, adapter_roots, open_store
@@ -24,13 +24,12 @@ if TYPE_CHECKING:
     from server.cli.adapter_checker import AdapterChecker
 
 DESCRIPTION = """\
-A line for each adapter folder: its name and version, rank, modules, memory and place, or why it is not served. Below
-it, where --state-dir is set, the name's pin and its kept versions, newest first; each of them answers as NAME@VERSION.
-Aliases come last. The exit status is 1 where anything is refused."""
+List adapters: one line per folder with name and version, rank, modules, memory and path, or why it is not served.
+With --state-dir, the adapter's pin and kept versions follow, newest first; a request can name each as NAME@VERSION.
+Aliases come last. The exit status is 1 if a folder, a pin or the alias file is refused."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print everything; the exit status is 1 where anything is refused."""
     _, rest = parse_options(command_parser("adapters list", DESCRIPTION), arguments)
     settings = parse_settings("adapters list", rest)
     folders, store = adapter_folders(settings), open_store(settings)
@@ -40,13 +39,16 @@ def main(arguments: Sequence[str]) -> int:
     if not paths:
         say(f"no adapters in {', '.join(str(folder) for folder in folders)}")
     checker = _checker(settings) if paths else None
-    refused, served = False, {settings.base_name}
+    refused = False
+    served = {settings.base_name}
     for name in sorted({*paths, *pins, *kept}):
         version = None
         if checker is not None and name in paths:
             version = _print_folder(checker, paths[name])
-            refused |= version is None
-            served |= {name} if version is not None else set()
+            if version is None:
+                refused = True
+            else:
+                served.add(name)
         else:
             say(f"{name}: no folder of this name")
         if store is not None:
@@ -57,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _checker(settings: Settings) -> AdapterChecker:
     base_on_disk(settings.base_model)
-    from server.cli.adapter_checker import AdapterChecker  # torch, and seconds
+    from server.cli.adapter_checker import AdapterChecker  # imports torch, which takes seconds
 
     return AdapterChecker.load(settings)
 
@@ -68,25 +70,25 @@ def _folders_in(folder: Path) -> list[tuple[str, Path]]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        raise SettingsError(f"the adapter folder {folder} cannot be looked at ({error.strerror})") from None
+        raise SettingsError(f"adapter folder {folder} cannot be read ({error.strerror})") from None
 
 
 def _print_folder(checker: AdapterChecker, path: Path) -> str | None:
-    """The version that a folder holds; None where it is not served."""
-    found, weights = checker.check(path)
-    if weights is None or found.manifest is None:
-        say(f"{path.name}: NOT SERVED: {first(found.problems, '; ')}")
+    """Print a folder's line; the digest of its version, None if it is not served."""
+    report, weights = checker.check(path)
+    if weights is None or report.manifest is None:
+        say(f"{path.name}: NOT SERVED: {first(report.problems, '; ')}")
         return None
-    adapter, plan = Adapter.of(found.manifest), found.manifest.plan
+    adapter, plan = Adapter.of(report.manifest), report.manifest.plan
     size = f"rank {plan.rank}, {len(plan.modules)} modules, {plan.num_bytes / 1e6:.1f} MB"
-    say(f"{adapter.label}: {size}{_checked(found.manifest)}, {path}")
-    for file, reason in found.manifest.unread.items():
+    say(f"{adapter.label}: {size}{_checked(report.manifest)}, {path}")
+    for file, reason in report.manifest.unread.items():
         say(f"    served without its {file} ({UNREAD_FILES[file]}): {reason}")
     return adapter.version_digest
 
 
 def _checked(manifest: Manifest) -> str:
-    """How its base was checked, and its trainer's verdict, where a sidecar tells."""
+    """How the base was checked and the trainer's verdict, if there is a sidecar."""
     if manifest.sidecar is None:
         return ""
     verdict = manifest.sidecar.verdict
@@ -94,23 +96,23 @@ def _checked(manifest: Manifest) -> str:
 
 
 def _print_state(store: VersionStore, name: str, pin: Pin, current: str | None) -> bool:
-    """Pin and kept versions. True where the name is held at a version that is not there."""
+    """Print pin and kept versions. True if the pinned version is missing."""
     kept = store.versions(name)
     words = []
-    lost = pin.version is not None and pin.version not in {current, *(one.digest for one in kept)}
+    missing = pin.version is not None and pin.version not in {current, *(version.digest for version in kept)}
     if pin.version is not None:
-        words.append(f"pinned at {pin.version[:DIGITS]}" + (", NOT SERVED: it is not kept" if lost else ""))
+        words.append(f"pinned at {pin.version[:DIGITS]}" + (", NOT SERVED: it is not kept" if missing else ""))
     if pin.resident:
         words.append("kept in memory")
     if words:
         say(f"    {', '.join(words)}")
     if kept:
-        say(f"    versions: {', '.join(describe(one) for one in reversed(kept))}")
-    return lost
+        say(f"    versions: {', '.join(describe(version) for version in reversed(kept))}")
+    return missing
 
 
 def _print_aliases(path: Path, roots: Sequence[Path], served: AbstractSet[str], known: AbstractSet[str]) -> bool:
-    """The aliases of the operator's folder. True where their file is not used."""
+    """Print the aliases. True if their file is refused."""
     try:
         aliases = parse_aliases(read_file(path, MAX_ALIASES_BYTES, roots) or b"")
     except FileNotFoundError:
@@ -126,7 +128,7 @@ def _print_aliases(path: Path, roots: Sequence[Path], served: AbstractSet[str], 
 
 
 def _remark(alias: Alias, served: AbstractSet[str], known: AbstractSet[str]) -> str:
-    """``known`` are names that have versions, if only kept ones."""
+    """``known`` are the names that have a version, served or kept."""
     missing = {ref.name for target in alias.targets for ref in parse_model(target.model)} - known
     if alias.name in served:
         return " (not used: something else has this name)"

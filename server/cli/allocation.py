@@ -1,4 +1,4 @@
-"""How this process gets memory from the system, which is to be settled before torch is imported."""
+"""Tuning of glibc's allocator, which must precede the import of torch."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _LARGEST_IN_HEAP = 32 << 20
 
 
 def keep_freed_memory() -> None:
-    """Let what is freed stay with the process, up to 256 MB of it, and large tensors lie in large pages.
+    """Keep up to 256 MB of freed memory in the process, and put large tensors in huge pages.
 
-    By default the C library takes and gives back the memory of every large tensor, and the system clears each of its
-    pages anew: half of the time of a long prompt. Other C libraries than glibc stay as they are.
+    By default glibc maps and unmaps each large tensor, and the kernel zeroes its pages every time: half of the time of
+    a long prompt. Other C libraries are left alone.
     """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it when it allocates first
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it at its first allocation
     if not sys.platform.startswith("linux"):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

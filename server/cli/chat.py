@@ -1,7 +1,4 @@
-"""``quickchange chat``: a conversation in which the adapter may change, or one answer.
-
-It talks to a running server, or to one that lives as long as the talk.
-"""
+"""``quickchange chat``: a conversation that can switch adapters, or one answer, on a running or temporary server."""
 
 from __future__ import annotations
 
@@ -24,27 +21,27 @@ from server.errors import StartError
 from server.settings import Settings
 
 HELP = """\
-/adapter NAME   go on with another adapter; the conversation so far is kept
-/adapters       list what there is
-/new            forget the conversation
-/help           this
-/quit           leave (as does Ctrl-D); Ctrl-C stops an answer"""
+/adapter NAME   switch to another adapter; the conversation is kept
+/adapters       list the models
+/new            start a new conversation
+/help           show this help
+/quit           quit (as does Ctrl-D); Ctrl-C stops an answer"""
 
 _TIMEOUT = httpx.Timeout(600.0, connect=5.0)
 
 DESCRIPTION = """\
-Talk to the base or to an adapter: interactively, or with one question (as an argument, or piped in) for one answer.
-Without --url it uses the server on --host and --port if one answers there, else it starts one for the talk."""
+Chat with the base or an adapter: interactively, or with one question (an argument, or standard input) for one answer.
+Without --url, the server on --host and --port is used; if none answers there, a temporary one is started."""
 
 
 class ChatError(Exception):
-    """The server could not be asked, or said no; the text is for the person at the terminal."""
+    """The server cannot be reached or refused the request. The text is printed."""
 
 
 def run_chat(url: str, model: str | None, question: str | None) -> int:
-    """Chat with the server at ``url``, and return the exit code.
+    """Chat with the server at ``url``; returns the exit status.
 
-    With a question, or with one piped in, the answer is all that is written to standard output.
+    With a question, as an argument or on standard input, only the answer goes to standard output.
     """
     if question is None and not sys.stdin.isatty():
         question = sys.stdin.read()
@@ -53,11 +50,11 @@ def run_chat(url: str, model: str | None, question: str | None) -> int:
             raise ChatError("the question is empty")
         with httpx.Client(base_url=url.rstrip("/"), timeout=_TIMEOUT) as client:
             server = Server(client)
-            talk = ChatSession(server, model or server.models()[0])
+            session = ChatSession(server, model or server.models()[0])
             if question is None:
-                talk.run()
+                session.run()
             else:
-                _answer_once(talk, question)
+                _answer_once(session, question)
     except ChatError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -68,7 +65,7 @@ def run_chat(url: str, model: str | None, question: str | None) -> int:
 
 @dataclass(frozen=True)
 class Server:
-    """What the terminal asks of the server."""
+    """The server's endpoints that the chat uses."""
 
     client: httpx.Client
 
@@ -78,7 +75,7 @@ class Server:
             _raise_for_error(response)
             return [str(model["id"]) for model in response.json()["data"]]
         except (httpx.HTTPError, ValueError, LookupError) as error:
-            raise ChatError(f"no answer from {self.client.base_url}: {error}") from error
+            raise ChatError(f"{self.client.base_url} does not answer: {error}") from error
 
     def answer(self, model: str, messages: list[dict[str, str]]) -> Iterator[str]:
         body = {"model": model, "messages": messages, "stream": True}
@@ -89,12 +86,12 @@ class Server:
                 _raise_for_error(response)
                 yield from _texts(response.iter_lines())
         except httpx.HTTPError as error:
-            raise ChatError(f"the connection broke: {error}") from error
+            raise ChatError(f"the connection failed: {error}") from error
 
 
 @dataclass
 class ChatSession:
-    """The turns so far, and who answers next."""
+    """The messages so far, and the model that answers next."""
 
     server: Server
     model: str
@@ -114,22 +111,22 @@ class ChatSession:
             if line == "/quit":
                 return
             if line:
-                self._take(line)
+                self._handle(line)
 
     def ask(self, question: str) -> Generator[str, None, None]:
-        """The answer's text as it comes; question and answer join the conversation, however much of it was heard."""
-        asked = [*self.messages, {"role": "user", "content": question}]
-        heard: list[str] = []
+        """Yield the answer's text; the question and the received part of the answer join the conversation."""
+        messages = [*self.messages, {"role": "user", "content": question}]
+        received: list[str] = []
         try:
-            for text in self.server.answer(self.model, asked):
-                heard.append(text)
+            for text in self.server.answer(self.model, messages):
+                received.append(text)
                 yield text
         finally:
-            if heard:
-                self.messages = [*asked, {"role": "assistant", "content": "".join(heard)}]
+            if received:
+                self.messages = [*messages, {"role": "assistant", "content": "".join(received)}]
 
-    def _take(self, line: str) -> None:
-        """One line of input. What goes wrong is said, and does not end the conversation."""
+    def _handle(self, line: str) -> None:
+        """Handle one line of input. An error is printed and does not end the conversation."""
         try:
             if line.startswith("/"):
                 self._command(*line.split(maxsplit=1))
@@ -143,7 +140,8 @@ class ChatSession:
             case "/adapter", str(adapter):
                 self._switch(adapter)
             case "/adapters", None:
-                print("\n".join(f"{'*' if each == self.model else ' '} {each}" for each in self.server.models()))
+                for model in self.server.models():
+                    print(f"{'*' if model == self.model else ' '} {model}")
             case "/new", None:
                 self.messages = []
             case _:
@@ -152,11 +150,11 @@ class ChatSession:
     def _switch(self, adapter: str) -> None:
         known = self.server.models()
         if adapter not in known:
-            raise ChatError(f"there is no {adapter!r}; there are {', '.join(known)}")
+            raise ChatError(f"there is no model {adapter!r}; available: {', '.join(known)}")
         self.model = adapter
 
     def _print_answer(self, question: str) -> None:
-        """Leaving the loop closes the connection, on which the server stops."""
+        """Closing the generator closes the connection, which stops the server's generation."""
         answer = self.ask(question)
         try:
             for text in answer:
@@ -168,14 +166,14 @@ class ChatSession:
             print()
 
 
-def _answer_once(talk: ChatSession, question: str) -> None:
-    for text in talk.ask(question):
+def _answer_once(session: ChatSession, question: str) -> None:
+    for text in session.ask(question):
         print(text, end="", flush=True)
     print()
 
 
 def _texts(lines: Iterator[str]) -> Iterator[str]:
-    """The text in the events of a stream. Raises ``ChatError`` for an error event, or if ``[DONE]`` is missing."""
+    """The text of a stream's events. Raises ``ChatError`` for an error event, or if ``[DONE]`` is missing."""
     for line in lines:
         if not line.startswith("data: "):
             continue
@@ -188,7 +186,7 @@ def _texts(lines: Iterator[str]) -> Iterator[str]:
         for choice in event["choices"]:
             if text := choice["delta"].get("content"):
                 yield text
-    raise ChatError("the server broke off")
+    raise ChatError("the server ended the stream early")
 
 
 def _raise_for_error(response: httpx.Response) -> None:
@@ -203,9 +201,9 @@ def _raise_for_error(response: httpx.Response) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     parser = command_parser("chat", DESCRIPTION)
-    parser.add_argument("--adapter", metavar="NAME", help="who answers; without it, the base")
+    parser.add_argument("--adapter", metavar="NAME", help="adapter that answers (default: the base)")
     parser.add_argument("--url", help="a running server, for example http://127.0.0.1:8000")
-    parser.add_argument("question", nargs="?", help="one question; without it, a conversation")
+    parser.add_argument("question", nargs="?", help="one question (default: a conversation)")
     options, rest = parse_options(parser, arguments)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     if options.url is not None:
@@ -219,7 +217,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _answers(url: str) -> bool:
-    """Whether a server of ours, in good health, is there."""
+    """Whether a healthy Quickchange server is there."""
     try:
         response = httpx.get(f"{url}/health", timeout=1.0)
         return response.status_code == 200 and response.json().get("status") == "ok"
@@ -229,11 +227,11 @@ def _answers(url: str) -> bool:
 
 @contextlib.contextmanager
 def _local_server(settings: Settings) -> Iterator[str]:
-    """A server on a free loopback port, in a thread of this process; only warnings are logged."""
+    """Run a server on a free loopback port in a thread of this process; it logs only warnings."""
     logging.getLogger().setLevel(logging.WARNING)
     base_on_disk(settings.base_model)
-    print("no server is running; loading the base ...", file=sys.stderr)
-    import uvicorn  # and torch: seconds, which a talk with another process need not wait
+    print("no server is running; starting a temporary one ...", file=sys.stderr)
+    import uvicorn  # with torch takes seconds, which a chat with a running server need not wait
 
     from server.cli.serve import build, uvicorn_config
 
@@ -243,7 +241,7 @@ def _local_server(settings: Settings) -> Iterator[str]:
     thread.start()
     while not server.started:
         if not thread.is_alive():
-            raise StartError("the server for this talk did not start; try `quickchange serve` to see why")
+            raise StartError("the temporary server did not start; `quickchange serve` shows why")
         time.sleep(0.02)
     try:
         yield f"http://127.0.0.1:{bound.getsockname()[1]}"

@@ -1,4 +1,4 @@
-"""The command line: settings, which every command takes, a command's own options, and lines for the terminal."""
+"""Parsing of settings and of a command's own options, and printing of lines."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pydantic_settings import SettingsError as UnreadableSettings
 from server.errors import SettingsError
 from server.settings import Settings
 
-SETTINGS_TOO = "Every setting of `quickchange serve` may be given too; `quickchange serve --help` lists them."
+SETTINGS_TOO = "Every setting of `quickchange serve` is accepted too; `quickchange serve --help` lists them."
 
 _LABEL_CHARS = 13
 
 
 def command_parser(command: str, description: str) -> argparse.ArgumentParser:
-    """A parser whose help shows ``description`` as it is written."""
+    """A parser whose help keeps the line breaks of ``description``."""
     return argparse.ArgumentParser(
         prog=f"quickchange {command}",
         description=description,
@@ -32,7 +32,7 @@ def command_parser(command: str, description: str) -> argparse.ArgumentParser:
 def parse_options(
     parser: argparse.ArgumentParser, arguments: Sequence[str], *, switches: Sequence[str] = ()
 ) -> tuple[argparse.Namespace, list[str]]:
-    """A command's own options, and the arguments that are left, which are settings.
+    """A command's own options, and the remaining arguments, which are settings.
 
     ``switches`` are the command's flags without a value.
     """
@@ -40,13 +40,10 @@ def parse_options(
 
 
 def bind_values(arguments: Sequence[str], *, switches: Sequence[str] = ()) -> list[str]:
-    """The arguments with values bound to their flags by '='.
-
-    So a setting's value is never taken for a positional argument.
-    """
+    """The arguments with each value joined to its flag by '=', so that none is parsed as a positional argument."""
     fields = Settings.model_fields.items()
     flags = [f"--{name.replace('_', '-')}" for name, field in fields if field.annotation is bool]
-    alone = {"--help", "--", *switches, *flags, *(f"--no-{flag[2:]}" for flag in flags)}
+    valueless = {"--help", "--", *switches, *flags, *(f"--no-{flag[2:]}" for flag in flags)}
     bound: list[str] = []
     pending = False
     for argument in arguments:
@@ -55,18 +52,19 @@ def bind_values(arguments: Sequence[str], *, switches: Sequence[str] = ()) -> li
             pending = False
             continue
         bound.append(argument)
-        pending = argument.startswith("--") and "=" not in argument and argument not in alone
+        pending = argument.startswith("--") and "=" not in argument and argument not in valueless
     return bound
 
 
 def parse_settings(command: str, arguments: Sequence[str]) -> Settings:
-    """The settings of a command. Raises ``SettingsError`` that names field, value and the way out."""
+    """The settings of a command. Raises ``SettingsError`` that names field, value and remedy."""
     try:
         settings = Settings(
             _cli_parse_args=list(arguments),
             _cli_prog_name=f"quickchange {command}",
             _cli_kebab_case="all",
             _cli_implicit_flags=True,
+            _cli_hide_none_type=True,
         )
     except ValidationError as error:
         first = error.errors()[0]
@@ -80,13 +78,14 @@ def parse_settings(command: str, arguments: Sequence[str]) -> Settings:
     logging.getLogger().setLevel(settings.log_level.upper())
     for name in ("httpx", "httpcore", "uvicorn.error", "transformers", "huggingface_hub", "filelock", "watchfiles"):
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))
-    sys.stdout.reconfigure(line_buffering=True) if hasattr(sys.stdout, "reconfigure") else None
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(line_buffering=True)
     return settings
 
 
 def say(text: str) -> None:
-    """Print a line; control characters, which could move the cursor or colour what follows, are spelled out."""
-    print("".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text))
+    """Print a line with its control characters escaped: an adapter's text must not control the terminal."""
+    print("".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text))
 
 
 def say_row(label: str, text: str) -> None:

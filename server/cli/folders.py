@@ -1,4 +1,4 @@
-"""Where adapters and their versions are or will be, and what an adapter may be, by the settings; without torch."""
+"""Folders of adapters and versions, and the adapter policy, from the settings; without torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from server.settings import Settings
 
 
 class NotPublished(Exception):
-    """There is no new adapter, and nothing was left behind; the text is for the person at the terminal."""
+    """No adapter was published, and no files remain. The text is printed."""
 
 
 def policy_of(settings: Settings) -> AdapterPolicy:
@@ -31,7 +31,7 @@ def policy_of(settings: Settings) -> AdapterPolicy:
 
 
 def open_store(settings: Settings) -> VersionStore | None:
-    """The state directory, where one is set. Raises ``SettingsError`` where it cannot be made."""
+    """The state directory; None if none is set. Raises ``SettingsError`` if it cannot be made."""
     if settings.state_dir is None:
         return None
     try:
@@ -51,7 +51,7 @@ def demo_adapters() -> Path | None:
 
 
 def adapter_folders(settings: Settings) -> list[Path]:
-    """The operator's folder, then the demo adapters where the base is theirs."""
+    """The operator's folder, then, for the embedded base, that of the demo adapters."""
     demos = demo_adapters() if settings.demo_adapters and settings.base_model == EMBEDDED_BASE else None
     if demos is None or demos.resolve() == settings.adapters_dir.resolve():
         return [settings.adapters_dir]
@@ -59,7 +59,7 @@ def adapter_folders(settings: Settings) -> list[Path]:
 
 
 def check_folders(settings: Settings) -> None:
-    """Raise ``SettingsError`` where a folder of adapters cannot be read; one that is not there yet is no error."""
+    """Raise ``SettingsError`` if a folder of adapters cannot be read; it need not exist yet."""
     for folder in adapter_folders(settings):
         try:
             os.scandir(folder).close()
@@ -67,22 +67,22 @@ def check_folders(settings: Settings) -> None:
             continue
         except OSError as error:
             raise SettingsError(
-                f"the adapters' folder {folder} cannot be read ({error.strerror}): let this user list it, or "
-                "name another one by --adapters-dir"
+                f"adapter folder {folder} cannot be read ({error.strerror}): give this user read permission, or set "
+                "--adapters-dir"
             ) from None
 
 
 def adapter_roots(settings: Settings) -> tuple[Path, ...]:
-    """Where links may lead: the folders of the setting, else those of adapters and the hub's cache."""
+    """Folders that links may lead into. Default: the adapter folders and the hub's cache."""
     if settings.adapter_roots is not None:
         return settings.adapter_roots
-    from huggingface_hub.constants import HF_HUB_CACHE  # HF_HOME and HF_HUB_CACHE count as they are now
+    from huggingface_hub.constants import HF_HUB_CACHE  # reads HF_HOME and HF_HUB_CACHE at import
 
     return (*adapter_folders(settings), Path(HF_HUB_CACHE))
 
 
 def choose_target(settings: Settings, name: str, *, replace: bool = False) -> Path:
-    """The folder that an adapter of this name gets. Raises ``NotPublished`` where it may not have it."""
+    """The folder for a new adapter of this name. Raises ``NotPublished`` for a bad name or an existing folder."""
     if not is_name(name):
         raise NotPublished(
             f"{name!r} is no adapter name: choose one with --name, of letters, digits, '.', '_' and '-', 128 at most, "
@@ -96,15 +96,14 @@ def choose_target(settings: Settings, name: str, *, replace: bool = False) -> Pa
     if not replace:
         raise NotPublished(f"{target} exists already: choose another --name")
     if target.is_symlink() or not target.is_dir():
-        raise NotPublished(f"{target} is no folder of its own, so it is not replaced: remove it first")
+        raise NotPublished(f"{target} is a link or a file, which --replace does not replace: remove it first")
     return target
 
 
 def user_cache(name: str) -> Path | None:
-    """A folder of the user's cache, which need not exist yet; None where the user has none.
+    """``name`` in ``$XDG_CACHE_HOME/quickchange`` or ``~/.cache/quickchange``; None if there is no home directory.
 
-    It is ``$XDG_CACHE_HOME/quickchange``, or ``~/.cache/quickchange``, as the XDG Base Directory Specification says: a
-    variable that is no absolute path does not count.
+    As the XDG Base Directory Specification says, a relative ``XDG_CACHE_HOME`` is ignored.
     """
     root = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if not root.is_absolute():

@@ -1,7 +1,7 @@
-"""Whether an adapter answers here as it does under PEFT: the same tokens through both, and how far the logits differ.
+"""Compares the engine's logits of an adapter with PEFT's, for the same tokens.
 
-PEFT never sees the adapter's own config, in which a stranger may name code and expressions to run: it gets one that is
-written anew from what the server read, and the tensors whose bytes the server checked.
+The adapter's own config may name code and regular expressions to run, so PEFT does not get it. It gets a config that is
+rebuilt from the fields that the server read, and the tensors that the server checked.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from server.model.runner import ModelRunner
 from server.sequence import Batch, LoRARequest, SamplingParams, Segment, Sequence
 
 MAX_DIFFERENCE = 1e-3
-"""Of logits, as a share of the largest; float32 explains some 1e-6."""
+"""Largest difference of logits, relative to the largest logit. float32 rounding gives about 1e-6."""
 
 _PROMPT_TOKENS, _NEW_TOKENS, _CHUNK = 20, 8, 12
 _SENTENCE = (
@@ -38,7 +38,7 @@ _SENTENCE = (
 
 @dataclass(frozen=True)
 class Answer:
-    """A prompt with the tokens that followed, and the logits from which each was taken [tokens, vocabulary]."""
+    """Prompt and generated token ids, and the logits of the generated ones [tokens, vocabulary]."""
 
     ids: abc.Sequence[int]
     logits: torch.Tensor
@@ -50,9 +50,9 @@ class Answer:
 
 @dataclass(frozen=True)
 class Parity:
-    """How near two computations are: the largest difference of logits, as a share of the largest, and equal tokens.
+    """The largest difference of logits, relative to the largest logit, and the number of equal greedy tokens.
 
-    ``effect`` is by how much the adapter changes the base's logits, likewise.
+    ``effect`` is the largest change of the base's logits by the adapter, relative likewise.
     """
 
     difference: float
@@ -62,15 +62,15 @@ class Parity:
 
     @property
     def holds(self) -> bool:
-        """Whether they are the same but for rounding; NaN is not."""
+        """Whether the logits are equal but for rounding; False for NaN."""
         return self.difference <= MAX_DIFFERENCE
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What the engine said: the adapter, and what the base alone makes of the same tokens.
+    """The engine's answers with the adapter, and the base's logits for the same tokens.
 
-    ``max_model_len`` is what rotary frequencies were chosen for.
+    ``max_model_len`` is the length that rotary frequencies were computed for.
     """
 
     adapted: abc.Sequence[Answer]
@@ -79,7 +79,7 @@ class Answers:
 
 
 def answer_here(base: Base, manifest: Manifest, weights: LoRAWeights) -> Answers:
-    """The adapter's greedy answers, computed as when the server runs: beside rows of the base, prompts in chunks."""
+    """Greedy answers computed as in the server: in one batch with rows of the base, prompts in chunks."""
     length = min(base.max_model_len, _PROMPT_TOKENS + _NEW_TOKENS)
     num_new = min(_NEW_TOKENS, length - 1)
     prompts = [prompt[: length - num_new] for prompt in _prompts(base, manifest)]
@@ -91,46 +91,52 @@ def answer_here(base: Base, manifest: Manifest, weights: LoRAWeights) -> Answers
     runner.add_adapter(manifest.weights_digest, weights)
     logits = torch.stack([_step(runner, sequences) for _ in range(num_new)], dim=1)  # [sequences, tokens, vocabulary]
     runner.remove_adapter(manifest.weights_digest)
-    answers = [Answer(one.ids(0, one.num_tokens), rows) for one, rows in zip(sequences, logits, strict=True)]
+    answers = [
+        Answer(sequence.ids(0, sequence.num_tokens), rows) for sequence, rows in zip(sequences, logits, strict=True)
+    ]
     return Answers(answers[: len(prompts)], answers[len(prompts) :], base.max_model_len)
 
 
 def compare(base_folder: Path, manifest: Manifest, answers: Answers) -> Parity:
-    """Hold answers against PEFT's, on a fresh base in float32. Raises whatever PEFT raises."""
+    """Compare answers with PEFT's on a freshly loaded base in float32. Raises whatever PEFT raises."""
     base = load_stock(base_folder)
-    fix_rope(base, answers.max_model_len, ModelPatches())  # frequencies are those of the server's longest sequence
+    fix_rope(base, answers.max_model_len, ModelPatches())  # as the server computes its frequencies
     model = _adapted(base, manifest)
-    theirs = torch.stack([_logits(model, answer) for answer in answers.adapted])
-    ours, plain = (torch.stack([one.logits for one in some]) for some in (answers.adapted, answers.plain))
-    said = torch.tensor([one.tokens for one in answers.adapted])
+    expected = torch.stack([_logits(model, answer) for answer in answers.adapted])
+    adapted = torch.stack([answer.logits for answer in answers.adapted])
+    plain = torch.stack([answer.logits for answer in answers.plain])
+    tokens = torch.tensor([answer.tokens for answer in answers.adapted])
     return Parity(
-        difference=_share(ours - theirs, theirs),
-        effect=_share(plain - theirs, theirs),
-        num_tokens=said.numel(),
-        num_equal=int((theirs.argmax(dim=-1) == said).sum()),
+        difference=_relative(adapted - expected, expected),
+        effect=_relative(plain - expected, expected),
+        num_tokens=tokens.numel(),
+        num_equal=int((expected.argmax(dim=-1) == tokens).sum()),
     )
 
 
 def _step(runner: ModelRunner, sequences: abc.Sequence[Sequence]) -> torch.Tensor:
-    """The next token of every sequence, chosen by those with the adapter; the logits [sequences, vocabulary]."""
+    """Append the adapter's greedy token to each sequence and its twin on the base; logits [sequences, vocabulary]."""
     logits = torch.empty(0)
     while not len(logits):
         batch = Batch(
-            tuple(Segment(one, one.id, one.num_computed, min(_CHUNK, one.num_uncomputed)) for one in sequences)
+            tuple(
+                Segment(sequence, sequence.id, sequence.num_computed, min(_CHUNK, sequence.num_uncomputed))
+                for sequence in sequences
+            )
         )
         logits, computed = runner.run(batch)
         for segment in batch.segments:
             segment.sequence.num_computed = segment.end
     row_of = {draw.sequence.id: row for row, draw in enumerate(computed.draws)}
-    logits = logits[[row_of[one.id] for one in sequences]].float()
+    logits = logits[[row_of[sequence.id] for sequence in sequences]].float()
     tokens = logits[: len(logits) // 2].argmax(dim=-1).tolist()
-    for one, token in zip(sequences, tokens * 2, strict=True):
-        one.output_ids.append(token)
+    for sequence, token in zip(sequences, tokens * 2, strict=True):
+        sequence.output_ids.append(token)
     return logits
 
 
 def _prompts(base: Base, manifest: Manifest) -> list[tuple[int, ...]]:
-    """A sentence, and ids from all over the vocabulary, those first for which the adapter brings rows of its own."""
+    """A sentence, and ids spread over the vocabulary, first those whose embedding rows the adapter trained."""
     trained = [token for part in manifest.plan.parts.values() if part.tokens for token in part.tokens.indices]
     spread = [number * base.vocab_size // _PROMPT_TOKENS for number in range(_PROMPT_TOKENS)]
     mixed = list(dict.fromkeys([*trained[: _PROMPT_TOKENS // 4], *spread]))[:_PROMPT_TOKENS]
@@ -150,8 +156,9 @@ def _adapted(base: PreTrainedModel, manifest: Manifest) -> nn.Module:
 
 
 def _clean_config(manifest: Manifest) -> dict[str, Any]:
-    """PEFT's config of what the server read: modules by their names, ranks and alphas as numbers of each."""
-    config, (modules, parameters) = manifest.config, _targets(manifest)
+    """PEFT's config rebuilt from the parsed one: modules by name, rank and alpha of each as a number."""
+    config = manifest.config
+    modules, parameters = _targets(manifest)
     targets = [*modules, *parameters]
     tokens = {name: list(indices) for name, indices in config.token_indices.items()}
     return {
@@ -173,7 +180,7 @@ def _clean_config(manifest: Manifest) -> dict[str, Any]:
 
 
 def _targets(manifest: Manifest) -> tuple[list[str], list[str]]:
-    """The modules with a delta, and the parameters that PEFT's config has to name because no linear holds them."""
+    """Modules with a delta, and parameters outside linear layers, which PEFT's config names separately."""
     modules, parameters = [], []
     for module, part in manifest.plan.parts.items():
         parameters += [f"{module}.{name}" for name in part.parameters]
@@ -190,17 +197,17 @@ def _targets(manifest: Manifest) -> tuple[list[str], list[str]]:
 
 
 def _clean_tensors(manifest: Manifest) -> Mapping[str, torch.Tensor]:
-    """The file's tensors under the names that PEFT itself writes today."""
+    """The file's tensors under the names that the current PEFT writes."""
     names = manifest.plan.names
     return {names.get(name, name): tensor for name, tensor in safetensors.torch.load(manifest.data).items()}
 
 
 @torch.inference_mode()
 def _logits(model: nn.Module, answer: Answer) -> torch.Tensor:
-    """What another model has for the rows from which an answer's tokens were taken [tokens, vocabulary]."""
+    """Another model's logits for an answer's generated tokens [tokens, vocabulary]."""
     logits: torch.Tensor = model(input_ids=torch.tensor([answer.ids[:-1]]), use_cache=False).logits
     return logits[0, -len(answer.logits) :].float()
 
 
-def _share(difference: torch.Tensor, whole: torch.Tensor) -> float:
-    return float(difference.abs().max() / whole.abs().max())
+def _relative(difference: torch.Tensor, logits: torch.Tensor) -> float:
+    return float(difference.abs().max() / logits.abs().max())

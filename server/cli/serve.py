@@ -1,4 +1,4 @@
-"""Builds everything once, from the settings, and serves."""
+"""Builds the server from the settings, and runs it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from server.engine.async_engine import AsyncEngine
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
 from server.engine.slots import SlotTable
-from server.errors import SettingsError, StartError, StartFailed
+from server.errors import SettingsError, StartError, StartFailed, first
 from server.metrics import Metrics
 from server.model.device import available_threads
 from server.model.kv_cache import KVLayout, num_slots_within
@@ -43,20 +43,20 @@ from server.text.prompt import PromptRenderer
 logger = logging.getLogger("quickchange")
 
 SWITCH_INTERVAL = 0.0005
-"""Seconds after which a thread hands the interpreter over to one that waits for it.
+"""Seconds until a thread must release the GIL to a waiting thread.
 
-The engine's thread gives it up at every operation of torch, hundreds in a step, and with Python's 5 ms it would wait as
-long to get it back whenever an adapter is read or a request parsed meanwhile.
+The engine thread releases the GIL at every torch operation, hundreds of times in a step. With Python's default of 5 ms
+it would wait that long to get the GIL back while an adapter is read or a request is parsed.
 """
 NUM_CACHES = 64
-"""Slots beyond those of running sequences, for prefixes; one that is empty takes addresses, and no memory."""
+"""KV slots for cached prefixes, in addition to those of running sequences. An empty slot takes address space only."""
 MOST_NAMES = 20
-"""Adapters named in the log at start."""
+"""Maximum number of adapters that the log names at start."""
 
 
 @dataclass
 class Service:
-    """All parts of a running server. ``start_error`` is why it did not start, where it did not."""
+    """All parts of a running server. ``start_error`` is the exception of a failed start."""
 
     state: ServerState
     engine: AsyncEngine
@@ -68,15 +68,16 @@ class Service:
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         """Start the engine and read the adapters before the first request; stop both after the last.
 
-        A start that fails half-way stops what it had started.
+        If the start fails, the parts that were started are stopped.
         """
-        working: list[asyncio.Task[None]] = []
+        tasks: list[asyncio.Task[None]] = []
         try:
             await self._start()
-            working += [asyncio.create_task(work) for work in (self.watcher.run(), self.state.adapters.sync.hash_all())]
+            tasks.append(asyncio.create_task(self.watcher.run()))
+            tasks.append(asyncio.create_task(self.state.adapters.sync.hash_all()))
             yield
         finally:
-            for task in working:
+            for task in tasks:
                 task.cancel()
             try:
                 await self.engine.stop(self.settings.shutdown_timeout)
@@ -85,26 +86,23 @@ class Service:
 
     async def _start(self) -> None:
         try:
-            await self._start_all()
+            await self._limit_reader_threads()
+            self.engine.start()
+            await self.watcher.start()
         except Exception as error:
             self.start_error = error
             raise
-
-    async def _start_all(self) -> None:
-        await self._quieten_reader()
-        self.engine.start()
-        await self.watcher.start()
         names = [entry.name for entry in self.state.adapters.registry]
         shown = ", ".join([self.state.base_name, *names[:MOST_NAMES]])
         more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
         logger.info("models: %s%s", shown, more)
         gc.collect()
-        gc.freeze()  # what is there now stays: a full collection among it stops every thread for a third of a second
+        gc.freeze()  # these objects are permanent; a full collection over them stops all threads for 0.3 s
 
-    async def _quieten_reader(self) -> None:
-        """Adapters are prepared with one thread, so that the engine's threads need not wait for theirs.
+    async def _limit_reader_threads(self) -> None:
+        """Prepare adapters with one OpenMP thread, so that they do not compete with the engine's threads.
 
-        The number is a thread's own, but a thread that has none yet takes the one that was set last, by whomever.
+        The setting is per thread, but a thread without one inherits the value that any thread set last.
         """
         num_threads = torch.get_num_threads()
         await self.state.adapters.reader.run(torch.set_num_threads, 1)
@@ -112,7 +110,7 @@ class Service:
 
 
 def build(settings: Settings) -> Service:
-    """Load the base and put every part in its place. Raises a ``StartError`` where that cannot be."""
+    """Load the base and build all parts of the server. Raises ``StartError``."""
     since = time.perf_counter()
     torch.set_num_threads(settings.threads or available_threads())
     sys.setswitchinterval(SWITCH_INTERVAL)
@@ -160,17 +158,20 @@ def build(settings: Settings) -> Service:
 
 
 def _slots(settings: Settings, base: Base) -> SlotTable:
-    """Slots for the sequences that run, and where prefixes are reused as many more as keep some."""
+    """KV slots for running sequences and, with prefix caching, ``NUM_CACHES`` more for cached prefixes."""
     layout = KVLayout(tuple(base.shapes), base.max_model_len, base.kv_dtype)
     wanted = settings.max_num_seqs + (NUM_CACHES if settings.prefix_caching else 0)
     num_slots = num_slots_within(settings.kv_memory, layout, base.model.device, wanted=wanted)
     if num_slots < settings.max_num_seqs:
         logger.warning(
-            "kv_memory holds %d sequences of %d tokens, and %s takes memory for whole ones: no more are computed at "
-            "once; lower --max-model-len, or raise --kv-memory",
+            "kv_memory is %d bytes, enough for %d sequences of %d tokens, which %s allocates whole: at most %d "
+            "sequences run at once instead of %d; raise --kv-memory or lower --max-model-len",
+            settings.kv_memory,
             num_slots,
             base.max_model_len,
             base.model.device,
+            num_slots,
+            settings.max_num_seqs,
         )
     return SlotTable(
         num_slots,
@@ -186,35 +187,36 @@ def _runner(base: Base, num_slots: int, adapter_memory: int) -> ModelRunner:
         return ModelRunner.of(base, num_slots=num_slots, adapter_memory=adapter_memory)
     except (RuntimeError, MemoryError, OSError) as error:
         raise SettingsError(
-            f"there is no memory for {num_slots} KV slots of {base.max_model_len} tokens: lower --max-num-seqs or "
-            f"--max-model-len ({str(error)[:200]})"
+            f"{num_slots} KV slots of {base.max_model_len} tokens do not fit into memory ({str(error)[:200]}): lower "
+            "--max-num-seqs or --max-model-len"
         ) from error
 
 
 def run_server(settings: Settings, bound: socket.socket) -> int:
-    """Serve on a socket that is bound, until a signal ends it. Raises a ``StartError`` where the start fails."""
+    """Serve on a bound socket until a signal stops the server. Raises ``StartError``."""
     service = build(settings)
     host, port = bound.getsockname()[:2]
     logger.info("serving on http://%s:%d (OpenAI API under /v1)", f"[{host}]" if ":" in host else host, port)
     server = uvicorn.Server(uvicorn_config(service))
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _already_stopped)
+        signal.signal(number, _ignore_signal)
     try:
         server.run(sockets=[bound])
-    except SystemExit:  # how uvicorn ends where the lifespan did not begin
+    except SystemExit:  # uvicorn exits so when the lifespan fails
         if service.start_error is None:
             raise
-    if (error := service.start_error) is not None:
+    error = service.start_error
+    if error is not None:
         raise error if isinstance(error, StartError) else StartFailed(error) from error
     return 0 if server.started else 1
 
 
-def _already_stopped(number: int, frame: FrameType | None) -> None:
-    """uvicorn raises the signal that stopped it once more when all is done; a stop that was asked for is no failure."""
+def _ignore_signal(number: int, frame: FrameType | None) -> None:
+    """uvicorn raises the signal that stopped it again at its end; the exit status of a regular stop must be 0."""
 
 
 def uvicorn_config(service: Service) -> uvicorn.Config:
-    """uvicorn's settings; requests are logged by us, one line each."""
+    """uvicorn's settings. Its access log is off: the API logs one line per request."""
     return uvicorn.Config(
         create_app(service.state, lifespan=service.lifespan),
         access_log=False,
@@ -241,7 +243,7 @@ def _log_base(base: Base, seconds: float) -> None:
     quantized, dtype = base.quantized, str(base.model.dtype).removeprefix("torch.")
     parameters = [parameter.numel() for parameter in base.model.parameters()]
     logger.info(
-        "base %s: %.1fM parameters in %s on %s, %d tokens of context, loaded in %.1f s",
+        "base %s: %.1fM parameters, %s, device %s, context of %d tokens, loaded in %.1f s",
         base.signature.name,
         (sum(parameters) if quantized is None else quantized.num_parameters) / 1e6,
         dtype if quantized is None else "int8",
@@ -251,7 +253,7 @@ def _log_base(base: Base, seconds: float) -> None:
     )
     if quantized is not None:
         logger.info(
-            "int8 by %s: %d linears and the embedding, %.0f MB, with %d columns of large inputs in floats; left in %s: "
+            "int8 (%s kernels): %d linear layers and the embedding, %.0f MB, %d outlier channels; unquantized, in %s: "
             "%.1f MB%s",
             quantized.kernel,
             quantized.num_linears,
@@ -259,23 +261,23 @@ def _log_base(base: Base, seconds: float) -> None:
             quantized.num_outliers,
             dtype,
             sum(quantized.left.values()) / 1e6,
-            _largest_left(quantized.left),
+            _largest_unquantized(quantized.left),
         )
 
 
-def _largest_left(left: Mapping[str, int]) -> str:
-    """What takes a megabyte or more, as the experts of a mixture."""
-    large = sorted((name for name in left if left[name] >= 1_000_000), key=lambda name: -left[name])
-    return f", above all {', '.join(large[:3])}{' ...' if len(large) > 3 else ''}" if large else ""
+def _largest_unquantized(sizes: Mapping[str, int]) -> str:
+    """The names of unquantized modules of 1 MB or more, such as the experts of a mixture."""
+    large = sorted((name for name in sizes if sizes[name] >= 1_000_000), key=lambda name: -sizes[name])
+    return f", most of it in {first(large)}" if large else ""
 
 
 def _base_defaults(base: Base) -> GenerationDefaults:
-    """The sampling that the base's makers advise in its generation config."""
-    advised = base.model.generation_config or GenerationConfig()
-    if advised.do_sample is not True:
+    """The sampling parameters in the base's ``generation_config.json``."""
+    config = base.model.generation_config or GenerationConfig()
+    if config.do_sample is not True:
         return GenerationDefaults()
     return GenerationDefaults(
-        temperature=advised.temperature, top_p=advised.top_p, top_k=advised.top_k, min_p=advised.min_p
+        temperature=config.temperature, top_p=config.top_p, top_k=config.top_k, min_p=config.min_p
     )
 
 

@@ -1,4 +1,4 @@
-"""``quickchange serve``: what can be wrong with a start is told at once, before torch is imported and a base loaded."""
+"""``quickchange serve``: settings, folders and address are checked before torch is imported and the base is loaded."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from server.errors import SettingsError
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Serve until stopped. Raises a ``StartError`` where that cannot be."""
+    """Serve until stopped. Raises ``StartError``."""
     settings = parse_settings("serve", arguments)
     base_on_disk(settings.base_model)
     check_folders(settings)
     with bind(settings.host, settings.port) as bound:
         keep_freed_memory()
-        from server.cli.serve import run_server  # torch, and seconds
+        from server.cli.serve import run_server  # imports torch, which takes seconds
 
         return run_server(settings, bound)
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket bound, not listening yet. Raises ``SettingsError`` where the address is taken or not ours."""
+    """A bound socket that does not listen yet. Raises ``SettingsError`` if the address is in use or not local."""
     bound = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

@@ -219,7 +219,7 @@ def test_a_body_that_breaks_off_for_good_leaves_nothing(hub: Hub, tmp_path: Path
 
 def test_a_pickle_is_refused_with_the_way_out(hub: Hub, tmp_path: Path) -> None:
     hub.files = {CONFIG: b"{}", "adapter_model.bin": b"pickle"}
-    check_refused(add(hub, tmp_path, REPO), tmp_path, "pickle", "save_pretrained writes safetensors")
+    check_refused(add(hub, tmp_path, REPO), tmp_path, "pickle", "save_pretrained, which writes safetensors")
     assert hub.downloaded() == set()
 
 
@@ -269,7 +269,7 @@ def test_a_link_is_not_replaced(hub: Hub, tmp_path: Path) -> None:
     (tmp_path / "adapters").mkdir()
     (tmp_path / "adapters" / "parrot").symlink_to(tmp_path)
     done = add(hub, tmp_path, REPO, "--replace")
-    assert done.returncode == 1 and "no folder of its own" in done.stderr and hub.asked == []
+    assert done.returncode == 1 and "which --replace does not replace" in done.stderr and hub.asked == []
 
 
 @pytest.mark.parametrize("name", ["../up", ".hidden", "a b", "x" * 129, "base", "micro"])
@@ -307,7 +307,7 @@ def test_a_gated_repository_that_lists_its_files_is_refused_at_the_first(hub: Hu
 
 def test_a_hub_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
     nobody = Hub(url="http://127.0.0.1:9")
-    check_refused(add(nobody, tmp_path, REPO), tmp_path, "could not be had from the hub", "check the network")
+    check_refused(add(nobody, tmp_path, REPO), tmp_path, "could not be downloaded", "check the network")
 
 
 def test_an_adapter_folder_that_cannot_be_written_is_one_sentence(hub: Hub, tmp_path: Path) -> None:

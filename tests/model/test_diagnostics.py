@@ -91,16 +91,16 @@ def test_a_demo_adapter_is_served_and_answers_as_under_peft(capsys: pytest.Captu
         "  rank         16, scaling 2\n",
         "  modules      42 of the base's ",
         "q_proj 6",
-        "), the very one it was trained on\n",
+        "), the base that the adapter was trained on\n",
         "  base check   by fingerprint\n",
         "  sampling     temperature 0.0, max_tokens 64\n",
         "  template     the base's\n",
         " bytes at most\n",
         "  delta norm   ",
         "  digests      version ",
-        "  PEFT parity  holds: logits differ by ",
+        "  PEFT parity  passed: logits differ by ",
         "; 16 of 16 greedy tokens are equal\n",
-        "  effect       it changes logits of the base by up to 0.",
+        "  effect       the adapter changes the base's logits by up to 0.",
     ):
         assert row in said
     assert "problem" not in said
@@ -109,9 +109,9 @@ def test_a_demo_adapter_is_served_and_answers_as_under_peft(capsys: pytest.Captu
 def test_a_folder_is_found_by_its_name_and_by_its_path(folder: Path, check: Check) -> None:
     for text in ("good", folder, f"{folder}/"):
         status, said = check(text, "--no-probe")
-        assert status == 0 and "served as good" in said and "PEFT parity  not probed: --no-probe was given" in said
+        assert status == 0 and "served as good" in said and "PEFT parity  not compared: --no-probe was given" in said
     status, said = check("nobody")
-    assert status == 1 and "there is no folder nobody, nor an adapter so called in " in said
+    assert status == 1 and "there is no folder nobody and no adapter of this name in " in said
 
 
 def test_everything_that_is_wrong_is_told_at_once(folder: Path, check: Check) -> None:
@@ -134,7 +134,7 @@ def test_everything_that_is_wrong_is_told_at_once(folder: Path, check: Check) ->
         "no part of a LoRA adapter for this base: what.ever",
     ):
         assert sum(problem in line for line in said.splitlines() if line.startswith("  problem      ")) == 1
-    assert "a stranger's, which is not the base's: not trusted" in said
+    assert "the adapter's own, from another tool or a hub: not trusted" in said
     assert (
         "  prompt       9 characters: 'Be brief.'\n  stop         '###'\n  sampling     temperature 0.5, max_t" in said
     )
@@ -177,7 +177,7 @@ def test_a_strangers_chat_template_is_named_where_it_is_trusted(folder: Path, ch
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
     assert check(folder, "--no-probe")[0] == 1
     status, said = check(folder, "--no-probe", "--trust-chat-templates")
-    assert status == 0 and "a stranger's, which is not the base's: trusted, and rendered in a sandbox" in said
+    assert status == 0 and "the adapter's own, from another tool or a hub: trusted, rendered in a sandbox" in said
 
 
 def _rename(folder: Path) -> None:
@@ -244,7 +244,7 @@ def test_peft_answers_by_stock_code(folder: Path, check: Check, monkeypatch: pyt
 
     monkeypatch.setattr(parity, "compare", without_ours)
     status, said = check(folder)
-    assert (status, "PEFT parity  holds" in said) == (0, True), said
+    assert (status, "PEFT parity  passed" in said) == (0, True), said
 
 
 def test_peft_gets_names_and_numbers_in_place_of_a_strangers_expressions(
@@ -282,7 +282,7 @@ def test_what_peft_made_answers_as_under_peft(case: str, family: str, tmp_path: 
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     make_adapter(base, CASES[case], family, tmp_path / "made")
     status, said = check("made", base_model=tmp_path / "base")
-    assert (status, "PEFT parity  holds" in said) == (0, True), said
+    assert (status, "PEFT parity  passed" in said) == (0, True), said
 
 
 def test_names_inside_of_wrappers_answer_as_under_peft(folder: Path, check: Check) -> None:
@@ -291,7 +291,7 @@ def test_names_inside_of_wrappers_answer_as_under_peft(folder: Path, check: Chec
     save_file({f"{wrapped}{half}.run.weight": load_file(weights)[f"{LINEAR}{half}.weight"] for half in "AB"}, weights)
     change(folder, bias=None, r=2.0, alpha_pattern={r"model\.language_model\..*": 16})
     status, said = check(folder)
-    assert (status, "PEFT parity  holds" in said) == (0, True), said
+    assert (status, "PEFT parity  passed" in said) == (0, True), said
 
 
 def test_rows_trained_for_new_tokens_answer_as_under_peft_and_have_a_text(
@@ -311,7 +311,7 @@ def test_rows_trained_for_new_tokens_answer_as_under_peft_and_have_a_text(
         model.save_pretrained(str(tmp_path / "caller"))
     tokenizer.save_pretrained(tmp_path / "caller")
     status, said = check("caller")
-    assert (status, "PEFT parity  holds" in said) == (0, True), said
+    assert (status, "PEFT parity  passed" in said) == (0, True), said
     assert f"  tokens       '<call>' {first}, '<tool>' {first + 1}\n" in said
 
 
@@ -335,11 +335,11 @@ def test_where_peft_cannot_load_it_the_probe_failed(
 ) -> None:
     monkeypatch.setattr(parity, "_clean_config", lambda manifest: {"r": 0})
     status, said = check(folder)
-    assert status == 1 and "PEFT parity  FAILED: PEFT cannot load it (ValueError: " in said
+    assert status == 1 and "PEFT parity  FAILED: PEFT cannot load the adapter (ValueError: " in said
 
 
 def test_a_large_base_is_not_loaded_twice(folder: Path, check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapters_check, "MAX_PROBED_BYTES", 1000)
     monkeypatch.setattr(parity, "compare", lambda *given: pytest.fail("PEFT was asked"))
     status, said = check(folder)
-    assert status == 0 and "PEFT parity  not probed: the base's weights have 0.0 GB" in said
+    assert status == 0 and "PEFT parity  not compared: the base's weights have 0.0 GB" in said

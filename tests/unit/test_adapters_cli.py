@@ -108,7 +108,7 @@ def test_a_name_is_held_at_the_version_that_begins_so_and_stays_in_memory(
     store.set_pin("helpdesk", Pin(resident=True))
     assert run("pin", f"helpdesk@{version}") == 0
     assert store.pins() == {"helpdesk": Pin(OLD, resident=True)}
-    assert capsys.readouterr().out.startswith("helpdesk is held at aa1100000000 (20")
+    assert capsys.readouterr().out.startswith("helpdesk is pinned to aa1100000000 (20")
 
 
 @pytest.mark.parametrize(
@@ -143,15 +143,15 @@ def test_a_name_that_was_never_kept_is_told_by_the_names_that_were(
     store: VersionStore, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("rollback", "heldpesk") == 1
-    assert "keeps no version of it, only of helpdesk" in capsys.readouterr().err
+    assert "keeps no version of heldpesk, only of helpdesk" in capsys.readouterr().err
     assert run("pin", "heldpesk") == 0
-    assert "as soon as there is one" in capsys.readouterr().out
+    assert "as soon as it exists" in capsys.readouterr().out
 
 
 def test_a_pin_is_taken_away(store: VersionStore, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     store.set_pin("helpdesk", Pin(OLD, resident=True))
     assert run("unpin", "helpdesk") == 0
-    assert capsys.readouterr().out == "helpdesk is no longer held at aa1100000000 nor kept in memory\n"
+    assert capsys.readouterr().out == "helpdesk is no longer pinned to aa1100000000 nor kept in memory\n"
     assert run("unpin", "helpdesk") == 0
     assert capsys.readouterr().out == "helpdesk was not pinned\n"
     assert store.pins() == {}
@@ -165,7 +165,7 @@ def test_rolling_back_goes_one_version_at_a_time_until_there_is_none(
         assert run("rollback", "helpdesk") == 0
         assert store.pins() == {"helpdesk": Pin(version, resident=True)}
     assert run("rollback", "helpdesk") == 1
-    assert "there is no version of helpdesk before the one that is served" in capsys.readouterr().err
+    assert "helpdesk has no version before the served one" in capsys.readouterr().err
     assert store.pins()["helpdesk"].version == OLD
 
 

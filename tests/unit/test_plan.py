@@ -127,7 +127,7 @@ REFUSED: list[tuple[Mapping[str, Shape], dict[str, Any], str]] = [
     (
         {"model.layers.0.experts.3.w1.lora_A.weight": (2, 6)},
         {},
-        "written for transformers 4, whose experts were modules: load it with PEFT and save it again",
+        "written for transformers 4, whose experts were modules",
     ),
     ({**GOOD, "model.layers.0.conv.lora_A.weight": (2, 6)}, {}, "do not see every row of a batch"),
     (
@@ -170,12 +170,12 @@ REFUSED: list[tuple[Mapping[str, Shape], dict[str, Any], str]] = [
     (
         {f"{N}.lora_A.weight": (2, 6), f"{N}.lora_B.weight": (6, 2)},
         {},
-        "model.norm has a delta, and is no linear layer",
+        "model.norm has a delta, but is no linear layer",
     ),
     (
         {f"{X}.lora_A.weight": (6, 5), f"{X}.lora_B.weight": (6, 6)},
         {},
-        "nor does target_parameters in adapter_config.json name a",
+        "target_parameters in adapter_config.json names no parameter",
     ),
     (
         {f"{X}.lora_A.weight": (6, 5), f"{X}.lora_B.weight": (6, 6)},

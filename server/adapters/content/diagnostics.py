@@ -1,6 +1,6 @@
-"""All that is wrong with an adapter folder, where the server stops at the first thing, and what can be told of it.
+"""Every problem of an adapter folder (the server stops at the first one), and what could be read of it.
 
-``read_manifest`` has the last word on whether a folder is served; only a folder that is not is looked at more closely.
+``read_manifest`` decides whether a folder is served. Only a folder that it rejects is examined part by part.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ CheckDefaults = Callable[[GenerationDefaults], None]
 
 @dataclass
 class DiagnosticReport:
-    """What was found. A folder without ``problems`` has a ``manifest``; of another, what could be read is here.
+    """The result of ``diagnose``: ``manifest`` if there are no ``problems``, the rest as far as it could be read.
 
-    ``said`` is PEFT's config as it stands in the file, whatever it says, and ``source`` the note of a hub.
+    ``raw_config`` is PEFT's config as it stands in the file, unchecked; ``source`` the note of a hub's repository.
     """
 
     path: Path
     name: str
     problems: list[str] = field(default_factory=list)
-    said: Mapping[str, Any] = field(default_factory=dict)
+    raw_config: Mapping[str, Any] = field(default_factory=dict)
     source: Mapping[str, Any] = field(default_factory=dict)
     config: LoRAConfig | None = None
     sidecar: Sidecar | None = None
@@ -65,18 +65,18 @@ class DiagnosticReport:
     manifest: Manifest | None = None
 
     @contextlib.contextmanager
-    def noting(self, what: str = "") -> Iterator[None]:
-        """Note what goes wrong in the block as problems, and go on behind it."""
-        found: list[str] = []
+    def collecting(self) -> Iterator[None]:
+        """Add the error that ends the block, if any, to ``problems``."""
+        problems: list[str] = []
         try:
             yield
         except PlanError as error:
-            found = error.problems
+            problems = error.problems
         except ValueError as error:
-            found = [f"{what}{error}"]
+            problems = [str(error)]
         except OSError as error:
-            found = [f"cannot be read: {error.strerror}"]
-        self.problems += [problem for problem in found if problem not in self.problems]
+            problems = [f"cannot be read: {error.strerror}"]
+        self.problems += [problem for problem in problems if problem not in self.problems]
 
 
 def diagnose(
@@ -87,68 +87,69 @@ def diagnose(
     name: str | None = None,
     check_defaults: CheckDefaults = lambda defaults: None,
 ) -> DiagnosticReport:
-    """Read and judge a folder. ``check_defaults`` raises ``ValueError`` for what cannot be honoured."""
-    found = DiagnosticReport(path, name or path.name)
+    """Read and check a folder. ``check_defaults`` raises ``ValueError`` for unsupported generation defaults."""
+    report = DiagnosticReport(path, name or path.name)
     try:
-        manifest = read_manifest(path, base, policy, name=found.name)
+        manifest = read_manifest(path, base, policy, name=report.name)
     except OSError as error:
-        found.problems.append(f"cannot be read just now: {error.strerror}")
-        return found
+        report.problems.append(f"cannot be read just now: {error.strerror}")
+        return report
     except AdapterRejected as error:
-        _look_closer(found, base, policy, check_defaults)
-        if not any(problem in error.reason for problem in found.problems):
-            found.problems.insert(0, error.reason)
-        return found
-    with found.noting():
+        _check_parts(report, base, policy, check_defaults)
+        if not any(problem in error.reason for problem in report.problems):
+            report.problems.insert(0, error.reason)
+        return report
+    with report.collecting():
         check_defaults(manifest.defaults)
-    found.said, found.source = json.loads(manifest.files.config), _object(manifest.files.others, SOURCE_FILE)
-    found.config, found.sidecar, found.defaults = manifest.config, manifest.sidecar, manifest.defaults
-    found.plan, found.manifest = manifest.plan, manifest
-    return found
+    report.raw_config = json.loads(manifest.files.config)
+    report.source = _object(manifest.files.others, SOURCE_FILE)
+    report.config, report.sidecar, report.defaults = manifest.config, manifest.sidecar, manifest.defaults
+    report.plan, report.manifest = manifest.plan, manifest
+    return report
 
 
-def _look_closer(
-    found: DiagnosticReport, base: BaseSignature, policy: AdapterPolicy, check_defaults: CheckDefaults
+def _check_parts(
+    report: DiagnosticReport, base: BaseSignature, policy: AdapterPolicy, check_defaults: CheckDefaults
 ) -> None:
-    """Judge each part by itself, as far as the parts before it allow."""
-    files = _read_parts(found, policy)
-    found.source = _object(files.others, SOURCE_FILE)
+    """Check each part separately, as far as the parts that it depends on allow."""
+    files = _read_parts(report, policy)
+    report.source = _object(files.others, SOURCE_FILE)
     if files.config:
-        _judge_config(found, files.config)
-    with found.noting():
-        found.sidecar = parse_optional(files, SIDECAR_FILE, parse_sidecar)
-        base_check(found.sidecar, base)
-    with found.noting():
+        _check_config(report, files.config)
+    with report.collecting():
+        report.sidecar = parse_optional(files, SIDECAR_FILE, parse_sidecar)
+        base_check(report.sidecar, base)
+    with report.collecting():
         check_tokenizer(files, base)
-    with found.noting():
-        generation_defaults_of(found.name, files, found.sidecar, base, policy)
+    with report.collecting():
+        generation_defaults_of(report.name, files, report.sidecar, base, policy)
     with contextlib.suppress(ValueError):
-        found.defaults = generation_defaults_of(
-            found.name, files, found.sidecar, base, replace(policy, trust_chat_templates=True)
-        )
-    if found.defaults is not None:
-        with found.noting():
-            check_defaults(found.defaults)
+        trusting = replace(policy, trust_chat_templates=True)
+        report.defaults = generation_defaults_of(report.name, files, report.sidecar, base, trusting)
+    if report.defaults is not None:
+        with report.collecting():
+            check_defaults(report.defaults)
     if files.weights:
-        _judge_weights(found, files.weights, base, policy)
+        _check_weights(report, files.weights, base, policy)
 
 
-def _read_parts(found: DiagnosticReport, policy: AdapterPolicy) -> AdapterFiles:
-    """The files that can be read; the others are empty or left out."""
+def _read_parts(report: DiagnosticReport, policy: AdapterPolicy) -> AdapterFiles:
+    """The readable files; the others are empty or left out."""
     parts: dict[str, bytes] = {}
-    with found.noting(), Folder.opened(found.path, policy.roots) as folder:
+    with report.collecting(), Folder.opened(report.path, policy.roots) as folder:
         for name, limit in {CONFIG_FILE: MAX_JSON_BYTES, WEIGHTS_FILE: policy.max_bytes, **OPTIONAL_FILES}.items():
-            with found.noting():
+            with report.collecting():
                 part = _read_part(folder, name, limit)
-                parts |= {} if part is None else {name: part}
-        with found.noting():
+                if part is not None:
+                    parts[name] = part
+        with report.collecting():
             parts[TOKENS_FILE] = read_tokens_at(folder, {}, whole=True)
     config, weights = parts.pop(CONFIG_FILE, b""), parts.pop(WEIGHTS_FILE, b"")
     return AdapterFiles(config, weights, len(weights), parts, 0, tokens=parts.pop(TOKENS_FILE, b""))
 
 
 def _read_part(folder: Folder, name: str, limit: int) -> bytes | None:
-    """A file's bytes; None where there is none, or an adapter is served without it."""
+    """A file's bytes; None for a missing file, and for an unreadable one that the adapter is served without."""
     try:
         part = read_file_at(folder, name, limit)
     except PermissionDenied:
@@ -158,16 +159,17 @@ def _read_part(folder: Folder, name: str, limit: int) -> bytes | None:
     return None if part is None else part[0]
 
 
-def _judge_config(found: DiagnosticReport, data: bytes) -> None:
-    """Every field by itself, then all together but for those that were refused and say nothing of the tensors."""
-    with found.noting():
-        said = parse_json(data, CONFIG_FILE)
-        found.said = said if isinstance(said, dict) else {}
-        wrong = {name: problem for name, value in found.said.items() if (problem := _field_problem(name, value))}
-        found.problems += wrong.values()
-        if not any(FIELDS.get(name) == READ for name in wrong):
-            rest = {name: value for name, value in found.said.items() if name not in wrong}
-            found.config = parse_peft_config(rest if wrong else said)
+def _check_config(report: DiagnosticReport, data: bytes) -> None:
+    """Check each field alone, then all together without the refused ones, unless one of these describes the tensors."""
+    with report.collecting():
+        config = parse_json(data, CONFIG_FILE)
+        report.raw_config = config if isinstance(config, dict) else {}
+        problems = {name: _field_problem(name, value) for name, value in report.raw_config.items()}
+        refused = {name: problem for name, problem in problems.items() if problem is not None}
+        report.problems += refused.values()
+        if not any(FIELDS.get(name) == READ for name in refused):
+            accepted = {name: value for name, value in report.raw_config.items() if name not in refused}
+            report.config = parse_peft_config(accepted if refused else config)
 
 
 def _field_problem(name: str, value: Any) -> str | None:
@@ -178,28 +180,28 @@ def _field_problem(name: str, value: Any) -> str | None:
     return None
 
 
-def _judge_weights(found: DiagnosticReport, data: bytes, base: BaseSignature, policy: AdapterPolicy) -> None:
-    """The container, the values, and, where the config says what they mean, the tensors."""
+def _check_weights(report: DiagnosticReport, data: bytes, base: BaseSignature, policy: AdapterPolicy) -> None:
+    """Check the container, the values and, if the config could be read, the tensors."""
     entries: Mapping[str, TensorEntry] = {}
-    with found.noting():
+    with report.collecting():
         entries = weights_header(data, len(data))
-    with found.noting():
+    with report.collecting():
         check_values(data, {name: entry for name, entry in entries.items() if entry.dtype in FLOAT_DTYPES})
-    if not entries or found.config is None:
+    if not entries or report.config is None:
         return
-    with found.noting():
-        found.plan = make_plan(entries, found.config, base, max_rank=policy.max_rank)
-        if found.plan.composable and not any(_moves(data, part.low_rank) for part in found.plan.parts.values()):
+    with report.collecting():
+        plan = report.plan = make_plan(entries, report.config, base, max_rank=policy.max_rank)
+        if plan.composable and not any(_is_nonzero(data, part.low_rank) for part in plan.parts.values()):
             raise ValueError("all its deltas are zero, so it would change nothing: was it trained?")
 
 
-def _moves(data: bytes, delta: LowRank | None) -> bool:
-    return delta is not None and all(data[one.begin : one.end].strip(b"\0") for one in (delta.a, delta.b))
+def _is_nonzero(data: bytes, delta: LowRank | None) -> bool:
+    return delta is not None and all(data[entry.begin : entry.end].strip(b"\0") for entry in (delta.a, delta.b))
 
 
 def _object(files: Mapping[str, bytes], name: str) -> Mapping[str, Any]:
-    """A file's JSON object; empty where there is none."""
+    """A file's JSON object; empty for a missing file or any other content."""
     with contextlib.suppress(ValueError, RecursionError):
-        found = json.loads(files.get(name, b""))
-        return found if isinstance(found, dict) else {}
+        content = json.loads(files.get(name, b""))
+        return content if isinstance(content, dict) else {}
     return {}

@@ -1,8 +1,8 @@
-"""Whether the plans of modules fit the base and the config, as sentences that say what does not.
+"""Checks the plans of modules against the base and the config; yields a sentence for each problem.
 
-PEFT gives a delta to the modules that lists in ``adapter_config.json`` name, and ignores the tensors of all others:
-``target_modules``, ``exclude_modules``, ``layers_to_transform`` and ``layers_pattern`` mean what they mean in
-``check_target_module_exists`` of peft.tuners.tuners_utils. An expression among them is never evaluated.
+PEFT applies deltas only to modules that ``adapter_config.json`` selects, and ignores the tensors of all others:
+``target_modules``, ``exclude_modules``, ``layers_to_transform`` and ``layers_pattern`` have the meaning of
+``check_target_module_exists`` in peft.tuners.tuners_utils. Regular expressions among them are never evaluated.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from server.adapters.content.signature import BaseSignature, ModuleShape, Shape
 from server.errors import first
 
 _MAX_CHARS = 1024
-"""Characters of a trained name that is looked at; no model has longer ones."""
+"""Longest trained name that is compared, in characters; no model has longer ones."""
 
 
 def problems_of(
@@ -38,9 +38,9 @@ def _shape_problems(module: str, part: ModulePlan) -> Iterator[str]:
         rows, columns = part.shape.size
         inside, outside = (columns, rows) if part.low_rank.swapped else (rows, columns)
         yield from _pair_problem(module, part.low_rank, part.low_rank.rank, inside, outside)
-    for name, one in part.parameters.items():
+    for name, delta in part.parameters.items():
         inside, outside = _in_out(part.shape, name)
-        yield from _pair_problem(f"{module}.{name}", one, one.rank * num_experts(part.shape, name), inside, outside)
+        yield from _pair_problem(f"{module}.{name}", delta, delta.rank * num_experts(part.shape, name), inside, outside)
     for what, vector in (("magnitude", part.magnitude), ("bias of B", part.lora_bias)):
         if vector is not None and vector.shape != (out,):
             yield f"{module} ({what} {list(vector.shape)}; the base needs [{out}])"
@@ -50,10 +50,10 @@ def _shape_problems(module: str, part: ModulePlan) -> Iterator[str]:
             yield f"{module}.{name} {list(entry.shape)}; the base needs {list(expected)}"
 
 
-def _pair_problem(name: str, one: LowRank, rows: int, inside: int, outside: int) -> Iterator[str]:
-    if one.rank < 1 or one.a.shape != (rows, inside) or one.b.shape != (outside, rows):
+def _pair_problem(name: str, delta: LowRank, rows: int, inside: int, outside: int) -> Iterator[str]:
+    if delta.rank < 1 or delta.a.shape != (rows, inside) or delta.b.shape != (outside, rows):
         yield (
-            f"{name} (A {list(one.a.shape)}, B {list(one.b.shape)}; "
+            f"{name} (A {list(delta.a.shape)}, B {list(delta.b.shape)}; "
             f"the base needs [{rows}, {inside}] and [{outside}, {rows}])"
         )
 
@@ -64,7 +64,7 @@ def _in_out(shape: ModuleShape, parameter: str) -> tuple[int, int]:
 
 
 def _is_vocabulary(shape: ModuleShape, found: Shape, expected: Shape) -> bool:
-    """Whether two weights differ in the number of tokens alone."""
+    """Whether two weights differ only in the number of tokens."""
     return shape.kind != "rows" and len(found) == len(expected) == 2 and found[1] == expected[1]
 
 
@@ -72,7 +72,7 @@ def _size_problems(module: str, part: ModulePlan) -> Iterator[str]:
     for name, entry in part.own.items():
         expected = part.shape.parameters.get(name)
         if expected is None:
-            yield f"it brings {module}.{name}, which the base does not have: was it trained on another?"
+            yield f"it brings {module}.{name}, which the base does not have: was it trained on another base?"
         elif entry.shape != expected and _is_vocabulary(part.shape, entry.shape, expected):
             size = "larger" if entry.shape[0] > expected[0] else "smaller"
             yield (
@@ -95,16 +95,15 @@ def _token_problems(module: str, part: ModulePlan, base: BaseSignature) -> Itera
         )
     elif indices and max(indices) >= tokens:
         yield f"trainable_token_indices names token {max(indices)}; {module} has {tokens}"
-    heads = [head for head, embedding in base.tied.items() if embedding == module]
     if part != ModulePlan(part.shape, tokens=part.tokens):
         yield f"it brings rows for tokens of {module} and another change of it, which PEFT does not combine"
-    for head in heads:
+    for head in [head for head, embedding in base.tied.items() if embedding == module]:
         if base.modules[head].parameters.keys() != {"weight"}:
             yield f"it brings rows for tokens of {module}, whose head {head} has a bias, which PEFT leaves out"
 
 
 def _absent_rows(parts: Mapping[str, ModulePlan], config: LoRAConfig, base: BaseSignature) -> Iterator[str]:
-    """Tokens for whose rows no tensor came. A tied head has none where its tokens are the embedding's."""
+    """Trained tokens without a tensor of rows. A tied head has none if its tokens are the embedding's."""
     with_rows = {module for module, part in parts.items() if part.tokens is not None}
     tied = {
         head
@@ -123,46 +122,42 @@ def _absent_rows(parts: Mapping[str, ModulePlan], config: LoRAConfig, base: Base
 
 
 def _rank_problems(parts: Mapping[str, ModulePlan], config: LoRAConfig, max_rank: int) -> Iterator[str]:
-    largest = max((rank for part in parts.values() for rank in part.ranks), default=0)
+    largest = max((delta.rank for part in parts.values() for delta in part.low_ranks), default=0)
     if largest > max_rank:
         yield f"its rank is {largest}; the limit is {max_rank} (setting max_lora_rank)"
     for module, part in parts.items():
-        named = {f"{module}.{name}": one for name, one in part.parameters.items()}
+        named = {f"{module}.{name}": delta for name, delta in part.parameters.items()}
         if part.low_rank is not None:
             key = f"{module}.weight" if part.low_rank.swapped else module
             named[key] = part.low_rank
-        for name, one in named.items():
-            if one.rank != config.rank(name):
+        for name, delta in named.items():
+            if delta.rank != config.rank(name):
                 yield (
-                    f"the tensors of {name} have rank {one.rank}, and adapter_config.json says {config.rank(name):g}: "
-                    "they are not of one adapter"
+                    f"the tensors of {name} have rank {delta.rank}, and adapter_config.json says "
+                    f"{config.rank(name):g}: they are not of one adapter"
                 )
 
 
 def _config_problems(parts: Mapping[str, ModulePlan], config: LoRAConfig) -> Iterator[str]:
-    """Where PEFT would make up a tensor that is missing, or pass over one that is there."""
-    scaled = {module: part for module, part in parts.items() if part.low_rank is not None}
-    linears = {module: part for module, part in scaled.items() if part.shape.kind == "linear"}
-    magnitudes = {module: part.magnitude is not None for module, part in scaled.items()}
-    biases = {module: part.lora_bias is not None for module, part in linears.items()}
+    """Flags that disagree with the tensors: PEFT would invent the missing tensors, or ignore the others."""
+    with_delta = {module: part for module, part in parts.items() if part.low_rank is not None}
+    magnitudes = {module: part.magnitude is not None for module, part in with_delta.items()}
+    biases = {module: part.lora_bias is not None for module, part in with_delta.items() if part.shape.kind == "linear"}
     yield from _agreement("use_dora", config.dora, "magnitude", magnitudes)
     yield from _agreement("lora_bias", config.lora_bias, "bias of B", biases)
-    if alone := [module for module, part in parts.items() if module not in scaled and _has_vector(part)]:
+    for_vectors = [module for module, part in parts.items() if part.magnitude is not None or part.lora_bias is not None]
+    if alone := [module for module in for_vectors if module not in with_delta]:
         yield f"it brings a magnitude or a bias of B without A and B for {first(alone)}"
 
 
-def _has_vector(part: ModulePlan) -> bool:
-    return part.magnitude is not None or part.lora_bias is not None
-
-
 def _agreement(flag: str, active: bool, what: str, present: Mapping[str, bool]) -> Iterator[str]:
-    if odd := [module for module, there in present.items() if there != active]:
-        there = "no" if active else "a"
-        yield f"{flag} in adapter_config.json is {str(active).lower()}, and there is {there} {what} for {first(odd)}"
+    if odd := [module for module, is_present in present.items() if is_present != active]:
+        article = "no" if active else "a"
+        yield f"{flag} in adapter_config.json is {str(active).lower()}, and there is {article} {what} for {first(odd)}"
 
 
 def target_problems(parts: Mapping[str, ModulePlan], config: LoRAConfig, base: BaseSignature) -> Iterator[str]:
-    """Modules with a delta that the config's lists leave out."""
+    """Modules with a delta that the config does not select."""
     if not config.target_modules:
         return
     targets = Targets(config)
@@ -172,9 +167,13 @@ def target_problems(parts: Mapping[str, ModulePlan], config: LoRAConfig, base: B
         if part.low_rank is not None and not target_parameters_of(module, config, part.shape)
     ]
     partners = _partners(base) if config.tied else {}
-    with_partner = {module: {module, partners.get(module, module)} for module in deltas}
-    names = {module: [name for one in pair for name in _names(one, config)] for module, pair in with_partner.items()}
-    outside = [module for module in deltas if not any(targets.has(name) for name in names[module])]
+    outside = [
+        module
+        for module in deltas
+        if not any(
+            targets.has(name) for tied in {module, partners.get(module, module)} for name in _names(tied, config)
+        )
+    ]
     if outside:
         fields = " and ".join(targets.fields_against(outside))
         yield (
@@ -196,11 +195,11 @@ def _names(module: str, config: LoRAConfig) -> set[str]:
 
 
 class Targets:
-    """The modules that a config's lists name."""
+    """The modules that a config selects."""
 
     def __init__(self, config: LoRAConfig) -> None:
-        self._named, self._excluded = _Ends(config.target_modules), _Ends(config.excluded)
-        self._saved = _Ends(config.modules_to_save)
+        self._named, self._excluded = _Suffixes(config.target_modules), _Suffixes(config.excluded)
+        self._saved = _Suffixes(config.modules_to_save)
         self._layers, self._patterns = config.layers, config.layers_pattern
         self._fields = {"layers_to_transform": config.layers, "exclude_modules": config.excluded}
 
@@ -218,12 +217,12 @@ class Targets:
         return self._named.match(module) and _layer(module, self._patterns) in self._layers
 
     def _is_saved(self, module: str) -> bool:
-        """Whether it is saved whole, or inside of a module that is."""
-        return any(self._saved.match(name) for name in _holders(module))
+        """Whether the module, or one that contains it, is saved whole."""
+        return any(self._saved.match(name) for name in _parents(module))
 
 
-class _Ends:
-    """Names that stand for every module whose name is one of them, or ends with a dot and one of them."""
+class _Suffixes:
+    """Names that match every module with such a name, or with one as a suffix that follows a dot."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self.names = frozenset(names)
@@ -231,23 +230,24 @@ class _Ends:
 
     def match(self, module: str) -> bool:
         dotted = f".{module}"
-        fitting = (size for size in self._lengths if size <= len(module))
-        return any(dotted[-size - 1] == "." and dotted[-size:] in self.names for size in fitting)
+        lengths = (size for size in self._lengths if size <= len(module))
+        return any(dotted[-size - 1] == "." and dotted[-size:] in self.names for size in lengths)
 
 
-def _holders(module: str) -> Iterator[str]:
+def _parents(module: str) -> Iterator[str]:
     while module:
         yield module
         module = module.rpartition(".")[0]
 
 
 def _layer(module: str, patterns: tuple[str, ...]) -> int | None:
-    """The number of the module's layer: the first one inside its name that stands behind a list of layers."""
+    """The number of the module's layer: the first number in its name that follows one of ``patterns``, or any list."""
     parts = module.split(".")
-    numbers = [at for at in range(1, len(parts) - 1) if parts[at].isdecimal()]
-    before = {at: "." + ".".join(parts[:at]) for at in numbers}
+    positions = [position for position in range(1, len(parts) - 1) if parts[position].isdecimal()]
     for pattern in patterns:
-        for at in numbers:
-            if before[at].endswith(f".{pattern}"):
-                return int(parts[at])
-    return next((int(parts[at]) for at in numbers if at > 1), None) if not patterns else None
+        for position in positions:
+            if ("." + ".".join(parts[:position])).endswith(f".{pattern}"):
+                return int(parts[position])
+    if patterns:
+        return None
+    return next((int(parts[position]) for position in positions if position > 1), None)

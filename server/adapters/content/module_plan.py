@@ -1,4 +1,4 @@
-"""What an adapter does to one module: which tensor of its weights file is which delta, and with what scaling."""
+"""An adapter's change of one module: which tensors of the weights file form which delta, with what scaling."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from server.adapters.content.tensor_names import ModuleTensors
 
 @dataclass(frozen=True)
 class LowRank:
-    """A delta ``scaling * B @ A`` as PEFT stores it: A [rank, in], B [out, rank], those of all experts end to end.
+    """A delta ``scaling * B @ A`` as PEFT stores it: A [rank, in], B [out, rank]; experts are concatenated.
 
-    ``swapped`` says that it is the delta of a weight stored [in, out], so that B's rows are the module's inputs.
+    ``swapped``: the weight is stored [in, out], so B's rows are the module's inputs.
     """
 
     a: TensorEntry
@@ -38,7 +38,7 @@ class TokenRows:
 class ModulePlan:
     """One module's change: a low-rank delta, DoRA's magnitude, a bias of B, parameters of its own, rows for tokens.
 
-    ``parameters`` are low-rank deltas of parameters that no linear holds, as those of experts.
+    ``parameters`` are low-rank deltas of parameters outside linear layers, such as those of experts.
     """
 
     shape: ModuleShape
@@ -50,34 +50,37 @@ class ModulePlan:
     parameters: Mapping[str, LowRank] = field(default_factory=dict)
 
     @property
-    def ranks(self) -> list[int]:
-        return [one.rank for one in (self.low_rank, *self.parameters.values()) if one is not None]
+    def low_ranks(self) -> list[LowRank]:
+        """Every low-rank delta: the module's, then those of its parameters."""
+        own = [] if self.low_rank is None else [self.low_rank]
+        return [*own, *self.parameters.values()]
 
     @property
     def composable(self) -> bool:
-        return self == ModulePlan(self.shape, self.low_rank)
+        """Whether the change is a low-rank delta and nothing else."""
+        has_others = self.own or self.parameters or self.tokens is not None
+        return not has_others and self.magnitude is None and self.lora_bias is None
 
     @property
     def replaced(self) -> Mapping[str, TensorEntry]:
-        """Parameters kept whole: all of its own, but for a linear's bias alone, which is a shift of the result."""
+        """Parameters replaced whole: all of its own, except a linear's bias alone, which only shifts the output."""
         return {} if self.shape.kind == "linear" and "weight" not in self.own else self.own
 
     @property
     def shifted(self) -> bool:
-        """Whether a vector is added to a linear's result: another bias, B's, or one that DoRA does not scale."""
-        biased = "bias" in self.shape.parameters
-        other_bias = "bias" in self.own and not self.replaced
-        return self.shape.kind == "linear" and (
-            other_bias or self.lora_bias is not None or (biased and self.magnitude is not None)
-        )
+        """Whether a vector is added to a linear's output: a trained bias, B's, or one that DoRA does not scale."""
+        if self.shape.kind != "linear":
+            return False
+        trained_bias = "bias" in self.own and not self.replaced
+        unscaled_bias = "bias" in self.shape.parameters and self.magnitude is not None
+        return trained_bias or self.lora_bias is not None or unscaled_bias
 
     def tensor_bytes(self) -> Iterator[tuple[str, int]]:
-        """Bytes in memory by tensor; two modules that share one name the same."""
-        for one in (self.low_rank, *self.parameters.values()):
-            if one is not None:
-                size = 4 if one is self.low_rank else self.shape.itemsize
-                yield one.a.name, size * math.prod(one.a.shape)
-                yield one.b.name, size * math.prod(one.b.shape)
+        """Name and bytes in memory of each tensor. Modules that share a tensor yield the same name."""
+        for delta in self.low_ranks:
+            itemsize = 4 if delta is self.low_rank else self.shape.itemsize
+            yield delta.a.name, itemsize * math.prod(delta.a.shape)
+            yield delta.b.name, itemsize * math.prod(delta.b.shape)
         for name, entry in self.replaced.items():
             yield entry.name, self.shape.num_bytes(name)
         if self.tokens is not None:
@@ -86,16 +89,18 @@ class ModulePlan:
     @property
     def vector_bytes(self) -> int:
         """Bytes in memory of DoRA's scale and of the shift."""
-        return 4 * self.shape.size[1] * ((self.magnitude is not None) + self.shifted)
+        num_vectors = int(self.magnitude is not None) + int(self.shifted)
+        return 4 * self.shape.size[1] * num_vectors
 
 
 def module_plan(module: str, tensors: ModuleTensors, config: LoRAConfig, shape: ModuleShape) -> ModulePlan:
-    """The plan, whose shapes are still to be checked. Raises ``ValueError`` where tensors are missing or too many."""
+    """The plan; its shapes are not checked yet. Raises ``ValueError`` if tensors are missing or superfluous."""
     targets = target_parameters_of(module, config, shape) if tensors.levels else []
     low_rank = None if targets else _low_rank(module, tensors, config, shape)
     parameters = _parameters(module, tensors, targets, config, shape)
     if shape.kind != "rows" and parameters:
-        (low_rank,), parameters = parameters.values(), {}
+        low_rank = next(iter(parameters.values()))
+        parameters = {}
     tokens = None if tensors.tokens is None else TokenRows(tensors.tokens, config.tokens_of(module))
     return ModulePlan(shape, low_rank, tensors.magnitude, tensors.lora_bias, tensors.own, tokens, parameters)
 
@@ -117,11 +122,13 @@ def _low_rank(module: str, tensors: ModuleTensors, config: LoRAConfig, shape: Mo
     if not tensors.levels and not tensors.embedding:
         return None
     if tensors.embedding and shape.kind != "embedding":
-        raise ValueError(f"{module} has tensors of an embedding, and is none in the base: was it trained on another?")
+        raise ValueError(
+            f"{module} has tensors of an embedding, and is none in the base: was the adapter trained on another base?"
+        )
     if tensors.levels and shape.kind != "linear":
         raise ValueError(
-            f"{module} has a delta, and is no linear layer in the base, nor does target_parameters in "
-            "adapter_config.json name a parameter of it"
+            f"{module} has a delta, but is no linear layer in the base, and target_parameters in adapter_config.json "
+            "names no parameter of it"
         )
     if tensors.levels and set(tensors.levels) != {0}:
         raise ValueError(f"{module} has nested deltas, and target_parameters in adapter_config.json does not name them")
@@ -132,7 +139,7 @@ def _low_rank(module: str, tensors: ModuleTensors, config: LoRAConfig, shape: Mo
 def _parameters(
     module: str, tensors: ModuleTensors, targets: list[str], config: LoRAConfig, shape: ModuleShape
 ) -> dict[str, LowRank]:
-    """PEFT nests a wrapper per parameter, the first innermost; the last has no ``base_layer`` in its tensors' names."""
+    """PEFT nests one wrapper per parameter, the first innermost; the outermost has no ``base_layer`` in its names."""
     if not targets:
         return {}
     if set(tensors.levels) != set(range(len(targets))):
@@ -149,10 +156,11 @@ def _parameters(
     return found
 
 
-def _pair(name: str, half: Mapping[str, TensorEntry]) -> tuple[TensorEntry, TensorEntry]:
-    if missing := [letter for letter in "AB" if letter not in half]:
-        raise ValueError(f"{name} has no tensor {missing[0]} of its delta: A or B is missing")
-    return half["A"], half["B"]
+def _pair(name: str, tensors: Mapping[str, TensorEntry]) -> tuple[TensorEntry, TensorEntry]:
+    for letter in "AB":
+        if letter not in tensors:
+            raise ValueError(f"{name} has no tensor {letter} of its delta: A or B is missing")
+    return tensors["A"], tensors["B"]
 
 
 def num_experts(shape: ModuleShape, parameter: str) -> int:

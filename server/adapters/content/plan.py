@@ -1,4 +1,4 @@
-"""What an adapter's tensors do to which modules of the base: read from the tensors' names, checked against the base.
+"""The changes of a base's modules by an adapter: read from the tensors' names, checked against the base.
 
 ``target_modules`` may be a regular expression, which is never evaluated.
 """
@@ -23,11 +23,10 @@ _FACTOR = re.compile(r"\.lora_[AB]\.(?:[^.]+\.)?weight$")
 
 @dataclass(frozen=True)
 class AdapterPlan:
-    """Every module an adapter touches, and how.
+    """The change of every module that an adapter touches.
 
-    ``names`` has each tensor's name as PEFT writes it for this base.
-
-    ``trained_names`` are what modules were called in the model that was trained, where that is not the base's name.
+    ``names`` maps each tensor's name to the one that PEFT writes for this base. ``trained_names`` maps modules to their
+    names in the trained model, where these differ from the base's.
     """
 
     parts: Mapping[str, ModulePlan]
@@ -36,8 +35,8 @@ class AdapterPlan:
 
     @property
     def rank(self) -> int:
-        """The largest rank of its modules, 0 where none has a low-rank delta."""
-        return max((rank for part in self.parts.values() for rank in part.ranks), default=0)
+        """The largest rank of its low-rank deltas; 0 if there are none."""
+        return max((delta.rank for part in self.parts.values() for delta in part.low_ranks), default=0)
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -45,18 +44,18 @@ class AdapterPlan:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes in memory, at most: what turns out equal to the base's own is not kept."""
+        """Upper bound of the bytes in memory: tensors equal to the base's are not kept."""
         tensors = {name: size for part in self.parts.values() for name, size in part.tensor_bytes()}
         return sum(tensors.values()) + sum(part.vector_bytes for part in self.parts.values())
 
     @property
     def composable(self) -> bool:
-        """Whether it is plain low-rank deltas, which can be scaled and added up."""
+        """Whether it has only low-rank deltas, which can be scaled and added."""
         return all(part.composable for part in self.parts.values())
 
 
 class PlanError(ValueError):
-    """Why the tensors do not fit; ``problems`` has every reason, the first is the message."""
+    """Tensors that do not fit the base; ``problems`` has every reason, the first is the message."""
 
     def __init__(self, problems: list[str]) -> None:
         super().__init__(problems[0])
@@ -66,29 +65,33 @@ class PlanError(ValueError):
 def make_plan(
     entries: Mapping[str, TensorEntry], config: LoRAConfig, base: BaseSignature, *, max_rank: int
 ) -> AdapterPlan:
-    """The plan of a weights file. Raises ``PlanError`` with all that is wrong."""
+    """The plan of a weights file. Raises ``PlanError`` with every problem."""
     names = ModuleNames({*base.modules, *base.others})
-    if pieces := _pieces(entries):
-        raise PlanError([pieces])
-    tensors_of = sort_tensors(entries, names, config.modules_to_save)
-    found, config = tensors_of.modules, replace(config, trained_names=tensors_of.trained_names)
-    problems = [*_tensor_problems(entries, tensors_of), *_module_problems(found, names, base)]
+    ungathered = _ungathered_problem(entries)
+    if ungathered is not None:
+        raise PlanError([ungathered])
+    sorted_tensors = sort_tensors(entries, names, config.modules_to_save)
+    modules = sorted_tensors.modules
+    config = replace(config, trained_names=sorted_tensors.trained_names)
+    problems = [*_tensor_problems(entries, sorted_tensors), *_module_problems(modules, names, base)]
     parts: dict[str, ModulePlan] = {}
-    for module, tensors in found.items():
+    for module, tensors in modules.items():
         if module in base.modules:
             try:
                 parts[module] = module_plan(module, tensors, config, base.modules[module])
             except ValueError as error:
                 problems.append(str(error))
     problems += problems_of(parts, config, base, max_rank=max_rank)
-    problems += [*target_problems(parts, config, base), *_absent(found, config, base)] if found else []
+    if modules:
+        problems += target_problems(parts, config, base)
+        problems += _absent_modules(modules, config, base)
     if problems:
         raise PlanError(problems)
-    return AdapterPlan(_tie(parts, found, base), tensors_of.plain, tensors_of.trained_names)
+    return AdapterPlan(_tie(parts, modules, base), sorted_tensors.plain, sorted_tensors.trained_names)
 
 
-def _pieces(entries: Mapping[str, TensorEntry]) -> str | None:
-    """What a run on several devices saved where it did not gather its tensors first."""
+def _ungathered_problem(entries: Mapping[str, TensorEntry]) -> str | None:
+    """Whether the file holds the shards of one device of a distributed run."""
     if empty := [name for name, entry in entries.items() if 0 in entry.shape]:
         return (
             f"{len(empty)} of its tensors are empty ({first(empty)}): DeepSpeed ZeRO-3 saved them without gathering; "
@@ -102,9 +105,9 @@ def _pieces(entries: Mapping[str, TensorEntry]) -> str | None:
     return None
 
 
-def _tensor_problems(entries: Mapping[str, TensorEntry], tensors_of: SortedTensors) -> Iterator[str]:
-    strange, adapters = tensors_of.strange, list(tensors_of.adapters)
-    if not tensors_of.modules and not strange:
+def _tensor_problems(entries: Mapping[str, TensorEntry], tensors: SortedTensors) -> Iterator[str]:
+    strange, adapters = tensors.strange, list(tensors.adapters)
+    if not tensors.modules and not strange:
         yield "it holds no tensors, so it would change nothing"
     if len(adapters) > 1:
         yield f"it holds several adapters ({first(adapters)}): save one alone, save_pretrained(selected_adapters=[...])"
@@ -115,24 +118,24 @@ def _tensor_problems(entries: Mapping[str, TensorEntry], tensors_of: SortedTenso
         yield f"it holds tensors that are no part of a LoRA adapter for this base: {first(strange)}"
 
 
-def _module_problems(found: Mapping[str, ModuleTensors], names: ModuleNames, base: BaseSignature) -> Iterator[str]:
-    unknown = [module for module in found if module not in base.modules and module not in base.others]
+def _module_problems(modules: Mapping[str, ModuleTensors], names: ModuleNames, base: BaseSignature) -> Iterator[str]:
+    unknown = [module for module in modules if module not in base.modules and module not in base.others]
     if old := [module for module in unknown if _OLD_EXPERT.search(module)]:
         yield (
-            f"it was written for transformers 4, whose experts were modules: load it with PEFT and save it again, and "
-            f"they become parameters ({first(old)})"
+            f"it was written for transformers 4, whose experts were modules ({first(old)}): load it with PEFT and save "
+            "it again, so that they become parameters"
         )
     elif wrapped := {module: wrapper for module in unknown if (wrapper := names.unknown_wrapper(module))}:
         wrappers = list(dict.fromkeys(wrapped.values()))
         yield (
-            f"its tensors' names have {first(wrappers)} before the base's modules ({first(list(wrapped))}), which is a "
-            "wrapper or another part of a larger model: save the adapter of the language model alone"
+            f"its tensors' names have {first(wrappers)} before the base's modules ({first(list(wrapped))}), a wrapper "
+            "or another part of a larger model: save the adapter of the language model alone"
         )
     elif unknown:
         yield f"the base {base.name} has no module {first(unknown)}: was it trained on another base?"
-    if partial := [module for module in found if module in base.others]:
-        yield f"modules that do not see every row of a batch cannot be adapted here: {first(partial)}"
-    if bare := [f"{module}.{name}" for module, tensors in found.items() for name in _bare_weights(tensors)]:
+    if partial := [module for module in modules if module in base.others]:
+        yield f"modules that do not see every row of a batch cannot be adapted: {first(partial)}"
+    if bare := [f"{module}.{name}" for module, tensors in modules.items() for name in _bare_weights(tensors)]:
         yield (
             f"it brings {first(bare)} beside a delta of that module, which PEFT would ignore: take it out, or name it "
             "as PEFT does (base_layer.weight) if it was trained"
@@ -140,47 +143,44 @@ def _module_problems(found: Mapping[str, ModuleTensors], names: ModuleNames, bas
 
 
 def _bare_weights(tensors: ModuleTensors) -> list[str]:
-    """Parameters but biases that stand beside a delta as if there were none. PEFT before 0.6 wrote biases so."""
+    """Parameters but biases of a module with a delta that lack ``base_layer``. PEFT before 0.6 wrote biases so."""
     has_delta = tensors.levels or tensors.embedding
     return sorted(name for name in tensors.bare if "bias" not in name) if has_delta else []
 
 
-def _absent(found: Mapping[str, ModuleTensors], config: LoRAConfig, base: BaseSignature) -> Iterator[str]:
-    """Modules that the config names, that the base has, and for which no tensor came."""
-    missing = _ends(base.modules) - _ends(base.modules.keys() & found.keys())
-    absent = {
-        "target_modules": [name for name in config.target_modules if name in missing and not config.narrowed],
-        "modules_to_save": [
-            name for name in config.modules_to_save if _any_ends(base.modules, name) and not _any_ends(found, name)
-        ],
-    }
-    for key, names in absent.items():
+def _absent_modules(modules: Mapping[str, ModuleTensors], config: LoRAConfig, base: BaseSignature) -> Iterator[str]:
+    """Modules that the config names and the base has, but the weights file has no tensor of."""
+    missing = _suffixes(base.modules) - _suffixes(base.modules.keys() & modules.keys())
+    targets = [name for name in config.target_modules if name in missing and not config.narrowed]
+    in_base = [name for name in config.modules_to_save if _is_suffix(name, base.modules)]
+    saved = [name for name in in_base if not _is_suffix(name, modules)]
+    for key, names in (("target_modules", targets), ("modules_to_save", saved)):
         if names:
             yield f"{key} in adapter_config.json names {first(names)}, and there is no tensor of such a module"
 
 
-def _ends(modules: Iterable[str]) -> set[str]:
-    """Every module's name, and its ends behind a dot."""
+def _suffixes(modules: Iterable[str]) -> set[str]:
+    """Every module's name, and its suffixes that follow a dot."""
     parts = [module.split(".") for module in modules]
     return {".".join(part[start:]) for part in parts for start in range(len(part))}
 
 
-def _any_ends(modules: Iterable[str], end: str) -> bool:
-    return any(module.endswith(end) for module in modules)
+def _is_suffix(name: str, modules: Iterable[str]) -> bool:
+    return any(module.endswith(name) for module in modules)
 
 
 def _tie(
-    parts: Mapping[str, ModulePlan], found: Mapping[str, ModuleTensors], base: BaseSignature
+    parts: Mapping[str, ModulePlan], modules: Mapping[str, ModuleTensors], base: BaseSignature
 ) -> Mapping[str, ModulePlan]:
-    """What PEFT does to a tied head with the embedding: rows of tokens, and a weight written into the base's own."""
+    """Apply the embedding's change to a tied head, as PEFT does: rows of tokens, and a weight of the base itself."""
     tied = dict(parts)
     for head, source in base.tied.items():
         pair = {name: tied.get(name, ModulePlan(base.modules[name])) for name in (source, head)}
         if pair[source].tokens is not None and pair[head].tokens is None:
             tied[head] = replace(pair[head], tokens=pair[source].tokens)
-        written = [pair[name].own["weight"] for name in pair if name in found and "weight" in found[name].base]
+        written = [pair[name].own["weight"] for name in pair if name in modules and "weight" in modules[name].base]
         for name, part in pair.items():
-            saved = "weight" in part.own and "weight" not in found[name].base
+            saved = "weight" in part.own and "weight" not in modules[name].base
             if written and not saved:
                 tied[name] = replace(part, own={**part.own, "weight": written[-1]})
     return tied
