@@ -35,6 +35,7 @@ class LoRABank:
         self._bytes: dict[str, int] = {}
         self._max_bytes = max_bytes
         self._num_replaced = 0
+        self._is_closed = False
         backend.limit(max_bytes)
 
     @property
@@ -62,8 +63,9 @@ class LoRABank:
     def add(self, digest: str, weights: LoRAWeights) -> int:
         """Make an adapter usable; the bytes that it takes. One that is there already is no error.
 
-        Where it fails, nothing of it is left.
+        Where it fails, nothing of it is left. After ``close`` it raises ``IntegrityError``.
         """
+        ensure(not self._is_closed, "no adapter can be added: the base was closed, or has a new runner")
         self._finish_removals()
         if digest in self._digests:
             return self._bytes[digest]
@@ -146,10 +148,12 @@ class LoRABank:
         self.backend.detach(name)
         del self._layers[name]
 
-    def unwrap_all(self) -> None:
-        """Put every module of the base back; the bank is of no use afterwards."""
-        for name in list(self._layers):
-            self._unwrap(name)
+    def close(self) -> None:
+        """Remove all adapters, so that every module of the base is back; none can be added any more."""
+        self._is_closed = True
+        self._leaving |= self._digests
+        self._digests.clear()
+        self._finish_removals()
 
     def _replace(self, name: str, module: nn.Module) -> None:
         self._num_replaced += 1

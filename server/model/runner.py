@@ -20,7 +20,7 @@ from server.model.fused_ops import last_units
 from server.model.kv_cache import AttentionMetadata, KVCache, LayerShape, slots_and_positions
 from server.model.loader import Base
 from server.model.patches import ModelPatches
-from server.quantization.int8_modules import linears_with_deltas
+from server.quantization.int8_modules import Int8Linear, linears_with_deltas
 from server.sequence import Batch, Segment
 
 if TYPE_CHECKING:
@@ -55,12 +55,12 @@ class ModelRunner:
         self.bank = LoRABank(
             model, _lora_backend(model, groups, max_seqs=num_slots, kernels=kernels), max_bytes=adapter_memory
         )
-        patches.on_undo(self.bank.unwrap_all)
+        patches.on_undo(self.bank.close)
         dtype = model.dtype if kv_dtype is None else kv_dtype
         cache = KVCache(shapes, num_slots=num_slots, max_len=max_len, dtype=dtype, device=model.device)
         attention.backend = attention_backend(cache)
         self.graphs: GraphRunner | None = None
-        if kernels.records_layers:
+        if kernels.records_layers and attention.backend.is_recordable:
             from server.model.layer_graphs import GraphRunner
 
             self.graphs = GraphRunner(model, attention, self.bank, kernels, patches)
@@ -116,14 +116,24 @@ class ModelRunner:
             self.graphs.begin(metadata)
         if self._last_units is not None:  # which are a whole layer's greater part in a prompt
             self._last_units.only = sampled if any(segment.length > 1 for segment in segments) else None
-        output = self.model(
-            input_ids=input_ids[None],
-            position_ids=positions[None],
-            use_cache=False,
-            logits_to_keep=sampled,
-        )
+        try:
+            output = self.model(
+                input_ids=input_ids[None],
+                position_ids=positions[None],
+                use_cache=False,
+                logits_to_keep=sampled,
+            )
+        except BaseException:
+            self._forget_activations()
+            raise
         logits: torch.Tensor = output.logits[0]
         return logits, batch
+
+    def _forget_activations(self) -> None:
+        """Free what linears keep of a step that failed."""
+        for module in self.bank.base_modules.values():
+            if isinstance(module, Int8Linear):
+                module.fused.forget()
 
     def prepare(self, manifest: Manifest) -> LoRAWeights:
         """An adapter's tensors, for ``add_adapter``; any thread may call this, while steps run.

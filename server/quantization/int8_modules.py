@@ -55,6 +55,10 @@ class FusedLinear:
         assert part is not None
         return part
 
+    def forget(self) -> None:
+        """Free what is kept for parts that will not be asked for: the step has failed."""
+        self._x, self._y = None, []
+
     def gated(self, numbers: tuple[int, int], x: torch.Tensor, *, by_gelu: bool) -> torch.Tensor | None:
         """silu, or gelu, of the first linear's result times the second's, of which nothing else is kept.
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections import abc
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -17,7 +19,10 @@ from cpu_kernels.int8_weights import QMAX_16BIT_SAFE, Int8Rows
 from cpu_kernels.kernels import Kernels, choose_linear
 from cpu_kernels.linear import NO_DELTAS, FbgemmLinear, OnednnLinear, PackedLinear, choose_torch_linear
 from server.quantization.int8_modules import FusedLinear, Int8Embedding, Int8Linear, WeightDigest, join_biases
+from server.sequence import Batch, Segment, Sequence
 from tests.instruction_sets import variables_of
+from tests.model.families import build
+from tests.model.harness import GREEDY, host
 from tests.model.int8_bases import (
     LINEARS,
     assert_micro_understands,
@@ -116,7 +121,7 @@ def test_rows_are_rounded_to_the_nearest_of_254_steps() -> None:
 
 
 def product_of(
-    make: Kernels, sizes: Sequence[int], *, biases: bool = True
+    make: Kernels, sizes: abc.Sequence[int], *, biases: bool = True
 ) -> tuple[FusedLinear, list[torch.Tensor], list[torch.Tensor | None]]:
     """A product with the float weights and biases it was made of; the second linear has no bias."""
     weights = [random(size, NUM_INPUTS, seed=number) for number, size in enumerate(sizes)]
@@ -149,11 +154,33 @@ class CountingLinear:
         self.num_calls += 1
         return x @ self.weight.t()
 
-    def can_add_deltas(self, sizes: Sequence[int]) -> bool:
+    def can_add_deltas(self, sizes: abc.Sequence[int]) -> bool:
         return False
 
     def in_floats(self) -> torch.Tensor:
         return self.weight
+
+
+def test_linears_keep_nothing_of_a_step_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs that nobody asked for stayed in memory until the next step, with the input they were made of."""
+    hosted = host(build("llama"), linear=choose_linear())
+    fused = {module.fused for module in hosted.model.modules() if isinstance(module, Int8Linear)}
+    part = FusedLinear.part
+    kept: list[bool] = []
+
+    def first_part_alone(linear: FusedLinear, number: int, x: torch.Tensor) -> torch.Tensor:
+        if number > 0:
+            kept.append(any(other._x is not None for other in fused))
+            raise MemoryError("no room")
+        return part(linear, number, x)
+
+    for module in hosted.model.modules():
+        if isinstance(module, Int8Linear):
+            monkeypatch.setattr(module, "forward", partial(first_part_alone, module.fused, module.number))
+    sequence = Sequence(0, (5, 6, 7), 4, GREEDY)
+    with pytest.raises(MemoryError, match="no room"):
+        hosted.runner.run(Batch((Segment(sequence, 0, 0, 3),)))
+    assert kept == [True] and all(linear._x is None and linear._y == [] for linear in fused)
 
 
 def counting() -> tuple[CountingLinear, FusedLinear]:

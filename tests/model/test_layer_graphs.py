@@ -19,7 +19,7 @@ from server.lora.delta import LoRADelta, with_parameters
 from server.lora.weights import LoRAWeights
 from server.metrics import Metrics
 from server.model import layer_graphs
-from server.model.attention.cpu import cpu_attention
+from server.model.attention.cpu import TorchAttention, cpu_attention
 from server.model.layer_graphs import GraphRunner
 from server.model.runner import ModelRunner
 from server.sequence import Batch, LoRARequest, SamplingParams, Segment, Sequence
@@ -157,6 +157,12 @@ def test_whatever_happens_logits_are_those_of_steps_in_python(name: str, threads
     assert len(found) == len(expected) == 12
     for number, logits in found.items():
         assert torch.equal(logits, expected[number]), number
+
+
+def test_there_are_no_layer_graphs_where_torch_attends() -> None:
+    """There were, and their arena of 64 MiB with them, until the first step found that none could be recorded."""
+    hosted = host(build_from(CONFIG["llama"]), linear=choose_linear(), native=True, backend=TorchAttention)
+    assert hosted.kernels.records_layers and hosted.runner.graphs is None
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.models.llama import modeling_llama
 
 from cpu_kernels.kernels import Kernels, choose_linear
+from server.integrity import IntegrityError
 from server.lora.delta import LoRADelta
 from server.lora.weights import LoRAWeights
 from server.model import loader
@@ -201,6 +202,27 @@ def test_a_second_runner_of_a_base_finds_no_adapters_of_the_first(folder: Path) 
     assert torch.equal(found, expected)
     assert base.patches.names.count("runner") == 1
     del first, second
+
+
+@pytest.mark.parametrize("folder", ["llama"], indirect=True)
+def test_a_runner_that_was_replaced_changes_no_module_any_more(folder: Path) -> None:
+    """An adapter that it was given changed what the new runner computed."""
+    base = load(folder)
+    first = run(base)[0]
+    second, expected = run(base)
+    name = next(name for name, shape in base.signature.modules.items() if shape.kind == "linear")
+    inside, outside = base.signature.modules[name].size
+    weights = LoRAWeights({name: LoRADelta("linear", torch.ones(2, inside).t(), torch.ones(2, outside))}, 1.0)
+    before = structure(base.model)
+    with pytest.raises(IntegrityError, match="closed, or has a new runner"):
+        first.add_adapter("other", weights)
+    first.remove_adapter("digest")
+    prompt = Generation(0, tuple(range(3, 15)), 20, SamplingParams(), (LoRARequest("digest"),))
+    with pytest.raises(IntegrityError, match="not in memory"):
+        first.run(Batch((Segment(prompt, 0, 0, 12),)))
+    assert structure(base.model) == before
+    assert first.bank.num_bytes == 0
+    assert torch.equal(second.run(Batch((Segment(prompt, 0, 0, 12),)))[0], expected[:1])
 
 
 @pytest.mark.parametrize("folder", ["llama"], indirect=True)

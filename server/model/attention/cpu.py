@@ -65,6 +65,8 @@ class NativeAttention(AttentionBackend):
     or sinks.
     """
 
+    is_recordable = True
+
     def __init__(
         self,
         cache: KVCache,

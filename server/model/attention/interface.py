@@ -44,6 +44,8 @@ class AttentionBackend(ABC):
 
     max_single_rows = 1
     """A prompt chunk of at most so many rows is computed faster row by row than in one call."""
+    is_recordable = False
+    """Whether a layer graph can hold the calls for decoding rows: native kernels compute them."""
     metadata: AttentionMetadata
     """That of the latest step."""
 
