@@ -24,7 +24,7 @@ from server.adapters.content.plan import AdapterPlan
 from server.adapters.library import AdapterLibrary
 from server.adapters.reader import AdapterReader
 from server.adapters.registry import Adapter, AdapterRegistry
-from server.api.app import ServerState
+from server.api.state import ServerState
 from server.engine.async_engine import AsyncEngine
 from server.errors import EngineUnavailable, GenerationFailed, QueueFull
 from server.metrics import Metrics

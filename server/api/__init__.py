@@ -1,5 +1,5 @@
-"""Floor 6: HTTP. ``app`` has the routes, ``protocol`` validates bodies, ``completions`` has what generates.
+"""Floor 6: HTTP. ``app`` has the routes, ``protocol`` validates bodies, ``completions`` has the generating endpoints.
 
-Behind it ``generation`` puts sequences into the engine, ``active_request`` reads their outputs, and ``responses``
-writes them, whole or streamed, in a format of ``response_formats``.
+They call ``responses``: ``generation`` submits the sequences, ``active_request`` receives their outputs, which become
+a whole or streamed answer in a format of ``response_formats``.
 """

@@ -1,6 +1,6 @@
-"""Changing a running server's adapters over HTTP: vLLM's two routes, OpenAI's ``DELETE``, pins and roll-backs.
+"""Admin endpoints for adapters: vLLM's load and unload, OpenAI's ``DELETE``, pins and roll-backs.
 
-All of it is off unless an admin key is set, and wants that key as ``Authorization: Bearer``.
+They are off unless an admin key is set, and need that key as ``Authorization: Bearer``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ router = APIRouter()
 
 
 async def _operator(request: Request, state: State) -> AdapterOperator:
-    """Who may do this. Raises ``AdminOff`` or ``InvalidKey``; keys are compared by their digests, in constant time."""
+    """Authorize the request. Raises ``AdminOff`` or ``InvalidKey``; digests of keys are compared in constant time."""
     if state.operator is None or state.admin_key_digest is None:
         raise AdminOff
     scheme, _, key = request.headers.get("authorization", "").partition(" ")
@@ -38,7 +38,7 @@ class _Body(BaseModel):
 
 
 class LoadRequest(_Body):
-    """As vLLM names it; ``lora_path`` is inside the adapter folder."""
+    """vLLM's body; ``lora_path`` is inside the adapter folder."""
 
     lora_name: str = Field(min_length=1, max_length=128)
     lora_path: str = Field(min_length=1, max_length=4096)
@@ -46,27 +46,27 @@ class LoadRequest(_Body):
 
 
 class UnloadRequest(_Body):
-    """As vLLM names it."""
+    """vLLM's body."""
 
     lora_name: str = Field(min_length=1, max_length=128)
 
 
 class PinRequest(_Body):
-    """A version to be held at; without one, the adapter is kept in memory."""
+    """The version to pin; without it, the adapter is pinned in memory."""
 
     version: str | None = Field(None, pattern=r"^[0-9a-f]{4,64}$")
 
 
 @router.post("/v1/load_lora_adapter")
 async def load_lora_adapter(operator: Operator, body: LoadRequest) -> dict[str, Any]:
-    """Serve a folder under a name, and load it."""
+    """Load a folder and serve it under a name."""
     adapter = await operator.load(body.lora_name, body.lora_path, in_place=body.load_inplace)
     return {"message": f"The adapter '{body.lora_name}' is loaded.", "adapter": adapter.label}
 
 
 @router.post("/v1/unload_lora_adapter")
 async def unload_lora_adapter(operator: Operator, body: UnloadRequest) -> dict[str, Any]:
-    """Serve a name no more; requests that run on it finish."""
+    """Stop serving a name; its running requests finish."""
     await operator.unload(body.lora_name)
     return {"message": f"The adapter '{body.lora_name}' is unloaded."}
 
@@ -80,20 +80,20 @@ async def delete_model(operator: Operator, model: str) -> dict[str, Any]:
 
 @router.post("/v1/models/{model}/pin")
 async def pin(operator: Operator, model: str, body: PinRequest) -> dict[str, Any]:
-    """Hold a name at a version, or keep it in memory."""
+    """Pin a name to a version, or pin its adapter in memory."""
     adapter = await operator.pin(model, body.version)
     return {"id": model, "pinned": "in memory" if adapter is None else adapter.label}
 
 
 @router.post("/v1/models/{model}/unpin")
 async def unpin(operator: Operator, model: str) -> dict[str, Any]:
-    """Let a name follow its folder again."""
+    """Remove the pins of a name, which then follows its folder again."""
     await operator.unpin(model)
     return {"id": model, "pinned": None}
 
 
 @router.post("/v1/models/{model}/rollback")
 async def rollback(operator: Operator, model: str) -> dict[str, Any]:
-    """Hold a name at the version before the one it serves."""
+    """Pin a name to the version before the current one."""
     adapter = await operator.rollback(model)
     return {"id": model, "pinned": adapter.label}

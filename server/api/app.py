@@ -1,6 +1,6 @@
-"""The application: its routes, error handlers and middleware, and what operators and their machines ask.
+"""The application: routes, error handlers, middleware, and the endpoints for operators.
 
-An endpoint is a module with a ``router``, and its name in ``create_app``.
+An endpoint is a module with a ``router``, which ``create_app`` includes.
 """
 
 from __future__ import annotations
@@ -15,15 +15,13 @@ from server.api.errors import install_error_handlers
 from server.api.middleware import RequestMiddleware
 from server.api.state import ServerState, State
 
-__all__ = ["ServerState", "create_app"]
-
 operations = APIRouter()
 
 
 def create_app(state: ServerState, *, lifespan: Lifespan[FastAPI] | None = None) -> FastAPI:
     """The ASGI application over an engine, which ``lifespan`` may start and stop.
 
-    No documentation pages: FastAPI's load scripts from elsewhere.
+    FastAPI's documentation pages are off, because they load scripts from the internet.
     """
     app = FastAPI(title="Quickchange", version=state.version, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.server = state
@@ -36,7 +34,7 @@ def create_app(state: ServerState, *, lifespan: Lifespan[FastAPI] | None = None)
 
 @operations.get("/health")
 async def health(state: State) -> Response:
-    """200 while the engine lives, else 503."""
+    """200 while the engine is alive, else 503."""
     if state.engine.alive:
         return JSONResponse({"status": "ok"})
     return JSONResponse({"status": "engine stopped"}, status_code=503)
@@ -44,7 +42,7 @@ async def health(state: State) -> Response:
 
 @operations.get("/metrics")
 async def metrics(http: Request, state: State) -> Response:
-    """Prometheus' text, or OpenMetrics for those who accept it."""
+    """Prometheus' text format, or OpenMetrics if the client accepts it."""
     encode, content_type = choose_encoder(http.headers.get("accept", ""))
     return Response(encode(state.metrics.registry), headers={"content-type": content_type})
 

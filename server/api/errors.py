@@ -1,7 +1,7 @@
-"""From facts to HTTP: the only place that knows which error has which status, type and code.
+"""Errors as HTTP: the only place that knows the status, type and code of each error.
 
-Bodies are OpenAI's envelope, ``{"error": {"message", "type", "param", "code"}}``, and come from one function, whether
-they are a response or an event in a stream. Nothing of the request is repeated but the names of fields.
+Bodies are OpenAI's envelope, ``{"error": {"message", "type", "param", "code"}}``, made by one function for responses
+and for stream events. Of the request they repeat names of fields only.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ _CLIENT_CLOSED_REQUEST = 499
 
 
 class ClientGone(Exception):
-    """Nobody waits for the response any more."""
+    """The client disconnected before its response was complete."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """How a class of errors is answered; ``retry_after`` is in seconds."""
+class ErrorReply:
+    """The reply to a class of errors; ``retry_after`` is in seconds."""
 
     status: int
     type: str
@@ -56,20 +56,20 @@ class Row:
     retry_after: int | None = None
 
 
-INTERNAL = Row(500, _SERVER, "internal_error")
-ROWS: Mapping[type[QuickchangeError], Row] = {
-    InvalidRequest: Row(400, _CLIENT, "invalid_value"),
-    UnsupportedParameter: Row(400, _CLIENT, "unsupported_parameter"),
-    ContextLengthExceeded: Row(400, _CLIENT, "context_length_exceeded"),
-    ModelNotFound: Row(404, _CLIENT, "model_not_found"),
-    InvalidKey: Row(401, _CLIENT, "invalid_api_key"),
-    AdminOff: Row(403, _CLIENT, "admin_off"),
-    QueueFull: Row(503, _BUSY, "server_overloaded", retry_after=1),
-    AdapterPending: Row(503, _BUSY, "adapter_pending", retry_after=1),
-    AdapterNotLoaded: Row(503, _BUSY, "adapter_not_loaded", retry_after=5),
-    EngineUnavailable: Row(503, _BUSY, "engine_unavailable", retry_after=5),
-    GenerationFailed: Row(500, _SERVER, "generation_failed"),
-    AdapterRejected: Row(400, _CLIENT, "adapter_rejected"),
+INTERNAL = ErrorReply(500, _SERVER, "internal_error")
+ERROR_REPLIES: Mapping[type[QuickchangeError], ErrorReply] = {
+    InvalidRequest: ErrorReply(400, _CLIENT, "invalid_value"),
+    UnsupportedParameter: ErrorReply(400, _CLIENT, "unsupported_parameter"),
+    ContextLengthExceeded: ErrorReply(400, _CLIENT, "context_length_exceeded"),
+    ModelNotFound: ErrorReply(404, _CLIENT, "model_not_found"),
+    InvalidKey: ErrorReply(401, _CLIENT, "invalid_api_key"),
+    AdminOff: ErrorReply(403, _CLIENT, "admin_off"),
+    QueueFull: ErrorReply(503, _BUSY, "server_overloaded", retry_after=1),
+    AdapterPending: ErrorReply(503, _BUSY, "adapter_pending", retry_after=1),
+    AdapterNotLoaded: ErrorReply(503, _BUSY, "adapter_not_loaded", retry_after=5),
+    EngineUnavailable: ErrorReply(503, _BUSY, "engine_unavailable", retry_after=5),
+    GenerationFailed: ErrorReply(500, _SERVER, "generation_failed"),
+    AdapterRejected: ErrorReply(400, _CLIENT, "adapter_rejected"),
     BaseModelRefused: INTERNAL,
     SettingsError: INTERNAL,
     StartFailed: INTERNAL,
@@ -97,14 +97,13 @@ _BELOW, _ABOVE = ("greater_than", "greater_than_equal"), ("less_than", "less_tha
 
 @dataclass(frozen=True)
 class Reply:
-    """An error as it goes out."""
+    """An error as status, body and headers."""
 
     status: int
     body: dict[str, Any]
     headers: dict[str, str] = field(default_factory=dict)
 
     def response(self) -> Response:
-        """As an answer of its own."""
         return JSONResponse(self.body, self.status, self.headers)
 
 
@@ -114,27 +113,27 @@ def error_body(message: str, *, type: str, code: str | None, param: str | None =
 
 
 def reply_to(error: Exception, *, request_id: str) -> Reply:
-    """How any error is answered. What is a bug, or the server's own trouble, is told by its request id alone."""
-    row = ROWS.get(type(error), INTERNAL) if isinstance(error, QuickchangeError) else INTERNAL
-    code = error.code if isinstance(error, InvalidRequest) else row.code
+    """The reply to any error. A status of 500 tells the request id only, not what went wrong."""
+    kind = ERROR_REPLIES.get(type(error), INTERNAL) if isinstance(error, QuickchangeError) else INTERNAL
+    code = error.code if isinstance(error, InvalidRequest) else kind.code
     param = error.param if isinstance(error, RequestError) else None
     message = str(error)
-    if row.status == INTERNAL.status:
+    if kind.status == INTERNAL.status:
         message = f"The server failed to answer this request. Its id in the server's log is {request_id}."
-    headers = {} if row.retry_after is None else {"Retry-After": str(row.retry_after)}
-    if row.status == 500:
-        headers["x-should-retry"] = "false"  # OpenAI's clients would send what failed twice more
-    return Reply(row.status, error_body(message, type=row.type, code=code, param=param), headers)
+    headers = {} if kind.retry_after is None else {"Retry-After": str(kind.retry_after)}
+    if kind.status == 500:
+        headers["x-should-retry"] = "false"  # OpenAI's clients would repeat the request twice
+    return Reply(kind.status, error_body(message, type=kind.type, code=code, param=param), headers)
 
 
 def http_reply(status: int, headers: Mapping[str, str] | None = None) -> Reply:
-    """How a bare HTTP status is answered."""
+    """The reply to an HTTP status without an error of ours."""
     code, message = _HTTP_CODES.get(status, (None, "The request cannot be served."))
     return Reply(status, error_body(message, type=_CLIENT, code=code), dict(headers or {}))
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Make every error of the application an envelope, but for bugs, which the outermost middleware answers."""
+    """Give every error of the application a reply; ``RequestMiddleware`` replies to bugs."""
     app.add_exception_handler(QuickchangeError, _on_known_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_body)
     app.add_exception_handler(HTTPException, _on_http_error)
@@ -163,7 +162,7 @@ async def _on_client_gone(request: Request, error: Exception) -> Response:
 
 
 def invalid_request(detail: Mapping[str, Any]) -> InvalidRequest:
-    """Pydantic's first complaint in OpenAI's words."""
+    """One of pydantic's validation errors as OpenAI's message, param and code."""
     context = detail.get("ctx", {})
     param = param_path([*detail["loc"], *([context["field"]] if "field" in context else [])])
     if detail["type"] == "json_invalid" or param is None:

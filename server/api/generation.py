@@ -1,11 +1,11 @@
-"""From a body to sequences in the engine: the lease, and what the request, the adapter and the base say of sampling."""
+"""From a body to sequences in the engine: lease, sampling parameters and limits, and submission."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import AsyncIterator, Iterable
 from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
 from fastapi import Request
@@ -25,7 +25,7 @@ Number = TypeVar("Number", int, float)
 
 @dataclass(frozen=True)
 class Prompts:
-    """Token ids of each prompt, the tokenizer of the answers, and the field of the body that the prompts are from."""
+    """Token ids of each prompt, the renderer with the tokenizer, and the field of the body that has the prompts."""
 
     ids: list[list[int]]
     renderer: PromptRenderer
@@ -34,10 +34,9 @@ class Prompts:
 
 @asynccontextmanager
 async def leased(body: GenerationRequest, state: ServerState) -> AsyncIterator[tuple[Lease | None, GenerationDefaults]]:
-    """The adapters that ``model`` names, in memory, and the defaults of what the request leaves open.
+    """A lease of the adapters that ``model`` names, None for the base, and the generation defaults.
 
-    The lease is released here only where something is raised inside. Raises every error that is known before prompts
-    are rendered.
+    The lease is released here only if the block raises. Raises every error that can be found before rendering.
     """
     check_token_ids(body, state.prompts.vocab_size)
     state.engine.check_capacity(body.num_prompts * body.n)
@@ -106,7 +105,7 @@ def submit(
 
 
 def cache_namespace(authorization: str | None, cache_salt: str | None) -> bytes:
-    """A digest of the key that was presented, if any, and of the salt. Neither can be had back from it.
+    """A digest of the request's API key, if any, and of its salt.
 
     KV prefixes are shared only within a namespace, so that timing cannot reveal another client's prompts.
     """
@@ -118,15 +117,19 @@ def cache_namespace(authorization: str | None, cache_salt: str | None) -> bytes:
 
 
 def overlay(defaults: GenerationDefaults, below: GenerationDefaults) -> GenerationDefaults:
-    """``defaults``, and ``below`` where they say nothing; what ends an answer of both."""
-    chosen = {item.name: getattr(defaults, item.name) for item in fields(GenerationDefaults)}
-    filled = {name: getattr(below, name) if value is None else value for name, value in chosen.items()}
-    ends = {name: (*getattr(defaults, name), *getattr(below, name)) for name in ("stop", "end_tokens", "eos")}
-    return GenerationDefaults(**{**filled, **ends})
+    """``defaults`` with unset values of ``below``, and with stop strings and end tokens of both."""
+    unset = [field.name for field in fields(GenerationDefaults) if getattr(defaults, field.name) is None]
+    return replace(
+        defaults,
+        stop=(*defaults.stop, *below.stop),
+        end_tokens=(*defaults.end_tokens, *below.end_tokens),
+        eos=(*defaults.eos, *below.eos),
+        **{name: getattr(below, name) for name in unset},
+    )
 
 
 def sampling_params(request: GenerationRequest, defaults: GenerationDefaults, *, index: int) -> SamplingParams:
-    """How answer ``index`` of a prompt is sampled; each of several answers has a seed of its own."""
+    """Sampling parameters of answer ``index`` of a prompt; each answer has a seed of its own."""
     top_k = _first(request.top_k, defaults.top_k, 0)
     return SamplingParams(
         temperature=float(_first(request.temperature, defaults.temperature, 1.0)),
@@ -140,14 +143,14 @@ def sampling_params(request: GenerationRequest, defaults: GenerationDefaults, *,
 
 
 def stop_strings(request: GenerationRequest, defaults: GenerationDefaults) -> tuple[str, ...]:
-    """The request's stop strings and the adapter's, each once."""
+    """The stop strings of request and adapter without duplicates."""
     return tuple(dict.fromkeys([*(request.stop or ()), *defaults.stop]))
 
 
 def end_ids(defaults: GenerationDefaults, stop: Iterable[str], prompts: PromptRenderer) -> frozenset[int]:
-    """Tokens that end an answer beside the base's: the adapter's, and stop strings that are special tokens.
+    """End tokens beside the base's: the adapter's, and stop strings that are special tokens.
 
-    A special token has no text in an answer, so that as a stop string it would never be seen.
+    A special token has no text in an answer, so the detokenizer cannot find it as a stop string.
     """
     ids = [prompts.token_id(text) for text in stop]
     ids += [prompts.end_token_id(token) for token in (*defaults.end_tokens, *defaults.eos)]
@@ -155,25 +158,25 @@ def end_ids(defaults: GenerationDefaults, stop: Iterable[str], prompts: PromptRe
 
 
 def check_token_ids(request: GenerationRequest, vocab_size: int) -> None:
-    """Raises ``InvalidRequest`` where a request names a token that the base does not have."""
+    """Raises ``InvalidRequest`` if a request names a token id that the base does not have."""
     biased = [token for token, _ in request.logit_bias or ()]
     for param, token_ids in (("logit_bias", biased), ("stop_token_ids", request.stop_token_ids or ())):
-        beyond = [token for token in token_ids if token >= vocab_size]
-        if beyond:
+        unknown = [token for token in token_ids if token >= vocab_size]
+        if unknown:
             raise InvalidRequest(
-                f"Invalid '{param}': token ids should be below {vocab_size}, and {beyond[0]} is not.", param=param
+                f"Invalid '{param}': token ids should be below {vocab_size}, and {unknown[0]} is not.", param=param
             )
 
 
 def completion_length(
     prompt_tokens: int, *, asked: int | None, default: int, limit: int, param: str = "messages"
 ) -> int:
-    """Tokens a completion may have. Raises ``ContextLengthExceeded`` if it does not fit behind the prompt."""
-    room = limit - prompt_tokens
-    wanted = asked if asked is not None else max(1, min(default, room))
-    if wanted > room:
-        raise ContextLengthExceeded(limit=limit, prompt_tokens=prompt_tokens, completion_tokens=wanted, param=param)
-    return wanted
+    """Maximum tokens of a completion. Raises ``ContextLengthExceeded`` if it does not fit behind the prompt."""
+    available = limit - prompt_tokens
+    length = max(1, min(default, available)) if asked is None else asked
+    if length > available:
+        raise ContextLengthExceeded(limit=limit, prompt_tokens=prompt_tokens, completion_tokens=length, param=param)
+    return length
 
 
 def _first(asked: Number | None, default: Number | None, otherwise: Number) -> Number:

@@ -1,4 +1,4 @@
-"""The outermost layer that is ours: request ids, limits on bodies, counted errors, and the response to bugs."""
+"""Outermost middleware: request ids, limits on bodies, metrics of errors, and the response to bugs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 class RequestMiddleware:
-    """Pure ASGI middleware: it neither buffers nor wraps what streams through it."""
+    """Pure ASGI middleware, which does not buffer responses."""
 
     def __init__(self, app: ASGIApp, *, metrics: Metrics, max_body_bytes: int = MAX_BODY_BYTES) -> None:
         self._app = app
@@ -29,14 +29,15 @@ class RequestMiddleware:
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, if it may pass."""
+        """Refuse the request by its headers, or pass it on."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
         exchange = _HttpExchange(_request_id(headers), self._metrics, receive, send, self._max_body_bytes)
         scope.setdefault("state", {}).update(request_id=exchange.request_id, arrived=time.perf_counter())
-        if (status := self._refusal(scope, headers)) is not None:
+        status = self._refusal(scope, headers)
+        if status is not None:
             await http_reply(status).response()(scope, receive, exchange.send)
             return
         try:
@@ -49,7 +50,7 @@ class RequestMiddleware:
             await reply.response()(scope, receive, exchange.send)
 
     def _refusal(self, scope: Scope, headers: Headers) -> int | None:
-        """The status with which a request is refused by its headers alone."""
+        """The HTTP status if the request is refused by its headers alone."""
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length[:20]) > self._max_body_bytes:
             return 413
@@ -61,7 +62,7 @@ class RequestMiddleware:
 
 
 class _HttpExchange:
-    """One request and its response, as they pass."""
+    """``receive`` and ``send`` of one request."""
 
     def __init__(self, request_id: str, metrics: Metrics, receive: Receive, send: Send, max_body_bytes: int) -> None:
         self.request_id = request_id
@@ -72,7 +73,7 @@ class _HttpExchange:
         self._bytes_left = max_body_bytes
 
     async def receive(self) -> Message:
-        """Count the body, whose length need not be announced."""
+        """Limit the size of the body, which may come without a content length."""
         message = await self._receive()
         self._bytes_left -= len(message.get("body", b""))
         if self._bytes_left < 0:
@@ -80,7 +81,7 @@ class _HttpExchange:
         return message
 
     async def send(self, message: Message) -> None:
-        """Add the id, and count what is refused."""
+        """Add the request id, and count errors."""
         if message["type"] == "http.response.start":
             self.started = True
             MutableHeaders(scope=message)["x-request-id"] = self.request_id

@@ -19,27 +19,29 @@ router = APIRouter()
 
 @router.get("/v1/models")
 async def list_models(state: State) -> dict[str, Any]:
-    """The base first, then the adapters by name, then the aliases."""
+    """The base, then the adapters by name, then the aliases."""
     adapters = [_adapter(entry, state) for entry in state.adapters.registry]
     aliases = [_alias(name, state) for name in sorted(state.adapters.aliases)]
-    return {"object": "list", "data": [_base(state), *adapters, *[alias for alias in aliases if alias is not None]]}
+    shown_aliases = [alias for alias in aliases if alias is not None]
+    return {"object": "list", "data": [_base(state), *adapters, *shown_aliases]}
 
 
 @router.get("/v1/models/{model:path}")
 async def get_model(model: str, state: State) -> dict[str, Any]:
-    """One of them, with all that is known of it."""
+    """One model; an adapter with all details."""
     if model == state.base_name:
         return _base(state)
     if model in state.adapters.registry:
         entry = state.adapters.registry.get(model)
         return _adapter(entry, state) | _details(entry, state)
-    if (alias := _alias(model, state)) is not None:
+    alias = _alias(model, state)
+    if alias is not None:
         return alias
     raise state.adapters.not_found(model)
 
 
 def state_of(adapter: Adapter | None, state: ServerState) -> str:
-    """``unverified`` until its bytes were hashed, then ``ready``, ``loading`` or ``resident``."""
+    """``unverified`` until its files are hashed, then ``ready``, ``loading`` or ``resident``."""
     if adapter is None:
         return "unverified"
     return state.adapters.cache.state(adapter.weights_digest) or "ready"
@@ -50,10 +52,10 @@ def _base(state: ServerState) -> dict[str, Any]:
 
 
 def _adapter(entry: Entry, state: ServerState) -> dict[str, Any]:
-    known = _model(entry.name, created=entry.listing.created, root=entry.listing.path.name, parent=state.base_name)
+    model = _model(entry.name, created=entry.listing.created, root=entry.listing.path.name, parent=state.base_name)
     served, sidecar = entry.served, entry.listing.sidecar
     verdict = None if sidecar is None else sidecar.verdict
-    return known | {
+    return model | {
         "digest": None if served is None else served.version_digest,
         "state": state_of(served, state),
         "base_check": entry.listing.base_check,
@@ -62,7 +64,7 @@ def _adapter(entry: Entry, state: ServerState) -> dict[str, Any]:
 
 
 def _alias(name: str, state: ServerState) -> dict[str, Any] | None:
-    """An alias, unless an adapter or the base has its name."""
+    """An alias; None if there is none, or an adapter or the base has its name."""
     alias = state.adapters.aliases.get(name)
     if alias is None or name in state.adapters.registry or name == state.base_name:
         return None
@@ -92,12 +94,12 @@ def _details(entry: Entry, state: ServerState) -> dict[str, Any]:
 
 
 def _checks(sidecar: Sidecar | None) -> dict[str, Any]:
-    """What the trainer's verdict rests on."""
+    """The checks behind the trainer's verdict."""
     return {} if sidecar is None or sidecar.verdict is None else sidecar.verdict.model_dump()["checks"]
 
 
 def _shown_defaults(defaults: GenerationDefaults, base_template: str | None) -> dict[str, Any]:
-    """The defaults that an adapter sets; of its chat template only whose it is."""
+    """The generation defaults that an adapter sets; of its chat template only whether it is the base's."""
     shown = {item.name: getattr(defaults, item.name) for item in fields(defaults)}
     if defaults.chat_template is not None:
         shown["chat_template"] = "the base's" if defaults.chat_template == base_template else "its own"

@@ -1,4 +1,4 @@
-"""Bodies of requests, field by field. A field that is not here, and would change the answer, is refused by name."""
+"""Request bodies. An unknown field, or one that would change the answer but is not supported, is refused by name."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MAX_TOKEN_IDS = 1024
 MAX_BIAS = 100
 MAX_CHAT_LOGPROBS, MAX_COMPLETION_LOGPROBS = 20, 5
 
-# No effect on the answer of this server, whatever the value.
+# Accepted with any value: they have no effect on the answer.
 IGNORED = frozenset(
     {
         "metadata",
@@ -42,7 +42,7 @@ IGNORED = frozenset(
         "verbosity",
     }
 )
-# Not honoured; accepted only with a value that asks for nothing.
+# Not supported: accepted only with a value that has no effect.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
     "best_of": (1,),
@@ -130,7 +130,7 @@ def _parse_biases(value: object) -> tuple[tuple[int, float], ...]:
 
 def _parse_bias(key: object, bias: object) -> tuple[int, float]:
     if not isinstance(key, str) or re.fullmatch(r"0|[1-9][0-9]{0,9}", key) is None:
-        raise PydanticCustomError("token_id", "its keys should be token ids, and {key} is none", {"key": _shown(key)})
+        raise PydanticCustomError("token_id", "its keys should be token ids, and {key} is not", {"key": _shown(key)})
     if isinstance(bias, bool) or not isinstance(bias, int | float) or not -MAX_BIAS <= bias <= MAX_BIAS:
         message = f"the bias of token {key} should be a number from -{MAX_BIAS} to {MAX_BIAS}"
         raise PydanticCustomError("bias", message)
@@ -151,13 +151,13 @@ StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH), Aft
 
 @dataclass(frozen=True)
 class Processed:
-    """Marks a field whose value is for the logits processor of the same name, unless it is ``neutral``."""
+    """Marks a field as the value of the logits processor of the same name; ``neutral`` turns it off."""
 
     neutral: object
 
 
 class _Strict(BaseModel):
-    """JSON types are taken at their word, ``null`` means absent, and unknown fields are refused."""
+    """JSON types are not converted, ``null`` means absent, and unknown fields are refused."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
     ignored: ClassVar[frozenset[str]] = frozenset()
@@ -165,7 +165,7 @@ class _Strict(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_what_asks_for_nothing(cls, raw: object) -> object:
+    def _drop_fields_without_effect(cls, raw: object) -> object:
         if not isinstance(raw, dict):
             raise PydanticCustomError("object_type", "it should be a JSON object")
         present = {key: value for key, value in raw.items() if value is not None and key not in cls.ignored}
@@ -173,21 +173,21 @@ class _Strict(BaseModel):
 
 
 class TextPart(_Strict):
-    """One text among the parts of a message's content."""
+    """A text part of a message's content."""
 
     type: Literal["text"]
     text: Text
 
 
 class FunctionCall(_Strict):
-    """What an assistant called; ``arguments`` is JSON in a string."""
+    """The function of a tool call; ``arguments`` is JSON in a string."""
 
     name: Text
     arguments: Text
 
 
 class ToolCall(_Strict):
-    """A call in an earlier turn of the assistant."""
+    """A tool call in an earlier turn of the assistant."""
 
     id: Text
     type: Literal["function"]
@@ -221,7 +221,7 @@ class Message(_Strict):
 
 
 class StreamOptions(_Strict):
-    """How a stream is to look."""
+    """Options of a stream."""
 
     ignored = frozenset({"include_obfuscation"})
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {"continuous_usage_stats": (False,)}
@@ -230,7 +230,7 @@ class StreamOptions(_Strict):
 
 
 class GenerationRequest(_Strict):
-    """What chat and completions have in common."""
+    """The fields that chat and completions share."""
 
     ignored = IGNORED
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = NEUTRAL
@@ -258,7 +258,7 @@ class GenerationRequest(_Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_what_is_not_honoured(cls, raw: object) -> object:
+    def _refuse_unsupported_fields(cls, raw: object) -> object:
         if isinstance(raw, dict):
             for field, neutral in cls.neutral.items():
                 value = raw.get(field)
@@ -283,7 +283,7 @@ class GenerationRequest(_Strict):
 
     @property
     def processors(self) -> tuple[tuple[str, Any], ...]:
-        """Names and values of the logits processors that the request asks for."""
+        """Names and values of the requested logits processors."""
         asked = []
         for name, mark in processed_fields().items():
             value = getattr(self, name)
@@ -293,17 +293,17 @@ class GenerationRequest(_Strict):
 
     @property
     def num_logprobs(self) -> int | None:
-        """How many of the likeliest tokens are told with each token; None where no log probabilities are."""
+        """Number of most likely tokens to return with each token; None without log probabilities."""
         raise NotImplementedError
 
     @property
     def num_prompts(self) -> int:
-        """Prompts in the request, each of which is answered ``n`` times."""
+        """Prompts of the request; each gets ``n`` answers."""
         return 1
 
     @property
     def max_completion(self) -> int | None:
-        """Tokens the client allows for each answer, if it says so."""
+        """The requested maximum of tokens of each answer."""
         return self.max_tokens
 
     @property
@@ -330,12 +330,12 @@ class ChatRequest(GenerationRequest):
 
     @property
     def num_logprobs(self) -> int | None:
-        """``top_logprobs``, where ``logprobs`` are asked for."""
+        """``top_logprobs`` if ``logprobs`` is true."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def max_completion(self) -> int | None:
-        """The newer name wins."""
+        """``max_completion_tokens``, the newer name, before ``max_tokens``."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
@@ -356,7 +356,7 @@ class CompletionRequest(GenerationRequest):
 
     @property
     def num_logprobs(self) -> int | None:
-        """``logprobs`` is the number, and 0 asks for those of the tokens themselves."""
+        """``logprobs`` is the number; 0 asks for the chosen tokens alone."""
         return self.logprobs
 
     @property
@@ -366,6 +366,10 @@ class CompletionRequest(GenerationRequest):
 
 @cache
 def processed_fields() -> dict[str, Processed]:
-    """The fields of a request that are for logits processors."""
-    fields = GenerationRequest.model_fields.items()
-    return {name: mark for name, field in fields for mark in field.metadata if isinstance(mark, Processed)}
+    """The fields that are values of logits processors."""
+    marks = {}
+    for name, field in GenerationRequest.model_fields.items():
+        for mark in field.metadata:
+            if isinstance(mark, Processed):
+                marks[name] = mark
+    return marks

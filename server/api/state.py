@@ -1,4 +1,4 @@
-"""What every endpoint may use: built once in ``__main__``, found again through the application."""
+"""The state of a running server, built once at start-up, which endpoints get from the application."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from server.text.prompt import PromptRenderer
 class ServerState:
     """The parts of a running server.
 
-    ``base_defaults`` come from the base's own generation config; ``operator`` is there where an admin key is set.
+    ``base_defaults`` come from the base's generation config; ``operator`` is None unless an admin key is set.
     """
 
     base_name: str

@@ -23,7 +23,8 @@ from transformers import GenerationConfig
 
 from server.adapters.content.generation_defaults import GenerationDefaults
 from server.adapters.watcher import AdapterWatcher
-from server.api.app import ServerState, create_app
+from server.api.app import create_app
+from server.api.state import ServerState
 from server.cli.adapter_services import build_adapter_services
 from server.cli.folders import user_cache
 from server.engine.async_engine import AsyncEngine

@@ -1,1 +1,1 @@
-"""Floors 1 and 2: text in and out. ``prompt`` makes token ids of messages, ``detokenizer`` makes text of token ids."""
+"""Floors 1 and 2: ``prompt`` renders messages to token ids, ``detokenizer`` turns token ids into text."""

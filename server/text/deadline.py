@@ -1,4 +1,4 @@
-"""An end to work that might not end by itself: an exception raised in the thread that does it."""
+"""A time limit on Python code: an exception raised in the thread that runs it."""
 
 from __future__ import annotations
 
@@ -9,26 +9,28 @@ from collections.abc import Iterator
 
 
 class DeadlineExceeded(BaseException):
-    """The work took too long, and was broken off.
+    """The time limit was exceeded.
 
-    No ``Exception``: jinja2 takes those that come while it folds constants for a sign that they are none, and goes on.
+    Not an ``Exception``, because jinja2 catches those while it folds constants, and continues.
     """
 
 
 @contextlib.contextmanager
 def deadline(seconds: float) -> Iterator[None]:
-    """Break off Python code of this thread after ``seconds``; a single call into C is not interrupted.
+    """Interrupt Python code of this thread after ``seconds``; a single call into C is not interrupted.
 
     Raises ``DeadlineExceeded``. Source: ``PyThreadState_SetAsyncExc`` in Python's C API.
     """
-    thread, lock, over = threading.get_ident(), threading.Lock(), False
+    thread = threading.get_ident()
+    lock = threading.Lock()
+    over = False
 
-    def break_off() -> None:
+    def interrupt() -> None:
         with lock:
             if not over:
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(DeadlineExceeded))
 
-    timer = threading.Timer(seconds, break_off)
+    timer = threading.Timer(seconds, interrupt)
     timer.daemon = True
     timer.start()
     try:

@@ -1,4 +1,4 @@
-"""Token ids to text, one by one: whole characters only, and nothing that may turn out to be a stop string."""
+"""Streaming detokenization: whole characters only, and no text that may become a stop string."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _MAX_WINDOW, _KEPT_WINDOW = 16, 8
 
 
 class TokenStart(NamedTuple):
-    """A token, and the character of the sequence's text with which its own begins, counted from 0.
+    """A token, and the index of its first character in the sequence's text.
 
-    Tokens that share a character begin with it, and so does a token without text with what follows it.
+    Tokens that share a character start at its index; a token without text starts at the index of the text behind it.
     """
 
     token: SampledToken
@@ -23,10 +23,10 @@ class TokenStart(NamedTuple):
 
 
 class TextPiece(NamedTuple):
-    """Text that may be shown, and the tokens that it is made of: those of which it shows the first character.
+    """Final text, and its tokens: those whose first character it contains.
 
-    With the text of all pieces end to end come all tokens in their order, each once; the last one may go on beyond the
-    beginning of a stop string.
+    All pieces of a sequence together have each token of the text once, in order. The text of the last token may go on
+    into a stop string.
     """
 
     text: str
@@ -34,34 +34,34 @@ class TextPiece(NamedTuple):
 
 
 class Detokenizer:
-    """The text of one sequence, as it may be shown after each token.
+    """The text of one sequence, token by token.
 
-    Only a window of the last tokens is decoded at each step. It begins at a token after which the text was whole, and
-    keeps the piece before it, because the first token of a decoded run may lose its leading space (SentencePiece).
-    Of several stop strings the one that is complete first ends the text; of those that end together, the longest.
-    One that is complete within the first ``min_tokens`` tokens is text like any other.
+    Each step decodes only a window of the last tokens. The window starts behind whole characters, with the previous
+    piece as context, because the first token of a decoded list may lose its leading space (SentencePiece).
+    The stop string that is complete first ends the text; of several that end together, the longest one.
+    A stop string that is complete within the first ``min_tokens`` tokens does not end the text.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str], *, min_tokens: int = 0) -> None:
-        assert all(stop), "an empty stop string stops everything"
+        assert all(stop), "a stop string is empty"
         self._decode = decode
         self._stop = tuple(stop)
         self._min_tokens, self._num_tokens = min_tokens, 0
         self._window: list[int] = []
-        self._num_context = 0  # tokens of the window that are there only for the sake of those behind them
-        self._num_shown = 0  # characters of the window's text that were handed on
-        self._held = ""  # text that may be the beginning of a stop string
-        self._length = 0  # characters of all text so far, those held back included
-        self._tokens: deque[TokenStart] = deque()  # of which nothing was shown
+        self._num_context = 0  # tokens at the start of the window that are context only
+        self._num_shown = 0  # characters of the window's text that were returned
+        self._held = ""  # text held back, which may be the start of a stop string
+        self._length = 0  # characters of the whole text, with those held back
+        self._tokens: deque[TokenStart] = deque()  # tokens that were not returned yet
         self._stopped = False
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string came; nothing is shown from there on."""
+        """Whether a stop string has ended the text."""
         return self._stopped
 
     def push(self, token: SampledToken) -> TextPiece:
-        """What may be shown now that this token is known."""
+        """The text that is final after this token."""
         if self._stopped:
             return TextPiece("")
         self._num_tokens += 1
@@ -78,9 +78,9 @@ class Detokenizer:
         return self._show(delta)
 
     def finish(self) -> TextPiece:
-        """The text held back, now that no token follows: half a character, or the beginning of a stop string.
+        """The text held back (part of a character, or the start of a stop string), when no token follows.
 
-        With it come tokens that have no text at all.
+        Tokens without text at the end come with it.
         """
         if self._stopped:
             return TextPiece("")
@@ -93,13 +93,13 @@ class Detokenizer:
         return whole
 
     def _advance(self) -> None:
-        """Begin the window at the piece just shown."""
+        """Start the window at the piece just returned."""
         del self._window[: self._num_context]
         self._num_context = len(self._window)
         self._num_shown = len(self._decode(self._window))
 
     def _cut(self, text: str) -> str:
-        """Shorten a window that does not come to a whole end: no character is this long, so show all but the last."""
+        """Shorten a window without whole characters at its end: no character is that long: return all but the last."""
         delta = text[self._num_shown : -1]
         num_hidden = min(1, len(text) - self._num_shown)
         del self._window[:-_KEPT_WINDOW]
@@ -120,19 +120,25 @@ class Detokenizer:
         return TextPiece(text[:num_shown], tokens)
 
     def _take_tokens(self, end: int) -> tuple[TokenStart, ...]:
-        """The tokens that begin before character ``end`` and were not handed on before."""
+        """The tokens that start before character ``end`` and were not returned yet."""
         taken = []
         while self._tokens and self._tokens[0].start < end:
             taken.append(self._tokens.popleft())
         return tuple(taken)
 
     def _ends(self, text: str) -> list[tuple[int, int]]:
-        """End and begin of each stop string in ``text`` that was not complete in what is held already."""
-        firsts = {stop: max(0, len(self._held) - len(stop) + 1) for stop in self._stop}
-        return [(at + len(stop), at) for stop in self._stop if (at := text.find(stop, firsts[stop])) >= 0]
+        """End and start of each stop string in ``text`` that was not complete in the text held back before."""
+        ends = []
+        for stop in self._stop:
+            start = text.find(stop, max(0, len(self._held) - len(stop) + 1))
+            if start >= 0:
+                ends.append((start + len(stop), start))
+        return ends
 
     def _num_held(self, text: str) -> int:
-        """Length of the longest end of ``text`` with which a stop string begins."""
+        """Length of the longest suffix of ``text`` that is the start of a stop string."""
         longest = max((len(stop) for stop in self._stop), default=1) - 1
-        lengths = range(min(longest, len(text)), 0, -1)
-        return next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in self._stop)), 0)
+        for length in range(min(longest, len(text)), 0, -1):
+            if any(stop.startswith(text[-length:]) for stop in self._stop):
+                return length
+        return 0

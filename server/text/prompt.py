@@ -1,4 +1,4 @@
-"""Messages or plain text to prompt token ids, by the base's own tokenizer and chat template."""
+"""Messages or plain text to prompt token ids, with the base's tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from jinja2 import Environment, TemplateError
@@ -27,7 +27,7 @@ from server.text.token_texts import TokenTexts
 _Key = tuple[tuple[AddedToken, ...], bool]
 
 MAX_TOKENIZERS = 8
-"""Tokenizers kept beside the base's, for adapters with added tokens; each takes as much memory as the base's."""
+"""Tokenizers kept for adapters with added tokens; each takes as much memory as the base's."""
 
 _ADDED_TOKENS = '"added_tokens":'
 _MAX_TEMPLATE_MESSAGE = 300
@@ -36,10 +36,10 @@ _MAX_TEMPLATE_CHARS = 4 * 1024 * 1024
 
 
 class PromptRenderer:
-    """Renders with one tokenizer; safe to call from several threads.
+    """Renders prompts with one tokenizer; safe to call from several threads.
 
-    ``chat_template`` is the tokenizer's, of several named ones the default. Token ids are below ``vocab_size``.
-    Nothing is kept between calls but the renderers of adapters with added tokens of their own, the last few of them.
+    ``chat_template`` is the tokenizer's, the default one if it has several. Token ids are below ``vocab_size``.
+    The renderers of adapters with added tokens are cached, the last ``MAX_TOKENIZERS`` of them.
     """
 
     def __init__(
@@ -52,73 +52,81 @@ class PromptRenderer:
         self._tokenizer = tokenizer
         self.chat_template = default_template(tokenizer.chat_template)
         self.vocab_size = len(tokenizer) if vocab_size is None else vocab_size
-        special = [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
-        self._hidden_ids = hidden_ids  # special in answers, and not for the tokenizer
+        special = [token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special]
+        self._hidden_ids = hidden_ids  # hidden in answers although the tokenizer does not know them as special
         self._special_ids = frozenset([*tokenizer.all_special_ids, *special, *hidden_ids])
         self._adapters: OrderedDict[_Key, PromptRenderer] = OrderedDict()
-        self._lock, self._making = threading.Lock(), threading.Lock()
-        tokenizer("x")  # a tokenizer with truncation or padding in its file drops them at its first call, in one thread
+        self._lock = threading.Lock()
+        self._build_lock = threading.Lock()
+        tokenizer("x")  # a tokenizer drops truncation and padding of its file at its first call: here, in one thread
 
     def for_adapter(self, defaults: GenerationDefaults) -> PromptRenderer:
-        """The renderer of an adapter, whose tokenizer may have added tokens of its own; else this one.
+        """The renderer of an adapter: this one, or one with the adapter's added tokens.
 
-        A special token that only the adapter has would never be in a prompt where the template is the base's, which
-        does not know it, so there messages write it. The first time takes as long as the base's tokenizer takes to
-        load. Raises ``ValueError`` where it cannot be.
+        The base's template does not know a special token of the adapter's. With that template messages may write such
+        tokens, which would otherwise be in no prompt. The first call for an adapter takes as long as loading the
+        base's tokenizer. Raises ``ValueError`` if the tokens cannot be added.
         """
         if not defaults.added_tokens:
             return self
         by_messages = defaults.chat_template in (None, self.chat_template)
         key = (defaults.added_tokens, by_messages)
-        if (found := self._made(key)) is not None:
-            return found
-        with self._making:  # one after another: each takes as much memory as the base's, and seconds
-            if (found := self._made(key)) is None:
-                found = self._with_tokens(defaults.added_tokens, by_messages=by_messages)
-                self._remember(key, found)
-            return found
+        renderer = self._cached(key)
+        if renderer is not None:
+            return renderer
+        with self._build_lock:  # one at a time: each takes seconds, and as much memory as the base's tokenizer
+            renderer = self._cached(key)
+            if renderer is None:
+                renderer = self._with_tokens(defaults.added_tokens, by_messages=by_messages)
+                self._cache(key, renderer)
+            return renderer
 
-    def _made(self, key: _Key) -> PromptRenderer | None:
+    def _cached(self, key: _Key) -> PromptRenderer | None:
         with self._lock:
             if key in self._adapters:
                 self._adapters.move_to_end(key)
             return self._adapters.get(key)
 
-    def _remember(self, key: _Key, made: PromptRenderer) -> None:
+    def _cache(self, key: _Key, renderer: PromptRenderer) -> None:
         with self._lock:
-            self._adapters[key] = made
+            self._adapters[key] = renderer
             while len(self._adapters) > MAX_TOKENIZERS:
                 self._adapters.popitem(last=False)
 
     def _with_tokens(self, tokens: tuple[AddedToken, ...], *, by_messages: bool) -> PromptRenderer:
-        own = self._tokenizer.added_tokens_encoder
-        plain = [token for token in tokens if by_messages and token.special and token.content not in own]
-        tokenizer = _with_added_tokens(
-            self._tokenizer, [replace(token, special=False) if token in plain else token for token in tokens]
-        )
-        hidden = frozenset(token.id for token in plain)
-        return PromptRenderer(tokenizer, vocab_size=self.vocab_size, hidden_ids=hidden)
+        base_tokens = self._tokenizer.added_tokens_encoder
+        added, hidden_ids = [], []
+        for token in tokens:
+            if by_messages and token.special and token.content not in base_tokens:
+                added.append(replace(token, special=False))
+                hidden_ids.append(token.id)
+            else:
+                added.append(token)
+        tokenizer = _with_added_tokens(self._tokenizer, added)
+        return PromptRenderer(tokenizer, vocab_size=self.vocab_size, hidden_ids=frozenset(hidden_ids))
 
     def check_defaults(self, defaults: GenerationDefaults) -> None:
-        """Raises ``ValueError`` where an adapter's end tokens, added tokens or chat template cannot be honoured."""
+        """Raises ``ValueError`` if an adapter's end tokens, added tokens or chat template cannot be used."""
         prompts = self.for_adapter(defaults)
         prompts.check_end_tokens(defaults.end_tokens)
         prompts.check_template(defaults.chat_template, defaults.chat_template_kwargs)
 
     def token_id(self, text: str) -> int | None:
-        """The id of a text that is one special token, which never shows in an answer."""
-        found = self._tokenizer.added_tokens_encoder.get(text)
-        return found if found in self._special_ids else None
+        """The id of a special token, which is never shown in an answer; None for any other text."""
+        token_id = self._tokenizer.added_tokens_encoder.get(text)
+        return token_id if token_id in self._special_ids else None
 
     def end_token_id(self, token: str | int) -> int | None:
-        """The id of a token that ends a turn, by its text or as it is; None where the base has no such token."""
+        """The id of an end token given as text or id; None if the base has no such token."""
         if isinstance(token, int):
             return token if token < self.vocab_size else None
-        found = self._tokenizer.convert_tokens_to_ids(token)  # of an unknown text it is None or the unknown token's
-        return found if isinstance(found, int) and self._tokenizer.convert_ids_to_tokens(found) == token else None
+        token_id = self._tokenizer.convert_tokens_to_ids(token)  # None or the unknown token's id for an unknown text
+        if not isinstance(token_id, int) or self._tokenizer.convert_ids_to_tokens(token_id) != token:
+            return None
+        return token_id
 
     def check_end_tokens(self, tokens: Iterable[str | int]) -> None:
-        """Raises ``ValueError`` where one is no token of the base: answers would never end at it."""
+        """Raises ``ValueError`` if an end token is not a token of the base, because answers would never end at it."""
         for token in tokens:
             if self.end_token_id(token) is None:
                 raise ValueError(
@@ -127,10 +135,10 @@ class PromptRenderer:
                 )
 
     def check_template(self, template: str | None, variables: Mapping[str, Any] | None = None) -> None:
-        """Raises ``ValueError`` where a chat template is wrong, or does not render the simplest conversation.
+        """Raises ``ValueError`` if a chat template is invalid, or does not render the simplest conversation.
 
-        None is the base's own, which is tried with an adapter's ``variables``. A power of large numbers is one call
-        into C that no deadline ends, and that stops every other thread.
+        None is the base's template, which is tried with an adapter's ``variables``. ``**`` is refused, because a power
+        of large numbers is one call into C, which no deadline interrupts and which blocks every other thread.
         """
         if template is None and not variables:
             return
@@ -145,63 +153,56 @@ class PromptRenderer:
         self,
         messages: Sequence[Message],
         *,
-        tools: Sequence[dict[str, Any]] | None = None,
         template: str | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Prompt ids of a conversation, up to where the assistant's answer begins, by the base's template or another.
+        """Prompt ids of a conversation with the generation prompt, by the base's template or by ``template``.
 
-        ``variables`` are at hand in the template by their names. What looks like a special token inside a message or a
-        variable stays text: only the template writes special tokens.
-        Raises ``InvalidRequest`` with the template's words where the template refuses the conversation.
+        ``variables`` are names and values for the template. Text of a message or variable that looks like a special
+        token stays text: only the template writes special tokens.
+        Raises ``InvalidRequest`` with the template's message if the template refuses the conversation.
         """
-        template = None if template == self.chat_template else template  # the base may have another one for tools
-        chosen = template or self._tokenizer.chat_template
-        if not chosen:
+        template = None if template == self.chat_template else template  # the base's template needs no deadline
+        if not (template or self._tokenizer.chat_template):
             raise InvalidRequest("The base model has no chat template: use /v1/completions.", param="messages")
-        plain = plain_messages(messages, chosen)
-        how: dict[str, Any] = {
-            **(variables or {}),
-            "tools": list(tools) if tools else None,
-            "add_generation_prompt": True,
-            "return_dict": False,
-        }
+        plain = plain_messages(messages, template or self._tokenizer.chat_template)
+        arguments = {**(variables or {}), "tools": None, "add_generation_prompt": True, "return_dict": False}
         try:
             if template is None:
-                ids = self._tokenizer.apply_chat_template(plain, sanitize_control_tokens=True, **how)
+                ids = self._tokenizer.apply_chat_template(plain, sanitize_control_tokens=True, **arguments)
             else:
                 with deadline(_MAX_TEMPLATE_SECONDS):
-                    ids = self._foreign(plain, template, how)
+                    ids = self._render_adapter_template(plain, template, arguments)
         except DeadlineExceeded:
             raise InvalidRequest("The chat template takes too long with these messages.", param="messages") from None
-        except Exception as error:  # a template is a program, and fails in every way in which programs do
+        except Exception as error:  # a template is a program: any exception is possible
             raise InvalidRequest(
-                f"The chat template refuses these messages: {_words(error)}", param="messages"
+                f"The chat template refuses these messages: {_short_message(error)}", param="messages"
             ) from error
         if not ids:
-            raise InvalidRequest("The chat template makes nothing of these messages.", param="messages")
+            raise InvalidRequest("The chat template renders these messages to an empty prompt.", param="messages")
         return list(ids)
 
-    def _foreign(self, plain: list[dict[str, Any]], template: str, how: Mapping[str, Any]) -> Any:
-        """Prompt ids by a template that is not the base's; its text is measured before it becomes tokens."""
-        text = self._tokenizer.apply_chat_template(plain, chat_template=template, tokenize=False, **how)
+    def _render_adapter_template(self, plain: list[dict[str, Any]], template: str, arguments: Mapping[str, Any]) -> Any:
+        """Prompt ids by a template that is not the base's; the length of its text is limited before tokenization."""
+        render = partial(self._tokenizer.apply_chat_template, plain, chat_template=template, **arguments)
+        text = render(tokenize=False)
         if len(text) > _MAX_TEMPLATE_CHARS:
-            raise ValueError(f"they come to {len(text)} characters")
-        return self._tokenizer.apply_chat_template(plain, chat_template=template, sanitize_control_tokens=True, **how)
+            raise ValueError(f"the rendered prompt has {len(text)} characters")
+        return render(sanitize_control_tokens=True)
 
     def completion(self, text: str) -> list[int]:
-        """Prompt ids of a text to be continued; an empty one is the token that begins a text."""
+        """Prompt ids of a text to continue; of an empty text, the token that begins a text."""
         ids = list(self._tokenizer(text)["input_ids"])
         if ids:
             return ids
-        begin = self._tokenizer.bos_token_id
-        if begin is None:
+        bos_token_id = self._tokenizer.bos_token_id
+        if bos_token_id is None:
             raise InvalidRequest("The prompt is empty, and the base model has no token to begin with.", param="prompt")
-        return [begin]
+        return [bos_token_id]
 
     @cached_property
     def token_texts(self) -> TokenTexts:
-        """Texts and bytes of single tokens."""
         return TokenTexts(
             self.decode,
             name_of=lambda token_id: str(self._tokenizer.convert_ids_to_tokens(token_id)),
@@ -211,42 +212,42 @@ class PromptRenderer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, without special tokens."""
-        shown = [number for number in ids if number not in self._hidden_ids] if self._hidden_ids else list(ids)
+        shown = [token_id for token_id in ids if token_id not in self._hidden_ids] if self._hidden_ids else list(ids)
         text = self._tokenizer.decode(shown, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text
 
 
 def _with_added_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[AddedToken]) -> PreTrainedTokenizerBase:
-    """The base's tokenizer with other added tokens. Raises ``ValueError`` where one does not get its id."""
+    """The base's tokenizer with other added tokens. Raises ``ValueError`` if a token does not get its id."""
     text = tokenizer.backend_tokenizer.to_str()
     start = text.index(_ADDED_TOKENS) + len(_ADDED_TOKENS)
     _, end = json.JSONDecoder().raw_decode(text, start)
     listed = json.dumps([asdict(token) for token in tokens])
-    made = copy.copy(tokenizer)
+    adapted = copy.copy(tokenizer)
     try:
-        made._tokenizer = Tokenizer.from_str(text[:start] + listed + text[end:])
+        adapted._tokenizer = Tokenizer.from_str(text[:start] + listed + text[end:])
     except Exception as error:  # noqa: BLE001 - the library raises no narrower one
-        raise ValueError(f"its added tokens cannot be used: {_words(error)}") from None
+        raise ValueError(f"its added tokens cannot be used: {_short_message(error)}") from None
     for token in tokens:
-        if made._tokenizer.token_to_id(token.content) != token.id:
+        if adapted._tokenizer.token_to_id(token.content) != token.id:
             raise ValueError(
                 f"its tokenizer gives the token {token.content!r:.60} the id {token.id}, which it cannot have beside "
                 "the base's vocabulary: add tokens to the base's tokenizer one after another, and train it again"
             )
-    if made.all_special_ids != tokenizer.all_special_ids:
+    if adapted.all_special_ids != tokenizer.all_special_ids:
         raise ValueError("its tokenizer lacks special tokens of the base's: take tokenizer.json out of the folder")
-    return made
+    return adapted
 
 
 def _operators(template: str) -> set[str]:
-    """The operators in a template's expressions; none where it cannot be read, which the compiler will say."""
+    """The operators in a template's expressions; none if it cannot be parsed, which compiling it will report."""
     with suppress(TemplateError):
         return {text for _, kind, text in Environment().lex(template) if kind == "operator"}
     return set()
 
 
-def _words(error: Exception) -> str:
-    """What an error says, in short, in characters that a line can hold."""
-    said = str(error)[:_MAX_TEMPLATE_MESSAGE] or type(error).__name__
-    return "".join(char if char.isprintable() else " " for char in said)
+def _short_message(error: Exception) -> str:
+    """The message of an error, shortened, in printable characters."""
+    message = str(error)[:_MAX_TEMPLATE_MESSAGE] or type(error).__name__
+    return "".join(char if char.isprintable() else " " for char in message)

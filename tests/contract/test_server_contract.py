@@ -19,8 +19,12 @@ def _load(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("case", _load(HERE / "messages_to_ids.json")["cases"], ids=lambda case: case["name"])
+CASES = [case for case in _load(HERE / "messages_to_ids.json")["cases"] if not case["tools"]]
+"""Those without tools, which the API refuses."""
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
 def test_the_same_messages_become_the_same_ids(case: dict[str, Any]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(HERE / "tiny_base")
     led = with_system_prompt(case["messages"], case["system_prompt"])
-    assert PromptRenderer(tokenizer).chat(led, tools=case["tools"]) == case["prompt_ids"]
+    assert PromptRenderer(tokenizer).chat(led) == case["prompt_ids"]

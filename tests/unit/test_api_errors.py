@@ -11,7 +11,7 @@ import pytest
 from fastapi import FastAPI
 
 from server.api.app import create_app
-from server.api.errors import ROWS, param_path, reply_to
+from server.api.errors import ERROR_REPLIES, param_path, reply_to
 from server.api.middleware import MAX_BODY_BYTES
 from server.errors import EngineUnavailable, InvalidRequest, ModelNotFound, QueueFull, QuickchangeError
 from tests.fakes import BASE, FakeEngine, Script, ask, server_state
@@ -42,8 +42,8 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
     return dict(error)
 
 
-def test_every_leaf_of_the_tree_has_a_row() -> None:
-    assert set(leaves(QuickchangeError)) == set(ROWS)
+def test_every_leaf_of_the_tree_has_a_reply() -> None:
+    assert set(leaves(QuickchangeError)) == set(ERROR_REPLIES)
 
 
 def test_the_servers_own_trouble_is_not_told() -> None:

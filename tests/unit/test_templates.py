@@ -134,7 +134,7 @@ def test_of_several_named_templates_conversations_take_the_default(found: object
     assert default_template(found) == template
 
 
-def test_a_base_with_several_templates_is_compared_with_its_default_and_keeps_the_one_for_tools() -> None:
+def test_a_base_with_several_templates_is_compared_with_its_default() -> None:
     """Such a base counted as one without a template, so that its own one beside an adapter was a stranger's."""
     tokenizer = copy.deepcopy(small_tokenizer())
     tokenizer.chat_template = {"default": "{{ messages[0].content }}!", "tool_use": "{{ tools|length }} tools"}
@@ -142,7 +142,6 @@ def test_a_base_with_several_templates_is_compared_with_its_default_and_keeps_th
     messages = [{"role": "user", "content": "hello"}]
     assert prompts.chat_template == "{{ messages[0].content }}!"
     assert prompts.chat(messages, template=prompts.chat_template) == encode("hello!")
-    assert prompts.chat(messages, tools=[{}], template=prompts.chat_template) == encode("1 tools")
 
 
 def test_the_operator_trusts_the_templates_of_single_adapters(folder: Path, tmp_path: Path) -> None:
