@@ -1,4 +1,4 @@
-"""Attention of single rows, each on its own sequence's keys, over the KV cache; and writing into it."""
+"""Decode attention: writes rows' keys and values into the KV cache, and attends with single rows of sequences."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _load_bfloat16(source: int, target: int, size: int) -> None:
 
 @njit(error_model="numpy")
 def _load_block(load: Any, source: int, target: int, num: int, dim: int) -> None:
-    """Sixteen rows as float32, of which those from ``num`` on are zeros."""
+    """Convert ``num`` rows to float32 and pad them with zeros to sixteen rows."""
     load(source, target, num * dim)
     for i in range(num * dim, 16 * dim):
         floats(target)[i] = _ZERO
@@ -62,7 +62,7 @@ def _load_block(load: Any, source: int, target: int, num: int, dim: int) -> None
 
 @njit(error_model="numpy")
 def _softmax(scores: Any, num: int, scale: Any) -> None:
-    """Of scores times ``scale``, in place; zeros to the next multiple of sixteen."""
+    """softmax(scores * scale) in place, padded with zeros to a multiple of sixteen."""
     largest = _LOWEST
     for j in range(num):
         largest = max(largest, scores[j] * scale)
@@ -78,11 +78,11 @@ def _softmax(scores: Any, num: int, scale: Any) -> None:
 
 
 def _attend_with(store: Any, load: Any, size: int) -> Callable[[Any], None]:
-    """The kernel for keys and values of so many bytes a number."""
+    """The kernel for keys and values of ``size`` bytes a number; ``store`` and ``load`` convert from and to float32."""
 
     @njit(error_model="numpy")
     def attend_to_one_head(a: Any, single: int, kv_head: int, scratch: int) -> None:
-        """The query heads of a group, of one row: scores, softmax, sum of values."""
+        """One row's query heads that share a key head: scores, softmax, weighted sum of values."""
         row, first = longs(a.singles)[2 * single], longs(a.singles)[2 * single + 1]
         slot, end = longs(a.slots)[row], longs(a.positions)[row] + 1
         num = end - first
@@ -132,13 +132,13 @@ _KERNELS = {
     torch.bfloat16: NativeKernel(_attend_with(_store_bfloat16, _load_bfloat16, 2), _FIELDS, "scale", reorder=True),
     torch.float32: NativeKernel(_attend_with(_copy, _copy, 4), _FIELDS, "scale", reorder=True),
 }
-"""By the format of keys and values."""
+"""By the type of keys and values."""
 
 
 class DecodeAttention:
-    """Writes rows' keys and values into a KV cache of one number format, and attends with single rows.
+    """Writes rows' keys and values into a KV cache of one type, and attends with single rows.
 
-    A row's result is the same to the bit alone and in any batch.
+    A row's result has the same bits alone and in any batch.
     """
 
     def __init__(self, launch: Launcher, kernel: NativeKernel) -> None:
@@ -146,13 +146,13 @@ class DecodeAttention:
 
     @staticmethod
     def kernel_for(dtype: torch.dtype) -> NativeKernel | None:
-        """The native kernel for keys and values of a format: bfloat16 or float32; None for others."""
+        """The native kernel for keys and values of this type, bfloat16 or float32; None for others."""
         return _KERNELS.get(dtype)
 
     def can_attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-        """Whether it serves such queries, keys and values: float32, head sizes multiples of 16, heads contiguous."""
-        whole = k.shape[-1] % 16 == 0 == v.shape[-1] % 16
-        return whole and q.dtype == torch.float32 and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+        """Whether q is float32, head sizes are multiples of 16, and each head's numbers are contiguous."""
+        fits_vectors = k.shape[-1] % 16 == 0 and v.shape[-1] % 16 == 0
+        return fits_vectors and q.dtype == torch.float32 and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
 
     def __call__(
         self,
@@ -167,12 +167,12 @@ class DecodeAttention:
         longest: int,
         scale: float,
     ) -> torch.Tensor:
-        """Write k and v [1, kv_heads, rows, dim] to where they belong; then attend.
+        """Write k and v float32 [1, kv_heads, rows, dim] into the cache; then attend with single rows.
 
-        q is [1, heads, rows, dim], float32; ``keys`` and ``values`` are one layer's of the cache, [slots, kv_heads,
-        max_len, dim]; ``slots`` and ``positions`` int64 [rows]. ``singles`` int64 [n, 2] are the rows that attend and
-        the first key each of them sees; none sees more than ``longest`` keys. Returns a new float32 [rows, heads,
-        value_dim], in which rows that do not attend are yet to be written.
+        q is float32 [1, heads, rows, dim]; ``keys`` and ``values`` are a layer of the cache, [slots, kv_heads, max_len,
+        dim]; ``slots`` and ``positions`` int64 [rows]. ``singles`` int64 [n, 2] are the rows that attend and the first
+        key that each sees; none sees more than ``longest`` keys. Returns a new float32 [rows, heads, value_dim], in
+        which rows that do not attend are not initialized.
         """
         (_, kv_heads, rows, dim), value_dim = k.shape, v.shape[-1]
         heads, threads = q.shape[1], torch.get_num_threads()
@@ -190,5 +190,5 @@ class DecodeAttention:
 
 
 def scores_size(longest: int) -> int:
-    """Numbers that a head's scores may take: a power of two, so that it changes seldom."""
+    """Room for a head's scores: a power of two, so that it changes seldom."""
     return max(256, 1 << (longest - 1).bit_length())

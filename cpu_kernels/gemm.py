@@ -336,14 +336,22 @@ def _by_tiles() -> Callable[[Any], None]:
     return by_tiles
 
 
+class GemmKernel(NativeKernel):
+    """A GEMM for one instruction set; ``adds_deltas``: whether it adds LoRA deltas itself."""
+
+    def __init__(self, body: Callable[[Any], None], *, adds_deltas: bool = False) -> None:
+        super().__init__(body, FIELDS)
+        self.adds_deltas = adds_deltas
+
+
 @cache
-def gemm_kernels() -> dict[str, NativeKernel]:
+def gemm_kernels() -> dict[str, GemmKernel]:
     """The GEMM kernels that this CPU can run, by the name of their instruction set, fastest first."""
-    found: dict[str, Callable[[Any], None]] = {}
+    kernels: dict[str, GemmKernel] = {}
     if has_features("amx-int8", "amx-bf16", "amx-tile", "avx512bf16") and may_use_tiles():
-        found["AMX"] = _by_tiles()
+        kernels["AMX"] = GemmKernel(_by_tiles(), adds_deltas=True)
     if has_features("avx512vnni", "avx512f"):
-        found["AVX512-VNNI"] = _by_dot_products(512)
+        kernels["AVX512-VNNI"] = GemmKernel(_by_dot_products(512))
     if has_features("avxvnni"):
-        found["AVX-VNNI"] = _by_dot_products(256)
-    return {name: NativeKernel(body, FIELDS) for name, body in found.items()}
+        kernels["AVX-VNNI"] = GemmKernel(_by_dot_products(256))
+    return kernels

@@ -1,4 +1,4 @@
-"""What the bodies of native kernels call: memory by its address, threads, vectors of LLVM. It needs Numba."""
+"""Building blocks of native kernels: memory by address, OpenMP threads, LLVM vectors. It needs Numba."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from numba.extending import intrinsic
 
 _configured: str | None = getattr(config, "CPU_FEATURES", None)
 _features = [f for f in (get_host_cpu_features() if _configured is None else _configured).split(",") if f]
-# Before anything is compiled: LLVM halves vectors of 512 bits for CPUs of which some became slower by them.
+# Set before anything is compiled: by default LLVM halves vectors of 512 bits for some CPUs.
 vars(config)["CPU_FEATURES"] = ",".join([*_features, "-prefer-256-bit"])
 
 LANES = 16
 _I8, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
 NUMBERS, FLOATS = ir.VectorType(_I32, LANES), ir.VectorType(_F32, LANES)
 _ALL_LANES, _DOWN, _AS_SET = ir.IntType(16)(-1), _I32(1), _I32(4)
-"""A mask of all lanes; rounding down, and rounding as the CPU is set to."""
+"""Immediates of AVX-512: a mask of all lanes, rounding down, and rounding as the CPU is set to (MXCSR)."""
 
 Vector = Any
 
@@ -34,9 +34,11 @@ barrier: Any = types.ExternalFunction("GOMP_barrier", types.void())
 def has_features(*names: str) -> bool:
     """Whether code is compiled for a CPU with these extensions, by LLVM's names.
 
-    That is this CPU, unless ``NUMBA_CPU_FEATURES`` is set: then only what it names with a plus.
+    The CPU is this one; where ``NUMBA_CPU_FEATURES`` is set, it has only the extensions named there with a plus.
     """
-    enabled = {feature[1:]: feature[0] == "+" for feature in _features}  # of two the last counts, as for LLVM
+    enabled = {
+        feature[1:]: feature[0] == "+" for feature in _features
+    }  # of a name given twice the last counts, as for LLVM
     return all(enabled.get(name) for name in names)
 
 
@@ -74,7 +76,7 @@ float_of = _same_bits(types.int32, types.float32)
 
 
 def scratch(num_bytes: int) -> Any:
-    """A function that gives the address of so many bytes of the thread's stack."""
+    """A function that returns the address of ``num_bytes`` bytes on the thread's stack, aligned to 64."""
 
     @intrinsic
     def make(_typing: Any) -> Any:
@@ -90,7 +92,7 @@ def scratch(num_bytes: int) -> Any:
 
 
 def void_intrinsic(num_arguments: int, generate: Callable[..., None]) -> Any:
-    """A function of so many addresses and counts that ``generate`` writes with a builder."""
+    """A function for kernel bodies with ``num_arguments`` int64 arguments, whose LLVM code ``generate`` emits."""
 
     def code(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         generate(builder, *arguments)
@@ -123,7 +125,7 @@ call = void_intrinsic(2, _call)
 
 
 def loop(builder: Any, count: Any, begin: list[Any], body: Callable[[Any, list[Any]], list[Any]]) -> list[Any]:
-    """``values = body(number, values)`` for number 0 to count, which is at least 1; the values after the last."""
+    """Emit ``values = body(number, values)`` for number in 0 to count - 1, count >= 1; returns the last values."""
     before, loop, end = builder.block, builder.append_basic_block(), builder.append_basic_block()
     builder.branch(loop)
     builder.position_at_end(loop)
@@ -142,25 +144,25 @@ def loop(builder: Any, count: Any, begin: list[Any], body: Callable[[Any, list[A
 
 
 def llvm_function(builder: Any, name: str, kind: Any, *kinds: Any) -> Any:
-    """An intrinsic function of LLVM, ``llvm.`` and its name, that gives one kind and takes others."""
-    whole = f"llvm.{name}"
-    known = builder.module.globals.get(whole)
-    return known or ir.Function(builder.module, ir.FunctionType(kind, kinds), whole)
+    """LLVM's intrinsic ``llvm.NAME``, which returns the type ``kind`` and takes ``kinds``."""
+    full_name = f"llvm.{name}"
+    declared = builder.module.globals.get(full_name)
+    return declared or ir.Function(builder.module, ir.FunctionType(kind, kinds), full_name)
 
 
 def call_llvm(builder: Any, name: str, kind: Any, *arguments: Any) -> Any:
     return builder.call(llvm_function(builder, name, kind, *(argument.type for argument in arguments)), arguments)
 
 
-def prefetch_lines(builder: Any, here: Any, offsets: range, level: int) -> None:
-    """Call lines of 64 bytes into the first cache (level 3) or the second (2)."""
+def prefetch_lines(builder: Any, base: Any, offsets: range, locality: int) -> None:
+    """Prefetch the cache lines at ``base`` + offsets: into L1 by locality 3, into L2 by 2 (LLVM's ``prefetch``)."""
     for offset in offsets:
-        address = builder.inttoptr(builder.add(here, _I64(offset)), _I8.as_pointer())
-        call_llvm(builder, "prefetch.p0", ir.VoidType(), address, _I32(0), _I32(level), _I32(1))
+        address = builder.inttoptr(builder.add(base, _I64(offset)), _I8.as_pointer())
+        call_llvm(builder, "prefetch.p0", ir.VoidType(), address, _I32(0), _I32(locality), _I32(1))
 
 
 class _BFloat16(ir.Type):  # type: ignore[misc]
-    """The type of LLVM that llvmlite has no class for."""
+    """LLVM's bfloat, which llvmlite has no class for."""
 
     def _to_string(self) -> str:
         return "bfloat"
@@ -173,13 +175,13 @@ class _BFloat16(ir.Type):  # type: ignore[misc]
 
 
 class Vectors:
-    """What a builder writes for them."""
+    """Emits operations on vectors of 16 lanes."""
 
     def __init__(self, builder: Any) -> None:
         self.builder = builder
 
     def number(self, value: float) -> Vector:
-        """Sixteen times, as float32 has it."""
+        """A constant in all lanes, rounded to float32."""
         (single,) = struct.unpack("f", struct.pack("f", value))
         return ir.Constant(FLOATS, [single] * LANES)
 
@@ -190,24 +192,24 @@ class Vectors:
         return self.builder.load(self.at(address, kind), align=4)
 
     def repeated(self, address: Any) -> Vector:
-        """A number in memory, sixteen times."""
+        """A float32 in memory, in all lanes."""
         return self.all_of(self.builder.load(self.builder.inttoptr(address, _F32.as_pointer()), align=4))
 
     def all_of(self, number: Any) -> Vector:
-        """One number of 32 bits, sixteen times."""
-        nothing = ir.Constant(ir.VectorType(number.type, LANES), ir.Undefined)
-        alone = self.builder.insert_element(nothing, number, _I32(0))
-        return self.builder.shuffle_vector(alone, alone, ir.Constant(NUMBERS, None))
+        """A number of 32 bits, in all lanes."""
+        undefined = ir.Constant(ir.VectorType(number.type, LANES), ir.Undefined)
+        first_lane = self.builder.insert_element(undefined, number, _I32(0))
+        return self.builder.shuffle_vector(first_lane, first_lane, ir.Constant(NUMBERS, None))
 
     def multiply_add(self, a: Vector, b: Vector, c: Vector) -> Vector:
         return self._call("fma", a, b, c)
 
     def greater(self, x: Vector, y: Vector) -> Vector:
-        """The greater of two each, y where x is NaN."""
+        """The lane-wise maximum; y where x is NaN."""
         return self.builder.select(self.builder.fcmp_ordered(">", x, y), x, y)
 
     def upper_halves(self, first: Vector, second: Vector) -> Vector:
-        """Pairs of the upper sixteen bits of both."""
+        """The upper sixteen bits of each lane of both, as pairs (first, second)."""
         builder, kind = self.builder, ir.VectorType(ir.IntType(16), 2 * LANES)
         lower = builder.bitcast(builder.lshr(first, ir.Constant(NUMBERS, [16] * LANES)), kind)
         lanes = [lane if lane % 2 == 0 else 2 * LANES + lane for lane in range(2 * LANES)]
@@ -215,17 +217,17 @@ class Vectors:
         return builder.bitcast(builder.shuffle_vector(lower, builder.bitcast(second, kind), both), NUMBERS)
 
     def at_least(self, x: Vector, bound: float) -> Vector:
-        """The greater of x and a number; NaN stays."""
+        """max(x, bound); NaN stays NaN."""
         limit = self.number(bound)
         return self.builder.select(self.builder.fcmp_ordered(">", limit, x), limit, x)
 
     def at_most(self, x: Vector, bound: float) -> Vector:
-        """The smaller of x and a number; NaN stays."""
+        """min(x, bound); NaN stays NaN."""
         limit = self.number(bound)
         return self.builder.select(self.builder.fcmp_ordered("<", limit, x), limit, x)
 
     def power_of_two(self, x: Vector, terms: int) -> Vector:
-        """Two to the x, from -127, which gives 0, to 127, by so many terms of the series behind the first."""
+        """Two to the x for -127 (gives 0) <= x <= 127, by a Taylor polynomial of degree ``terms``."""
         builder = self.builder
         n = self._call("rint", x)
         r = builder.fsub(x, n)
@@ -236,20 +238,20 @@ class Vectors:
         return builder.bitcast(builder.add(builder.bitcast(power, NUMBERS), exponent), FLOATS)
 
     def rounded(self, first: Vector, second: Vector) -> Vector:
-        """bfloat16 [32] of both, as sixteen pairs of them."""
+        """bfloat16 [32] of first, then second (VCVTNE2PS2BF16), as sixteen lanes of pairs."""
         kind = ir.VectorType(_BFloat16(), 2 * LANES)
         return self.builder.bitcast(self._x86("avx512bf16.cvtne2ps2bf16.512", kind, second, first), NUMBERS)
 
     def scaled(self, x: Vector, exponents: Vector) -> Vector:
-        """x times two to the whole part of the exponents, which may be minus infinity."""
+        """x * 2**floor(exponents) (VSCALEFPS); exponents may be minus infinity."""
         return self._x86("avx512.mask.scalef.ps.512", FLOATS, x, exponents, self.number(0.0), _ALL_LANES, _AS_SET)
 
     def fraction(self, x: Vector) -> Vector:
-        """What x is above the whole number below it; 0 of infinities."""
+        """x - floor(x) (VREDUCEPS); 0 for infinities."""
         return self._x86("avx512.mask.reduce.ps.512", FLOATS, x, _DOWN, self.number(0.0), _ALL_LANES, _AS_SET)
 
     def shuffled(self, first: Vector, second: Vector, lanes: list[int]) -> Vector:
-        """Lanes of both, those of the second from 16 on."""
+        """The chosen lanes: 0 to 15 are those of ``first``, 16 to 31 those of ``second``."""
         return self.builder.shuffle_vector(first, second, ir.Constant(NUMBERS, lanes))
 
     def _x86(self, name: str, kind: Any, *arguments: Any) -> Any:
@@ -262,7 +264,7 @@ class Vectors:
 def dots(num: int) -> Any:
     """``f(x, rows, count, out)``: out float32 [num] = rows [num, 16 * count] @ x [16 * count]; num is 1, 4 or 16.
 
-    Every dot is added up in the same order, however many there are.
+    Every dot product is summed in the same order, whatever ``num`` is.
     """
 
     def generate(builder: Any, x: Any, rows: Any, count: Any, out: Any) -> None:
@@ -271,16 +273,16 @@ def dots(num: int) -> Any:
 
         def step(number: Any, sums: list[Any]) -> list[Any]:
             offset = builder.mul(number, _I64(4 * LANES))
-            here = vectors.load(builder.add(x, offset))
-            places = [builder.add(offset, builder.mul(width, _I64(row))) for row in range(num)]
+            x_vector = vectors.load(builder.add(x, offset))
+            offsets = [builder.add(offset, builder.mul(width, _I64(row))) for row in range(num)]
             return [
-                vectors.multiply_add(here, vectors.load(builder.add(rows, place)), total)
-                for place, total in zip(places, sums, strict=True)
+                vectors.multiply_add(x_vector, vectors.load(builder.add(rows, row_offset)), total)
+                for row_offset, total in zip(offsets, sums, strict=True)
             ]
 
         sums = loop(builder, count, zeros, step) * (LANES // num)
         distance = LANES // 2
-        while distance:  # pairs of vectors add up their halves side by side
+        while distance:  # each round merges pairs of vectors, adding their halves
             first_lanes = [lane if not lane & distance else lane + LANES - distance for lane in range(LANES)]
             second_lanes = [lane + distance if not lane & distance else lane + LANES for lane in range(LANES)]
             merged = []
@@ -298,21 +300,21 @@ def dots(num: int) -> Any:
 def weighted_sum(num_vectors: int, num_rows: int = LANES) -> Any:
     """``f(weights, rows, width, out)``: out float32 [16 * num_vectors] += weights [num_rows] @ rows [num_rows, width].
 
-    Of the beginnings of these rows, one row after another.
+    Only the first 16 * num_vectors columns of the rows are read; rows are added one after another.
     """
 
     def generate(builder: Any, weights: Any, rows: Any, width: Any, out: Any) -> None:
         vectors, stride = Vectors(builder), builder.mul(width, _I64(4))
-        places = [_I64(4 * LANES * number) for number in range(num_vectors)]
-        sums = [vectors.load(builder.add(out, place)) for place in places]
+        offsets = [_I64(4 * LANES * number) for number in range(num_vectors)]
+        sums = [vectors.load(builder.add(out, offset)) for offset in offsets]
         for row in range(num_rows):
             weight = vectors.repeated(builder.add(weights, _I64(4 * row)))
-            here = builder.add(rows, builder.mul(stride, _I64(row)))
+            address = builder.add(rows, builder.mul(stride, _I64(row)))
             sums = [
-                vectors.multiply_add(weight, vectors.load(builder.add(here, place)), total)
-                for place, total in zip(places, sums, strict=True)
+                vectors.multiply_add(weight, vectors.load(builder.add(address, offset)), total)
+                for offset, total in zip(offsets, sums, strict=True)
             ]
-        for place, total in zip(places, sums, strict=True):
-            builder.store(total, vectors.at(builder.add(out, place)), align=4)
+        for offset, total in zip(offsets, sums, strict=True):
+            builder.store(total, vectors.at(builder.add(out, offset)), align=4)
 
     return void_intrinsic(4, generate)

@@ -1,4 +1,4 @@
-"""The operations of one model on a CPU, behind one interface: each is native where this CPU has it, else torch's."""
+"""The operations of one model on a CPU, behind one interface: native kernels where they compile, else torch's."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from cpu_kernels.torch_ops import TorchOps
 
 if TYPE_CHECKING:
     from cpu_kernels.decode_attention import DecodeAttention
+    from cpu_kernels.gemm import GemmKernel
     from cpu_kernels.lora_deltas import AddDeltas
     from cpu_kernels.prompt_attention import PromptAttention
 
 logger = logging.getLogger("quickchange.model")
 
 _TORCH_LINEARS = {linear.name: linear for linear in (FbgemmLinear, OnednnLinear)}
-_WITH_TILES = "AMX"
 
 
 class Norm(Protocol):
@@ -46,17 +46,17 @@ class Norm(Protocol):
 
 
 class Kernels:
-    """The operations of ONE model, chosen one by one. No caller needs to know which of them are native.
+    """The operations of ONE model, each native or torch's. No caller needs to know which.
 
-    All tensors are float32 on the CPU, where nothing else is said; no operation checks shapes. ``linear`` names what
-    multiplies integers (``choose_linear``), None for a base in floats. With ``native`` the native kernels are compiled
-    in a thread from now on, those of attention for keys and values of ``kv_dtype``; ``ready`` waits for them.
+    Tensors are float32 on the CPU unless a docstring names another type; no operation checks shapes. ``linear`` is the
+    name of the int8 linear (``choose_linear``), None for a base in floats. With ``native`` a thread compiles the native
+    kernels, those of attention for keys and values of ``kv_dtype``; ``ready`` waits for it.
 
-    Until ``ready`` has returned only ``linear`` and ``qmax`` may be used.
+    Before ``ready`` has returned only ``linear`` and ``qmax`` may be used.
     """
 
     rms_norm: Callable[[torch.Tensor, float], Norm]
-    """``f(gain, eps)``: the RMS norm with this gain [dim], prepared."""
+    """``f(gain, eps)``: an RMS norm with this gain [dim]."""
 
     rotary_embedding: Callable[
         [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]
@@ -73,10 +73,10 @@ class Kernels:
     """``f(gate, up)``: a new silu(gate) * up, all [..., dim]."""
 
     gelu_and_mul: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    """``f(gate, up)``: a new gelu(gate) * up by the approximation with tanh, all [..., dim]."""
+    """``f(gate, up)``: a new gelu(gate) * up, gelu by its tanh approximation, all [..., dim]."""
 
     add_deltas: AddDeltas | None
-    """LoRA deltas of any mixture of adapters on the rows of a linear (see its call); None where torch computes them."""
+    """Adds the LoRA deltas of any mixture of adapters to a linear's rows; None where torch computes them."""
 
     records_layers: bool
     """Whether a decoder layer may be recorded as a layer graph: its linears, attention, deltas and norms are native."""
@@ -108,13 +108,12 @@ class Kernels:
         assert self.linear_name is not None
         if self.linear_name in _TORCH_LINEARS:
             return _TORCH_LINEARS[self.linear_name](rows, bias, outliers)
-        tiles = self.linear_name == _WITH_TILES
-        return NativeLinear(self.launch, _gemm(self.linear_name), rows, bias, outliers, tiles=tiles)
+        return NativeLinear(self.launch, _gemm(self.linear_name), rows, bias, outliers)
 
     def decode_attention(self, kv_dtype: torch.dtype) -> DecodeAttention | None:
-        """What writes rows into a KV cache of this format, and attends with single rows (see its call).
+        """Attention of single rows, which also writes keys and values into a KV cache of this format.
 
-        None where there is no native kernel for it: torch's attention takes its place.
+        None where there is no native kernel for it; torch's attention is then used.
         """
         if not self._native:
             return None
@@ -126,7 +125,7 @@ class Kernels:
         return DecodeAttention(self.launch, kernel)
 
     def prompt_attention(self, kv_dtype: torch.dtype) -> PromptAttention | None:
-        """What attends with many rows of one sequence to a KV cache of this format (see its call); None as above."""
+        """Attention of many rows of one sequence on a KV cache of this format; None where there is no native kernel."""
         if not self._native:
             return None
         from cpu_kernels.prompt_attention import PromptAttention
@@ -137,9 +136,9 @@ class Kernels:
         return PromptAttention(self.launch)
 
     def ready(self, dtype: torch.dtype = torch.float32) -> Kernels:
-        """Wait until all is compiled, and choose: what failed stays torch's, and the log has named it.
+        """Wait for the compiler. Operations that failed to compile stay torch's; the log names them.
 
-        ``dtype`` is what the model computes in; native operations compute in float32 alone.
+        ``dtype`` is the model's activation type; native operations are for float32 only.
         """
         if self._compiling is not None:
             self._compiling.join()
@@ -162,33 +161,42 @@ class Kernels:
         from cpu_kernels.native_ops import NativeOps
 
         ops = NativeOps(self.launch)
-        chosen = {name: self._compiles(name, kernel) for name, kernel in NativeOps.KERNELS.items()}
-        for name, is_native in chosen.items():
-            if is_native:
-                setattr(self, name, getattr(ops, name))
+        compiled = {name: self._compiles(name, kernel) for name, kernel in NativeOps.KERNELS.items()}
+        if compiled["rms_norm"]:
+            self.rms_norm = ops.rms_norm
+        if compiled["rotary_embedding"]:
+            self.rotary_embedding = ops.rotary_embedding
+        if compiled["add_"]:
+            self.add_ = ops.add_
+        if compiled["silu_and_mul"]:
+            self.silu_and_mul = ops.silu_and_mul
+        if compiled["gelu_and_mul"]:
+            self.gelu_and_mul = ops.gelu_and_mul
         if self._compiles("LoRA deltas", ADD_DELTAS):
             self.add_deltas = AddDeltas(self.launch)
         self.records_layers = (
             self.linear_name is not None
             and self.linear_name not in _TORCH_LINEARS
-            and all(chosen.values())
+            and all(compiled.values())
             and self.add_deltas is not None
             and self.decode_attention(self._kv_dtype) is not None
             and self._compiles("layer graphs", *GRAPH_KERNELS)
         )
 
     def _compile(self) -> None:
-        """Whatever this model may need, but for its linears, which are tried when they are chosen."""
+        """Compile all kernels that the model may use except its linears, which ``choose_linear`` compiles."""
         try:
             self._use_native()
             self.prompt_attention(self._kv_dtype)
-        except Exception:  # of an import: compilation reports its own
+        except Exception:  # from an import: _compiles logs compilation errors
             self._native = False
             self._use_torch()
-            logger.warning("native kernels cannot be imported: every operation but linears is torch's", exc_info=True)
+            logger.warning(
+                "native kernels cannot be imported: every operation except linears uses torch", exc_info=True
+            )
 
     def _compiles(self, operation: str, *kernels: NativeKernel) -> bool:
-        """Whether these compile; each is tried once."""
+        """Whether all of these compile; each is compiled once."""
         for kernel in kernels:
             if kernel not in self._compiled:
                 self._compiled[kernel] = _compiles(operation, kernel)
@@ -196,11 +204,10 @@ class Kernels:
 
 
 def choose_kernels(*, int8: bool, kv_dtype: torch.dtype) -> Kernels:
-    """What a base on the CPU computes with. Its ``linear_name`` is None where nothing multiplies integers.
+    """The kernels of a base on the CPU. ``linear_name`` is None where no int8 linear runs on this CPU.
 
-    The one policy: a base in int8 takes every native operation that compiles on this CPU, whatever multiplies its
-    integers. A base in floats keeps torch's, since compiling takes about ten seconds at each start and changes the last
-    bits of its logits; that ends when native kernels come compiled.
+    An int8 base uses every native operation that compiles on this CPU, whichever int8 linear it has. A base in floats
+    uses torch's operations: compiling takes about ten seconds at each start, and changes the last bits of its logits.
     """
     if not int8:
         return Kernels()
@@ -209,7 +216,7 @@ def choose_kernels(*, int8: bool, kv_dtype: torch.dtype) -> Kernels:
 
 
 def native_linears() -> Sequence[str]:
-    """Names of the instruction sets by which native linears can multiply on this CPU, fastest first."""
+    """Names of the native linears that this CPU can run, by instruction set, fastest first."""
     if not available():
         return []
     from cpu_kernels.gemm import gemm_kernels
@@ -218,15 +225,15 @@ def native_linears() -> Sequence[str]:
 
 
 def choose_linear() -> str | None:
-    """What multiplies integers fastest on this CPU, for ``Kernels``; None where nothing does."""
+    """The name of the fastest int8 linear on this CPU, for ``Kernels``; None where there is none."""
     for name in native_linears():
         if _compiles(f"linears by {name}", _gemm(name)):
             return name
-    torchs = choose_torch_linear()
-    return None if torchs is None else torchs.name
+    torch_linear = choose_torch_linear()
+    return None if torch_linear is None else torch_linear.name
 
 
-def _gemm(name: str) -> NativeKernel:
+def _gemm(name: str) -> GemmKernel:
     from cpu_kernels.gemm import gemm_kernels
 
     return gemm_kernels()[name]
@@ -234,21 +241,21 @@ def _gemm(name: str) -> NativeKernel:
 
 @cache
 def _measured_qmax(linear: str) -> int:
-    """``QMAX`` where sums over the largest integers come out exact, which is tried."""
+    """``QMAX`` where a product of the largest integers is exact, else ``QMAX_16BIT_SAFE``."""
     quieten_deprecations()
     num_inputs = 256
-    largest = Int8Rows(torch.full((8, num_inputs), QMAX, dtype=torch.int8), torch.full((8,), 1.0 / QMAX))
-    sums = Kernels(linear=linear).linear(largest)(torch.ones(1, num_inputs))
+    largest_weights = Int8Rows(torch.full((8, num_inputs), QMAX, dtype=torch.int8), torch.full((8,), 1.0 / QMAX))
+    sums = Kernels(linear=linear).linear(largest_weights)(torch.ones(1, num_inputs))
     return QMAX if torch.allclose(sums, torch.tensor(float(num_inputs))) else QMAX_16BIT_SAFE
 
 
 def _compiles(operation: str, kernel: NativeKernel) -> bool:
-    """Whether a native kernel compiles for this CPU. Where it does not, the log says so."""
+    """Whether a native kernel compiles for this CPU; a failure is logged."""
     try:
         kernel.compile()
     except Exception as error:
         logger.warning(
-            "the native kernel for %s could not be compiled (%s: %s): another takes its place",
+            "the native kernel for %s could not be compiled (%s: %s): a slower one is used",
             operation,
             type(error).__name__,
             str(error)[:300],

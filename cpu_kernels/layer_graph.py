@@ -1,8 +1,7 @@
-"""Records a layer's calls of native kernels, and replays them with other tensors in one call.
+"""Records a layer's calls of native kernels, and replays them with other tensors in one call, as CUDA graphs do.
 
-Between kernels, whose work is microseconds, a decoding step spends most of its time in Python, whose own memory the
-weights have just swept out of the caches. A layer graph is what CUDA graphs are on a GPU: the same calls,
-without Python.
+Kernels of a decoding step take microseconds. Between them a step spends most of its time in Python, whose own memory
+the weights have just evicted from the caches. Replay makes the same calls without Python.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cpu_kernels.blocks import padded
 from cpu_kernels.intrinsics import barrier, call, longs, thread_number
 from cpu_kernels.native_kernel import Call, Launcher, NativeKernel
 from cpu_kernels.native_ops import NativeOps
@@ -22,21 +22,21 @@ from cpu_kernels.native_ops import NativeOps
 _aten = torch.ops.aten
 _EMPTY = {_aten.empty.memory_format, _aten.empty_like.default}
 _CONSTANTS = {_aten.lift.default, _aten.lift_fresh.default}
-"""What ``torch.tensor`` made of numbers, looking like a view."""
+"""Operations of ``torch.tensor(numbers)``, which look like views."""
 _LINE = 64
 
 
 class NotRecordable(Exception):
-    """A layer does what a layer graph does not hold."""
+    """The layer has an operation that a layer graph cannot hold."""
 
 
 class TooLarge(NotRecordable):
-    """It needs more memory than there is, at this size."""
+    """The layer needs more memory than the arena has, at this number of rows."""
 
 
 @dataclass
-class _Made:
-    """A tensor that is made while recording: its address, its bytes, and the first and last call that uses it."""
+class _NewTensor:
+    """A tensor that was created while recording, and the first and last call that use it (-1: none)."""
 
     tensor: torch.Tensor
     first: int = -1
@@ -48,38 +48,38 @@ class _Made:
 
     @property
     def size(self) -> int:
-        return -(-self.tensor.nbytes // _LINE) * _LINE
+        return padded(self.tensor.nbytes, _LINE)
 
 
 class GraphRecorder(TorchDispatchMode):
-    """Records the calls of one model's launcher, new tensors, sums, products with a number.
+    """Records one model's kernel calls, new tensors, and torch's ``x + y`` and ``x * number``, replaced by kernels.
 
-    Any other operation that computes is the ``problem``.
+    ``problem`` is the first other torch operation that computes something.
     """
 
     def __init__(self, launch: Launcher) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.launch, self._ops = launch, NativeOps(launch)
         self.calls: list[Call] = []
-        self.made: list[_Made] = []
+        self.new_tensors: list[_NewTensor] = []
         self.problem: str | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _aten.add.Tensor and not kwargs and _alike(*args):
             x, other = args
             y = torch.empty_like(x)
-            self.made.append(_Made(y))
+            self.new_tensors.append(_NewTensor(y))
             self._ops.add(x, other, y)
             return y
         if func is _aten.mul.Tensor and not kwargs and isinstance(args[1], float) and _alike(args[0], args[0]):
             x, factor = args
             y = torch.empty_like(x)
-            self.made.append(_Made(y))
+            self.new_tensors.append(_NewTensor(y))
             self._ops.scale(x, factor, y)
             return y
         result = func(*args, **(kwargs or {}))
         if func in _EMPTY:
-            self.made.append(_Made(result))
+            self.new_tensors.append(_NewTensor(result))
         elif func in _CONSTANTS or func._schema.is_mutable or not _are_views(result, args):
             self.problem = self.problem or str(func)
         return result
@@ -90,16 +90,17 @@ class GraphRecorder(TorchDispatchMode):
 
 
 def _are_views(result: Any, args: Any) -> bool:
-    """Whether results are other looks at the memory of a tensor that was given, so that nothing was computed."""
-    given = {one.untyped_storage().data_ptr() for one in args if isinstance(one, torch.Tensor)}
-    found = result if isinstance(result, tuple | list) else [result]
-    return all(isinstance(one, torch.Tensor) and one.untyped_storage().data_ptr() in given for one in found)
+    """Whether all results are views of the arguments, so that nothing was computed."""
+    storages = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, torch.Tensor)}
+    results = result if isinstance(result, tuple | list) else [result]
+    return all(isinstance(view, torch.Tensor) and view.untyped_storage().data_ptr() in storages for view in results)
 
 
 def _alike(x: Any, other: Any) -> bool:
-    both = isinstance(x, torch.Tensor) and isinstance(other, torch.Tensor)
+    """Whether both are contiguous float32 tensors of one shape."""
     return (
-        both
+        isinstance(x, torch.Tensor)
+        and isinstance(other, torch.Tensor)
         and x.shape == other.shape
         and x.is_contiguous()
         and other.is_contiguous()
@@ -108,11 +109,11 @@ def _alike(x: Any, other: Any) -> bool:
 
 
 class LayerGraph:
-    """Calls of native kernels, one after another.
+    """A list of calls of native kernels.
 
-    ``records`` are int64, one behind the other; ``table`` int64 [calls, 2] has each one's code and address. ``places``
-    int64 [n, 3] are the fields of records that point into inputs: their address, which input, and how far into
-    it. Behind the inputs comes the result.
+    ``records`` are the records of all calls, int64, contiguous; ``table`` int64 [calls, 2] has each call's code and
+    record address. ``places`` int64 [n, 3] are the fields that point into an input: address of the field, number of the
+    input, offset in bytes. The result counts as the last input.
     """
 
     def __init__(
@@ -126,92 +127,98 @@ class LayerGraph:
         num_inputs: int,
     ) -> None:
         self.places, self._launch = places, launch
-        self._kept = records, table, arena  # whose addresses are in use
+        self._kept = records, table, arena  # their addresses are in use
         self._shape = result.shape
         self._addresses = (ctypes.c_int64 * (num_inputs + 1))()
-        at = ctypes.addressof(self._addresses)
-        self._fixed = table.data_ptr(), len(table), places.data_ptr(), len(places), at
+        inputs = ctypes.addressof(self._addresses)
+        self._fixed = table.data_ptr(), len(table), places.data_ptr(), len(places), inputs
 
     @classmethod
     def of(cls, recorder: GraphRecorder, inputs: Sequence[torch.Tensor], result: Any, arena: Arena) -> LayerGraph:
-        """What was recorded for a call with these inputs. Raises ``NotRecordable``."""
+        """The graph of a layer that was recorded with these inputs. Raises ``NotRecordable``."""
         if recorder.problem is not None:
             raise NotRecordable(recorder.problem)
-        made = {one.begin: one for one in recorder.made if one.size}
-        if not isinstance(result, torch.Tensor) or result.data_ptr() not in made or not result.is_contiguous():
-            raise NotRecordable("its result is no new tensor")
+        new_tensors = {tensor.begin: tensor for tensor in recorder.new_tensors if tensor.size}
+        if not isinstance(result, torch.Tensor) or result.data_ptr() not in new_tensors or not result.is_contiguous():
+            raise NotRecordable("its result is not a new contiguous tensor")
         numbers: list[int] = []
         starts = []
         for _, record in recorder.calls:
             starts.append(len(numbers))
             numbers += (ctypes.c_int64 * (ctypes.sizeof(record) // 8)).from_buffer_copy(record)
         ends = [*starts[1:], len(numbers)]
-        of_result = made.pop(result.data_ptr())
-        if of_result.tensor.nbytes != result.nbytes or result.dtype != torch.float32:
-            raise NotRecordable("its result is part of a tensor, or of another format")
-        found: dict[int, list[tuple[int, int]]] = {}
+        new_result = new_tensors.pop(result.data_ptr())
+        if new_result.tensor.nbytes != result.nbytes or result.dtype != torch.float32:
+            raise NotRecordable("its result is part of a tensor, or not float32")
+        pointers: dict[int, list[tuple[int, int]]] = {}  # per new tensor: fields that point into it, their offsets
         for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
-            for place in range(start, end):
-                for begin, one in made.items():
-                    if begin <= numbers[place] < begin + one.size:
-                        found.setdefault(begin, []).append((place, numbers[place] - begin))
-                        one.first = number if one.first < 0 else one.first
-                        one.last = number
-        pointing = [_pointing_into(numbers, one) for one in (*inputs, of_result.tensor)]
-        offsets = arena.arrange([one for one in made.values() if one.first >= 0])
-        for begin, mine in found.items():
-            for place, offset in mine:
-                numbers[place] = arena.address + offsets[begin] + offset
-        memory = (ctypes.c_int64 * len(numbers))(*numbers)
-        first = ctypes.addressof(memory)
-        rows = [[code, first + 8 * start] for (code, _), start in zip(recorder.calls, starts, strict=True)]
-        places = [(first + 8 * place, number, offset) for number, some in enumerate(pointing) for place, offset in some]
-        return cls(recorder.launch, memory, torch.tensor(rows), torch.tensor(places), arena, result, len(inputs))
+            for field in range(start, end):
+                for begin, tensor in new_tensors.items():
+                    if begin <= numbers[field] < begin + tensor.size:
+                        pointers.setdefault(begin, []).append((field, numbers[field] - begin))
+                        if tensor.first < 0:
+                            tensor.first = number
+                        tensor.last = number
+        input_pointers = [_pointing_into(numbers, tensor) for tensor in (*inputs, new_result.tensor)]
+        arena_offsets = arena.arrange([tensor for tensor in new_tensors.values() if tensor.first >= 0])
+        for begin, fields in pointers.items():
+            for field, offset in fields:
+                numbers[field] = arena.address + arena_offsets[begin] + offset
+        records = (ctypes.c_int64 * len(numbers))(*numbers)
+        address = ctypes.addressof(records)
+        table = [[code, address + 8 * start] for (code, _), start in zip(recorder.calls, starts, strict=True)]
+        places = [
+            (address + 8 * field, number, offset)
+            for number, fields in enumerate(input_pointers)
+            for field, offset in fields
+        ]
+        return cls(recorder.launch, records, torch.tensor(table), torch.tensor(places), arena, result, len(inputs))
 
     def replay(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         """The result for other inputs of the same shapes and strides."""
         result = torch.empty(self._shape)
-        self._addresses[:] = [one.data_ptr() for one in (*inputs, result)]
+        self._addresses[:] = [tensor.data_ptr() for tensor in (*inputs, result)]
         self._launch(REPLAY, torch.get_num_threads(), *self._fixed)
         return result
 
 
 def _pointing_into(numbers: Sequence[int], tensor: torch.Tensor) -> list[tuple[int, int]]:
+    """The fields that are addresses within the tensor's memory, and their offsets in bytes."""
     if not tensor.numel():
         return []  # its address is 0
     begin, size = tensor.data_ptr(), tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.itemsize
-    return [(place, number - begin) for place, number in enumerate(numbers) if begin <= number < begin + size]
+    return [(field, number - begin) for field, number in enumerate(numbers) if begin <= number < begin + size]
 
 
 class Arena:
-    """Memory that all layer graphs of a model share, as one at a time is replayed."""
+    """Memory that all layer graphs of a model share: one is replayed at a time."""
 
     def __init__(self, num_bytes: int) -> None:
         self._memory = torch.empty(num_bytes + _LINE, dtype=torch.uint8)
-        self.address = -(-self._memory.data_ptr() // _LINE) * _LINE
+        self.address = padded(self._memory.data_ptr(), _LINE)
         self.num_bytes = num_bytes
 
-    def arrange(self, made: Sequence[_Made]) -> dict[int, int]:
-        """Where each tensor lies, by its address: those that are in use at the same time do not overlap.
+    def arrange(self, tensors: Sequence[_NewTensor]) -> dict[int, int]:
+        """Offsets in the arena by the tensors' addresses; tensors in use at the same time do not overlap.
 
-        Raises ``TooLarge`` where they do not fit.
+        The largest is placed first, each at the lowest offset that is free. Raises ``TooLarge`` where they do not fit.
         """
-        placed: list[tuple[_Made, int]] = []
-        for one in sorted(made, key=lambda one: -one.size):
+        placed: list[tuple[_NewTensor, int]] = []
+        for tensor in sorted(tensors, key=lambda tensor: -tensor.size):
             taken = sorted(
                 (offset, offset + other.size)
                 for other, offset in placed
-                if other.first <= one.last and one.first <= other.last
+                if other.first <= tensor.last and tensor.first <= other.last
             )
             offset = 0
             for begin, end in taken:
-                if offset + one.size <= begin:
+                if offset + tensor.size <= begin:
                     break
                 offset = max(offset, end)
-            if offset + one.size > self.num_bytes:
+            if offset + tensor.size > self.num_bytes:
                 raise TooLarge(f"it needs more than {self.num_bytes} bytes")
-            placed.append((one, offset))
-        return {one.begin: offset for one, offset in placed}
+            placed.append((tensor, offset))
+        return {tensor.begin: offset for tensor, offset in placed}
 
 
 def _replay(a: Any) -> None:
@@ -228,4 +235,4 @@ def _replay(a: Any) -> None:
 
 REPLAY = NativeKernel(_replay, "table count places num_places inputs")
 GRAPH_KERNELS = (REPLAY, *NativeOps.GRAPH_KERNELS)
-"""What recording and replaying a layer has to have compiled, beside what the layer calls."""
+"""The kernels that recording and replay need, besides those that the layer calls."""

@@ -1,7 +1,7 @@
-"""Linears with int8 weights and activations: their interface, the native one, and torch's two, FBGEMM and oneDNN.
+"""Linears with int8 weights and activations (W8A8): their interface, the native one, and torch's FBGEMM and oneDNN.
 
-Every row of activations is divided by its own largest absolute value and rounded to a 127th of it; integer sums are
-exact, so a row's result does not depend on its neighbours (as in SmoothQuant's per-token W8A8, Xiao et al. 2023).
+Activations are quantized row by row, with one scale a row (per-token, as in SmoothQuant, Xiao et al. 2023). Integer
+sums are exact, so a row's result does not depend on its neighbours.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 
@@ -29,23 +29,26 @@ from cpu_kernels.blocks import (
     sums_size,
 )
 from cpu_kernels.int8_weights import QMAX, Int8Rows, Outliers, pieces
-from cpu_kernels.native_kernel import Launcher, NativeKernel
+from cpu_kernels.native_kernel import Launcher
+
+if TYPE_CHECKING:
+    from cpu_kernels.gemm import GemmKernel
 
 _TINY = 1e-30
 _PIECE_NUMBERS = 1 << 18
-"""Activations quantized at a time: as many as the cores' caches hold through several passes."""
+"""Activations quantized at a time: as many as the cores' caches hold while several operations pass over them."""
 _fbgemm: Any = torch.ops.quantized
 _onednn: Any = torch.ops.onednn
 ZERO = QMAX + 1
-"""The integer that stands for an activation of 0; the largest of a row is ``QMAX`` away from it."""
+"""The zero point of activations, as uint8; the absmax of a row is ``QMAX`` away from it."""
 NO_DELTAS = (0, 0)
 
 
 class Deltas(Protocol):
-    """What the adapters of a step's rows add to a fused linear, as its kernel is told."""
+    """The LoRA deltas that a step's rows need from a fused linear."""
 
     def of(self, num_rows: int) -> tuple[int, int]:
-        """The addresses of ``runs`` and ``parts`` for so many rows, ``NO_DELTAS`` where no row needs them."""
+        """The addresses of ``tasks`` and ``linears`` (``gemm.FIELDS``); ``NO_DELTAS`` where no row has an adapter."""
         ...
 
 
@@ -61,8 +64,7 @@ class PackedLinear(Protocol):
     """A linear with its weight packed for one kernel.
 
     A call takes float32 [..., in], not empty, and returns a new float32 [..., out], bias and outliers included.
-    ``deltas`` are what adapters add to these rows, the addresses of ``runs`` and ``parts`` (``gemm.FIELDS``): other
-    than ``NO_DELTAS`` only where it can add them.
+    ``deltas`` is what ``Deltas.of`` returns, ``NO_DELTAS`` unless ``can_add_deltas``.
     """
 
     @property
@@ -72,16 +74,16 @@ class PackedLinear(Protocol):
     def num_outputs(self) -> int: ...
 
     def can_add_deltas(self, sizes: Sequence[int]) -> bool:
-        """Whether adapters' deltas can be part of its call, for linears of so many outputs one below the other."""
+        """Whether a call can add LoRA deltas, where the weight joins linears with these numbers of outputs."""
         ...
 
     def __call__(self, x: torch.Tensor, deltas: tuple[int, int] = NO_DELTAS) -> torch.Tensor: ...
 
     @property
     def gated(self) -> GatedCall | None:
-        """``f(x, deltas, by_gelu=)``: float32 [..., in] -> [..., out / 2], None where the kernel has no such call.
+        """``f(x, deltas, by_gelu=)``: silu (or gelu) of the first half of the outputs, times the second.
 
-        silu, or gelu, of the first half of the outputs, times the second. Of more than 32 rows the result lies in a
+        float32 [..., in] -> [..., out / 2]; None where the kernel cannot. The result of more than 32 rows is in a
         workspace: it is valid until the next gated call of any linear of the same model.
         """
         ...
@@ -92,7 +94,7 @@ class PackedLinear(Protocol):
 
 
 class TorchLinear:
-    """What torch's linears have in common: bias and outliers come in passes of their own."""
+    """Base class of torch's linears: bias and outliers are added by operations of their own."""
 
     name: ClassVar[str]
     gated: ClassVar[None] = None
@@ -133,8 +135,8 @@ class FbgemmLinear(TorchLinear):
         self._op = _fbgemm.linear_with_input_q_dq_qweight_dq_output_fp32.default
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
-        largest = x.abs().amax(-1, keepdim=True).clamp_min_(_TINY)  # [..., 1]
-        return self.multiply(x / largest).mul_(largest)
+        absmax = x.abs().amax(-1, keepdim=True).clamp_min_(_TINY)  # [..., 1]
+        return self.multiply(x / absmax).mul_(absmax)
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """x float32, -1 to 1."""
@@ -143,7 +145,7 @@ class FbgemmLinear(TorchLinear):
 
 
 class OnednnLinear(TorchLinear):
-    """oneDNN: torch's fastest with AMX, and the one that is left where torch has no FBGEMM."""
+    """oneDNN: torch's fastest with AMX, and the fallback where torch has no FBGEMM."""
 
     name: ClassVar[str] = "oneDNN"
 
@@ -156,19 +158,19 @@ class OnednnLinear(TorchLinear):
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         if x.numel() <= _PIECE_NUMBERS:
-            integers, largest = quantize_rows(x)
-            return self.multiply(integers).mul_(largest)
+            integers, absmax = quantize_rows(x)
+            return self.multiply(integers).mul_(absmax)
         rows = x.view(-1, x.shape[-1])
         integers = torch.empty(rows.shape, dtype=torch.uint8)
-        largest = torch.empty(len(rows), 1)
+        absmax = torch.empty(len(rows), 1)
         step = max(1, _PIECE_NUMBERS // rows.shape[1])
         for first in range(0, len(rows), step):
-            at = slice(first, first + step)
-            integers[at], largest[at] = quantize_rows(rows[at])
-        return self.multiply(integers).mul_(largest).view(*x.shape[:-1], -1)
+            piece = slice(first, first + step)
+            integers[piece], absmax[piece] = quantize_rows(rows[piece])
+        return self.multiply(integers).mul_(absmax).view(*x.shape[:-1], -1)
 
     def multiply(self, integers: torch.Tensor) -> torch.Tensor:
-        """uint8 around ``ZERO``."""
+        """Quantized x, uint8 [rows, in] -> float32 [rows, out], to be multiplied by each row's absmax."""
         product: torch.Tensor = self._op(
             integers, 1.0 / QMAX, ZERO, self._packed, self._scales, self._zeros,
             None, 1.0, 0, torch.float32, "none", [], "",
@@ -179,23 +181,20 @@ class OnednnLinear(TorchLinear):
 class NativeLinear:
     """A weight packed in blocks (``blocks.py``), multiplied by one of the kernels of ``gemm.py``.
 
-    All between its input and its result is one call. Three times as fast as torch's at one row, and in long prompts
-    half again: torch's need the activations quantized before and scaled after, each in passes of its own.
+    Quantization, product and scaling are one kernel call: three times as fast as torch's linears at one row, and 1.5
+    times in long prompts, where those need an operation for each.
     """
 
     def __init__(
         self,
         launch: Launcher,
-        gemm: NativeKernel,
+        gemm: GemmKernel,
         rows: Int8Rows,
         bias: torch.Tensor | None = None,
         outliers: Outliers | None = None,
-        *,
-        tiles: bool,
     ) -> None:
         self._launch, self._gemm = launch, gemm
         self.num_outputs, self.num_inputs = rows.integers.shape
-        self._has_tiles = tiles
         self._weights = in_blocks(rows.integers)
         self._width = 4 * self._weights.shape[1]
         self._row_scales = rows.scales
@@ -211,12 +210,16 @@ class NativeLinear:
 
     @property
     def gated(self) -> GatedCall | None:
-        """See ``PackedLinear``: where both halves of the outputs are whole parts of blocks."""
+        """See ``PackedLinear``; None where the number of outputs is no multiple of a block's."""
         return self._gated if self.num_outputs % BLOCK_OUTPUTS == 0 else None
 
     def can_add_deltas(self, sizes: Sequence[int]) -> bool:
-        """With AMX, where inputs and outputs are whole tiles."""
-        return self._has_tiles and self.num_inputs % BF16_STEP == 0 and all(size % HALF_BLOCK == 0 for size in sizes)
+        """See ``PackedLinear``; inputs and outputs must fill tiles."""
+        return (
+            self._gemm.adds_deltas
+            and self.num_inputs % BF16_STEP == 0
+            and all(size % HALF_BLOCK == 0 for size in sizes)
+        )
 
     def in_floats(self) -> torch.Tensor:
         """The weight it multiplies with, float32 [out, in]."""
@@ -236,33 +239,34 @@ class NativeLinear:
         num_rows = x.numel() // self.num_inputs
         num_padded = padded(num_rows, PANEL_ROWS)
         sums = sums_size(num_rows, self._width, len(self._weights))
-        num_apart = 0 if self._outliers is None else len(self._outliers.indices)
-        num_bytes = sums + num_padded * (self._width + 4 + 4 * num_apart)
+        num_outliers = 0 if self._outliers is None else len(self._outliers.indices)
+        num_bytes = sums + num_padded * (self._width + 4 + 4 * num_outliers)
         scratch = self._launch.workspace("scratch", num_bytes, reuse=num_rows > FEW_ROWS)
-        grid = scratch.data_ptr() + sums
-        largest = grid + num_padded * self._width
+        quantized = scratch.data_ptr() + sums
+        absmax = quantized + num_padded * self._width
+        outlier_inputs = absmax + 4 * num_padded
         self._launch(
-            self._gemm, torch.get_num_threads(), x.data_ptr(), num_rows, y.data_ptr(), gating, grid, largest,
-            largest + 4 * num_padded, scratch.data_ptr(), *self._fixed, *deltas,
+            self._gemm, torch.get_num_threads(), x.data_ptr(), num_rows, y.data_ptr(), gating, quantized,
+            absmax, outlier_inputs, scratch.data_ptr(), *self._fixed, *deltas,
         )  # fmt: skip
         return y
 
     def _addresses(self) -> tuple[int, ...]:
-        """What stays the same from call to call, in the order of the kernel's fields."""
+        """The fields that are the same in every call, ``gemm.FIELDS`` from ``inputs`` to ``outlier_weights``."""
         outliers = self._outliers
-        apart = (0, 0, 0, 0)
+        outlier_fields = (0, 0, 0, 0)
         if outliers is not None:
             mask, indices, weights = outliers.inlier_mask, outliers.indices, self._outlier_weights
-            apart = (mask.data_ptr(), len(indices), indices.data_ptr(), weights.data_ptr())
+            outlier_fields = (mask.data_ptr(), len(indices), indices.data_ptr(), weights.data_ptr())
         sizes = (self.num_inputs, self.num_outputs, self._width, len(self._weights))
-        return *sizes, self._weights.data_ptr(), self._constants.data_ptr(), *apart
+        return *sizes, self._weights.data_ptr(), self._constants.data_ptr(), *outlier_fields
 
 
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [..., in] as uint8 around ``ZERO``, and each row's largest absolute value [..., 1]."""
-    largest = x.abs().amax(-1, keepdim=True).clamp_min_(_TINY)
-    # half a step more, so that cutting off rounds to nearest
-    return (x * (QMAX / largest)).add_(ZERO + 0.5).to(torch.uint8), largest
+    """x [..., in] as uint8 with the zero point ``ZERO``, and each row's absmax [..., 1]."""
+    absmax = x.abs().amax(-1, keepdim=True).clamp_min_(_TINY)
+    # + 0.5: truncation then rounds to nearest
+    return (x * (QMAX / absmax)).add_(ZERO + 0.5).to(torch.uint8), absmax
 
 
 def torch_capabilities() -> Mapping[str, Any]:
@@ -274,7 +278,7 @@ def torch_capabilities() -> Mapping[str, Any]:
 
 
 def choose_torch_linear() -> type[TorchLinear] | None:
-    """The fastest of those that come with torch; None where it has none."""
+    """The fastest int8 linear of this build of torch; None where it has none."""
     quieten_deprecations()
     has_onednn = torch.backends.mkldnn.is_available() and hasattr(_onednn, "qlinear_pointwise")
     if has_onednn and torch_capabilities().get("amx_int8"):
@@ -305,17 +309,17 @@ def _pack_for_fbgemm(rows: Int8Rows) -> Any:
 
 @cache
 def quieten_deprecations() -> None:
-    """torch says once that its quantized tensors will go some day; kernels pinned to this torch need them."""
+    """Trigger torch's warning that quantized tensors are deprecated, which it gives once, and drop it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.quint8)
 
 
 def _constants(rows: Int8Rows, bias: torch.Tensor | None) -> torch.Tensor:
-    """What the sums of each block are finished with, int32 [blocks, 3, 32]: zeros, and the bits of scales and bias."""
-    # in pieces, as torch has a whole copy in int32 to sum up
-    zeros = torch.cat([piece.sum(1, dtype=torch.int32) for piece in pieces(rows.integers)]) * -ZERO
-    bias = torch.zeros(len(zeros)) if bias is None else bias.contiguous()
+    """int32 [blocks, 3, 32]: initial sums, which cancel the zero point of x, and the bits of scales and bias."""
+    # in pieces, as torch makes an int32 copy of what it sums
+    initial = torch.cat([piece.sum(1, dtype=torch.int32) for piece in pieces(rows.integers)]) * -ZERO
+    bias = torch.zeros(len(initial)) if bias is None else bias.contiguous()
     scales = rows.scales * (1.0 / QMAX)
-    found = torch.stack([zeros, scales.view(torch.int32), bias.view(torch.int32)])
-    return by_blocks(found).transpose(0, 1).contiguous()
+    constants = torch.stack([initial, scales.view(torch.int32), bias.view(torch.int32)])
+    return by_blocks(constants).transpose(0, 1).contiguous()

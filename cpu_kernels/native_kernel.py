@@ -1,8 +1,8 @@
-"""Compiles functions of Python to machine code with Numba, and runs them on torch's own OpenMP threads.
+"""Compiles Python functions to machine code with Numba, and runs them on torch's own OpenMP threads.
 
-OpenMP's ``GOMP_parallel``, of the very library that torch has loaded, starts the threads: one pool, which is awake
-between the operations of a step. Where that library is not found (it is on Linux) or Numba is missing there are no
-native kernels, and torch's operations take their place.
+``GOMP_parallel`` of the OpenMP library that torch has loaded starts the threads, so that there is one pool, which stays
+awake between the operations of a step. Without Numba, or where that library is not found (outside Linux), there are no
+native kernels, and torch's operations are used.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ _SYMBOLS = ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier")
 _compiling = threading.Lock()
 
 Call = tuple[int, ctypes.Structure]
-"""The address of a native kernel's code, and the record of arguments that it was called with."""
+"""The address of a native kernel's code, and the record of arguments of one call."""
 
 
 @cache
 def openmp() -> ctypes.CDLL | None:
-    """The OpenMP library that torch's own calls reach; None where there is none that serves.
+    """The OpenMP library that torch's own calls reach; None where it is not found.
 
-    As the dynamic linker binds torch: what is visible to the whole process comes first (torch makes its library so, and
-    one in ``LD_PRELOAD`` is), then what torch is linked to. A library that another package loaded is neither.
+    In the order of the dynamic linker: first the process's global symbols (torch's library, or one in ``LD_PRELOAD``),
+    then what torch is linked to. A library that another package loaded is neither.
     """
     if sys.platform != "linux":
         return None
@@ -46,7 +46,7 @@ def openmp() -> ctypes.CDLL | None:
 
 @cache
 def available() -> bool:
-    """Whether native kernels can be compiled and run here: an OpenMP library of torch's, and Numba."""
+    """Whether native kernels can be compiled and run: with torch's OpenMP library, and Numba."""
     if openmp() is None:
         return False
     try:
@@ -57,11 +57,11 @@ def available() -> bool:
 
 
 class NativeKernel:
-    """A function of one record of arguments that every thread of a team calls; its machine code once compiled.
+    """A function of one record of arguments, which every thread of a team calls, and its machine code.
 
-    It has no other state, so models share it. ``fields`` are the record's, integers (addresses, too) in the order of
-    the call; ``floats`` follow them. With ``reorder`` LLVM may add up sums in another order than they are written in,
-    which is the same order every time.
+    It has no other state, so models share it. ``fields`` names the int64 fields of the record (counts and addresses),
+    ``floats`` the float64 fields after them. ``reorder`` lets LLVM reassociate sums; the order is fixed when the kernel
+    is compiled.
     """
 
     def __init__(self, body: Callable[[Any], None], fields: str, floats: str = "", *, reorder: bool = False) -> None:
@@ -76,7 +76,7 @@ class NativeKernel:
         self._kept: Any = None
 
     def compile(self) -> None:
-        """Compile it now, and not when it is launched first; any thread may."""
+        """Compile it now instead of at the first launch; any thread may call this."""
         with _compiling:
             if not self.code:
                 self._compile()
@@ -86,7 +86,7 @@ class NativeKernel:
         from numba.core import types
 
         for name in _SYMBOLS:
-            _make_known(name)
+            _register_symbol(name)
         integers = [(name, types.int64) for name in self._integers]
         record = types.Record.make_c_struct(integers + [(name, types.float64) for name in self._floats])
         body = numba.njit(fastmath=self._fastmath, error_model="numpy")(self.body)
@@ -99,10 +99,9 @@ class NativeKernel:
 
 
 class Launcher:
-    """Runs the native kernels of ONE model, from one thread at a time, and owns the memory that they use again.
+    """Runs the native kernels of ONE model, from one thread at a time, and owns their workspaces.
 
-    Every native call of a model goes through its launcher, so that a recorder of layer graphs sees that model's calls
-    and no other's.
+    Every native call of a model goes through its launcher, so a recorder of layer graphs sees only that model's calls.
     """
 
     def __init__(self) -> None:
@@ -111,13 +110,13 @@ class Launcher:
         self._workspaces: dict[str, torch.Tensor] = {}
 
     def __call__(self, kernel: NativeKernel, threads: int, *values: float) -> None:
-        """Run a kernel on so many threads; what the values are addresses of must be there until it returns.
+        """Run a kernel on ``threads`` threads; memory whose addresses are among the values must live until it returns.
 
-        Raises ``TypeError`` where there are not as many values as the kernel has fields.
+        Raises ``TypeError`` where the number of values is not the kernel's number of fields.
         """
         if not kernel.code:
             kernel.compile()
-        if len(values) != kernel.num_fields:  # the rest would be zero, a null pointer
+        if len(values) != kernel.num_fields:  # missing fields would be zero, a null pointer
             raise TypeError(f"{kernel.name} takes {kernel.num_fields} arguments after threads, got {len(values)}")
         if self._run is None:
             self._run = _parallel()
@@ -128,12 +127,12 @@ class Launcher:
 
     @property
     def is_recording(self) -> bool:
-        """Whether calls are recorded: what a call is given then must stay valid for replay."""
+        """Whether calls are being recorded: their arguments must then stay valid for replay."""
         return self._calls is not None
 
     @contextmanager
     def recording(self) -> Iterator[list[Call]]:
-        """While it lasts, the list gets every call. Recordings are not nested."""
+        """Append every call to the list until the context ends. Recordings are not nested."""
         assert self._calls is None, "one layer is recorded at a time"
         calls: list[Call] = []
         self._calls = calls
@@ -143,11 +142,11 @@ class Launcher:
             self._calls = None
 
     def workspace(self, name: str, num_bytes: int, *, reuse: bool) -> torch.Tensor:
-        """uint8 [num_bytes]: with ``reuse`` the memory that the next call with this name gets, too, else new memory.
+        """uint8 [num_bytes]: with ``reuse`` the same memory in every call with this name, else new memory.
 
-        So what lies in a workspace is valid until the next kernel of this launcher that asks for the same name. Of many
-        rows the same memory stays in the caches: fresh memory of tens of megabytes for each layer takes half as long
-        again as the products. While calls are recorded memory is always new, as a layer graph has to place it.
+        A workspace is valid until the next request for the same name. With many rows reused memory stays in the caches;
+        new memory of tens of megabytes for each layer would take half as long as the products. While calls are recorded
+        memory is always new, as a layer graph has to place it.
         """
         if not reuse or self._calls is not None:
             return torch.empty(num_bytes, dtype=torch.uint8)
@@ -169,8 +168,8 @@ def _parallel() -> Any:
 
 
 @cache
-def _make_known(name: str) -> None:
-    """Let compiled code call a function of the OpenMP library."""
+def _register_symbol(name: str) -> None:
+    """Register a function of the OpenMP library with LLVM, so that compiled code can call it."""
     import llvmlite.binding
 
     address = ctypes.cast(getattr(openmp(), name), ctypes.c_void_p).value

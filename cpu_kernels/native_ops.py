@@ -14,23 +14,23 @@ from cpu_kernels.gating import gelu_vectors, silu_vectors
 from cpu_kernels.intrinsics import bits_of, float_of, floats, num_threads, scratch, thread_number
 from cpu_kernels.native_kernel import Launcher, NativeKernel
 
-_ALONE = 1 << 14
-"""Numbers that one thread computes sooner than it can share them."""
+_SINGLE_THREAD_NUMBERS = 1 << 14
+"""Up to so many numbers, one thread is faster than a team."""
 _LOG2E = np.float32(1.4426950408889634)
 _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
 _SMALLEST, _LARGEST = np.float32(-88.0), np.float32(89.0)
-"""Powers of two beyond these come out as 0 and infinity: their exponents have all bits clear, or all set."""
+"""Arguments beyond these give 0 and infinity: exponents with all bits clear, and all set."""
 _C2, _C3, _C4, _C5, _C6 = (np.float32(1 / math.factorial(n)) for n in (2, 3, 4, 5, 6))
 _QUIET_NAN, _INFINITY = np.int32(0x7FC0), np.int32(0x7F800000)
 _HALF, _ONE = np.float32(0.5), np.float32(1.0)
 _rest_memory = scratch(128)
 
 
-@njit(error_model="numpy", fastmath={"contract"})  # said here, else it is what the first caller's happens to be
+@njit(error_model="numpy", fastmath={"contract"})  # explicit: the default is the flags of the first caller
 def exponential(x: Any) -> Any:
-    """e to the x in float32, to three units in the last place; a vector at a time where a loop calls it.
+    """e to the x in float32, to three units in the last place; LLVM vectorizes it in loops.
 
-    0 below -87.6, infinity above 88.3.
+    0 below -87.6, infinity above 88.3. Range reduction by ln 2 in two parts, then the Taylor polynomial of degree 6.
     """
     x = min(max(x, _SMALLEST), _LARGEST)
     n = np.floor(x * _LOG2E + _HALF)
@@ -41,7 +41,7 @@ def exponential(x: Any) -> Any:
 
 @njit(error_model="numpy")
 def to_bfloat16(number: Any) -> Any:
-    """The nearest, of two equally near the even one."""
+    """Round to nearest, ties to even; the upper 16 bits of the float32."""
     bits = bits_of(number)
     if (bits & 0x7FFFFFFF) > _INFINITY:
         return _QUIET_NAN
@@ -56,7 +56,7 @@ def _add(a: Any) -> None:
 
 
 def _add_to(a: Any) -> None:
-    """x += other of ``size`` numbers: by themselves, as ``_add`` takes one at a time where y is x."""
+    """x += other; apart from ``_add``, which LLVM does not vectorize where y is x."""
     thread, team_size = thread_number(), num_threads()
     x, other = floats(a.x), floats(a.other)
     for i in range(a.size * thread // team_size, a.size * (thread + 1) // team_size):
@@ -70,7 +70,7 @@ def _scale(a: Any) -> None:
         y[i] = x[i] * factor
 
 
-@njit(error_model="numpy")  # without reordering, which makes a division of each product
+@njit(error_model="numpy")  # without reorder, which would turn each product into a division
 def _scale_by(x: Any, gain: Any, factor: Any, y: Any, size: int) -> None:
     for i in range(size):
         y[i] = x[i] * factor * gain[i]
@@ -79,7 +79,7 @@ def _scale_by(x: Any, gain: Any, factor: Any, y: Any, size: int) -> None:
 def _rms_norm(a: Any) -> None:
     """y = x * gain / sqrt(mean(x**2) + eps), x strided [rows, heads, dim], y contiguous.
 
-    Where there is an ``other``, contiguous, x += other before: one kernel, so that both give the same bits.
+    With ``other`` (contiguous; address 0: none) first x += other: one kernel, so that both give the same bits.
     """
     thread, team_size = thread_number(), num_threads()
     gain, eps = floats(a.gain), np.float32(a.eps)
@@ -121,7 +121,7 @@ def _rotate_heads(a: Any) -> None:
 
 
 def _gate(vectors: Any) -> Callable[[Any], None]:
-    """y = silu(gate) * up, or gelu(gate) * up, of rows [rows, dim] that lie a stride apart."""
+    """y = silu(gate) * up, or gelu(gate) * up, of strided rows [rows, dim]."""
 
     def gate(a: Any) -> None:
         thread, team_size = thread_number(), num_threads()
@@ -193,7 +193,7 @@ class NativeOps:
         "silu_and_mul": _SILU,
         "gelu_and_mul": _GELU,
     }
-    """What each operation has to have compiled."""
+    """The kernel of each operation."""
     GRAPH_KERNELS: ClassVar[Sequence[NativeKernel]] = (_ADD, _SCALE)
 
     def __init__(self, launch: Launcher) -> None:
@@ -210,7 +210,7 @@ class NativeOps:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         (_, q_heads, rows, dim), k_heads = q.shape, k.shape[1]
         q_out, k_out = torch.empty(1, rows, q_heads, dim), torch.empty(1, rows, k_heads, dim)
-        cos, sin = (one if one.is_contiguous() else one.contiguous() for one in (cos, sin))
+        cos, sin = cos.contiguous(), sin.contiguous()
         self._launch(
             _ROTATE, _threads(q.numel()), q.data_ptr(), k.data_ptr(), q_out.data_ptr(), k_out.data_ptr(),
             cos.data_ptr(), sin.data_ptr(), rows, dim // 2, q_heads, q.stride(1), q.stride(2), k_heads, k.stride(1),
@@ -225,11 +225,11 @@ class NativeOps:
         return self._gate_and_mul(_GELU, gate, up)
 
     def add(self, x: torch.Tensor, other: torch.Tensor, y: torch.Tensor) -> None:
-        """y = x + other, all of one shape and contiguous: what a layer graph has for ``x + other``."""
+        """y = x + other, all of one shape and contiguous: replaces ``x + other`` in a layer graph."""
         self._launch(_ADD, _threads(x.numel()), x.data_ptr(), other.data_ptr(), y.data_ptr(), x.numel())
 
     def scale(self, x: torch.Tensor, factor: float, y: torch.Tensor) -> None:
-        """y = x * factor, both of one shape and contiguous: what a layer graph has for ``x * factor``."""
+        """y = x * factor, both of one shape and contiguous: replaces ``x * factor`` in a layer graph."""
         self._launch(_SCALE, _threads(x.numel()), x.data_ptr(), y.data_ptr(), x.numel(), factor)
 
     def _gate_and_mul(self, kernel: NativeKernel, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -244,9 +244,9 @@ class NativeOps:
 
 
 def _as_rows(x: torch.Tensor) -> torch.Tensor:
-    """[..., dim] as it is where its rows lie equally far apart, each in one piece; else a copy."""
+    """x [..., dim] itself where its rows are contiguous and equally spaced, else a contiguous copy."""
     return x if x.stride(-1) == 1 and x.numel() == x.shape[-2] * x.shape[-1] else x.contiguous()
 
 
 def _threads(numbers: int) -> int:
-    return 1 if numbers <= _ALONE else torch.get_num_threads()
+    return 1 if numbers <= _SINGLE_THREAD_NUMBERS else torch.get_num_threads()

@@ -1,7 +1,8 @@
-"""Attention of a chunk of a prompt, rows of one sequence, on its keys in the KV cache, by tiles of AMX.
+"""Prompt attention: a chunk of a prompt (rows of one sequence) on the sequence's keys in the KV cache, by AMX.
 
-Keys and values are bfloat16, as they are kept; queries and the powers of e are rounded to it, sums are float32. What a
-row gets does not depend on where chunks begin and end, but for windows.
+FlashAttention (Dao et al. 2022): softmax block by block of keys. Keys and values are bfloat16, as in the cache; queries
+and softmax's powers are rounded to bfloat16, sums are float32. Without a window, a row's result does not depend on
+where chunks begin and end.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ from cpu_kernels.tiles import configure_tiles, may_use_tiles, release_tiles, til
 
 _FIELDS = "q keys values out packed scratch scratch_size rows first num_keys width window heads kv_heads dim value_dim"
 _FIELDS += " q_row q_head key_head value_head"
-"""``keys`` and ``values`` bfloat16 [kv_heads, .., dim] begin with the first key that any row sees, which is ``first``
-before that of the first row; ``width`` are the keys in whole steps. ``window`` is 0 for none."""
+"""``keys`` and ``values`` bfloat16 [kv_heads, num_keys, dim] begin with the first key that a row sees; the first row's
+own key has the index ``first``. ``width`` is num_keys padded to whole steps; ``window`` is 0 for none."""
 _STEP = 32
-"""Keys of two tiles of scores, and of one step of the sum of values."""
+"""Keys of a step: two tiles of scores, and one step of the product with values."""
 _KEYS = 96
-"""Keys of a block, between which softmax's offsets may change; always the same ones, wherever chunks begin and end."""
+"""Keys of a softmax block; blocks begin at multiples of it, wherever chunks begin and end."""
 _LOG2E = 1.4426950408889634
 _EVERYTHING = 1 << 30
 _TILE = TILE_ROWS * TILE_BYTES
@@ -56,7 +57,7 @@ _multiply, _add_products = tile_products(2, of="tdpbf16ps", fresh=True), tile_pr
 
 @njit(error_model="numpy")
 def _pack_keys(source: int, target: int, num: int, dim: int) -> None:
-    """A step's keys bfloat16 [num, dim] -> tiles [2, dim / 32, 16, 32]; zeros for keys that are not there."""
+    """A step's keys bfloat16 [num, dim] -> tiles [2, dim / 32, 16, 32], padded with zeros to 32 keys."""
     for key in range(_STEP):
         tile = target + (key // TILE_ROWS * (dim // 32) * TILE_ROWS + key % TILE_ROWS) * TILE_BYTES
         for part in range(dim // 32):
@@ -67,7 +68,7 @@ def _pack_keys(source: int, target: int, num: int, dim: int) -> None:
 
 @njit(error_model="numpy")
 def _pack(a: Any) -> None:
-    """This thread's part of the keys and values of all heads; these as tiles [value_dim / 16, width / 32, 16, 32]."""
+    """Pack this thread's share of all heads' keys, and of values as tiles [value_dim / 16, width / 32, 16, 32]."""
     thread, team_size = thread_number(), num_threads()
     steps = a.width // _STEP
     for task in range(thread, a.kv_heads * steps, team_size):
@@ -99,7 +100,7 @@ def _score(a: Any, queries: int, keys: int, key: int, end: int, row: int, scores
 
 @njit(error_model="numpy")
 def _attend(a: Any, head: int, row: int, scratch: int) -> None:
-    """One head's 32 rows from ``row`` on."""
+    """Attention of one query head for the 32 rows from ``row`` on."""
     last, first = min(PANEL_ROWS, a.rows - row) - 1, a.first + row
     scores, tiles = scratch, scratch + 4 * PANEL_ROWS * _KEYS
     sums = tiles + 2 * PANEL_ROWS * _KEYS
@@ -113,19 +114,19 @@ def _attend(a: Any, head: int, row: int, scratch: int) -> None:
     keys = a.packed + 2 * (head * a.kv_heads // a.heads) * a.width * (a.dim + a.value_dim)
     values = keys + 2 * a.width * a.dim
     for key in range(begin, end, _KEYS):
-        until = min(end, key + _KEYS)
-        _score(a, queries, keys, key, until, row, scores, state)
-        find_largest(scores, (until - key) // 4, numbers, state, numbers + 8)
-        compute_powers(scores, tiles, numbers, state, (until - key) // 2)
+        block_end = min(end, key + _KEYS)
+        _score(a, queries, keys, key, block_end, row, scores, state)
+        find_largest(scores, (block_end - key) // 4, numbers, state, numbers + 8)
+        compute_powers(scores, tiles, numbers, state, (block_end - key) // 2)
         if key > begin and longs(numbers)[1] != 0:
             scale_sums(sums, a.value_dim, state)
         for part in range(a.value_dim // 32):
             x = values + (2 * part * (a.width // _STEP) + key // _STEP) * _TILE
-            here = sums + 4 * PANEL_ROWS * 32 * part
+            part_sums = sums + 4 * PANEL_ROWS * 32 * part
             if key > begin:
-                _add_products(x, a.width // _STEP * _TILE, (until - key) // _STEP, tiles, here, 128, 0)
+                _add_products(x, a.width // _STEP * _TILE, (block_end - key) // _STEP, tiles, part_sums, 128, 0)
             else:
-                _multiply(x, a.width // _STEP * _TILE, (until - key) // _STEP, tiles, here, 128, 0)
+                _multiply(x, a.width // _STEP * _TILE, (block_end - key) // _STEP, tiles, part_sums, 128, 0)
     finish_rows(state)
     out = a.out + 4 * (row * a.heads + head) * a.value_dim
     unpack_sums(sums, state + FACTORS, out, 4 * a.heads * a.value_dim, last, a.value_dim // 16)
@@ -137,7 +138,7 @@ def _attend_to_chunk(a: Any) -> None:
     barrier()
     configure_tiles()
     flush_denormals(1)
-    # Neighbouring heads of a row lie side by side: threads that share them fetch each other's lines ahead.
+    # Adjacent heads of a row are adjacent in memory: a thread takes several, or threads prefetch each other's lines.
     together = a.heads // team_size if a.heads % team_size == 0 else 1
     for piece in range(thread, (a.rows + PANEL_ROWS - 1) // PANEL_ROWS * a.heads // together, team_size):
         for task in range(piece * together, (piece + 1) * together):
@@ -157,14 +158,19 @@ class PromptAttention:
 
     @staticmethod
     def kernel_for(dtype: torch.dtype) -> NativeKernel | None:
-        """The native kernel for keys and values of a format; None for others than bfloat16, and without AMX."""
+        """The native kernel for keys and values of this type; None for types other than bfloat16, and without AMX."""
         has_tiles = has_features("amx-bf16", "amx-tile", "avx512bf16") and may_use_tiles()
         return _KERNEL if has_tiles and dtype == torch.bfloat16 else None
 
     def can_attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> bool:
-        """Whether it serves such queries, and keys and values as the cache has them: head sizes multiples of 32."""
-        whole = q.shape[-1] % 32 == 0 == values.shape[-1] % 32
-        return whole and keys.dtype == values.dtype == torch.bfloat16 and q.dtype == torch.float32 and q.stride(-1) == 1
+        """Whether types and strides fit, and head sizes are multiples of 32."""
+        fits_tiles = q.shape[-1] % 32 == 0 and values.shape[-1] % 32 == 0
+        return (
+            fits_tiles
+            and keys.dtype == values.dtype == torch.bfloat16
+            and q.dtype == torch.float32
+            and q.stride(-1) == 1
+        )
 
     def __call__(
         self,
@@ -175,9 +181,9 @@ class PromptAttention:
         window: int | None,
         scale: float,
     ) -> None:
-        """Attend with q float32 [heads, rows, dim], the last of the sequence, to keys and values [kv_heads, keys, dim].
+        """Attend with q float32 [heads, rows, dim], the sequence's last rows, to keys and values [kv_heads, keys, dim].
 
-        The keys are those that any row sees, up to the last row's own. ``out`` is float32 [rows, heads, value_dim].
+        The keys are those that any row sees, the last row's own included. ``out`` float32 [rows, heads, value_dim].
         """
         (heads, rows, dim), (kv_heads, num_keys, value_dim) = q.shape, values.shape
         threads, width = torch.get_num_threads(), padded(num_keys, _STEP)

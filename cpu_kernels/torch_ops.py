@@ -1,4 +1,4 @@
-"""The operations between the linears by torch, for where a native kernel is missing: what ``Kernels`` falls back to."""
+"""The operations between the linears by torch: what ``Kernels`` uses where there is no native kernel."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 
 class TorchNorm:
-    """x * gain * sqrt(dim) / hypot(norm of x, sqrt(eps * dim)): four operations, where modelling code has eight."""
+    """RMS norm as x * gain * sqrt(dim) / hypot(norm of x, sqrt(eps * dim)): four operations instead of eight."""
 
     def __init__(self, gain: torch.Tensor, eps: float) -> None:
         dim = len(gain)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cpu_kernels.kernels import Kernels
-from cpu_kernels.layer_graph import Arena, GraphRecorder, LayerGraph, NotRecordable, TooLarge, _Made
+from cpu_kernels.layer_graph import Arena, GraphRecorder, LayerGraph, NotRecordable, TooLarge, _NewTensor
 from cpu_kernels.native_kernel import Launcher
 from cpu_kernels.native_ops import NativeOps
 from tests.instruction_sets import NUMBA, needs
@@ -17,8 +17,8 @@ from tests.instruction_sets import NUMBA, needs
 pytestmark = needs(NUMBA)
 
 
-def made(size: int, first: int, last: int) -> _Made:
-    return _Made(torch.empty(size, dtype=torch.uint8), first, last)
+def made(size: int, first: int, last: int) -> _NewTensor:
+    return _NewTensor(torch.empty(size, dtype=torch.uint8), first, last)
 
 
 def test_what_is_in_use_at_the_same_time_does_not_overlap_in_the_arena() -> None:
@@ -106,11 +106,11 @@ def test_views_new_tensors_sums_and_products_with_a_number_are_replayed_with_oth
 @pytest.mark.parametrize(
     ("function", "problem"),
     [
-        (lambda x: x, "no new tensor"),
-        (lambda x: (x + x,), "no new tensor"),
-        (lambda x: (x + x).t(), "no new tensor"),
+        (lambda x: x, "not a new contiguous tensor"),
+        (lambda x: (x + x,), "not a new contiguous tensor"),
+        (lambda x: (x + x).t(), "not a new contiguous tensor"),
         (lambda x: (x + x)[:2], "part of a tensor"),
-        (lambda x: (x + x)[1:], "no new tensor"),
+        (lambda x: (x + x)[1:], "not a new contiguous tensor"),
     ],
 )
 def test_a_result_must_be_a_tensor_of_its_own(function: Callable[[torch.Tensor], Any], problem: str) -> None:
