@@ -1,9 +1,8 @@
-"""Leases of adapters, and their weights in memory within a budget of bytes. The event loop owns it: no locks.
+"""Leases of adapters, and an LRU cache of their weights with a limit in bytes. Only the event loop uses it: no locks.
 
-Weights that are leased or pinned are never evicted; the others are, least recently used first. A load reserves an upper
-bound of its bytes, which becomes what the weights really take once they are loaded. Requests whose weights find no room
-wait in a queue, first come, first served. Weights in memory are leased at once, past the queue, unless its first
-request has waited ``MAX_QUEUE_SECONDS`` for room that this would keep taken.
+Leased and pinned weights are never evicted. A load reserves an upper bound of its bytes; the real size replaces it once
+the weights are loaded. Requests whose weights do not fit wait in a FIFO queue. Weights in memory are leased at once,
+past the queue, until its first request has waited for ``MAX_QUEUE_SECONDS``.
 """
 
 from __future__ import annotations
@@ -22,22 +21,22 @@ from server.metrics import COMPOSITION
 from server.sequence import LoRARequest
 
 MAX_QUEUE_SECONDS = 1.0
-"""Seconds after which the first in the queue goes before requests whose weights are in memory."""
+"""Seconds after which the first request of the queue goes before requests whose weights are in memory."""
 
 Load = Callable[[str], Awaitable[int]]
-"""Loads weights by their digest; returns the bytes that they take."""
+"""Loads weights by their digest; returns their bytes in memory."""
 
 
 @dataclass(frozen=True)
 class LeasedAdapter:
-    """A version of an adapter in memory, and the factor of its delta."""
+    """A version of an adapter in memory, and the scale of its delta."""
 
     adapter: Adapter
     scale: float = 1.0
 
     @property
     def label(self) -> str:
-        """``name@digest``, with the factor where it is not 1."""
+        """``name@digest``, with ``:scale`` if that is not 1."""
         return self.adapter.label if self.scale == 1 else f"{self.adapter.label}:{self.scale:g}"
 
 
@@ -54,31 +53,33 @@ class Lease:
 
     @property
     def label(self) -> str:
-        """``name@digest``, joined by ``+`` where there are several; it can be asked for as a model."""
+        """The label of every adapter, joined by ``+``; a request can give it as ``model``."""
         return "+".join(leased.label for leased in self.adapters)
 
     @property
     def metrics_label(self) -> str:
-        """The adapter's name; compositions are counted under one name together."""
+        """The adapter's name; all compositions share one label."""
         return self.adapters[0].adapter.name if len(self.adapters) == 1 else COMPOSITION
 
     @property
     def defaults(self) -> GenerationDefaults:
         """The generation defaults of the first adapter, with the stop strings, end tokens and added tokens of all."""
-        defaults = [one.adapter.defaults for one in self.adapters]
-        stop = dict.fromkeys(text for one in defaults for text in one.stop)
-        eos = dict.fromkeys(token for one in defaults for token in one.eos)
-        ends = dict.fromkeys(token for one in defaults for token in one.end_tokens)
-        added = next((one.added_tokens for one in defaults if one.added_tokens), ())
-        return replace(defaults[0], stop=tuple(stop), eos=tuple(eos), end_tokens=tuple(ends), added_tokens=added)
+        every = [leased.adapter.defaults for leased in self.adapters]
+        return replace(
+            every[0],
+            stop=tuple(dict.fromkeys(text for defaults in every for text in defaults.stop)),
+            eos=tuple(dict.fromkeys(token for defaults in every for token in defaults.eos)),
+            end_tokens=tuple(dict.fromkeys(token for defaults in every for token in defaults.end_tokens)),
+            added_tokens=next((defaults.added_tokens for defaults in every if defaults.added_tokens), ()),
+        )
 
     def release(self) -> None:
-        """Give it back; once."""
+        """Release the adapters; call it once."""
         self._release()
 
 
 class Loaded(NamedTuple):
-    """Weights in the engine: how far they move the base, and the bytes that they take."""
+    """Norm of an adapter's weight change, and its bytes in memory."""
 
     delta_norm: float
     num_bytes: int
@@ -86,7 +87,7 @@ class Loaded(NamedTuple):
 
 @dataclass(eq=False)
 class _Ticket:
-    """A request in the queue: it needs room for all of ``needs``, bytes by digest."""
+    """A queued request, which needs room for all of ``needs``: bytes by weights digest."""
 
     needs: Mapping[str, int]
     load: Load
@@ -97,11 +98,11 @@ class _Ticket:
 
 
 class AdapterCache:
-    """Bytes by weights digest, leases and pins.
+    """Weights by digest, with their bytes, leases and pins.
 
-    ``unload(digest)`` frees weights; ``is_wanted(digest)`` says whether they can still be asked for. ``num_bytes``
-    counts weights in memory and those being loaded; at most ``max_waiting`` requests wait for room. Idle weights leave
-    ``spare`` of the ``max_bytes`` free, for other memory of adapters; leased weights may take it.
+    ``unload(digest)`` frees weights; ``is_wanted(digest)`` tells whether requests may use them again. ``num_bytes``
+    counts weights in memory and those being loaded. At most ``max_waiting`` requests wait for room. Idle weights leave
+    ``spare`` of ``max_bytes`` free for batched copies; leased weights may use it.
     """
 
     def __init__(
@@ -125,7 +126,7 @@ class AdapterCache:
 
     @property
     def digests(self) -> list[str]:
-        """What is in memory, least recently used first."""
+        """Weights in memory, least recently used first."""
         return [digest for digest in self._bytes if digest not in self._loading]
 
     def __contains__(self, digest: str) -> bool:
@@ -139,7 +140,7 @@ class AdapterCache:
         return "loading" if digest in self._loading else "resident"
 
     def num_leases(self, digest: str) -> int:
-        """Requests that use these weights, or wait until they are loaded."""
+        """Requests that use these weights or wait until they are loaded."""
         return self._leases[digest]
 
     @property
@@ -154,9 +155,9 @@ class AdapterCache:
         self._admit()
 
     async def hold(self, needs: Mapping[str, int], load: Load) -> None:
-        """Lease weights, all or none: wait for room, load what is missing.
+        """Lease all weights or none: wait for room, then load the missing ones.
 
-        Raises ``QueueFull``, and what ``load`` raises.
+        Raises ``QueueFull``, and whatever ``load`` raises.
         """
         loading = await self._reserve(needs, load)
         try:
@@ -167,10 +168,10 @@ class AdapterCache:
             raise
 
     def has_room(self, num_bytes: int) -> bool:
-        return not self._queue and self._immovable({}) + num_bytes <= self.max_bytes
+        return not self._queue and self._unevictable_bytes({}) + num_bytes <= self.max_bytes
 
     def release(self, digests: Iterable[str]) -> None:
-        """Return leases; weights that cannot be asked for any more are freed at once."""
+        """Release leases; weights that no request can use any more are freed."""
         for digest in digests:
             ensure(self._leases[digest] > 0, "released more often than leased")
             self._leases[digest] -= 1
@@ -180,16 +181,16 @@ class AdapterCache:
         self._admit()
 
     def drop_unwanted(self, digest: str) -> None:
-        """Free weights that are idle and cannot be asked for any more."""
-        if self._is_movable(digest) and not self._is_wanted(digest):
+        """Free idle weights that no request can use any more."""
+        if self._is_evictable(digest) and not self._is_wanted(digest):
             self._remove(digest)
 
     def check_integrity(self) -> None:
-        """Leased weights are in memory or being loaded, and bytes are counted right."""
-        ensure(self.num_bytes == sum(self._bytes.values()), "bytes are miscounted")
+        """Check that leased weights are in memory or being loaded, and that ``num_bytes`` is their sum."""
+        ensure(self.num_bytes == sum(self._bytes.values()), "num_bytes is not the sum of the weights")
         ensure(all(count > 0 for count in self._leases.values()), "a lease is negative")
         ensure(set(self._leases) <= set(self._bytes), "leased weights are not in memory")
-        ensure(set(self._loading) <= set(self._bytes), "weights on their way have no room")
+        ensure(set(self._loading) <= set(self._bytes), "weights being loaded have no reserved bytes")
 
     async def _reserve(self, needs: Mapping[str, int], load: Load) -> list[asyncio.Task[None]]:
         now = asyncio.get_running_loop().time()
@@ -219,7 +220,7 @@ class AdapterCache:
                 ticket.admitted.set_result(self._take(ticket.needs, ticket.load))
 
     def _take(self, needs: Mapping[str, int], load: Load) -> list[asyncio.Task[None]]:
-        """Lease, evict what the missing weights need, and begin to load them; returns the loads to wait for."""
+        """Lease, make room for missing weights and start loading them; returns the loads to wait for."""
         self._leases.update(needs.keys())
         missing = {digest: size for digest, size in needs.items() if digest not in self._bytes}
         if missing:
@@ -234,7 +235,7 @@ class AdapterCache:
         return [self._loading[digest] for digest in needs if digest in self._loading]
 
     async def _load_weights(self, digest: str, load: Load) -> None:
-        """Load for all requests that wait; cancelling one of them does not cancel the load."""
+        """Load for all waiting requests; cancelling one of them does not cancel the load."""
         try:
             taken = await load(digest)
         except BaseException:
@@ -250,25 +251,25 @@ class AdapterCache:
         self.drop_unwanted(digest)
         self._admit()
 
-    def _evict(self, coming: int) -> None:
-        """Free idle weights, least recently used first, until ``coming`` bytes and ``spare`` fit."""
-        for digest in [digest for digest in self._bytes if self._is_movable(digest)]:
-            if self.num_bytes + coming <= self.max_bytes - self.spare:
+    def _evict(self, num_bytes: int) -> None:
+        """Free idle weights, least recently used first, until ``num_bytes`` more and ``spare`` fit."""
+        for digest in [digest for digest in self._bytes if self._is_evictable(digest)]:
+            if self.num_bytes + num_bytes <= self.max_bytes - self.spare:
                 return
             self._remove(digest)
             self.num_evicted += 1
 
     def _fits(self, needs: Mapping[str, int]) -> bool:
-        """Whether there is room after evictions; also where only pins prevent it, because waiting would not help."""
+        """Whether there is room after evictions, or only pins prevent it: then waiting would not help."""
         missing = sum(size for digest, size in needs.items() if digest not in self._bytes)
-        if not missing or self._immovable(needs) + missing <= self.max_bytes:
+        if not missing or self._unevictable_bytes(needs) + missing <= self.max_bytes:
             return True
         return all(digest in needs for digest in (*self._leases, *self._loading))
 
-    def _immovable(self, needs: Mapping[str, int]) -> int:
-        return sum(size for digest, size in self._bytes.items() if digest in needs or not self._is_movable(digest))
+    def _unevictable_bytes(self, needs: Mapping[str, int]) -> int:
+        return sum(size for digest, size in self._bytes.items() if digest in needs or not self._is_evictable(digest))
 
-    def _is_movable(self, digest: str) -> bool:
+    def _is_evictable(self, digest: str) -> bool:
         in_use = digest in self._leases or digest in self._loading or digest in self._pinned
         return digest in self._bytes and not in_use
 

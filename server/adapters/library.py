@@ -1,4 +1,4 @@
-"""A request's ``model`` becomes adapters in memory, leased: names and versions are looked up, weights loaded."""
+"""Leases the adapters that a request's ``model`` names: looks up names and versions, loads weights."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from server.metrics import Metrics
 logger = logging.getLogger("quickchange.adapters")
 
 READ_TIMEOUT = 3.0
-"""Seconds that a request waits until a changed folder is read, before it gets a 503."""
+"""Seconds that a request waits for a changed folder to be read, before ``AdapterPending``."""
 _RETRY_SECONDS = 0.1
 
 LoadWeights = Callable[[Manifest], Awaitable[Loaded]]
-"""Puts a version's weights into the engine. Raises ``AdapterRejected`` or ``AdapterNotLoaded``."""
+"""Loads a version's weights into the engine. Raises ``AdapterRejected`` or ``AdapterNotLoaded``."""
 
 
 class AdapterLibrary:
-    """Leases adapters. ``load`` puts weights into the engine."""
+    """Leases adapters. ``load`` loads weights into the engine."""
 
     def __init__(
         self,
@@ -57,13 +57,13 @@ class AdapterLibrary:
         self._preloading: dict[str, asyncio.Task[None]] = {}
         self._loaded: dict[str, Loaded] = {}
         self._in_use: Counter[str] = Counter()
-        self._at_a_time = asyncio.Semaphore(2)  # whole files in memory beside the budget
+        self._max_loads = asyncio.Semaphore(2)  # each holds a whole file in memory, outside the budget
 
     async def acquire(self, model: str, *, user: str | None = None, scale: float | None = None) -> Lease:
-        """The adapters that a model's name means, in memory.
+        """Lease the adapters that ``model`` names, loaded in memory.
 
-        Raises ``ModelNotFound``, ``InvalidRequest`` where the name's grammar or a composition is wrong, ``QueueFull``,
-        ``AdapterPending`` where a folder that changed is still to be read again.
+        Raises ``ModelNotFound``, ``InvalidRequest`` for a syntax error or an invalid composition, ``QueueFull``, and
+        ``AdapterPending`` if a changed folder was not read again in time.
         """
         try:
             refs = self._refs(model, user, scale)
@@ -89,7 +89,7 @@ class AdapterLibrary:
             await asyncio.sleep(_RETRY_SECONDS)
 
     async def served(self, name: str) -> Adapter:
-        """The version that a bare name means. Raises ``ModelNotFound``, ``AdapterPending``."""
+        """The version that a bare name refers to. Raises ``ModelNotFound``, ``AdapterPending``."""
         try:
             return await self._version(ModelRef(name))
         except FolderMoved as error:
@@ -99,28 +99,28 @@ class AdapterLibrary:
             raise ModelNotFound(name, refused=error.reason) from error
 
     def not_found(self, model: str) -> ModelNotFound:
-        """What to raise for a name that is not served: with the reason, where its folder was refused."""
+        """The error for a name that is not served, with the reason if its folder was refused."""
         _, reason = self.sync.refusals.get(model, (None, None))
         return ModelNotFound(model[:200], refused=reason)
 
     def delta_norm(self, weights_digest: str) -> float | None:
-        """The Frobenius norm of what an adapter adds to the base's weights; None until it was loaded once."""
+        """The Frobenius norm of an adapter's weight change; None until it was loaded once."""
         loaded = self._loaded.get(weights_digest)
         return None if loaded is None else loaded.delta_norm
 
     def num_bytes(self, adapter: Adapter) -> int:
-        """Bytes that an adapter takes in memory; at most so many until it was loaded once."""
+        """Bytes that an adapter takes in memory; an upper bound until it was loaded once."""
         loaded = self._loaded.get(adapter.weights_digest)
         return adapter.listing.plan.num_bytes if loaded is None else loaded.num_bytes
 
     def set_aliases(self, aliases: Mapping[str, Alias]) -> None:
         for name in aliases:
             if name in self.registry:
-                logger.warning("the alias %s is not used: an adapter has this name", name)
+                logger.warning("alias %s is ignored: an adapter has the same name", name)
         self.aliases = aliases
 
     def set_pins(self, pins: Mapping[str, Pin]) -> None:
-        """Replace the pins, by name: a version that is served whatever the folder holds, or weights kept in memory."""
+        """Replace the pins by name: a version to serve instead of the folder's, or weights to keep in memory."""
         before = [entry.served for entry in self.registry]
         self.registry.pins = pins
         for adapter in before:
@@ -130,16 +130,16 @@ class AdapterLibrary:
         self.preload()
 
     def preload(self) -> None:
-        """Load what is pinned in memory, in the background."""
-        pinned = [entry for entry in self.registry if self._stays(entry)]
+        """Load the adapters that are pinned in memory, in the background."""
+        pinned = [entry for entry in self.registry if self._keeps_in_memory(entry)]
         self.cache.pin(entry.served.weights_digest for entry in pinned if entry.served is not None)
         for entry in pinned:
             in_memory = entry.served is not None and entry.served.weights_digest in self.cache
             if not in_memory and entry.name not in self._preloading:
                 self._preloading[entry.name] = asyncio.ensure_future(self._preload(entry.name))
 
-    def _stays(self, entry: Entry) -> bool:
-        """Whether it is pinned in memory, or at a version that is nowhere else."""
+    def _keeps_in_memory(self, entry: Entry) -> bool:
+        """Whether it is pinned in memory, or to a version that exists only there."""
         if entry.pin.resident:
             return True
         return self.registry.retain and entry.served is not None and entry.served is not entry.current
@@ -154,15 +154,15 @@ class AdapterLibrary:
         try:
             lease = await self._lease((ModelRef(name),))
         except (ModelNotFound, AdapterRejected, AdapterNotLoaded, FolderMoved, QueueFull) as error:
-            logger.warning("the pinned adapter %s is not in memory: %s", name, error)
+            logger.warning("loading the pinned adapter %s failed: %s", name, error)
             return
         entry = self.registry.find(name)
-        if entry is not None and entry.served is not None and self._stays(entry):
+        if entry is not None and entry.served is not None and self._keeps_in_memory(entry):
             self.cache.pin({*self.cache.pinned, entry.served.weights_digest})
         lease.release()
 
     def _refs(self, model: str, user: str | None, scale: float | None) -> tuple[ModelRef, ...]:
-        """An exact name wins over an alias, an alias over the grammar."""
+        """Adapter names take precedence over aliases, aliases over the grammar of ``names``."""
         if model in self.registry:
             refs: tuple[ModelRef, ...] = (ModelRef(model),)
         else:
@@ -172,7 +172,7 @@ class AdapterLibrary:
             return refs
         if len(refs) != 1 or refs[0].scale != 1:
             raise InvalidRequest(
-                "Invalid 'lora_scale': the model's name has factors of its own; use one or the other.",
+                "Invalid 'lora_scale': 'model' names several adapters or a weight; use one or the other.",
                 param="lora_scale",
             )
         return (replace(refs[0], scale=scale),)
@@ -183,11 +183,11 @@ class AdapterLibrary:
         by_digest = {leased.adapter.weights_digest: leased.adapter for leased in adapters}
         needs = {digest: self.num_bytes(adapter) for digest, adapter in by_digest.items()}
         if sum(needs.values()) > self.cache.max_bytes:
-            raise InvalidRequest("These adapters do not fit into memory together.", param="model")
+            raise InvalidRequest("The adapters do not fit into memory together.", param="model")
         try:
             await self.cache.hold(needs, lambda digest: self._load(by_digest[digest]))
         finally:
-            self._report()  # weights may have been evicted, even where this failed
+            self._report()  # weights may have been evicted even if it failed
         names = {leased.adapter.name for leased in adapters}
         self._in_use.update(names)
         for name in names:
@@ -196,7 +196,7 @@ class AdapterLibrary:
         return Lease(adapters, lambda: self._release(adapters))
 
     async def _version(self, ref: ModelRef) -> Adapter:
-        """The version that is asked for: of its digest, else the pinned one, else the folder's."""
+        """The version that a reference means: by its digest, else the pinned one, else the folder's."""
         entry = self.registry.find(ref.name)
         version = ref.version
         if version is None:
@@ -211,7 +211,7 @@ class AdapterLibrary:
         return adapter
 
     async def _kept(self, name: str, version: str, entry: Entry | None) -> Adapter:
-        """A version that is not known by now: the folder's own, or one from the state directory."""
+        """A version that is not known yet: the folder's own, or one from the state directory."""
         if entry is not None:
             await self.sync.hash(entry)
         versions = [] if entry is None else entry.versions
@@ -222,7 +222,7 @@ class AdapterLibrary:
             return known[digests[0]]
         if len(digests) > 1:
             shown = ", ".join(digest[:12] for digest in digests[:4])
-            raise InvalidRequest(f"'{name}@{version}' could be any of {shown}: write more of it.", param="model")
+            raise InvalidRequest(f"'{name}@{version}' is ambiguous ({shown}): give more digits.", param="model")
         manifest = await self.reader.kept(name, digests[0]) if digests else None
         if manifest is None:
             raise ModelNotFound(f"{name}@{version}")
@@ -232,29 +232,29 @@ class AdapterLibrary:
         return adapter
 
     async def _load(self, adapter: Adapter) -> int:
-        """Read a version's bytes again, hash them, and put its weights into the engine; the bytes that they take."""
-        async with self._at_a_time:
+        """Read and hash a version's files again, and load its weights; returns their bytes in memory."""
+        async with self._max_loads:
             with self.metrics.adapter_load_seconds.time():
-                return await self._read_and_put(adapter)
+                return await self._read_and_load(adapter)
 
-    async def _read_and_put(self, adapter: Adapter) -> int:
+    async def _read_and_load(self, adapter: Adapter) -> int:
         with _loading(adapter.name):
             manifest = await self._bytes_of(adapter)
         try:
-            return await self._put(manifest)
+            return await self._load_into_engine(manifest)
         except AdapterRejected as error:
             entry = self.registry.find(adapter.name)
             if entry is not None and entry.current is adapter:
                 self.sync.refuse(entry, error.reason)
             raise
 
-    async def _put(self, manifest: Manifest) -> int:
+    async def _load_into_engine(self, manifest: Manifest) -> int:
         with _loading(manifest.name):
             loaded = self._loaded[manifest.weights_digest] = await self._load_weights(manifest)
         return loaded.num_bytes
 
     async def _bytes_of(self, adapter: Adapter) -> Manifest:
-        """A version's files as they are now. Raises ``FolderMoved`` or ``AdapterRejected``."""
+        """A version's files, from its folder or the state directory. Raises ``FolderMoved`` or ``AdapterRejected``."""
         entry = self.registry.find(adapter.name)
         moved: Exception = FolderMoved(adapter.name)
         if entry is not None and entry.current is adapter:
@@ -264,7 +264,7 @@ class AdapterLibrary:
                     return manifest
             except (FolderMoved, AdapterRejected) as error:
                 moved = error
-            else:  # the digests that were noted for this folder were not its own
+            else:  # the cached digests of this folder were wrong
                 self.registry.publish(Adapter.of(manifest), entry.state)
                 raise moved
         kept = await self.reader.kept(adapter.name, adapter.version_digest)
@@ -284,7 +284,7 @@ class AdapterLibrary:
         self._report()
 
     def _is_gone(self, name: str, refs: tuple[ModelRef, ...]) -> bool:
-        """Whether there is no use in waiting for a folder: it is gone, refused by now, or not what was asked for."""
+        """Whether waiting for a folder is useless: it is gone, refused, or holds another version than requested."""
         entry = self.registry.find(name)
         if entry is None:
             return True
@@ -298,14 +298,14 @@ class AdapterLibrary:
 
     @asynccontextmanager
     async def swapping(self, entry: Entry, adapter: Adapter, manifest: Manifest) -> AsyncIterator[None]:
-        """Load a version beside the one before it, if that is in memory and there is room for both."""
+        """Load the new version first if the old one is in memory and there is room for both."""
         before = entry.current
         needs = {adapter.weights_digest: manifest.plan.num_bytes}
         in_memory = before is not None and before.weights_digest in self.cache
         ahead = in_memory and entry.pin.version is None and self.cache.has_room(manifest.plan.num_bytes)
         try:
             if ahead:
-                await self.cache.hold(needs, lambda digest: self._put(manifest))
+                await self.cache.hold(needs, lambda digest: self._load_into_engine(manifest))
         except AdapterNotLoaded:
             ahead = False  # it is loaded when it is asked for
         try:
@@ -320,7 +320,7 @@ class AdapterLibrary:
             self._report()
 
     def _drop_unwanted(self, adapter: Adapter) -> None:
-        """Free weights that are idle and cannot be asked for any more, and what was known of them."""
+        """Free idle weights that no request can use any more, and forget their size and norm."""
         digest = adapter.weights_digest
         self.cache.drop_unwanted(digest)
         if digest not in self.cache and not self.registry.is_wanted(digest):
@@ -331,7 +331,7 @@ class AdapterLibrary:
             self.preload()
 
     def has_weights(self, entry: Entry) -> bool:
-        """Whether the version that a name means is in memory, on its way there, or kept."""
+        """Whether the version that a name refers to is in memory, being loaded, or kept."""
         served = entry.served
         if served is not None and served.weights_digest in self.cache:
             return True
@@ -349,7 +349,7 @@ class AdapterLibrary:
         self._report()
 
     def _forget_if_gone(self, name: str) -> None:
-        """Drop the series of a name that is gone, when nobody is left who would add to them."""
+        """Drop the metrics of a removed name once no request uses it."""
         if self._in_use[name] <= 0:
             del self._in_use[name]
             if name not in self.registry:
@@ -367,24 +367,24 @@ class AdapterLibrary:
 
 @contextmanager
 def _loading(name: str) -> Iterator[None]:
-    """What fails inside, but for what is known to be the folder's fault, is an ``AdapterNotLoaded`` and in the log."""
+    """Log an unexpected exception and raise ``AdapterNotLoaded`` instead."""
     try:
         yield
     except (QuickchangeError, FolderMoved):
         raise
     except Exception as error:
-        logger.exception("adapter %s could not be loaded", name)
+        logger.exception("loading adapter %s failed", name)
         raise AdapterNotLoaded(name) from error
 
 
 def _check_composition(adapters: tuple[LeasedAdapter, ...]) -> None:
-    """Only plain low-rank deltas can be scaled and added up."""
+    """Raises ``InvalidRequest`` for a scaled or added adapter with more than low-rank deltas."""
     if len(adapters) == 1 and adapters[0].scale == 1:
         return
     for leased in adapters:
         if not leased.adapter.listing.plan.composable:
             raise InvalidRequest(
-                f"'{leased.adapter.name}' cannot be scaled or added to others: it is not plain LoRA (it has "
+                f"'{leased.adapter.name}' cannot be scaled or added to others: the adapter is not plain LoRA (it has "
                 "magnitudes, biases or saved weights).",
                 param="model",
             )

@@ -1,4 +1,4 @@
-"""What an operator does to a running server's adapters: load, unload, delete, pin, roll back."""
+"""Operations on a running server's adapters: load, unload, delete, pin, roll back."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from server.adapters.watcher import AdapterWatcher
 from server.errors import AdapterRejected, InvalidRequest
 
 SETTLE_TIMEOUT = 10.0
-"""Seconds that a folder which is to be served may go on changing."""
+"""Seconds to wait for a folder that is being changed while it is loaded."""
 
 
 class AdapterOperator:
-    """Acts on names and folders inside ``watcher.folders``; pins go to the state directory where there is one."""
+    """Operates on folders inside ``watcher.folders``; pins are also written to the state directory, if there is one."""
 
     def __init__(self, adapters: AdapterLibrary, watcher: AdapterWatcher, store: VersionStore | None) -> None:
         self._adapters, self._watcher, self._store = adapters, watcher, store
 
     async def load(self, name: str, path: str, *, in_place: bool) -> Adapter:
-        """Serve a folder inside the adapter folders under a name, and have it in memory.
+        """Serve a folder inside the adapter folders under a name, and load it.
 
-        Raises ``InvalidRequest`` for a path outside them and for a name that is taken, unless ``in_place``;
-        ``AdapterRejected`` for a folder that is not served.
+        Raises ``InvalidRequest`` for a path outside them, or a name that is in use without ``in_place``;
+        ``AdapterRejected`` for a folder that cannot be served.
         """
         if not is_name(name):
             raise InvalidRequest(f"Invalid 'lora_name': {name!r:.80} is no model name.", param="lora_name")
-        folder = await asyncio.to_thread(self._inside, path)
+        folder = await asyncio.to_thread(self._resolve, path)
         if name in self._adapters.registry and not in_place:
             raise InvalidRequest(
                 f"The adapter '{name}' is loaded already: set 'load_inplace' to replace it.", param="lora_name"
             )
         await self._watcher.mount(name, folder)
-        await self._settled(name, folder)
+        await self._wait_until_read(name, folder)
         if (refusal := self._adapters.sync.refusals.get(name)) is not None:
             if name not in self._adapters.registry:
                 await self._watcher.hide(name)
@@ -50,7 +50,7 @@ class AdapterOperator:
         return lease.adapters[0].adapter
 
     async def unload(self, name: str) -> None:
-        """Serve a name no more until its folder changes, or it is loaded again. Raises ``ModelNotFound``."""
+        """Stop serving a name until its folder changes or it is loaded again. Raises ``ModelNotFound``."""
         self._adapters.registry.get(name)
         await self._watcher.hide(name)
 
@@ -60,24 +60,24 @@ class AdapterOperator:
         path = entry.listing.path if entry.refused is None else self._watcher.folders[0] / name
         if path.name != name or path.parent.resolve() != self._watcher.folders[0].resolve():
             raise InvalidRequest(
-                f"The adapter '{name}' has no folder of its own right inside the adapter folder: unload it.",
+                f"The folder of adapter '{name}' is not directly inside the adapter folder: unload it instead.",
                 param="model",
             )
         try:
             await asyncio.to_thread(_remove, path)
         except OSError as error:
             raise InvalidRequest(
-                f"The folder of '{name}' cannot be deleted ({error.strerror}).", param="model"
+                f"The folder of adapter '{name}' cannot be deleted ({error.strerror}).", param="model"
             ) from error
         await self._watcher.hide(name)
         if self._store is not None:
             await asyncio.to_thread(self._store.forget, name)
         self._watcher.forget_pins()
         pins = self._adapters.registry.pins
-        self._adapters.set_pins({one: pin for one, pin in pins.items() if one != name})
+        self._adapters.set_pins({pinned: pin for pinned, pin in pins.items() if pinned != name})
 
     async def pin(self, name: str, version: str | None) -> Adapter | None:
-        """Hold a name at a version, or keep it in memory where none is given. Raises as ``AdapterLibrary.acquire``."""
+        """Pin a name to a version or, without one, in memory. Raises as ``AdapterLibrary.acquire``."""
         self._adapters.registry.get(name)
         before = self._adapters.registry.pins.get(name, Pin())
         if version is None:
@@ -90,25 +90,25 @@ class AdapterOperator:
         return adapter
 
     async def unpin(self, name: str) -> None:
-        """Let a name follow its folder again, and leave memory when it is not used."""
+        """Remove a name's pin: it follows its folder again, and idle weights may be evicted."""
         self._adapters.registry.get(name)
         await self._set_pin(name, Pin())
 
     async def rollback(self, name: str) -> Adapter:
-        """Hold a name at the version before the one it serves. Raises ``ModelNotFound``, ``InvalidRequest``."""
+        """Pin a name to the version before the served one. Raises ``ModelNotFound``, ``InvalidRequest``."""
         entry = self._adapters.registry.get(name)
         served = await self._adapters.served(name)
         kept = [] if self._store is None else await asyncio.to_thread(self._store.versions, name)
-        digests = [one.digest for one in kept] or [one.version_digest for one in entry.versions]
+        digests = [version.digest for version in kept] or [version.version_digest for version in entry.versions]
         earlier = digests[: digests.index(served.version_digest)] if served.version_digest in digests else digests
         if not earlier:
-            raise InvalidRequest(f"There is no version of '{name}' before {served.label}.", param="model")
+            raise InvalidRequest(f"The adapter '{name}' has no version before {served.label}.", param="model")
         adapter = await self.pin(name, earlier[-1])
         assert adapter is not None
         return adapter
 
-    async def _settled(self, name: str, folder: Path) -> None:
-        """Wait until a mounted folder was taken in, for better or worse. Raises ``InvalidRequest``."""
+    async def _wait_until_read(self, name: str, folder: Path) -> None:
+        """Wait until a mounted folder was read, and is served or refused. Raises ``InvalidRequest``."""
         deadline = time.monotonic() + max(SETTLE_TIMEOUT, 4 * self._watcher.settle)
         while True:
             await self._watcher.scan()
@@ -117,7 +117,7 @@ class AdapterOperator:
             gone = not await asyncio.to_thread(folder.is_dir)
             if gone or time.monotonic() > deadline:
                 await self._watcher.hide(name)
-                what = "is gone" if gone else f"went on changing for {SETTLE_TIMEOUT:g} seconds"
+                what = "does not exist" if gone else f"kept changing for {SETTLE_TIMEOUT:g} seconds"
                 raise InvalidRequest(f"Invalid 'lora_path': the folder {what}.", param="lora_path")
             await asyncio.sleep(self._watcher.settle / 4)
 
@@ -127,27 +127,30 @@ class AdapterOperator:
             self._watcher.forget_pins()
         self._adapters.set_pins({**self._adapters.registry.pins, name: pin})
 
-    def _inside(self, text: str) -> Path:
-        """A folder inside the adapter folders, none of whose parts begins with a dot.
+    def _resolve(self, text: str) -> Path:
+        """The folder at a path inside the adapter folders, none of whose parts begins with a dot.
 
-        No part above it may be a link; the folder itself may be one, into the roots.
+        No part above the folder may be a link. The folder itself may be a link into the roots.
         """
         given = Path(text)
         for root in self._watcher.folders:
             path = given if given.is_absolute() else root / given
-            inside = path.is_relative_to(root) or path.is_relative_to(root.absolute())
-            parts = path.absolute().relative_to(root.absolute()).parts if inside else ()
-            plain = "\0" not in text and parts and all(is_name(part) for part in parts)
-            place = root.resolve().joinpath(*parts)
-            if plain and place.is_dir() and place.parent.resolve() == place.parent and self._watcher.is_inside(place):
-                return place
+            if not (path.is_relative_to(root) or path.is_relative_to(root.absolute())):
+                continue
+            parts = path.absolute().relative_to(root.absolute()).parts
+            if "\0" in text or not parts or not all(is_name(part) for part in parts):
+                continue
+            folder = root.resolve().joinpath(*parts)
+            parent_has_no_link = folder.parent.resolve() == folder.parent
+            if folder.is_dir() and parent_has_no_link and self._watcher.is_inside(folder):
+                return folder
         raise InvalidRequest(
             "Invalid 'lora_path': it must be a folder inside the server's adapter folder.", param="lora_path"
         )
 
 
 def _remove(path: Path) -> None:
-    """Take a folder away in one step, then delete it."""
+    """Rename a folder to a hidden name, which removes the adapter at once, then delete it."""
     aside = path.with_name(f".deleted-{uuid.uuid4().hex}")
     os.rename(path, aside)
     if aside.is_symlink():

@@ -1,4 +1,4 @@
-"""Which adapters can be asked for, and at which version each name stands. The event loop owns it: no locks."""
+"""The names that requests can use, and their versions. Only the event loop uses it: no locks."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class Adapter:
 
 @dataclass(eq=False)
 class Entry:
-    """A name: the folder behind it, and its versions.
+    """A name with its folder and versions.
 
-    ``current`` is None until the folder's bytes were hashed. ``older`` are versions it had before, newest last.
-    ``asked`` are those of them that were asked for by their digest. ``refused`` says why what the folder holds now is
-    not served, while an earlier version is.
+    ``current`` is the folder's version, None until its bytes were hashed. ``older`` are previous versions, newest last;
+    ``asked`` the digests of those that a request named. ``refused`` is the reason why the folder's present content is
+    refused while an earlier version is served.
     """
 
     listing: Listing
@@ -61,34 +61,32 @@ class Entry:
 
     @property
     def served(self) -> Adapter | None:
-        """The version that the bare name means, if it is known: the pinned one, else the folder's."""
+        """The version that the bare name refers to, if known: the pinned one, else the folder's."""
         return self.current if self.pin.version is None else self.known(self.pin.version)
 
     def known(self, prefix: str) -> Adapter | None:
-        """A version by the beginning of its digest, if it was read before and no other begins so."""
-        found = [adapter for adapter in self.versions if adapter.version_digest.startswith(prefix)]
-        return found[0] if len(found) == 1 else None
+        """The known version with this prefix of its digest, if there is exactly one."""
+        matching = [adapter for adapter in self.versions if adapter.version_digest.startswith(prefix)]
+        return matching[0] if len(matching) == 1 else None
 
     @property
     def versions(self) -> list[Adapter]:
-        """Every version that was read, oldest first."""
-        versions = list(self.older.values())
-        if self.current is not None:
-            versions.append(self.current)
-        return versions
+        """Every known version, oldest first."""
+        current = [] if self.current is None else [self.current]
+        return [*self.older.values(), *current]
 
 
 class AdapterRegistry:
     """Names and their versions.
 
-    ``keep`` versions of a name are remembered. With ``retain`` the weights of versions that were replaced stay wanted
-    in memory, because they are nowhere else.
+    ``keep`` is the number of older versions of a name. ``retain``: weights of replaced versions may stay in memory,
+    because no state directory keeps them.
     """
 
     def __init__(self, *, keep: int = 3, retain: bool = True) -> None:
         self._keep, self.retain = keep, retain
         self._entries: dict[str, Entry] = {}
-        self._names: dict[str, set[str]] = {}
+        self._names_of_weights: dict[str, set[str]] = {}
         self._pins: Mapping[str, Pin] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -112,7 +110,7 @@ class AdapterRegistry:
 
     @property
     def pins(self) -> Mapping[str, Pin]:
-        """What operators want of names, whether they are listed or not."""
+        """Pins by name, of listed and unlisted names."""
         return self._pins
 
     @pins.setter
@@ -122,7 +120,7 @@ class AdapterRegistry:
             entry.pin = self._pins.get(entry.name, Pin())
 
     def add(self, listing: Listing, state: FolderState) -> Entry:
-        """List a name whose bytes are still to be hashed."""
+        """List a name whose bytes are not hashed yet."""
         entry = self._entries[listing.name] = Entry(listing, state, pin=self._pins.get(listing.name, Pin()))
         return entry
 
@@ -139,23 +137,24 @@ class AdapterRegistry:
             self._remember(entry, before)
         entry.older.pop(adapter.version_digest, None)
         entry.current = adapter
-        self._names.setdefault(adapter.weights_digest, set()).add(adapter.name)
+        self._names_of_weights.setdefault(adapter.weights_digest, set()).add(adapter.name)
 
     def remember(self, entry: Entry, adapter: Adapter) -> None:
-        """Note a version of a name that was found among those kept."""
+        """Add a kept version to a name's older ones."""
         if entry.known(adapter.version_digest) is None:
             entry.older = {adapter.version_digest: adapter, **entry.older}
-            self._names.setdefault(adapter.weights_digest, set()).add(adapter.name)
+            self._names_of_weights.setdefault(adapter.weights_digest, set()).add(adapter.name)
 
     def withdraw(self, name: str) -> Entry:
-        """Take a name away; who holds one of its versions keeps it."""
+        """Remove a name. Leases of its versions stay valid."""
         return self._entries.pop(name)
 
     def is_wanted(self, weights_digest: str) -> bool:
-        """Whether somebody could ask for these weights again without reading a file."""
-        entries = [self._entries[name] for name in self._names.get(weights_digest, ()) if name in self._entries]
+        """Whether a request may use these weights again, so that they may stay in memory."""
+        names = self._names_of_weights.get(weights_digest, ())
+        entries = [self._entries[name] for name in names if name in self._entries]
         if not any(weights_digest == adapter.weights_digest for entry in entries for adapter in entry.versions):
-            self._names.pop(weights_digest, None)
+            self._names_of_weights.pop(weights_digest, None)
         return any(weights_digest == adapter.weights_digest for entry in entries for adapter in self._wanted(entry))
 
     def _wanted(self, entry: Entry) -> list[Adapter]:

@@ -1,4 +1,4 @@
-"""Keeps the registry in step with the folders: a name is listed, hashed, moved to a new version, or withdrawn."""
+"""Applies changes of adapter folders to the registry: list, hash, update, remove."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from server.adapters.content.folder import UNREAD_FILES, FolderState
 from server.adapters.content.manifest import Listing, Manifest
 from server.adapters.reader import AdapterReader, FolderMoved
 from server.adapters.registry import Adapter, AdapterRegistry, Entry
-from server.adapters.versions import Pin
+from server.adapters.versions import DIGITS, Pin
 from server.errors import AdapterRejected, one_line
 from server.metrics import Metrics
 
@@ -23,25 +23,25 @@ logger = logging.getLogger("quickchange.adapters")
 
 
 class SyncListener(Protocol):
-    """What changes of the registry mean for weights in memory."""
+    """Is told of changes of the registry, and keeps the weights in memory in step."""
 
     def swapping(self, entry: Entry, adapter: Adapter, manifest: Manifest) -> AbstractAsyncContextManager[None]:
-        """Surrounds the move of a name to another version."""
+        """A context around a change of a name's current version."""
 
     def added(self, entry: Entry) -> None: ...
 
     def removed(self, entry: Entry) -> None: ...
 
     def has_weights(self, entry: Entry) -> bool:
-        """Whether the version that a name means can be served without its folder."""
+        """Whether the version that a name refers to can be served without its folder."""
 
 
 class AdapterSync:
-    """Applies what the watcher found to the registry.
+    """Applies the watcher's findings to the registry.
 
-    ``refusals`` are the folders that are not served, by name, with the reason. ``pending`` are names whose folders the
-    watcher reads next; ``wakeup`` is set where one was added. ``level`` is the log level of an adapter that appears:
-    at start there may be thousands.
+    ``refusals`` maps the name of each refused folder to its path and the reason. ``pending`` are names whose folders
+    the watcher reads next; ``wakeup`` is set when one is added. ``level`` is the log level of new adapters, which is
+    low at start, when there may be thousands.
     """
 
     def __init__(
@@ -53,24 +53,24 @@ class AdapterSync:
         self.wakeup = asyncio.Event()
         self.level = logging.DEBUG
         self._listener = listener
-        self._waiting_for: set[str] = set()
-        self._troubles: dict[str, int | None] = {}
+        self._reread_logged: set[str] = set()
+        self._read_errors: dict[str, int | None] = {}
         self._hashing: dict[Entry, asyncio.Task[Adapter]] = {}
         self._unhashed: asyncio.Queue[Entry] = asyncio.Queue()
 
     async def add(self, name: str, path: Path, state: FolderState) -> bool:
-        """List a folder by its headers; its bytes are hashed later, or when somebody asks for it."""
+        """List a new folder by its headers. Its bytes are hashed later, or at the first request. False: try again."""
         try:
             listing = await self.reader.listing(path, name)
         except AdapterRejected as error:
             await self._fall_back(name, path, state, error.reason)
             return True
         except FolderMoved as error:
-            self._note_trouble(name, error)
+            self._log_read_error(name, error)
             return False
         except Exception as error:
-            logger.exception("adapter folder %s could not be read", one_line(name))
-            self._refuse(name, path, f"it could not be read ({type(error).__name__})")
+            logger.exception("reading adapter folder %s failed", one_line(name))
+            self._refuse(name, path, f"reading the folder failed ({type(error).__name__})")
             return True
         self._settle(name)
         self.refusals.pop(name, None)
@@ -84,43 +84,43 @@ class AdapterSync:
         self._listener.added(entry)
         logger.log(
             self.level,
-            "adapter %s: %d modules of rank %d, base checked by %s",
+            "adapter %s: %d modules, rank %d, base checked by %s",
             name,
             len(listing.plan.modules),
             listing.plan.rank,
             listing.base_check,
         )
-        _tell_unread(listing)
+        _log_unread(listing)
         return True
 
     async def update(self, name: str, path: Path, state: FolderState) -> bool:
-        """Read a folder anew, load it beside the version before where that is in use, then move the name.
+        """Read a changed folder, load the new version beside the old one if that is in memory, then switch the name.
 
-        False where it changed again meanwhile.
+        False: the folder changed again, or cannot be read now; try again.
         """
         entry = self.registry.get(name)
         if entry.current is None:
             return await self.add(name, path, state)
         try:
             manifest = await self.reader.manifest(path, state, name)
-            await self._move(entry, manifest, state)
+            await self._switch(entry, manifest, state)
             self._settle(name)
-            _tell_unread(manifest)
+            _log_unread(manifest)
         except AdapterRejected as error:
             self._refuse_change(entry, path, error.reason)
         except FolderMoved as error:
-            self._note_trouble(name, error)
+            self._log_read_error(name, error)
             return False
         except Exception as error:
-            logger.exception("adapter folder %s could not be read", one_line(name))
-            self._refuse_change(entry, path, f"it could not be read ({type(error).__name__})")
+            logger.exception("reading adapter folder %s failed", one_line(name))
+            self._refuse_change(entry, path, f"reading the folder failed ({type(error).__name__})")
         return True
 
     def request_read(self, name: str) -> None:
-        """Have the watcher read a folder soon that a request found changed; logged once until it was read."""
-        if name in self.registry and name not in self._waiting_for:
-            self._waiting_for.add(name)
-            logger.info("adapter %s: its folder changed since it was read; reading it again", name)
+        """Ask the watcher to read a folder soon that a request found changed. Logged once until it was read."""
+        if name in self.registry and name not in self._reread_logged:
+            self._reread_logged.add(name)
+            logger.info("adapter %s: the folder changed after it was read; reading the folder again", name)
         if name not in self.pending:
             self.pending.add(name)
             self.wakeup.set()
@@ -130,10 +130,10 @@ class AdapterSync:
         self.refusals.pop(name, None)
         if name in self.registry:
             self._withdraw(name)
-            logger.info("adapter %s is gone", name)
+            logger.info("adapter %s: removed", name)
 
     async def hash(self, entry: Entry) -> Adapter:
-        """The version of a name that was listed by its headers alone. Raises ``AdapterRejected`` or ``FolderMoved``."""
+        """The version of a name that is only listed yet. Raises ``AdapterRejected`` or ``FolderMoved``."""
         if entry.current is not None:
             return entry.current
         if entry not in self._hashing:
@@ -142,7 +142,7 @@ class AdapterSync:
         return await asyncio.shield(self._hashing[entry])
 
     async def hash_all(self) -> None:
-        """Hash what was only listed, one folder after the other, until cancelled."""
+        """Hash the folders that are only listed, one by one, until cancelled."""
         num_hashed, since = 0, time.perf_counter()
         while True:
             if self._unhashed.empty() and num_hashed:
@@ -156,12 +156,12 @@ class AdapterSync:
                     await self.hash(entry)
                     num_hashed += 1
             except (AdapterRejected, FolderMoved):
-                continue  # reported, or read again when it has settled
+                continue  # it was logged, or the watcher reads the folder again
             except Exception:
-                logger.exception("adapter folder %s could not be read", entry.name)
+                logger.exception("reading adapter folder %s failed", entry.name)
 
     async def _fall_back(self, name: str, path: Path, state: FolderState, reason: str) -> None:
-        """Refuse a folder; the version that was kept of it last, or that it is pinned at, is served on."""
+        """Refuse a folder; serve the pinned or else the newest kept version instead, if there is one."""
         pin = self.registry.pins.get(name, Pin())
         versions = await self.reader.find_kept(name, pin.version or "")
         kept = None
@@ -187,7 +187,7 @@ class AdapterSync:
             self.registry.publish(adapter, entry.state)
         return adapter
 
-    async def _move(self, entry: Entry, manifest: Manifest, state: FolderState) -> None:
+    async def _switch(self, entry: Entry, manifest: Manifest, state: FolderState) -> None:
         adapter = Adapter.of(manifest)
         self.refusals.pop(entry.name, None)
         if entry.current is not None and entry.current.version_digest == adapter.version_digest:
@@ -205,19 +205,21 @@ class AdapterSync:
         try:
             await self.reader.save_digests()
         except OSError as error:
-            logger.error("the digests could not be noted in the state directory (%s)", error.strerror)
+            logger.error("writing the digest cache to the state directory failed: %s", error.strerror)
 
     async def _keep(self, manifest: Manifest, state: FolderState) -> None:
         try:
             await self.reader.keep(manifest, state)
         except OSError as error:
             logger.error(
-                "version %s of adapter %s could not be kept in the state directory (%s)",
-                manifest.version_digest[:12], manifest.name, error.strerror,
-            )  # fmt: skip
+                "writing version %s of adapter %s to the state directory failed: %s",
+                manifest.version_digest[:DIGITS],
+                manifest.name,
+                error.strerror,
+            )
 
     def refuse(self, entry: Entry, reason: str) -> None:
-        """Withdraw a name whose only version turned out to be wrong when its bytes were read."""
+        """Remove a name whose only version was rejected when its bytes were read."""
         if self.registry.find(entry.name) is entry:
             self._withdraw(entry.name)
         self._refuse(entry.name, entry.listing.path, reason)
@@ -226,22 +228,22 @@ class AdapterSync:
         self._listener.removed(self.registry.withdraw(name))
         self._report()
 
-    def _note_trouble(self, name: str, error: FolderMoved) -> None:
-        """Log once why the system does not let a folder be read just now, until it does."""
+    def _log_read_error(self, name: str, error: FolderMoved) -> None:
+        """Log a temporary read error of a folder, once until it was read."""
         cause = error.__cause__
-        if isinstance(cause, OSError) and self._troubles.get(name) != cause.errno:
-            self._troubles[name] = cause.errno
+        if isinstance(cause, OSError) and self._read_errors.get(name) != cause.errno:
+            self._read_errors[name] = cause.errno
             logger.warning(
                 "adapter folder %s cannot be read just now: %s; trying again", one_line(name), cause.strerror
             )
 
     def _settle(self, name: str) -> None:
-        """A folder was read, refused or is gone: the next change is logged again."""
-        self._waiting_for.discard(name)
-        self._troubles.pop(name, None)
+        """Log the next change and read error of a folder again."""
+        self._reread_logged.discard(name)
+        self._read_errors.pop(name, None)
 
     def _refuse_change(self, entry: Entry, path: Path, reason: str) -> None:
-        """Refuse what a folder holds now; the name stays where the version it means can still be served."""
+        """Refuse a folder's new content; the name stays if the version that it refers to can be served."""
         entry.refused = reason
         if not self._listener.has_weights(entry):
             self._withdraw(entry.name)
@@ -254,16 +256,16 @@ class AdapterSync:
             self._withdraw(name)
         self.refusals[name] = (path, reason)
         self.metrics.adapter_rejections.inc()
-        kept = "; the version read before is still served" if name in self.registry else ""
+        kept = "; the previous version is still served" if name in self.registry else ""
         logger.warning("adapter folder %s is not served: %s%s", one_line(name), reason, kept)
 
     def _report(self) -> None:
         self.metrics.adapters_loaded.set(len(self.registry))
 
 
-def _tell_unread(listing: Listing) -> None:
-    """Log what an adapter is served without."""
+def _log_unread(listing: Listing) -> None:
+    """Log the files that an adapter is served without."""
     for file, reason in listing.unread.items():
         logger.warning(
-            "adapter %s is served without its %s (%s): %s", listing.name, file, UNREAD_FILES[file], one_line(reason)
+            "adapter %s is served without %s (%s): %s", listing.name, file, UNREAD_FILES[file], one_line(reason)
         )

@@ -153,7 +153,7 @@ async def test_an_optional_file_that_may_not_be_read_refuses_no_adapter(
         assert diagnose(folder, BASE, LIMITS).problems == []
     assert label.startswith("a@")
     (line,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert line.startswith(f"adapter a is served without its {name} ({UNREAD_FILES[name]}): permission denied: {name}")
+    assert line.startswith(f"adapter a is served without {name} ({UNREAD_FILES[name]}): permission denied: {name}")
     assert name in harness.registry.get("a").listing.unread
 
 
@@ -224,7 +224,7 @@ async def test_what_is_closed_while_it_is_served_is_told_with_what_becomes_of_th
         assert harness.names == ["used"]
     lines = {line.split()[2]: line for line in (record.getMessage() for record in caplog.records)}
     assert "permission denied" in lines["used"] and "permission denied" in lines["unused"]
-    assert lines["used"].endswith("; the version read before is still served")
+    assert lines["used"].endswith("; the previous version is still served")
     assert "still served" not in lines["unused"]
     await harness.watcher.scan()
     assert harness.names == ["unused", "used"]

@@ -114,7 +114,7 @@ async def test_a_stalled_look_makes_no_adapter_wait_for_twenty_times_its_length(
         assert (await asyncio.wait_for(harness.use("a"), 2)).startswith("a@")
     finally:
         watching.cancel()
-    assert "adapter a: its folder changed since it was read; reading it again" in caplog.messages
+    assert "adapter a: the folder changed after it was read; reading the folder again" in caplog.messages
 
 
 async def test_a_folder_that_a_request_waits_for_is_looked_at_by_itself(
@@ -200,7 +200,7 @@ async def test_a_look_that_takes_long_is_told(
 async def test_an_adapter_refused_when_it_is_loaded_is_not_said_to_be_served(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The log said that the version read before is still served, where there was none."""
+    """The log said that the previous version is still served, where there was none."""
     harness = AdapterHarness(tmp_path)
     make(harness.first, "unloadable")
     await harness.watcher.scan()

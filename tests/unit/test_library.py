@@ -155,7 +155,7 @@ async def test_a_version_that_two_begin_like_is_asked_for_in_full(
     assert entry.current is not None
     twin = entry.current.version_digest[:10] + "0" * 54
     entry.older[twin] = entry.current.__class__(**{**vars(entry.current), "version_digest": twin})
-    with pytest.raises(InvalidRequest, match="write more of it"):
+    with pytest.raises(InvalidRequest, match="give more digits"):
         await harness.use(f"a@{twin[:6]}")
 
 
@@ -365,7 +365,7 @@ async def test_hundreds_of_adapters_that_come_and_go_leave_nothing(harness: Adap
         await harness.watcher.scan()
     assert (len(harness.loaded), len(harness.freed)) == (300, 300)
     assert harness.cache.num_bytes == 0
-    assert not harness.registry._names
+    assert not harness.registry._names_of_weights
     assert not harness.adapters._loaded
     assert len(next(iter(harness.metrics.registry.collect())).samples) == series
 

@@ -233,5 +233,5 @@ async def test_the_log_says_how_the_base_was_checked(tmp_path: Path, caplog: pyt
         with caplog.at_level(logging.DEBUG):
             assert await harness.sync.add(name, path, folder_state(path))
     harness.reader.close()
-    assert "adapter signed: 2 modules of rank 2, base checked by fingerprint\n" in caplog.text
-    assert "adapter plain: 2 modules of rank 2, base checked by shapes\n" in caplog.text
+    assert "adapter signed: 2 modules, rank 2, base checked by fingerprint\n" in caplog.text
+    assert "adapter plain: 2 modules, rank 2, base checked by shapes\n" in caplog.text

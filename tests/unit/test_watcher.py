@@ -202,7 +202,7 @@ async def test_a_fault_in_one_folder_stops_neither_the_others_nor_the_watcher(
     make(harness.first, "good")
     await harness.watcher.scan()
     assert harness.names == ["good"]
-    assert "could not be read (MemoryError)" in harness.sync.refusals["explosive"][1]
+    assert "reading the folder failed (MemoryError)" in harness.sync.refusals["explosive"][1]
 
 
 async def test_events_bring_a_look_forward(tmp_path: Path) -> None:
