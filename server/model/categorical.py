@@ -1,48 +1,53 @@
-"""A place drawn from each row of weights in their proportions, by the Gumbel-max trick in two levels.
+"""Categorical sampling without a sort: sums by block, seeded random numbers, and the Gumbel-max trick in two levels.
 
-The largest of weights that are each divided by an exponential random number of their own is every place with the
-probability of its weight (Gumbel 1954; Maddison et al. 2014). First a block is drawn by its sum, then a place inside,
-so that few random numbers are needed. A number belongs to a token, not to a place in a cumulative sum: where rounding
-changes all weights a little, as a neighbour in the batch does, the token drawn changes about as rarely as it can.
+The largest of weights that are each divided by an exponential random number of their own is every index with the
+probability of its weight (Gumbel 1954; Maddison et al. 2014). First a block is drawn by its sum, then an index in it,
+so that few random numbers are needed. A number belongs to a token, not to a point of a cumulative sum: where rounding
+changes all weights a little, as other rows of a batch do, the drawn token changes about as rarely as it can.
 
-Sums of blocks are looked through on the host: there are few, and not every device has double precision.
+Random numbers are a function of a seed, a token's number and an index, whatever was drawn before: bits are
+SplitMix64's (Steele et al. 2014). Sums of blocks are added up on the host: there are few, and not every device has
+double precision.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from server.model.blocks import BLOCK
-from server.model.random_numbers import exponentials
-
 Doubles = NDArray[np.float64]
 TokenIds = NDArray[np.int64]
+BLOCK = 256
+"""Tokens in a block; the last one of a row may be shorter."""
 _BLOCK_STREAM = 0x5851F42D4C957F2D
-"""Added to a stream, it is another one: that by which blocks are drawn."""
+"""Added to a token's stream: the stream by which its block is drawn."""
+_BITS = 2**64 - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
 def pick(
     weights: torch.Tensor, sums: Doubles, streams: Sequence[int], ids: TokenIds | None = None
 ) -> tuple[list[int], Doubles]:
-    """A place of each row of weights [rows, width], one whose weight is not zero, by the row's random stream.
+    """An index of nonzero weight drawn from each row of weights [rows, width], by the row's random stream.
 
-    ``sums`` [rows, blocks] are those of the blocks, from ``on_host``; ``ids`` [rows, width] are the places' tokens
-    where these are not the places themselves. Returns the places, and their weights [rows].
+    ``sums`` [rows, blocks] are the sums of the blocks, from ``on_host``; ``ids`` [rows, width] are the tokens of the
+    indices if they differ from these. Returns the indices, and their weights [rows].
     """
-    rows, (num_blocks, width) = np.arange(len(sums)), (sums.shape[1], weights.shape[1])
-    of_blocks = [(one + _BLOCK_STREAM) % 2**64 for one in streams]
-    block = (sums / exponentials(of_blocks, np.arange(num_blocks))).argmax(1)
+    rows = np.arange(len(sums))
+    width = weights.shape[1]
+    block_streams = [(token_stream + _BLOCK_STREAM) % 2**64 for token_stream in streams]
+    block = (sums / exponentials(block_streams, np.arange(sums.shape[1]))).argmax(1)
 
-    places = block[:, None] * BLOCK + np.arange(min(BLOCK, width))
-    near = np.minimum(places, width - 1)
-    inside = np.where(places < width, on_host(weights.gather(1, torch.from_numpy(near).to(weights.device))), 0.0)
-    tokens = near if ids is None else np.take_along_axis(ids, near, 1)
+    indices = block[:, None] * BLOCK + np.arange(min(BLOCK, width))
+    clamped = np.minimum(indices, width - 1)
+    inside = np.where(indices < width, on_host(weights.gather(1, torch.from_numpy(clamped).to(weights.device))), 0.0)
+    tokens = clamped if ids is None else np.take_along_axis(ids, clamped, 1)
     within = (inside / exponentials(streams, tokens)).argmax(1)
-    return places[rows, within].tolist(), inside[rows, within]
+    return indices[rows, within].tolist(), inside[rows, within]
 
 
 def weights_above(rows: Sequence[torch.Tensor], floors: Sequence[float]) -> torch.Tensor:
@@ -54,10 +59,77 @@ def weights_above(rows: Sequence[torch.Tensor], floors: Sequence[float]) -> torc
 
 
 def on_host(sums: torch.Tensor) -> Doubles:
-    """In double precision."""
+    """Numbers of any device as doubles."""
     return sums.cpu().numpy().astype(np.float64)
 
 
 def totals(sums: Doubles) -> Doubles:
-    """Of each row [rows, blocks], added up in their order."""
+    """The sum of each row [rows, blocks], added up in order."""
     return sums.cumsum(1)[:, -1]
+
+
+def largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest logit of each row [rows, vocab] and its first index; NaN of a row that has one.
+
+    Two to four times as fast as ``max``: the index is searched in one block, not in the row.
+    """
+    if logits.shape[1] < 2 * BLOCK:
+        whole_rows = logits.max(dim=-1)
+        return whole_rows.values, whole_rows.indices
+    values, block = block_maxima(logits).max(dim=-1)
+    indices = block_indices(block[:, None], logits.shape[1]).clamp_(max=logits.shape[1] - 1)
+    first = logits.gather(1, indices).max(dim=-1).indices
+    return values, indices.gather(1, first[:, None])[:, 0]
+
+
+def block_maxima(rows: torch.Tensor) -> torch.Tensor:
+    """The largest number of each block, [rows, blocks]."""
+    return _by_block(rows, lambda blocks: blocks.amax(-1))
+
+
+def block_sums(rows: torch.Tensor) -> torch.Tensor:
+    """The sum of each block, [rows, blocks]. Its order of additions depends on the width of a row alone."""
+    return _by_block(rows, lambda blocks: blocks.sum(-1))
+
+
+def block_indices(blocks: torch.Tensor, width: int) -> torch.Tensor:
+    """Indices of the numbers in blocks [rows, n]: [rows, n * BLOCK], or [rows, width] for shorter rows.
+
+    In a last, shorter block indices go on beyond ``width``.
+    """
+    within = torch.arange(min(BLOCK, width), device=blocks.device)
+    return (blocks[:, :, None] * BLOCK + within).flatten(1)
+
+
+def _by_block(rows: torch.Tensor, reduce: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    whole = rows.shape[1] // BLOCK * BLOCK
+    parts = []
+    if whole:
+        parts.append(reduce(rows[:, :whole].unflatten(1, (whole // BLOCK, BLOCK))))
+    if whole < rows.shape[1]:
+        parts.append(reduce(rows[:, None, whole:]))
+    return torch.cat(parts, dim=1)
+
+
+def stream(seed: int, number: int, attempt: int = 0) -> int:
+    """The random stream, 64 bits, of a sequence's ``number``-th token; rejection sampling has one per ``attempt``."""
+    state = _mix(_mix(seed) + (number + 1) * _GOLDEN)
+    return _mix(state + attempt * _GOLDEN) if attempt else state
+
+
+def exponentials(streams: Sequence[int], keys: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Exponential random numbers [rows, n] of mean 1, for the keys [n] or [rows, n] of each stream."""
+    states = np.array(streams, dtype=np.uint64)[:, None] + (keys.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN)
+    for shift, factor in zip((30, 27), _FACTORS, strict=True):
+        states = (states ^ (states >> np.uint64(shift))) * np.uint64(factor)
+    states ^= states >> np.uint64(31)
+    uniform = ((states >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53  # 0 < uniform < 1
+    numbers: NDArray[np.float64] = -np.log(uniform)
+    return numbers
+
+
+def _mix(state: int) -> int:
+    state &= _BITS
+    state = ((state ^ (state >> 30)) * _FACTORS[0]) & _BITS
+    state = ((state ^ (state >> 27)) * _FACTORS[1]) & _BITS
+    return state ^ (state >> 31)

@@ -1,7 +1,7 @@
-"""Log probabilities of chosen tokens and of the likeliest ones, by the model's own distribution.
+"""Log probabilities of chosen tokens and of the likeliest ones, by the model's distribution.
 
-That is the softmax of its logits as they are: before penalties, biases, temperature and filters, as in OpenAI's API and
-in vLLM (there ``raw_logprobs``). Only rows whose sequences ask for it are looked at.
+That is the softmax of the raw logits: before penalties, biases, temperature and filters, as in OpenAI's API and in vLLM
+(there ``raw_logprobs``). Rows whose sequences do not ask for it are skipped.
 """
 
 from __future__ import annotations
@@ -11,16 +11,15 @@ from collections.abc import Sequence as SequenceOf
 import numpy as np
 import torch
 
-from server.model.blocks import block_sums
-from server.model.categorical import Doubles, on_host, totals
-from server.model.top_k import likeliest
+from server.model.categorical import Doubles, block_sums, on_host, totals
+from server.model.drawing import likeliest
 from server.sequence import SampledToken, SampleRow
 
 
 def add_logprobs(
     tokens: list[SampledToken | None], logits: torch.Tensor, draws: SequenceOf[SampleRow], rows: SequenceOf[int]
 ) -> None:
-    """Put log probabilities into the tokens of ``rows``, which have one, by logits [len(draws), vocab] in float32."""
+    """Put log probabilities into the tokens of ``rows``, which are not None, by logits [len(draws), vocab], float32."""
     selected = logits if len(rows) == len(draws) else logits[rows]
     counts = [draws[row].sequence.params.num_logprobs or 0 for row in rows]
     width = min(max(counts), logits.shape[1])
@@ -35,7 +34,7 @@ def add_logprobs(
 
 
 def _log_totals(logits: torch.Tensor) -> Doubles:
-    """The logarithm of the sum of the exponentials of each row of logits [rows, vocab]; blocks of a row in doubles."""
+    """Log-sum-exp of each row of logits [rows, vocab]; sums of blocks are added up as doubles."""
     largest = logits.amax(-1, keepdim=True)
     sums = totals(on_host(block_sums((logits - largest).exp_())))
     log_sums: Doubles = np.log(sums)

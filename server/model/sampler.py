@@ -1,7 +1,7 @@
-"""Logits to tokens: the likeliest one, or one drawn at random.
+"""Logits to tokens: greedy or random selection.
 
-Each token of a sequence has random numbers of its own, a function of the sequence's seed and the token's number, so
-that neither neighbours nor drafts change what is drawn.
+The random numbers of a token are a function of the sequence's seed and the token's number, so that neither other
+sequences nor drafts change the tokens of a sequence.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence as SequenceOf
 
 import torch
 
-from server.model.blocks import largest
+from server.model.categorical import largest
 from server.model.drawing import draw_tokens
 from server.model.logits.registry import LogitsProcessing
 from server.model.logprobs import add_logprobs
@@ -18,7 +18,7 @@ from server.sequence import SampledToken, SampleRow
 
 
 class Sampler:
-    """Chooses tokens; of sequences with logits processors it keeps those."""
+    """Chooses tokens, and keeps the logits processors of sequences."""
 
     def __init__(self) -> None:
         self._processing = LogitsProcessing()
@@ -26,7 +26,7 @@ class Sampler:
     def sample(self, logits: torch.Tensor, draws: SequenceOf[SampleRow]) -> list[SampledToken | None]:
         """A token for each row of ``logits`` [len(draws), vocab].
 
-        None where the row is not finite, and where the token before did not come out as the draw has it given.
+        None where the row is not finite, and behind a draft that differs from the sampled token.
         """
         if not draws:
             return []
@@ -42,7 +42,7 @@ class Sampler:
             selected = logits if len(rows) == len(draws) else logits[rows]
             for row, token in zip(rows, draw_tokens(selected, [draws[row] for row in rows]), strict=True):
                 chosen[row] = token
-        tokens = _until_a_draft_is_wrong(chosen, draws)
+        tokens = _up_to_wrong_draft(chosen, draws)
         asking = [
             row
             for row, draw in enumerate(draws)
@@ -53,9 +53,7 @@ class Sampler:
         return tokens
 
 
-def _until_a_draft_is_wrong(
-    token_ids: SequenceOf[int | None], draws: SequenceOf[SampleRow]
-) -> list[SampledToken | None]:
+def _up_to_wrong_draft(token_ids: SequenceOf[int | None], draws: SequenceOf[SampleRow]) -> list[SampledToken | None]:
     tokens: list[SampledToken | None] = []
     before: int | None = None
     for token_id, draw in zip(token_ids, draws, strict=True):

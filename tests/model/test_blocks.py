@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from server.model.blocks import largest
+from server.model.categorical import largest
 from tests.model.test_sampler import rows
 
 

@@ -22,10 +22,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from server.model.blocks import block_sums
-from server.model.categorical import on_host
-from server.model.random_numbers import exponentials, stream
-from server.model.top_p import redraw_outside
+from server.model.categorical import block_sums, exponentials, on_host, stream
+from server.model.drawing import redraw_outside
 from server.sequence import SampleRow, SamplingParams, Sequence
 from tests.model.engines import sample
 

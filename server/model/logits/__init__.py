@@ -1,4 +1,4 @@
-"""Floor 3: logits changed before a token is chosen; read ``processor``, ``registry``, then any other file.
+"""Floor 3: logits processors; read ``processor``, ``registry``, then any other file.
 
 A new processor is a file here, a line in ``registry``, and its field, marked ``Processed``, in ``api/protocol.py``.
 """

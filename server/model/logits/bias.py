@@ -1,4 +1,4 @@
-"""``logit_bias``: numbers that a request adds to the logits of tokens."""
+"""``logit_bias``: numbers added to the logits of given tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from server.sequence import Sequence
 
 
 class LogitBias:
-    """Adds to each of some tokens' logits a number of its own."""
+    """Adds a number to the logit of each given token."""
 
     def __init__(self, biases: SequenceOf[tuple[int, float]]) -> None:
         self._ids = torch.tensor([token for token, _ in biases])

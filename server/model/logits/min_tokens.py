@@ -1,4 +1,4 @@
-"""``min_tokens``: an answer does not end before it is so long."""
+"""``min_tokens``: the least number of output tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from server.sequence import Sequence
 
 
 class MinTokens:
-    """Tokens that end the sequence cannot be chosen until ``least`` others have been."""
+    """Tokens that end the sequence cannot be chosen before ``least`` others were."""
 
     def __init__(self, least: int) -> None:
         self._least = least

@@ -1,4 +1,4 @@
-"""Penalties on tokens that have come before. A token drafted before the row counts as if it had come."""
+"""Penalties on tokens that occurred before. Drafts before the row count as well."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from server.sequence import Sequence
 
 
 class FrequencyPenalty:
-    """OpenAI's: subtracts ``penalty`` for each time the token has come in the output."""
+    """OpenAI's: subtracts ``penalty`` for each occurrence of the token in the output."""
 
     def __init__(self, penalty: float) -> None:
         self._penalty, self._output = penalty, TokenCounts()
@@ -24,7 +24,7 @@ class FrequencyPenalty:
 
 
 class PresencePenalty:
-    """OpenAI's: subtracts ``penalty`` once if the token has come in the output."""
+    """OpenAI's: subtracts ``penalty`` once if the token occurs in the output."""
 
     def __init__(self, penalty: float) -> None:
         self._penalty, self._output = penalty, TokenCounts()

@@ -1,4 +1,4 @@
-"""The seam between the model's logits and the choice of a token."""
+"""The interface of logits processors."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from server.sequence import Sequence
 
 
 class LogitsProcessor(Protocol):
-    """Changes the logits of one sequence, row by row; made once for the sequence, from the value of its field.
+    """Changes the logits of one sequence, row by row; made once per sequence, from the value of its field.
 
-    It may keep what it has counted of ``sequence.output_ids``, which only grows. Drafts may turn out to be wrong, so
-    nothing of them may be kept.
+    It may keep state about ``sequence.output_ids``, which only grows, but none about drafts, which may be rejected.
     """
 
     def __call__(self, logits: torch.Tensor, sequence: Sequence, drafts: SequenceOf[int]) -> torch.Tensor:

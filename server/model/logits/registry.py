@@ -1,4 +1,4 @@
-"""Which logits processors there are, and how those of a step's rows are applied."""
+"""All logits processors, and how they are applied to the rows of a step."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ PROCESSORS: Mapping[str, Callable[[Any], LogitsProcessor]] = {
 
 
 class LogitsProcessing:
-    """The processors of sequences that have some, kept as long as the sequences are."""
+    """The processors of each sequence, kept as long as the sequence lives."""
 
     def __init__(self) -> None:
         self._processors: WeakKeyDictionary[Sequence, list[LogitsProcessor]] = WeakKeyDictionary()
 
     def __call__(self, logits: torch.Tensor, draws: SequenceOf[SampleRow]) -> torch.Tensor:
-        """Logits [len(draws), vocab] as tokens are chosen from: the same tensor where no row has a processor."""
+        """Processed logits [len(draws), vocab]; the same tensor if no row has a processor."""
         if not any(draw.sequence.params.processors for draw in draws):
             return logits
         rows = list(logits)

@@ -1,4 +1,4 @@
-"""How often tokens have come, kept up as a sequence grows."""
+"""Counts of tokens, updated as a sequence grows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 class TokenCounts:
-    """Distinct tokens and how often each has come; ``counted`` are there from the start."""
+    """Distinct tokens and their counts; ``counted`` are there from the start."""
 
     def __init__(self, counted: Iterable[int] = ()) -> None:
         self._places: dict[int, int] = {}
@@ -24,7 +24,7 @@ class TokenCounts:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids [distinct] and their counts [distinct] with an output so far, and with drafts behind it.
 
-        Only what the output has grown by since the last call is looked at.
+        Only outputs since the last call are read.
         """
         for token in output_ids[self._num_outputs :]:
             self._count(token)
@@ -45,7 +45,7 @@ class TokenCounts:
         self._counts[place] += 1
 
     def _uncount(self, token: int) -> None:
-        """Take back what was counted last; a token that came only then gives its place back, which is the last one."""
+        """Undo the latest ``_count``; a token that it added had the last place."""
         place = self._places[token]
         self._counts[place] -= 1
         if self._counts[place] == 0:
