@@ -46,7 +46,7 @@ def measure(base: str) -> Growth:
     assert loaded.quantized is not None
     return Growth(
         int8=loaded.quantized.num_bytes / MEGABYTE,
-        floats=sum(loaded.quantized.left.values()) / MEGABYTE,
+        floats=sum(loaded.quantized.unquantized.values()) / MEGABYTE,
         peak=_largest() - before,
         after=_resident() - before,
         seconds=seconds,

@@ -121,7 +121,7 @@ def banked(body: Body, bank: LoRABank, counts: list[int]) -> Callable[[], None]:
     batch = make_batch(counts)
 
     def step() -> None:
-        bank.begin(batch)
+        bank.begin_sorted(batch)
         body()
 
     return step

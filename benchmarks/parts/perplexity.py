@@ -84,7 +84,7 @@ class Reader:
         metadata = AttentionMetadata.of((AttentionSegment(0, 0, len(window), 0),), self.base.model.device)
         sequence = Sequence(0, tuple(window), 1, SamplingParams(), uses)
         runner.attention_backend.begin(metadata)
-        runner.bank.begin(Batch((Segment(sequence, 0, 0, len(window)),)))
+        runner.bank.begin_sorted(Batch((Segment(sequence, 0, 0, len(window)),)))
         ids = torch.tensor([list(window)], device=self.base.model.device)
         output = runner.model(input_ids=ids, position_ids=metadata.positions[None], use_cache=False)
         logits: torch.Tensor = output.logits[0]

@@ -261,8 +261,8 @@ def _log_base(base: Base, seconds: float) -> None:
             quantized.num_bytes / 1e6,
             quantized.num_outliers,
             dtype,
-            sum(quantized.left.values()) / 1e6,
-            _largest_unquantized(quantized.left),
+            sum(quantized.unquantized.values()) / 1e6,
+            _largest_unquantized(quantized.unquantized),
         )
 
 

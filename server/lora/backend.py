@@ -1,4 +1,4 @@
-"""What adds adapters' low-rank deltas to linears, and what every backend knows of a step: whose rows they are."""
+"""The interface of LoRA backends, and the adapters of each row of a step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from server.sequence import Batch, LoRARequest, Segment
 
 @dataclass(frozen=True, slots=True)
 class AdapterRun:
-    """Rows ``start`` to ``end`` of a batch that all use these adapters; ``whole`` where there are no others."""
+    """Rows ``start`` to ``end`` of a batch that use the same adapters; ``whole`` if these are all rows."""
 
     start: int
     end: int
@@ -23,7 +23,7 @@ class AdapterRun:
     whole: bool = False
 
     def cut(self, x: torch.Tensor) -> torch.Tensor:
-        """Their part of x [all rows, ...]."""
+        """The rows of the run in x [all rows, ...]."""
         return x if self.whole else x[self.start : self.end]
 
     def add(self, y: torch.Tensor, low: torch.Tensor, b: torch.Tensor) -> None:
@@ -36,9 +36,9 @@ class AdapterRun:
 
 
 class BatchAdapters:
-    """The adapters of the rows of the step at hand.
+    """The adapters of the rows of the current step.
 
-    Most modules get all rows, the head only those that are sampled. ``active`` tells whether any row has an adapter.
+    Most modules receive all rows, the head only the sampled ones. ``active``: whether any row has an adapter.
     """
 
     def __init__(self) -> None:
@@ -47,8 +47,9 @@ class BatchAdapters:
         self._runs: dict[int, Sequence[AdapterRun]] = {}
 
     def begin(self, segments: Sequence[Segment]) -> None:
-        """Note the segments of a step, in the order of their rows."""
-        rows, sampled = [segment.length for segment in segments], [segment.num_sampled for segment in segments]
+        """Set the segments of a step, in the order of their rows."""
+        rows = [segment.length for segment in segments]
+        sampled = [segment.num_sampled for segment in segments]
         self.num_rows, self.num_sampled = sum(rows), sum(sampled)
         self.active = any(segment.sequence.adapters for segment in segments)
         self._runs = {self.num_sampled: (), self.num_rows: ()}
@@ -58,69 +59,70 @@ class BatchAdapters:
                 self._runs[self.num_sampled] = _runs(segments, sampled)
 
     def runs(self, num_rows: int) -> Sequence[AdapterRun]:
-        """The runs of a module that got so many rows."""
+        """The runs of a module that received ``num_rows`` rows."""
         assert num_rows in self._runs, f"a module got {num_rows} rows of a batch of {list(self._runs)}"
         return self._runs[num_rows]
 
 
 class LoRABackend(Protocol):
-    """Adds the plain low-rank deltas of linears. What else adapters change is computed by ``layer``'s modules.
+    """Adds the plain low-rank deltas of linears. The modules of ``layer`` compute all other changes.
 
-    The engine thread owns it, but for ``pack``. Where ``add`` or ``remove`` fails, ``remove`` can be called again and
-    then leaves nothing of the adapter.
+    The engine thread owns it; only ``pack`` may run in any thread. If ``add`` or ``remove`` fails, another ``remove``
+    leaves nothing of the adapter.
     """
 
     makes_copies: ClassVar[bool]
-    """Whether adapters are copied to be computed together."""
+    """Whether it copies adapters to compute them together."""
     batch: BatchAdapters
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of copies and tables, which come on top of the adapters' own tensors."""
+        """Bytes of copies and tables, without the adapters' own tensors."""
 
     @property
     def active(self) -> bool:
-        """Whether ``apply`` may change anything in the step at hand."""
+        """Whether ``apply`` may change anything in the current step."""
 
     @property
     def can_replay(self) -> bool:
-        """Whether the adapters of the step are nothing but memory that kernels read: layer graphs may be replayed."""
+        """Whether layer graphs may be replayed: the step's adapters are only memory that kernels read."""
 
     @property
     def generation(self) -> int:
-        """Another number when what kernels read lies elsewhere, so that recorded layer graphs are void."""
+        """Changes when memory that kernels read moves, which invalidates recorded layer graphs."""
 
     def pack(self, weights: LoRAWeights) -> LoRAWeights:
-        """An adapter's tensors as this backend reads them; packed ones stay as they are. Any thread may do it."""
+        """An adapter's tensors in the backend's layout; packed ones stay as they are. For any thread."""
 
     def attach(self, module: str) -> bool:
-        """A linear is wrapped. False where the base's own product adds its deltas, so that ``apply`` is not called."""
+        """A linear was wrapped. False if the base's packed linear adds its deltas, so that ``apply`` is not called."""
 
     def detach(self, module: str) -> None:
-        """A linear is the base's again; one that never was attached is no error."""
+        """A linear was unwrapped; one that was not attached is no error."""
 
     def add(self, digest: str, weights: LoRAWeights) -> Iterable[torch.Tensor]:
-        """Take a packed adapter, whose linears are attached. Tensors that it keeps of the adapter, copies too."""
+        """Add a packed adapter, whose linears are attached. Returns the tensors that it keeps, copies included."""
 
     def remove(self, digest: str) -> None:
-        """Forget an adapter, also one that was half added; one that is not there is no error."""
+        """Remove an adapter, even a partly added one; an unknown one is no error."""
 
     def limit(self, max_bytes: int | None) -> None:
-        """Copies take at most so many bytes from now on; those beyond are freed."""
+        """Limit the bytes of copies from now on; copies beyond the limit are freed."""
 
-    def begin(self, batch: Batch) -> Batch:
-        """Prepare a step. The same batch, its segments in the order in which the rows are computed fastest."""
+    def begin_sorted(self, batch: Batch) -> Batch:
+        """Begin a step with the batch's segments sorted into the fastest order; returns that batch."""
 
     def apply(self, module: str, x: torch.Tensor, y: torch.Tensor) -> None:
         """``y += x @ a @ b`` on the rows of each adapter: x [..., rows, in], y [rows, out]."""
 
     def check_integrity(self, digests: Iterable[str], modules: Iterable[str]) -> None:
-        """Raise ``IntegrityError`` where it has other adapters, or other attached linears, than these."""
+        """Raise ``IntegrityError`` if its adapters or attached linears differ from these."""
 
 
 def _runs(segments: Sequence[Segment], counts: Sequence[int]) -> list[AdapterRun]:
     """``counts`` are the rows of each segment."""
-    runs, start, num_rows = [], 0, sum(counts)
+    runs: list[AdapterRun] = []
+    start, num_rows = 0, sum(counts)
     for adapters, group in groupby(zip(segments, counts, strict=True), key=lambda pair: pair[0].sequence.adapters):
         end = start + sum(count for _, count in group)
         if adapters and end > start:

@@ -12,18 +12,18 @@ from server.adapters.content.signature import Kind
 from server.integrity import ensure
 from server.lora import module_bypass
 from server.lora.backend import LoRABackend
-from server.lora.layer import AdaptedModule, LoRAEmbedding, LoRALinear, LoRARows
+from server.lora.layer import AdaptedModule, LoRAEmbedding, LoRALinear, OwnParametersModule
 from server.lora.weights import LoRAWeights, num_held_bytes
 from server.sequence import Batch
 
 
 class LoRABank:
-    """Puts adapters onto a base model's modules; the engine thread owns it.
+    """Applies adapters to the modules of a base model; the engine thread owns it.
 
-    A module is wrapped when the first adapter that touches it comes, and unwrapped when the last one goes, so that a
-    base without adapters pays nothing. ``base_modules`` are the base's own, wrapped or not: they are never changed, and
-    any thread may read them. The ``backend`` adds the plain deltas of linears. Adapters' weights and its copies of them
-    take ``max_bytes`` at most.
+    A module is wrapped when the first adapter that changes it is added, and unwrapped when the last one is removed, so
+    that a base without adapters has no overhead. ``base_modules`` are the base's own modules: they are never changed,
+    and any thread may read them. The ``backend`` adds the plain deltas of linears. Adapters' weights and the backend's
+    copies take at most ``max_bytes``.
     """
 
     def __init__(self, model: nn.Module, backend: LoRABackend, *, max_bytes: int | None = None) -> None:
@@ -45,12 +45,12 @@ class LoRABank:
 
     @property
     def can_replay(self) -> bool:
-        """Whether layer graphs may be replayed in the step at hand, for all that adapters change."""
+        """Whether layer graphs may be replayed in the current step."""
         return self.backend.can_replay
 
     @property
     def generation(self) -> int:
-        """Another number when modules were wrapped or unwrapped, or what kernels read lies elsewhere."""
+        """Changes when modules are wrapped or unwrapped, or memory that kernels read moves."""
         return self._num_replaced + self.backend.generation
 
     def prepare(self, manifest: Manifest) -> LoRAWeights:
@@ -61,16 +61,16 @@ class LoRABank:
         return self.backend.pack(LoRAWeights.of(manifest, self.base_modules))
 
     def add(self, digest: str, weights: LoRAWeights) -> int:
-        """Make an adapter usable; the bytes that it takes. One that is there already is no error.
+        """Make an adapter usable; returns its bytes. One that was added before is no error.
 
-        Where it fails, nothing of it is left. After ``close`` it raises ``IntegrityError``.
+        After a failure nothing of the adapter is left. After ``close`` it raises ``IntegrityError``.
         """
         ensure(not self._is_closed, "no adapter can be added: the base was closed, or has a new runner")
         self._finish_removals()
         if digest in self._digests:
             return self._bytes[digest]
         try:
-            self._bytes[digest] = self._put_in(digest, self.backend.pack(weights))
+            self._bytes[digest] = self._install(digest, self.backend.pack(weights))
             self._limit_copies()
             self._digests.add(digest)
             return self._bytes[digest]
@@ -79,23 +79,23 @@ class LoRABank:
             raise
 
     def remove(self, digest: str) -> None:
-        """Free an adapter, also one that was half added; one that is not there is no error.
+        """Free an adapter, even a partly added one; an unknown one is no error.
 
-        Where it fails, the adapter cannot be used any more, and the next ``add`` or ``remove`` frees what is left.
+        After a failure the adapter cannot be used any more, and the next ``add`` or ``remove`` finishes the removal.
         """
         self._digests.discard(digest)
         self._leaving.add(digest)
         self._finish_removals()
 
     @torch.inference_mode()
-    def begin(self, batch: Batch) -> Batch:
-        """Prepare a step; the batch in the order in which its rows are to be computed."""
+    def begin_sorted(self, batch: Batch) -> Batch:
+        """Begin a step with the batch's segments sorted into the backend's order; returns that batch."""
         used = {use.digest for segment in batch.segments for use in segment.sequence.adapters}
         ensure(used <= self._digests, f"sequences run on adapters that are not in memory: {used - self._digests}")
-        return self.backend.begin(batch)
+        return self.backend.begin_sorted(batch)
 
     def check_integrity(self) -> None:
-        """The books of adapters, and of what is wrapped."""
+        """Raise ``IntegrityError`` if adapters, wrapped modules and backend disagree."""
         ensure(self._bytes.keys() == self._digests, "an adapter's bytes are not counted, or those of none")
         changing = {digest for layer in self._layers.values() for digest in layer.deltas}
         ensure(changing == self._digests, "modules are changed by other adapters than there are")
@@ -103,25 +103,25 @@ class LoRABank:
         linears = {module for module, layer in self._layers.items() if isinstance(layer, LoRALinear)}
         self.backend.check_integrity(self._digests, linears)
 
-    def _put_in(self, digest: str, weights: LoRAWeights) -> int:
+    def _install(self, digest: str, weights: LoRAWeights) -> int:
         for module, delta in weights.deltas.items():
             if module not in self._layers:
                 self._wrap(module, delta.kind)
             self._layers[module].put(digest, delta)
-        own = [tensor for delta in weights.deltas.values() for tensor in delta.tensors()]
-        return num_held_bytes([*own, *self.backend.add(digest, weights)])
+        tensors = [tensor for delta in weights.deltas.values() for tensor in delta.tensors()]
+        return num_held_bytes([*tensors, *self.backend.add(digest, weights)])
 
     def _limit_copies(self) -> None:
-        """Leave to copies what the weights do not need."""
+        """Give copies the memory that the weights do not take."""
         self.backend.limit(None if self._max_bytes is None else self._max_bytes - self.num_bytes)
 
     def _finish_removals(self) -> None:
         for digest in tuple(self._leaving):
-            self._take_out(digest)
+            self._uninstall(digest)
             self._leaving.discard(digest)
 
-    def _take_out(self, digest: str) -> None:
-        """Every step of it may be done twice, and finds what a failed addition or removal has left."""
+    def _uninstall(self, digest: str) -> None:
+        """Idempotent: it may be repeated after a failed addition or removal."""
         self.backend.remove(digest)
         for module, layer in list(self._layers.items()):
             layer.drop(digest)
@@ -131,7 +131,7 @@ class LoRABank:
         self._limit_copies()
 
     def _wrap(self, name: str, kind: Kind) -> None:
-        """Put a module of ours in the place of the base's. From its entry in the books on, ``remove`` undoes it."""
+        """Replace a module of the base. Once it is in ``_layers``, ``remove`` undoes this."""
         base, backend = self.base_modules[name], self.backend
         if kind == "linear":
             self._layers[name] = linear = LoRALinear(base, backend, name)
@@ -139,17 +139,17 @@ class LoRABank:
         elif kind == "embedding":
             self._layers[name] = LoRAEmbedding(base, backend)
         else:
-            self._layers[name] = LoRARows(base, backend)
+            self._layers[name] = OwnParametersModule(base, backend)
         self._replace(name, self._layers[name])
 
     def _unwrap(self, name: str) -> None:
-        """Put the base's module back, and only then forget that it was gone."""
+        """Restore the base's module before its entry is deleted."""
         self._replace(name, self.base_modules[name])
         self.backend.detach(name)
         del self._layers[name]
 
     def close(self) -> None:
-        """Remove all adapters, so that every module of the base is back; none can be added any more."""
+        """Remove all adapters and restore every module of the base; no adapter can be added any more."""
         self._is_closed = True
         self._leaving |= self._digests
         self._digests.clear()

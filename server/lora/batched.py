@@ -1,4 +1,4 @@
-"""Low-rank deltas by torch's operations: a product for modules that share an input, and one for adapters of a shape."""
+"""Low-rank deltas by torch operations: one product for modules of the same input, batched for adapters of a shape."""
 
 from __future__ import annotations
 
@@ -21,19 +21,21 @@ from server.sequence import Batch, Segment
 
 logger = logging.getLogger("quickchange.lora")
 
-# What benchmarks/lora_bank.py measured, in rows of a stack.
-_ALONE, _ROW_ALONE = 12, 0.3
-"""What an adapter's calls cost more if it is computed alone, and what each of its rows does."""
+# Costs measured by benchmarks/lora_bank.py, in units of one row of a batched product.
+_ALONE = 12
+"""Extra cost of an adapter that is computed alone."""
+_ROW_ALONE = 0.3
+"""Extra cost of each of its rows."""
 _UNEVEN = 10
-"""What gathering rows costs where adapters in slots have unequally many."""
+"""Cost of gathering rows if adapters in slots have different numbers of rows."""
 
 
 class BatchedTorchLoRA:
-    """Two products for a linear and an adapter, or two batched ones for several adapters.
+    """Two products per linear and adapter, or two batched products for several adapters.
 
-    ``groups`` are linears that receive the same tensor. Adapters of one shape that have few rows in a step are copied
-    to ``max_slots`` slots at most, and computed together (Chen et al. 2023, Punica); where there is no memory for a
-    copy, adapters are computed one after another.
+    ``groups`` are linears that receive the same tensor. Adapters of one shape with few rows in a step are copied into
+    at most ``max_slots`` slots and computed together (Chen et al. 2023, Punica). Without memory for copies, adapters
+    are computed one after another.
     """
 
     makes_copies: ClassVar[bool] = True
@@ -62,9 +64,9 @@ class BatchedTorchLoRA:
         return self.batch.active
 
     def pack(self, weights: LoRAWeights) -> LoRAWeights:
-        """The A of each group's plain deltas in one tensor, where there are two or more."""
+        """Two or more plain deltas of a group get one tensor for their A."""
         deltas, fused = dict(weights.deltas), list(weights.fused)
-        packed = {module for one in fused for module in one.columns}
+        packed = {module for group in fused for module in group.columns}
         for modules in self._groups:
             plain = [module for module in modules if module in deltas and deltas[module].plain]
             if len(plain) > 1 and packed.isdisjoint(plain):
@@ -107,9 +109,9 @@ class BatchedTorchLoRA:
                 return
             slots.clear()
 
-    def begin(self, batch: Batch) -> Batch:
-        """Rows of the base first, then those in slots in the slots' order, then those computed one after another."""
-        if self.batch.active:  # a step that failed may have left something
+    def begin_sorted(self, batch: Batch) -> Batch:
+        """Rows without an adapter first, then adapters in slots by slot, then those computed one after another."""
+        if self.batch.active:  # a failed step may have left cached terms
             for shared in self._inputs.values():
                 shared.forget()
         self._place(batch)
@@ -122,7 +124,8 @@ class BatchedTorchLoRA:
 
         def key(segment: Segment) -> tuple[bool, tuple[int, int], object]:
             adapters = segment.sequence.adapters
-            return bool(adapters), places.get(adapters[0].digest, last) if len(adapters) == 1 else last, adapters
+            place = places.get(adapters[0].digest, last) if len(adapters) == 1 else last
+            return bool(adapters), place, adapters
 
         ordered = replace(batch, segments=tuple(sorted(batch.segments, key=key)))
         self.batch.begin(ordered.segments)
@@ -135,17 +138,17 @@ class BatchedTorchLoRA:
 
     def layout(self, num_rows: int) -> AdapterLayout:
         if num_rows not in self._layouts:
-            self._layouts[num_rows] = self._laid_out(self.batch.runs(num_rows))
+            self._layouts[num_rows] = self._make_layout(self.batch.runs(num_rows))
         return self._layouts[num_rows]
 
     def check_integrity(self, digests: Iterable[str], modules: Iterable[str]) -> None:
         for slots in self._slots.values():
             slots.check_integrity()
         in_slots = {digest for slots in self._slots.values() for digest in slots.adapters}
-        ensure(in_slots == self._slots_of.keys(), "slots have other adapters than their books")
-        ensure(in_slots <= set(digests), "slots have an adapter that is gone")
+        ensure(in_slots == self._slots_of.keys(), "slots and their index by adapter disagree")
+        ensure(in_slots <= set(digests), "slots have an adapter that was removed")
         attached = {module for shared in self._inputs.values() for module in shared.attached}
-        ensure(attached == set(modules), "inputs know of other linears than are wrapped")
+        ensure(attached == set(modules), "attached and wrapped linears differ")
 
     def _by_input(self, shape: LoRAShape) -> Mapping[str, Sequence[str]]:
         inputs: dict[str, list[str]] = defaultdict(list)
@@ -154,7 +157,7 @@ class BatchedTorchLoRA:
         return inputs
 
     def _place(self, batch: Batch) -> None:
-        """Put the adapters that are computed together into slots, where two or more have few rows."""
+        """Put adapters with few rows into slots, if there are two or more of a shape."""
         rows: dict[LoRASlots, dict[str, int]] = {}
         for segment in batch.segments:
             adapters = segment.sequence.adapters
@@ -169,7 +172,7 @@ class BatchedTorchLoRA:
                 self._placed[slots] = placed
 
     def _placed_in(self, slots: LoRASlots, digests: Sequence[str]) -> Mapping[str, int]:
-        """Places of as many of these adapters as there is memory for, none for fewer than two."""
+        """Window indices of as many of these adapters as fit into memory; none for fewer than two."""
         if slots in self._without_copies:
             return {}
         room = self._room(slots, len(digests))
@@ -181,11 +184,11 @@ class BatchedTorchLoRA:
             return slots.place(digests, max_slots=room)
         except (MemoryError, RuntimeError) as error:
             self._without_copies.add(slots)
-            logger.warning("no memory to compute adapters side by side, so they are one by one: %s", error)
+            logger.warning("out of memory for batched LoRA copies; computing adapters sequentially: %s", error)
             return {}
 
     def _room(self, slots: LoRASlots, num_needed: int) -> int:
-        """How many slots of a shape there may be. Copies that the step does not use make room."""
+        """How many slots of a shape fit into memory. Frees copies that the step does not use."""
         if self._max_bytes is None:
             return self._max_slots
         others = [other for other in self._slots.values() if other is not slots]
@@ -198,7 +201,7 @@ class BatchedTorchLoRA:
                 other.clear()
         return max(slots.capacity, left // slots.slot_bytes)
 
-    def _laid_out(self, runs: Sequence[AdapterRun]) -> AdapterLayout:
+    def _make_layout(self, runs: Sequence[AdapterRun]) -> AdapterLayout:
         in_slots: dict[LoRASlots, list[AdapterRun]] = {}
         alone = []
         for run in runs:
@@ -213,7 +216,7 @@ class BatchedTorchLoRA:
 
 @dataclass(frozen=True, slots=True)
 class AdapterLayout:
-    """The rows of a module: runs that are computed ``alone``, and ``groups`` of those in slots."""
+    """The rows of a module: runs that are computed ``alone``, and ``groups`` of runs in slots."""
 
     alone: Sequence[AdapterRun]
     groups: Sequence[PaddedGroup]
@@ -221,10 +224,10 @@ class AdapterLayout:
 
 @dataclass(frozen=True, slots=True)
 class PaddedGroup:
-    """Rows ``start`` to ``end`` of adapters whose copies are in neighbouring slots, in the order of their slots.
+    """Rows ``start`` to ``end`` of adapters whose copies are in one window of slots, in the order of their slots.
 
-    Each slot of the window has ``most`` rows. Where some have fewer, ``gather`` [window * most] says which row of the
-    group stands there (any, where there is none), and ``back`` [rows] where each row's result is.
+    Each slot of the window is padded to ``most`` rows. If some have fewer, ``gather`` [window * most] are the rows of
+    the group to read (any, for padding), and ``back`` [rows] is the index of each row's result.
     """
 
     slots: LoRASlots
@@ -233,7 +236,7 @@ class PaddedGroup:
     most: int
     gather: torch.Tensor | None = None
     back: torch.Tensor | None = None
-    scales: torch.Tensor | None = None  # [window, most, 1], where one of them is not 1
+    scales: torch.Tensor | None = None  # [window, most, 1], unless all are 1
 
     def cut(self, x: torch.Tensor) -> torch.Tensor:
         """x [all rows, in] -> [window, most, in]."""
@@ -253,13 +256,13 @@ class PaddedGroup:
 
 
 LoRATerm = tuple[AdapterRun | PaddedGroup, torch.Tensor, torch.Tensor]
-"""Rows, their product with a module's A, and its B: what ``add`` of the rows takes."""
+"""Rows, their product with a module's A, and the module's B: the arguments of the rows' ``add``."""
 
 
 class SharedLoRAInput:
-    """The plain deltas of modules that receive the same tensor; a module that shares with none has one of its own.
+    """The plain deltas of modules that receive the same tensor, or of a single module.
 
-    ``name`` is the first of them. The first that is called computes the products with all their A.
+    ``name`` is the first module. The module that is called first computes the products with the A of all.
     """
 
     def __init__(self, modules: tuple[str, ...]) -> None:
@@ -287,9 +290,9 @@ class SharedLoRAInput:
         self._adapters.pop(digest, None)
 
     def take(self, module: str, x: torch.Tensor, layout: Callable[[int], AdapterLayout]) -> list[LoRATerm]:
-        """What to add to a module's result for x [..., rows, in]; ``layout`` tells it by their number.
+        """The terms to add to a module's result for x [..., rows, in]; ``layout`` is called with the number of rows.
 
-        x is held until every module took its terms; those of one that comes again are computed again.
+        x is held until every module took its terms. A module that is called twice is computed twice.
         """
         if x is not self._x or module not in self._terms:
             flat = x.reshape(-1, x.shape[-1])
@@ -300,7 +303,7 @@ class SharedLoRAInput:
         return terms
 
     def forget(self) -> None:
-        """Let go of what a step left, whose modules were not all called."""
+        """Free the terms of a step whose modules were not all called."""
         self._x, self._terms = None, {}
 
     def _compute(self, x: torch.Tensor, layout: AdapterLayout) -> dict[str, list[LoRATerm]]:
@@ -325,7 +328,7 @@ class SharedLoRAInput:
 
 
 def computed_together(rows: Mapping[str, int]) -> Sequence[str]:
-    """Of adapters with so many rows those to pad to the most rows among them, so that all together cost least."""
+    """The adapters to compute in one padded batch, so that the total cost is least; ``rows``: their numbers of rows."""
     fewest_first = sorted(rows, key=lambda digest: rows[digest])
     alone = sum(_ALONE + _ROW_ALONE * count for count in rows.values())
     best, cost = 0, alone
@@ -341,13 +344,13 @@ def computed_together(rows: Mapping[str, int]) -> Sequence[str]:
 def _padded_group(
     slots: LoRASlots, places: Mapping[str, int], runs: Sequence[AdapterRun], device: torch.device
 ) -> PaddedGroup:
-    """The rows of runs that follow one another in the order of their slots; ``places`` are those of the window."""
+    """The group of adjacent runs in the order of their slots; ``places``: window index by adapter."""
     counts = [0] * slots.num_window
     for run in runs:
         counts[places[run.adapters[0].digest]] += run.end - run.start
     start, end, most = runs[0].start, runs[-1].end, max(counts)
     scales = list(chain.from_iterable(repeat(run.adapters[0].scale, run.end - run.start) for run in runs))
-    assert sum(counts) == end - start == len(scales), "rows of adapters in slots do not lie side by side"
+    assert sum(counts) == end - start == len(scales), "rows of adapters in slots are not adjacent"
     firsts = list(accumulate(counts, initial=0))
     gathered = [min(first + row, end - start - 1) for first in firsts[:-1] for row in range(most)]  # [window * most]
     gather = back = factors = None
@@ -361,7 +364,7 @@ def _padded_group(
 
 
 def _fuse(modules: Sequence[str], deltas: dict[str, LoRADelta]) -> FusedA:
-    """Put the A of these modules' plain deltas into one tensor, of which theirs become views."""
+    """Concatenate the A of these modules' plain deltas; in ``deltas`` they become views of it."""
     parts = [factors_of(deltas[module])[0].t() for module in modules]  # [rank, in], as the file has them
     whole = torch.cat(parts)
     ends = list(accumulate(len(part) for part in parts))

@@ -1,8 +1,7 @@
-"""What one adapter does to one module, as tensors ready for the engine."""
+"""One adapter's change of one module, as tensors ready for the engine."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,9 +26,9 @@ class TokenEmbeddings:
 
 @dataclass(frozen=True, eq=False)
 class ParameterDelta:
-    """``left @ right`` to be added to a parameter, in its format, the scaling in ``left``.
+    """``left @ right`` is added to a parameter, in the parameter's dtype; ``left`` includes the scaling.
 
-    [experts, x, rank] and [experts, rank, y], or [x, rank] and [rank, y].
+    Shapes: [experts, x, rank] and [experts, rank, y], or [x, rank] and [rank, y].
     """
 
     left: torch.Tensor
@@ -47,9 +46,9 @@ class LoRADelta:
 
     ``a`` [in, rank] and ``b`` [rank, out] are float32 with the scaling in b; for an embedding ``in`` is the tokens, x
     the row's token, and ``embed_scale`` multiplies what is added. ``scale`` and ``shift`` are [out]. ``own`` computes y
-    where the adapter has parameters of its own (``own_names``); ``parameters`` has deltas of those it is to be called
-    with, ``tokens`` rows that go in the place of others. ``axis`` is that of the rows in inputs and results. Where the
-    base's product adds the delta itself, ``tiles`` stand in the place of ``a`` and ``b``.
+    if the adapter has parameters of its own (``own_names``). ``parameters``: low-rank deltas by parameter name;
+    ``tokens``: replaced embedding rows; ``axis``: the row dimension of inputs and results. ``tiles`` replace ``a`` and
+    ``b`` if the base's packed linear adds the delta.
     """
 
     kind: Kind
@@ -67,20 +66,20 @@ class LoRADelta:
 
     @cached_property
     def plain(self) -> bool:
-        """Whether it is a low-rank delta and nothing else."""
+        """Whether the change is a low-rank delta and nothing else."""
         others = (self.scale, self.shift, self.own, self.tokens)
         low_rank = self.a is not None or self.tiles is not None
-        return low_rank and not self.parameters and all(one is None for one in others)
+        return low_rank and not self.parameters and all(other is None for other in others)
 
     @property
     def finite(self) -> bool:
         return all(bool(tensor.isfinite().all()) for tensor in self.tensors())
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        """Every tensor that is this adapter's own."""
-        for one in (self.a, self.b, self.scale, self.shift):
-            if one is not None:
-                yield one
+        """Every tensor of the adapter, none of the base."""
+        for tensor in (self.a, self.b, self.scale, self.shift):
+            if tensor is not None:
+                yield tensor
         if self.tokens is not None:
             yield from (self.tokens.indices, self.tokens.rows)
         if self.tiles is not None:
@@ -91,15 +90,7 @@ class LoRADelta:
             yield from (self.own.get_parameter(name) for name in self.own_names)
 
 
-def in_floats(module: nn.Module) -> nn.Module:
-    """A module of the base that has its parameters, made anew where the base keeps them as integers."""
-    made = getattr(module, "in_floats", None)
-    return module if made is None else made()
-
-
-def with_parameters(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
-    """The same module with other parameters; all else is shared, and the module itself stays as it is."""
-    other = copy.copy(module)
-    own = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
-    other.__dict__["_parameters"] = {**module._parameters, **own}
-    return other
+def dequantized(module: nn.Module) -> nn.Module:
+    """The module with float parameters: a new one if the base has it quantized."""
+    dequantize = getattr(module, "dequantized", None)
+    return module if dequantize is None else dequantize()

@@ -1,4 +1,4 @@
-"""Modules of the base whose rows may each get another adapter's change. The base's module stays as it is."""
+"""Wrappers of the base's modules that apply another adapter to each row. The base's module is not changed."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ from torch import nn
 
 from server.lora.backend import LoRABackend
 from server.lora.delta import LoRADelta
+from server.module_proxy import ModuleProxy
 
 
-class AdaptedModule(nn.Module):
-    """Stands in the place of ``base``, whose result rows of no adapter get untouched; ``deltas`` are by digest.
-
-    Whatever else modelling code reads of it is the base's.
-    """
+class AdaptedModule(ModuleProxy):
+    """Replaces ``base``, whose result is returned unchanged for rows without an adapter; ``deltas`` are by digest."""
 
     def __init__(self, base: nn.Module, backend: LoRABackend) -> None:
-        super().__init__()
+        super().__init__(base)
         self.base = base
         self.deltas: dict[str, LoRADelta] = {}
         self._backend, self._batch = backend, backend.batch
@@ -29,19 +27,10 @@ class AdaptedModule(nn.Module):
         self.deltas[digest] = delta
 
     def drop(self, digest: str) -> None:
-        """Forget an adapter; one that is not there is no error."""
         self.deltas.pop(digest, None)
 
-    def __getattr__(self, name: str) -> Any:
-        if name in ("base", "_modules"):
-            return super().__getattr__(name)
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.base, name)
-
     def _parts(self, num_rows: int) -> list[tuple[slice, LoRADelta, float]]:
-        """The rows of each adapter that changes this module, its change, and the factor on it."""
+        """Rows, change and scale of each adapter that changes this module."""
         deltas = self.deltas
         return [
             (slice(run.start, run.end), deltas[use.digest], use.scale)
@@ -52,7 +41,7 @@ class AdaptedModule(nn.Module):
 
 
 class LoRALinear(AdaptedModule):
-    """A linear: ``base(x) + x @ a @ b`` on the rows of a plain adapter, which is the backend's part."""
+    """A linear: ``base(x) + x @ a @ b`` on the rows of a plain adapter, added by the backend."""
 
     def __init__(self, base: nn.Module, backend: LoRABackend, name: str) -> None:
         super().__init__(base, backend)
@@ -61,7 +50,7 @@ class LoRALinear(AdaptedModule):
         self._not_plain: set[str] = set()
 
     def attach(self) -> None:
-        """Tell the backend; unless the base's own product adds the plain deltas, it is to apply them."""
+        """Attach to the backend, which applies plain deltas unless the base's packed linear adds them."""
         self._applied = self._backend.attach(self._name)
 
     def put(self, digest: str, delta: LoRADelta) -> None:
@@ -75,8 +64,10 @@ class LoRALinear(AdaptedModule):
 
     @property
     def changes(self) -> bool:
-        """Whether it may change what its base computes in the step at hand, or when what is recorded is replayed."""
-        return self._backend.active if self._applied else bool(self._not_plain) and self._batch.active
+        """Whether it may change the base's result in the current step, or in a replay of it."""
+        if self._applied:
+            return self._backend.active
+        return bool(self._not_plain) and self._batch.active
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., rows, in] -> [..., rows, out]; dimensions before the rows are of size 1."""
@@ -88,10 +79,10 @@ class LoRALinear(AdaptedModule):
             self._backend.apply(self._name, x, flat_y)
         if self._not_plain and self._batch.active:
             flat_x = x.reshape(-1, x.shape[-1])
-            for at, delta, scale in self._parts(len(flat_x)):
+            for rows, delta, scale in self._parts(len(flat_x)):
                 if not delta.plain:
                     assert scale == 1.0
-                    flat_y[at] = _linear(flat_x[at], flat_y[at], delta)
+                    flat_y[rows] = _linear(flat_x[rows], flat_y[rows], delta)
         return y
 
 
@@ -114,11 +105,11 @@ class LoRAEmbedding(AdaptedModule):
         return y
 
 
-class LoRARows(AdaptedModule):
-    """Any other module that computes each row by itself: an adapter's rows go through the adapter's own parameters."""
+class OwnParametersModule(AdaptedModule):
+    """Any other module that computes each row by itself, with the parameters of the row's adapter."""
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        """Inputs and results all have the rows in the same axis, as [rows, ...], [1, rows, ...] or [1, heads, rows]."""
+        """All inputs and results have the same row axis: [rows, ...], [1, rows, ...] or [1, heads, rows]."""
         if not self._batch.active:
             return self._compute(*inputs, **named)
         axis = next(iter(self.deltas.values())).axis
@@ -138,14 +129,14 @@ class LoRARows(AdaptedModule):
 
 
 def as_base(module: nn.Module) -> nn.Module:
-    """The base's module, where it computes what the given one would in the step at hand; else the one that is given."""
+    """The base's module if no adapter changes its result in the current step, else ``module``."""
     if isinstance(module, LoRALinear) and not module.changes:
         return module.base
     return module
 
 
 def _call_with_own(delta: LoRADelta, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
-    """The module's result with the adapter's parameters; those that have a delta exist only meanwhile."""
+    """The module's result with the adapter's parameters; sums with low-rank deltas exist only during the call."""
     assert delta.own is not None
     parameters = delta.own._parameters
     before = {name: parameters[name] for name in delta.parameters}
@@ -169,7 +160,7 @@ def _as_tuple(result: Any) -> tuple[torch.Tensor, ...]:
 
 
 def _linear(x: torch.Tensor, y: torch.Tensor, delta: LoRADelta) -> torch.Tensor:
-    """Rows of an adapter that does more than add a delta: x [rows, in], the base's y [rows, out] -> [rows, out]."""
+    """Rows of an adapter that is not plain: x [rows, in], the base's y [rows, out] -> [rows, out]."""
     z = _rescaled(y if delta.own is None else delta.own(x), delta)
     if delta.a is not None and delta.b is not None:
         z = torch.addmm(z, x.float() @ delta.a, delta.b)
@@ -184,14 +175,14 @@ def _embedding(ids: torch.Tensor, y: torch.Tensor, delta: LoRADelta) -> torch.Te
     if delta.a is not None and delta.b is not None:
         z = torch.addmm(z, delta.a[ids], delta.b, alpha=delta.embed_scale)
     if delta.tokens is not None:
-        place = torch.searchsorted(delta.tokens.indices, ids).clamp(max=len(delta.tokens.indices) - 1)
-        new = delta.tokens.indices[place] == ids
-        z = torch.where(new[:, None], delta.tokens.rows[place] * delta.embed_scale, z)
+        index = torch.searchsorted(delta.tokens.indices, ids).clamp(max=len(delta.tokens.indices) - 1)
+        is_replaced = delta.tokens.indices[index] == ids
+        z = torch.where(is_replaced[:, None], delta.tokens.rows[index] * delta.embed_scale, z)
     return z.to(y.dtype)
 
 
 def _rescaled(y: torch.Tensor, delta: LoRADelta) -> torch.Tensor:
-    """In float32, with DoRA's scale and another bias."""
+    """``y * scale + shift`` in float32: DoRA's scale and the change of the bias."""
     z = y.float()
     if delta.scale is not None:
         z = z * delta.scale

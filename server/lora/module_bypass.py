@@ -1,8 +1,8 @@
 """Calls child modules without ``nn.Module``'s overhead.
 
-``nn.Module`` finds a child by a search and calls it through four frames of Python, which at one row is a tenth of a
-step. A bypass stands in the parent's ``__dict__``, where Python looks first, and is the child's ``forward``. Forward
-hooks are not called through it. The parent's ``_modules`` stay as they are.
+``nn.Module`` finds a child in ``__getattr__`` and calls it through four Python frames: a tenth of a step of one row. A
+bypass is the child's ``forward`` in the parent's ``__dict__``, where Python looks first. It calls no forward hooks. The
+parent's ``_modules`` are not changed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class ModuleBypass(partial[Any]):
 
 
 def install(model: nn.Module) -> None:
-    """Bypass every module within the layers of a model; the model's own children are read in other ways as well."""
+    """Bypass every module within the layers of a model; children of the model itself are also read in other ways."""
     for parent in model.modules():
         if not isinstance(parent, PreTrainedModel):
             for attribute, child in parent._modules.items():
@@ -54,7 +54,7 @@ def _bypass(module: nn.Module) -> ModuleBypass:
 
 
 def _can_bypass(module: nn.Module) -> bool:
-    """Whether calling it is its ``forward`` and nothing else, and nothing iterates over it."""
+    """Whether a call is nothing but ``forward``, and nothing iterates over the module."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     iterable = hasattr(type(module), "__getitem__") or hasattr(type(module), "__iter__")
     return type(module).__call__ is nn.Module.__call__ and not any(hooks) and not iterable

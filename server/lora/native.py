@@ -1,4 +1,4 @@
-"""Low-rank deltas by native kernels: an adapter is two addresses for each linear, whatever mixture a step has."""
+"""Low-rank deltas by native kernels: tables have the addresses of each adapter's A and B, by linear."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from cpu_kernels.kernels import Kernels
 from cpu_kernels.linear import Deltas
 from cpu_kernels.lora_deltas import ADAPTER_ENTRY_SIZE, TASK_HEADER_SIZE, TASK_SIZE
 from cpu_kernels.lora_tiles import LISTED_TASK_SIZE, TILE
-from server.integrity import IntegrityError, ensure
+from server.integrity import ensure
 from server.lora.backend import AdapterRun, BatchAdapters
 from server.lora.delta import LoRADelta
 from server.lora.weights import LoRAWeights
 from server.sequence import Batch
 
 _MIN_ADAPTERS = 8
-"""Adapters that tables have room for from the beginning."""
+"""Initial capacity of the tables, in adapters."""
 _ADAPTERS_OF_SEQUENCE = 4
 _LINE, _BF16_BYTES = 64, 2
 
 Outputs = Sequence[tuple[str, int]]
-"""Linears that are computed by one product: name, and number of outputs, a multiple of 16."""
+"""The linears of one packed linear: name, and number of outputs, a multiple of 16."""
 
 
 class AddsDeltas(Protocol):
-    """A product of several linears that adds ``deltas`` itself, if they are set."""
+    """A packed linear that adds ``deltas`` itself, if they are set."""
 
     deltas: Deltas | None
 
 
 class NativeLoRA:
-    """One kernel call for a linear, or none where the linear's product adds the deltas itself.
+    """One kernel call per linear, or none if a packed linear adds the deltas itself.
 
-    ``modules`` may be wrapped; ``products`` add the deltas of their linears. Each linear has a table with a row for
-    every adapter, and a step has task tables: which rows use which adapters. Their addresses stay while ``generation``
-    does; what is there changes from step to step.
+    ``modules`` may be wrapped; ``packed_linears`` add the deltas of their linears. Each linear has a table with a row
+    for every adapter, and a step has task tables: which rows use which adapters. Task tables keep their addresses while
+    ``generation`` is the same; their content changes with each step.
     """
 
     makes_copies: ClassVar[bool] = False
@@ -48,7 +48,7 @@ class NativeLoRA:
     def __init__(
         self,
         modules: Sequence[str],
-        products: Sequence[tuple[AddsDeltas, Outputs]] = (),
+        packed_linears: Sequence[tuple[AddsDeltas, Outputs]] = (),
         *,
         kernels: Kernels,
         max_seqs: int,
@@ -57,7 +57,7 @@ class NativeLoRA:
         self.batch = BatchAdapters()
         self.generation = 0
         self._add_deltas, self._launch = kernels.add_deltas, kernels.launch
-        self._product_of = {name: (product, outputs) for product, outputs in products for name, _ in outputs}
+        self._packed_of = {name: (packed, outputs) for packed, outputs in packed_linears for name, _ in outputs}
         self._cells = torch.zeros(len(modules), dtype=torch.long)  # the address of each linear's table
         self._cell_of = {module: number for number, module in enumerate(modules)}
         self._tables: dict[str, torch.Tensor] = {}  # int64 [capacity, ADAPTER_ENTRY_SIZE], of linears that are wrapped
@@ -70,7 +70,7 @@ class NativeLoRA:
         size = TASK_HEADER_SIZE + TASK_SIZE * _ADAPTERS_OF_SEQUENCE * max_seqs
         self._task_tables = [torch.zeros(size, dtype=torch.long) for _ in range(2)]  # of all rows, of those sampled
         self._low = torch.empty(0, dtype=torch.uint8)
-        self._max_linears = max((len(outputs) for _, outputs in products), default=1)
+        self._max_linears = max((len(outputs) for _, outputs in packed_linears), default=1)
 
     @property
     def num_bytes(self) -> int:
@@ -86,27 +86,27 @@ class NativeLoRA:
         return not any(use.digest in self._no_replay for run in runs for use in run.adapters)
 
     def pack(self, weights: LoRAWeights) -> LoRAWeights:
-        """In tiles where a product adds the deltas."""
+        """Linears whose packed linear adds the deltas get tiles."""
         deltas = dict(weights.deltas)
-        for module in deltas.keys() & self._product_of.keys():
+        for module in deltas.keys() & self._packed_of.keys():
             deltas[module] = _in_tiles(deltas[module])
         return replace(weights, deltas=deltas)
 
     def attach(self, module: str) -> bool:
         if module not in self._tables:
             self._set_table(module, torch.zeros(self._capacity, ADAPTER_ENTRY_SIZE, dtype=torch.long))
-        if module not in self._product_of:
+        if module not in self._packed_of:
             return True
-        product, outputs = self._product_of[module]
-        if product.deltas is None:
-            product.deltas = self._deltas_of(outputs)
+        packed, outputs = self._packed_of[module]
+        if packed.deltas is None:
+            packed.deltas = self._deltas_of(outputs)
         return False
 
     def detach(self, module: str) -> None:
-        if module in self._product_of:
-            product, outputs = self._product_of[module]
+        if module in self._packed_of:
+            packed, outputs = self._packed_of[module]
             if self._tables.keys().isdisjoint(name for name, _ in outputs if name != module):
-                product.deltas = None
+                packed.deltas = None
         if module in self._tables:
             self._cells[self._cell_of[module]] = 0
             del self._tables[module]
@@ -114,8 +114,9 @@ class NativeLoRA:
     def add(self, digest: str, weights: LoRAWeights) -> Iterable[torch.Tensor]:
         if not self._free:
             self._grow()
-        index = self._indices[digest] = self._free.pop()
-        kept, max_rank = self._kept.setdefault(digest, []), 0
+        index = self._indices[digest] = self._free.pop()  # one statement: no error in between loses an index
+        kept = self._kept.setdefault(digest, [])
+        max_rank = 0
         for module, delta in weights.deltas.items():
             if not delta.plain or delta.kind == "rows":
                 self._no_replay.add(digest)
@@ -128,7 +129,7 @@ class NativeLoRA:
         return kept
 
     def remove(self, digest: str) -> None:
-        """Its place is free only when no table has an address of it, so that a second call finishes a failed one."""
+        """Clears all table entries before the index is free, so that a second call completes a failed one."""
         self._no_replay.discard(digest)
         if digest not in self._indices:
             return
@@ -141,52 +142,56 @@ class NativeLoRA:
     def limit(self, max_bytes: int | None) -> None:
         """There are no copies."""
 
-    def begin(self, batch: Batch) -> Batch:
-        """Rows of the base first, then those of each adapter."""
-        ordered = replace(batch, segments=tuple(sorted(batch.segments, key=lambda one: one.sequence.adapters)))
+    def begin_sorted(self, batch: Batch) -> Batch:
+        """Rows without an adapter first, then those of each adapter."""
+        ordered = replace(batch, segments=tuple(sorted(batch.segments, key=lambda segment: segment.sequence.adapters)))
         self.batch.begin(ordered.segments)
-        counts = dict.fromkeys((self.batch.num_rows, self.batch.num_sampled))  # where all are sampled: one table
+        counts = dict.fromkeys((self.batch.num_rows, self.batch.num_sampled))  # one table if all rows are sampled
         tables = [LoRATaskTable(self.batch.runs(count), self._indices, self._ranks) for count in counts]
         num_bytes = _LINE + max(table.num_bytes(self._max_linears) for table in tables)
         if self._low.nbytes < num_bytes:
             self._low = torch.empty(2 * num_bytes, dtype=torch.uint8)
         address = padded(self._low.data_ptr(), _LINE)
-        for place, table in enumerate(tables):
+        for index, table in enumerate(tables):
             numbers = table.numbers(address, self._max_linears)
-            if len(numbers) > len(self._task_tables[place]):
-                self._task_tables[place] = torch.zeros(2 * len(numbers), dtype=torch.long)
+            if len(numbers) > len(self._task_tables[index]):
+                self._task_tables[index] = torch.zeros(2 * len(numbers), dtype=torch.long)
                 self.generation += 1
-            self._task_tables[place][: len(numbers)] = torch.tensor(numbers)
+            self._task_tables[index][: len(numbers)] = torch.tensor(numbers)
         return ordered
 
     def apply(self, module: str, x: torch.Tensor, y: torch.Tensor) -> None:
-        """y's rows may be apart, the numbers of a row may not."""
+        """Rows of y may have any stride; the numbers of a row are contiguous."""
         self._add_deltas(x, y, self.task_table(x.numel() // x.shape[-1]), self._cell(module))
 
     def task_table(self, num_rows: int) -> int:
-        """The address of the tasks of a module that got so many rows; 0 where no row has any."""
+        """Address of the task table of a module that received ``num_rows`` rows; 0 if no row has an adapter."""
         if not self.active:
             return 0
-        if num_rows not in (self.batch.num_rows, self.batch.num_sampled):
-            raise IntegrityError(f"a module got {num_rows} of {self.batch.num_rows} rows")
-        return self._task_tables[num_rows != self.batch.num_rows].data_ptr()
+        of_all_rows, of_sampled_rows = self._task_tables
+        if num_rows == self.batch.num_rows:
+            return of_all_rows.data_ptr()
+        ensure(num_rows == self.batch.num_sampled, f"a module got {num_rows} of {self.batch.num_rows} rows")
+        return of_sampled_rows.data_ptr()
 
     def check_integrity(self, digests: Iterable[str], modules: Iterable[str]) -> None:
         ensure(self._indices.keys() == set(digests), "tables have other adapters than there are")
         ensure(self._tables.keys() == set(modules), "tables are read for other linears than are wrapped")
 
-    def _deltas_of(self, outputs: Outputs) -> ProductDeltas:
-        numbers, first = [len(outputs)], 0
+    def _deltas_of(self, outputs: Outputs) -> PackedLinearDeltas:
+        numbers = [len(outputs)]
+        first = 0
         for module, size in outputs:
-            numbers += [self._cell(module), first, first + size // HALF_BLOCK]
-            first += size // HALF_BLOCK
-        return ProductDeltas(self, torch.tensor(numbers))
+            end = first + size // HALF_BLOCK
+            numbers += [self._cell(module), first, end]
+            first = end
+        return PackedLinearDeltas(self, torch.tensor(numbers))
 
     def _cell(self, module: str) -> int:
         return self._cells.data_ptr() + 8 * self._cell_of[module]
 
     def _set_table(self, module: str, table: torch.Tensor) -> None:
-        """Make it the linear's table. The address that is read is never that of memory which is gone."""
+        """Set the linear's table. Kernels never read the address of freed memory."""
         before = self._tables.get(module)
         try:
             self._tables[module] = table
@@ -199,73 +204,76 @@ class NativeLoRA:
             raise
 
     def _grow(self) -> None:
-        """Room for twice as many adapters."""
+        """Double the capacity of all tables."""
         capacity = 2 * self._capacity
         larger = {module: torch.zeros(capacity, ADAPTER_ENTRY_SIZE, dtype=torch.long) for module in self._tables}
         for module, table in larger.items():
             table[: self._capacity] = self._tables[module][: self._capacity]
             self._set_table(module, table)
         free = list(range(self._capacity, capacity))
-        self._capacity, self._free = capacity, free
+        self._capacity, self._free = capacity, free  # one statement: no error in between leaves them inconsistent
 
 
-class ProductDeltas:
-    """What a product of several linears is told of the adapters of its rows."""
+class PackedLinearDeltas:
+    """The deltas that a packed linear adds to its results."""
 
     def __init__(self, backend: NativeLoRA, linears: torch.Tensor) -> None:
         self._backend, self._linears = backend, linears
 
     def of(self, num_rows: int) -> tuple[int, int]:
-        """The addresses of tasks and of the linears, both 0 where no row needs them."""
+        """Addresses of the task table and of the linears; both 0 if no row has an adapter."""
         tasks = self._backend.task_table(num_rows)
         return (tasks, self._linears.data_ptr()) if tasks else (0, 0)
 
 
 class LoRATaskTable:
-    """A step's runs as kernels read them, and the memory that they take."""
+    """A step's runs in the layout of the kernels, and the size of their work space."""
 
     def __init__(self, runs: Sequence[AdapterRun], indices: Mapping[str, int], ranks: Mapping[str, int]) -> None:
         self._numbers: list[int] = []
         self._num_rows = self._num_tiles = self._max_rank = 0
         for run in runs:
-            num_tiles = 2 * (-(-run.end // PANEL_ROWS) - run.start // PANEL_ROWS)
+            num_panels = padded(run.end, PANEL_ROWS) // PANEL_ROWS - run.start // PANEL_ROWS
+            num_tiles = 2 * num_panels
             for use in run.adapters:
-                place = (self._num_rows, self._num_tiles)
-                self._numbers += [run.start, run.end, indices[use.digest], _float_bits(use.scale), *place]
+                self._numbers += [run.start, run.end, indices[use.digest], _float_bits(use.scale)]
+                self._numbers += [self._num_rows, self._num_tiles]
                 self._num_rows += run.end - run.start
                 self._num_tiles += num_tiles
                 self._max_rank = max(self._max_rank, ranks[use.digest])
 
     @property
     def _tile_bytes(self) -> int:
-        """Of 16 rows' x @ A of one linear."""
-        return -(-self._max_rank // BF16_STEP) * TILE
+        """Bytes of ``x @ A`` of 16 rows and one linear, in tiles."""
+        return padded(self._max_rank, BF16_STEP) // BF16_STEP * TILE
 
     def _low_bytes(self, num_linears: int) -> int:
-        """Of all rows' x @ A: in float32, or in tiles of so many linears of a product."""
-        return padded(max(4 * self._num_rows * self._max_rank, num_linears * self._num_tiles * self._tile_bytes), _LINE)
+        """Bytes of ``x @ A`` of all rows: in float32, or in tiles for each linear of a packed linear."""
+        in_floats = 4 * self._num_rows * self._max_rank
+        in_tiles = num_linears * self._num_tiles * self._tile_bytes
+        return padded(max(in_floats, in_tiles), _LINE)
 
     def num_bytes(self, num_linears: int) -> int:
-        """Of that and of lists of tasks."""
+        """Bytes of the work space: ``x @ A`` and lists of tasks."""
         num_tasks = len(self._numbers) // TASK_SIZE
         return self._low_bytes(num_linears) + 8 * num_linears * (1 + LISTED_TASK_SIZE * num_tasks)
 
     def numbers(self, address: int, num_linears: int) -> list[int]:
-        """Head and tasks; at ``address`` are ``num_bytes`` to work in."""
+        """Head and tasks; the work space of ``num_bytes`` is at ``address``."""
         lists = address + self._low_bytes(num_linears)
         head = [len(self._numbers) // TASK_SIZE, address, self._max_rank, address, self._tile_bytes, lists]
         return head + self._numbers
 
 
 def _in_tiles(delta: LoRADelta) -> LoRADelta:
-    """One that is not plain, or in tiles already, stays as it is."""
+    """A plain delta in tiles; any other delta is returned unchanged."""
     if not delta.plain or delta.a is None or delta.b is None:
         return delta
     return replace(delta, a=None, b=None, tiles=LoRATiles.of(delta.a, delta.b))
 
 
 def _entry(delta: LoRADelta) -> tuple[list[torch.Tensor], list[int]]:
-    """A plain delta's tensors, and what tables have of it, the rank last."""
+    """A plain delta's tensors, and its table entry, the rank last."""
     if (tiles := delta.tiles) is not None:
         return [tiles.memory], [tiles.a_address, tiles.rank, tiles.b_address, tiles.rank]
     assert delta.a is not None and delta.b is not None
@@ -281,11 +289,10 @@ def _float_bits(factor: float) -> int:
 
 @dataclass(frozen=True, eq=False)
 class LoRATiles:
-    """A and B as tiles of AMX read them, in bfloat16: pairs of what is summed over side by side.
+    """A and B in the layout of AMX tiles, in bfloat16: pairs along the summed dimension are adjacent.
 
     ``b`` [out / 16, rank / 2, 16, 2] and behind it ``a`` [in / 2, rank, 2] are in one flat ``memory``. ``rank`` is
-    that in memory, an even number; a rank that the adapter has not is zeros. Whole tiles reach from B into A, and from
-    A into a line more.
+    even; an added rank is zeros. The last tile of B reads into A, and the last one of A into the padding behind it.
     """
 
     memory: torch.Tensor
@@ -308,12 +315,12 @@ class LoRATiles:
 
     @property
     def b_address(self) -> int:
-        """Where B begins."""
+        """Address of B."""
         return self.memory.data_ptr()
 
     @property
     def a_address(self) -> int:
-        """Where A begins."""
+        """Address of A."""
         return self.b_address + self.memory.itemsize * self.num_outputs * self.rank
 
     def _a(self, num_inputs: int) -> torch.Tensor:

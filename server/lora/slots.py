@@ -1,4 +1,4 @@
-"""Copies of adapters of one shape side by side, so that two batched products compute all of them.
+"""Copies of adapters of one shape in batched tensors, so that two batched products compute all of them.
 
 (Chen et al. 2023, Punica; on a CPU the loop's calls cost more than its bytes.) A slot is an index of the batched
 tensors. A step computes a window of slots, so those that it needs are kept next to each other. Unused slots in the
@@ -26,14 +26,14 @@ LoRAShape = frozenset[tuple[str, int]]
 
 
 def shape_of(deltas: Mapping[str, LoRADelta]) -> LoRAShape | None:
-    """What adapters that are computed together have in common, None where a linear is changed otherwise.
+    """The shape that adapters in one batched product share; None if a linear has more than a plain delta.
 
     Ranks are padded to a power of two.
     """
     linears = {module: delta for module, delta in deltas.items() if delta.kind == "linear"}
     if not linears or not all(delta.plain for delta in linears.values()):
         return None
-    return frozenset((module, _padded(len(factors_of(delta)[1]))) for module, delta in linears.items())
+    return frozenset((module, _padded_rank(len(factors_of(delta)[1]))) for module, delta in linears.items())
 
 
 class LoRASlots:
@@ -50,7 +50,8 @@ class LoRASlots:
         ranks = dict(shape)
         for modules in inputs.values():
             ends = accumulate(ranks[module] for module in modules)
-            self.columns |= {one: slice(end - ranks[one], end) for one, end in zip(modules, ends, strict=True)}
+            for module, end in zip(modules, ends, strict=True):
+                self.columns[module] = slice(end - ranks[module], end)
         self.adapters: dict[str, Mapping[str, LoRADelta]] = {}
         self.low: dict[str, torch.Tensor] = {}
         self.high: dict[str, torch.Tensor] = {}
@@ -64,7 +65,7 @@ class LoRASlots:
 
     @property
     def capacity(self) -> int:
-        """Slots that there is memory for."""
+        """Number of allocated slots."""
         return len(self._digests)
 
     @property
@@ -89,7 +90,8 @@ class LoRASlots:
         return digest in self._slots
 
     def clear(self) -> None:
-        """Free all copies; adapters that are needed are copied again."""
+        """Free all copies; adapters are copied again when a step needs them."""
+        # one statement: no error in between leaves them inconsistent
         self._digests, self._slots, self._last_used, self._window = [], {}, [], range(0)
         for tensors in (self.low, self.high, self._a, self._b):
             tensors.clear()
@@ -100,9 +102,9 @@ class LoRASlots:
             self._digests[self._slots.pop(digest)] = None
 
     def place(self, digests: Collection[str], *, max_slots: int | None = None) -> Mapping[str, int]:
-        """Put these adapters into slots; their places in the window. Copies only those without a slot, or that move.
+        """Put these adapters into slots, copying only if necessary; returns their indices in the window.
 
-        Memory is taken for ``max_slots`` at most. Where it fails, the copies are all gone.
+        Allocates at most ``max_slots``. After a failure all copies are freed.
         """
         needed = frozenset(digests)
         assert 0 < len(needed) <= self.max_slots
@@ -129,7 +131,7 @@ class LoRASlots:
         ensure(lengths <= {self.capacity}, "batched tensors are not as long as there are slots")
 
     def _are_placed(self, needed: Set[str]) -> bool:
-        """Whether all have slots, and the unused ones between them are few or new."""
+        """Whether all have slots, and unused slots between them have not yet cost more than a copy."""
         if not self._slots.keys() >= needed:
             return False
         slots = [self._slots[digest] for digest in needed]
@@ -138,7 +140,7 @@ class LoRASlots:
         return self._wasted < _MAX_WASTED
 
     def _compact(self, needed: Set[str], max_slots: int) -> None:
-        """Put them next to each other, where most of them are already and others have been idle for longest."""
+        """Move them into adjacent slots: where most of them are already, and other adapters were idle longest."""
         if len(needed) > self.capacity:
             self._grow(len(needed), max_slots)
         start = self._best_start(needed)
@@ -150,7 +152,7 @@ class LoRASlots:
         self._wasted = 0
 
     def _best_start(self, needed: Set[str]) -> int:
-        """Of the window with most of them; among equals of the one whose other slots were used least recently."""
+        """First slot of the window with most of them; of equals the one whose other slots were used least recently."""
         worth = [
             1.0 if digest in needed else -used / (2 * self.capacity * self._step)
             for digest, used in zip(self._digests, self._last_used, strict=True)
@@ -173,7 +175,7 @@ class LoRASlots:
                 _copy_padded(b, self._b[module][slot])
 
     def _grow(self, num_slots: int, max_slots: int) -> None:
-        """Memory for so many, all slots unused: adapters that are needed are copied again, which is rare."""
+        """Reallocate, which is rare: all slots are unused, and adapters are copied again when needed."""
         capacity = max(self.capacity, _MIN_SLOTS)
         while capacity < num_slots:
             capacity *= 2
@@ -184,7 +186,8 @@ class LoRASlots:
             like = factors_of(deltas[modules[0]])[0]
             self._a[name] = like.new_empty(capacity, self.columns[modules[-1]].stop, len(like))
             for module in modules:
-                columns, num_outputs = self.columns[module], factors_of(deltas[module])[1].shape[1]
+                columns = self.columns[module]
+                num_outputs = factors_of(deltas[module])[1].shape[1]
                 self._b[module] = like.new_empty(capacity, columns.stop - columns.start, num_outputs)
         self._digests, self._last_used = [None] * capacity, [0] * capacity
 
@@ -202,12 +205,12 @@ def factors_of(delta: LoRADelta) -> tuple[torch.Tensor, torch.Tensor]:
     return delta.a, delta.b
 
 
-def _padded(rank: int) -> int:
+def _padded_rank(rank: int) -> int:
     return max(_MIN_RANK, 1 << (rank - 1).bit_length())
 
 
 def _copy_padded(source: torch.Tensor, target: torch.Tensor) -> None:
-    """Into the first rows of a target; its other rows become zeros."""
+    """Copy into the first rows of a target, and fill its other rows with zeros."""
     target[: len(source)] = source
     if len(source) < len(target):
         target[len(source) :] = 0

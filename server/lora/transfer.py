@@ -1,4 +1,4 @@
-"""Numbers of a step onto the device: many lists in one copy, which the host does not wait for."""
+"""Copies the numbers of a step to the device: many lists in one transfer, without a wait."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def to_device(
 ) -> tuple[torch.Tensor, ...]:
     """Each list as a tensor [length] on the device.
 
-    CUDA copies from pinned memory while the host goes on; from other memory the host would wait for all queued work.
+    CUDA copies pinned memory asynchronously; for other memory the host would wait for all queued work.
     """
     if device.type == "cpu" or not lists:
         return tuple(torch.tensor(numbers, dtype=dtype) for numbers in lists)

@@ -1,7 +1,7 @@
-"""One adapter's weights: from the bytes of its file to the tensors of each module. Base modules are only read.
+"""An adapter's weights: from the bytes of its file to the tensors of each module. Base modules are only read.
 
-Every operation of torch here hands the interpreter to the engine's thread and must wait to get it back, so that under
-load their number is the time a load takes.
+Each torch operation here releases the GIL to the engine thread and waits for it again, so that under load the time of a
+load is proportional to their number.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from server.adapters.content.manifest import Manifest
 from server.adapters.content.module_plan import LowRank, ModulePlan, TokenRows, num_experts
 from server.adapters.content.signature import ModuleShape
 from server.errors import AdapterRejected
-from server.lora.delta import LoRADelta, ParameterDelta, TokenEmbeddings, in_floats, with_parameters
+from server.lora.delta import LoRADelta, ParameterDelta, TokenEmbeddings, dequantized
+from server.module_proxy import with_parameters
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CHUNK_NUMBERS = 1 << 22
@@ -28,7 +29,7 @@ _CHUNK_NUMBERS = 1 << 22
 
 @dataclass(frozen=True, eq=False)
 class FusedA:
-    """An adapter's A of several modules in one tensor: ``a`` [in, rank of all]; ``columns`` says which are whose."""
+    """The A of several modules in one tensor: ``a`` [in, rank of all]; ``columns`` are those of each module."""
 
     a: torch.Tensor
     columns: Mapping[str, slice]
@@ -36,10 +37,10 @@ class FusedA:
 
 @dataclass(frozen=True)
 class LoRAWeights:
-    """The changes of every module an adapter touches, and how far they are from the base: ``delta_norm`` is the
-    Frobenius norm of all low-rank deltas, other biases, other rows and other weights together.
+    """An adapter's change of each module. ``delta_norm`` is the Frobenius norm of all differences from the base.
 
-    ``fused`` has the A of modules that receive the same tensor: theirs are views into it."""
+    ``fused`` has the A of modules that receive the same tensor; the A in their deltas are views of it.
+    """
 
     deltas: Mapping[str, LoRADelta]
     delta_norm: float = 0.0
@@ -48,9 +49,9 @@ class LoRAWeights:
     @classmethod
     @torch.inference_mode()
     def of(cls, manifest: Manifest, base_modules: Mapping[str, nn.Module]) -> LoRAWeights:
-        """Tensors from the manifest's bytes, on the base's device; any thread may do it.
+        """Tensors from the manifest's bytes, on the base's device; for any thread.
 
-        Raises ``AdapterRejected`` where they would change nothing, or overflow with their scaling.
+        Raises ``AdapterRejected`` if they change nothing, or overflow with their scaling.
         """
         preparation = _Preparation(manifest.data)
         prepared = {
@@ -58,9 +59,9 @@ class LoRAWeights:
         }
         deltas = {module: delta for module, delta in prepared.items() if delta is not None}
         norm = math.sqrt(preparation.squares) if preparation.squares >= 0 else math.nan
-        doubtful = [module for module, delta in deltas.items() if not (delta.plain and math.isfinite(norm))]
-        if vast := [module for module in doubtful if not (math.isfinite(norm) and deltas[module].finite)]:
-            raise AdapterRejected(manifest.name, f"the weights of {vast[0]} are too large to compute with")
+        for module, delta in deltas.items():
+            if not math.isfinite(norm) or not (delta.plain or delta.finite):  # a finite norm covers plain deltas
+                raise AdapterRejected(manifest.name, f"the weights of {module} are too large to compute with")
         if not deltas:
             raise AdapterRejected(manifest.name, "all its deltas are zero, so it would change nothing: was it trained?")
         return cls(deltas, norm)
@@ -71,24 +72,24 @@ class LoRAWeights:
 
     @property
     def composable(self) -> bool:
-        """Whether it is plain low-rank deltas, which can be scaled and added up."""
+        """Whether all changes are plain low-rank deltas, which can be scaled and added."""
         return all(delta.plain for delta in self.deltas.values())
 
 
 def num_held_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the memory that tensors keep from being freed, what several share counted once."""
+    """Bytes of the tensors' storages; a shared storage counts once."""
     storages = [tensor.untyped_storage() for tensor in tensors]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 class QuantizedFrom(Protocol):
-    """A weight that the base keeps as integers, as it was before."""
+    """The stock weight of a quantized module."""
 
     def equals(self, weight: torch.Tensor) -> bool: ...
 
 
 class _Preparation:
-    """One file's tensors; those that two modules share are kept once. ``squares`` sums up the differences."""
+    """Reads the tensors of one file; modules may share them. ``squares`` sums the squared differences from the base."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -97,10 +98,11 @@ class _Preparation:
         self.squares = 0.0
 
     def delta(self, part: ModulePlan, base: nn.Module) -> LoRADelta | None:
-        """A module's change, None where it is none."""
+        """A module's change, None if it changes nothing."""
         before = self.squares
         if part.own or part.parameters or part.magnitude or part.tokens:
-            original, base = getattr(base, "original", None), in_floats(base)
+            original = getattr(base, "original", None)
+            base = dequantized(base)
         else:
             original = None
         own = self._own_parameters(part, base, original)
@@ -126,34 +128,37 @@ class _Preparation:
     def _own_parameters(
         self, part: ModulePlan, base: nn.Module, original: QuantizedFrom | None
     ) -> dict[str, torch.Tensor]:
-        """Whole parameters in the base's format, those that differ from the base's.
+        """Whole parameters that differ from the base's, in the base's dtype.
 
-        PEFT saves copies of the base's own; where the base keeps integers, ``original`` knows what they were made of.
+        PEFT also saves unchanged ones; ``original`` recognizes those of a quantized base.
         """
         found = {}
         for name, entry in part.own.items():
-            ours = base.get_parameter(name)
+            stock = base.get_parameter(name)
             if entry.name not in self._own:
-                self._own[entry.name] = self._read(entry, ours)
-            theirs = self._own[entry.name]
-            same = torch.equal(theirs, ours) if original is None or name != "weight" else original.equals(theirs)
-            if not same:
-                found[name] = theirs
-                self.squares += float((theirs.float() - ours.float()).square().sum())
+                self._own[entry.name] = self._read(entry, stock)
+            own = self._own[entry.name]
+            if original is not None and name == "weight":
+                is_unchanged = original.equals(own)
+            else:
+                is_unchanged = torch.equal(own, stock)
+            if not is_unchanged:
+                found[name] = own
+                self.squares += float((own.float() - stock.float()).square().sum())
         return found
 
-    def _low_rank(self, one: LowRank, base: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-        """a [in, rank], the transpose of PEFT's, which few rows read faster, and b [rank, out] with the scaling."""
-        a, b = self._read(one.a, _like(base)), self._read(one.b, _like(base))
-        left, right = (b, a) if one.swapped else (a.t(), b.t())
-        right = right.contiguous() * one.scaling
+    def _low_rank(self, plan: LowRank, base: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        """a [in, rank], a transposed view, which is faster for few rows, and b [rank, out] with the scaling."""
+        a, b = self._read(plan.a, _like(base)), self._read(plan.b, _like(base))
+        left, right = (b, a) if plan.swapped else (a.t(), b.t())
+        right = right.contiguous() * plan.scaling
         self.squares += _square(left, right)
         return left, right
 
     def _dora_scale(
         self, part: ModulePlan, module: nn.Module, a: torch.Tensor | None, b: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """The magnitude by the norm of each output's weights [out] (Liu et al. 2024, equation 5)."""
+        """DoRA's magnitude divided by the norm of each output's weights [out] (Liu et al. 2024, equation 5)."""
         if part.magnitude is None or a is None or b is None:
             return None
         norm = _weight_norm(module.get_parameter("weight"), a, b, in_out=part.shape.weight_is_in_out)
@@ -162,13 +167,14 @@ class _Preparation:
     def _shift(
         self, part: ModulePlan, module: nn.Module, bias: torch.Tensor | None, scale: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """What is added to a linear's result [out], so that it has the right bias once, and DoRA does not scale it."""
+        """The change of a linear's bias [out], of which DoRA scales nothing."""
         if not part.shifted:
             return None
         shift = _like(module).new_zeros(part.shape.size[1])
-        ours = module._parameters.get("bias")
-        if ours is not None:
-            shift += (ours if bias is None else bias).float() - ours.float() * (1.0 if scale is None else scale)
+        stock_bias = module._parameters.get("bias")
+        if stock_bias is not None:
+            new_bias = stock_bias if bias is None else bias
+            shift += new_bias.float() - stock_bias.float() * (1.0 if scale is None else scale)
         if part.lora_bias is not None and part.low_rank is not None:
             added = self._read(part.lora_bias, shift) * part.low_rank.scaling
             self.squares += float(added.square().sum())
@@ -185,26 +191,26 @@ class _Preparation:
             self._tokens[tokens.rows.name] = TokenEmbeddings(indices[order], rows)
         return self._tokens[tokens.rows.name]
 
-    def _parameter(self, one: LowRank, name: str, shape: ModuleShape, base: nn.Module) -> ParameterDelta:
+    def _parameter(self, plan: LowRank, name: str, shape: ModuleShape, base: nn.Module) -> ParameterDelta:
         """PEFT's A [experts * rank, in] and B [out, rank * experts] as factors of the parameter's layout."""
         parameter, experts = base.get_parameter(name), num_experts(shape, name)
-        a = self._read(one.a, _like(base)).view(experts, one.rank, -1)
-        b = self._read(one.b, _like(base)).view(-1, one.rank, experts).permute(2, 0, 1)  # [experts, out, rank]
+        a = self._read(plan.a, _like(base)).view(experts, plan.rank, -1)
+        b = self._read(plan.b, _like(base)).view(-1, plan.rank, experts).permute(2, 0, 1)  # [experts, out, rank]
         left, right = (a.mT, b.mT) if shape.transposed and parameter.ndim == 3 else (b, a)
-        left = left * one.scaling
+        left = left * plan.scaling
         self.squares += _square(left, right)
         if parameter.ndim == 2:
             left, right = left[0], right[0]
         return ParameterDelta(left.to(parameter.dtype).contiguous(), right.to(parameter.dtype).contiguous())
 
     def _read(self, entry: TensorEntry, like: torch.Tensor) -> torch.Tensor:
-        """A tensor of the file in the format and on the device of another, from the bytes that its entry names."""
-        own = bytearray(memoryview(self._data)[entry.begin : entry.end])
-        return torch.frombuffer(own, dtype=_DTYPES[entry.dtype]).view(entry.shape).to(like.device, like.dtype)
+        """A tensor of the file, with dtype and device of ``like``."""
+        copy = bytearray(memoryview(self._data)[entry.begin : entry.end])
+        return torch.frombuffer(copy, dtype=_DTYPES[entry.dtype]).view(entry.shape).to(like.device, like.dtype)
 
 
 def _like(module: nn.Module) -> torch.Tensor:
-    """A tensor in float32 on the module's device; integers are on the CPU."""
+    """An empty float32 tensor on the module's device; quantized modules are on the CPU."""
     parameter = next(module.parameters(), None)
     return _float32_on(torch.device("cpu") if parameter is None else parameter.device)
 
@@ -221,7 +227,7 @@ def _square(left: torch.Tensor, right: torch.Tensor) -> float:
 
 
 def _changes_something(delta: LoRADelta) -> bool:
-    pairs = [(delta.a, delta.b), *((one.left, one.right) for one in delta.parameters.values())]
+    pairs = [(delta.a, delta.b), *((change.left, change.right) for change in delta.parameters.values())]
     return (
         any(a is not None and b is not None and bool(a.any()) and bool(b.any()) for a, b in pairs)
         or delta.shift is not None
@@ -232,9 +238,8 @@ def _changes_something(delta: LoRADelta) -> bool:
 
 
 def _weight_norm(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, in_out: bool) -> torch.Tensor:
-    """DoRA's norm of each output's column of ``W + a @ b`` [out], in float32 and in chunks, without the whole product.
+    """DoRA's norm of each output's column of ``W + a @ b`` [out], in float32 and in chunks.
 
-    PEFT computes it at every step.
     ``weight`` is [out, in], or [in, out] with ``in_out``; a [in, rank], b [rank, out] with the scaling.
     """
     if not in_out:
@@ -247,6 +252,6 @@ def _weight_norm(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, in_o
 
 
 def _chunks(weight: torch.Tensor, factor: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Rows of both, a few million numbers of the weight at a time."""
+    """Rows of weight and factor, a few million numbers of the weight at a time."""
     size = max(1, _CHUNK_NUMBERS // weight.shape[1])
     return list(zip(weight.split(size), factor.split(size), strict=True))

@@ -165,13 +165,9 @@ def _compare_whole(
     """Both sequences in one pass, without a cache."""
     pieces = [(number, 0, len(ids)) for number, ids in enumerate(sequences)]
     whole = _flat(model, probe, sequences, pieces)
-    _check(whole, stock, "two sequences laid end to end disturb each other")
-    layers, num_layers = len(probe.shapes), model.config.num_hidden_layers
-    if layers == 0 or probe.num_calls != layers or layers != num_layers:
-        raise _Refused(
-            f"{num_layers} layers made {probe.num_calls} calls of the attention function that "
-            f"transformers lets one replace, on {layers} layers; each must make one"
-        )
+    _check(whole, stock, "sequences in one batch influence each other")
+    if problem := probe.check_calls(model.config.num_hidden_layers):
+        raise _Refused(problem)
     _check_kept_rows(model, sequences, torch.cat(whole))
 
 

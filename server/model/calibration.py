@@ -1,4 +1,4 @@
-"""Which inputs of a base's linears stand out: measured on texts of several kinds, and kept for the next start."""
+"""Outlier channels of a base's linears, measured on texts of several kinds and cached for the next start."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from server.model.attention.probe import ProbingAttention
 from server.model.calibration_texts import TEXTS
 from server.model.kv_cache import AttentionMetadata, AttentionSegment
-from server.model.quantizer import OutlierInputs, noting_outliers, quantizable
+from server.model.quantizer import OutlierInputs, collect_outliers, quantizable
 from server.quantization.outliers import FACTOR, MOST
 
 logger = logging.getLogger("quickchange.model")
@@ -32,7 +32,7 @@ Sequences = Sequence[Sequence[int]]
 
 
 def calibration_ids(tokenizer: PreTrainedTokenizerBase, *, max_len: int, vocab_size: int) -> Sequences:
-    """Each text as the first of its token ids; texts that a tokenizer makes nothing of are left out."""
+    """The first token ids of each text; texts without a token are left out."""
     texts = [tokenizer(text, add_special_tokens=False)["input_ids"][: min(MOST_TOKENS, max_len)] for text in TEXTS]
     return [[int(token) % vocab_size for token in ids] for ids in texts if ids]
 
@@ -48,16 +48,16 @@ def measure_outliers(
     metadata = AttentionMetadata.of(tuple(segments), model.device)
     probe.begin(metadata)
     rows = torch.tensor([[token for ids in sequences for token in ids]], device=model.device)
-    with noting_outliers(model, files=files) as found:
+    with collect_outliers(model, files=files) as found:
         model(input_ids=rows, position_ids=metadata.positions[None], use_cache=False)
     return found
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What is measured of one base, whose weights are in ``files`` and whose sequences have ``max_len`` tokens at most.
+    """Measures the outliers of one base, whose weights are in ``files`` and whose longest sequence is ``max_len``.
 
-    ``folder``, where there is one, keeps it for the next start. Nothing that is wrong with that is an error.
+    ``folder``, if any, caches the result. An unreadable or unwritable cache is no error.
     """
 
     fingerprint: str
@@ -68,37 +68,37 @@ class Calibration:
     def outliers(
         self, model: PreTrainedModel, probe: ProbingAttention, tokenizer: PreTrainedTokenizerBase
     ) -> OutlierInputs:
-        """Inputs of its linears that stand out, as they were kept or as a pass shows."""
+        """The outliers of every linear, from the cache or from a forward pass."""
         vocab_size = model.config.get_text_config().vocab_size
         sequences = calibration_ids(tokenizer, max_len=self.max_len, vocab_size=vocab_size)
         if not sequences:
             return {}
-        kept = self._get(sequences, {name: _num_inputs(linear) for name, linear in quantizable(model).items()})
-        if kept is not None:
-            return kept
+        cached = self._cached(sequences, {name: _num_inputs(linear) for name, linear in quantizable(model).items()})
+        if cached is not None:
+            return cached
         found = measure_outliers(model, probe, sequences, files=self.files)
-        self._put(sequences, found)
+        self._cache(sequences, found)
         return found
 
-    def _get(self, sequences: Sequences, sizes: Mapping[str, int]) -> OutlierInputs | None:
-        """What was kept, if it is whole and fits the linears, of which ``sizes`` are the numbers of inputs."""
+    def _cached(self, sequences: Sequences, sizes: Mapping[str, int]) -> OutlierInputs | None:
+        """The cached outliers if they are valid for these linears; ``sizes``: inputs of each linear."""
         if self.folder is None:
             return None
         try:
-            kept = json.loads(self._path.read_bytes())
+            cached = json.loads(self._path.read_bytes())
         except (OSError, ValueError, RecursionError):
             return None
-        if not isinstance(kept, dict) or kept.get("key") != self._key(sequences):
+        if not isinstance(cached, dict) or cached.get("key") != self._key(sequences):
             return None
-        linears = kept.get("linears")
+        linears = cached.get("linears")
         if not isinstance(linears, dict) or not linears.keys() <= sizes.keys():
             return None
         if not all(_are_inputs(indices, sizes[name]) for name, indices in linears.items()):
             return None
         return {name: torch.tensor(indices) if indices else None for name, indices in linears.items()}
 
-    def _put(self, sequences: Sequences, found: OutlierInputs) -> None:
-        """Keep what was measured, by one rename, so that no other start reads half of it."""
+    def _cache(self, sequences: Sequences, found: OutlierInputs) -> None:
+        """Write the cache file and rename it into place, so that no reader sees half of it."""
         if self.folder is None:
             return
         linears = {name: [] if indices is None else indices.tolist() for name, indices in found.items()}
@@ -108,7 +108,7 @@ class Calibration:
             partial.write_text(json.dumps({"key": self._key(sequences), "linears": linears}), encoding="utf-8")
             partial.replace(self._path)
         except OSError as error:
-            logger.info("what was measured of the base is not kept for the next start: %s", error)
+            logger.info("outlier calibration could not be cached: %s", error)
 
     @property
     def _path(self) -> Path:
@@ -116,9 +116,9 @@ class Calibration:
         return self.folder / f"{self.fingerprint.removeprefix('sha256:')}.json"
 
     def _key(self, sequences: Sequences) -> str:
-        """A digest of everything that what is measured depends on."""
-        said = json.dumps([_FORMAT, self.fingerprint, FACTOR, MOST, [list(ids) for ids in sequences]])
-        return hashlib.sha256(said.encode()).hexdigest()
+        """A digest of everything that the outliers depend on."""
+        inputs = json.dumps([_FORMAT, self.fingerprint, FACTOR, MOST, [list(ids) for ids in sequences]])
+        return hashlib.sha256(inputs.encode()).hexdigest()
 
 
 def _num_inputs(linear: nn.Module) -> int:
@@ -127,7 +127,7 @@ def _num_inputs(linear: nn.Module) -> int:
 
 
 def _are_inputs(indices: Any, size: int) -> bool:
-    """Whether these are a few inputs of a linear, in order."""
-    if not isinstance(indices, list) or len(indices) > MOST or any(type(one) is not int for one in indices):
+    """Whether these are at most ``MOST`` distinct indices below ``size``, ascending."""
+    if not isinstance(indices, list) or len(indices) > MOST or any(type(index) is not int for index in indices):
         return False
-    return indices == sorted(set(indices)) and all(0 <= one < size for one in indices)
+    return indices == sorted(set(indices)) and all(0 <= index < size for index in indices)

@@ -1,7 +1,7 @@
 """Fused operations: RMS norms, rotary embeddings, gated MLPs and the sums of decoder layers.
 
 A decode step has hundreds of small operations between the linear layers, each of which costs more to start than to
-compute. Each replacement is tried against the stock code, which stays where the results differ.
+compute. Each replacement is compared with the stock code on random inputs, and not used if the results differ.
 """
 
 from __future__ import annotations
@@ -19,23 +19,25 @@ from transformers import PreTrainedModel
 from cpu_kernels.kernels import Kernels, Norm
 from server.lora.layer import as_base
 from server.model.patches import ModelPatches, with_globals
+from server.module_proxy import ModuleProxy
 from server.quantization.int8_modules import Int8Linear
 
 _TOLERANCE = 1e-5
-_APART, _JOINED = ("gate_proj", "up_proj", "down_proj"), ("gate_up_proj", "down_proj")
+_SEPARATE = ("gate_proj", "up_proj", "down_proj")
+_JOINED = ("gate_up_proj", "down_proj")
 _EPSILONS = ("variance_epsilon", "eps")
 _LAYER_CHILDREN = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 _PASSED_ON = frozenset({"attention_mask", "position_ids", "past_key_values", "use_cache", "position_embeddings"})
-"""What models call their layers with, for the attention."""
+"""Keyword arguments of a layer, passed on to its attention."""
 _ROTARY = "apply_rotary_pos_emb"
-"""What modelling code calls its rotary embedding, a function of its module."""
+"""Name of the rotary embedding, a module-level function, in modelling code."""
 
 
 def fuse_ops(model: nn.Module, kernels: Kernels, patches: ModelPatches) -> None:
     """Replace norms, gated MLPs and rotary embeddings of a float32 model on a CPU, and ``forward`` of its layers."""
     patches.begin("fused ops")
     for name, module in list(model.named_modules()):
-        fused = RMSNorm.like(module, kernels) or GatedMLP.like(module, kernels)
+        fused = KernelRMSNorm.like(module, kernels) or GatedMLP.like(module, kernels)
         if fused is not None:
             patches.replace(model, name, fused)
     _fuse_rope(model, kernels, patches)
@@ -46,16 +48,16 @@ def fuse_ops(model: nn.Module, kernels: Kernels, patches: ModelPatches) -> None:
 
 
 def fuse_norms(model: nn.Module, patches: ModelPatches) -> None:
-    """Replace the norms that ``FusedRMSNorm`` computes; others, as those that add one to their weight, stay."""
+    """Replace the norms that ``TorchRMSNorm`` computes; others, such as Gemma's with an offset, stay."""
     patches.begin("fused norms")
     for name, module in list(model.named_modules()):
-        fused = FusedRMSNorm.like(module)
+        fused = TorchRMSNorm.like(module)
         if fused is not None:
             patches.replace(model, name, fused)
 
 
 def _fuse_rope(model: nn.Module, kernels: Kernels, patches: ModelPatches) -> None:
-    """Give attention modules a ``forward`` that finds our rotary embedding where stock code finds its own function."""
+    """Give attention modules a ``forward`` that calls a fused rotary embedding in place of the stock function."""
     fused: dict[Any, RotaryEmbedding | None] = {}
     copies: dict[Any, FunctionType | None] = {}
     for module in model.modules():
@@ -67,7 +69,7 @@ def _fuse_rope(model: nn.Module, kernels: Kernels, patches: ModelPatches) -> Non
 
 
 def _with_fused_rope(forward: Any, fused: dict[Any, RotaryEmbedding | None], kernels: Kernels) -> FunctionType | None:
-    """None for a method that is decorated, calls no rotary embedding, or one that computes something else."""
+    """None if the method is decorated or calls no rotary embedding that ``RotaryEmbedding`` computes."""
     if not isinstance(forward, FunctionType) or _ROTARY not in forward.__code__.co_names:
         return None
     stock = forward.__globals__.get(_ROTARY)
@@ -77,8 +79,8 @@ def _with_fused_rope(forward: Any, fused: dict[Any, RotaryEmbedding | None], ker
     return None if embedding is None else with_globals(forward, **{_ROTARY: embedding})
 
 
-class RMSNorm(nn.Module):
-    """``x * (weight + offset) / sqrt(mean(x**2) + eps)`` (Zhang and Sennrich 2019) over the last axis, in float32."""
+class KernelRMSNorm(nn.Module):
+    """``x * (weight + offset) / sqrt(mean(x**2) + eps)`` (Zhang and Sennrich 2019) in float32, by a CPU kernel."""
 
     def __init__(self, weight: nn.Parameter, eps: float, offset: float, kernels: Kernels) -> None:
         super().__init__()
@@ -87,8 +89,8 @@ class RMSNorm(nn.Module):
         self._prepared: tuple[torch.Tensor | None, Norm | None] = (None, None)
 
     @classmethod
-    def like(cls, stock: nn.Module, kernels: Kernels) -> RMSNorm | None:
-        """One that computes what a stock module does, None where that is something else."""
+    def like(cls, stock: nn.Module, kernels: Kernels) -> KernelRMSNorm | None:
+        """A replacement for the stock module, None if it computes something else."""
         weight, eps = _weight_and_eps(stock)
         if weight is None or weight.dtype != torch.float32 or weight.device.type != "cpu":
             return None
@@ -97,33 +99,37 @@ class RMSNorm(nn.Module):
             expected = stock(x)
         except (RuntimeError, TypeError):
             return None
-        candidates = (cls(weight, eps, offset, kernels) for offset in (0.0, 1.0))
-        return next((one for one in candidates if _alike(one(x), expected)), None)
+        for offset in (0.0, 1.0):
+            norm = cls(weight, eps, offset, kernels)
+            if _is_close(norm(x), expected):
+                return norm
+        return None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., dim] -> [..., dim]."""
-        if x.dtype == torch.float32:  # no calls of torch that change nothing: among cold caches each takes time
+        if x.dtype == torch.float32:  # conversions that do nothing take time, too
             return self._norm()(x)
         return self._norm()(x.float()).to(x.dtype)
 
     def of_sum(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        """Of ``x += other`` in place, both contiguous float32 [..., dim]; to the bit as ``forward``."""
+        """The norm of ``x += other`` in place, both contiguous float32 [..., dim]; equal to ``forward`` to the bit."""
         return self._norm().of_sum(x, other)
 
     def _norm(self) -> Norm:
-        """Prepared again where an adapter has put another weight in the place of the last one."""
-        weight, norm = self._prepared
-        if weight is not (own := self._parameters["weight"]) or norm is None:
-            assert own is not None
-            norm = self._kernels.rms_norm(own + self._offset, self._eps)
-            self._prepared = own, norm
+        """The kernel for the current weight, which an adapter may have replaced."""
+        weight = self._parameters["weight"]
+        prepared_weight, norm = self._prepared
+        if norm is None or prepared_weight is not weight:
+            assert weight is not None
+            norm = self._kernels.rms_norm(weight + self._offset, self._eps)
+            self._prepared = weight, norm
         return norm
 
 
-class FusedRMSNorm(nn.Module):
-    """``x * weight / sqrt(mean(x**2) + eps)`` by torch's own operation, rounded once.
+class TorchRMSNorm(nn.Module):
+    """``x * weight / sqrt(mean(x**2) + eps)`` by ``F.rms_norm``, rounded once.
 
-    On an accelerator it is one kernel where modelling code launches eight.
+    On an accelerator it is one kernel; stock code launches eight.
     """
 
     def __init__(self, weight: nn.Parameter, eps: float) -> None:
@@ -132,18 +138,18 @@ class FusedRMSNorm(nn.Module):
         self._eps = eps
 
     @classmethod
-    def like(cls, stock: nn.Module) -> FusedRMSNorm | None:
-        """One that computes what a stock module does, None where that is something else."""
+    def like(cls, stock: nn.Module) -> TorchRMSNorm | None:
+        """A replacement for the stock module, None if it computes something else."""
         weight, eps = _weight_and_eps(stock)
         if weight is None:
             return None
         x = torch.randn(1, 3, len(weight), generator=torch.Generator().manual_seed(0)).to(weight.device)
         exact = F.rms_norm(x, weight.shape, weight.float(), eps)
         try:
-            expected = stock(x)  # which computes in float32, whatever the weight is kept in
+            expected = stock(x)  # in float32, whatever the dtype of the weight
         except (RuntimeError, TypeError):
             return None
-        if not isinstance(expected, torch.Tensor) or expected.dtype != torch.float32 or not _alike(exact, expected):
+        if not isinstance(expected, torch.Tensor) or expected.dtype != torch.float32 or not _is_close(exact, expected):
             return None
         return cls(nn.Parameter(weight, requires_grad=False), eps)
 
@@ -153,39 +159,39 @@ class FusedRMSNorm(nn.Module):
 
 
 def _weight_and_eps(stock: nn.Module) -> tuple[nn.Parameter | None, float]:
-    """Of a module that may be an RMS norm: its one parameter, [dim], and its epsilon; no weight where it is none."""
-    eps = next((value for name in _EPSILONS if isinstance(value := getattr(stock, name, None), float)), None)
+    """Weight [dim] and epsilon of a module that may be an RMS norm; no weight if it cannot be one."""
+    values = [getattr(stock, name, None) for name in _EPSILONS]
+    epsilons = [value for value in values if isinstance(value, float)]
     parameters = dict(stock.named_parameters())
-    if eps is None or list(parameters) != ["weight"] or parameters["weight"].ndim != 1 or list(stock.children()):
+    if not epsilons or list(parameters) != ["weight"] or parameters["weight"].ndim != 1 or list(stock.children()):
         return None, 0.0
-    return parameters["weight"], eps
+    return parameters["weight"], epsilons[0]
 
 
-class GatedMLP(nn.Module):
-    """``down_proj(silu(gate_proj(x)) * up_proj(x))`` (Shazeer 2020), the middle of it in one pass.
+class GatedMLP(ModuleProxy):
+    """``down_proj(silu(gate_proj(x)) * up_proj(x))`` (Shazeer 2020), activation and product in one kernel.
 
-    Some have GELU for SiLU, some ``gate_up_proj`` for the first two. Where ``only`` is set, int64 [n], other rows are
-    zeros: nobody looks at them behind the last layer.
+    Some models have GELU in place of SiLU, some one ``gate_up_proj``. If ``needed_rows``, int64 [n], are set, all other
+    rows of the result are zeros: rows that are not needed after the last layer are not computed.
     """
 
-    only: torch.Tensor | None = None
+    needed_rows: torch.Tensor | None = None
 
-    def __init__(self, stock: nn.Module, kernels: Kernels, names: Sequence[str] = _APART, *, by_gelu: bool) -> None:
-        super().__init__()
+    def __init__(self, stock: nn.Module, kernels: Kernels, names: Sequence[str] = _SEPARATE, *, by_gelu: bool) -> None:
+        super().__init__(stock)
         for name in names:
-            self.add_module(name, stock.get_submodule(name))
+            self._modules[name] = stock.get_submodule(name)
         self._joined, self._by_gelu = names == _JOINED, by_gelu
         self._gate_and_mul = kernels.gelu_and_mul if by_gelu else kernels.silu_and_mul
-        self._stock = (stock,)  # in a tuple, so that it is no submodule
 
     @classmethod
     def like(cls, stock: nn.Module, kernels: Kernels) -> GatedMLP | None:
-        """One that computes what a stock module does, None where that is something else.
+        """A replacement for the stock module, None if it computes something else.
 
-        What goes into ``down_proj`` is compared: its integers may fall to the other side of a border for a last bit.
+        Inputs of ``down_proj`` are compared: an int8 ``down_proj`` would magnify differences of the last bit.
         """
         children = {name for name, _ in stock.named_children()}
-        names = next((names for names in (_APART, _JOINED) if children >= {*names}), None)
+        names = next((names for names in (_SEPARATE, _JOINED) if children.issuperset(names)), None)
         if names is None or list(stock.parameters(recurse=False)):
             return None
         size = getattr(stock, "hidden_size", None) or getattr(stock.get_submodule(names[0]), "in_features", None)
@@ -197,49 +203,52 @@ class GatedMLP(nn.Module):
                 trial.replace_child(stock, "down_proj", nn.Identity())
                 candidates = [cls(stock, kernels, names, by_gelu=by_gelu) for by_gelu in (False, True)]
                 expected = stock(x)
-                found = next((one for one in candidates if _alike(one(x), expected)), None)
+                equal = [candidate for candidate in candidates if _is_close(candidate(x), expected)]
         except (RuntimeError, TypeError):
             return None
-        return None if found is None else cls(stock, kernels, names, by_gelu=found._by_gelu)
+        return cls(stock, kernels, names, by_gelu=equal[0]._by_gelu) if equal else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [1, rows, dim] -> [1, rows, dim]."""
-        if self.only is None:
-            return self._of_rows(x)
+        rows = self.needed_rows
+        if rows is None:
+            return self._compute(x)
         y = torch.zeros_like(x)
-        if len(self.only):
-            y[..., self.only, :] = self._of_rows(x[..., self.only, :])
+        if len(rows):
+            y[..., rows, :] = self._compute(x[..., rows, :])
         return y
 
-    def _of_rows(self, x: torch.Tensor) -> torch.Tensor:
-        units = self._as_one_product(x)
-        if units is None:
-            gate, up = self.gate_up_proj(x).chunk(2, -1) if self._joined else (self.gate_proj(x), self.up_proj(x))
-            units = self._gate_and_mul(gate, up)
-        y: torch.Tensor = self.down_proj(units)
+    def _compute(self, x: torch.Tensor) -> torch.Tensor:
+        gated = self._gated_by_linear(x)
+        if gated is None:
+            if self._joined:
+                gate, up = self.gate_up_proj(x).chunk(2, -1)
+            else:
+                gate, up = self.gate_proj(x), self.up_proj(x)
+            gated = self._gate_and_mul(gate, up)
+        y: torch.Tensor = self.down_proj(gated)
         return y
 
-    def _as_one_product(self, x: torch.Tensor) -> torch.Tensor | None:
-        """The gated units, where no adapter changes what they are made of; gates and ups are never in memory then."""
-        names = ("gate_up_proj",) * 2 if self._joined else ("gate_proj", "up_proj")
-        gate, up = (as_base(module) for name in names if (module := self._modules[name]))  # attributes may be bypasses
-        return gate.gated(up, x, by_gelu=self._by_gelu) if isinstance(gate, Int8Linear) else None
+    def _gated_by_linear(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Gated units from the int8 linear's own kernel, which does not write gate and up; None if it cannot."""
+        gate = self._current("gate_up_proj" if self._joined else "gate_proj")
+        if not isinstance(gate, Int8Linear):
+            return None
+        up = gate if self._joined else self._current("up_proj")
+        return gate.gated(up, x, by_gelu=self._by_gelu)
 
-    def __getattr__(self, name: str) -> Any:
-        """Whatever else modelling code reads of the stock module."""
-        if name == "_stock" or name.startswith("__"):
-            raise AttributeError(name)
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self._stock[0], name)
+    def _current(self, name: str) -> nn.Module:
+        """The child that computes the step: the base's, unless an adapter changes it."""
+        module = self._modules[name]  # the attribute may be a bypass
+        assert module is not None
+        return as_base(module)
 
 
 class FusedLayer:
     """The ``forward`` of a layer such as Llama's: ``h = x + attention(norm(x))``, ``h + mlp(norm(h))``.
 
-    The first sum is one kernel with the norm behind it. Sums are written over the results of attention and MLP, which
-    are nobody else's; the layer's input stays.
+    The first sum and the norm behind it are one kernel. Sums are written into the results of attention and MLP; the
+    layer's input is not changed.
     """
 
     def __init__(self, layer: nn.Module, kernels: Kernels) -> None:
@@ -248,30 +257,30 @@ class FusedLayer:
 
     @classmethod
     def like(cls, layer: nn.Module, kernels: Kernels) -> FusedLayer | None:
-        """One that computes what a layer's stock code does, None where that is something else.
+        """A replacement for the layer's stock ``forward``, None if it computes something else.
 
-        Attention and units are replaced meanwhile: they may need a cache, and tell last bits apart.
+        Attention, which may need a cache, and MLP are replaced by stand-ins for the comparison.
         """
         children = dict(layer.named_children())
         norm, mlp = children.get("post_attention_layernorm"), children.get("mlp")
-        if not children.keys() >= _LAYER_CHILDREN or type(norm) is not RMSNorm or not isinstance(mlp, GatedMLP):
+        if not children.keys() >= _LAYER_CHILDREN or type(norm) is not KernelRMSNorm or not isinstance(mlp, GatedMLP):
             return None
         fused = cls(layer, kernels)
         x = torch.randn(1, 3, norm.weight.numel(), generator=torch.Generator().manual_seed(0))
         named = {name: object() for name in _PASSED_ON}
         before = x.clone()
-        ours, theirs = _StandIn(), _StandIn()
+        fused_attention, stock_attention = _FakeAttention(), _FakeAttention()
         try:
             with ModelPatches() as trial:
-                trial.replace_child(layer, "mlp", _Flip())
-                trial.replace_child(layer, "self_attn", theirs)
+                trial.replace_child(layer, "mlp", _FakeMLP())
+                trial.replace_child(layer, "self_attn", stock_attention)
                 expected = fused._stock(x.clone(), **named)
-                trial.replace_child(layer, "self_attn", ours)
+                trial.replace_child(layer, "self_attn", fused_attention)
                 found = fused(x, **named)
         except (AttributeError, RuntimeError, TypeError, ValueError):
             return None
-        same = isinstance(expected, torch.Tensor) and torch.equal(found, expected) and torch.equal(x, before)
-        return fused if same and ours.given == theirs.given else None
+        is_equal = isinstance(expected, torch.Tensor) and torch.equal(found, expected) and torch.equal(x, before)
+        return fused if is_equal and fused_attention.arguments == stock_attention.arguments else None
 
     def __call__(self, hidden_states: torch.Tensor, *others: Any, **named: Any) -> Any:
         """hidden_states [1, rows, dim] -> a new [1, rows, dim]."""
@@ -280,7 +289,7 @@ class FusedLayer:
         layer: Any = self._layer
         attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **named)
         norm = layer._modules["post_attention_layernorm"]
-        if type(norm) is RMSNorm and not norm._forward_hooks and _can_add(attended, hidden_states):
+        if type(norm) is KernelRMSNorm and not norm._forward_hooks and _can_add(attended, hidden_states):
             normed = norm.of_sum(attended, hidden_states)
         else:  # an adapter may have norms of its own
             attended = hidden_states + attended
@@ -292,20 +301,18 @@ class FusedLayer:
         return y
 
 
-class _StandIn(nn.Module):
-    """An attention that needs no cache, and notes what it was given."""
+class _FakeAttention(nn.Module):
+    """Needs no cache, and records its arguments."""
 
-    given: dict[str, Any]
+    arguments: dict[str, Any]
 
     def forward(self, hidden_states: torch.Tensor, **named: Any) -> tuple[torch.Tensor, None]:
-        """Something else than it is given."""
-        self.given = named
+        self.arguments = named
         return 2.0 * hidden_states.roll(1, -1), None
 
 
-class _Flip(nn.Module):
+class _FakeMLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Something else again."""
         return x.flip(-1)
 
 
@@ -318,17 +325,17 @@ def _can_add(x: torch.Tensor, other: torch.Tensor) -> bool:
     )
 
 
-def last_units(model: PreTrainedModel) -> GatedMLP | None:
-    """Those of the last layer, where they are its own: an expert's, inside of a mixture, get other rows."""
+def last_mlp(model: PreTrainedModel) -> GatedMLP | None:
+    """The MLP of the last layer; None for a mixture of experts, whose MLPs see other rows."""
     layers = layers_of(model)
     found = [module for module in layers[-1].children() if isinstance(module, GatedMLP)] if len(layers) else []
     return found[0] if len(found) == 1 else None
 
 
 def layers_of(model: PreTrainedModel) -> nn.ModuleList | list[nn.Module]:
-    """The decoder's layers; none where they are not a list of their own."""
+    """The decoder's layers; empty if they are not exactly one list of modules."""
     count = model.config.get_text_config().num_hidden_layers
-    lists = [one for one in model.base_model.children() if isinstance(one, nn.ModuleList) and len(one) == count]
+    lists = [child for child in model.base_model.children() if isinstance(child, nn.ModuleList) and len(child) == count]
     return lists[0] if len(lists) == 1 else []
 
 
@@ -340,8 +347,9 @@ class RotaryEmbedding:
 
     @classmethod
     def like(cls, stock: Callable[..., Any], kernels: Kernels) -> RotaryEmbedding | None:
-        """One that computes what a stock function does, None where that is something else."""
-        fused, generator = cls(stock, kernels), torch.Generator().manual_seed(0)
+        """A replacement for the stock function, None if it computes something else."""
+        fused = cls(stock, kernels)
+        generator = torch.Generator().manual_seed(0)
         q, k = (torch.randn(1, heads, 3, 16, generator=generator) for heads in (4, 2))
         cos, sin = (torch.randn(1, 3, 16, generator=generator) for _ in range(2))
         try:
@@ -349,7 +357,7 @@ class RotaryEmbedding:
         except (RuntimeError, TypeError, ValueError):
             return None
         pairs = zip(fused(q, k, cos, sin), expected, strict=True)
-        return fused if all(_alike(ours, theirs) for ours, theirs in pairs) else None
+        return fused if all(_is_close(rotated, stock_rotated) for rotated, stock_rotated in pairs) else None
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *others: Any, **named: Any
@@ -366,5 +374,5 @@ class RotaryEmbedding:
         return self._rotate(q, k, cos, sin)
 
 
-def _alike(ours: torch.Tensor, theirs: Any) -> bool:
-    return isinstance(theirs, torch.Tensor) and torch.allclose(ours, theirs, rtol=_TOLERANCE, atol=_TOLERANCE)
+def _is_close(result: torch.Tensor, stock: Any) -> bool:
+    return isinstance(stock, torch.Tensor) and torch.allclose(result, stock, rtol=_TOLERANCE, atol=_TOLERANCE)

@@ -1,4 +1,4 @@
-"""Decode steps without Python: each layer is recorded once for a number of rows, and replayed from then on."""
+"""Layer graphs: each decoder layer is recorded once for a number of rows, and then replayed without Python."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ logger = logging.getLogger("quickchange.model")
 
 _MOST_ROWS = 64
 _ARENA_BYTES = 64 << 20
-_FROM = 2
-"""How often a kind of step comes before it is recorded."""
+_RECORD_AT_OCCURRENCE = 2
+"""A kind of step is recorded when it occurs for this time."""
 
 Key = tuple[int, int, int]
-"""Rows, numbers that a head's scores may take, and threads, each of which has scores of its own."""
+"""Number of rows, size of a score buffer, and number of threads, each of which has a score buffer."""
 
 
 class GraphRunner:
-    """The layers of a model whose linears, norms and attention are native, as layer graphs.
+    """Records and replays the layers of a model whose linears, norms and attention are native kernels.
 
-    A layer graph is of use where every row is a decoding one, and adapters are plain deltas: all else changes tensors
-    in a layer, not only memory that native kernels read. A graph that does not give the same bits is not replayed.
+    A step can be replayed if all of its rows are decoding and its adapters are plain low-rank deltas: everything else
+    changes tensors within a layer, not only memory that kernels read. A graph must reproduce the recorded result to
+    the bit, or layer graphs are disabled.
     """
 
     def __init__(
@@ -65,12 +66,13 @@ class GraphRunner:
     def close(self) -> None:
         """Free the graphs, their arena and the KV cache: nothing is recorded or replayed any more."""
         self.problem = "the base was closed, or has another runner"
-        self._key, self._metadata, self._inputs, self._backend = None, None, [], None
+        self._key = self._metadata = self._backend = None
+        self._inputs = []
         self._graphs.clear()
         self._arena = Arena(0)
 
     def begin(self, metadata: AttentionMetadata) -> None:
-        """A step begins, of which the bank knows the rows already."""
+        """Choose the graph of a step; called after the bank's ``begin``."""
         self._key, self._metadata, self._inputs = None, metadata, []
         if self.problem is not None or not self._bank.can_replay or self._attention.backend is not self._backend:
             return
@@ -90,7 +92,7 @@ class GraphRunner:
     def _forward(self, number: int, stock: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **named: Any) -> Any:
             key = self._key
-            if key is None or self._seen[key] < _FROM or not self._is_current():
+            if key is None or self._seen[key] < _RECORD_AT_OCCURRENCE or not self._is_current():
                 return stock(*args, **named)
             inputs = [*_tensors(args), *_tensors(named.values()), *self._step_tensors()]
             graph = self._graphs.setdefault(key, {}).get(number)
@@ -112,18 +114,18 @@ class GraphRunner:
             self._key = None
             self._too_large.add(key)
             del self._graphs[key]
-            logger.info("steps of %d rows go through Python: layer %d: %s", key[0], number, problem)
+            logger.info("layer graphs disabled for %d rows: layer %d: %s", key[0], number, problem)
             return result
         except NotRecordable as problem:
             self._key, self.problem = None, f"layer {number}: {problem}"
             self._graphs.clear()
-            logger.info("decoding steps go through Python: %s", self.problem)
+            logger.info("layer graphs disabled: %s", self.problem)
             return result
         self._graphs[key][number] = graph
         return result
 
     def _is_current(self) -> bool:
-        """Whether the latest step of the base is the one that was begun here, not another runner's."""
+        """Whether the base's latest step was begun by this runner."""
         backend = self._backend
         return backend is not None and self._attention.backend is backend and backend.metadata is self._metadata
 

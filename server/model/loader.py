@@ -1,4 +1,4 @@
-"""Judges the base model, loads it, and measures what the rest of the server needs to know of it."""
+"""Runs the admission test, loads the base, and traces which modules adapters may change."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ _SENTENCE = "The old man looked at the sea for a long time, and then he said to 
 
 @dataclass(frozen=True)
 class Base:
-    """A base in memory, with the attention function installed; ``attention_backend`` makes its backend of a KV cache.
+    """A base in memory, with its attention function installed; ``attention_backend`` makes a backend for a KV cache.
 
-    ``shapes`` are its layers' keys and values, kept as ``kv_dtype``; ``groups`` are linears that get the same
-    input, ``kernels`` are the operations it computes with on a CPU, and ``quantized`` says what is in integers.
+    ``shapes`` are the shapes of each layer's keys and values, kept as ``kv_dtype``; ``groups`` are linears that receive
+    the same input, ``kernels`` its operations on a CPU; ``quantized`` counts its int8 and float parameters.
     """
 
     model: PreTrainedModel
@@ -78,10 +78,10 @@ class Base:
         return self.signature.vocab_size
 
     def close(self) -> None:
-        """Free the keys and values, and make the model stock again; no step can be computed any more.
+        """Free the keys and values and undo all patches; no step can be computed any more.
 
-        A quantized model gets its stock modules back, without the weights that became integers (they are None, so that
-        a call raises), and keeps the number format of the others.
+        A quantized model gets its stock modules back, but quantized weights are None, so that a call raises, and other
+        parameters keep their dtype.
         """
         self.patches.undo()
 
@@ -99,21 +99,21 @@ def load_base(
 ) -> Base:
     """Load the base that the setting names; ``kv_memory``, in bytes, bounds its longest sequence.
 
-    With ``quantization`` "int8" its linears and embedding become integers; ``outlier_cache`` keeps what that measures.
+    ``quantization`` "int8" quantizes its linears and embedding; ``outlier_cache`` caches the calibration.
     Raises a ``BaseFilesError``, ``BaseModelRefused`` or ``SettingsError``.
     """
     folder = find_base(base_model)
     config = _config(folder)
-    place, backend = _place(device)
+    torch_device, backend = _device_and_attention(device)
     admit(config, name=name, backend=backend)
     length = _length(config, max_model_len)
     is_int8 = quantization == "int8"
-    kernels = _kernels(place, int8=is_int8)
+    kernels = _kernels(torch_device, int8=is_int8)
     fingerprint, fingerprint_v2 = base_fingerprint(folder), base_fingerprint_v2(folder)
-    # for integers the stock weights stay in the format of their file, and there: they are read from it one by one
-    model = load_stock(folder, "auto" if is_int8 else choose_dtype(dtype, place, num_weight_bytes(folder)))
+    # stock weights that will be quantized stay memory-mapped, in the dtype of their file
+    model = load_stock(folder, "auto" if is_int8 else choose_dtype(dtype, torch_device, num_weight_bytes(folder)))
     tokenizer = _load_tokenizer(folder)
-    nn.Module.to(model, device=place)
+    nn.Module.to(model, device=torch_device)
     patches = ModelPatches()
     probe = _install_probe(model, patches)
     if not is_int8:
@@ -149,7 +149,7 @@ def load_base(
 
 
 def _install_probe(model: PreTrainedModel, patches: ModelPatches) -> ProbingAttention:
-    """The probe, in place of the stock attention, which comes back with an undo."""
+    """Replace the stock attention with a probe."""
     patches.begin("attention")
     patches.on_undo(partial(model.set_attn_implementation, model.config._attn_implementation))
     probe = ProbingAttention()
@@ -158,7 +158,7 @@ def _install_probe(model: PreTrainedModel, patches: ModelPatches) -> ProbingAtte
 
 
 def _install_attention(model: PreTrainedModel, patches: ModelPatches) -> FlatAttention:
-    """The attention that is to stay, in place of the probe."""
+    """Replace the probe with the attention that serves."""
     patches.begin("KV cache")
     attention = FlatAttention()
     attention.install(model)
@@ -167,7 +167,7 @@ def _install_attention(model: PreTrainedModel, patches: ModelPatches) -> FlatAtt
 
 
 def _fuse(model: PreTrainedModel, kernels: Kernels, patches: ModelPatches, *, on_cpu: bool) -> None:
-    """Put modules that compute the same in fewer operations in the places of others."""
+    """Replace modules with fused ones that compute the same."""
     if not on_cpu:
         fuse_norms(model, patches)
     elif model.dtype == torch.float32:
@@ -175,27 +175,27 @@ def _fuse(model: PreTrainedModel, kernels: Kernels, patches: ModelPatches, *, on
     bypass_modules(model, patches)
 
 
-def _place(device: str) -> tuple[torch.device, BackendFactory]:
-    """The device of the setting, made ready, and torch's attention there."""
-    place = choose_device(device)
-    prepare(place)
-    return place, TorchAttention if place.type == "cpu" else BatchedAttention
+def _device_and_attention(device: str) -> tuple[torch.device, BackendFactory]:
+    """The device of the setting, prepared, and its torch attention."""
+    torch_device = choose_device(device)
+    prepare(torch_device)
+    return torch_device, TorchAttention if torch_device.type == "cpu" else BatchedAttention
 
 
 def _with_tokenizer(signature: BaseSignature, tokenizer: PreTrainedTokenizerBase, folder: Path) -> BaseSignature:
-    """The signature with what adapters' templates and tokenizers are compared with."""
+    """The signature with the base's chat template and tokenizer, for comparison with an adapter's."""
     template = default_template(tokenizer.chat_template)
     return replace(signature, chat_template=template, tokenizer=tokenizer_signature(tokenizer, folder))
 
 
 def _check_calls(name: str, probe: ProbingAttention, config: PretrainedConfig) -> None:
-    num_layers = len(probe.shapes)
-    if not probe.num_calls == num_layers == config.get_text_config().num_hidden_layers:
-        raise BaseModelRefused(name, f"{probe.num_calls} attention calls on {num_layers} layers: each must make one")
+    """The admission test's check, of the real base: the shrunken copy has other layers."""
+    if problem := probe.check_calls(config.get_text_config().num_hidden_layers):
+        raise BaseModelRefused(name, problem)
 
 
 def _kernels(device: torch.device, *, int8: bool) -> Kernels:
-    """The operations of a base. Raises ``SettingsError`` where it is to be in integers and nothing multiplies them."""
+    """The kernels of a base. Raises ``SettingsError`` if int8 is asked for and there is no int8 linear kernel."""
     if int8 and device.type != "cpu":
         raise SettingsError(
             f"quantization is 'int8', but the device is {device.type!r}: int8 is for the CPU; set device to 'cpu', or "
@@ -210,12 +210,12 @@ def _kernels(device: torch.device, *, int8: bool) -> Kernels:
 
 
 def _num_unpacked_bytes(model: PreTrainedModel) -> int:
-    """Bytes of parameters that no linear holds, as the experts of a mixture: they stay in floats."""
+    """Bytes of parameters outside of linears, such as the experts of a mixture: these are not quantized."""
     return sum(parameter.nbytes for parameter in model.parameters() if parameter.ndim > 2)
 
 
 def load_stock(folder: Path, dtype: torch.dtype | str = torch.float32) -> PreTrainedModel:
-    """A base as transformers has it; remote code and pickled weights are never read. Raises ``BaseModelRefused``."""
+    """The stock transformers model, without remote code or pickled weights. Raises ``BaseModelRefused``."""
     if not sys.stderr.isatty():
         disable_progress_bar()
     load: Any = AutoModelForCausalLM.from_pretrained
@@ -247,7 +247,7 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 @contextmanager
 def _refusals(folder: Path) -> Iterator[None]:
-    """What transformers says of a folder, as a refusal of the base."""
+    """Turns errors of transformers into ``BaseModelRefused``."""
     try:
         yield
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
@@ -273,7 +273,7 @@ def _length(config: PretrainedConfig, wanted: int | None) -> int:
 
 
 def _affordable(layout: KVLayout, kv_memory: int, *, asked: int | None) -> int:
-    """The longest sequence whose keys and values fit into ``kv_memory``; one that was asked for must."""
+    """The longest sequence whose keys and values fit into ``kv_memory``. Raises ``SettingsError`` below ``asked``."""
     length = longest_within(kv_memory, layout)
     if length < min(asked or 2, layout.max_len):
         raise SettingsError(
@@ -291,7 +291,7 @@ def _affordable(layout: KVLayout, kv_memory: int, *, asked: int | None) -> int:
 def _probe(
     model: PreTrainedModel, probe: ProbingAttention, ids: Sequence[int] = range(3, 3 + PROBE_ROWS)
 ) -> ModelTrace:
-    """One small pass for ``probe``; the modules that see every row, which adapters may touch."""
+    """One small forward pass: ``probe`` records the attention, the trace the modules that adapters may change."""
     metadata = AttentionMetadata.of((AttentionSegment(0, 0, PROBE_ROWS, 0),), model.device)
     probe.begin(metadata)
     rows = torch.tensor([list(ids)], device=model.device) % model.config.get_text_config().vocab_size
@@ -310,7 +310,7 @@ def _quantize(
     *,
     dtype: str,
 ) -> tuple[ModelTrace, Quantized]:
-    """A probe in which linears and embedding become integers, while their weights are read from the files."""
+    """A probe that quantizes linears and embedding while it reads their weights from the files."""
     outliers = calibration.outliers(model, probe, tokenizer)
     float_dtype = choose_float_dtype(dtype, _num_unpacked_bytes(model))
     with quantizing(
@@ -321,6 +321,6 @@ def _quantize(
 
 
 def _ordinary_ids(tokenizer: PreTrainedTokenizerBase) -> Sequence[int]:
-    """Tokens of a sentence, as many as a probe takes."""
+    """``PROBE_ROWS`` tokens of a sentence."""
     ids = [int(token) for token in tokenizer(_SENTENCE, add_special_tokens=False)["input_ids"]]
     return ids[:PROBE_ROWS] if len(ids) >= PROBE_ROWS else range(3, 3 + PROBE_ROWS)

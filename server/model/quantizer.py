@@ -1,7 +1,7 @@
-"""Makes a base's linears 8-bit integers while a probe runs through it, so that its weights are never all in memory.
+"""Quantizes a base's linears during a probe, so that its weights are never all in memory.
 
-The stock weights lie in a mapped file; each linear's are read when the probe gets to it, made integers together with
-those of the linears that get the same input, and their pages are given back.
+The stock weights are in a mapped file. The weight of a linear is read when the probe reaches it, and quantized together
+with those of the linears that receive the same input; then its pages are released.
 """
 
 from __future__ import annotations
@@ -23,54 +23,65 @@ from cpu_kernels.int8_weights import Int8Rows, Outliers, pieces
 from cpu_kernels.kernels import Kernels
 from server.model.mapped_files import MappedFiles, trim
 from server.model.patches import ModelPatches
-from server.quantization.int8_modules import FusedLinear, Int8Embedding, Int8Linear, WeightDigest, join_biases
+from server.quantization.int8_modules import (
+    FusedLinear,
+    Int8Embedding,
+    Int8Linear,
+    WeightDigest,
+    join_biases,
+)
 from server.quantization.outliers import find_outliers
 
 SMALLEST_SIDE = 32
-"""Linears with fewer inputs or outputs stay in floats: routers and gates, which decide more than they cost."""
+"""Linears with fewer inputs or outputs are not quantized: routers and gates are cheap, and sensitive to errors."""
 
 
 @dataclass
 class Quantized:
-    """What became of a base: linears and bytes in integers, and parameters left in floats with their bytes.
+    """Counts of a quantized base: its parameters, int8 linears and their bytes, and outlier channels.
 
-    ``num_parameters`` are all it had; ``num_outliers`` are inputs of its products that are multiplied in floats.
+    ``unquantized`` has the bytes of each parameter that stayed in floats.
     """
 
     kernel: str
     num_parameters: int
     num_linears: int = 0
-    num_products: int = 0
     num_bytes: int = 0
     num_outliers: int = 0
-    left: dict[str, int] = field(default_factory=dict)
+    unquantized: dict[str, int] = field(default_factory=dict)
 
 
 OutlierInputs = Mapping[str, torch.Tensor | None]
-"""Indices of the inputs that stand out, by linear; None where none does."""
+"""Indices of the outlier channels, by linear; None if it has none."""
 
 
 def quantizable(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The linears that become integers when a batch gets to them."""
-    linears = {name: one for name, one in model.named_modules() if type(one) in (nn.Linear, Conv1D)}
-    return {name: one for name, one in linears.items() if min(one.get_parameter("weight").shape) >= SMALLEST_SIDE}
+    """The linears that are to be quantized."""
+    linears = {name: module for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)}
+    return {
+        name: linear for name, linear in linears.items() if min(linear.get_parameter("weight").shape) >= SMALLEST_SIDE
+    }
 
 
 @contextmanager
-def noting_outliers(model: PreTrainedModel, *, files: Iterable[Path] = ()) -> Iterator[dict[str, torch.Tensor | None]]:
-    """While a batch runs, note which inputs of each linear stand out in it; the model stays as it is.
+def collect_outliers(model: PreTrainedModel, *, files: Iterable[Path] = ()) -> Iterator[dict[str, torch.Tensor | None]]:
+    """Collect the outlier channels of each linear during a forward pass; the model is not changed.
 
-    Its weights are read from ``files``, whose pages are given back. The head computes no logits: of many rows they
-    would be as large as the model.
+    Pages of ``files``, which hold the weights, are released. The head computes no logits: those of many rows would be
+    as large as the model.
     """
-    mapped, found = MappedFiles(files), dict[str, torch.Tensor | None]()
-    last: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+    mapped = MappedFiles(files)
+    found: dict[str, torch.Tensor | None] = {}
+    last_input: torch.Tensor | None = None
+    last_outliers: torch.Tensor | None = None
 
-    def note(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+    def collect(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if not last or args[0] is not last[0][0]:
-                last[:] = [(args[0], find_outliers(args[0]))]
-            found[name] = last[0][1]
+            nonlocal last_input, last_outliers
+            if args[0] is not last_input:  # linears with the same input share its outliers
+                last_input = args[0]
+                last_outliers = find_outliers(args[0])
+            found[name] = last_outliers
 
         return hook
 
@@ -78,7 +89,7 @@ def noting_outliers(model: PreTrainedModel, *, files: Iterable[Path] = ()) -> It
         for parameter in module.parameters(recurse=False):
             mapped.give_back(parameter)
 
-    handles = [module.register_forward_hook(note(name)) for name, module in quantizable(model).items()]
+    handles = [module.register_forward_hook(collect(name)) for name, module in quantizable(model).items()]
     handles += [module.register_forward_hook(give_back) for module in model.modules()]
     head = model.get_output_embeddings()
     with ModelPatches() as temporary:
@@ -99,11 +110,11 @@ def quantizing(
     files: Iterable[Path] = (),
     outliers: OutlierInputs = MappingProxyType({}),
 ) -> Iterator[Quantized]:
-    """While a batch runs, make the linears it gets to integers; what is left becomes ``dtype`` at the end.
+    """Quantize linears as a forward pass reaches them; unquantized parameters are converted to ``dtype`` at the end.
 
-    Undoing ``patches`` puts the stock linears back, but not their weights, which no memory holds any more: ``weight``
-    is then None, and a call raises. ``files`` are those that hold the model's weights: pages of their mappings are
-    given back. ``outliers`` are inputs that stand out; of linears that are not among them the batch tells.
+    Undoing ``patches`` restores the stock linears, but with a ``weight`` of None, so that a call raises: the stock
+    weights are in no memory any more. Pages of ``files``, which hold the model's weights, are released. Linears that
+    are not in ``outliers`` get the outliers that the pass shows.
     """
     patches.begin("int8 weights")
     quantizer = _Quantizer(model, kernels, MappedFiles(files), outliers, patches)
@@ -119,7 +130,7 @@ def quantizing(
 
 
 class _Quantizer:
-    """Where the probe is: the linears that got the input at hand, which are packed when another input comes."""
+    """Collects linears that receive the same input, and packs them when the next input comes."""
 
     def __init__(
         self,
@@ -143,7 +154,7 @@ class _Quantizer:
         self.result = Quantized(kernels.linear_name, sum(parameter.numel() for parameter in model.parameters()))
 
     def note(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        """A hook for a linear: those that follow one another with the same input wait to be packed together."""
+        """A hook for a linear, which is packed together with its neighbours of the same input."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if args[0] is not self._input:
@@ -157,7 +168,7 @@ class _Quantizer:
         return hook
 
     def in_pieces(self, head: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
-        """A forward for the head, as large as many layers, that never has its whole weight in memory."""
+        """A forward for the head that reads its weight, as large as many layers, piece by piece."""
 
         def forward(x: torch.Tensor) -> torch.Tensor:
             parts = []
@@ -170,14 +181,14 @@ class _Quantizer:
         return forward
 
     def finish(self, dtype: torch.dtype) -> None:
-        """Pack the last, then the embedding, and take what is left out of the mapped file."""
+        """Pack the last linears and the embedding, and copy unquantized parameters out of the mapped file."""
         self._pack()
         self._input = None
         self._quantize_embedding(dtype)
         for name, parameter in self._model.named_parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype, copy=True)
-            self.result.left[name] = parameter.nbytes
+            self.result.unquantized[name] = parameter.nbytes
         for module in self._model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and buffer.dtype in (torch.bfloat16, torch.float16):
@@ -185,24 +196,23 @@ class _Quantizer:
         trim()
 
     def _pack(self) -> None:
-        """Make the linears that got the same input one product of integers."""
+        """Quantize the linears that received the same input into one packed weight."""
         if not self._same_input:
             return
         modules = self._same_input
         weights = [module.get_parameter("weight") for module in modules]
         originals = [WeightDigest.of(weight, done=self._mapped.give_back) for weight in weights]
-        turned = [w.t() if isinstance(m, Conv1D) else w for w, m in zip(weights, modules, strict=True)]
-        rows = Int8Rows.of(turned, qmax=self._kernels.qmax, done=self._mapped.give_back)
+        out_in = [w.t() if isinstance(m, Conv1D) else w for w, m in zip(weights, modules, strict=True)]
+        rows = Int8Rows.of(out_in, qmax=self._kernels.qmax, done=self._mapped.give_back)
         if weights[0] is self._embedding._parameters.get("weight"):
             self._embedded = originals[0], rows
         biases = [module._parameters.get("bias") for module in modules]
-        outliers = None if self._outliers is None else Outliers.of(self._outliers, turned)
-        sizes = [len(weight) for weight in turned]
+        outliers = None if self._outliers is None else Outliers.of(self._outliers, out_in)
+        sizes = [len(weight) for weight in out_in]
         fused = FusedLinear(self._kernels.linear(rows, join_biases(sizes, biases), outliers), sizes)
         for number, (module, original) in enumerate(zip(modules, originals, strict=True)):
             self._replace(module, Int8Linear(module, original, fused, number))
         self.result.num_linears += len(modules)
-        self.result.num_products += 1
         self.result.num_outliers += 0 if outliers is None else len(outliers.indices)
         self.result.num_bytes += rows.integers.nbytes
         self._same_input = []
@@ -221,9 +231,9 @@ class _Quantizer:
         self.result.num_bytes += rows.integers.nbytes
 
     def _replace(self, stock: nn.Module, module: nn.Module) -> None:
-        """Replace a module under each of its names, and drop its weight, which the patches would keep in memory.
+        """Replace a module under each of its names, and free its weight, which the patches would keep in memory.
 
-        The weight becomes None, not a ``meta`` tensor: with that torch computes from memory that nobody has written.
+        The weight becomes None: torch computes with a ``meta`` tensor from memory that was never written.
         """
         for name in self._names[stock]:
             self._patches.replace(self._model, name, module)

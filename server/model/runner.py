@@ -16,7 +16,7 @@ from server.lora.batched import BatchedTorchLoRA
 from server.lora.transfer import to_device
 from server.lora.weights import LoRAWeights
 from server.model.attention.interface import AttentionBackend, BackendFactory, FlatAttention, attention_segments
-from server.model.fused_ops import last_units
+from server.model.fused_ops import last_mlp
 from server.model.kv_cache import AttentionMetadata, KVCache, LayerShape, slots_and_positions
 from server.model.loader import Base
 from server.model.patches import ModelPatches
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 
 class ModelRunner:
-    """The base, its KV cache and its adapters. ``attention``, which is installed in ``model``, gets a backend.
+    """The base, its KV cache and its adapters. ``attention``, installed in ``model``, gets a backend for the cache.
 
-    ``groups`` are linears that receive the same tensor; ``kernels`` are its operations. Adapters and copies of
-    them take ``adapter_memory`` bytes at most. Of the runners that share ``patches`` the last one works.
+    ``groups`` are linears that receive the same tensor; ``kernels`` are the model's operations. Adapters and copies of
+    them take at most ``adapter_memory`` bytes. Only the newest runner sharing ``patches`` is usable.
     """
 
     def __init__(
@@ -64,13 +64,13 @@ class ModelRunner:
             from server.model.layer_graphs import GraphRunner
 
             self.graphs = GraphRunner(model, attention, self.bank, kernels, patches)
-        self._last_units = last_units(model)
+        self._last_mlp = last_mlp(model)
 
     @classmethod
     def of(
         cls, base: Base, *, num_slots: int, max_len: int | None = None, adapter_memory: int | None = None
     ) -> ModelRunner:
-        """For a base as it was loaded, with slots as long as its longest sequence, or shorter."""
+        """A runner for a loaded base; ``max_len`` is at most, and by default, its longest sequence."""
         return cls(
             base.model,
             base.attention,
@@ -87,22 +87,22 @@ class ModelRunner:
 
     @property
     def attention_backend(self) -> AttentionBackend:
-        """That of the runner that was made last for this base."""
+        """The attention backend of the newest runner."""
         assert self.attention.backend is not None, "the base was closed"
         return self.attention.backend
 
     @property
     def num_copied_bytes(self) -> int:
-        """Memory that adapters take beside their own tensors: copies that are computed together, and tables."""
+        """Bytes of adapters beside their own tensors: copies for batched products, and tables."""
         return self.bank.backend.num_bytes
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> tuple[torch.Tensor, Batch]:
-        """Logits of the rows that yield a token, [len(draws), vocab], and the batch, whose ``draws`` those are.
+        """Logits of the rows that yield a token, [len(draws), vocab], and the batch in the order of the logits.
 
-        Its segments are in the order in which the adapters of their rows are computed fastest.
+        Segments are sorted into the order in which their adapters are computed fastest.
         """
-        batch = self.bank.begin(batch)
+        batch = self.bank.begin_sorted(batch)
         backend = self.attention_backend
         backend.prepare_slots(batch)
         segments = attention_segments(batch.segments, backend.max_single_rows)
@@ -114,8 +114,8 @@ class ModelRunner:
         backend.begin(metadata)
         if self.graphs is not None:
             self.graphs.begin(metadata)
-        if self._last_units is not None:  # which are a whole layer's greater part in a prompt
-            self._last_units.only = sampled if any(segment.length > 1 for segment in segments) else None
+        if self._last_mlp is not None:  # in a prompt, the greater part of the last layer
+            self._last_mlp.needed_rows = sampled if any(segment.length > 1 for segment in segments) else None
         try:
             output = self.model(
                 input_ids=input_ids[None],
@@ -143,11 +143,10 @@ class ModelRunner:
         return self.bank.prepare(manifest)
 
     def add_adapter(self, digest: str, weights: LoRAWeights) -> int:
-        """Make an adapter usable; the bytes that it takes."""
+        """Make an adapter usable; returns its bytes."""
         return self.bank.add(digest, weights)
 
     def remove_adapter(self, digest: str) -> None:
-        """Free an adapter."""
         self.bank.remove(digest)
 
 
@@ -163,7 +162,7 @@ def _lora_backend(
 
 
 def _sampled_rows(segments: Sequence[Segment]) -> list[int]:
-    """The rows that yield a token: the last ones of each segment."""
+    """Rows that yield a token: the last ones of each segment."""
     rows: list[int] = []
     row = 0
     for segment in segments:

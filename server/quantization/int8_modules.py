@@ -1,13 +1,11 @@
-"""Linears and embeddings whose weights are 8-bit integers; linears that get the same input are one fused linear."""
+"""Int8 linears and embeddings; linears that receive the same input share one packed weight."""
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,16 +13,17 @@ from transformers.pytorch_utils import Conv1D
 
 from cpu_kernels.int8_weights import Int8Rows, pieces
 from cpu_kernels.linear import NO_DELTAS, Deltas, PackedLinear
+from server.module_proxy import ModuleProxy, with_parameters
 
 
 class FusedLinear:
-    """Several linears that a model calls with the same input, one after another, computed by one packed weight.
+    """Linears that a model calls one after another with the same input, computed by one packed weight.
 
-    Contract: the first ``part`` that is asked for computes the outputs of all, and keeps those of the others. Another
-    part is taken from what is kept only if it is asked for with *the very same tensor object*, and only once: it then
-    belongs to its caller. With any other tensor, or for the second time, all is computed anew. So the input must not
-    be changed in place between the calls of a group, and the object is for one thread. What is kept is freed when every
-    part was taken. Where there are ``deltas``, they are added in the same call.
+    Contract: the first ``part`` computes the outputs of all linears and caches those of the others. A cached output is
+    returned only for *the same tensor object* as input, and only once: it then belongs to its caller. For another
+    tensor, or the second time, all outputs are computed again. So the input must not be changed in place between the
+    calls of a group, and the object is for one thread. The cache is freed when every output was taken. ``deltas``, if
+    any, are added in the same call.
     """
 
     def __init__(self, linear: PackedLinear, sizes: Sequence[int]) -> None:
@@ -43,7 +42,7 @@ class FusedLinear:
         return self._linear.can_add_deltas(self._sizes)
 
     def part(self, number: int, x: torch.Tensor) -> torch.Tensor:
-        """Of linear ``number``: x [..., in] -> [..., out], the caller's to write into."""
+        """The output of linear ``number``: x [..., in] -> [..., out], the caller's to write into."""
         if len(self._sizes) == 1:
             return self._compute(x)
         if x is not self._x or self._y[number] is None:
@@ -60,10 +59,10 @@ class FusedLinear:
         self._x, self._y = None, []
 
     def gated(self, numbers: tuple[int, int], x: torch.Tensor, *, by_gelu: bool) -> torch.Tensor | None:
-        """silu, or gelu, of the first linear's result times the second's, of which nothing else is kept.
+        """``silu(gate(x)) * up(x)``, or with GELU: x [..., in] -> [..., out].
 
-        x [..., in] -> [..., out]. One linear that has both, one behind the other, is twice the same. None where this
-        linear is not of those two alone, or its kernel does not gate.
+        ``numbers`` are gate and up; equal ones mean one linear with the outputs of both, end to end. None if this
+        weight has other linears, or its kernel does not gate.
         """
         linear = self._linear
         if linear.gated is None or x.dtype != torch.float32 or not x.numel():
@@ -74,10 +73,10 @@ class FusedLinear:
             return None
         return linear.gated(x, self._delta_addresses(x), by_gelu=by_gelu)
 
-    def in_floats(self, number: int) -> torch.Tensor:
-        """The weight of linear ``number``, float32 [out, in]."""
-        part: torch.Tensor = self._linear.in_floats().split(self._sizes)[number]
-        return part
+    def dequantized(self, number: int) -> torch.Tensor:
+        """The dequantized weight of linear ``number``, float32 [out, in]."""
+        weight: torch.Tensor = self._linear.in_floats().split(self._sizes)[number]
+        return weight
 
     def _compute(self, x: torch.Tensor) -> torch.Tensor:
         if x.dtype != torch.float32:
@@ -92,14 +91,14 @@ class FusedLinear:
 
 @dataclass(frozen=True)
 class WeightDigest:
-    """What is left of a weight that was made integers: its number format and a digest of its bytes."""
+    """Dtype and digest of a weight before quantization."""
 
     dtype: torch.dtype
     digest: bytes
 
     @classmethod
     def of(cls, weight: torch.Tensor, *, done: Callable[[torch.Tensor], None] | None = None) -> WeightDigest:
-        """Of a weight that is still whole; ``done`` is told each piece that was read."""
+        """The digest of a stock weight; ``done`` is called with each piece that was read."""
         digest = hashlib.sha256()
         for piece in pieces(weight.detach()):
             digest.update(piece.contiguous().view(torch.uint8).numpy().data)
@@ -111,53 +110,42 @@ class WeightDigest:
         return WeightDigest.of(weight.to(self.dtype)) == self
 
 
-class Int8Linear(nn.Module):
-    """Stands in the place of a linear. Its bias is a parameter; its ``weight`` is made anew whenever it is read."""
+class Int8Linear(ModuleProxy):
+    """A quantized linear. Its bias is a parameter; its ``weight`` is dequantized whenever it is read."""
 
     def __init__(self, stock: nn.Module, original: WeightDigest, fused: FusedLinear, number: int) -> None:
-        super().__init__()
-        self.bias = stock._parameters.get("bias")
+        super().__init__(without_weight(stock))
+        self._parameters["bias"] = stock._parameters.get("bias")
         self.original = original
         self.fused, self.number, self._transposed = fused, number, isinstance(stock, Conv1D)
-        self._stock = (without_weight(stock),)  # in a tuple, so that it is no submodule
         self.forward = partial(fused.part, number)  # x [..., in] -> [..., out]
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight these integers stand for, float32, in the stock layout."""
-        weight = self.fused.in_floats(self.number)
+        """The dequantized weight, float32, in the stock layout."""
+        weight = self.fused.dequantized(self.number)
         return weight.t().contiguous() if self._transposed else weight
 
     def gated(self, up: nn.Module, x: torch.Tensor, *, by_gelu: bool) -> torch.Tensor | None:
-        """This linear's units times those of ``up``, if both are one fused linear: see ``FusedLinear.gated``."""
+        """``FusedLinear.gated`` of this gate and ``up``; None unless both are in one fused linear."""
         if not isinstance(up, Int8Linear) or up.fused is not self.fused:
             return None
         return self.fused.gated((self.number, up.number), x, by_gelu=by_gelu)
 
-    def in_floats(self) -> nn.Module:
-        return with_weight(self._stock[0], self.weight)
-
-    def __getattr__(self, name: str) -> Any:
-        """Whatever else modelling code reads of the stock module, such as its sizes."""
-        if name == "_stock" or name.startswith("__"):
-            raise AttributeError(name)
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self._stock[0], name)
+    def dequantized(self) -> nn.Module:
+        """The stock module with the weight that the integers stand for."""
+        return with_parameters(self._stock[0], {"weight": self.weight})
 
 
-class Int8Embedding(nn.Module):
-    """Stands in the place of an embedding; rows come out as ``dtype``, times the stock module's ``embed_scale``."""
+class Int8Embedding(ModuleProxy):
+    """A quantized embedding; its rows are returned as ``dtype``, times the stock module's ``embed_scale``."""
 
     def __init__(self, stock: nn.Embedding, original: WeightDigest, rows: Int8Rows, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.num_embeddings, self.embedding_dim = stock.num_embeddings, stock.embedding_dim
+        super().__init__(without_weight(stock))
         self.embed_scale = float(getattr(stock, "embed_scale", 1.0))
         self.original = original
         self._rows, self._dtype = rows, dtype
         self._scales = rows.scales * self.embed_scale
-        self._stock = (without_weight(stock),)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids [...] -> [..., dim]."""
@@ -165,11 +153,12 @@ class Int8Embedding(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight these integers stand for, float32 [tokens, dim]."""
+        """The dequantized weight, float32 [tokens, dim]."""
         return self._rows.in_floats()
 
-    def in_floats(self) -> nn.Module:
-        return with_weight(self._stock[0], self.weight)
+    def dequantized(self) -> nn.Module:
+        """The stock module with the weight that the integers stand for."""
+        return with_parameters(self._stock[0], {"weight": self.weight})
 
 
 def linears_with_deltas(modules: Mapping[str, nn.Module]) -> list[tuple[FusedLinear, list[tuple[str, int]]]]:
@@ -184,20 +173,12 @@ def linears_with_deltas(modules: Mapping[str, nn.Module]) -> list[tuple[FusedLin
 
 
 def without_weight(stock: nn.Module) -> nn.Module:
-    """The module with a weight that takes no memory."""
-    return with_weight(stock, torch.empty_like(stock.get_parameter("weight"), device="meta"))
-
-
-def with_weight(stock: nn.Module, weight: torch.Tensor) -> nn.Module:
-    """The module with another weight; all else is shared."""
-    other = copy.copy(stock)
-    parameters = {**stock._parameters, "weight": nn.Parameter(weight, requires_grad=False)}
-    other.__dict__["_parameters"] = parameters
-    return other
+    """A copy of the module whose weight is on the ``meta`` device, without memory."""
+    return with_parameters(stock, {"weight": torch.empty_like(stock.get_parameter("weight"), device="meta")})
 
 
 def join_biases(sizes: Sequence[int], biases: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-    """The biases end to end, zeros for those that are missing [sum of sizes]; None where all are."""
+    """The biases end to end [sum of sizes], zeros for missing ones; None if all are missing."""
     if all(bias is None for bias in biases):
         return None
     parts = zip(sizes, biases, strict=True)

@@ -164,7 +164,7 @@ def loaded(device: str, dtype: str = "float32", *, batched: bool = False) -> Ite
     """The base for a while; ``batched``, on the CPU, with the attention of an accelerator."""
     with pytest.MonkeyPatch.context() as patch:
         if batched:
-            patch.setattr(loader, "_place", lambda device: (torch.device(device), BatchedAttention))
+            patch.setattr(loader, "_device_and_attention", lambda device: (torch.device(device), BatchedAttention))
         micro = Micro.load(device, dtype)
         try:
             yield micro

@@ -21,7 +21,7 @@ from server.cli import adapters_check, parity
 from server.errors import AdapterRejected
 from server.lora.weights import LoRAWeights
 from server.model.attention.interface import FlatAttention
-from server.model.fused_ops import RMSNorm, RotaryEmbedding
+from server.model.fused_ops import KernelRMSNorm, RotaryEmbedding
 from server.model.loader import load_stock
 from tests.adapter_folders import BASE, LIMITS, make, tensors, write
 from tests.model.peft_cases import CASES, base_of, make_adapter
@@ -238,7 +238,11 @@ def test_peft_answers_by_stock_code(folder: Path, check: Check, monkeypatch: pyt
 
     def without_ours(path: Path, manifest: Manifest, answers: parity.Answers) -> parity.Parity:
         with monkeypatch.context() as patch:
-            for ours, method in ((RotaryEmbedding, "__call__"), (RMSNorm, "forward"), (FlatAttention, "__call__")):
+            for ours, method in (
+                (RotaryEmbedding, "__call__"),
+                (KernelRMSNorm, "forward"),
+                (FlatAttention, "__call__"),
+            ):
                 patch.setattr(ours, method, lambda *given, **named: pytest.fail("our code was called"))
             return compare(path, manifest, answers)
 

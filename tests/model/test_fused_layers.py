@@ -12,9 +12,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from cpu_kernels.kernels import Kernels
-from server.lora.delta import with_parameters
-from server.model.fused_ops import _PASSED_ON, FusedLayer, RMSNorm, fuse_ops
+from server.model.fused_ops import _PASSED_ON, FusedLayer, KernelRMSNorm, fuse_ops
 from server.model.patches import ModelPatches
+from server.module_proxy import with_parameters
 from tests.instruction_sets import NUMBA, needs
 from tests.model.families import FAMILIES, build
 
@@ -129,7 +129,7 @@ def test_a_layer_takes_the_norm_of_an_adapter_and_whoever_listens() -> None:
 def test_the_norm_of_a_sum_is_that_of_the_sum_to_the_bit(size: int, num_rows: int) -> None:
     x, other = torch.randn(1, num_rows, size), torch.randn(1, num_rows, size)
     kernels = Kernels(native=True).ready()
-    norm = RMSNorm(nn.Parameter(torch.rand(size), requires_grad=False), 1e-6, 0.0, kernels)
+    norm = KernelRMSNorm(nn.Parameter(torch.rand(size), requires_grad=False), 1e-6, 0.0, kernels)
     expected = x + other
     kept = other.clone()
     assert torch.equal(norm.of_sum(x, other), norm(expected))

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationMixin
 
 from server.model.attention.batched import BatchedAttention
-from server.model.fused_ops import FusedRMSNorm, fuse_norms
+from server.model.fused_ops import TorchRMSNorm, fuse_norms
 from server.model.patches import ModelPatches
 from tests.model.families import build
 from tests.model.harness import host
@@ -19,7 +19,7 @@ from tests.model.test_batched_attention import started, step
 
 
 def num_fused(model: torch.nn.Module) -> int:
-    return sum(isinstance(module, FusedRMSNorm) for module in model.modules())
+    return sum(isinstance(module, TorchRMSNorm) for module in model.modules())
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_norms_that_compute_the_same_are_fused(family: str, expected: int) -> No
 def test_in_bfloat16_they_are_nearer_to_the_truth_than_two_roundings() -> None:
     model = build("llama", dtype=torch.bfloat16)
     norm = model.get_submodule("model.norm")
-    fused = FusedRMSNorm.like(norm)
+    fused = TorchRMSNorm.like(norm)
     assert fused is not None
     x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     truth = copy.deepcopy(norm).float()(x.float())

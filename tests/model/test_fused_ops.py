@@ -13,9 +13,9 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from cpu_kernels.kernels import Kernels
 from server.lora import module_bypass
-from server.lora.delta import with_parameters
-from server.model.fused_ops import GatedMLP, RMSNorm, RotaryEmbedding, fuse_ops
+from server.model.fused_ops import GatedMLP, KernelRMSNorm, RotaryEmbedding, fuse_ops
 from server.model.patches import ModelPatches
+from server.module_proxy import with_parameters
 from tests.instruction_sets import NUMBA, needs
 from tests.model.families import FAMILIES, build
 
@@ -34,7 +34,7 @@ def test_a_fused_model_gives_the_stock_logits(family: str, native: bool) -> None
     module_bypass.install(model)
     got = model(ids).logits
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
-    norms = [one for one in model.modules() if isinstance(one, RMSNorm)]
+    norms = [one for one in model.modules() if isinstance(one, KernelRMSNorm)]
     assert bool(norms) == (family not in WITH_LAYER_NORMS)
 
 
@@ -47,7 +47,7 @@ def test_gated_units_take_rows_in_any_shape() -> None:
     for rows in (x, x[:1], x[0], x[0, :1], x.transpose(0, 1), x[:0]):
         torch.testing.assert_close(fused(rows), stock(rows), rtol=1e-5, atol=1e-6)
     for only in (torch.tensor([2, 0]), torch.tensor([], dtype=torch.long)):
-        fused.only = only
+        fused.needed_rows = only
         for rows in (x[:1], x[0]):
             others = torch.ones(3, 1).index_fill(0, only, 0.0)
             torch.testing.assert_close(fused(rows), stock(rows) * (1.0 - others), rtol=1e-5, atol=1e-6)
@@ -70,7 +70,7 @@ def test_gated_units_are_found_before_a_product_that_tells_last_bits_apart() -> 
 
 def test_a_norm_takes_the_weight_of_an_adapter() -> None:
     stock = Qwen2RMSNorm(48, eps=1e-5)
-    fused = RMSNorm.like(stock, Kernels())
+    fused = KernelRMSNorm.like(stock, Kernels())
     assert fused is not None
     x, own = torch.randn(1, 5, 48), torch.rand(48)
     before = fused(x)
@@ -82,16 +82,16 @@ def test_a_norm_takes_the_weight_of_an_adapter() -> None:
 @pytest.mark.parametrize("size", [0.0, 1e-20, 1e-3, 1e3, 1e15])
 def test_a_norm_is_that_of_stock_for_rows_of_any_size(size: float) -> None:
     stock = Qwen2RMSNorm(48, eps=1e-6)
-    fused = RMSNorm.like(stock, Kernels())
+    fused = KernelRMSNorm.like(stock, Kernels())
     assert fused is not None
     x = torch.randn(1, 5, 48) * size
     assert torch.allclose(fused(x), stock(x), rtol=1e-5, atol=1e-7)
 
 
 def test_what_is_no_rms_norm_stays() -> None:
-    assert RMSNorm.like(nn.LayerNorm(48), Kernels()) is None
-    assert RMSNorm.like(nn.Linear(48, 48), Kernels()) is None
-    assert RMSNorm.like(Qwen2RMSNorm(48).bfloat16(), Kernels()) is None
+    assert KernelRMSNorm.like(nn.LayerNorm(48), Kernels()) is None
+    assert KernelRMSNorm.like(nn.Linear(48, 48), Kernels()) is None
+    assert KernelRMSNorm.like(Qwen2RMSNorm(48).bfloat16(), Kernels()) is None
 
 
 def test_a_rotation_leaves_calls_that_it_cannot_serve_to_the_stock_code() -> None:

@@ -136,7 +136,7 @@ def test_parts_of_a_packed_product_are_the_linears_one_by_one(make: Kernels) -> 
     for number, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         alone = FusedLinear(make.linear(rows_for(make, [weight]), bias), (len(weight),))
         assert torch.equal(product.part(number, x), alone.part(0, x))
-        torch.testing.assert_close(product.in_floats(number), alone.in_floats(0), rtol=1e-6, atol=0.0)
+        torch.testing.assert_close(product.dequantized(number), alone.dequantized(0), rtol=1e-6, atol=0.0)
     assert_independent(lambda rows: torch.cat([product.part(number, rows) for number in range(3)], dim=-1))
 
 
@@ -250,7 +250,7 @@ def test_a_linear_says_what_the_stock_module_said(make: Kernels, bias: bool) -> 
     assert (ours.in_features, ours.out_features) == (NUM_INPUTS, NUM_OUTPUTS)
     assert ours.weight.shape == stock.weight.shape and ours.weight.dtype == torch.float32
     assert [name for name, _ in ours.named_parameters()] == (["bias"] if bias else [])
-    floats = ours.in_floats()
+    floats = ours.dequantized()
     assert type(floats) is nn.Linear and floats.in_features == NUM_INPUTS
     assert torch.equal(floats.get_parameter("weight"), ours.weight)
     assert (floats._parameters["bias"] is None) != bias
@@ -267,7 +267,7 @@ def test_a_conv1d_keeps_its_layout(make: Kernels) -> None:
     assert ours.weight.shape == (NUM_INPUTS, NUM_OUTPUTS) and ours.nf == NUM_OUTPUTS
     half_a_step = float(stock.weight.abs().max()) / (2 * make.qmax - 1)
     assert float((ours.weight - stock.weight).abs().max()) <= half_a_step
-    torch.testing.assert_close(ours.in_floats()(x), x @ ours.weight + stock.bias)
+    torch.testing.assert_close(ours.dequantized()(x), x @ ours.weight + stock.bias)
 
 
 class ScaledEmbedding(nn.Embedding):
@@ -292,7 +292,7 @@ def test_an_embedding_looks_up_rows_with_the_models_scale(dtype: torch.dtype) ->
     assert y.dtype == dtype and y.shape == (2, 2, 64)
     assert float((y.float() - stock(ids)).norm() / stock(ids).norm()) < 0.012
     assert torch.equal(ours.weight, rows.in_floats())
-    torch.testing.assert_close(ours.in_floats()(ids), y.float(), rtol=1e-2, atol=1e-6)
+    torch.testing.assert_close(ours.dequantized()(ids), y.float(), rtol=1e-2, atol=1e-6)
     assert list(ours.parameters()) == []
 
 

@@ -75,16 +75,16 @@ def test_all_linears_and_the_embedding_are_integers_and_the_rest_is_told(family:
     quantized = hosted.quantized
     assert quantized is not None and quantized.num_linears == len(linears)
     groups = floats.trace.groups
-    assert quantized.num_products == len(linears) - sum(len(group) - 1 for group in groups)
+    assert len({linear.fused for linear in found.values()}) == len(linears) - sum(len(group) - 1 for group in groups)
     numbers = sum(stock[name].get_parameter("weight").numel() for name in linears)
     embedding = floats.model.get_input_embeddings().get_parameter("weight").numel()
     assert quantized.num_bytes == numbers + embedding  # the head's packed form cannot be looked up in
-    left = {name for name in quantized.left if not name.endswith(("norm.weight", "layernorm.weight", "bias"))}
+    left = {name for name in quantized.unquantized if not name.endswith(("norm.weight", "layernorm.weight", "bias"))}
     left = {name for name in left if ".ln_" not in name}
     kept = tuple(KEPT_IN_FLOATS.get(family, ()))
     assert {name for name in left if not name.endswith(kept)} == set() if kept else left == set()
     assert all(any(name.endswith(end) for name in left) for end in kept)
-    assert set(quantized.left) == {name for name, _ in hosted.model.named_parameters()}
+    assert set(quantized.unquantized) == {name for name, _ in hosted.model.named_parameters()}
 
 
 def test_what_a_probe_notes_is_the_same_with_integers() -> None:
@@ -123,7 +123,7 @@ def test_small_linears_stay_in_floats() -> None:
     hosted = host(base, linear=FBGEMM)
     assert type(hosted.model.get_submodule("model.layers.0.self_attn.o_proj.0")) is nn.Linear
     assert hosted.quantized is not None
-    assert {name for name in hosted.quantized.left if "o_proj" in name} == {
+    assert {name for name in hosted.quantized.unquantized if "o_proj" in name} == {
         "model.layers.0.self_attn.o_proj.0.weight",
         "model.layers.0.self_attn.o_proj.1.weight",
     }
@@ -132,7 +132,7 @@ def test_small_linears_stay_in_floats() -> None:
 def test_experts_of_a_mixture_stay_in_floats_and_are_told() -> None:
     hosted = host(build_from(CONFIGS["qwen3_moe"]), linear=FBGEMM)
     assert hosted.quantized is not None
-    told = {name.rpartition("mlp.")[2] for name in hosted.quantized.left if "mlp." in name}
+    told = {name.rpartition("mlp.")[2] for name in hosted.quantized.unquantized if "mlp." in name}
     assert told == {"experts.gate_up_proj", "experts.down_proj", "gate.weight"}
 
 

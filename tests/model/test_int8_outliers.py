@@ -92,7 +92,7 @@ def test_no_row_at_all_is_no_error(make: Kernels) -> None:
 def test_the_weight_has_these_columns_exactly(make: Kernels) -> None:
     product = product_of(make, INDICES)
     for number, weight in enumerate(weights()):
-        floats = product.in_floats(number)
+        floats = product.dequantized(number)
         assert torch.equal(floats[:, INDICES], weight[:, INDICES])
         half_a_step = float(weight.abs().max()) / (2 * make.qmax - 1)
         assert 0.0 < float((floats - weight).abs().max()) < half_a_step

@@ -15,13 +15,14 @@ from cpu_kernels.kernels import choose_linear
 from cpu_kernels.layer_graph import LayerGraph
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
-from server.lora.delta import LoRADelta, with_parameters
+from server.lora.delta import LoRADelta
 from server.lora.weights import LoRAWeights
 from server.metrics import Metrics
 from server.model import layer_graphs
 from server.model.attention.cpu import TorchAttention, cpu_attention
 from server.model.layer_graphs import GraphRunner
 from server.model.runner import ModelRunner
+from server.module_proxy import with_parameters
 from server.sequence import Batch, LoRARequest, SamplingParams, Segment, Sequence
 from tests.instruction_sets import PRODUCTS, needs
 from tests.model.families import _COMMON, FAMILIES, _config, build_from
@@ -325,7 +326,7 @@ def test_a_step_too_large_for_the_arena_goes_through_python_and_others_do_not(
     llama = hosted_as("llama")
     long = batch_of((0, 260, ()), (1, 5, ()), drafts=10)
     assert [replayed(llama, long) for _ in range(4)] == [0, 0, 0, 0]
-    assert "steps of 22 rows go through Python: layer 0: it needs more than 16384 bytes" in caplog.text
+    assert "layer graphs disabled for 22 rows: layer 0: it needs more than 16384 bytes" in caplog.text
     assert len(caplog.records) == 1
     assert [replayed(llama, batch_of((0, 5, ()))) for _ in range(3)] == [0, 0, 3]
 
@@ -334,9 +335,7 @@ def test_the_log_says_why_a_model_has_no_layer_graphs(caplog: pytest.LogCaptureF
     caplog.set_level(logging.INFO, "quickchange.model")
     gpt2 = hosted_as("gpt2")
     assert [replayed(gpt2, batch_of(*PLAIN)) for _ in range(4)] == [0, 0, 0, 0]
-    assert [record.message for record in caplog.records] == [
-        "decoding steps go through Python: layer 0: aten.layer_norm.default"
-    ]
+    assert [record.message for record in caplog.records] == ["layer graphs disabled: layer 0: aten.layer_norm.default"]
 
 
 def test_graphs_that_come_out_otherwise_are_not_replayed(llama: Hosted, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,7 +106,7 @@ class Stage:
     @torch.inference_mode()
     def compute(self, segments: abc.Sequence[Segment], *, tolerance: float = 1e-4) -> Batch:
         """Every row is compared with the base's and its adapters' own products."""
-        batch = self.bank.begin(Batch(tuple(segments)))
+        batch = self.bank.begin_sorted(Batch(tuple(segments)))
         assert sorted(one.sequence.id for one in batch.segments) == sorted(one.sequence.id for one in segments)
         rows = [one.sequence.adapters for one in batch.segments for _ in range(one.length)]
         ends = [sum(s.length for s in batch.segments[: n + 1]) - 1 for n, s in enumerate(batch.segments) if s.samples]
@@ -328,7 +328,7 @@ def test_modules_that_share_an_input_share_one_product(stage: Stage, monkeypatch
 @torch.inference_mode()
 def test_a_module_called_again_with_the_same_tensor_and_one_not_called_at_all(stage: Stage) -> None:
     stage.add("a", adapter(1, ("q", "v"), 4))
-    stage.bank.begin(Batch(tuple(ones("a", "a"))))
+    stage.bank.begin_sorted(Batch(tuple(ones("a", "a"))))
     x, q = torch.randn(1, 2, HIDDEN), stage.model.get_submodule("q")
     first, again = q(x), q(x)
     assert torch.equal(first, again) and not torch.equal(first, stage.base.get_submodule("q")(x))
@@ -367,7 +367,7 @@ def test_a_result_that_is_part_of_a_wider_one_is_added_to_in_place(monkeypatch: 
     monkeypatch.setattr(layer, "_compute", lambda x: wide[..., 7 : 7 + HIDDEN])
     for names, num_groups in (("ab", 1), ("aba", 1), ("a", 0)):
         wide = torch.zeros(1, len(names), 50)
-        stage.bank.begin(Batch(tuple(ones(*names))))
+        stage.bank.begin_sorted(Batch(tuple(ones(*names))))
         assert len(stage.groups(len(names))) == num_groups
         y = stage.model.get_submodule("q")(torch.randn(1, len(names), HIDDEN))
         assert torch.equal(wide[..., 7 : 7 + HIDDEN], y) and y.any() and not wide[..., 7 + HIDDEN :].any()

@@ -139,7 +139,7 @@ def test_every_size_is_torchs_and_a_row_is_the_same_alone(threads: int, num_inpu
     ]
     mixtures += [(LoRARequest(digest, source.choice((1.0, -0.5, 3.0))),) for digest in deltas]
     lengths = [source.choice(LENGTHS) for _ in mixtures]
-    linear, batch = model.get_submodule("it"), bank.begin(Batch(segments(mixtures, lengths)))
+    linear, batch = model.get_submodule("it"), bank.begin_sorted(Batch(segments(mixtures, lengths)))
     linear._compute = lambda x: torch.zeros(*x.shape[:-1], num_outputs)  # type: ignore[assignment]
     x = torch.randn(1, sum(lengths), num_inputs, generator=generator)
     found, row = linear(x)[0], 0
@@ -155,6 +155,6 @@ def test_every_size_is_torchs_and_a_row_is_the_same_alone(threads: int, num_inpu
         together = found[row : row + segment.length]
         assert float(((together - expected).abs() / size).max()) < 1e-5
         for place in {0, segment.length // 2, segment.length - 1}:
-            bank.begin(Batch(segments([segment.sequence.adapters], [1])))
+            bank.begin_sorted(Batch(segments([segment.sequence.adapters], [1])))
             assert torch.equal(linear(mine[None, place : place + 1])[0, 0], together[place])
         row += segment.length

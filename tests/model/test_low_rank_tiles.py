@@ -90,7 +90,7 @@ class Stage:
 
     def begin(self, uses: Sequence[tuple[LoRARequest, ...]], lengths: Sequence[int]) -> None:
         """A step, whose rows the bank puts into another order."""
-        batch = self.bank.begin(Batch(segments(uses, lengths)))
+        batch = self.bank.begin_sorted(Batch(segments(uses, lengths)))
         ends = list(accumulate(lengths))
         ids = [segment.sequence.id for segment in batch.segments]
         self._order = torch.cat([torch.arange(ends[number] - lengths[number], ends[number]) for number in ids])

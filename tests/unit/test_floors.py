@@ -29,6 +29,7 @@ FLOORS = {
     "server.integrity": 0,
     "server.sequence": 0,
     "server.metrics": 0,
+    "server.module_proxy": 0,
     "server.engine": 1,
     "server.adapters": 1,
     "server.text": 1,
@@ -47,6 +48,7 @@ ALLOWED = {
     "torch": (
         "base_files",
         "cpu_kernels",
+        "server.module_proxy",
         "server.quantization",
         "server.lora",
         "server.model",
@@ -73,8 +75,7 @@ CHANGES_MODELS = {
     "server/lora/module_bypass.py": "how patches and the LoRA bank replace a module, below the floor of patches",
     "server/model/attention/interface.py": "its own entry in transformers' table, which closing removes",
     "server/model/quantizer.py": "frees the weights of modules that its patch replaced, and converts buffers",
-    "server/lora/delta.py": "parameters of a copy of a module",
-    "server/quantization/int8_modules.py": "the weight of a copy of a module",
+    "server/module_proxy.py": "parameters of a copy of a module",
     "server/model/admission.py": "fields of a copy of a config",
     "server/cli/convert/tuners.py": "a layer that PEFT made for a conversion",
 }

@@ -1,7 +1,7 @@
 """Attention on an accelerator: one call for the decoding rows of all sequences, and one for each chunk of a prompt.
 
-On a CPU a call costs little and padding costs reads, so that ``cpu`` attends to one segment after another. On an
-accelerator calls are what a decoding step is made of.
+On a CPU a call is cheap and padding costs memory reads, so that ``cpu`` attends to one segment after another. On an
+accelerator the number of calls decides the time of a decoding step.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from operator import attrgetter
 
 import torch
 
+from cpu_kernels.blocks import padded
 from server.lora.transfer import to_device
 from server.model.attention.interface import AttentionBackend, AttentionParams
 from server.model.attention.sdpa import attend_chunk, attend_rows, causal_mask, chunk_mask, fold_heads
@@ -19,18 +20,17 @@ from server.model.kv_cache import AttentionMetadata, AttentionSegment
 from server.sequence import Batch
 
 _PADDING = 512
-"""Keys that a row may be given beyond those it sees: reading them costs less than a call."""
+"""Hidden keys that a row may be padded with: reading them costs less than a call."""
 _BLOCK = 64
-"""Padded rows get whole blocks of keys, so that few sizes occur."""
-_row, _slot, _position = attrgetter("row"), attrgetter("slot"), attrgetter("start")
+"""Padded numbers of keys are multiples of this, so that few sizes occur."""
 
 
 @dataclass(frozen=True, eq=False)
 class RowGroup:
-    """Decoding rows that are attended to in one call.
+    """Decoding rows that are computed in one call.
 
-    Row ``rows[i]`` of the batch looks at positions ``first`` to ``end`` of slot ``slots[i]``, of which ``mask``
-    [n, 1, 1, keys] hides those that it must not see. ``slots`` is a range where the slots follow one another.
+    Row ``rows[i]`` of the batch attends to positions ``first`` to ``end`` of slot ``slots[i]``; ``mask``
+    [n, 1, 1, keys] hides padding. ``slots`` is a range if the slots are adjacent.
     """
 
     rows: torch.Tensor
@@ -39,19 +39,19 @@ class RowGroup:
     end: int
     mask: torch.Tensor | None
 
-    def seen(self, kept: torch.Tensor) -> torch.Tensor:
-        """Of [slots, kv_heads, max_len, dim] what the group looks at [n, kv_heads, keys, dim]; copied if need be."""
+    def select(self, cached: torch.Tensor) -> torch.Tensor:
+        """The group's part [n, kv_heads, keys, dim] of [slots, kv_heads, max_len, dim]; a view for adjacent slots."""
         if isinstance(self.slots, range):
-            return kept[self.slots.start : self.slots.stop, :, self.first : self.end]
-        return kept[:, :, self.first : self.end].index_select(0, self.slots)
+            return cached[self.slots.start : self.slots.stop, :, self.first : self.end]
+        return cached[:, :, self.first : self.end].index_select(0, self.slots)
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionPlan:
     """A step's calls for layers of one window.
 
-    ``chunks`` are segments of several rows, each with its mask if it needs one. ``whole`` is the one group of all rows
-    in their order, if it is so.
+    ``chunks`` are segments of several rows, each with its mask if it needs one. ``whole`` is the only group if it has
+    all rows in the order of the batch.
     """
 
     groups: Sequence[RowGroup]
@@ -60,10 +60,10 @@ class AttentionPlan:
 
 
 class BatchedAttention(AttentionBackend):
-    """Attends with all rows that decode in one call, or in a few of similar lengths."""
+    """One call for all decoding rows, or a few calls for rows of similar lengths."""
 
     def prepare_slots(self, batch: Batch) -> None:
-        """Also clears what is behind the prefix of a new sequence: it is read, with a weight of 0."""
+        """Also clears slots behind the prefix of a new sequence: padding is read, with a weight of 0."""
         super().prepare_slots(batch)
         for segment in batch.segments:
             if segment.start == segment.sequence.num_cached:
@@ -90,13 +90,14 @@ class BatchedAttention(AttentionBackend):
         """query [1, heads, rows, dim] in the cache's format -> [rows, heads, value_dim]."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         folded = fold_heads(query, keys.shape[1])
-        if (group := plan.whole) is not None:
-            return attend_rows(folded, group.seen(keys), group.seen(values), group.mask, params)
+        if plan.whole is not None:
+            group = plan.whole
+            return attend_rows(folded, group.select(keys), group.select(values), group.mask, params)
         num_heads, num_rows = query.shape[1:3]
         attended = query.new_empty(num_rows, num_heads, values.shape[-1])
         for group in plan.groups:
             rows = folded.index_select(0, group.rows)
-            found = attend_rows(rows, group.seen(keys), group.seen(values), group.mask, params)
+            found = attend_rows(rows, group.select(keys), group.select(values), group.mask, params)
             attended.index_copy_(0, group.rows, found)
         for segment, mask in plan.chunks:
             chunk = self.cache.read(layer, segment, params.window)
@@ -107,25 +108,29 @@ class BatchedAttention(AttentionBackend):
 def plan_step(
     segments: Sequence[AttentionSegment], params: AttentionParams, *, max_len: int, like: torch.Tensor
 ) -> AttentionPlan:
-    """The calls for segments laid end to end, with masks in the format and on the device of ``like``."""
+    """The calls for the segments of a step; masks have the dtype and device of ``like``."""
     groups = grouped([segment for segment in segments if segment.length == 1], params.window)
-    lists = [[number(segment) for segment in group] for group in groups for number in (_row, _slot, _position)]
+    lists: list[list[int]] = []
+    for group in groups:
+        lists.append([segment.row for segment in group])
+        lists.append([segment.slot for segment in group])
+        lists.append([segment.start for segment in group])
     tensors = to_device(like.device, *lists)
     row_groups = [
-        _row_group(group, *tensors[3 * place : 3 * place + 3], window=params.window, max_len=max_len, dtype=like.dtype)
-        for place, group in enumerate(groups)
+        _row_group(group, *tensors[3 * index : 3 * index + 3], window=params.window, max_len=max_len, dtype=like.dtype)
+        for index, group in enumerate(groups)
     ]
     chunks = [
         (segment, chunk_mask(segment, params, like.dtype, like.device)) for segment in segments if segment.length > 1
     ]
-    in_order = len(groups) == 1 and [segment.row for segment in groups[0]] == list(range(len(segments)))
-    return AttentionPlan(row_groups, chunks, row_groups[0] if in_order and not chunks else None)
+    is_whole = not chunks and len(groups) == 1 and lists[0] == list(range(len(segments)))
+    return AttentionPlan(row_groups, chunks, row_groups[0] if is_whole else None)
 
 
 def grouped(rows: Sequence[AttentionSegment], window: int | None) -> list[list[AttentionSegment]]:
-    """Single rows in groups that read few keys for nothing: at most as many as they need, or ``_PADDING``."""
+    """Groups of single rows whose padding is at most ``_PADDING`` keys, or as many as they attend to."""
     groups: list[list[AttentionSegment]] = []
-    for row in sorted(rows, key=_position):
+    for row in sorted(rows, key=attrgetter("start")):
         if groups:
             head = groups[-1][0]
             first = head.first_key(window)
@@ -137,9 +142,9 @@ def grouped(rows: Sequence[AttentionSegment], window: int | None) -> list[list[A
 
 
 def _ordered(group: Sequence[AttentionSegment]) -> list[AttentionSegment]:
-    """By slot where the slots follow one another, so that no key is copied; else by row, so that no query is."""
-    by_slot = sorted(group, key=_slot)
-    return by_slot if _have_adjacent_slots(by_slot) else sorted(group, key=_row)
+    """Sorted by slot if the slots are adjacent, so that no key is copied; else by row, so that no query is."""
+    by_slot = sorted(group, key=attrgetter("slot"))
+    return by_slot if _have_adjacent_slots(by_slot) else sorted(group, key=attrgetter("row"))
 
 
 def _have_adjacent_slots(group: Sequence[AttentionSegment]) -> bool:
@@ -160,7 +165,8 @@ def _row_group(
     end = max(segment.end for segment in group)
     mask = None
     if any(segment.end != end for segment in group):
-        end = min(max_len, first + -(-(end - first) // _BLOCK) * _BLOCK)
+        end = min(max_len, first + padded(end - first, _BLOCK))
         mask = causal_mask(positions[:, None, None], first, end, window, dtype=dtype)
-    low = group[0].slot
-    return RowGroup(rows, range(low, low + len(group)) if _have_adjacent_slots(group) else slots, first, end, mask)
+    if _have_adjacent_slots(group):
+        return RowGroup(rows, range(group[0].slot, group[0].slot + len(group)), first, end, mask)
+    return RowGroup(rows, slots, first, end, mask)

@@ -1,6 +1,6 @@
-"""Attention on a CPU: by torch segment after segment, or by native kernels.
+"""Attention on a CPU: by torch, one segment after another, or by native kernels.
 
-A call costs little there, and padding costs reads, so that segments are not batched.
+On a CPU a call is cheap and padding costs memory reads, so that segments are not batched.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from cpu_kernels.prompt_attention import PromptAttention
 
 _FEW_ROWS = 32
-"""Rows of a prompt that the decode kernel computes as fast as one call for all of them."""
+"""Most rows of a prompt that the decode kernel computes as fast as the prompt kernel."""
 
 
 class TorchAttention(AttentionBackend):
-    """One call of torch's attention for each segment."""
+    """One call of torch's attention per segment."""
 
     def begin(self, metadata: AttentionMetadata) -> None:
         super().begin(metadata)
@@ -49,7 +49,7 @@ class TorchAttention(AttentionBackend):
     def attend_chunk(
         self, layer: int, segment: AttentionSegment, query: torch.Tensor, params: AttentionParams
     ) -> torch.Tensor:
-        """query [1, heads, length, dim] in the cache's format, on what is in it -> [length, heads, value_dim]."""
+        """query [1, heads, length, dim] in the cache's dtype -> [length, heads, value_dim]."""
         kind = segment, params.window, params.plain
         if kind not in self._masks:
             self._masks[kind] = chunk_mask(segment, params, query.dtype, query.device)
@@ -58,11 +58,10 @@ class TorchAttention(AttentionBackend):
 
 
 class NativeAttention(AttentionBackend):
-    """A kernel that writes keys and values and attends with single rows, and one for prompt chunks.
+    """One kernel writes keys and values and computes single rows, another one prompt chunks.
 
-    Torch computes layers with soft caps or sinks, heads of other sizes than the kernels know, and prompt chunks where
-    the CPU has no kernel for them. ``windows`` are those of the model's layers; ``plain`` says that none has a soft cap
-    or sinks.
+    Torch computes layers with soft caps or sinks, unsupported head sizes, and prompt chunks if the CPU has no kernel
+    for them. ``windows`` are the windows of the model's layers; ``plain``: none has a soft cap or sinks.
     """
 
     is_recordable = True
@@ -114,7 +113,7 @@ class NativeAttention(AttentionBackend):
             out.copy_(self._torch.attend_chunk(layer, segment, query.to(self.cache.layout.dtype), params))
 
     def _plan_single_rows(self, window: int | None) -> tuple[torch.Tensor, int]:
-        """Segments of one row: the row and the first key it sees, int64 [n, 2]; the most keys that one of them sees."""
+        """Segments of one row: row and first key, int64 [n, 2], and the largest number of keys."""
         if window not in self._single_rows:
             rows, num_keys = [], 0
             for segment in self.metadata.segments:
@@ -127,7 +126,7 @@ class NativeAttention(AttentionBackend):
 
 
 def cpu_attention(cache: KVCache, *, kernels: Kernels, windows: Iterable[int | None], plain: bool) -> AttentionBackend:
-    """By native kernels, or by torch where there are none for the number format of the cache."""
+    """Native kernels, or torch if there are none for the dtype of the cache."""
     decode = kernels.decode_attention(cache.layout.dtype)
     if decode is None:
         return TorchAttention(cache)

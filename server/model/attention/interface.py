@@ -1,6 +1,6 @@
-"""The attention function that modelling code calls, and the interface of the backends that compute it.
+"""The attention function that modelling code calls, and the interface of its backends.
 
-Sequences lie end to end in one row of the batch; a backend lets each row see the keys of its own sequence alone.
+The sequences of a batch are concatenated in one row; a backend lets each token attend to its own sequence only.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _numbers = itertools.count()
 
 
 class AttentionParams(NamedTuple):
-    """How scores are computed. ``softcap`` is Gemma 2's; ``sinks`` [heads] are GPT-OSS's."""
+    """Parameters of a layer's attention. ``softcap`` is Gemma 2's; ``sinks`` [heads] are GPT-OSS's."""
 
     scale: float
     window: int | None = None
@@ -31,29 +31,29 @@ class AttentionParams(NamedTuple):
 
     @property
     def plain(self) -> bool:
-        """Whether ``F.scaled_dot_product_attention`` computes it."""
+        """Whether ``F.scaled_dot_product_attention`` can compute it."""
         return self.softcap is None and self.sinks is None
 
 
 class AttentionBackend(ABC):
-    """Writes the keys and values of a step into a KV cache, and attends to what is there.
+    """Writes the keys and values of a step into a KV cache, and computes attention over the cache.
 
-    For each step ``prepare_slots`` and ``begin`` are called once, then ``attend`` once for each layer. What a backend
-    plans for a step (masks, groups of rows) it makes in ``begin``, or for the first layer that needs it.
+    In each step ``prepare_slots`` and ``begin`` are called once, then ``attend`` once per layer. A backend plans a step
+    (masks, groups of rows) in ``begin``, or for the first layer that needs the plan.
     """
 
     max_single_rows = 1
-    """A prompt chunk of at most so many rows is computed faster row by row than in one call."""
+    """Up to this number of rows a prompt chunk is computed faster row by row than in one call."""
     is_recordable = False
-    """Whether a layer graph can hold the calls for decoding rows: native kernels compute them."""
+    """Whether layer graphs can record the calls for decoding rows: native kernels compute them."""
     metadata: AttentionMetadata
-    """That of the latest step."""
+    """The metadata of the latest step."""
 
     def __init__(self, cache: KVCache) -> None:
         self.cache = cache
 
     def prepare_slots(self, batch: Batch) -> None:
-        """What a batch asks of the KV cache before it is computed."""
+        """Apply the batch's KV operations to the cache."""
         for kv_op in batch.kv_ops:
             self.cache.apply(kv_op)
 
@@ -66,11 +66,11 @@ class AttentionBackend(ABC):
     ) -> torch.Tensor:
         """query [1, heads, rows, dim], key and value [1, kv_heads, rows, dim] -> [1, rows, heads, value_dim].
 
-        The result has the number format of the query; keys and values are kept in the cache's.
+        The result has the dtype of the query; keys and values are stored in the dtype of the cache.
         """
 
     def step_tensors(self) -> list[torch.Tensor]:
-        """Tensors that kernels read and that each step has anew: inputs of a recorded layer."""
+        """Tensors that kernels read and each step allocates: inputs of a layer graph."""
         return [self.metadata.slots, self.metadata.positions]
 
 
@@ -78,10 +78,10 @@ BackendFactory = Callable[[KVCache], AttentionBackend]
 
 
 class FlatAttention:
-    """The attention function of one model, registered with transformers under a name of its own.
+    """The attention function of one model, registered with transformers under a unique name.
 
-    A step's metadata reaches the backend by ``begin``, not as an argument of the model: the modelling code of Nemotron
-    and of StableLM does not pass keyword arguments on.
+    The backend gets a step's metadata by ``begin``, not as an argument of the model: the modelling code of Nemotron and
+    StableLM does not pass keyword arguments on.
     """
 
     def __init__(self) -> None:
@@ -90,14 +90,14 @@ class FlatAttention:
         AttentionInterface.register(self.name, self)
 
     def install(self, model: PreTrainedModel) -> None:
-        """Make the model call this function; when the model is gone, it is closed."""
+        """Make the model call this function, which is closed when the model is garbage-collected."""
         model.set_attn_implementation(self.name)
         weakref.finalize(model, self.close).atexit = False
 
     def close(self) -> None:
-        """Free the keys and values, and leave transformers' table of functions; its model cannot be run any more.
+        """Free the keys and values and unregister; the model cannot be run any more.
 
-        transformers has a way into the table of all models, and none out of it.
+        transformers has a method that registers a function, and none that removes it.
         """
         AttentionInterface._global_mapping.pop(self.name, None)
         self.backend = None
@@ -131,12 +131,13 @@ class FlatAttention:
 
 
 def attention_segments(segments: Sequence[Segment], max_single_rows: int) -> tuple[AttentionSegment, ...]:
-    """The rows of a batch as a backend attends to them.
+    """Splits the segments of a batch for a backend.
 
-    Each draft is a segment of one row, so that it is computed as a decoding row is. So is each known token of a segment
-    that has at most ``max_single_rows`` of them; more are one segment.
+    Each draft becomes a segment of one row, computed like a decoding row. So does each known token of a segment with at
+    most ``max_single_rows`` of them; more stay one segment.
     """
-    found, row = [], 0
+    found: list[AttentionSegment] = []
+    row = 0
     for segment in segments:
         num_together = segment.length - len(segment.drafts)
         if num_together > max_single_rows:

@@ -1,4 +1,4 @@
-"""Attention while a base is examined: without a cache, on whole sequences, with a record of each layer."""
+"""The attention of a probe: whole sequences without a KV cache, recording what each layer asks for."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from server.model.kv_cache import AttentionMetadata, LayerShape
 
 
 class ProbingAttention(FlatAttention):
-    """The attention function of a model that has no KV cache yet; ``begin`` tells it the sequences of a pass.
+    """The attention function of a model without a KV cache; ``begin`` takes the sequences of a forward pass.
 
-    It counts calls, and notes the shape of each layer's keys and values, all windows, and whether every layer is
-    ``plain``, without soft caps and sinks.
+    It counts calls, and records the shape of each layer's keys and values, all windows, and whether every layer is
+    ``plain``: without soft caps and sinks.
     """
 
     def __init__(self) -> None:
@@ -32,6 +32,15 @@ class ProbingAttention(FlatAttention):
         assert all(segment.start == 0 for segment in metadata.segments), "without a cache a sequence comes whole"
         self._metadata = metadata
         self.num_calls = 0
+
+    def check_calls(self, num_layers: int) -> str | None:
+        """What is wrong with the calls of the latest pass, None where each layer called the function once."""
+        if 0 < num_layers == len(self._shapes) == self.num_calls:
+            return None
+        return (
+            "its layers do not call the replaceable attention function exactly once "
+            f"({num_layers} layers, {self.num_calls} calls on {len(self._shapes)} layers)"
+        )
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: AttentionParams

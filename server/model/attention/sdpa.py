@@ -1,9 +1,9 @@
 """Attention by torch on any device, and the masks for it.
 
-Which kernel torch takes on CUDA decides how things are laid out. With a mask, and in float32, that is the
-memory-efficient one: it takes any strides but those of the last dimension, copies a mask whose rows do not begin at
-multiples of 8 numbers, and may know nothing of grouped heads. So the query heads that share keys are laid out as rows,
-or as a batch of which all see the same keys, and no key is repeated in memory.
+Layouts suit the kernel that torch chooses on CUDA. With a mask, or in float32, that is the memory-efficient one: it
+accepts any strides but those of the last dimension, copies a mask whose rows are not aligned to 8 numbers, and may not
+support grouped heads. So the query heads of a group become rows, or a batch with the same keys, and no key is
+repeated in memory.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from cpu_kernels.blocks import padded
 from server.model.attention.interface import AttentionParams
 from server.model.kv_cache import AttentionSegment
 
@@ -20,13 +21,13 @@ _MASK_ALIGNMENT = 8
 def attend_rows(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, params: AttentionParams
 ) -> torch.Tensor:
-    """Rows of n sequences, one of each: query [n, kv_heads, group, dim] as of ``fold_heads`` -> [n, heads, value_dim].
+    """One row of each of n sequences: query [n, kv_heads, group, dim] by ``fold_heads`` -> [n, heads, value_dim].
 
-    keys and values are [n, kv_heads, keys, dim], mask [n, 1, 1, keys]; without one a row sees all the keys it is given.
+    keys and values are [n, kv_heads, keys, dim], mask [n, 1, 1, keys]; without a mask a row attends to all keys.
     """
     if not params.plain:
-        query, mask = query.flatten(1, 2)[:, :, None], None if mask is None else mask[:, None]
-        return eager_attention(query, keys, values, mask, params)[:, :, 0]
+        heads = query.flatten(1, 2)[:, :, None]  # [n, heads, 1, dim]
+        return eager_attention(heads, keys, values, None if mask is None else mask[:, None], params)[:, :, 0]
     attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=params.scale)
     return attended.reshape(len(query), -1, values.shape[-1])
 
@@ -42,7 +43,8 @@ def attend_chunk(
         return eager_attention(query, keys, values, mask, params)[0].transpose(0, 1)
     _, heads, rows, dim = query.shape
     split = query.view(keys.shape[1], -1, rows, dim).transpose(0, 1)  # [group, kv_heads, rows, dim]
-    each_keys, each_values = (seen.expand(len(split), -1, -1, -1) for seen in (keys, values))
+    each_keys = keys.expand(len(split), -1, -1, -1)
+    each_values = values.expand(len(split), -1, -1, -1)
     attended = F.scaled_dot_product_attention(
         split, each_keys, each_values, attn_mask=mask, is_causal=mask is None, scale=params.scale
     )
@@ -50,7 +52,7 @@ def attend_chunk(
 
 
 def fold_heads(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
-    """[1, heads, rows, dim] -> [rows, kv_heads, group, dim]: the heads of a group, which share keys, lie as rows do."""
+    """[1, heads, rows, dim] -> [rows, kv_heads, group, dim]: the query heads of a group become rows."""
     _, _, rows, dim = query.shape
     return query.view(kv_heads, -1, rows, dim).permute(2, 0, 1, 3)
 
@@ -58,7 +60,7 @@ def fold_heads(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
 def chunk_mask(
     segment: AttentionSegment, params: AttentionParams, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor | None:
-    """[rows, keys]; None where torch's causal attention needs none: first rows of a sequence, all in the window."""
+    """[rows, keys]; None if ``is_causal`` is enough: the first rows of a sequence, all within the window."""
     if params.plain and segment.start == 0 and (params.window is None or segment.length <= params.window):
         return None
     positions = torch.arange(segment.start, segment.end, device=device)
@@ -68,15 +70,16 @@ def chunk_mask(
 def causal_mask(
     positions: torch.Tensor, first: int, end: int, window: int | None, *, dtype: torch.dtype
 ) -> torch.Tensor:
-    """What is added to scores of rows at ``positions`` [..] and keys ``first`` to ``end``, [.., end - first].
+    """The mask added to scores of rows at ``positions`` [..] and keys ``first`` to ``end``, [.., end - first].
 
-    0 where the row sees the key, else minus infinity.
+    0 if the row attends to the key, else minus infinity.
     """
-    keys, rows = torch.arange(first, end, device=positions.device), positions[..., None]
+    keys = torch.arange(first, end, device=positions.device)
+    rows = positions[..., None]
     hidden = keys > rows
     if window is not None:
         hidden |= keys <= rows - window
-    width = -(-(end - first) // _MASK_ALIGNMENT) * _MASK_ALIGNMENT
+    width = padded(end - first, _MASK_ALIGNMENT)
     mask = torch.zeros(*positions.shape, width, dtype=dtype, device=positions.device)[..., : end - first]
     return mask.masked_fill_(hidden, float("-inf"))
 
@@ -84,7 +87,7 @@ def causal_mask(
 def eager_attention(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, params: AttentionParams
 ) -> torch.Tensor:
-    """Attention written out, for soft-capped scores (Gemma 2) and for sinks (GPT-OSS), which only take probability.
+    """Attention without SDPA, for soft-capped scores (Gemma 2) and for sinks (GPT-OSS), which take probability only.
 
     query [n, heads, rows, dim], keys and values [n, kv_heads, keys, dim], mask [rows, keys] or [n, 1, 1, rows, keys]
     -> [n, heads, rows, value_dim].
