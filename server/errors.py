@@ -1,28 +1,28 @@
-"""Everything that can go wrong, as one tree of facts; ``api/errors.py`` is the only place that knows an HTTP status.
+"""The server's errors, as one tree; only ``api/errors.py`` knows their HTTP status.
 
 QuickchangeError
-├── RequestError                what a client sent; its fault, and it can be told how to mend it
+├── RequestError                the request is wrong; the message says how to correct it
 │   ├── InvalidRequest
 │   ├── UnsupportedParameter
 │   ├── ContextLengthExceeded
 │   ├── ModelNotFound
 │   ├── InvalidKey
 │   └── AdminOff
-├── ServiceError                what the server cannot do just now, or did wrong
+├── ServiceError                the server cannot serve a correct request now, or failed
 │   ├── QueueFull
 │   ├── AdapterPending
 │   ├── AdapterNotLoaded
 │   ├── EngineUnavailable
 │   └── GenerationFailed
-├── AdapterError                a folder that is not served, and why
+├── AdapterError                an adapter folder that is not served
 │   └── AdapterRejected
 └── StartError                  the server does not start
     ├── BaseModelRefused
     ├── SettingsError
     └── StartFailed
 
-A base that is not there, or whose files cannot be read, is an error of ``base_files.errors``, a tree of its own that
-the trainer shares. No request can raise one: ``__main__`` shows it as it shows a ``StartError``.
+Missing or unreadable files of a base are errors of ``base_files.errors``, a tree that the trainer shares. No request
+raises one; ``__main__`` prints them like a ``StartError``.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ MAX_LINE = 900
 
 
 def one_line(text: str) -> str:
-    """Somebody's text in characters that a line of a log and a JSON body can hold, and not too many of them."""
+    """Text from outside as one printable line of limited length, for logs and JSON bodies."""
     shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text[:MAX_LINE])
     return shown if len(text) <= MAX_LINE else f"{shown}..."
 
 
 def first(names: Sequence[str], separator: str = ", ") -> str:
-    """The first three of a list, and how many more."""
+    """The first three names of a list, and the number of the others."""
     shown = separator.join(names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
@@ -53,16 +53,16 @@ _PATH = re.compile(
 
 
 def without_paths(text: str) -> str:
-    """A sentence for clients, who need not know where the server's files are: absolute paths are left out."""
+    """A sentence for clients without the absolute paths of the server's files."""
     return _PATH.sub("(a path on the server)", text)
 
 
 class QuickchangeError(Exception):
-    """The root. ``str(error)`` is a sentence for the person who can mend it."""
+    """The root. ``str(error)`` is a sentence for the person who can correct the cause."""
 
 
 class RequestError(QuickchangeError):
-    """A request that cannot be served; ``param`` is the path of the field at fault, as in ``messages[2].content``."""
+    """A wrong request; ``param`` is the path of the wrong field, such as ``messages[2].content``."""
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
@@ -70,7 +70,7 @@ class RequestError(QuickchangeError):
 
 
 class InvalidRequest(RequestError):
-    """A field that is missing, of the wrong type or out of range; ``code`` is OpenAI's word for it."""
+    """A field that is missing, of the wrong type or out of range; ``code`` is OpenAI's error code."""
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = "invalid_value") -> None:
         super().__init__(message, param=param)
@@ -78,7 +78,7 @@ class InvalidRequest(RequestError):
 
 
 class UnsupportedParameter(RequestError):
-    """A field that would change the answer, which this server does not honour, and so refuses."""
+    """A field that would change the answer, and is not supported."""
 
     def __init__(self, param: str, message: str | None = None) -> None:
         super().__init__(message or f"Unsupported parameter: '{param}' is not supported by this server.", param=param)
@@ -98,38 +98,36 @@ class ContextLengthExceeded(RequestError):
 
 
 class ModelNotFound(RequestError):
-    """No base and no adapter of this name that is served; ``refused`` says why the folder of this name is not."""
+    """Neither the base nor a served adapter has this name; ``refused`` is why a folder of this name is not served."""
 
     def __init__(self, model: str, *, refused: str | None = None) -> None:
         self.model, self.refused = model, refused
-        super().__init__(
-            f"The model `{model}` does not exist or you do not have access to it."
-            if refused is None
-            else f"The adapter `{model}` is not served: {without_paths(refused)}",
-            param="model",
-        )
+        message = f"The model `{model}` does not exist or you do not have access to it."
+        if refused is not None:
+            message = f"The adapter `{model}` is not served: {without_paths(refused)}"
+        super().__init__(message, param="model")
 
 
 class InvalidKey(RequestError):
-    """No key, or a wrong one, where one is wanted."""
+    """The admin key is missing or wrong."""
 
     def __init__(self) -> None:
         super().__init__("This needs the server's admin key: send it as 'Authorization: Bearer KEY'.")
 
 
 class AdminOff(RequestError):
-    """The server takes no changes over HTTP."""
+    """Changing adapters over HTTP is off."""
 
     def __init__(self) -> None:
         super().__init__("Changing adapters over HTTP is off: start the server with QUICKCHANGE_ADMIN_KEY set.")
 
 
 class ServiceError(QuickchangeError):
-    """Not the client's fault."""
+    """The server cannot serve a correct request."""
 
 
 class QueueFull(ServiceError):
-    """As many sequences wait as may."""
+    """The queue has its maximum of sequences."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -137,7 +135,7 @@ class QueueFull(ServiceError):
 
 
 class AdapterPending(ServiceError):
-    """An adapter whose folder changed, and was not read again yet."""
+    """An adapter whose folder changed and has not been read again yet."""
 
     def __init__(self, adapter: str) -> None:
         self.adapter = adapter
@@ -145,7 +143,7 @@ class AdapterPending(ServiceError):
 
 
 class AdapterNotLoaded(ServiceError):
-    """An adapter that could not be brought into memory: there is not enough of it, or a bug."""
+    """An adapter that could not be loaded, for want of memory or because of a bug."""
 
     def __init__(self, adapter: str) -> None:
         self.adapter = adapter
@@ -153,15 +151,15 @@ class AdapterNotLoaded(ServiceError):
 
 
 class EngineUnavailable(ServiceError):
-    """The engine stopped, or is stopping; nothing more is generated."""
+    """The engine is stopping or has stopped."""
 
 
 class GenerationFailed(ServiceError):
-    """One generation could not go on; others were not disturbed."""
+    """One generation failed; others are not affected."""
 
 
 class AdapterError(QuickchangeError):
-    """An adapter folder that is not served. What it holds is somebody else's text: the reason is one plain line."""
+    """An adapter folder that is not served. The reason may quote text of the folder: it is made one printable line."""
 
     def __init__(self, adapter: str, reason: str) -> None:
         self.adapter, self.reason = adapter, one_line(reason)
@@ -169,7 +167,7 @@ class AdapterError(QuickchangeError):
 
 
 class AdapterRejected(AdapterError):
-    """The folder is wrong and stays so until somebody changes it."""
+    """The content of the folder is refused, until it changes."""
 
 
 class StartError(QuickchangeError):
@@ -177,7 +175,7 @@ class StartError(QuickchangeError):
 
 
 class BaseModelRefused(StartError):
-    """The base's architecture does not come out right in a flat batch; serving it would be silently wrong."""
+    """The base's architecture is not computed correctly in a flat batch: its answers would be wrong."""
 
     def __init__(self, model: str, reason: str) -> None:
         self.model, self.reason = model, reason
@@ -189,7 +187,7 @@ class SettingsError(StartError):
 
 
 class StartFailed(StartError):
-    """A part of the server that could not be started; the log above has where."""
+    """A part of the server failed to start; the log has the traceback."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(

@@ -84,7 +84,7 @@ def submit(
     namespace = cache_namespace(http.headers.get("authorization"), body.cache_salt)
     log = RequestLog(state.metrics, http.state.request_id, http.state.arrived)
     request = ActiveRequest(body, lease, log, num_prompt_tokens=sum(map(len, prompts.ids)))
-    with ExitStack() as half_way:
+    with ExitStack() as submitted:
         for prompt_ids, max_tokens in zip(prompts.ids, lengths, strict=True):
             for number in range(body.n):
                 index = len(request.choices)
@@ -97,10 +97,10 @@ def submit(
                     cache_namespace=namespace,
                     sink=request.sink(index),
                 )
-                half_way.callback(sequence.close)
+                submitted.callback(sequence.close)
                 detokenizer = Detokenizer(prompts.renderer.decode, stop, min_tokens=body.min_tokens or 0)
                 request.choices.append(Choice(index, sequence, detokenizer, eos_ids))
-        half_way.pop_all()
+        submitted.pop_all()
     return request
 
 

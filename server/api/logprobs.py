@@ -16,27 +16,31 @@ _LEAST = -9999.0
 
 
 def chat_logprobs(tokens: Sequence[TokenStart], texts: TokenTexts) -> Json:
-    """``logprobs`` of a chat's choice or chunk. Bytes that are no whole characters have an escaped ``token``."""
+    """``logprobs`` of a chat choice or chunk. Bytes that are not whole characters have an escaped ``token``."""
     content = []
     for (token, _), is_first in zip(tokens, _are_first(tokens, texts), strict=True):
-        top = [_chat_token(texts.get(top_id, first=is_first), logprob) for top_id, logprob in token.top_logprobs]
-        content.append({**_chat_token(texts.get(token.id, first=is_first), _own(token)), "top_logprobs": top})
+        entry = _chat_token(texts.get(token.id, first=is_first), _logprob(token))
+        entry["top_logprobs"] = [
+            _chat_token(texts.get(top_id, first=is_first), logprob) for top_id, logprob in token.top_logprobs
+        ]
+        content.append(entry)
     return {"content": content, "refusal": None}
 
 
 def completion_logprobs(tokens: Sequence[TokenStart], texts: TokenTexts) -> Json:
-    """``logprobs`` of a completion's choice or chunk. Of tokens with the same text the likeliest is in a dictionary."""
-    names, top_logprobs = [], []
+    """``logprobs`` of a completion choice or chunk. Of tokens with the same text, only the likeliest is listed."""
+    names: list[str] = []
+    top_logprobs: list[dict[str, float]] = []
     for (token, _), is_first in zip(tokens, _are_first(tokens, texts), strict=True):
         names.append(_completion_token(texts.get(token.id, first=is_first)))
-        found: dict[str, float] = {}
+        by_text: dict[str, float] = {}
         for top_id, logprob in token.top_logprobs:
-            found.setdefault(_completion_token(texts.get(top_id, first=is_first)), max(logprob, _LEAST))
-        found.setdefault(names[-1], _own(token))
-        top_logprobs.append(found)
+            by_text.setdefault(_completion_token(texts.get(top_id, first=is_first)), max(logprob, _LEAST))
+        by_text.setdefault(names[-1], _logprob(token))
+        top_logprobs.append(by_text)
     return {
         "tokens": names,
-        "token_logprobs": [_own(token) for token, _ in tokens],
+        "token_logprobs": [_logprob(token) for token, _ in tokens],
         "top_logprobs": top_logprobs,
         "text_offset": [start for _, start in tokens],
     }
@@ -54,7 +58,7 @@ def _are_first(tokens: Sequence[TokenStart], texts: TokenTexts) -> Iterator[bool
         is_first = is_first and texts.is_special(token.id)
 
 
-def _own(token: SampledToken) -> float:
+def _logprob(token: SampledToken) -> float:
     assert token.logprob is not None, "the sequence did not ask for log probabilities"
     return max(token.logprob, _LEAST)
 

@@ -153,7 +153,8 @@ async def _events(request: ActiveRequest, format: ResponseFormat, envelope: Enve
     usage: dict[str, Json | None] = {"usage": None} if request.body.include_usage else {}
     try:
         for choice in request.choices:
-            if (first := format.first_chunk(choice.index)) is not None:
+            first = format.first_chunk(choice.index)
+            if first is not None:
                 yield _event(envelope.wrap(format.chunk_object, [first], **usage))
         async for delta in request.deltas(timeout=PING_SECONDS):
             if delta is None:
