@@ -228,7 +228,7 @@ class AsyncEngine:
 
     def _on_idle(self) -> None:
         """Check the integrity of sequences and slots, repair them if the check fails, and update the gauges."""
-        if self._attempt("integrity", self._engine.check_integrity) is not None:
+        if self._attempt("integrity", self._engine.scheduler.check_integrity) is not None:
             self._send(self._engine.repair("an internal consistency check failed"))
         self._account(self._engine.update_gauges)
 

@@ -75,9 +75,6 @@ class Engine:
         """End the sequences of the failed step's batch, or all running ones if it failed before it had a batch."""
         return _failed(self.scheduler.fail_batch(self.batch), reason)
 
-    def check_integrity(self) -> None:
-        self.scheduler.check_integrity()
-
     def repair(self, reason: str) -> list[StepOutput]:
         """Rebuild the slot table, and end the sequences that cannot continue."""
         return _failed(self.scheduler.repair(), reason)

@@ -166,7 +166,7 @@ async def test_a_metric_that_keeps_failing_is_logged_once_however_often_the_engi
 ) -> None:
     """Each time it went idle there was another traceback."""
     gauge = Failing(started._engine.metrics.kv_memory, "set", times=1000)
-    check = Failing(started._engine, "check_integrity", times=0)
+    check = Failing(started._engine.scheduler, "check_integrity", times=0)
     for _ in range(4):
         check.num_calls = 0
         assert await tokens(submit(started, PROMPT)) == ANSWER
