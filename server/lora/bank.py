@@ -56,7 +56,7 @@ class LoRABank:
     def prepare(self, manifest: Manifest) -> LoRAWeights:
         """An adapter's tensors, for ``add``; any thread may call this, while steps run.
 
-        Raises ``AdapterRejected`` where they would change nothing.
+        Raises ``AdapterRejected`` if they would change nothing.
         """
         return self.backend.pack(LoRAWeights.of(manifest, self.base_modules))
 

@@ -1,14 +1,15 @@
-"""The admission test: does this architecture come out right when sequences lie end to end in one row?
+"""The admission test: is an architecture computed correctly when sequences are concatenated in one row?
 
-Most of transformers' modelling code does. Some does not, and fails silently: state carried from one sequence into the
-next, a window that lives in the mask alone, an attention function of its own. So before a base is served, a shrunken
-random copy of its config is run both ways: by stock code, each sequence alone, and by ours, two sequences flat, in
-chunks, and token by token from KV slots. Logits must agree.
+Most of transformers' modelling code is. Some is not, and fails silently: state carried from one sequence into the next,
+a window that exists in the mask only, an attention function of its own. So before a base is served, a shrunken copy of
+its config with random weights is run both ways: each sequence alone by stock code; and two sequences in one batch by
+the server's attention, in chunks, and token by token from KV slots. Logits must agree.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ _LENGTHS = (37, 21)
 _CONTEXT = 64
 _WINDOW = 8
 _TRAINED = 32
-"""The length a model with stretched RoPE was trained on first: one of the two sequences is longer, one shorter."""
+"""Original context of a model with scaled RoPE: one of the two sequences is longer, one shorter."""
 _SIZES: dict[str, int] = {
     "hidden_size": 64, "n_embd": 64, "d_model": 64, "intermediate_size": 96, "n_inner": 96, "ffn_hidden_size": 96,
     "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64, "intermediate_size_mlp": 96, "head_dim": 16,
@@ -39,7 +40,7 @@ _SIZES: dict[str, int] = {
     "topk_group": 1, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "mamba_d_head": 16, "mamba_n_heads": 8,
     "mamba_d_state": 16, "rotary_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-"""What a config's fields become, where it has them."""
+"""Values of fields that the config has."""
 
 _AT_MOST = {"num_experts_per_tok": 2, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
 _WINDOWS = ("sliding_window", "attention_chunk_size", "local_attention_window_size")
@@ -63,11 +64,11 @@ def admit(config: PretrainedConfig, *, name: str, backend: BackendFactory = Torc
 
 
 class _Refused(Exception):
-    """Why the architecture may not be served."""
+    """The reason why the architecture may not be served."""
 
 
 def shrink(config: PretrainedConfig) -> PretrainedConfig:
-    """A copy of the config with every kind of layer it has, but of toy size, windows of 8 and a context of 128."""
+    """A tiny copy of the config with every kind of layer it has, windows of 8 and a context of 128."""
     text = copy.deepcopy(config.get_text_config())
     before = text.to_dict()
     _shrink_layers(text, before)
@@ -86,7 +87,7 @@ def shrink(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def _shrink_layers(text: PretrainedConfig, before: dict[str, Any]) -> None:
-    """Few layers, of which the first is of each kind there is."""
+    """Few layers, first one of each kind."""
     kinds = before.get("layer_types") or before.get("layers_block_type")
     count = min(_MAX_LAYERS, before.get("num_hidden_layers") or before.get("n_layer") or 2)
     if kinds:
@@ -107,17 +108,18 @@ def _shrink_layers(text: PretrainedConfig, before: dict[str, Any]) -> None:
 
 
 def _shrink_heads(text: PretrainedConfig, before: dict[str, Any]) -> None:
-    """Query heads in groups of the same kind: one each, one for all, or some; a latent attention's parts to match."""
+    """Keep the kind of attention: multi-head, multi-query or grouped-query; latent attention gets matching sizes."""
     if before.get("kv_lora_rank"):
         text.head_dim, text.qk_head_dim = 8, 24
-    if not (kv_heads := before.get("num_key_value_heads")):
-        return
-    heads = before.get("num_attention_heads")
-    text.num_key_value_heads = 4 if kv_heads == heads else 1 if kv_heads == 1 else 2
+    kv_heads = before.get("num_key_value_heads")
+    if kv_heads and kv_heads == before.get("num_attention_heads"):
+        text.num_key_value_heads = 4
+    elif kv_heads:
+        text.num_key_value_heads = min(kv_heads, 2)
 
 
 def _shrink_rope(text: PretrainedConfig) -> None:
-    """Per-frequency factors, as many as the small heads have frequencies."""
+    """Cut per-frequency factors to the number of frequencies of the small heads."""
     parameters = getattr(text, "rope_parameters", None)
     if not isinstance(parameters, dict):
         return
@@ -138,7 +140,7 @@ def _shrink_rope(text: PretrainedConfig) -> None:
 
 
 def _compare(config: PretrainedConfig, backend: BackendFactory) -> None:
-    """Stock logits of two sequences against ours: flat, in chunks, and token by token."""
+    """Compare stock logits of two sequences with the server's: in one batch, in chunks, and token by token."""
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     _randomize(model)
     fix_rope(model, _CONTEXT, ModelPatches())
@@ -162,7 +164,7 @@ def _compare(config: PretrainedConfig, backend: BackendFactory) -> None:
 def _compare_whole(
     model: PreTrainedModel, probe: ProbingAttention, sequences: list[torch.Tensor], stock: list[torch.Tensor]
 ) -> None:
-    """Both sequences in one pass, without a cache."""
+    """Compare both sequences in one batch, without a cache."""
     pieces = [(number, 0, len(ids)) for number, ids in enumerate(sequences)]
     whole = _flat(model, probe, sequences, pieces)
     _check(whole, stock, "sequences in one batch influence each other")
@@ -172,7 +174,7 @@ def _compare_whole(
 
 
 def _check_kept_rows(model: PreTrainedModel, sequences: list[torch.Tensor], logits: torch.Tensor) -> None:
-    """The head computes the rows it is asked for, and no others."""
+    """Check that the head computes the requested rows only."""
     keep = torch.tensor([2, _LENGTHS[0], sum(_LENGTHS) - 1])
     ids, positions = torch.cat(sequences)[None], torch.cat([torch.arange(length) for length in _LENGTHS])[None]
     kept = model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=keep).logits[0]
@@ -184,10 +186,10 @@ def _check_kept_rows(model: PreTrainedModel, sequences: list[torch.Tensor], logi
 def _in_chunks(model: PreTrainedModel, backend: AttentionBackend, sequences: list[torch.Tensor]) -> list[torch.Tensor]:
     """Logits of both sequences, computed in steps that mix chunks of one with single tokens of the other."""
     steps = [[(0, 0, 5)], [(0, 5, 18), (1, 0, 11)], [(0, 18, 19), (1, 11, 17)]]
-    steps += [
-        [(0, 19 + i, 20 + i), *([(1, 17 + i, 18 + i)] if 18 + i <= _LENGTHS[1] else [])]
-        for i in range(_LENGTHS[0] - 19)
-    ]
+    for first, second in zip(range(19, _LENGTHS[0]), itertools.count(17), strict=False):
+        steps.append([(0, first, first + 1)])
+        if second < _LENGTHS[1]:
+            steps[-1].append((1, second, second + 1))
     parts: list[list[torch.Tensor]] = [[], []]
     for step in steps:
         for part, rows in zip(parts, _flat(model, backend, sequences, step), strict=True):
@@ -223,7 +225,7 @@ def _check(ours: list[torch.Tensor], stock: list[torch.Tensor], failure: str) ->
 
 
 def _randomize(model: PreTrainedModel) -> None:
-    """Weights large enough that attention is sharp: with the usual tiny ones every error would stay below notice."""
+    """Weights large enough that attention is sharp: with the usual tiny weights no error would be visible."""
     for parameter in model.parameters():
         if parameter.ndim >= 2:
             parameter.normal_(std=1.5 * parameter.shape[-1] ** -0.5)

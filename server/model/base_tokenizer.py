@@ -1,4 +1,4 @@
-"""The base's tokenizer as adapters' are compared with it."""
+"""The base's tokenizer, for comparison with those of adapters."""
 
 from __future__ import annotations
 

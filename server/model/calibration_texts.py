@@ -1,6 +1,6 @@
-"""Texts of several kinds on which it is measured which inputs of a base's linears are large.
+"""Texts of several kinds for the calibration of outlier channels.
 
-A channel that is large on program text need not be so in a story: what is measured on one kind alone misses it.
+A channel that is large on program text need not be so in a story: one kind of text alone would miss it.
 """
 
 from __future__ import annotations

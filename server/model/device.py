@@ -1,4 +1,4 @@
-"""What this machine offers, and what a base should use of it: device, number format, threads."""
+"""Choices by the machine: device, dtype, threads."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from cpu_kernels.linear import torch_capabilities
 from server.errors import SettingsError
 
 BF16_FROM_BYTES = 256 * 1024 * 1024
-"""A smaller base stays in float32 on a CPU: at one row its step is overhead, not reading, and float32 is exact."""
+"""On a CPU a smaller base stays in float32: reading its weights is no bottleneck, and float32 is exact."""
 
 
 def choose_device(device: str) -> torch.device:
-    """The device of a setting. Raises ``SettingsError`` where it is not there."""
+    """The device of a setting. Raises ``SettingsError`` if this machine has none."""
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if device == "auto":
         return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if available[kind]))
@@ -27,18 +27,18 @@ def choose_device(device: str) -> torch.device:
 
 
 def prepare(device: torch.device) -> None:
-    """What torch is told once before a base is put on a device.
+    """Configure torch before a base is loaded onto a device.
 
-    Where cuDNN may compute attention (bfloat16 on Hopper and Blackwell), it makes a plan for each new length, which
-    takes longer than many steps; in a server every step has new lengths. Products in float32 stay float32 in full,
-    which is torch's default.
+    cuDNN's attention (bfloat16 on Hopper and Blackwell) is disabled: it makes a plan for each new length, which takes
+    longer than many steps, and in a server every step has new lengths. Matrix products in float32 keep full precision,
+    torch's default.
     """
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def choose_dtype(dtype: str, device: torch.device, num_weight_bytes: int) -> torch.dtype:
-    """The number format of a setting; ``auto`` is bfloat16 where the device has it and the base is large enough."""
+    """The dtype of a setting; ``auto`` is bfloat16 if the device supports it and the base is large enough."""
     if dtype != "auto":
         chosen = getattr(torch, dtype)
         assert isinstance(chosen, torch.dtype)
@@ -51,9 +51,9 @@ def choose_dtype(dtype: str, device: torch.device, num_weight_bytes: int) -> tor
 
 
 def choose_float_dtype(dtype: str, num_unpacked_bytes: int) -> torch.dtype:
-    """The number format of what an int8 base keeps in floats: norms, and ``num_unpacked_bytes`` of larger things.
+    """The dtype of unquantized parameters of an int8 base: norms, and ``num_unpacked_bytes`` of larger ones.
 
-    ``auto`` is float32, unless so much is left that a CPU which has bfloat16 had better keep it in that.
+    ``auto`` is float32, but bfloat16 if there are many and the CPU supports it.
     """
     if dtype == "auto" and not (num_unpacked_bytes >= BF16_FROM_BYTES and _multiplies_bfloat16()):
         return torch.float32
@@ -61,7 +61,7 @@ def choose_float_dtype(dtype: str, num_unpacked_bytes: int) -> torch.dtype:
 
 
 def choose_kv_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The number format of keys and values beside int8 weights: bfloat16, half the bytes, where the CPU has it."""
+    """The dtype of keys and values of an int8 base: bfloat16, half the bytes, if the CPU supports it."""
     return torch.bfloat16 if _multiplies_bfloat16() else dtype
 
 
@@ -71,7 +71,7 @@ def _multiplies_bfloat16() -> bool:
 
 
 def available_threads() -> int:
-    """Cores this process may really use: its affinity, cut by a container's quota (cgroup v2)."""
+    """Cores this process may use: its affinity, limited by a container's quota (cgroup v2)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()

@@ -13,18 +13,19 @@ from functools import cached_property
 
 import torch
 
+from cpu_kernels.blocks import padded
 from server.lora.transfer import to_device
 from server.sequence import CopyPrefix, KVOperation
 
 _MANY_SEGMENTS = 4
-"""Segments for each of which a copy costs less than a scattered one for all, on a CPU; on an accelerator it is one."""
+"""Most segments of a step that are written one by one on a CPU; more are written by one scattered copy."""
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
-"""Python names it from 3.13 on; the number is Linux's on x86-64 and ARM."""
+"""Python has the name from 3.13 on; the number is Linux's on x86-64 and ARM."""
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What one attention layer keeps for a position; K and V may differ, and so may layers."""
+    """Shape of one layer's key and value of a position; key and value may differ, and so may layers."""
 
     num_kv_heads: int
     key_dim: int
@@ -50,13 +51,13 @@ class AttentionSegment:
         return self.start + self.length
 
     def first_key(self, window: int | None) -> int:
-        """The first position that any row sees."""
+        """The first position that any row attends to."""
         return 0 if window is None else max(0, self.start - window + 1)
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionMetadata:
-    """Where each row of a step belongs. Segments lie end to end; ``slots`` and ``positions`` are int64 [rows]."""
+    """Slot and position of each row of a step, int64 [rows]; ``segments`` are adjacent in the batch."""
 
     segments: tuple[AttentionSegment, ...]
     slots: torch.Tensor
@@ -69,7 +70,7 @@ class AttentionMetadata:
 
 
 def slots_and_positions(segments: Sequence[AttentionSegment]) -> tuple[list[int], list[int]]:
-    """Those of each row."""
+    """Slot and position of each row."""
     slots = [segment.slot for segment in segments for _ in range(segment.length)]
     positions = [position for segment in segments for position in range(segment.start, segment.end)]
     return slots, positions
@@ -79,7 +80,7 @@ def slots_and_positions(segments: Sequence[AttentionSegment]) -> tuple[list[int]
 class Region:
     """One layer's keys, or its values, in a slot: ``heads`` runs of ``max_len * dim`` numbers.
 
-    ``offset`` is where the first begins, ``stride`` how far apart they are, both in numbers.
+    ``offset`` is the start of the first run, ``stride`` the distance of two runs, both in numbers.
     """
 
     heads: int
@@ -90,7 +91,7 @@ class Region:
 
 @dataclass(frozen=True)
 class KVLayout:
-    """How a slot lies in memory: region after region, each head's numbers from the beginning of a page on."""
+    """Memory layout of a slot: region after region; each head starts at a page."""
 
     shapes: tuple[LayerShape, ...]
     max_len: int
@@ -100,7 +101,8 @@ class KVLayout:
     @cached_property
     def regions(self) -> list[tuple[Region, Region]]:
         """Keys and values of each layer."""
-        offset, regions = 0, []
+        offset = 0
+        regions: list[tuple[Region, Region]] = []
         for shape in self.shapes:
             pair = []
             for dim in (shape.key_dim, shape.value_dim):
@@ -123,12 +125,12 @@ class KVLayout:
         return heads
 
     def bytes_of(self, length: int) -> int:
-        """Memory that the first ``length`` positions of a slot take, in bytes."""
+        """Bytes of the first ``length`` positions of a slot."""
         numbers = sum(heads * self._whole_pages(length * dim) for dim, heads in self._heads_by_dim.items())
         return numbers * self.dtype.itemsize
 
     def tails(self, length: int) -> Iterator[tuple[int, int]]:
-        """Begin and end, in bytes from the slot's begin, of all whole pages that the first positions don't need."""
+        """Start and end, in bytes within the slot, of all whole pages behind the first ``length`` positions."""
         if not length:
             yield 0, self.slot_size * self.dtype.itemsize
             return
@@ -144,26 +146,24 @@ class KVLayout:
             yield from pair
 
     def _whole_pages(self, numbers: int) -> int:
-        """So many numbers, rounded up to whole pages."""
-        in_page = self.page // self.dtype.itemsize
-        return -(-numbers // in_page) * in_page
+        return padded(numbers, self.page // self.dtype.itemsize)
 
 
 def longest_within(num_bytes: int, layout: KVLayout) -> int:
-    """The longest sequence that fits into so much memory; 0 where none does, ``layout.max_len`` at most."""
+    """The longest sequence that fits into ``num_bytes``: from 0 to ``layout.max_len``."""
     return bisect_right(range(1, layout.max_len + 1), num_bytes, key=layout.bytes_of)
 
 
 def num_slots_within(num_bytes: int, layout: KVLayout, device: torch.device, *, wanted: int) -> int:
-    """How many slots there can be: as many as are wanted where memory comes by the page, else whole ones that fit."""
+    """Number of slots: ``wanted`` where memory is paged, else at most as many as fit into ``num_bytes``."""
     return wanted if is_paged(device) else min(wanted, num_bytes // layout.bytes_of(layout.max_len))
 
 
 class KVCache:
     """Per layer a view of keys and one of values, [slots, kv_heads, max_len, dim].
 
-    A sequence's keys lie contiguous. On Linux the operating system gives a CPU memory only for the pages that are
-    written, so a slot costs what its sequence is long, not ``max_len``; what is released goes back to it.
+    The keys of a head and sequence are contiguous. On a CPU, Linux allocates only pages that are written, so that a
+    slot takes memory by the length of its sequence, not ``max_len``; released pages are returned to the system.
     """
 
     def __init__(
@@ -189,16 +189,16 @@ class KVCache:
     def write(self, layer: int, metadata: AttentionMetadata, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store keys and values [1, kv_heads, rows, dim] of a step."""
         if len(metadata.segments) > self._num_copied:
-            at, dtype = (metadata.slots, metadata.positions), self.layout.dtype
-            for kept, new in zip(self._rows[layer], (keys, values), strict=True):
-                kept.index_put_(at, new[0].transpose(0, 1).to(dtype))
+            indices = (metadata.slots, metadata.positions)
+            for cached, new in zip(self._rows[layer], (keys, values), strict=True):
+                cached.index_put_(indices, new[0].transpose(0, 1).to(self.layout.dtype))
             return
         for segment in metadata.segments:
-            for kept, new in zip(self.slot(layer, segment.slot), (keys, values), strict=True):
-                kept.narrow(2, segment.start, segment.length).copy_(new.narrow(2, segment.row, segment.length))
+            for cached, new in zip(self.slot(layer, segment.slot), (keys, values), strict=True):
+                cached.narrow(2, segment.start, segment.length).copy_(new.narrow(2, segment.row, segment.length))
 
     def read(self, layer: int, segment: AttentionSegment, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [1, kv_heads, keys, dim] that a segment looks at, from the first in its window on."""
+        """Keys and values [1, kv_heads, keys, dim] that a segment attends to, from the first in its window on."""
         first = segment.first_key(window)
         keys, values = self.slot(layer, segment.slot)
         return keys.narrow(2, first, segment.end - first), values.narrow(2, first, segment.end - first)
@@ -207,26 +207,26 @@ class KVCache:
         """Keys and values of one slot, [1, kv_heads, max_len, dim]."""
         view = self._slots.get((layer, slot))
         if view is None:
-            both = self.keys[layer][slot : slot + 1], self.values[layer][slot : slot + 1]
-            view = self._slots[layer, slot] = both
+            view = self.keys[layer][slot : slot + 1], self.values[layer][slot : slot + 1]
+            self._slots[layer, slot] = view
         return view
 
     def apply(self, kv_op: KVOperation) -> None:
         """Copy a prefix, or release a tail."""
         if isinstance(kv_op, CopyPrefix):
-            for kept in (*self.keys, *self.values):
-                kept[kv_op.target, :, : kv_op.length] = kept[kv_op.source, :, : kv_op.length]
+            for cached in (*self.keys, *self.values):
+                cached[kv_op.target, :, : kv_op.length] = cached[kv_op.source, :, : kv_op.length]
         elif self._pages is not None:
             for begin, end in self.layout.tails(kv_op.length):
                 self._pages.madvise(mmap.MADV_DONTNEED, kv_op.slot * self._slot_bytes + begin, end - begin)
 
     def clear(self, slot: int, start: int) -> None:
-        """Make positions of a slot from ``start`` on zero.
+        """Set positions of a slot from ``start`` on to zero.
 
-        Whoever reads beyond a sequence's end, with a weight of 0, must not find an infinity or NaN that another left.
+        Padding beyond a sequence's end is read with a weight of 0, which times an infinity or NaN would be NaN.
         """
-        for kept in (*self.keys, *self.values):
-            kept[slot, :, start:].zero_()
+        for cached in (*self.keys, *self.values):
+            cached[slot, :, start:].zero_()
 
     def _view(self, memory: torch.Tensor, region: Region, num_slots: int) -> torch.Tensor:
         size = (num_slots, region.heads, self.layout.max_len, region.dim)
@@ -234,12 +234,12 @@ class KVCache:
 
 
 def is_paged(device: torch.device) -> bool:
-    """Whether memory there is taken page by page as it is written, and can be given back."""
+    """Whether memory of the device is allocated page by page when written, and can be released."""
     return device.type == "cpu" and sys.platform == "linux"
 
 
 def _reserve(num_bytes: int) -> mmap.mmap:
-    """Addresses without memory behind them yet, however many. Huge pages would take far more than is written."""
+    """Reserve addresses without memory. Huge pages are off: they would allocate far more than is written."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
     pages = mmap.mmap(-1, num_bytes, flags=flags)
     with contextlib.suppress(OSError):  # a kernel without huge pages

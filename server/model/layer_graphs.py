@@ -24,7 +24,7 @@ logger = logging.getLogger("quickchange.model")
 _MOST_ROWS = 64
 _ARENA_BYTES = 64 << 20
 _RECORD_AT_OCCURRENCE = 2
-"""A kind of step is recorded when it occurs for this time."""
+"""The occurrence of a kind of step that is recorded; earlier ones run in Python."""
 
 Key = tuple[int, int, int]
 """Number of rows, size of a score buffer, and number of threads, each of which has a score buffer."""
@@ -72,7 +72,7 @@ class GraphRunner:
         self._arena = Arena(0)
 
     def begin(self, metadata: AttentionMetadata) -> None:
-        """Choose the graph of a step; called after the bank's ``begin``."""
+        """Choose the graph of a step; called after the bank's ``begin_sorted``."""
         self._key, self._metadata, self._inputs = None, metadata, []
         if self.problem is not None or not self._bank.can_replay or self._attention.backend is not self._backend:
             return

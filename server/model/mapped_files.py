@@ -1,4 +1,4 @@
-"""Memory that is a mapping of a weights file, and can be given back because it can be read again."""
+"""Releases memory of mapped weight files, whose pages can be read again from the file."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ _MAPS = Path("/proc/self/maps")
 
 
 class MappedFiles:
-    """Where these files are mapped in this process (Linux tells; elsewhere there is nothing to give back).
+    """Address ranges of these files in this process, on Linux; elsewhere nothing is released.
 
-    A mapping is a file's where device and inode are the file's, or where the path is: files of a hub's cache are links,
-    and the system names their targets. Neither is enough by itself: on btrfs and overlayfs the device of a mapping is
-    not the one that ``stat`` tells, and a path may have been renamed since.
+    A mapping belongs to a file if device and inode are equal, or the resolved path. Both are needed: on btrfs and
+    overlayfs the device of a mapping differs from that of ``stat``, and a file may have been renamed since.
     """
 
     def __init__(self, paths: Iterable[Path], *, maps: Path = _MAPS) -> None:
@@ -31,9 +30,9 @@ class MappedFiles:
         self._spans = [(begin, end) for begin, end, inode, name in _mappings(maps) if inode in inodes or name in names]
 
     def give_back(self, tensor: torch.Tensor) -> None:
-        """Let the system have the pages of a tensor in a mapped file; other tensors keep theirs.
+        """Release the pages of a tensor in a mapped file; other tensors are ignored.
 
-        The mapping is private and never written, so that whoever reads it again gets the file's bytes.
+        The mapping is private and never written, so that a later read returns the file's bytes.
         """
         begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
         if not tensor.is_contiguous() or not any(low <= begin and end <= high for low, high in self._spans):
@@ -46,7 +45,7 @@ class MappedFiles:
 
 
 def _mappings(maps: Path) -> Iterator[tuple[int, int, tuple[int, int, int], str]]:
-    """First address, end, (major, minor, inode) and path of every mapping of a file, as proc_pid_maps(5) has them."""
+    """Start, end, (major, minor, inode) and path of every file mapping, from proc_pid_maps(5)."""
     try:
         lines = maps.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
     except OSError:
@@ -60,7 +59,7 @@ def _mappings(maps: Path) -> Iterator[tuple[int, int, tuple[int, int, int], str]
 
 
 def trim() -> None:
-    """Let the system have what was freed: the C library (glibc) keeps it, a tenth of a base while its weights turn."""
+    """Return freed memory to the system; glibc would keep it, a tenth of a base during quantization."""
     trim_heap = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim_heap is not None:
         trim_heap(0)

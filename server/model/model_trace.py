@@ -1,4 +1,4 @@
-"""Which modules of a model see every row of a batch, each row by itself, so that adapters may touch them."""
+"""Traces which modules of a model compute every row of a batch by itself, so that adapters may change them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from transformers.pytorch_utils import Conv1D
 from server.adapters.content.signature import BaseSignature, Kind, ModuleShape
 
 PROBE_ROWS = 13
-"""A number that is no model's count of heads or experts, so that no other axis is taken for the rows."""
+"""No model has this many heads or experts, so that no other axis is mistaken for the rows."""
 
 
 @dataclass
 class ModelTrace:
-    """What a probe saw: modules that see every row; those that do not; heads that share an embedding's weight; linears
-    that get the same input, one after another."""
+    """Result of a probe: ``modules`` compute every row, ``others`` do not; ``tied`` heads share an embedding's weight;
+    ``groups`` are linears called one after another with the same input."""
 
     modules: dict[str, ModuleShape] = field(default_factory=dict)
     others: frozenset[str] = frozenset()
@@ -34,9 +34,9 @@ class ModelTrace:
 
 @contextmanager
 def trace_modules(model: PreTrainedModel) -> Iterator[ModelTrace]:
-    """While a batch of ``PROBE_ROWS`` runs, note every module with parameters whose inputs and results are by row.
+    """Trace a forward pass of ``PROBE_ROWS`` rows: every module with parameters whose inputs and results are by row.
 
-    What it says is whole at the end; modules may be replaced meanwhile.
+    The trace is complete when the context ends; modules may be replaced within it.
     """
     trace = ModelTrace()
     leaves = {name: module for name, module in model.named_modules() if _is_leaf(module)}
@@ -47,7 +47,7 @@ def trace_modules(model: PreTrainedModel) -> Iterator[ModelTrace]:
     trace.vocab_size = embeddings.num_embeddings
     calls: list[tuple[str, torch.Tensor]] = []
     handles = [
-        module.register_forward_hook(_note(name, trace.modules, calls), with_kwargs=True)
+        module.register_forward_hook(_record(name, trace.modules, calls), with_kwargs=True)
         for name, module in leaves.items()
     ]
     try:
@@ -61,26 +61,26 @@ def trace_modules(model: PreTrainedModel) -> Iterator[ModelTrace]:
 
 
 def signature_of(name: str, fingerprint: str, trace: ModelTrace) -> BaseSignature:
-    """What an adapter must fit, from the shapes in the trace of a probe."""
+    """The base's signature, which adapters must fit, from a trace."""
     return BaseSignature(
         name, fingerprint, trace.modules, vocab_size=trace.vocab_size, tied=trace.tied, others=trace.others
     )
 
 
 def _groups(calls: Sequence[tuple[str, torch.Tensor]]) -> tuple[tuple[str, ...], ...]:
-    """Names of linears that were called with the very same tensor, one after another."""
+    """Linears that were called one after another with the same tensor."""
     runs = [tuple(name for name, _ in run) for _, run in groupby(calls, key=lambda call: id(call[1]))]
     return tuple(run for run in runs if len(run) > 1 and len(set(run)) == len(run))
 
 
 def _is_leaf(module: nn.Module) -> bool:
     """Whether it has parameters, all of them its own."""
-    own = sum(1 for _ in module.parameters(recurse=False))
-    return own > 0 and own == sum(1 for _ in module.parameters())
+    num_own = len(list(module.parameters(recurse=False)))
+    return num_own > 0 and num_own == len(list(module.parameters()))
 
 
 def _tied(weights: Mapping[str, int], modules: Mapping[str, ModuleShape]) -> Mapping[str, str]:
-    """Linears that hold an embedding's weight as theirs, with the embedding; ``weights`` are identities."""
+    """Linears that share an embedding's weight -> that embedding; ``weights``: ``id`` of each weight."""
     embeddings = {weights[name]: name for name, shape in modules.items() if shape.kind == "embedding"}
     return {
         name: embeddings[weights[name]]
@@ -89,28 +89,31 @@ def _tied(weights: Mapping[str, int], modules: Mapping[str, ModuleShape]) -> Map
     }
 
 
-def _note(name: str, seen: dict[str, ModuleShape], calls: list[tuple[str, torch.Tensor]]) -> Callable[..., None]:
+def _record(name: str, modules: dict[str, ModuleShape], calls: list[tuple[str, torch.Tensor]]) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-        inputs = [one for one in (*args, *named.values()) if isinstance(one, torch.Tensor)]
-        outputs = [one for one in (output if isinstance(output, tuple) else (output,)) if isinstance(one, torch.Tensor)]
-        axes = {_axis(one) for one in (*inputs, *outputs)}
+        results = output if isinstance(output, tuple) else (output,)
+        inputs = [value for value in (*args, *named.values()) if isinstance(value, torch.Tensor)]
+        outputs = [value for value in results if isinstance(value, torch.Tensor)]
+        axes = {_row_axis(tensor) for tensor in (*inputs, *outputs)}
         axis = axes.pop()
         if inputs and outputs and not axes and axis is not None:
-            seen[name] = _shape_of(module, inputs[0], outputs[0], axis)
+            modules[name] = _shape_of(module, inputs[0], outputs[0], axis)
             calls.append((name, inputs[0]))
 
     return hook
 
 
-def _axis(tensor: torch.Tensor) -> int | None:
-    """Where the rows are: [rows, ...], [1, rows, ...] or [1, heads, rows, ...]."""
-    shape = tensor.shape
-    return next((axis for axis in range(min(3, len(shape))) if shape[axis] == PROBE_ROWS), None)
+def _row_axis(tensor: torch.Tensor) -> int | None:
+    """The axis of the rows: [rows, ...], [1, rows, ...] or [1, heads, rows, ...]."""
+    for axis, size in enumerate(tensor.shape[:3]):
+        if size == PROBE_ROWS:
+            return axis
+    return None
 
 
-def _shape_of(module: nn.Module, first: torch.Tensor, output: torch.Tensor, axis: int) -> ModuleShape:
+def _shape_of(module: nn.Module, x: torch.Tensor, output: torch.Tensor, axis: int) -> ModuleShape:
     parameters = {name: tuple(parameter.shape) for name, parameter in module.named_parameters(recurse=False)}
-    kind, size = _kind(module, first, output)
+    kind, size = _kind(module, x, output)
     return ModuleShape(
         kind,
         parameters,
@@ -121,16 +124,16 @@ def _shape_of(module: nn.Module, first: torch.Tensor, output: torch.Tensor, axis
     )
 
 
-def _kind(module: nn.Module, first: torch.Tensor, output: torch.Tensor) -> tuple[Kind, tuple[int, int]]:
-    if isinstance(module, nn.Linear | Conv1D) and first.shape[:-1].numel() == PROBE_ROWS:
-        return "linear", (first.shape[-1], output.shape[-1])
-    if isinstance(module, nn.Embedding) and _looks_up(module, first, output):
+def _kind(module: nn.Module, x: torch.Tensor, output: torch.Tensor) -> tuple[Kind, tuple[int, int]]:
+    if isinstance(module, nn.Linear | Conv1D) and x.shape[:-1].numel() == PROBE_ROWS:
+        return "linear", (x.shape[-1], output.shape[-1])
+    if isinstance(module, nn.Embedding) and _is_lookup(module, x, output):
         return "embedding", (module.num_embeddings, module.embedding_dim)
     return "rows", (0, 0)
 
 
-def _looks_up(module: nn.Embedding, ids: torch.Tensor, output: torch.Tensor) -> bool:
-    """Whether the result is the rows of the ids, times ``embed_scale`` where there is one, as PEFT takes it."""
+def _is_lookup(module: nn.Embedding, ids: torch.Tensor, output: torch.Tensor) -> bool:
+    """Whether the result is the embedding's rows, times ``embed_scale`` if it has one, as PEFT assumes."""
     if ids.dtype not in (torch.int64, torch.int32) or ids.numel() != PROBE_ROWS:
         return False
     if int(ids.max()) >= module.num_embeddings:

@@ -29,7 +29,7 @@ class _Change:
 
 
 class ModelPatches:
-    """What was changed in one model, in order. A patch is the changes under one name.
+    """The changes of one model, in order. A patch is all changes under one name.
 
     As a context manager it undoes everything at the end.
     """
@@ -44,9 +44,9 @@ class ModelPatches:
         return list(dict.fromkeys(change.patch for change in self._changes))
 
     def begin(self, patch: str) -> None:
-        """Count the changes that follow as ``patch``. One of that name, and whatever was changed since, is undone."""
+        """Start a patch. An earlier one of that name is undone, together with all changes after it."""
         if patch in self.names:
-            first = next(number for number, change in enumerate(self._changes) if change.patch == patch)
+            first = [change.patch for change in self._changes].index(patch)
             self._undo_from(first)
         self._patch = patch
 
@@ -55,7 +55,7 @@ class ModelPatches:
         self._undo_from(0)
 
     def on_undo(self, undo: Callable[[], object]) -> None:
-        """Count a change that was made elsewhere, and that ``undo`` takes back."""
+        """Record a change that was made elsewhere, with its inverse."""
         self._changes.append(_Change(self._patch, undo))
 
     def replace_child(self, parent: nn.Module, name: str, module: nn.Module) -> None:
@@ -105,9 +105,9 @@ class ModelPatches:
 
 
 def with_globals(function: FunctionType, **values: Any) -> FunctionType:
-    """A copy of a function that finds ``values`` where the original finds globals of its module.
+    """A copy of a function with ``values`` in place of globals of its module.
 
-    Its code object is a copy as well: CPython caches look-ups of globals in it.
+    Its code object is a copy as well: CPython caches global look-ups in it.
     """
     copy = FunctionType(
         function.__code__.replace(),
@@ -121,7 +121,7 @@ def with_globals(function: FunctionType, **values: Any) -> FunctionType:
 
 
 def bypass_modules(model: PreTrainedModel, patches: ModelPatches) -> None:
-    """Let modules within the layers be called past ``nn.Module.__call__``."""
+    """Call modules within the layers without ``nn.Module.__call__``."""
     patches.begin("module bypass")
     module_bypass.install(model)
     patches.on_undo(partial(module_bypass.remove, model))
@@ -131,9 +131,9 @@ _LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
 def fix_rope(model: nn.Module, max_model_len: int, patches: ModelPatches) -> None:
-    """Fix rotary frequencies that depend on length, as those of dynamic and longrope, for ``max_model_len``.
+    """Fix rotary frequencies that depend on length (dynamic, longrope) to those of ``max_model_len``.
 
-    Stock code chooses them by the longest position in the batch: a long neighbour would change a short row.
+    Stock code chooses them by the longest position in the batch: a long sequence would change a short one.
     """
     patches.begin("rotary frequencies")
     for module in model.modules():
@@ -153,7 +153,7 @@ def _depends_on_length(rope_type: str) -> bool:
 
 
 def _choose_frequencies(module: nn.Module, max_model_len: int, patches: ModelPatches, **layer: str) -> None:
-    """Call a rotary embedding for the last position, which makes it choose; what it keeps is restored by an undo."""
+    """Let a rotary embedding choose its frequencies by a call for the last position; the undo restores its state."""
     attributes = dict(module.__dict__)
     buffers = {name: None if buffer is None else buffer.clone() for name, buffer in module._buffers.items()}
 

@@ -130,7 +130,7 @@ class ModelRunner:
         return logits, batch
 
     def _forget_activations(self) -> None:
-        """Free what linears keep of a step that failed."""
+        """Free the cached outputs of fused linears after a failed step."""
         for module in self.bank.base_modules.values():
             if isinstance(module, Int8Linear):
                 module.fused.forget()
@@ -138,7 +138,7 @@ class ModelRunner:
     def prepare(self, manifest: Manifest) -> LoRAWeights:
         """An adapter's tensors, for ``add_adapter``; any thread may call this, while steps run.
 
-        Raises ``AdapterRejected`` where they would change nothing.
+        Raises ``AdapterRejected`` if they would change nothing.
         """
         return self.bank.prepare(manifest)
 
