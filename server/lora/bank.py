@@ -96,10 +96,10 @@ class LoRABank:
 
     def check_integrity(self) -> None:
         """Raise ``IntegrityError`` if adapters, wrapped modules and backend disagree."""
-        ensure(self._bytes.keys() == self._digests, "an adapter's bytes are not counted, or those of none")
+        ensure(self._bytes.keys() == self._digests, "counted bytes and adapters differ")
         changing = {digest for layer in self._layers.values() for digest in layer.deltas}
         ensure(changing == self._digests, "modules are changed by other adapters than there are")
-        ensure(all(layer.deltas for layer in self._layers.values()), "a module is wrapped for nobody")
+        ensure(all(layer.deltas for layer in self._layers.values()), "a wrapped module has no delta")
         linears = {module for module, layer in self._layers.items() if isinstance(layer, LoRALinear)}
         self.backend.check_integrity(self._digests, linears)
 

@@ -1,7 +1,7 @@
 """Copies of adapters of one shape in batched tensors, so that two batched products compute all of them.
 
 (Chen et al. 2023, Punica; on a CPU the loop's calls cost more than its bytes.) A slot is an index of the batched
-tensors. A step computes a window of slots, so those that it needs are kept next to each other. Unused slots in the
+tensors. A step computes a window of slots, so the slots that it needs are kept adjacent. Unused slots in the
 window are computed and discarded.
 """
 

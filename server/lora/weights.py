@@ -167,7 +167,7 @@ class _Preparation:
     def _shift(
         self, part: ModulePlan, module: nn.Module, bias: torch.Tensor | None, scale: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """The change of a linear's bias [out], of which DoRA scales nothing."""
+        """The change of a linear's bias [out]; DoRA does not scale it."""
         if not part.shifted:
             return None
         shift = _like(module).new_zeros(part.shape.size[1])

@@ -217,9 +217,10 @@ def _flat(
     return [found.get(number, none) for number in range(len(sequences))]
 
 
-def _check(ours: list[torch.Tensor], stock: list[torch.Tensor], failure: str) -> None:
-    scale = max(float(logits.abs().max()) for logits in stock)
-    difference = float(torch.stack([(a - b).abs().max() for a, b in zip(ours, stock, strict=True)]).max()) / scale
+def _check(logits: list[torch.Tensor], stock: list[torch.Tensor], failure: str) -> None:
+    scale = max(float(expected.abs().max()) for expected in stock)
+    differences = [(found - expected).abs().max() for found, expected in zip(logits, stock, strict=True)]
+    difference = float(torch.stack(differences).max()) / scale
     if not difference < TOLERANCE:
         raise _Refused(f"{failure} (logits differ by {difference:.2g} of their range; {TOLERANCE:.0e} is allowed)")
 

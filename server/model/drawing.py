@@ -45,7 +45,7 @@ from server.model.categorical import (
 from server.sequence import SampleRow, SamplingParams
 
 _PART = 4
-"""Top-p looks at one block in so many first: most indices of the set show it there."""
+"""Top-p first sums 1 / _PART of the blocks: that is enough for most indices of the set."""
 
 
 def draw_tokens(logits: torch.Tensor, draws: SequenceOf[SampleRow]) -> list[int]:

@@ -154,7 +154,7 @@ class _Quantizer:
         self.result = Quantized(kernels.linear_name, sum(parameter.numel() for parameter in model.parameters()))
 
     def note(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        """A hook for a linear, which is packed together with its neighbours of the same input."""
+        """A hook for a linear, which is packed together with adjacent ones of the same input."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if args[0] is not self._input:

@@ -55,7 +55,7 @@ class FusedLinear:
         return part
 
     def forget(self) -> None:
-        """Free what is kept for parts that will not be asked for: the step has failed."""
+        """Free cached outputs after a failed step."""
         self._x, self._y = None, []
 
     def gated(self, numbers: tuple[int, int], x: torch.Tensor, *, by_gelu: bool) -> torch.Tensor | None:
