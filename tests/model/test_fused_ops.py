@@ -53,6 +53,53 @@ def test_gated_units_take_rows_in_any_shape() -> None:
             torch.testing.assert_close(fused(rows), stock(rows) * (1.0 - others), rtol=1e-5, atol=1e-6)
 
 
+class _Clamped(LlamaMLP):
+    """As DeepSeek V4's."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_proj(x).clamp(max=10.0), self.up_proj(x).clamp(min=-10.0, max=10.0)
+        y: torch.Tensor = self.down_proj(self.act_fn(gate) * up)
+        return y
+
+
+class _Broken(LlamaMLP):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise KeyError("it wants a cache")
+
+
+def mlp(kind: type[LlamaMLP] = LlamaMLP, size: int = 32, activation: str = "silu") -> LlamaMLP:
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=size, intermediate_size=2 * size, hidden_act=activation, num_attention_heads=1)
+    stock = kind(config)
+    for parameter in stock.requires_grad_(False).parameters():
+        nn.init.normal_(parameter, std=0.02)
+    return stock
+
+
+@pytest.mark.parametrize("native", [False, pytest.param(True, marks=needs(NUMBA))], ids=["torch", "native"])
+@pytest.mark.parametrize("size", [8, 32, 512])
+def test_units_that_differ_only_when_they_are_large_keep_their_code(size: int, native: bool) -> None:
+    """One input of ordinary size was tried: a clamp was never reached, and erf-GELU passed for its tanh form."""
+    kernels = Kernels(native=native).ready()
+    for kind, activation in ((_Clamped, "silu"), (LlamaMLP, "gelu")):
+        assert GatedMLP.like(mlp(kind, size, activation), kernels) is None
+    for activation in ("silu", "gelu_pytorch_tanh"):
+        assert GatedMLP.like(mlp(LlamaMLP, size, activation), kernels) is not None
+
+
+def test_a_trial_that_raises_anything_keeps_the_stock_code() -> None:
+    """A KeyError ended the start of the server."""
+    broken = mlp(_Broken)
+    children = list(broken.children())
+    assert GatedMLP.like(broken, Kernels()) is None
+    assert list(broken.children()) == children
+
+    def raises(*args: object) -> None:
+        raise LookupError
+
+    assert RotaryEmbedding.like(raises, Kernels()) is None
+
+
 @needs(NUMBA)
 def test_gated_units_are_found_before_a_product_that_tells_last_bits_apart() -> None:
     """As one of integers does, where a unit lies on a border: a layer kept its stock code, and so none was recorded."""
