@@ -1,9 +1,9 @@
-"""What running streams notice of long prompts that arrive: the gap between their tokens, with and without.
+"""Inter-token latency of running streams while long prompts arrive, against phases without long prompts.
 
     python -m benchmarks.burst --url http://127.0.0.1:8000 [--models a0 a1] [--streams 4] [--long-tokens 2000]
 
 Streams run all the time. In every second phase a long prompt arrives at intervals, with one token of answer. Phases
-come in pairs; the gaps are those of the streams alone, within one answer, each in the phase in which it ended.
+come in pairs. Latencies are those of the streams alone, counted in the phase in which the later token arrived.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from benchmarks.parts.loops import Budget, closed_loop
 from benchmarks.parts.requests import Client, Record
 
 Phase = tuple[float, float, bool]
-"""From when to when, and whether long prompts arrived."""
+"""Start, end, and whether long prompts arrived."""
 
 SIDES = (("quiet", False), ("long prompts", True))
 
@@ -45,7 +45,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 async def phases(client: Client, long: Iterator[Job], options: argparse.Namespace) -> tuple[list[Phase], list[Record]]:
-    """Quiet and disturbed in turn, a pause after each disturbed one until its last long prompt is answered."""
+    """Phases without and with long prompts in turn; after each of the latter wait for the answers."""
     done: list[Phase] = []
     records: list[Record] = []
     for _ in range(options.pairs):
@@ -79,7 +79,7 @@ async def measure(options: argparse.Namespace) -> tuple[list[Phase], list[Record
 
 
 def gaps_of(records: Sequence[Record], phase: Phase) -> list[float]:
-    """Milliseconds between the streams' pieces, of those gaps that ended in a phase."""
+    """Inter-token latencies in a phase, in milliseconds."""
     since, until, _ = phase
     return [
         1000 * (after - before)
@@ -94,24 +94,24 @@ def joined(rounds: Sequence[Sequence[float]]) -> list[float]:
 
 
 def main() -> None:
-    """Measure, and print the gaps of quiet and of disturbed phases; status 1 where a request failed."""
+    """Measure, and print inter-token latencies with and without long prompts; exits with 1 where a request failed."""
     options = parse()
     done, streams, disturbers = asyncio.run(measure(options))
-    gaps = {name: [gaps_of(streams, one) for one in done if one[2] == disturbed] for name, disturbed in SIDES}
+    gaps = {name: [gaps_of(streams, phase) for phase in done if phase[2] == disturbed] for name, disturbed in SIDES}
     rows = [(name, sum(map(len, rounds)), *spread(joined(rounds)).values()) for name, rounds in gaps.items()]
-    print(table(("gaps in ms", "gaps", "p50", "p90", "p99", "max"), rows))
+    print(table(("inter-token latency, ms", "tokens", "p50", "p90", "p99", "max"), rows))
     pairs = zip(gaps["quiet"], gaps["long prompts"], strict=True)
     ratios = [spread(loud)["p99"] / spread(quiet)["p99"] for quiet, loud in pairs]
-    print(f"\np99 with / without, median of {len(ratios)} pairs: {median(ratios):.2f}")
+    print(f"\np99 with / without long prompts, median of {len(ratios)} pairs: {median(ratios):.2f}")
     answered = [record for record in disturbers if record.error is None]
     tokens = median([record.num_prompt_tokens for record in answered])
     print(f"{len(disturbers)} long prompts of {tokens:.0f} tokens, ", end="")
-    print(f"answered after {median([record.until - record.since for record in answered]):.2f} s (median)")
+    print(f"request latency {median([record.until - record.since for record in answered]):.2f} s (median)")
     errors = [record.error for record in (*streams, *disturbers) if record.error is not None]
     if options.json is not None:
         figures = {name: spread(joined(rounds)) for name, rounds in gaps.items()}
-        said = {"options": vars(options), "gap_ms": figures, "ratios_p99": ratios, "errors": errors}
-        options.json.write_text(json.dumps(without_nan(said), indent=1, default=str))
+        report = {"options": vars(options), "gap_ms": figures, "ratios_p99": ratios, "errors": errors}
+        options.json.write_text(json.dumps(without_nan(report), indent=1, default=str))
     if errors:
         raise SystemExit(f"{len(errors)} requests failed: {', '.join(sorted(set(errors)))}")
 

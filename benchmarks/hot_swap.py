@@ -1,10 +1,11 @@
-"""What loading adapters costs those who are being answered: the gap between tokens, with and without. Pairs, medians.
+"""Inter-token latency of running streams while other adapters are loaded and evicted, against all resident.
 
     python -m benchmarks.hot_swap [--streams 4] [--adapters 12] [--room 6] [--rate 8] [--seconds 15] [--pairs 5]
 
 Two servers on the embedded base get the same requests: long streams on one adapter, and beside them, at a fixed rate,
 short requests that go through the other adapters in turn. One server has room for all of them; the other has room for
-``--room``, so that each of the short requests evicts an adapter and loads one. The gaps are those of the long streams.
+``--room``, so that each of the short requests evicts an adapter and loads one. Latencies are the long streams'.
+Figures are medians over pairs of rounds.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ STEADY, QUESTION = "steady", "Write about a house by the river."
 
 
 def make_adapters(folder: Path, count: int) -> int:
-    """Adapters of the size of the demo ones, one of them for the long streams; the bytes of one."""
+    """Make adapters of the demo ones' size, one of them for the long streams; returns the bytes of one."""
     for number, name in enumerate((STEADY, *names(count))):
         path = vary(ROOT / "adapters" / "tolstoy", folder / name, seed=number)
     return (path / "adapter_model.safetensors").stat().st_size
@@ -53,7 +54,7 @@ def times_of(client: httpx.Client, request: dict[str, Any]) -> Iterator[float]:
 
 
 def stream_until(over: threading.Event, url: str) -> list[float]:
-    """The gaps of one long stream after another, until the time is over."""
+    """Inter-token latencies of one long stream after another, in seconds, until ``over`` is set."""
     gaps: list[float] = []
     with httpx.Client(base_url=url) as client:
         while not over.is_set():
@@ -71,7 +72,7 @@ def ask_once(client: httpx.Client, model: str) -> None:
 
 
 def ask_in_turn(over: threading.Event, url: str, adapters: list[str], rate: float) -> None:
-    """Short requests at a fixed rate, whether or not the one before is answered."""
+    """Short requests at a fixed rate, in an open loop."""
     with ThreadPoolExecutor(8) as pool, httpx.Client(base_url=url) as client:
         for number in itertools.count():
             model = adapters[number % len(adapters)]
@@ -81,7 +82,7 @@ def ask_in_turn(over: threading.Event, url: str, adapters: list[str], rate: floa
 
 
 def round_of(server: ServerProcess, options: argparse.Namespace) -> dict[str, float]:
-    """One side once: gaps in milliseconds, and the loads in it."""
+    """One round of one side: inter-token latency in milliseconds, and the adapters loaded in it."""
     over, loads = threading.Event(), server.metric("quickchange_adapter_load_seconds_count")
     load_seconds = server.metric("quickchange_adapter_load_seconds_sum")
     with ThreadPoolExecutor(options.streams + 1) as pool:
@@ -92,10 +93,10 @@ def round_of(server: ServerProcess, options: argparse.Namespace) -> dict[str, fl
         gaps = [1000 * gap for stream in streams for gap in stream.result()]
     loads = server.metric("quickchange_adapter_load_seconds_count") - loads
     load_seconds = server.metric("quickchange_adapter_load_seconds_sum") - load_seconds
-    centiles = statistics.quantiles(gaps, n=100)
+    percentiles = statistics.quantiles(gaps, n=100)
     return {
-        "p50": centiles[49],
-        "p99": centiles[98],
+        "p50": percentiles[49],
+        "p99": percentiles[98],
         "max": max(gaps),
         "gaps": len(gaps),
         "loads": loads,
@@ -130,8 +131,8 @@ def summary(pairs: list[tuple[dict[str, float], dict[str, float]]]) -> dict[str,
     """Medians over the pairs, in milliseconds, and the ratio of each pair's p99."""
     ratios = [loading["p99"] / resident["p99"] for resident, loading in pairs]
     medians = {
-        side: {key: round(statistics.median(pair[at][key] for pair in pairs), 1) for key in pairs[0][at]}
-        for at, side in enumerate(("resident", "loading"))
+        side: {key: round(statistics.median(pair[index][key] for pair in pairs), 1) for key in pairs[0][index]}
+        for index, side in enumerate(("resident", "loading"))
     }
     return medians | {
         "median_ratio_p99": round(statistics.median(ratios), 2),

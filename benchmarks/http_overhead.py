@@ -1,4 +1,4 @@
-"""What HTTP costs: many streaming clients of a real server, against the same requests put straight into the engine.
+"""The overhead of HTTP: streaming clients of a real server against the same requests given to the engine directly.
 
     python -m benchmarks.http_overhead [--base micro] [--clients 32] [--requests 64] [--pairs 5]
 
@@ -46,7 +46,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 class OverHttp:
-    """The server's side of a pair; ``shares`` are the parts of all cores' time that client and server took."""
+    """The server's side of a pair; ``shares`` are client's and server's shares of all cores' CPU time."""
 
     def __init__(self, server: ServerProcess, asks: Sequence[Ask], options: argparse.Namespace) -> None:
         self._server, self._options, self._asks = server, options, asks
@@ -77,12 +77,13 @@ class OverHttp:
         self.num_tokens = asyncio.run(closed_loop(self._url, requests, self._options.clients))
         seconds = time.perf_counter() - since
         cores = seconds * available_threads()
-        taken = time.process_time() - client, self._server.usage().cpu_seconds - server
-        self.shares.append((taken[0] / cores, taken[1] / cores))
+        client_seconds = time.process_time() - client
+        server_seconds = self._server.usage().cpu_seconds - server
+        self.shares.append((client_seconds / cores, server_seconds / cores))
         return self.num_tokens / seconds
 
 
-class Straight:
+class Direct:
     """The engine's side."""
 
     def __init__(self, engine: InProcessEngine, asks: Sequence[Ask], options: argparse.Namespace) -> None:
@@ -119,21 +120,22 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     asks = asks_of(options, engine.base.vocab_size)
     with running_server(*flags) as server:
         server.until("the adapters are served", lambda: len(server.models()) > options.num_adapters)
-        over_http, straight = OverHttp(server, asks, options), Straight(engine, asks, options)
-        over_http(), straight()
+        over_http, direct = OverHttp(server, asks, options), Direct(engine, asks, options)
+        over_http()
+        direct()
         over_http.shares.clear()
-        sides = ("over HTTP", "straight into the engine")
-        pairs = alternate(sides, (over_http, straight), num_pairs=options.pairs, unit="output tokens/s")
+        sides = ("over HTTP", "engine in process")
+        pairs = alternate(sides, (over_http, direct), num_pairs=options.pairs, unit="output tokens/s")
     print(pairs.as_table())
-    shares = [median([share[at] for share in over_http.shares]) for at in (0, 1)]
-    print(f"\nCPU time over HTTP, of all {available_threads()} cores: ", end="")
+    shares = [median([share[side] for share in over_http.shares]) for side in (0, 1)]
+    print(f"\nCPU time over HTTP, share of all {available_threads()} cores: ", end="")
     print(f"client {100 * shares[0]:.1f} %, server {100 * shares[1]:.1f} %")
-    print(f"output tokens of a round: {over_http.num_tokens} over HTTP, {straight.num_tokens} straight")
+    print(f"output tokens in a round: {over_http.num_tokens} over HTTP, {direct.num_tokens} in process")
     return pairs.as_json() | {"client_cpu_share": shares[0], "server_cpu_share": shares[1]}
 
 
 def main() -> None:
-    """Measure, print a table, write JSON where it is wanted."""
+    """Measure, print a table, write JSON."""
     options = parse()
     with tempfile.TemporaryDirectory() as folder:
         result = measure(options, Path(folder))

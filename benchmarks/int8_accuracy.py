@@ -50,9 +50,7 @@ def main() -> None:
     texts = dict(own_texts(tokenizer, num_windows=options.windows))
     for name in _BOOKS if options.data else ():
         texts[Path(name).stem] = book(tokenizer, options.data / "english" / name, num_windows=options.windows)
-    print(
-        "| model | text | tokens | perplexity in float32 | int8 above it | same likeliest token | divergence / 1000 |"
-    )
+    print("| model | text | tokens | float32 perplexity | int8 increase | same top-1 token | KL divergence / 1000 |")
     print("|---|---|---|---|---|---|---|")
     for name, windows in texts.items():
         print(_row("the base", name, compare(int8, floats, windows)))
@@ -81,7 +79,7 @@ def _print_parts(texts: Mapping[str, Windows]) -> None:
         "weights of half the levels, as without VNNI": Reader(half),
         "float32, but keys and values in bfloat16": Reader(_load("micro", "none"), kv_dtype=torch.bfloat16),
     }
-    print(f"\n| divergence / 1000 | {' | '.join(texts)} |")
+    print(f"\n| KL divergence / 1000 | {' | '.join(texts)} |")
     print(f"|---|{'---|' * len(texts)}")
     for name, reader in readers.items():
         found = [f"{1000 * compare(reader, exact, windows).divergence:.2f}" for windows in texts.values()]

@@ -84,9 +84,9 @@ def main() -> None:
     if options.json:
         print(json.dumps(asdict(found)))
         return
-    print(f"int8 {found.int8:.0f} MB, in floats {found.floats:.0f} MB, loaded in {found.seconds:.1f} s")
-    print(f"grew by {found.peak:.0f} MB at its largest ({found.peak / found.int8:.2f} of the integers)")
-    print(f"and by {found.after:.0f} MB for good")
+    print(f"int8 weights {found.int8:.0f} MB, float weights {found.floats:.0f} MB, loaded in {found.seconds:.1f} s")
+    print(f"peak memory +{found.peak:.0f} MB ({found.peak / found.int8:.2f} x the int8 weights)")
+    print(f"memory afterwards +{found.after:.0f} MB")
 
 
 if __name__ == "__main__":

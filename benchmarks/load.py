@@ -1,4 +1,4 @@
-"""Put a load on any OpenAI-compatible server, and say how it bore it.
+"""Load any OpenAI-compatible server, and report throughput and latency.
 
     python -m benchmarks.load --url http://127.0.0.1:8000 --models a0 a1 a2 --clients 8 --requests 100
     python -m benchmarks.load --url http://127.0.0.1:8000 --all-models --zipf 1.0 --rate 2 --seconds 30 --plot load.png
@@ -43,7 +43,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def add_workload(parser: argparse.ArgumentParser) -> None:
-    """Options of what is asked and of how the server is reached."""
+    """Options of the workload and of the server."""
     models = parser.add_mutually_exclusive_group()
     models.add_argument("--models", nargs="+", help="names to ask; the first that the server lists where none is named")
     models.add_argument("--all-models", action="store_true", help="ask every name that the server lists")
@@ -83,7 +83,7 @@ async def workload_of(options: argparse.Namespace, client: Client) -> Workload:
 async def run_load(
     options: argparse.Namespace, client: Client, workload: Workload
 ) -> tuple[list[Record], float, float]:
-    """Warm up, then put the load on: the records, and between which times rates are taken."""
+    """Warm up, then run the load; returns the records, and the times between which rates are measured."""
     if options.warm_up:
         others = replace(workload, rate=None, seed=workload.seed + 1)
         await closed_loop(
@@ -118,18 +118,21 @@ def as_json(record: Record, since: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, print a table, write what is wanted; status 1 where no request was answered."""
+    """Measure, print a table, write JSON and plot; exits with status 1 where no request was answered."""
     options = parse()
-    taken, began = time.process_time(), time.perf_counter()
+    cpu_start, start = time.process_time(), time.perf_counter()
     records, since, until = asyncio.run(measure_once(options))
     figures = summary(records, since, until)
     print(as_table(figures))
-    share = figures["client_cpu_share"] = (time.process_time() - taken) / (time.perf_counter() - began)
-    print(f"\nthis client took {100 * share:.0f} % of one core")
+    share = (time.process_time() - cpu_start) / (time.perf_counter() - start)
+    figures["client_cpu_share"] = share
+    print(f"\nCPU time of this client: {100 * share:.0f} % of one core")
     if options.json is not None:
-        every = [as_json(record, since) for record in records]
+        requests = [as_json(record, since) for record in records]
         options.json.write_text(
-            json.dumps(without_nan({"options": vars(options), **figures}) | {"records": every}, indent=1, default=str)
+            json.dumps(
+                without_nan({"options": vars(options), **figures}) | {"records": requests}, indent=1, default=str
+            )
         )
     if options.plot is not None:
         plot(records, since, until, options.plot)

@@ -118,23 +118,23 @@ def peft_in_turn(bench: PairedBench) -> Pairs:
     """All adapters at once against one after another."""
     num = bench.options.num_adapters
     asks = bench.asks(range(num))
-    theirs = throughput(bench.peft(num, mixed=False), asks, 1)
-    return bench.pairs(("ours mixed", "PEFT set_adapter in turn"), bench.alone(asks, hold=num), theirs)
+    other = throughput(bench.peft(num, mixed=False), asks, 1)
+    return bench.pairs(("ours mixed", "PEFT set_adapter in turn"), bench.alone(asks, hold=num), other)
 
 
 def peft_mixed(bench: PairedBench) -> Pairs:
     """All adapters at once on both sides."""
     num = bench.options.num_adapters
     asks = bench.asks(range(num))
-    theirs = throughput(bench.peft(num, mixed=True), asks, bench.options.clients)
-    return bench.pairs(("ours mixed", "PEFT adapter_names"), bench.alone(asks, hold=num), theirs)
+    other = throughput(bench.peft(num, mixed=True), asks, bench.options.clients)
+    return bench.pairs(("ours mixed", "PEFT adapter_names"), bench.alone(asks, hold=num), other)
 
 
 def peft_one(bench: PairedBench) -> Pairs:
     """One adapter, batched on both sides."""
     asks = bench.asks([0])
-    theirs = throughput(bench.peft(1, mixed=True), asks, bench.options.clients)
-    return bench.pairs(("ours on one adapter", "PEFT on one adapter"), bench.alone(asks, hold=1), theirs)
+    other = throughput(bench.peft(1, mixed=True), asks, bench.options.clients)
+    return bench.pairs(("ours on one adapter", "PEFT on one adapter"), bench.alone(asks, hold=1), other)
 
 
 def adapter_tax(bench: PairedBench) -> Pairs:
@@ -164,8 +164,8 @@ def sampled(name: str, params: SamplingParams) -> Callable[[PairedBench], Pairs]
 def stock_generate(bench: PairedBench) -> Pairs:
     """The base alone on both sides."""
     asks = bench.asks([None])
-    theirs = throughput(bench.stock(), asks, bench.options.clients)
-    return bench.pairs(("ours", "transformers generate"), bench.alone(asks, hold=0), theirs)
+    other = throughput(bench.stock(), asks, bench.options.clients)
+    return bench.pairs(("ours", "transformers generate"), bench.alone(asks, hold=0), other)
 
 
 def zipf_64(bench: PairedBench) -> Pairs:
@@ -190,7 +190,7 @@ def openvino(adapters: Callable[[int], Sequence[int | None]]) -> Callable[[Paire
                 reason if bench.options.openvino else "--openvino must name a folder of the converted base"
             )
         chosen = adapters(bench.options.num_adapters)
-        asks, held = bench.asks(chosen), len([one for one in chosen if one is not None])
+        asks, held = bench.asks(chosen), sum(adapter is not None for adapter in chosen)
         ours = bench.alone(asks, hold=held)
         engine = OpenVino(bench.options.openvino, bench.adapters[:held], max_num_seqs=bench.options.clients)
         return bench.pairs(("ours", "OpenVINO GenAI"), ours, throughput(engine, asks, bench.options.clients))
@@ -248,7 +248,7 @@ def find_adapters(options: argparse.Namespace, scratch: Path) -> list[Path]:
 
 
 def main() -> None:
-    """Measure, print a table for each scenario, and write JSON where it is wanted."""
+    """Measure, print a table for each scenario, and write JSON."""
     options = parse()
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:

@@ -24,7 +24,11 @@ from benchmarks.parts.load_report import summary, without_nan
 from benchmarks.parts.pairs import Pairs
 from benchmarks.parts.requests import Client
 
-TIMES = (("time to first token", "ttft_ms"), ("time per output token", "time_per_token_ms"), ("gap", "gap_ms"))
+TIMES = (
+    ("time to first token", "ttft_ms"),
+    ("time per output token", "time_per_token_ms"),
+    ("inter-token latency", "gap_ms"),
+)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -60,23 +64,24 @@ async def measure(options: argparse.Namespace) -> list[tuple[dict[str, Any], dic
 
 
 def main() -> None:
-    """Measure, print a table, write JSON where it is wanted; status 1 where a request failed."""
+    """Measure, print a table, write JSON; exits with status 1 where a request failed."""
     options = parse()
     rounds = asyncio.run(measure(options))
     left, right = options.urls
-    rates = [[one[side]["output_tokens_per_s"] for one in rounds] for side in (0, 1)]
+    rates = [[figures[side]["output_tokens_per_s"] for figures in rounds] for side in (0, 1)]
     print(Pairs((left, right), "output tokens/s", *rates).as_table())
     rows = [
-        (f"{name}, {which}", *(median([one[side][key][which] for one in rounds]) for side in (0, 1)))
+        (f"{name}, {which}", *(median([figures[side][key][which] for figures in rounds]) for side in (0, 1)))
         for name, key in TIMES
         for which in ("p50", "p99")
     ]
-    print("\n" + table(("ms, median of the rounds", left, right), rows))
+    print("\n" + table(("ms, median of rounds", left, right), rows))
     if options.json is not None:
         options.json.write_text(
             json.dumps(without_nan({"options": vars(options), "rounds": rounds}), indent=1, default=str)
         )
-    if errors := [one["errors"] for pair in rounds for one in pair if one["errors"]]:
+    errors = [figures["errors"] for pair in rounds for figures in pair if figures["errors"]]
+    if errors:
         raise SystemExit(f"requests failed: {errors}")
 
 

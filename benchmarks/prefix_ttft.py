@@ -1,4 +1,4 @@
-"""Time to the first token of a prompt whose beginning the engine has seen before, against one that is new to it.
+"""Time to first token of a prompt with a cached prefix, against one with a new prefix.
 
     python -m benchmarks.prefix_ttft --base FOLDER [--prefix 500] [--tail 20] [--pairs 7]
 
@@ -31,7 +31,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure, print a table, write JSON where it is wanted."""
+    """Measure, print a table, write JSON."""
     options = parse()
     length = options.prefix + options.tail + 8
     given = {"dtype": options.dtype, "quantization": options.quantization}
@@ -42,7 +42,7 @@ def main() -> None:
         return tuple(rng.randrange(size // 16, size - size // 16) for _ in range(count))
 
     engine.seconds_to_first_token(Ask(ids(options.prefix + options.tail), 2))
-    pairs = Pairs(("new prefix", "prefix seen before"), "ms to the first token")
+    pairs = Pairs(("new prefix", "cached prefix"), "ms to first token")
     for _ in range(options.pairs):
         prefix = ids(options.prefix)
         for rounds in (pairs.left, pairs.right):

@@ -64,7 +64,7 @@ class Profile:
             adapter = number % num_adapters if num_adapters else None
             self.engine.add(Ask(self.prompt(max(1, CONTEXT - 2 * self.num_steps)), 10 * self.num_steps, adapter))
         scheduler = self.engine.engine.scheduler
-        while scheduler.waiting or not all(one.output_ids for one in scheduler.running.values()):
+        while scheduler.waiting or not all(sequence.output_ids for sequence in scheduler.running.values()):
             self.engine.step()
         factor = num_bytes / self._memory.nbytes
         return self._timed(self.engine.step, self.num_steps, lambda: factor * seconds_of(self._memory.sum))
@@ -89,8 +89,8 @@ class Profile:
         for _ in range(count):
             with timing(self.engine, stack):
                 timed.append(seconds_of(step))
-        for one in list(self.engine.engine.scheduler.running):
-            self.engine.engine.abort(one)
+        for sequence_id in list(self.engine.engine.scheduler.running):
+            self.engine.engine.abort(sequence_id)
         whole, with_timers = sum(timed), median(timed)
         claimed = sum(stack.own.values())
         stack.own["rest"] += whole - claimed
@@ -169,8 +169,8 @@ def main() -> None:
     results = measure(options, engine, sizes, bandwidth, rates)
     print_tables(results)
     if options.json is not None:
-        said = {"options": vars(options), "read_bytes_per_s": bandwidth, "operations_per_s": rates, "steps": results}
-        options.json.write_text(json.dumps(said, indent=1, default=str))
+        report = {"options": vars(options), "read_bytes_per_s": bandwidth, "operations_per_s": rates, "steps": results}
+        options.json.write_text(json.dumps(report, indent=1, default=str))
 
 
 def measure(
@@ -208,25 +208,25 @@ def bounds(step: dict[str, Any], read: float, computed: float, num_tokens: int) 
 
 
 def print_tables(results: dict[str, dict[str, Any]]) -> None:
-    """How far from the ceilings, then the shares of each kind in percent."""
+    """Each step's time and share of the roofline, then where its time goes in percent."""
     rows = [
         (
             name,
-            one["ms"],
-            one["tokens_per_s"],
-            one["read_ms"],
-            one["computed_ms"],
-            percent(one["ceiling"]),
-            percent(one["in_turn"]),
+            step["ms"],
+            step["tokens_per_s"],
+            step["read_ms"],
+            step["computed_ms"],
+            percent(step["ceiling"]),
+            percent(step["in_turn"]),
         )
-        for name, one in results.items()
+        for name, step in results.items()
     ]
-    print("\n" + table(("step", "ms", "tokens/s", "reading ms", "computing ms", "of the ceiling", "in turn"), rows))
+    print("\n" + table(("step", "ms", "tokens/s", "reading ms", "computing ms", "of roofline", "in turn"), rows))
     rows = [
-        (name, *(f"{100 * one['shares'][kind]:.1f}" for kind in KINDS), one["ms_with_timers"] - one["ms"])
-        for name, one in results.items()
+        (name, *(f"{100 * step['shares'][kind]:.1f}" for kind in KINDS), step["ms_with_timers"] - step["ms"])
+        for name, step in results.items()
     ]
-    print("\n" + table(("% of a step", *KINDS, "timers' ms"), rows))
+    print("\n" + table(("% of a step", *KINDS, "timer overhead, ms"), rows))
 
 
 if __name__ == "__main__":

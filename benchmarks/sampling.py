@@ -1,4 +1,4 @@
-"""What choosing the tokens of a step costs: greedy, at temperature 1, with top-p, with top-k, with min-p.
+"""The cost of sampling the tokens of a step: greedy, temperature 1, top-p, top-k, min-p.
 
     python -m benchmarks.sampling [--rows 8] [--vocab 151936] [--spread 0.5]
     python -m benchmarks.sampling --base FOLDER [--quantization int8] [--rows 8]
@@ -52,7 +52,7 @@ def parse(arguments: SequenceOf[str] | None = None) -> argparse.Namespace:
 
 
 Step = Callable[[SamplingParams], tuple[float, float]]
-"""One step with every row's tokens chosen so: seconds that choosing took, and of the whole step."""
+"""Runs one step with these parameters in every row; returns seconds of sampling, and of the whole step."""
 
 
 class Stopwatch(Sampler):
@@ -102,7 +102,7 @@ def in_engine(engine: InProcessEngine, rows: int, num_steps: int) -> Step:
 
 
 def measure(step: Step, rounds: int) -> dict[str, tuple[float, float]]:
-    """For each setting the median milliseconds of choosing, and of the whole step."""
+    """For each setting the median milliseconds of sampling, and of the whole step."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in SETTINGS}
     for number in range(rounds + 2):
         for name, params in SETTINGS.items():
@@ -110,7 +110,7 @@ def measure(step: Step, rounds: int) -> dict[str, tuple[float, float]]:
             if number > 1:
                 times[name].append(taken)
     return {
-        name: (1000 * median([choosing for choosing, _ in taken]), 1000 * median([whole for _, whole in taken]))
+        name: (1000 * median([sampling for sampling, _ in taken]), 1000 * median([whole for _, whole in taken]))
         for name, taken in times.items()
     }
 
@@ -133,23 +133,14 @@ def main() -> None:
         step = in_engine(engine, options.rows, num_steps)
     found = measure(step, options.rounds)
     greedy, greedy_step = found["greedy"]
-    header = ("", "choosing, ms", "beyond greedy, ms", "of a greedy step, %")
-    print(
-        table(
-            header,
-            [
-                (
-                    name,
-                    choosing,
-                    choosing - greedy,
-                    100 * (choosing - greedy) / greedy_step if options.base else math.nan,
-                )
-                for name, (choosing, _) in found.items()
-            ],
-        )
-    )
+    header = ("", "sampling, ms", "above greedy, ms", "% of a greedy step")
+    rows = []
+    for name, (sampling, _) in found.items():
+        share = 100 * (sampling - greedy) / greedy_step if options.base else math.nan
+        rows.append((name, sampling, sampling - greedy, share))
+    print(table(header, rows))
     if options.base is not None:
-        print(f"a greedy step of {options.rows} rows: {greedy_step:.1f} ms")
+        print(f"greedy step of {options.rows} rows: {greedy_step:.1f} ms")
 
 
 if __name__ == "__main__":

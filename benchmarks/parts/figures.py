@@ -1,4 +1,4 @@
-"""Numbers from samples, and tables of them."""
+"""Statistics of samples, and text tables."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Iterable, Sequence
 
 
 def percentile(samples: Sequence[float], percent: float) -> float:
-    """The sample below which ``percent`` of all lie, linear between neighbours; NaN of none."""
+    """The percentile with linear interpolation; NaN without samples."""
     if not samples:
         return math.nan
     ordered = sorted(samples)
-    place = (len(ordered) - 1) * percent / 100
-    below = math.floor(place)
+    position = (len(ordered) - 1) * percent / 100
+    below = math.floor(position)
     above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
 
 
 def median(samples: Sequence[float]) -> float:
@@ -32,7 +32,7 @@ def spread(samples: Sequence[float]) -> dict[str, float]:
 
 
 def short(value: object) -> str:
-    """A cell: floats with three digits that count, everything else as it is."""
+    """A table cell: floats with about three significant digits, everything else as it is."""
     if not isinstance(value, float):
         return str(value)
     if not math.isfinite(value):

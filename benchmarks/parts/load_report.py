@@ -1,4 +1,4 @@
-"""What the records of a load come to: figures, a table, a picture."""
+"""The results of a load: figures, a table, a plot."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from benchmarks.parts.requests import Record
 
 
 def summary(records: Sequence[Record], since: float, until: float) -> dict[str, Any]:
-    """Figures of those that were answered; rates over ``since`` to ``until``, times in milliseconds.
+    """Figures of the requests that were answered; rates over ``since`` to ``until``, times in milliseconds.
 
-    A token counts to the rate if it came within, so that answers which end after the time is over count by their part.
+    A token counts if it arrived in that time, so that answers which end later count in part.
     """
-    good = [record for record in records if record.error is None]
+    answered = [record for record in records if record.error is None]
     seconds = max(until - since, 1e-9)
-    per_token = [record.per_token for record in good]
+    per_token = [record.per_token for record in answered if record.per_token is not None]
     return {
         "requests": len(records),
         "errors": dict(Counter(record.error for record in records if record.error is not None)),
         "seconds": seconds,
-        "requests_per_s": sum(record.until <= until for record in good) / seconds,
-        "output_tokens_per_s": sum(tokens_within(record, since, until) for record in good) / seconds,
-        "output_tokens": sum(record.num_tokens for record in good),
-        "prompt_tokens": sum(record.num_prompt_tokens for record in good),
-        "ttft_ms": in_ms([record.to_first for record in good]),
-        "time_per_token_ms": in_ms([one for one in per_token if one is not None]),
-        "gap_ms": in_ms([gap for record in good for gap in record.gaps]),
-        "latency_ms": in_ms([record.until - record.since for record in good]),
+        "requests_per_s": sum(record.until <= until for record in answered) / seconds,
+        "output_tokens_per_s": sum(tokens_within(record, since, until) for record in answered) / seconds,
+        "output_tokens": sum(record.num_tokens for record in answered),
+        "prompt_tokens": sum(record.num_prompt_tokens for record in answered),
+        "ttft_ms": in_ms([record.to_first for record in answered]),
+        "time_per_token_ms": in_ms(per_token),
+        "gap_ms": in_ms([gap for record in answered for gap in record.gaps]),
+        "latency_ms": in_ms([record.until - record.since for record in answered]),
         "requests_by_model": dict(Counter(record.job.model for record in records).most_common()),
     }
 
 
 def tokens_within(record: Record, since: float, until: float) -> float:
-    """A record's tokens between two times, each piece taken for its share of them."""
+    """A record's tokens between two times; each event counts as an equal share of the tokens."""
     if not record.times:
         return 0.0
     return record.num_tokens * sum(since <= moment <= until for moment in record.times) / len(record.times)
@@ -52,8 +52,8 @@ def as_table(figures: Mapping[str, Any]) -> str:
     times = [
         ("time to first token", "ttft_ms"),
         ("time per output token", "time_per_token_ms"),
-        ("gap between pieces", "gap_ms"),
-        ("whole answer", "latency_ms"),
+        ("inter-token latency", "gap_ms"),
+        ("request latency", "latency_ms"),
     ]
     errors = ", ".join(f"{kind}: {count}" for kind, count in figures["errors"].items()) or "none"
     return "\n".join(
@@ -69,31 +69,31 @@ def as_table(figures: Mapping[str, Any]) -> str:
 
 
 def without_nan(value: Any) -> Any:
-    """JSON has no NaN: what has no value is null."""
+    """NaN becomes None: JSON has no NaN."""
     if isinstance(value, dict):
-        return {key: without_nan(one) for key, one in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def plot(records: Sequence[Record], since: float, until: float, path: Path) -> None:
-    """Three pictures beside each other: times to first token, gaps, tokens in each second."""
+    """Three plots side by side: time to first token, inter-token latency, output tokens per second."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    good = [record for record in records if record.error is None]
-    figure, (first, second, third) = plt.subplots(1, 3, figsize=(15, 4))
-    ttft = sorted(1000 * record.to_first for record in good)
-    first.step(ttft, [(place + 1) / len(ttft) for place in range(len(ttft))], where="post")
-    first.set(title="time to first token", xlabel="ms", ylabel="share of requests", ylim=(0, 1))
-    gaps = [1000 * gap for record in good for gap in record.gaps]
-    second.hist(gaps, bins=60, log=True)
-    second.set(title="gap between pieces", xlabel="ms", ylabel="gaps")
+    answered = [record for record in records if record.error is None]
+    figure, (ttft_axes, itl_axes, rate_axes) = plt.subplots(1, 3, figsize=(15, 4))
+    ttft = sorted(1000 * record.to_first for record in answered)
+    ttft_axes.step(ttft, [(index + 1) / len(ttft) for index in range(len(ttft))], where="post")
+    ttft_axes.set(title="time to first token", xlabel="ms", ylabel="share of requests", ylim=(0, 1))
+    gaps = [1000 * gap for record in answered for gap in record.gaps]
+    itl_axes.hist(gaps, bins=60, log=True)
+    itl_axes.set(title="inter-token latency", xlabel="ms", ylabel="tokens")
     bins = range(max(1, math.ceil(until - since)))
-    rates = [sum(tokens_within(record, since + at, since + at + 1) for record in good) for at in bins]
-    third.step(list(bins), rates, where="post")
-    third.set(title="output tokens in each second", xlabel="s", ylabel="tokens")
+    rates = [sum(tokens_within(record, since + second, since + second + 1) for record in answered) for second in bins]
+    rate_axes.step(list(bins), rates, where="post")
+    rate_axes.set(title="output tokens/s", xlabel="s", ylabel="tokens/s")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -1,4 +1,4 @@
-"""Clients in a closed loop, or arrivals at a rate of their own."""
+"""Closed loop (a fixed number of clients) and open loop (arrivals at a rate)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Budget:
 
 
 async def closed_loop(send: Send, budget: Budget, num_clients: int) -> list[Record]:
-    """``num_clients`` at a time, each asking again as soon as it is answered."""
+    """``num_clients`` clients, each sending the next job as soon as its last one is answered."""
     records: list[Record] = []
 
     async def client() -> None:
@@ -48,13 +48,10 @@ async def closed_loop(send: Send, budget: Budget, num_clients: int) -> list[Reco
 
 
 async def open_loop(send: Send, budget: Budget) -> list[Record]:
-    """Every job at its own time, whether or not those before it are answered."""
-    running: list[asyncio.Task[Record]] = []
-
-    async def one(job: Job) -> Record:
-        return await send(job)
+    """Send every job at its arrival time, whether or not earlier jobs are answered."""
+    running: list[asyncio.Future[Record]] = []
 
     while (job := budget.next()) is not None and budget.covers(job.at):
         await asyncio.sleep(max(0.0, budget.since + job.at - time.perf_counter()))
-        running.append(asyncio.create_task(one(job)))
+        running.append(asyncio.ensure_future(send(job)))
     return list(await asyncio.gather(*running))

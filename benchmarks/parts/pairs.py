@@ -1,4 +1,4 @@
-"""Two sides measured in turn: a machine drifts, so only neighbours in time are compared.
+"""Two sides measured in alternating rounds: a machine's speed drifts, so only adjacent rounds are compared.
 
 Each pair is one round of each side, and every second pair begins with the other side.
 """
@@ -12,12 +12,12 @@ from typing import Any
 from benchmarks.parts.figures import median, table
 
 Round = Callable[[], float]
-"""One round of one side: its figure, more being better."""
+"""Runs one round of one side; returns its figure, for example output tokens/s."""
 
 
 @dataclass
 class Pairs:
-    """What the rounds of two sides gave, ``left[i]`` and ``right[i]`` being neighbours in time."""
+    """The figures of two sides; ``left[i]`` and ``right[i]`` are adjacent rounds."""
 
     names: tuple[str, str]
     unit: str
@@ -26,7 +26,7 @@ class Pairs:
 
     @property
     def ratios(self) -> list[float]:
-        """Left by right, of each pair."""
+        """left / right of each pair."""
         return [left / right for left, right in zip(self.left, self.right, strict=True)]
 
     def as_json(self) -> dict[str, Any]:
@@ -43,20 +43,19 @@ class Pairs:
         }
 
     def as_table(self) -> str:
-        """A line for each side and one for the ratio: median, least and greatest."""
-        rows = [
-            (f"{name} [{unit}]", median(samples), min(samples), max(samples))
-            for name, unit, samples in (
-                (self.names[0], self.unit, self.left),
-                (self.names[1], self.unit, self.right),
-                (f"{self.names[0]} / {self.names[1]}", "x", self.ratios),
-            )
+        """A line for each side and one for the ratio: median, minimum and maximum."""
+        left, right = self.names
+        lines = [
+            (f"{left} [{self.unit}]", self.left),
+            (f"{right} [{self.unit}]", self.right),
+            (f"{left} / {right} [x]", self.ratios),
         ]
-        return table(("", "median", "least", "greatest"), rows)
+        rows = [(name, median(samples), min(samples), max(samples)) for name, samples in lines]
+        return table(("", "median", "min", "max"), rows)
 
 
 def alternate(names: tuple[str, str], sides: tuple[Round, Round], *, num_pairs: int, unit: str) -> Pairs:
-    """Run both sides ``num_pairs`` times in turn. Warming up is the caller's."""
+    """Run both sides ``num_pairs`` times in alternation. The caller warms them up."""
     pairs = Pairs(names, unit)
     results = (pairs.left, pairs.right)
     for number in range(num_pairs):
