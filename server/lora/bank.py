@@ -44,11 +44,6 @@ class LoRABank:
         return sum(self._bytes.values())
 
     @property
-    def can_replay(self) -> bool:
-        """Whether layer graphs may be replayed in the current step."""
-        return self.backend.can_replay
-
-    @property
     def generation(self) -> int:
         """Changes when modules are wrapped or unwrapped, or memory that kernels read moves."""
         return self._num_replaced + self.backend.generation

@@ -74,7 +74,9 @@ class GraphRunner:
     def begin(self, metadata: AttentionMetadata) -> None:
         """Choose the graph of a step; called after the bank's ``begin_sorted``."""
         self._key, self._metadata, self._inputs = None, metadata, []
-        if self.problem is not None or not self._bank.can_replay or self._attention.backend is not self._backend:
+        if self.problem is not None or self._attention.backend is not self._backend:
+            return
+        if not self._bank.backend.can_replay:
             return
         num_rows = len(metadata.segments)
         if num_rows > _MOST_ROWS or any(segment.length > 1 for segment in metadata.segments):
