@@ -1,19 +1,23 @@
-"""``POST /v1/chat/completions`` and ``POST /v1/completions``: how each renders its prompts, and its format."""
+"""``/v1/chat/completions`` and ``/v1/completions``: lease the adapter, render the prompts, submit, respond."""
 
 from __future__ import annotations
+
+import asyncio
+from contextlib import ExitStack
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from adapter_format.messages import with_system_prompt
 from server.adapters.content.generation_defaults import GenerationDefaults
-from server.api.generation import Prompts
-from server.api.protocol import ChatRequest, CompletionRequest
+from server.api.generation import Prompts, leased, submit
+from server.api.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from server.api.response_formats import ChatFormat, CompletionFormat
-from server.api.responses import respond
-from server.api.state import State
+from server.api.responses import close_unless_streamed, respond
+from server.api.state import ServerState, State
 from server.errors import InvalidRequest
 from server.text.prompt import PromptRenderer
+from server.text.token_texts import TokenTexts
 
 router = APIRouter()
 
@@ -21,13 +25,36 @@ router = APIRouter()
 @router.post("/v1/chat/completions")
 async def create_chat_completion(body: ChatRequest, http: Request, state: State) -> Response:
     """The assistant's next turn in a conversation."""
-    return await respond(body, http, state, render=_chat_prompt, make_format=ChatFormat)
+    stack = ExitStack()
+    return await close_unless_streamed(_chat(body, http, state, stack), http, stack)
 
 
 @router.post("/v1/completions")
 async def create_completion(body: CompletionRequest, http: Request, state: State) -> Response:
     """The continuation of one or several texts; choice ``prompt * n + i`` is answer ``i`` to a prompt."""
-    return await respond(body, http, state, render=_text_prompts, make_format=CompletionFormat)
+    stack = ExitStack()
+    return await close_unless_streamed(_completion(body, http, state, stack), http, stack)
+
+
+async def _chat(body: ChatRequest, http: Request, state: ServerState, stack: ExitStack) -> Response:
+    async with leased(body, state) as (lease, defaults):
+        prompts = await asyncio.to_thread(_chat_prompt, body, defaults, state.prompts)
+        request = submit(body, http, state, lease=lease, defaults=defaults, prompts=prompts)
+        stack.enter_context(request)
+    return await respond(request, ChatFormat(_token_texts(body, prompts)), state)
+
+
+async def _completion(body: CompletionRequest, http: Request, state: ServerState, stack: ExitStack) -> Response:
+    async with leased(body, state) as (lease, defaults):
+        prompts = await asyncio.to_thread(_text_prompts, body, defaults, state.prompts)
+        request = submit(body, http, state, lease=lease, defaults=defaults, prompts=prompts)
+        stack.enter_context(request)
+    return await respond(request, CompletionFormat(_token_texts(body, prompts)), state)
+
+
+def _token_texts(body: GenerationRequest, prompts: Prompts) -> TokenTexts | None:
+    """Where log probabilities are asked for: the text and bytes of their tokens."""
+    return None if body.num_logprobs is None else prompts.renderer.token_texts
 
 
 def _chat_prompt(body: ChatRequest, defaults: GenerationDefaults, base: PromptRenderer) -> Prompts:

@@ -1,4 +1,4 @@
-"""Generate and respond: a whole answer, or a stream of server-sent events (HTML standard, section 9.2).
+"""The response to a request: a whole answer, or a stream of server-sent events (HTML standard, section 9.2).
 
 The order of events is the one that OpenAI's clients rely on: an opening chunk for each choice; deltas; a final chunk
 for each choice; with ``include_usage`` one chunk of usage; ``[DONE]``. An error after the 200 is sent as one error
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -18,11 +18,8 @@ from fastapi import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from server.adapters.content.generation_defaults import GenerationDefaults
 from server.api.active_request import ActiveRequest, TextDelta
 from server.api.errors import ClientGone, reply_to
-from server.api.generation import Prompts, leased, submit
-from server.api.protocol import GenerationRequest
 from server.api.response_formats import (
     Envelope,
     Json,
@@ -33,8 +30,6 @@ from server.api.response_formats import (
     to_json_with_encoded_parts,
 )
 from server.api.state import ServerState
-from server.text.prompt import PromptRenderer
-from server.text.token_texts import TokenTexts
 
 PING_SECONDS = 15.0
 DONE = "data: [DONE]\n\n"
@@ -43,9 +38,6 @@ PING = ": ping\n\n"
 _log = logging.getLogger("quickchange.api")
 
 T = TypeVar("T")
-Body = TypeVar("Body", bound=GenerationRequest)
-Render = Callable[[Body, GenerationDefaults, PromptRenderer], Prompts]
-MakeFormat = Callable[[TokenTexts | None], ResponseFormat]
 
 
 async def cancel_on_disconnect(work: Coroutine[Any, Any, T], receive: Receive) -> T:
@@ -70,33 +62,24 @@ async def _disconnect(receive: Receive) -> None:
         pass
 
 
-async def respond(
-    body: Body, http: Request, state: ServerState, *, render: Render[Body], make_format: MakeFormat
-) -> Response:
-    """Lease the adapter, render the prompts, queue the sequences, and answer.
+async def close_unless_streamed(work: Coroutine[Any, Any, Response], http: Request, stack: ExitStack) -> Response:
+    """The response of ``work``, which enters its request into ``stack`` as soon as that exists.
 
-    ``render`` runs in a worker thread. The stack closes the request on every exit but one: a stream that is handed
-    over closes it itself.
+    The stack closes the request on every exit but one: a stream that is handed over closes it itself.
     """
-    with ExitStack() as stack:
-        response = await cancel_on_disconnect(_respond(body, http, state, render, make_format, stack), http.receive)
-        if body.stream:
+    with stack:
+        response = await cancel_on_disconnect(work, http.receive)
+        if isinstance(response, EventStream):
             stack.pop_all()
         return response
 
 
-async def _respond(
-    body: Body, http: Request, state: ServerState, render: Render[Body], make_format: MakeFormat, stack: ExitStack
-) -> Response:
-    """The response; the request is entered into ``stack`` as soon as it exists.
+async def respond(request: ActiveRequest, format: ResponseFormat, state: ServerState) -> Response:
+    """The answer, whole or as a stream that begins with the first token.
 
-    A stream begins with the first token, so that an earlier error has an HTTP status of its own.
+    So an error before the first token has an HTTP status of its own.
     """
-    async with leased(body, state) as (lease, defaults):
-        prompts = await asyncio.to_thread(render, body, defaults, state.prompts)
-        format = make_format(None if body.num_logprobs is None else prompts.renderer.token_texts)
-        request = submit(body, http, state, lease=lease, defaults=defaults, prompts=prompts)
-        stack.enter_context(request)
+    body, lease = request.body, request.lease
     await request.wait_for_first_output(PING_SECONDS)
     mark = fingerprint(state.base_name, lease, state.version)
     envelope = Envelope.new(format, model=body.model, fingerprint=mark)

@@ -169,7 +169,7 @@ def test_a_conversation_keeps_its_history_across_adapters(
     assert run_chat(url, None, None) == 0
     captured = capsys.readouterr()
     assert f"* {BASE}\n  poet\n" in captured.out
-    assert "there is no 'nobody'" in captured.err
+    assert "there is no model 'nobody'" in captured.err
     poet = (LoRARequest("poet-weights"),)
     assert [each.adapters for each in engine.submitted] == [(), poet, poet]
     first, second, third = (len(each.prompt_ids) for each in engine.submitted)
