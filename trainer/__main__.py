@@ -1,6 +1,6 @@
 """The trainer's commands: ``python -m trainer train RECIPE.yaml``.
 
-Exit codes: 0 done, 1 failed or interrupted, 2 the recipe, the data or the base needs mending.
+Exit codes: 0 success, 1 failure or interruption, 2 an error in the recipe, the data or the base.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from trainer.errors import InputError, TrainerError
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: its help, its arguments, and what runs it."""
+    """A subcommand: its help, its arguments, and its function."""
 
     help: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
@@ -34,7 +34,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         action="append",
         default=[],
-        help="lay a value over the recipe's: lora.r=4",
+        help="override a value of the recipe: lora.r=4",
     )
     parser.add_argument("--out", type=Path, help="the folder to publish; without it, NAME in the adapter folder")
 
@@ -43,7 +43,7 @@ def _train(options: argparse.Namespace) -> None:
     settings = TrainerSettings()
     config = load_recipe(options.recipe, options.overrides, base_model=settings.base_model)
     target: Path = options.out or settings.adapters_dir / config.name
-    from trainer.run import train_and_publish  # torch and transformers: seconds that a bad recipe need not wait
+    from trainer.run import train_and_publish  # imports torch, which takes seconds; a bad recipe fails before
 
     sidecar = train_and_publish(config, target)
     metrics = sidecar.metrics

@@ -1,4 +1,4 @@
-"""Which examples make a step, and how they lie in tensors."""
+"""Batching: which examples make a step, and their padded tensors."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 
 from trainer.masking import IGNORED, Encoded
 
-MicroBatch = list[int]  # places in the list of examples
+MicroBatch = list[int]  # indices into the list of examples
 
 
 @dataclass(frozen=True)
 class TrainingBatch:
     """``input_ids`` and ``targets``, [rows, length] each; a target is the token after its position, or ``IGNORED``.
 
-    Rows are padded at the end, so a causal model needs no mask: no real token ever looks at padding.
+    Rows are padded at the end, so a causal model needs no mask: no real token attends to padding.
     """
 
     input_ids: torch.Tensor
@@ -52,7 +52,7 @@ def plan_steps(
 
     The last step of an epoch may be smaller. Ends at ``epochs`` or ``max_steps``, one of which must be given.
     """
-    assert lengths and (epochs or max_steps), "an endless plan"
+    assert lengths and (epochs or max_steps), "epochs or max_steps must be given"
     rng = random.Random(f"order:{seed}")
     steps: list[list[MicroBatch]] = []
     epoch = 0

@@ -1,4 +1,4 @@
-"""Public-domain books, cleaned of what is not prose."""
+"""Cleaning of public-domain books: only the prose is kept."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _PLAIN = str.maketrans({
 def clean(raw: str) -> str:
     """The prose of a Gutenberg file: paragraphs of one line each, a blank line between them.
 
-    What stands before the start marker and after the end marker goes, and so do credits, illustrations, tables of
-    contents, headings and other short lines without a sentence in them; typographic quotes and dashes become ASCII.
+    Removed: text before the start marker and after the end marker, credits, illustrations, tables of contents, headings
+    and other short lines without a sentence. Typographic quotes and dashes become ASCII.
     """
     text = raw.replace("\r\n", "\n").translate(_PLAIN)
     if start := _START.search(text):
@@ -33,7 +33,7 @@ def clean(raw: str) -> str:
 
 
 def _paragraph(block: str) -> str:
-    """The block on one line, or nothing where it is no prose."""
+    """The block on one line; empty where it is not prose."""
     line = re.sub(r"\s+", " ", block).replace("_", "").strip()
     if len(line) < 25 or _CREDIT.match(line) or line.upper() == line or line[-1] not in ".!?\"')-:;,":
         return ""

@@ -47,14 +47,14 @@ def can_plot() -> bool:
 
 
 def plot_loss(history: History, path: Path) -> None:
-    """Training and held-out loss by step, as PNG; without matplotlib, a sentence that says what is missing."""
+    """Training and held-out loss by step, as PNG; without matplotlib a message on stderr."""
     if not can_plot():
         print(
-            f"no {path.name}: matplotlib draws it, and is not installed; pip install 'quickchange[plot]'",
+            f"no {path.name}: matplotlib is not installed; pip install 'quickchange[plot]'",
             file=sys.stderr,
         )
         return
-    import matplotlib  # takes a second to import, and only a finished run needs it
+    import matplotlib  # takes a second to import; only a finished run needs it
 
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
@@ -75,7 +75,7 @@ def plot_loss(history: History, path: Path) -> None:
 
 def _facts(config: TrainConfig, sidecar: Sidecar) -> str:
     training, metrics = sidecar.training, sidecar.metrics
-    assert training is not None and metrics is not None, "a sidecar of ours has both"
+    assert training is not None and metrics is not None, "the trainer writes both"
     rows = [
         ("base", f"{sidecar.base.name} (`{sidecar.base.best_fingerprint[:19]}`)"),
         ("LoRA", f"rank {config.lora.r}, alpha {config.lora.alpha:g}, {_targets(config)}"),

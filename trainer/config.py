@@ -1,4 +1,4 @@
-"""What a recipe may say: ``TrainConfig``, read from YAML, with ``--set key=value`` laid over it."""
+"""The recipe of a training run: ``TrainConfig``, read from YAML, with ``--set key=value`` overrides."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Text = Annotated[str, Field(min_length=1)]
 
 
 class TrainerSettings(BaseSettings):
-    """What trainer and server must agree on: environment (``QUICKCHANGE_*``) or ``.env``."""
+    """Settings that trainer and server share: environment (``QUICKCHANGE_*``) or ``.env``."""
 
     model_config = SettingsConfigDict(
         env_prefix="QUICKCHANGE_", env_file=".env", env_file_encoding="utf-8", extra="ignore", frozen=True
@@ -39,14 +39,14 @@ class _RecipePart(BaseModel):
 
 
 class MessagesSource(_RecipePart):
-    """Conversations, one JSON object with ``messages`` a line; a folder stands for its ``.jsonl`` files."""
+    """Conversations, one JSON object with ``messages`` per line; a folder means all its ``.jsonl`` files."""
 
     format: Literal["messages"]
     path: LenientPath
 
 
 class TextSource(_RecipePart):
-    """Books or other prose in UTF-8, cut into passages; a folder stands for its ``.txt`` files."""
+    """Books or other prose in UTF-8, cut into passages; a folder means all its ``.txt`` files."""
 
     format: Literal["text"]
     path: LenientPath
@@ -73,7 +73,7 @@ class TextSource(_RecipePart):
 
 
 class GeneratorSource(_RecipePart):
-    """Conversations out of a Python function without arguments; a recipe that names one runs it."""
+    """Conversations from a Python function without arguments, which the recipe runs."""
 
     generator: str = Field(
         pattern=r"^[\w.]+:\w+$",
@@ -100,7 +100,7 @@ Source = Annotated[
 
 
 class LoraSettings(_RecipePart):
-    """The adapter's shape."""
+    """LoRA's hyperparameters."""
 
     r: int = Field(default=8, ge=1, le=256, description="Rank.")
     alpha: float = Field(
@@ -114,7 +114,7 @@ class LoraSettings(_RecipePart):
 
 
 class TrainConfig(_RecipePart):
-    """One adapter: which base, which data, how to train, and what the server should assume when it serves it."""
+    """One adapter: its base, its data, how it is trained, and the generation defaults that it is served with."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="The adapter's name in requests.")
     description: str = Field(default="", description="One line for the card.")
@@ -174,10 +174,10 @@ class TrainConfig(_RecipePart):
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = (), *, base_model: str) -> TrainConfig:
-    """The recipe at ``path`` with ``overrides`` (``key.sub=yaml value``) laid over it.
+    """The recipe at ``path`` with ``overrides`` (``key.sub=yaml value``).
 
-    ``base_model`` is for a recipe that names none. ``data_root`` of the result is absolute. Raises ``RecipeError`` with
-    every problem, one a line.
+    ``base_model`` is the default of a recipe that names none. ``data_root`` of the result is absolute. Raises
+    ``RecipeError`` with every problem, one per line.
     """
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_RecipeLoader)
@@ -200,7 +200,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, base_model: str) -
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, but ``1e-4`` is a number, as it is in YAML 1.2."""
+    """YAML 1.1 as PyYAML reads it, but ``1e-4`` is a number, as in YAML 1.2."""
 
 
 _RecipeLoader.add_implicit_resolver(
@@ -209,7 +209,7 @@ _RecipeLoader.add_implicit_resolver(
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
-    """Set ``a.b.c=value`` in ``raw``; a number in the path is a place in a list."""
+    """Set ``a.b.c=value`` in ``raw``; a number in the path is an index of a list."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise RecipeError(f"--set {override}: write key=value, for example --set lora.r=4")
@@ -223,7 +223,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     except yaml.YAMLError as error:
         raise RecipeError(f"--set {override}: the value is not YAML: {error}") from error
     except (ValueError, IndexError, TypeError, AttributeError) as error:
-        raise RecipeError(f"--set {override}: the recipe has no such place: {error}") from error
+        raise RecipeError(f"--set {override}: the recipe has no such key: {error}") from error
 
 
 _SECTIONS: dict[str, type[BaseModel]] = {
@@ -241,7 +241,7 @@ def _explain(details: ErrorDetails) -> str:
     location = list(details["loc"])
     section = str(location[-2]) if len(location) > 1 else ""
     if len(location) > 2 and location[0] == "data":
-        del location[2]  # the tag of the union, which is no key of the recipe
+        del location[2]  # the union's tag, which is not a key of the recipe
     field = ".".join(str(part) for part in location)
     if details["type"] == "missing":
         return f"{field}: is missing; add it"

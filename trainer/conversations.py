@@ -1,4 +1,4 @@
-"""Conversations from JSON lines and from generator functions, checked: every problem with its place."""
+"""Conversations from JSON lines and from generator functions; every problem is reported with its place."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Messages = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Located:
-    """A checked conversation and where it stands, as problems quote it (``chats.jsonl:7``)."""
+    """A checked conversation and its place, as problems quote it (``chats.jsonl:7``)."""
 
     place: str
     messages: Messages
@@ -24,7 +24,7 @@ class Located:
 
 
 def read_text(path: Path, problems: list[str]) -> str:
-    """The file's text without a byte order mark; empty, with a problem noted, where it is no UTF-8."""
+    """The file's text without a byte order mark; empty and a problem where it is not UTF-8."""
     raw = path.read_bytes()
     try:
         return raw.decode("utf-8-sig")
@@ -37,7 +37,7 @@ def read_text(path: Path, problems: list[str]) -> str:
 
 
 def read_conversations(path: Path, *, problems: list[str]) -> Iterator[Located]:
-    """One conversation per line that is not blank; what is wrong goes to ``problems``."""
+    """One conversation per line that is not blank; problems are appended to ``problems``."""
     for number, line in enumerate(read_text(path, problems).split("\n"), start=1):
         if not line.strip():
             continue
@@ -67,9 +67,9 @@ def generated_conversations(generator: str, *, problems: list[str]) -> Iterator[
 
 
 def _located(place: str, record: object, problems: list[str]) -> Located | None:
-    found = [f"{place}: {problem}" for problem in _problems(record)]
-    problems += found
-    if found or not isinstance(record, Mapping):
+    new_problems = [f"{place}: {problem}" for problem in _problems(record)]
+    problems += new_problems
+    if new_problems or not isinstance(record, Mapping):
         return None
     return Located(place, record["messages"], record.get("tools") or None)
 
@@ -107,4 +107,4 @@ def _message_problems(message: object) -> Iterator[str]:
     elif not (content or "").strip() and not (role == "assistant" and message.get("tool_calls")):
         yield "content is empty"
     if "weight" in message and (role != "assistant" or message["weight"] not in (0, 1)):
-        yield "weight is 0 or 1 and stands on assistant turns"
+        yield "weight is 0 or 1, on assistant turns only"

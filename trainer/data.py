@@ -1,4 +1,4 @@
-"""A recipe's sources as token ids with labels, split into training and evaluation, every problem reported at once."""
+"""A recipe's sources as token ids with labels, split into training and evaluation. Problems are reported together."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MAX_EVALUATED = 200
 
 @dataclass(frozen=True)
 class Dataset:
-    """Examples by use. ``evaluation`` is at most ``MAX_EVALUATED`` of the ``num_held_out``, evenly spread."""
+    """Training and evaluation examples; ``evaluation`` has at most ``MAX_EVALUATED`` of the held out, evenly spaced."""
 
     training: list[Encoded]
     evaluation: list[Encoded]
@@ -34,7 +34,7 @@ class Dataset:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over ids and labels of the training examples: 8 bytes each, every list behind its length."""
+        """SHA-256 over ids and labels of the training examples: int64 each, every list preceded by its length."""
         digest = hashlib.sha256()
         for example in self.training:
             for ids in (example.input_ids, example.labels):
@@ -70,7 +70,7 @@ class _Loader:
     num_truncated: int = 0
 
     def add(self, source: Source, label: str) -> None:
-        """Read one source; a text source splits by position in each file, the others by chance."""
+        """Read one source. Text is split by position in each file, conversations at random."""
         if isinstance(source, TextSource):
             for path in self._files(source.path, ".txt"):
                 passages = read_passages(path, source, self.tokenizer, seed=self.config.seed, problems=self.problems)
@@ -86,7 +86,7 @@ class _Loader:
 
     def finish(self) -> Dataset:
         if not self.problems and not self.training:
-            self.problems.append("no example is left to train on")
+            self.problems.append("the data has no example to train on")
         if self.problems:
             raise DataError(self.problems)
         stride = max(1, -(-len(self.held_out) // MAX_EVALUATED))
@@ -107,9 +107,9 @@ class _Loader:
         return files
 
     def _encode(self, example: Located | Plain) -> tuple[str, Encoded | None]:
-        """The example's ids beside its place; no ids, and a problem noted, where the template refuses it."""
+        """The example's place and ids; None and a problem where the template refuses it."""
         if isinstance(example, Plain):
-            ids = self.tokenizer(example.text)["input_ids"]  # with the special tokens that a plain completion gets
+            ids = self.tokenizer(example.text)["input_ids"]  # with special tokens, as for a plain completion
             return example.place, Encoded(ids, [IGNORED, *ids[1:]])
         turns = with_system_prompt(example.messages, self.config.system_prompt)
         try:
@@ -119,15 +119,16 @@ class _Loader:
             return example.place, None
 
     def _accepted(self, examples: Iterable[tuple[str, Encoded | None]]) -> list[Encoded]:
-        """The examples that are new, each cut to ``max_length``; one without a trained token is a problem."""
-        accepted, limit = [], self.config.max_length
+        """The examples that are no duplicates, cut to ``max_length``; one without a trained token is a problem."""
+        accepted: list[Encoded] = []
+        limit = self.config.max_length
         for place, example in examples:
             if example is None:
                 continue
             self.num_truncated += len(example.input_ids) > limit
-            kept = Encoded(example.input_ids[:limit], example.labels[:limit])
-            key = hashlib.sha256(array("q", kept.input_ids + kept.labels).tobytes()).digest()
-            if kept.num_trained == 0:
+            cut = Encoded(example.input_ids[:limit], example.labels[:limit])
+            key = hashlib.sha256(array("q", cut.input_ids + cut.labels).tobytes()).digest()
+            if cut.num_trained == 0:
                 self.problems.append(
                     f"{place}: no trained token within max_length={limit}; shorten the prompt or raise it"
                 )
@@ -135,13 +136,13 @@ class _Loader:
                 self.num_duplicates += 1
             else:
                 self.seen.add(key)
-                accepted.append(kept)
+                accepted.append(cut)
         return accepted
 
     def _split(self, examples: Sequence[Encoded]) -> None:
-        """Hold out the last ``eval_share``: at least one of ten or more, none of fewer."""
+        """Hold out the last ``eval_share`` of the examples: at least one of ten or more, none of fewer."""
         share = self.config.eval_share
-        wanted = max(1, round(len(examples) * share)) if share > 0 and len(examples) >= 10 else 0
-        border = len(examples) - wanted
+        num_held_out = max(1, round(len(examples) * share)) if share > 0 and len(examples) >= 10 else 0
+        border = len(examples) - num_held_out
         self.training += examples[:border]
         self.held_out += examples[border:]

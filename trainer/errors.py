@@ -1,12 +1,12 @@
-"""What can go wrong, as one tree; the command line turns a branch into an exit code.
+"""The trainer's errors, as one tree; the command line maps a branch to an exit code.
 
 TrainerError
-|-- InputError          exit code 2: the user's to mend, and the message says how
+|-- InputError          exit code 2: the user can fix it, and the message says how
 |   |-- RecipeError     the recipe: an unknown key, a value out of range, a file that is not YAML
 |   |-- DataError       the training data, every problem with its file and line
 |   `-- BaseModelError  the base: not found, not safetensors, without a chat template
-|-- TrainingError       exit code 1: the loss is no number any more
-`-- PublishError        exit code 1: what was written does not read back as what was trained
+|-- TrainingError       exit code 1: the loss is not finite
+`-- PublishError        exit code 1: the written adapter differs from the trained one
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class InputError(TrainerError):
 
 
 class RecipeError(InputError):
-    """A recipe that does not say what to train."""
+    """A recipe that is not valid."""
 
 
 class BaseModelError(InputError):
-    """A base that is not there or not readable."""
+    """A base that is missing or not readable."""
 
 
 class DataError(InputError):
@@ -44,7 +44,7 @@ class DataError(InputError):
 
 
 class TrainingError(TrainerError):
-    """Training that went astray."""
+    """Training that diverged."""
 
 
 class PublishError(TrainerError):

@@ -28,7 +28,7 @@ def answer(
 ) -> str:
     """The model's answer without its stop string: greedy, or sampled where ``sampling`` has a temperature above 0.
 
-    Torch's random state is left as it was.
+    Torch's random state does not change.
     """
     messages = with_system_prompt([{"role": "user", "content": question}], system_prompt)
     prompt = torch.tensor([prompt_ids(tokenizer, messages)])  # [1, length]
@@ -45,7 +45,7 @@ def answer(
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Messages | None = None) -> list[int]:
-    """Token ids of ``messages`` with the generation prompt, as training and serving both have them."""
+    """Token ids of ``messages`` with the generation prompt, the same in training and serving."""
     text = tokenizer.apply_chat_template(
         plain_messages(messages, tokenizer.chat_template),
         tools=None if tools is None else [dict(tool) for tool in tools],
@@ -57,7 +57,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Me
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> str:
     """``text`` up to the first of the stop strings in it."""
-    return text[: min((at for string in stop if (at := text.find(string)) >= 0), default=len(text))]
+    positions = [text.find(string) for string in stop]
+    return text[: min((position for position in positions if position >= 0), default=len(text))]
 
 
 def _generation_config(
@@ -66,7 +67,7 @@ def _generation_config(
     base = cast(PreTrainedModel, model.get_base_model())
     options: dict[str, Any] = {"stop_strings": list(stop)} if stop else {}
     if sampling.temperature:
-        options |= {"do_sample": True, "top_k": 0}  # 0 takes all tokens, without it transformers takes 50
+        options |= {"do_sample": True, "top_k": 0}  # 0 keeps all tokens; transformers' default is 50
         options |= sampling.model_dump(exclude={"max_tokens"}, exclude_none=True)
     return GenerationConfig(
         max_new_tokens=min(sampling.max_tokens or MAX_SAMPLE_TOKENS, MAX_SAMPLE_TOKENS),

@@ -1,7 +1,7 @@
-"""The loss of a batch, with logits only where something is trained.
+"""The loss of a batch, with logits only at trained positions.
 
-The head is the dearest layer of a small model (for 152,000 words more than a quarter of the forward pass), and most
-positions of a conversation carry no loss.
+The head is the most expensive layer of a small model (with a vocabulary of 152,000 more than a quarter of the forward
+pass), and most positions of a conversation have no loss.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from trainer.masking import IGNORED
 
 
 class TokenLoss:
-    """Sums cross entropies over a batch's trained positions; in bfloat16 autocast where ``bfloat16``.
+    """The summed cross entropy of a batch's trained positions, with ``bfloat16`` under bfloat16 autocast.
 
-    Where the base does more to its logits than one head module (a soft cap, a scale), all logits are computed.
+    Where the base's logits are not simply the head of its hidden states (a soft cap, a scale), all logits are computed.
     """
 
     def __init__(self, model: PeftModel, *, bfloat16: bool) -> None:
@@ -47,7 +47,7 @@ class TokenLoss:
 
     @torch.no_grad()
     def _head_is_all(self) -> bool:
-        """Whether backbone and head give the model's own logits, bit for bit."""
+        """Whether backbone and head give the model's own logits, to the bit."""
         if self._head is None or self._backbone is self._causal:
             return False
         training = self._causal.training

@@ -1,4 +1,4 @@
-"""Conversations as token ids with a loss mask: the prompt masked, every trained turn with its end-of-turn token.
+"""Conversations as token ids with a loss mask: prompts are masked, trained turns include their end-of-turn token.
 
 The mask does not depend on ``{% generation %}`` marks, which most chat templates lack: each assistant turn is found by
 rendering the conversation up to it, with the generation prompt, and through it.
@@ -18,7 +18,7 @@ IGNORED = -100
 
 
 class MaskingError(ValueError):
-    """A conversation that cannot be masked: the message says which turn and why."""
+    """A conversation that cannot be masked; the message names the turn and the reason."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def encode_conversation(
 
 
 def _refuse_control_tokens(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]]) -> None:
-    """Serving takes control tokens in what people write for plain text; training would take them for themselves."""
+    """Refuse control tokens in contents: the server encodes them as plain text, training would as control tokens."""
     special = tokenizer.get_added_vocab()
     for number, message in enumerate(messages):
         content = message.get("content")
@@ -117,6 +117,6 @@ def _assistant_spans(
 
 
 def _after_end_of_turn(tokenizer: PreTrainedTokenizerBase, text: str, start: int, end: int) -> int | None:
-    """Where the turn's end-of-turn token ends; what the template writes after it (a line break, say) is not trained."""
+    """The end of the turn's end-of-turn token; what the template writes after it (such as a newline) is not trained."""
     at = text.rfind(str(tokenizer.eos_token), start, end)
     return None if at < 0 else at + len(str(tokenizer.eos_token))

@@ -1,4 +1,4 @@
-"""Prose as examples: passages on paragraph borders, each under a prompt that asks for it or plain."""
+"""Prose as examples: passages cut at paragraph borders, each as the answer to a prompt or as plain text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PARAGRAPH_BORDER = re.compile(r"\n\s*\n")
 
 @dataclass(frozen=True)
 class Plain:
-    """Text to be trained as it is, without a template, and where it stands."""
+    """Text that is trained without a chat template, and its place."""
 
     place: str
     text: str
@@ -30,11 +30,11 @@ class Plain:
 def read_passages(
     path: Path, source: TextSource, tokenizer: PreTrainedTokenizerBase, *, seed: int, problems: list[str]
 ) -> Iterator[Located | Plain]:
-    """Each passage of the file, in its order; what is wrong goes to ``problems``."""
+    """Each passage of the file, in order; problems are appended to ``problems``."""
     text = read_text(path, problems)
     passages = cut_passages(clean(text) if source.clean else text, tokenizer, max_tokens=source.passage_tokens)
     if text and not passages:
-        problems.append(f"{path.name}: no prose in it; set clean: false to keep lines that are no sentences")
+        problems.append(f"{path.name}: no prose in it; set clean: false to keep lines that are not sentences")
     rng = random.Random(f"passages:{seed}:{path.name}")
     for number, passage in enumerate(passages, start=1):
         yield _example(f"{path.name}: passage {number}", passage, source, rng)
@@ -63,7 +63,7 @@ def cut_passages(text: str, tokenizer: PreTrainedTokenizerBase, *, max_tokens: i
 
 
 def split_opening(passage: str) -> tuple[str, str]:
-    """The first sentences, at least ``MIN_OPENING_CHARS``, and the rest: nothing where the opening is all there is."""
+    """The first sentences, at least ``MIN_OPENING_CHARS``, and the rest, empty where the opening is everything."""
     for border in _SENTENCE_BORDER.finditer(passage):
         if border.start() >= MIN_OPENING_CHARS:
             return passage[: border.start()], passage[border.end() :]
@@ -75,7 +75,7 @@ def _lengths(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _example(place: str, passage: str, source: TextSource, rng: random.Random) -> Located | Plain:
-    """The passage under a drawn prompt, or plain: by ``raw_share``, or where an opening leaves nothing to continue."""
+    """The passage as the answer to a random prompt; plain by ``raw_share``, or where the opening is everything."""
     plain = rng.random() < source.raw_share
     prompt = rng.choice(source.prompts) if source.prompts else ""
     answer = passage

@@ -1,4 +1,4 @@
-"""What a run prints: on a terminal one line rewritten in place, elsewhere a line every few seconds."""
+"""Progress output: on a terminal one line that is rewritten, elsewhere a line every few seconds."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Progress:
         if not self._rewrites and step < self._num_steps and now - self._printed_at < SECONDS_BETWEEN_LINES:
             return
         self._printed_at = now
-        left = elapsed / step * (self._num_steps - step)
+        remaining = elapsed / step * (self._num_steps - step)
         self._write(
             f"step {step}/{self._num_steps}  loss {loss:.3f}  {self._tokens / elapsed:.0f} tokens/s  "
-            f"{int(left) // 60}:{int(left) % 60:02d} left",
+            f"{int(remaining) // 60}:{int(remaining) % 60:02d} left",
             last=step == self._num_steps,
         )
 

@@ -1,4 +1,4 @@
-"""Publishes a trained adapter: written beside its place, read back and compared, and only then renamed to its name."""
+"""Publishes a trained adapter: writes a temporary folder, reads it back, compares logits, and renames it."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def publish(
 ) -> None:
     """Make ``target`` the adapter's folder, replacing what was there.
 
-    The check takes ``model`` apart: its LoRA layers are gone afterwards. Raises ``PublishError`` where the folder, read
-    back, is not the adapter that was trained. Whatever fails, ``target`` stays as it was and nothing is left beside it.
+    The check removes the LoRA layers of ``model``. Raises ``PublishError`` where the folder, read back, is not the
+    adapter that was trained. Whatever fails, ``target`` stays as it was and no temporary folder remains.
     """
     with published_folder(target, replace=True) as partial:
         save_adapter(model, partial)
@@ -57,14 +57,14 @@ def publish(
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
-    """PEFT's two files, the same bytes for the same adapter."""
+    """Write PEFT's two files; the same adapter gives the same bytes."""
     config = cast(LoraConfig, model.peft_config["default"])
-    config.target_modules = sorted(config.target_modules or ())  # a set of strings has another order in every process
+    config.target_modules = sorted(config.target_modules or ())  # the order of a set differs between processes
     model.save_pretrained(str(folder), save_embedding_layers=False)
 
 
 def _verify(model: PeftModel, folder: Path, probe: torch.Tensor) -> None:
-    """Load ``folder`` with PEFT on the bare base: its logits must be those of training, and not those of the base."""
+    """Load ``folder`` with PEFT on the base: logits must be those of training, and differ from the base's."""
     model.eval()
     with torch.inference_mode():
         trained = full_logits(model, probe)

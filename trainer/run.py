@@ -1,4 +1,4 @@
-"""From a recipe to a published folder."""
+"""One training run: from a recipe to a published adapter folder."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from trainer.train import History, add_lora, train
 
 
 def train_and_publish(config: TrainConfig, target: Path) -> Sidecar:
-    """Train what ``config`` says and publish it as the folder ``target``; returns the sidecar that was written."""
+    """Train the adapter of ``config`` and publish it as the folder ``target``; returns its sidecar."""
     if target.exists() and not (target / "adapter_config.json").is_file():
-        raise RecipeError(f"{target}: is there and is no adapter, so it will not be replaced; choose another --out")
+        raise RecipeError(f"{target}: exists and is not an adapter folder, so it is not replaced; choose another --out")
     _quiet_libraries()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -53,7 +53,7 @@ def train_and_publish(config: TrainConfig, target: Path) -> Sidecar:
 
 
 def _quiet_libraries() -> None:
-    """No bars for weights that load in a moment, and no warnings about what PEFT calls in transformers."""
+    """No progress bars for loading weights, and no FutureWarnings about PEFT's calls of transformers."""
     disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
@@ -61,7 +61,9 @@ def _quiet_libraries() -> None:
 def _check_length(config: TrainConfig, base: TrainingBase) -> None:
     longest = getattr(base.model.config, "max_position_embeddings", None)
     if longest is not None and config.max_length > longest:
-        raise RecipeError(f"max_length: {config.max_length} is more than {base.name} takes; at most {longest}")
+        raise RecipeError(
+            f"max_length: {config.max_length} is more than the context length of {base.name}; use at most {longest}"
+        )
 
 
 def _sample(model: PeftModel, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, question: str) -> Sample:
@@ -83,7 +85,7 @@ def _sample(model: PeftModel, tokenizer: PreTrainedTokenizerBase, config: TrainC
 
 def _sidecar(config: TrainConfig, base: TrainingBase, dataset: Dataset, history: History) -> Sidecar:
     sampling = config.sampling.model_copy(deep=True)
-    said: dict[str, Any] = {
+    defaults: dict[str, Any] = {
         "system_prompt": config.system_prompt,
         "end_tokens": [str(base.tokenizer.eos_token)],
         "stop": config.stop,
@@ -105,12 +107,12 @@ def _sidecar(config: TrainConfig, base: TrainingBase, dataset: Dataset, history:
             versions=_versions(),
         ),
         metrics=_metrics(history),
-        **{key: value for key, value in said.items() if value},
+        **{key: value for key, value in defaults.items() if value},
     )
 
 
 def _portable_recipe(config: TrainConfig, base: TrainingBase) -> dict[str, Any]:
-    """What the recipe sets, without this machine's paths: the base by name, data files as the recipe names them."""
+    """The recipe's own keys without this machine's paths: the base by name, data files as the recipe names them."""
     recipe = config.model_dump(mode="json", exclude_unset=True, exclude={"data_root"})
     return {**recipe, "base_model": base.name}
 

@@ -1,7 +1,6 @@
 """The training loop: LoRA in float32 on a frozen base, the loss normalised by the trained tokens of the whole step.
 
-A mean of the micro-batches' means would weigh a token by the company it keeps; here one big batch and many small ones
-give the same gradients.
+So the split into micro-batches does not change the gradients; a mean of the micro-batches' means would.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ from trainer.progress import Progress
 
 @dataclass
 class History:
-    """What a run measured; losses are means in nats per trained token."""
+    """The measurements of a run; losses are means in nats per trained token."""
 
     steps: list[float] = field(default_factory=list)
-    evaluations: list[tuple[int, float]] = field(default_factory=list)  # (after how many steps, loss)
+    evaluations: list[tuple[int, float]] = field(default_factory=list)  # (steps so far, loss)
     base_eval_loss: float | None = None
     num_trained_tokens: int = 0
     epochs: float = 0.0
@@ -42,18 +41,18 @@ class History:
 
     @property
     def train_loss(self) -> float:
-        """Over the last tenth of the steps."""
+        """The mean over the last tenth of the steps."""
         last = self.steps[-max(1, len(self.steps) // 10) :]
         return sum(last) / len(last)
 
 
 def add_lora(model: PreTrainedModel, lora: LoraSettings, *, seed: int) -> PeftModel:
-    """``model`` with fresh LoRA layers, which change nothing yet. Raises ``RecipeError`` where no module matches."""
+    """``model`` with new LoRA layers, whose B is zero. Raises ``RecipeError`` where no module matches."""
     torch.manual_seed(seed)
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=lora.r,
-        lora_alpha=cast(int, lora.alpha),  # a float serves as well
+        lora_alpha=cast(int, lora.alpha),  # PEFT takes floats too
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
         use_rslora=lora.rslora,
@@ -65,7 +64,7 @@ def add_lora(model: PreTrainedModel, lora: LoraSettings, *, seed: int) -> PeftMo
 
 
 def train(model: PeftModel, dataset: Dataset, config: TrainConfig) -> History:
-    """Train the LoRA layers of ``model`` in place. Raises ``TrainingError`` when the loss is no longer a number."""
+    """Train the LoRA layers of ``model`` in place. Raises ``TrainingError`` when the loss is not finite."""
     run = _Run(model, dataset, config)
     started = time.perf_counter()
     run.evaluate_base()
@@ -93,14 +92,14 @@ class _Run:
         self.history = History()
 
     def evaluate_base(self) -> None:
-        """The loss before training, adapter off."""
+        """Measure the held-out loss of the base, without the adapter."""
         if self.dataset.evaluation:
             with self.model.disable_adapter():
                 self.history.base_eval_loss = self._eval_loss()
             self.progress.note(f"held-out loss of the base: {self.history.base_eval_loss:.3f}")
 
     def train(self) -> None:
-        """All steps, with an evaluation every ``eval_every`` of them and at the end."""
+        """Run all steps, with an evaluation every ``eval_every`` steps and at the end."""
         self.model.train()
         for number, micro_batches in enumerate(self.steps, start=1):
             for group in self.optimizer.param_groups:
@@ -175,10 +174,13 @@ def lr_scale(step: int, num_steps: int, config: TrainConfig) -> float:
 
 
 def uses_bfloat16(dtype: str) -> bool:
-    """Whether to autocast; ``auto`` does where the CPU multiplies bfloat16 natively; elsewhere it would be slower."""
+    """Whether to autocast to bfloat16. ``auto``: where the CPU multiplies bfloat16 natively; elsewhere it is slower."""
     if dtype != "auto":
         return dtype == "bfloat16"
     capabilities = torch.cpu.get_capabilities()
-    if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):  # ATEN_CPU_CAPABILITY may forbid the rest
+    if torch.backends.cpu.get_cpu_capability() in (
+        "DEFAULT",
+        "AVX2",
+    ):  # without AVX-512, or forbidden by ATEN_CPU_CAPABILITY
         return bool(capabilities.get("bf16"))
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))

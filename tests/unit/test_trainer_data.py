@@ -126,7 +126,7 @@ def test_the_system_prompt_stands_before_conversations_without_one(
         ({"text": "x", **_chat("a", "b")}, "unknown key 'text'; an example has 'messages' and perhaps 'tools'"),
         ({"messages": [{"role": "user", "content": "a"}]}, "no assistant turn, so there is nothing to learn"),
         (_chat("a", " "), "messages[1]: content is empty"),
-        (_chat("a", "b", weight=2), "messages[1]: weight is 0 or 1 and stands on assistant turns"),
+        (_chat("a", "b", weight=2), "messages[1]: weight is 0 or 1, on assistant turns only"),
         (_chat("a", "b", train=False), "messages[1]: unknown key 'train'"),
         (
             {"messages": [{"role": "bot", "content": "a"}, *_chat("a", "b")["messages"]]},
