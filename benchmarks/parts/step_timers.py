@@ -87,7 +87,7 @@ def timing(engine: InProcessEngine, stack: Stack) -> Iterator[None]:
         (scheduler, "update", "scheduling"),
         (sampler, "sample", "sampling"),
         (runner, "run", "rest"),
-        (runner.bank, "begin", "LoRA"),
+        (runner.bank, "begin_sorted", "LoRA"),
         (FlatAttention, "__call__", "attention"),
         (Int8Linear, "gated", "linears"),
         # an adapter's layer calls the base's linear past its hooks
