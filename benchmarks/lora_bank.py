@@ -1,4 +1,4 @@
-"""What adapters add to a step: the bank against a plain loop over adapters. Alternating pairs, medians.
+"""The cost of adapters in a step: the LoRA bank against a plain loop over adapters. Alternating pairs, medians.
 
     python -m benchmarks.lora_bank [--rank 8] [--layers 24] [--hidden 896] [--intermediate 4864] [--pairs 15]
 
@@ -92,13 +92,13 @@ def make_batch(counts: list[int]) -> Batch:
         for number, count in enumerate(counts)
         for _ in range(count)
     ]
-    return Batch(tuple(Segment(one, 0, 0, 1) for one in sequences))
+    return Batch(tuple(Segment(sequence, 0, 0, 1) for sequence in sequences))
 
 
 def loop(body: Body, adapters: list[LoRAWeights], counts: list[int]) -> Callable[[], None]:
     """Every adapter by itself on every linear: two products on its rows."""
     contiguous = [
-        {name: (one.a.contiguous(), one.b) for name, one in weights.deltas.items() if one.a is not None}
+        {name: (delta.a.contiguous(), delta.b) for name, delta in weights.deltas.items() if delta.a is not None}
         for weights in adapters[: len(counts)]
     ]
 

@@ -146,8 +146,8 @@ def adapter_tax(bench: PairedBench) -> Pairs:
 
 def one_adapter(bench: PairedBench) -> Pairs:
     """What one adapter costs over the base alone."""
-    one = bench.alone(bench.asks([0]), hold=1)
-    return bench.pairs(("one adapter", "base only"), one, bench.alone(bench.asks([None]), hold=0))
+    adapted = bench.alone(bench.asks([0]), hold=1)
+    return bench.pairs(("one adapter", "base only"), adapted, bench.alone(bench.asks([None]), hold=0))
 
 
 def sampled(name: str, params: SamplingParams) -> Callable[[PairedBench], Pairs]:

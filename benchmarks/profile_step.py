@@ -122,7 +122,8 @@ class Sizes:
         linears = {name: shape.size for name, shape in modules.items() if shape.kind == "linear"}
         self.head = next((linears.pop(name) for name in list(linears) if name.endswith("lm_head")), (0, 0))
         self.linears = linears
-        self.in_head, self.in_linears = self.head[0] * self.head[1], sum(one * other for one, other in linears.values())
+        self.in_head = self.head[0] * self.head[1]
+        self.in_linears = sum(num_inputs * num_outputs for num_inputs, num_outputs in linears.values())
         self.compute = "int8" if quantization == "int8" else str(engine.base.model.dtype).removeprefix("torch.")
         self.float_bytes = engine.base.model.dtype.itemsize
         self.weight_bytes = 1 if quantization == "int8" else self.float_bytes

@@ -1,4 +1,4 @@
-"""Make a base of random weights in a real model's shape, and random adapters for it: speed needs no sense.
+"""Make a base of random weights in a real model's shape, and random adapters for it, to measure speed.
 
     python -m benchmarks.random_base SHAPE FOLDER [--adapters 8] [--rank 8]
 

@@ -59,8 +59,8 @@ def _absmax_bits(*, masked: bool) -> Any:
 
         def step(number: Any, found: list[Vector]) -> list[Vector]:
             after = []
-            here = builder.add(x, builder.mul(number, _I64(4 * TILE_BYTES)))
-            prefetch_lines(builder, here, range(_PREFETCH_DISTANCE, _PREFETCH_DISTANCE + 4 * TILE_BYTES, 64), 2)
+            step_x = builder.add(x, builder.mul(number, _I64(4 * TILE_BYTES)))
+            prefetch_lines(builder, step_x, range(_PREFETCH_DISTANCE, _PREFETCH_DISTANCE + 4 * TILE_BYTES, 64), 2)
             for part, most in enumerate(found):
                 bits = builder.bitcast(_part(vectors, x, mask, number, part), NUMBERS)
                 bits = builder.and_(bits, ir.Constant(NUMBERS, [_WITHOUT_SIGN] * LANES))

@@ -54,7 +54,7 @@ class OpenVino:
             if not flying:
                 return time.perf_counter() - since
             self._pipeline.step()
-            flying = [one for one in flying if one.get_status() == self._genai.GenerationStatus.RUNNING]
+            flying = [handle for handle in flying if handle.get_status() == self._genai.GenerationStatus.RUNNING]
 
     def _in_turn(self, asks: Sequence[Ask], num_clients: int) -> float:
         since = time.perf_counter()
@@ -62,8 +62,8 @@ class OpenVino:
             wave = sorted(asks[first : first + num_clients], key=_adapter)
             for _, group in itertools.groupby(wave, key=_adapter):
                 alike = list(group)
-                done = self._pipeline.generate([self._ids(one) for one in alike], [self._config(one) for one in alike])
-                assert all(len(one.m_generation_ids[0]) == alike[0].num_tokens for one in done)
+                done = self._pipeline.generate([self._ids(ask) for ask in alike], [self._config(ask) for ask in alike])
+                assert all(len(result.m_generation_ids[0]) == alike[0].num_tokens for result in done)
         return time.perf_counter() - since
 
     def _ids(self, ask: Ask) -> Any:

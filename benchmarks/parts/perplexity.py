@@ -97,12 +97,13 @@ def compare(
     """Every token but the first of each window, by two readers, each with an adapter of its own or none."""
     sums, count = torch.zeros(4, dtype=torch.float64), 0
     for window in windows:
-        ours, theirs = reader.logits(window, adapters[0])[:-1], other.logits(window, adapters[1])[:-1]
-        p, q, said = theirs.log_softmax(-1), ours.log_softmax(-1), torch.tensor(window[1:])[:, None]
-        same = (ours.argmax(-1) == theirs.argmax(-1)).sum()
-        values = [-q.gather(1, said).sum(), -p.gather(1, said).sum(), (p.exp() * (p - q)).sum(), same]
+        logits, other_logits = reader.logits(window, adapters[0])[:-1], other.logits(window, adapters[1])[:-1]
+        p, q = other_logits.log_softmax(-1), logits.log_softmax(-1)
+        targets = torch.tensor(window[1:])[:, None]
+        same = (logits.argmax(-1) == other_logits.argmax(-1)).sum()
+        values = [-q.gather(1, targets).sum(), -p.gather(1, targets).sum(), (p.exp() * (p - q)).sum(), same]
         sums += torch.stack([value.double() for value in values])
-        count += len(said)
+        count += len(targets)
     loss, other_loss, divergence, agreement = (sums / count).tolist()
     return Comparison(loss, other_loss, divergence, agreement, count)
 
@@ -154,9 +155,9 @@ def _conversations() -> Iterator[Conversation]:
 
 def _chats(tokenizer: PreTrainedTokenizerBase, chats: Iterator[Conversation], *, num_windows: int) -> Windows:
     ids: list[int] = []
-    for one in islice(chats, _NUM_CONVERSATIONS):
-        said: Any = one["messages"]
-        ids += _ids(tokenizer, str(tokenizer.apply_chat_template(said, tokenize=False)))
+    for chat in islice(chats, _NUM_CONVERSATIONS):
+        messages: Any = chat["messages"]
+        ids += _ids(tokenizer, str(tokenizer.apply_chat_template(messages, tokenize=False)))
         if len(ids) >= num_windows * LENGTH:
             break
     return _windows(ids, num_windows)

@@ -80,7 +80,7 @@ def timing(engine: InProcessEngine, stack: Stack) -> Iterator[None]:
         kind = kind_of(module, head=head)
         handles.append(module.register_forward_pre_hook(lambda *_, kind=kind: stack.enter(kind)))
         handles.append(module.register_forward_hook(lambda *_: stack.leave()))
-    layers = [one for one in engine.base.model.modules() if isinstance(one, AdaptedModule)]
+    layers = [module for module in engine.base.model.modules() if isinstance(module, AdaptedModule)]
     scheduler, sampler, runner = engine.engine.scheduler, engine.engine.sampler, engine.runner
     stages = (
         (scheduler, "schedule", "scheduling"),
@@ -91,7 +91,7 @@ def timing(engine: InProcessEngine, stack: Stack) -> Iterator[None]:
         (FlatAttention, "__call__", "attention"),
         (Int8Linear, "gated", "linears"),
         # an adapter's layer calls the base's linear past its hooks
-        *((one, "_compute", kind_of(one.base, head=head)) for one in layers),
+        *((layer, "_compute", kind_of(layer.base, head=head)) for layer in layers),
     )
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in stages]
     for (owner, name, kind), (_, _, call) in zip(stages, before, strict=True):
