@@ -198,7 +198,7 @@ def test_files_of_two_generations_are_never_read_as_one(tmp_path: Path, monkeypa
         return found
 
     monkeypatch.setattr(folder_module, "read_file_at", read_and_swap)
-    with pytest.raises(OSError, match="its links were moved while they were read"):
+    with pytest.raises(OSError, match="links changed while the files were read"):
         read_files(volume.path, max_bytes=100_000, roots=(tmp_path,))
     assert b'"lora_alpha": 16' in read_files(volume.path, max_bytes=100_000, roots=(tmp_path,)).config
 
@@ -262,7 +262,7 @@ ESCAPES: dict[str, tuple[Callable[[Path], object], str]] = {
     "to a device": (lambda root: "/dev/zero", "leads outside|to what is not a regular file"),
     "to a FIFO inside": (lambda root: fifo(root / "adapters" / "fifo"), "not a regular file"),
     "to a folder inside": (lambda root: root / "adapters", "not a regular file"),
-    "to nothing": (lambda root: "nowhere", "which is not there"),
+    "to nothing": (lambda root: "nowhere", "which does not exist"),
     "to itself": (lambda root: CONFIG_FILE, "leads in a circle"),
 }
 

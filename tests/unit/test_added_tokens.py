@@ -356,11 +356,11 @@ def test_a_kept_version_is_the_version_where_another_file_lists_other_tokens(ids
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda said: said["model"]["vocab"].update(hello=7), "its vocabulary or merges in tokenizer.json differs"),
-        (lambda said: said["model"]["merges"].pop(), "its vocabulary or merges in tokenizer.json differs"),
-        (lambda said: said.update(normalizer={"type": "Lowercase"}), "its normalizer in tokenizer.json differs"),
-        (lambda said: said["pre_tokenizer"].update(add_prefix_space=True), "its pre-tokenizer in tokenizer.json"),
-        (lambda said: said.pop("model"), "its vocabulary or merges in tokenizer.json differs"),
+        (lambda said: said["model"]["vocab"].update(hello=7), "the vocabulary or merges in tokenizer.json differs"),
+        (lambda said: said["model"]["merges"].pop(), "the vocabulary or merges in tokenizer.json differs"),
+        (lambda said: said.update(normalizer={"type": "Lowercase"}), "the normalizer in tokenizer.json differs"),
+        (lambda said: said["pre_tokenizer"].update(add_prefix_space=True), "the pre-tokenizer in tokenizer.json"),
+        (lambda said: said.pop("model"), "the vocabulary or merges in tokenizer.json differs"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("tokens", [NEW, ()])
@@ -372,7 +372,7 @@ def test_a_tokenizer_that_is_another_elsewhere_is_refused(
     edit(path, change)
     said = refusal(path)
     assert words in said
-    assert "take tokenizer.json out of the folder for the base's" in said
+    assert "remove tokenizer.json from the folder to use the base's" in said
 
 
 def test_a_model_written_as_the_bases_is_not_parsed(folder: Path) -> None:
@@ -390,9 +390,9 @@ def test_a_tokenizer_of_more_parts_than_the_bases_is_not_parsed(hostile: bytes, 
     (folder / TOKENS).write_bytes(hostile % (b"[]," * 1_000_000))
     tracemalloc.start()
     try:
-        assert "its vocabulary or merges in tokenizer.json differs" in refusal(folder)
+        assert "the vocabulary or merges in tokenizer.json differs" in refusal(folder)
         [problem] = diagnose(folder, PADDED, LIMITS).problems
-        assert "its vocabulary or merges in tokenizer.json differs" in problem
+        assert "the vocabulary or merges in tokenizer.json differs" in problem
         assert tracemalloc.get_traced_memory()[1] < 20_000_000
     finally:
         tracemalloc.stop()

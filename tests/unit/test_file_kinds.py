@@ -108,7 +108,7 @@ def test_an_adapter_in_a_folder_inside_is_named(folder: Path, nested: list[str],
         (folder / name).mkdir()
         if name != "runs":
             shutil.copy(folder / CONFIG, folder / name)
-    assert reason(folder).startswith(f"the adapter is in a folder inside ({shown}): put that one right into")
+    assert reason(folder).startswith(f"the adapter is in a sub-folder ({shown}): put that one right into")
 
 
 def test_a_modelfile_comes_before_the_adapter_in_a_folder_beside_it(folder: Path) -> None:

@@ -69,7 +69,7 @@ def test_a_field_that_nobody_knows_is_refused_only_when_active() -> None:
         ({"init_lora_weights": "corda"}, "path_initial_model_for_weight_conversion"),
         ({"init_lora_weights": "lora_ga"}, "path_initial_model_for_weight_conversion"),
         ({"init_lora_weights": "loftq"}, "train it again with another init_lora_weights"),
-        ({"init_lora_weights": "flux"}, "is 'flux', which this version does not know, and which may change the base's"),
+        ({"init_lora_weights": "flux"}, "is 'flux', which is unknown and may change the base's"),
         ({"init_lora_weights": {"a": 1}}, "init_lora_weights is {'a': 1}"),
         ({"use_dora": True, "lora_bias": True}, "exclude each other"),
         ({"use_dora": "yes"}, "use_dora is 'yes': it must be true or false"),
@@ -187,8 +187,8 @@ def test_an_unknown_field_that_asks_for_nothing_or_records_how_it_was_made_is_se
 )
 def test_an_unknown_field_that_may_change_the_delta_is_refused_with_a_way_out(fields: dict[str, Any]) -> None:
     [(name, value)] = fields.items()
-    assert f"{name} = {value!r} is not supported: this version does not know what it asks for" in refusal(**fields)
-    assert "take it out of adapter_config.json if it changes no weight" in refusal(**fields)
+    assert f"{name} = {value!r} is not supported: its meaning is unknown" in refusal(**fields)
+    assert "remove it from adapter_config.json if it changes no weight" in refusal(**fields)
 
 
 def test_a_config_without_a_kind_is_told_which_to_add_and_not_to_convert() -> None:

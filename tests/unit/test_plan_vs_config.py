@@ -157,5 +157,5 @@ def test_a_tied_head_has_its_delta_by_the_name_of_the_embedding() -> None:
 
 @pytest.mark.parametrize("layers", ["0", [0, "1"], {"0": 1}, [-1], [True], 1.5])
 def test_layers_that_are_no_numbers_are_refused(layers: Any) -> None:
-    with pytest.raises(ValueError, match=r"layers_to_transform is .*: it must be a list of layers' numbers"):
+    with pytest.raises(ValueError, match=r"layers_to_transform is .*: it must be a list of layer numbers"):
         parse_peft_config({"peft_type": "LORA", "target_modules": ["q_proj"], "layers_to_transform": layers})

@@ -104,7 +104,7 @@ def test_blanks_are_compared_where_jinja_leaves_them() -> None:
 
 
 def test_a_strangers_template_is_not_even_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.adapters.content.templates._read", lambda template: pytest.fail("parsed"))
+    monkeypatch.setattr("server.adapters.content.templates._parse", lambda template: pytest.fail("parsed"))
     assert not is_same("{{ a }}{% generation %}{{ '" + "b" * 100_000 + "' }}{% endgeneration %}", "{{ a }}")
 
 
@@ -150,7 +150,7 @@ def test_the_operator_trusts_the_templates_of_single_adapters(folder: Path, tmp_
     trusted = policy_of(settings).trusted_templates
     assert trusted == {"other", "good"}
     assert read(folder, trusted=trusted).defaults.chat_template == "{{ messages[0].content }}?"
-    with pytest.raises(AdapterRejected, match="for this adapter with --trusted-templates good, or take it out"):
+    with pytest.raises(AdapterRejected, match="--trusted-templates good for this adapter alone, or remove"):
         read(folder, trusted=frozenset({"other"}))
 
 

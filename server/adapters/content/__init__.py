@@ -1,6 +1,11 @@
-"""Floor 1: what one adapter folder says, and whether it fits the base; no torch.
+"""Floor 1: reads one adapter folder and checks it against the base; no torch.
 
-``folder`` reads bytes once; ``peft_config`` and ``adapter_format.sidecar`` parse them; ``plan`` says what the tensors
-do to which modules, ``generation_defaults`` its prompt and sampling; ``manifest`` is all of it, ``diagnostics`` all
-that is wrong with it.
+Reading order: ``safe_open`` opens files, ``folder`` reads them, ``peft_config`` and ``adapter_format.sidecar`` parse
+them, ``plan`` (with ``tensor_names``, ``module_plan``, ``fit``) checks the tensors, ``manifest`` does all of it.
+
+- ``Listing``: the result of reading a folder's headers; enough to list an adapter.
+- ``Manifest``: a listing with the folder's whole content and its digests; needed to serve an adapter.
+- ``AdapterPlan``: the change of every module, part of a listing; ``ModulePlan`` is the change of one module.
+- ``GenerationDefaults``: system prompt, sampling, stop strings and chat template, part of a listing.
+- ``DiagnosticReport``: every problem of a folder, for ``quickchange adapters check``.
 """

@@ -1,9 +1,8 @@
 """Tokens that a trainer added to the base's tokenizer, read from the tokenizer saved beside the adapter.
 
-An adapter's tokenizer may have other added tokens than the base's, whose ids lie within the rows of the base's
-embedding: prompts and answers of the adapter are then made with them. In all else it must be the base's: its
-vocabulary, merges, normalizer and pre-tokenizer decide the ids of every text. What only a trainer needs (truncation,
-padding, tokens put around a text) is not compared.
+An adapter's tokenizer may have other added tokens than the base's, with ids within the rows of the base's embedding;
+they apply to prompts and outputs of the adapter. Vocabulary, merges, normalizer and pre-tokenizer must be the base's,
+since they decide the ids of every text. Truncation, padding and post-processing are not compared.
 """
 
 from __future__ import annotations
@@ -19,23 +18,23 @@ MAX_TOKENS, MAX_CHARS = 20_000, 512
 SECTIONS = {"model": "vocabulary or merges", "normalizer": "normalizer", "pre_tokenizer": "pre-tokenizer"}
 """Parts of ``tokenizer.json`` that decide the ids of a text without added tokens."""
 
-_MAX_JUDGED = 64
+_MAX_CACHED = 64
 _PARTS_PER_TOKEN = 16
 _ALWAYS_READ = 1024 * 1024
-"""Bytes of a ``tokenizer.json`` that may be parsed whatever the base's is."""
+"""Size in bytes up to which a ``tokenizer.json`` is always parsed."""
 
 _MODEL = b'\n  "model": {'
-"""Where the last and by far the largest section begins in the file as the library writes it."""
+"""Start of the last and by far largest section in a file that the tokenizers library wrote."""
 
 _DEFAULTS: Mapping[str, Any] = {"use_regex": True, "str_rep": "▁", "replacement": "▁", "split": True}
-"""What a key of a section means where it is missing."""
+"""Defaults of keys in a section."""
 
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token found in a text before the tokenizer's model sees it (tokenizers, ``AddedToken``).
+    """A token that is matched before the tokenizer's model runs (tokenizers, ``AddedToken``).
 
-    A special one does not show in an answer.
+    Special tokens are left out of decoded text.
     """
 
     id: int
@@ -51,47 +50,47 @@ class AddedToken:
 class BaseTokenizer:
     """The base's tokenizer: its added tokens, and the number of its ids.
 
-    ``read`` gives its JSON in every form it has, as it is in memory and in its file; ``normalizes`` says whether it has
-    a normalizer, without which a token's flag ``normalized`` means nothing.
+    ``read`` returns its JSON in every form, as in memory and as in its file. ``normalizes``: it has a normalizer;
+    without one a token's flag ``normalized`` has no effect.
     """
 
     added: tuple[AddedToken, ...]
     num_ids: int
     read: Callable[[], Sequence[str]] = field(repr=False)
     normalizes: bool = True
-    _judged: dict[bytes, str | None] = field(default_factory=dict, repr=False)
+    _differences: dict[bytes, str | None] = field(default_factory=dict, repr=False)
 
     @cached_property
     def _sections(self) -> Mapping[str, frozenset[bytes]]:
-        """The digests of each section, one for each form."""
+        """Digests of each section, one per form."""
         return _joined([_digests(json.loads(text)) for text in self.read()])
 
     @cached_property
     def _sections_as_written(self) -> Mapping[str, frozenset[bytes]]:
-        """The same, with the model as it is written, which takes a hundredth of the time."""
-        found = [_digests_as_written(text.encode()) for text in self.read()]
-        return _joined([digests for digests in found if digests is not None])
+        """The same with the model section's bytes hashed unparsed, in a hundredth of the time."""
+        every = [_digests_as_written(text.encode()) for text in self.read()]
+        return _joined([digests for digests in every if digests is not None])
 
     @cached_property
     def _max_parts(self) -> int:
-        """The most parts of a ``tokenizer.json`` with this vocabulary, in any form, with any added tokens."""
+        """Upper bound of the values in a ``tokenizer.json`` with this vocabulary and any added tokens."""
         return max(_num_parts(text.encode()) for text in self.read()) + _PARTS_PER_TOKEN * MAX_TOKENS
 
     def is_exceeded_by(self, data: bytes) -> bool:
-        """Whether an adapter's ``tokenizer.json`` has more parts than one with this vocabulary can have.
+        """Whether an adapter's ``tokenizer.json`` has more values than one with this vocabulary can have.
 
-        Parsed, a part takes up to fifty times its bytes, so that such a file is refused unparsed.
+        A parsed value takes up to fifty times its bytes, so such a file is refused unparsed.
         """
         return len(data) > _ALWAYS_READ and _num_parts(data) > self._max_parts
 
     def difference(self, data: bytes, parse: Callable[[], Any]) -> str | None:
-        """What of an adapter's ``tokenizer.json`` is not as the base's; ``parse`` reads it, once for equal bytes."""
+        """The section of an adapter's ``tokenizer.json`` that differs from the base's, if any; cached by the bytes."""
         key = hashlib.sha256(data).digest()
-        if key not in self._judged:
-            if len(self._judged) >= _MAX_JUDGED:
-                self._judged.clear()
-            self._judged[key] = self._difference(data, parse)
-        return self._judged[key]
+        if key not in self._differences:
+            if len(self._differences) >= _MAX_CACHED:
+                self._differences.clear()
+            self._differences[key] = self._difference(data, parse)
+        return self._differences[key]
 
     def _difference(self, data: bytes, parse: Callable[[], Any]) -> str | None:
         if self.is_exceeded_by(data):
@@ -105,20 +104,21 @@ class BaseTokenizer:
                 sections, digests = self._sections, _digests(tokenizer)
         except RecursionError:
             return "structure"
-        return next((said for name, said in SECTIONS.items() if digests[name] not in sections[name]), None)
+        return next((label for name, label in SECTIONS.items() if digests[name] not in sections[name]), None)
 
 
 def listed_in_head(data: bytes) -> list[Any] | None:
-    """The list of added tokens in the beginning of a ``tokenizer.json``; None where it does not end in there."""
-    text, decoder = data.decode(errors="ignore"), json.JSONDecoder()
-    at = _skip(text, 0, "{")
+    """The list of added tokens at the beginning of a ``tokenizer.json``; None if the list is not complete."""
+    text = data.decode(errors="ignore")
+    decoder = json.JSONDecoder()
+    position = _skip(text, 0, "{")
     try:
         while True:
-            key, at = decoder.raw_decode(text, at)
-            value, at = decoder.raw_decode(text, _skip(text, at, ":"))
+            key, position = decoder.raw_decode(text, position)
+            value, position = decoder.raw_decode(text, _skip(text, position, ":"))
             if key == "added_tokens":
                 return value if isinstance(value, list) else None
-            at = _skip(text, at, ",")
+            position = _skip(text, position, ",")
     except (ValueError, RecursionError):
         return None
 
@@ -127,12 +127,11 @@ def parse_listed(listed: Any, where: str) -> tuple[AddedToken, ...]:
     """Added tokens as ``tokenizer.json`` lists them, by id. Raises ``ValueError`` that names the file and the token."""
     if not isinstance(listed, list) or len(listed) > MAX_TOKENS:
         raise ValueError(f"{where}: its added tokens must be a list of {MAX_TOKENS} at most")
-    found = [_token(item, where) for item in listed]
+    tokens = [_token(item, where) for item in listed]
     for name in ("id", "content"):
-        values = [getattr(token, name) for token in found]
-        if len(set(values)) != len(values):
+        if len({getattr(token, name) for token in tokens}) != len(tokens):
             raise ValueError(f"{where}: two of its added tokens have the same {name}")
-    return tuple(sorted(found, key=lambda token: token.id))
+    return tuple(sorted(tokens, key=lambda token: token.id))
 
 
 def parse_decoder(decoder: Any, where: str) -> tuple[AddedToken, ...]:
@@ -144,7 +143,7 @@ def parse_decoder(decoder: Any, where: str) -> tuple[AddedToken, ...]:
 
 
 def parse_ids(ids: Any, base: BaseTokenizer, *, special: Iterable[str], where: str) -> tuple[AddedToken, ...]:
-    """Added tokens as ``added_tokens.json`` has them, text to id, beside the base's own. Raises as ``parse_listed``."""
+    """Added tokens of ``added_tokens.json``, which maps texts to ids, and the base's. Raises as ``parse_listed``."""
     if not isinstance(ids, dict):
         raise ValueError(f"{where} is not a JSON object")
     marked = set(special)
@@ -161,10 +160,10 @@ def parse_ids(ids: Any, base: BaseTokenizer, *, special: Iterable[str], where: s
 def tokens_to_serve(
     listed: Sequence[AddedToken], base: BaseTokenizer, *, num_rows: int, padding: str | None, where: str
 ) -> tuple[AddedToken, ...]:
-    """All added tokens of the adapter's tokenizer, or none where they are the base's.
+    """All added tokens of the adapter's tokenizer; none if they are the base's.
 
-    What is special in the base stays so, so that no message can write it. A token for padding beyond the base's
-    rows is left out: no prompt has it. Raises ``ValueError`` for any other token there.
+    The base's special tokens stay special, so that no message can contain them. A padding token beyond the base's
+    rows is left out, since no prompt has it. Raises ``ValueError`` for any other token beyond them.
     """
     special = {token.content for token in base.added if token.special}
     known = [replace(token, special=token.special or token.content in special) for token in listed]
@@ -175,16 +174,16 @@ def tokens_to_serve(
     beyond = [token for token in known if token.id >= num_rows and token.content != padding]
     if beyond:
         raise ValueError(
-            f"{where}: its token {_shown(beyond[0])} has the id {beyond[0].id}, and the base's embedding has "
-            f"{num_rows} rows: serve a base of that size, or take the tokenizer's files out of the folder to use the "
+            f"{where}: its token {beyond[0].content!r:.60} has the id {beyond[0].id}, and the base's embedding has "
+            f"{num_rows} rows: serve a base of that size, or remove the tokenizer's files from the folder to use the "
             "base's tokenizer"
         )
     own = base.added if base.normalizes else [replace(token, normalized=False) for token in base.added]
     return () if set(inside) == set(own) else tuple(inside)
 
 
-def nameless(ids: Iterable[int], base: BaseTokenizer, tokens: Sequence[AddedToken]) -> int | None:
-    """The first of the ids that neither the base's tokenizer nor the adapter's gives a text to."""
+def first_without_text(ids: Iterable[int], base: BaseTokenizer, tokens: Sequence[AddedToken]) -> int | None:
+    """The first id without a text in the base's and the adapter's tokenizer."""
     named = {token.id for token in tokens}
     return next((number for number in ids if number >= base.num_ids and number not in named), None)
 
@@ -195,9 +194,9 @@ def _token(item: Any, where: str) -> AddedToken:
         case {"id": int(number), "content": str(content)} if (
             type(number) is int and 0 <= number < 1 << 31 and 0 < len(content) <= MAX_CHARS
         ):
-            said = {name: item.get(name, False) for name in flags}
-            if all(isinstance(value, bool) for value in said.values()):
-                return AddedToken(number, content, **said)
+            given = {name: item.get(name, False) for name in flags}
+            if all(isinstance(value, bool) for value in given.values()):
+                return AddedToken(number, content, **given)
     raise ValueError(f"{where}: {item!r:.80} is no added token with an id, a text and flags")
 
 
@@ -205,40 +204,36 @@ def _id(key: Any) -> int | None:
     return int(key) if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 11 else None
 
 
-def _shown(token: AddedToken) -> str:
-    return f"{token.content!r:.60}"
-
-
 def _num_parts(data: bytes) -> int:
-    """No fewer than there are values in this JSON, inside of one another."""
+    """Upper bound of the number of values in this JSON."""
     return sum(data.count(mark) for mark in (b"[", b"{", b","))
 
 
-def _skip(text: str, at: int, mark: str) -> int:
-    """The place of the next value, behind a mark that may have white space around it."""
-    rest = text[at : at + 4096]
-    found = rest.lstrip()
-    if not found.startswith(mark):
-        return at
-    inner = found[1:].lstrip()
-    return at + len(rest) - len(inner)
+def _skip(text: str, position: int, mark: str) -> int:
+    """The position of the value that follows ``mark``, which may have white space around it."""
+    window = text[position : position + 4096]
+    from_mark = window.lstrip()
+    if not from_mark.startswith(mark):
+        return position
+    return position + len(window) - len(from_mark[1:].lstrip())
 
 
-def _joined(found: Sequence[Mapping[str, bytes]]) -> Mapping[str, frozenset[bytes]]:
-    return {name: frozenset(digests[name] for digests in found) for name in SECTIONS}
+def _joined(every: Sequence[Mapping[str, bytes]]) -> Mapping[str, frozenset[bytes]]:
+    return {name: frozenset(digests[name] for digests in every) for name in SECTIONS}
 
 
 def _digests_as_written(data: bytes) -> Mapping[str, bytes] | None:
-    """Digests with the model's of its bytes; None where the file is not laid out as the library does it."""
-    if (at := data.find(_MODEL)) < 0:
+    """Digests, that of the model section over its bytes; None if the file is not laid out as the library does."""
+    start = data.find(_MODEL)
+    if start < 0:
         return None
     try:
-        before = json.loads(data[:at].rstrip().removesuffix(b",") + b"}")
+        before = json.loads(data[:start].rstrip().removesuffix(b",") + b"}")
     except (ValueError, RecursionError):
         return None
     if not isinstance(before, dict) or "model" in before:
         return None
-    return {**_digests(before), "model": hashlib.sha256(data[at:]).digest()}
+    return {**_digests(before), "model": hashlib.sha256(data[start:]).digest()}
 
 
 def _digests(tokenizer: Mapping[str, Any]) -> Mapping[str, bytes]:
@@ -251,7 +246,7 @@ def _digest(section: Any) -> bytes:
 
 
 def _canonical(value: Any) -> Any:
-    """A section without keys that only say the default, and with merges as tokenizers before 0.20 wrote them."""
+    """A section without keys that have their default, and with merges as tokenizers before 0.20 wrote them."""
     if isinstance(value, list):
         return [_canonical(item) for item in value]
     if not isinstance(value, dict):

@@ -1,7 +1,7 @@
-"""The fields of ``adapter_config.json``: which are read, which change nothing when serving, which are refused.
+"""The fields of ``adapter_config.json``: which are read, which have no effect when serving, which are refused.
 
-A field that is in no table is accepted where it asks for nothing, or where its name says that it is a record of how
-the adapter was made; otherwise it may change the delta, and is refused by name.
+A field in no table is accepted if its value is empty or its name marks it as a training record. Any other may change
+the delta, and is refused by name.
 """
 
 from __future__ import annotations
@@ -75,11 +75,11 @@ OTHER_TOOLS: Mapping[str, str] = {
     "use_mora": "its matrices are MoRA's square ones, no low-rank delta; train it again without it",
     "use_qa_lora": "it averages groups of inputs of a quantized base; train it again without it",
 }
-"""Fields of early PEFT versions and of other tools. ``group_size`` and ``mora_type`` say how, not whether."""
+"""Fields of early PEFT versions and of other tools. ``group_size`` and ``mora_type`` only detail other fields."""
 
 _UNKNOWN = (
-    "this version does not know what it asks for; take it out of adapter_config.json if it changes no weight, or "
-    "train it again without it"
+    "its meaning is unknown; remove it from adapter_config.json if it changes no weight, or train the adapter again "
+    "without it"
 )
 _RECIPE = ("seed", "dropout", "lr", "lr_ratio", "learning_rate", "weight_decay", "warmup_ratio", "warmup_steps")
 _SOURCE = (
@@ -97,13 +97,13 @@ _RECORD = re.compile(
 
 
 def refusal(name: str, value: Any) -> str | None:
-    """Why a field with this value is refused; None where it is read, or changes no delta."""
+    """The reason to refuse a field with this value; None if it is read or has no effect."""
     known = FIELDS.get(name) or OTHER_TOOLS.get(name)
     if known in (READ, NO_EFFECT) or not is_active(value):
         return None
     if known is not None:
         return known
-    return None if _RECORD.fullmatch(name) or _is_idle_inside(value) else _UNKNOWN
+    return None if _RECORD.fullmatch(name) or _is_empty_inside(value) else _UNKNOWN
 
 
 def is_active(value: Any) -> bool:
@@ -112,9 +112,9 @@ def is_active(value: Any) -> bool:
     return value not in (None, False) and value != {} and value != []
 
 
-def _is_idle_inside(value: Any, depth: int = 3) -> bool:
-    """Whether all that an object or a list holds asks for nothing; a number in it does, even 0: it may be an index."""
+def _is_empty_inside(value: Any, depth: int = 3) -> bool:
+    """Whether all values in an object or a list are empty. A number is not, even 0: it may be an index."""
     if isinstance(value, dict | list):
         items = value.values() if isinstance(value, dict) else value
-        return depth > 0 and all(_is_idle_inside(item, depth - 1) for item in items)
+        return depth > 0 and all(_is_empty_inside(item, depth - 1) for item in items)
     return value is None or value is False or value == ""

@@ -1,4 +1,4 @@
-"""What lies in a folder that is not PEFT's two files, told by names and first bytes, and what to do about it."""
+"""Recognises other files than PEFT's two by their names and first bytes, and says what to do about them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _CONVERT = "convert it: quickchange adapters convert FOLDER"
 _MODELFILE, _SNAPSHOTS = "Modelfile", "snapshots"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _STATE_OF_A_RUN = re.compile(r"(?:training_args|optimizer|scheduler|scaler|rng_state|trainer_state).*")
-"""Files that a trainer writes beside an adapter and that hold no weights of it."""
+"""Files of a trainer's state, which hold no weights of the adapter."""
 
 _BY_NAME: tuple[tuple[re.Pattern[str], str], ...] = (
     (
@@ -39,7 +39,7 @@ _BY_NAME: tuple[tuple[re.Pattern[str], str], ...] = (
         "{0} is a download that is not finished: download it again",
     ),
 )
-"""Names of files, in the order in which they decide, and what is to be said of a folder that has them."""
+"""File names by precedence, and the message for a folder that has them."""
 
 _BY_BYTES: tuple[tuple[re.Pattern[bytes], str], ...] = (
     (
@@ -69,13 +69,13 @@ _BY_BYTES: tuple[tuple[re.Pattern[bytes], str], ...] = (
 
 
 def kind_of_bytes(name: str, data: bytes) -> str | None:
-    """A sentence on a file that is something else than its name says; None where its first bytes do not tell."""
+    """A message for a file whose first bytes show another kind than its name; None for any other."""
     start = data[:512]
-    return next((f"{name}: it is {said}" for form, said in _BY_BYTES if form.match(start)), None)
+    return next((f"{name}: it is {message}" for pattern, message in _BY_BYTES if pattern.match(start)), None)
 
 
 def what_is_missing(folder: int, *, config: str, weights: str) -> str:
-    """A sentence on a folder, given by its descriptor, that has not both of PEFT's files."""
+    """A message for a folder, given by its descriptor, that lacks one of PEFT's files."""
     names, nested = _look(folder, config)
     missing = [name for name in (config, weights) if name not in names]
     if weights in missing:
@@ -87,9 +87,9 @@ def what_is_missing(folder: int, *, config: str, weights: str) -> str:
                 "folder into the adapter folder, or copy it with cp -rL"
             )
         if nested:
-            return f"the adapter is in a folder inside ({nested[0]}): put that one right into the adapter folder"
-        if (known := _by_name(names)) is not None:
-            return known
+            return f"the adapter is in a sub-folder ({nested[0]}): put that one right into the adapter folder"
+        if (message := _by_name(names)) is not None:
+            return message
         if any(name.endswith(_PICKLES) and not _STATE_OF_A_RUN.fullmatch(name) for name in names):
             return (
                 f"{weights} is missing and the weights are a pickle, which can run code when opened; load the "
@@ -100,14 +100,14 @@ def what_is_missing(folder: int, *, config: str, weights: str) -> str:
 
 
 def _by_name(names: Sequence[str]) -> str | None:
-    for form, said in _BY_NAME:
-        if found := [name for name in names if form.fullmatch(name)]:
-            return said.format(_shown(found[0]))
+    for pattern, message in _BY_NAME:
+        if matching := [name for name in names if pattern.fullmatch(name)]:
+            return message.format(_shown(matching[0]))
     return None
 
 
 def _look(folder: int, config: str) -> tuple[list[str], list[str]]:
-    """The names in a folder, and of its folders those that hold an adapter, the newest checkpoint first."""
+    """All names in a folder, and the names of its sub-folders with an adapter, newest checkpoint first."""
     with os.scandir(folder) as entries:
         listed = list(entries)
     names = sorted(entry.name for entry in listed)
@@ -120,7 +120,7 @@ def _look(folder: int, config: str) -> tuple[list[str], list[str]]:
 
 
 def _revisions(folder: int, config: str) -> list[str]:
-    """Where the adapters are in a hub's cache of a repository, the newest first."""
+    """Paths of the adapters in a hub's cache of a repository, newest first."""
     found: list[tuple[int, str]] = []
     with contextlib.suppress(OSError):
         snapshots = os.open(_SNAPSHOTS, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)

@@ -1,7 +1,4 @@
-"""The files of one adapter folder, each read once from one descriptor into private memory.
-
-Nothing that happens to the folder afterwards reaches a running model.
-"""
+"""Reads the files of one adapter folder into memory, each once; later changes of the folder do not affect them."""
 
 from __future__ import annotations
 
@@ -30,7 +27,7 @@ from server.adapters.content.safe_open import PASSING, Folder, PermissionDenied,
 
 MAX_JSON_BYTES = 1024 * 1024
 MAX_HEADER_BYTES = 16 * MAX_JSON_BYTES
-"""Of the weights file."""
+"""Limit of the weights file's header."""
 OPTIONAL_FILES = {
     SIDECAR_FILE: MAX_JSON_BYTES,
     TEMPLATE_FILE: MAX_JSON_BYTES,
@@ -47,24 +44,24 @@ UNREAD_FILES = {
     SOURCE_FILE: "the adapter counts as fetched from a hub",
     TOKENS_FILE: "tokens that it adds are unknown",
 }
-"""Files that an adapter is served without where the server's user may not read them, and what that means.
+"""Files that an adapter is served without if the server's user may not read them, and the consequence.
 
-``tokenizer.json`` is one only where a pointer or a web page lies in its place. Where it or ``added_tokens.json`` is
-closed the adapter is refused: with the base's tokens its prompts would have other ids than in training. So it is where
-the sidecar is closed, which says which base the adapter is for.
+``tokenizer.json`` counts only if it is a git-lfs pointer or a web page. An adapter whose ``tokenizer.json`` or
+``added_tokens.json`` may not be read is refused: its prompts would have other ids than in training. So is one whose
+sidecar, which names the base, may not be read.
 """
 
 _NO_ADAPTERS = frozenset({"__MACOSX", "__pycache__", "lost+found", "@eaDir"})
-"""Folders that archivers, file systems and storage boxes put beside others."""
+"""Folders that archivers, file systems and network storage create."""
 _READ_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, TOKENS_FILE, *OPTIONAL_FILES})
 
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """The bytes of a folder. ``weights`` is the whole file, or only its header where no more was asked for.
+    """The bytes of a folder's files. ``weights`` is the whole file or only its header.
 
-    So is ``tokens``, the tokenizer, whose list of added tokens stands at the beginning. ``unread`` are files that are
-    there and may not be read, and why.
+    ``tokens`` is ``tokenizer.json``, the whole file or its beginning with the list of added tokens. ``unread`` maps
+    files that may not be read to the reason.
     """
 
     config: bytes
@@ -80,7 +77,7 @@ class AdapterFiles:
         return len(self.weights) == self.weights_size
 
     def by_name(self) -> dict[str, bytes]:
-        """Every file, as it is to be kept."""
+        """Every file by name."""
         assert self.whole
         tokens = {TOKENS_FILE: self.tokens} if self.tokens else {}
         return {CONFIG_FILE: self.config, WEIGHTS_FILE: self.weights, **self.others, **tokens}
@@ -89,8 +86,7 @@ class AdapterFiles:
 def read_files(path: Path, *, max_bytes: int, whole: bool = True, roots: Sequence[Path] = ()) -> AdapterFiles:
     """Read the folder, following links into ``roots``.
 
-    Raises ``ValueError`` where it holds no adapter, other links or special files, ``OSError`` where trying again may
-    help.
+    Raises ``ValueError`` for no adapter, other links or special files; ``OSError`` for temporary errors.
     """
     with Folder.opened(path, roots) as folder:
         config = read_file_at(folder, CONFIG_FILE, MAX_JSON_BYTES)
@@ -105,7 +101,7 @@ def read_files(path: Path, *, max_bytes: int, whole: bool = True, roots: Sequenc
 
 
 def _read_others(folder: Folder) -> tuple[dict[str, bytes], dict[str, str]]:
-    """The optional files, and why some of them are not read."""
+    """The optional files, and the reasons why some may not be read."""
     others: dict[str, bytes] = {}
     unread: dict[str, str] = {}
     for name, limit in OPTIONAL_FILES.items():
@@ -119,29 +115,35 @@ def _read_others(folder: Folder) -> tuple[dict[str, bytes], dict[str, str]]:
         if found is not None:
             others[name] = found[0]
     if SOURCE_FILE in unread:
-        others[SOURCE_FILE] = b"{}"  # a template of a folder from a hub is not trusted, whatever the note says
-    if SOURCE_FILE not in others and (source := folder.hub_source) is not None:
-        note = {"repo_id": source[0], "revision": source[1] or "no known revision", "added": "by a link into its cache"}
+        others[SOURCE_FILE] = b"{}"  # any note makes the folder one from a hub, whose template is not trusted
+    source = folder.hub_source
+    if SOURCE_FILE not in others and source is not None:
+        repo_id, revision = source
+        note = {"repo_id": repo_id, "revision": revision or "no known revision", "added": "by a link into its cache"}
         others[SOURCE_FILE] = json.dumps(note).encode()
     return others, unread
 
 
 def read_tokens_at(folder: Folder, unread: dict[str, str], *, whole: bool) -> bytes:
-    """The tokenizer, or as much of it as lists the added tokens; nothing where there is none, or another thing."""
+    """``tokenizer.json``, or its beginning with the list of added tokens; empty if missing or another kind of file."""
     found = read_file_at(folder, TOKENS_FILE, MAX_TOKENS_BYTES, most=None if whole else _TOKENS_HEAD)
     if found is not None and len(found[0]) < found[1] and listed_in_head(found[0]) is None:
         found = read_file_at(folder, TOKENS_FILE, MAX_TOKENS_BYTES)
-    if found is not None and not found[0].strip():
+    if found is None:
+        return b""
+    data, _ = found
+    if not data.strip():
         unread[TOKENS_FILE] = f"{TOKENS_FILE} is empty: copy it into the folder again"
         return b""
-    if found is not None and (kind := kind_of_bytes(TOKENS_FILE, found[0])) is not None:
-        unread[TOKENS_FILE] = kind  # as a repository's largest file after the weights it is often not fetched
+    kind = kind_of_bytes(TOKENS_FILE, data)
+    if kind is not None:
+        unread[TOKENS_FILE] = kind  # large files of a repository are often left as pointers
         return b""
-    return b"" if found is None else found[0]
+    return data
 
 
 def read_file(path: Path, limit: int, roots: Sequence[Path] = ()) -> bytes | None:
-    """One file, read as those of an adapter; None where there is none. Raises as ``read_files``."""
+    """Read one file as those of an adapter; None if there is none. Raises as ``read_files``."""
     parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         found = read_file_at(Folder(parent, roots), path.name, limit)
@@ -153,10 +155,7 @@ def read_file(path: Path, limit: int, roots: Sequence[Path] = ()) -> bytes | Non
 def read_file_at(
     folder: Folder, name: str, limit: int, *, header_only: bool = False, most: int | None = None
 ) -> tuple[bytes, int] | None:
-    """The file's bytes, of which ``most`` are read, and its size; None where there is none.
-
-    What may not be followed is refused unread.
-    """
+    """The file's bytes, at most ``most``, and its size; None if there is none."""
     descriptor = folder.open(name)
     if descriptor is None:
         return None
@@ -172,10 +171,10 @@ def read_file_at(
 
 
 def sub_folders(folder: Path, names: Collection[str] | None = None) -> Iterator[tuple[str, Path]]:
-    """The adapter folders in a folder by name, of some names or of all, be they folders or links to folders.
+    """Names and paths of the sub-folders, and links to folders, that may hold adapters; of all names or some.
 
-    A link that leads in a circle or to a closed folder counts, so that it is refused with a sentence. Raises
-    ``OSError`` where the folder, or what is in it, cannot be looked at.
+    Circular links and links to unreadable folders are included: they are refused later, with a reason. Raises
+    ``OSError`` if the folder or its entries cannot be read.
     """
     for name in sorted(os.listdir(folder) if names is None else names):
         if not name.startswith(".") and name not in _NO_ADAPTERS and _is_folder(folder / name):
@@ -196,13 +195,13 @@ def _is_folder(path: Path) -> bool:
 FolderState = tuple[tuple[str, int, int, int, int], ...]
 """The files of a folder by name, with inode, size, and times of content and of inode in nanoseconds.
 
-What a link leads to, if that is inside the roots, has the link's name with a slash behind it. A folder that is a link
-itself has its own entry, without a name. Folders inside an adapter's are none of its files, and left out.
+The target of a link into the roots is listed under the link's name and a slash. A folder that is a link has an entry
+of its own with an empty name. Sub-folders are left out.
 """
 
 
 def folder_state(path: Path, roots: Sequence[Path] = ()) -> FolderState:
-    """The folder's state now; empty where it is gone. The inode's time cannot be set back, so no change hides."""
+    """The folder's present state; empty if it is gone. Every change shows: an inode's time cannot be set back."""
     files = []
     with contextlib.suppress(OSError):
         status = os.lstat(path)
@@ -211,22 +210,23 @@ def folder_state(path: Path, roots: Sequence[Path] = ()) -> FolderState:
             if not leads_inside(path, roots):
                 return tuple(files)
         with os.scandir(path) as entries:
-            files += [one for entry in entries for one in _entries(entry.name, entry.path, roots)]
+            for entry in entries:
+                files += _entries(entry.name, entry.path, roots)
     return tuple(sorted(files))
 
 
 def file_state(path: Path, roots: Sequence[Path] = ()) -> FolderState:
-    """The state of one file; empty where it is gone."""
+    """The state of one file; empty if it is gone."""
     return tuple(_entries(path.name, os.fspath(path), roots))
 
 
 def follows_links(state: FolderState) -> bool:
-    """Whether what was looked at is reached through links, whose targets tell of no events."""
+    """Whether it has links; file system events do not cover their targets."""
     return any(not name or name.endswith("/") for name, *_ in state)
 
 
 def sizes_of(state: FolderState) -> Mapping[str, int]:
-    """Names and sizes of the files that an adapter is read from, through links where they are links."""
+    """Sizes of an adapter's files by name; of a link, its target's."""
     sizes = {name.rstrip("/"): size for name, _, size, *_ in sorted(state)}
     return {name: size for name, size in sizes.items() if name in _READ_FILES}
 

@@ -1,7 +1,7 @@
-"""How an adapter wants to be talked to: what applies where a request says nothing.
+"""Generation defaults of an adapter: prompt, sampling, stop strings, end tokens.
 
-From our sidecar, or from what trainers leave beside PEFT's files: ``tokenizer_config.json``, ``chat_template.jinja``
-and ``generation_config.json``.
+They come from the sidecar, or from the companion files that trainers write beside PEFT's: ``tokenizer_config.json``,
+``chat_template.jinja`` and ``generation_config.json``.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ from adapter_format.sidecar import SamplingDefaults, Sidecar
 from server.adapters.content.added_tokens import AddedToken
 from server.adapters.content.templates import default_template
 
+MAX_END_TOKENS = 16
+
 
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """What applies where a request says nothing; ``stop``, ``end_tokens`` and ``eos`` add to what else ends an answer.
+    """Values for parameters that a request leaves out. ``stop``, ``end_tokens`` and ``eos`` add to the request's.
 
-    ``end_tokens`` (the sidecar's) and ``eos`` (the companions') are texts of tokens and ids of tokens that end a turn
-    beside the base's own. Of ``eos`` those that the base does not have are passed over. ``chat_template_kwargs`` are
-    variables of the chat template. ``added_tokens`` are all of the adapter's tokenizer, where they are not the base's.
+    ``end_tokens`` (of the sidecar) and ``eos`` (of companion files) are texts or ids of tokens that end a turn, besides
+    the base's. Tokens of ``eos`` that the base lacks are ignored. ``chat_template_kwargs`` are variables of the chat
+    template. ``added_tokens`` are all those of the adapter's tokenizer; empty if they are the base's.
     """
 
     stop: tuple[str, ...] = ()
@@ -40,7 +42,7 @@ class GenerationDefaults:
 
 @dataclass(frozen=True)
 class CompanionFiles:
-    """What was found beside PEFT's files, parsed; ``template`` is the text of ``chat_template.jinja``."""
+    """Parsed companion files of PEFT's two; ``template`` is the text of ``chat_template.jinja``."""
 
     template: str | None
     tokenizer: Mapping[str, Any]
@@ -48,7 +50,7 @@ class CompanionFiles:
 
     @property
     def chat_template(self) -> str | None:
-        """The conversation's template, from whichever file has it; of several named ones the default."""
+        """The chat template of either file; of several named ones the default."""
         if self.template:
             return self.template
         found = self.tokenizer.get("chat_template")
@@ -56,28 +58,28 @@ class CompanionFiles:
 
 
 def merge_defaults(sidecar: Sidecar | None, companions: CompanionFiles) -> GenerationDefaults:
-    """The sidecar's word first, the companions' where it is silent."""
+    """The sidecar's values; those of the companion files where the sidecar has none."""
     generation = companions.generation
-    advised = generation if generation.get("do_sample") is True else {}
+    recommended = generation if generation.get("do_sample") is True else {}
     sampling = sidecar.sampling if sidecar is not None and sidecar.sampling is not None else SamplingDefaults()
     end_tokens = None if sidecar is None else sidecar.end_tokens
     return GenerationDefaults(
         stop=tuple(sidecar.stop or ()) if sidecar is not None else (),
         system_prompt=None if sidecar is None else sidecar.system_prompt,
-        temperature=_said(sampling.temperature, _number(advised, "temperature", 0, 2)),
-        top_p=_said(sampling.top_p, _number(advised, "top_p", 1e-9, 1)),
-        top_k=_said(sampling.top_k, _count(advised, "top_k")),
-        min_p=_said(sampling.min_p, _number(advised, "min_p", 0, 1)),
-        max_tokens=_said(sampling.max_tokens, _count(generation, "max_new_tokens")),
-        chat_template=_said(None if sidecar is None else sidecar.chat_template, companions.chat_template),
+        temperature=_first_given(sampling.temperature, _number(recommended, "temperature", 0, 2)),
+        top_p=_first_given(sampling.top_p, _number(recommended, "top_p", 1e-9, 1)),
+        top_k=_first_given(sampling.top_k, _count(recommended, "top_k")),
+        min_p=_first_given(sampling.min_p, _number(recommended, "min_p", 0, 1)),
+        max_tokens=_first_given(sampling.max_tokens, _count(generation, "max_new_tokens")),
+        chat_template=_first_given(None if sidecar is None else sidecar.chat_template, companions.chat_template),
         chat_template_kwargs=None if sidecar is None else sidecar.chat_template_kwargs,
         end_tokens=tuple(end_tokens or ()),
         eos=_eos(companions) if end_tokens is None else (),
     )
 
 
-def _said(first: Any, second: Any) -> Any:
-    return second if first is None else first
+def _first_given(value: Any, fallback: Any) -> Any:
+    return fallback if value is None else value
 
 
 def _number(source: Mapping[str, Any], name: str, low: float, high: float) -> float | None:
@@ -92,7 +94,7 @@ def _count(source: Mapping[str, Any], name: str) -> int | None:
 
 
 def token_text(token: Any) -> Any:
-    """The text of a token in ``tokenizer_config.json``, where it stands as it is or with its flags."""
+    """The text of a token in ``tokenizer_config.json``, which is a string or an object with flags."""
     return token.get("content") if isinstance(token, dict) else token
 
 
@@ -100,6 +102,6 @@ def _eos(companions: CompanionFiles) -> tuple[str | int, ...]:
     text = token_text(companions.tokenizer.get("eos_token"))
     ids = companions.generation.get("eos_token_id")
     listed = ids if isinstance(ids, list) else [ids]
-    found: list[str | int] = [text] if isinstance(text, str) and text.isprintable() and text else []
-    found += [one for one in listed if isinstance(one, int) and not isinstance(one, bool) and one >= 0]
-    return tuple(found[:16])
+    tokens: list[str | int] = [text] if isinstance(text, str) and text.isprintable() and text else []
+    tokens += [number for number in listed if type(number) is int and number >= 0]
+    return tuple(tokens[:MAX_END_TOKENS])

@@ -1,4 +1,4 @@
-"""One adapter folder, judged for itself and against the base: everything served comes from the bytes read here."""
+"""Reads an adapter folder whole or by its headers, and checks it by itself and against the base."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from base_files.safetensors_header import DTYPE_BYTES, TensorEntry, parse_header
 from server.adapters.content.added_tokens import (
     SECTIONS,
     AddedToken,
+    first_without_text,
     listed_in_head,
-    nameless,
     parse_decoder,
     parse_ids,
     parse_listed,
@@ -53,18 +53,18 @@ EXPONENTS: Mapping[str, tuple[np.dtype[Any], int]] = {
     "F16": (np.dtype("<u2"), 0x7C00),
     "BF16": (np.dtype("<u2"), 0x7F80),
 }
-"""How wide each format is, and which bits are its exponent."""
+"""Unsigned type of the width of each format, and the mask of its exponent bits."""
 
 _OTHER_DTYPE = re.compile(r"(?:[FIUC]|BF)\d{1,3}(?:_[A-Z0-9]{1,16})?")
-"""What names of number formats look like, those of 8 bits and fewer among them."""
+"""Names of number formats, also those of 8 bits and fewer."""
 
 
 @dataclass(frozen=True)
 class AdapterPolicy:
-    """Largest rank, most bytes of a weights file, most bytes in memory; whose chat templates are trusted.
+    """The operator's rules for adapters: limits of rank, file size and memory, trusted chat templates, link targets.
 
-    ``trust_chat_templates`` trusts every adapter's, ``trusted_templates`` those of the adapters it names. Links are
-    followed into ``roots``.
+    ``trust_chat_templates`` trusts all adapters, ``trusted_templates`` those that it names. Links are followed into
+    ``roots``.
     """
 
     max_rank: int
@@ -77,9 +77,9 @@ class AdapterPolicy:
 
 @dataclass(frozen=True)
 class Listing:
-    """What a folder's headers say: enough to list an adapter, not to serve it.
+    """The content of a folder's headers: enough to list an adapter, not to serve it.
 
-    ``unread`` are files that may not be read, and that it is served without, with the reason.
+    ``unread`` maps files that may not be read, and that the adapter is served without, to the reason.
     """
 
     name: str
@@ -111,23 +111,24 @@ class Manifest(Listing):
 
 
 def list_folder(path: Path, base: BaseSignature, policy: AdapterPolicy, *, name: str | None = None) -> Listing:
-    """Read and judge all but the tensors' bytes.
+    """Read and check everything but the tensors' values.
 
-    Raises ``AdapterRejected`` with a sentence that says what to do, ``OSError`` where trying again may help.
+    Raises ``AdapterRejected`` with the reason and the remedy; ``OSError`` for temporary errors.
     """
     with _refusals(name or path.name):
         files = read_files(path, max_bytes=policy.max_bytes, whole=False, roots=policy.roots)
-        return _judge(path, base, policy, name or path.name, files)
+        return _check_files(path, base, policy, name or path.name, files)
 
 
 def read_manifest(path: Path, base: BaseSignature, policy: AdapterPolicy, *, name: str | None = None) -> Manifest:
-    """Read and judge the whole folder, which may be served under another ``name`` than its own. Raises as above."""
+    """Read and check the whole folder, under its own or another ``name``. Raises as ``list_folder``."""
     with _refusals(name or path.name):
         files = read_files(path, max_bytes=policy.max_bytes, roots=policy.roots)
-        listing = _judge(path, base, policy, name or path.name, files)
+        listing = _check_files(path, base, policy, name or path.name, files)
         check_values(files.weights, weights_header(files.weights, files.weights_size))
         check_tokenizer(files, base)
-        files = files if listing.defaults.added_tokens else _without_idle_tokenizer(files, base)
+        if not listing.defaults.added_tokens:
+            files = _without_redundant_tokenizer(files, base)
         weights_digest = _digest(files.config, files.weights)
         template = _defaults_as_written(files, listing.sidecar).chat_template or ""
         defaults = [files.others.get(SIDECAR_FILE, b""), template.encode()]
@@ -143,7 +144,7 @@ def read_manifest(path: Path, base: BaseSignature, policy: AdapterPolicy, *, nam
 
 @contextmanager
 def _refusals(name: str) -> Iterator[None]:
-    """Whatever is wrong with a folder, as one kind of error."""
+    """Convert every permanent error into ``AdapterRejected``."""
     try:
         yield
     except PlanError as error:
@@ -156,7 +157,7 @@ def _refusals(name: str) -> Iterator[None]:
         raise AdapterRejected(name, f"cannot be read: {error.strerror}") from None
 
 
-def _judge(path: Path, base: BaseSignature, policy: AdapterPolicy, name: str, files: AdapterFiles) -> Listing:
+def _check_files(path: Path, base: BaseSignature, policy: AdapterPolicy, name: str, files: AdapterFiles) -> Listing:
     if not is_name(name):
         raise ValueError("the folder's name is no model name: use letters, digits, '.', '_' and '-', 128 at most")
     if name in (base.name, BASE):
@@ -177,7 +178,7 @@ def _judge(path: Path, base: BaseSignature, policy: AdapterPolicy, name: str, fi
 
 
 def weights_header(data: bytes, size: int) -> Mapping[str, TensorEntry]:
-    """The weights file's tensors. Raises ``ValueError`` that names the file, and what it is where it is another one."""
+    """The weights file's tensors. Raises ``ValueError`` that names the file, or the kind of file that it is instead."""
     try:
         entries = parse_header(data, size, max_bytes=MAX_HEADER_BYTES)
         for entry in entries.values():
@@ -198,7 +199,7 @@ def _check_dtype(entry: TensorEntry) -> None:
 
 
 def parse_json(data: bytes, name: str) -> Any:
-    """A file's JSON. Raises ``ValueError`` that names the file, and what it is where it is another one."""
+    """A file's JSON. Raises ``ValueError`` that names the file, or the kind of file that it is instead."""
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -206,16 +207,16 @@ def parse_json(data: bytes, name: str) -> Any:
 
 
 def parse_optional(files: AdapterFiles, name: str, parse: Callable[[Any], Any]) -> Any:
-    """A file that need not be there, parsed; None where it is not."""
+    """An optional file, parsed; None if it is missing."""
     return None if name not in files.others else parse(parse_json(files.others[name], name))
 
 
 def _object(files: AdapterFiles, name: str) -> Mapping[str, Any]:
-    """A neighbour's JSON object; what else it may hold is no concern of ours."""
-    found = parse_optional(files, name, lambda data: data)
-    if found is not None and not isinstance(found, dict):
+    """The JSON object of a companion file; empty if it is missing."""
+    content = parse_optional(files, name, lambda data: data)
+    if content is not None and not isinstance(content, dict):
         raise ValueError(f"{name} is not a JSON object")
-    return found or {}
+    return content or {}
 
 
 def generation_defaults_of(
@@ -223,7 +224,7 @@ def generation_defaults_of(
 ) -> GenerationDefaults:
     """The generation defaults of sidecar and companion files.
 
-    Raises ``ValueError`` where a template is not trusted, or the tokenizer's added tokens cannot be served.
+    Raises ``ValueError`` for an untrusted template, or added tokens that cannot be served.
     """
     defaults = replace(_defaults_as_written(files, sidecar), added_tokens=_added_tokens(files, base))
     template = defaults.chat_template
@@ -232,15 +233,15 @@ def generation_defaults_of(
     own = sidecar is not None and sidecar.chat_template is not None and SOURCE_FILE not in files.others
     if not own and not policy.trust_chat_templates and name not in policy.trusted_templates:
         raise ValueError(
-            "it brings a chat template of its own, which is not the base's: allow that with --trust-chat-templates, or "
-            f"for this adapter with --trusted-templates {name}, or take it out of the folder ({TEMPLATE_FILE}, "
-            f"chat_template in {TOKENIZER_FILE}) to use the base's"
+            "it brings a chat template of its own, which is not trusted: set --trust-chat-templates, or "
+            f"--trusted-templates {name} for this adapter alone, or remove the template from the folder "
+            f"({TEMPLATE_FILE}, chat_template in {TOKENIZER_FILE}) to use the base's"
         )
     return defaults
 
 
 def _defaults_as_written(files: AdapterFiles, sidecar: Sidecar | None) -> GenerationDefaults:
-    """What sidecar and companions ask for, whoever wrote it."""
+    """The generation defaults before the trust of the template is checked."""
     template = files.others.get(TEMPLATE_FILE)
     try:
         text = None if template is None else template.decode()
@@ -252,7 +253,7 @@ def _defaults_as_written(files: AdapterFiles, sidecar: Sidecar | None) -> Genera
 
 
 def _added_tokens(files: AdapterFiles, base: BaseSignature) -> tuple[AddedToken, ...]:
-    """The added tokens of the tokenizer beside the adapter; none where they are the base's, or cannot be compared."""
+    """The added tokens of the adapter's tokenizer; none if they are the base's or cannot be compared."""
     config = _object(files, TOKENIZER_FILE)
     if base.tokenizer is None:
         return ()
@@ -273,28 +274,28 @@ def _added_tokens(files: AdapterFiles, base: BaseSignature) -> tuple[AddedToken,
     return tokens_to_serve(listed, base.tokenizer, num_rows=base.vocab_size, padding=padding, where=where)
 
 
-def _without_idle_tokenizer(files: AdapterFiles, base: BaseSignature) -> AdapterFiles:
-    """The files without a tokenizer that changes nothing, where the other files list no other tokens than it."""
-    rest = replace(files, tokens=b"")
+def _without_redundant_tokenizer(files: AdapterFiles, base: BaseSignature) -> AdapterFiles:
+    """The files without ``tokenizer.json`` if it changes nothing and the other files list no further tokens."""
+    without = replace(files, tokens=b"")
     with suppress(ValueError):
-        if not _added_tokens(rest, base):
-            return rest
+        if not _added_tokens(without, base):
+            return without
     return files
 
 
 def _listed(tokenizer: bytes) -> tuple[AddedToken, ...]:
-    """The added tokens of ``tokenizer.json``, of which no more than the beginning need be there."""
+    """The added tokens of ``tokenizer.json``; its beginning suffices."""
     listed = listed_in_head(tokenizer)
     if listed is None:
-        found = parse_json(tokenizer, TOKENS_FILE)
-        listed = found.get("added_tokens", []) if isinstance(found, dict) else found
+        content = parse_json(tokenizer, TOKENS_FILE)
+        listed = content.get("added_tokens", []) if isinstance(content, dict) else content
     return parse_listed(listed, TOKENS_FILE)
 
 
 def _named_special(config: Mapping[str, Any]) -> set[str]:
-    """The texts of tokens that have a name in ``tokenizer_config.json``, as ``eos_token``.
+    """The texts of tokens that are named in ``tokenizer_config.json``, such as ``eos_token``.
 
-    They are special in transformers whatever the tokenizer's list of added tokens says of them.
+    transformers makes them special, whatever the tokenizer's list of added tokens says.
     """
     named = [value for name, value in config.items() if name.endswith("_token")]
     more = config.get("extra_special_tokens")
@@ -303,14 +304,14 @@ def _named_special(config: Mapping[str, Any]) -> set[str]:
 
 
 def _special(config: Mapping[str, Any]) -> set[str]:
-    """The texts of tokens that ``tokenizer_config.json`` calls special, by a name or in a list."""
+    """The texts of tokens that ``tokenizer_config.json`` makes special, by name or in a list."""
     more = [config.get(name) for name in ("additional_special_tokens", "extra_special_tokens")]
     listed = [token for tokens in more if isinstance(tokens, list) for token in tokens]
     return _named_special(config) | {text for token in listed if isinstance(text := token_text(token), str)}
 
 
 def check_tokenizer(files: AdapterFiles, base: BaseSignature) -> None:
-    """Raises ``ValueError`` where the whole tokenizer beside an adapter gives texts other ids than the base's."""
+    """Raises ``ValueError`` if the adapter's tokenizer gives texts other ids than the base's."""
     if not files.tokens or base.tokenizer is None:
         return
     if difference := base.tokenizer.difference(files.tokens, lambda: parse_json(files.tokens, TOKENS_FILE)):
@@ -319,38 +320,39 @@ def check_tokenizer(files: AdapterFiles, base: BaseSignature) -> None:
 
 def _other_tokenizer(part: str) -> str:
     return (
-        f"its tokenizer is not the base's: its {part} in {TOKENS_FILE} differs, so that prompts would have other token "
-        f"ids; serve the base it was trained on, or take {TOKENS_FILE} out of the folder for the base's"
+        f"its tokenizer is not the base's: the {part} in {TOKENS_FILE} differs, so prompts would have other token ids; "
+        f"serve the base that it was trained on, or remove {TOKENS_FILE} from the folder to use the base's tokenizer"
     )
 
 
 def _check_trained_tokens(
     plan: AdapterPlan, defaults: GenerationDefaults, base: BaseSignature, unread: str | None
 ) -> None:
-    """Raises ``ValueError`` where rows were trained for tokens that have no text.
+    """Raises ``ValueError`` for trained rows of tokens without a text.
 
-    ``unread`` is why the tokenizer in the folder is not read, where there is one.
+    ``unread`` is the reason why the folder's tokenizer may not be read, if so.
     """
     trained = sorted({token for part in plan.parts.values() if part.tokens for token in part.tokens.indices})
-    if base.tokenizer is not None and (token := nameless(trained, base.tokenizer, defaults.added_tokens)) is not None:
-        where = f"trainable_token_indices in {CONFIG_FILE} names token {token}"
-        if unread is not None:
-            raise ValueError(
-                f"{where}, which the base's tokenizer does not have, and the one in the folder cannot be read: {unread}"
-            )
-        raise ValueError(
-            f"{where}, which the base's tokenizer does not have: "
-            f"put the tokenizer that it was trained with ({TOKENS_FILE}, {TOKENIZER_FILE}) into the folder"
-        )
+    if base.tokenizer is None:
+        return
+    token = first_without_text(trained, base.tokenizer, defaults.added_tokens)
+    if token is None:
+        return
+    problem = f"trainable_token_indices in {CONFIG_FILE} names token {token}, which the base's tokenizer does not have"
+    if unread is not None:
+        raise ValueError(f"{problem}, and the one in the folder cannot be read: {unread}")
+    raise ValueError(
+        f"{problem}: put the tokenizer that it was trained with ({TOKENS_FILE}, {TOKENIZER_FILE}) into the folder"
+    )
 
 
 def check_values(data: bytes, entries: Mapping[str, TensorEntry]) -> None:
-    """No NaN and no infinity: in each format the numbers whose exponent bits are all ones."""
+    """Raises ``ValueError`` for NaN and infinity, whose exponent bits are all ones."""
     for name, entry in entries.items():
         kind, exponent = EXPONENTS[entry.dtype]
         bits = np.frombuffer(data, kind, (entry.end - entry.begin) // kind.itemsize, entry.begin)
         if ((bits & exponent) == exponent).any():
-            raise ValueError(f"the weights of {name} hold NaN or infinity: train it again")
+            raise ValueError(f"the weights of {name} hold NaN or infinity: train the adapter again")
 
 
 def _digest(*parts: bytes) -> str:

@@ -1,4 +1,4 @@
-"""``adapter_config.json`` as PEFT 0.21 writes it: what is served exactly, and what is refused when it is active."""
+"""Parses ``adapter_config.json`` as PEFT 0.21 writes it; fields that cannot be honoured are refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from server.adapters.content.config_fields import CONVERT, is_active, refusal
 from server.adapters.content.tensor_names import without_hooks
 
 _CUTTING_INIT = re.compile(r"(?:pissa|olora|corda|lora_ga|loftq)(?:_.*)?", re.DOTALL)
-"""Values of ``init_lora_weights`` with which PEFT changes the base's weights, in small letters."""
+"""Lower-case values of ``init_lora_weights`` with which PEFT changes the base's weights."""
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*")
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "true", "false")
 _TASKS = (None, "", "CAUSAL_LM", "SEQ_2_SEQ_LM")
@@ -26,10 +26,10 @@ MAX_KEYS, MAX_KEY_CHARS, _MAX_BYTES_OF_A_KEY = 2048, 512, 1 << 16
 
 @dataclass(frozen=True)
 class Pattern:
-    """``rank_pattern`` or ``alpha_pattern``: numbers by key, in the file's order, which decides.
+    """``rank_pattern`` or ``alpha_pattern``: numbers by key. The first matching key in the file's order applies.
 
-    PEFT takes the keys for regular expressions over module names. They come from strangers, so RE2 matches them: linear
-    in the name whatever the key. What RE2 cannot compute (lookarounds, backreferences) is refused.
+    The keys are regular expressions over module names. They are untrusted, so RE2 matches them, in time linear in the
+    name. Lookarounds and backreferences, which RE2 lacks, are refused.
     https://github.com/google/re2/wiki/Syntax
     """
 
@@ -38,13 +38,13 @@ class Pattern:
 
     @classmethod
     def of(cls, numbers: Mapping[str, float]) -> Pattern:
-        """Compile every key. Raises ``ValueError`` that names one that cannot be."""
+        """Compile every key. Raises ``ValueError`` that names an invalid one."""
         if len(numbers) > MAX_KEYS:
             raise ValueError(f"it has {len(numbers)} keys; the limit is {MAX_KEYS}")
         return cls(tuple(_compile(key) for key in numbers), tuple(numbers.values()))
 
     def get(self, module: str, default: float) -> float:
-        """The value of the first key that matches the module's name, or the end of it that follows a dot."""
+        """The value of the first key that matches the module's name, or a suffix that follows a dot."""
         return next((value for key, value in zip(self.keys, self.values, strict=True) if key.match(module)), default)
 
 
@@ -60,23 +60,23 @@ def _compile(key: str) -> Any:
     try:
         return re2.compile(rf"(.*\.)?({key})$", options)  # PEFT's own, peft.utils.other.get_pattern_key
     except re2.error as error:
-        said = error.args[0].decode() if isinstance(error.args[0], bytes) else error.args[0]
+        reason = error.args[0].decode() if isinstance(error.args[0], bytes) else error.args[0]
         raise ValueError(
-            f"the key {key!r:.80} cannot be matched ({said}): write module names, or an expression without lookarounds "
-            "and backreferences"
+            f"the key {key!r:.80} cannot be matched ({reason}): write module names, or an expression without "
+            "lookarounds and backreferences"
         ) from None
 
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """What an adapter's config says of its tensors.
+    """The parsed config.
 
     A module's scaling is ``alpha / r``, with rsLoRA ``alpha / sqrt(r)`` (Kalajdzievski 2023). ``target_modules`` is
-    empty where it is a regular expression, which is never evaluated; so are ``excluded`` (``exclude_modules``) and
-    ``layers`` (``layers_to_transform``). ``narrowed`` says whether fields take modules out of it, evaluated or not.
-    ``token_indices`` are by the end of a module's name, the key "" standing for every module. What ``bias`` and
-    ``tied`` did is in the tensors. ``trained_names`` are those of modules of the base that had another name in the
-    model that was trained: patterns are of that one's names.
+    empty if it is a regular expression, which is never evaluated; so are ``excluded`` (``exclude_modules``) and
+    ``layers`` (``layers_to_transform``). ``narrowed``: fields exclude modules from it, evaluated or not.
+    ``token_indices`` are by suffix of a module's name; the key "" matches every module. The effects of ``bias`` and
+    ``tied`` are in the tensors. ``trained_names`` maps modules to their names in the trained model where these differ
+    from the base's; patterns match the trained model's names.
     """
 
     r: int
@@ -99,7 +99,7 @@ class LoRAConfig:
     trained_names: Mapping[str, str] = field(default_factory=dict)
 
     def trained_name(self, name: str) -> str:
-        """What a module, or a parameter of it, was called in the model that was trained."""
+        """The name of a module, or a parameter of it, in the trained model."""
         module, _, parameter = name.rpartition(".")
         if module in self.trained_names:
             return f"{self.trained_names[module]}.{parameter}"
@@ -123,7 +123,7 @@ class LoRAConfig:
 
 
 def parse_peft_config(data: Any) -> LoRAConfig:
-    """The checked config. Raises ``ValueError`` with what is not served, its value, and what to do."""
+    """The checked config. Raises ``ValueError`` with field, value and remedy."""
     if not isinstance(data, dict):
         raise ValueError("adapter_config.json is not a JSON object")
     _check_kind(data)
@@ -132,7 +132,7 @@ def parse_peft_config(data: Any) -> LoRAConfig:
         if why := refusal(name, value):
             raise ValueError(f"adapter_config.json: {name} = {value!r:.80} is not supported: {why}")
     if data.get("use_dora") and data.get("lora_bias"):
-        raise ValueError("adapter_config.json: use_dora and lora_bias exclude each other in PEFT: it is damaged")
+        raise ValueError("adapter_config.json: use_dora and lora_bias exclude each other in PEFT: the file is damaged")
     patterns = _layer_patterns(data)
     return LoRAConfig(
         r=_number(data, "r", whole=True),
@@ -163,14 +163,14 @@ def _check_kind(data: Mapping[str, Any]) -> None:
         raise ValueError(
             f"adapter_config.json: peft_type is {data.get('peft_type')!r:.40}: only LORA is served; {CONVERT}"
         )
-    if _enum(data.get("task_type")) not in _TASKS:  # a task names the head; which there is, the tensors say
+    if _enum(data.get("task_type")) not in _TASKS:  # a task names the head, which the tensors show anyway
         raise ValueError(
             f"adapter_config.json: task_type is {data['task_type']!r:.40}: only CAUSAL_LM adapters are served"
         )
 
 
 def _enum(value: Any) -> Any:
-    """A member of one of PEFT's enumerations, which some tools write by its Python name or in small letters."""
+    """A member of a PEFT enumeration in capitals; some tools write its Python name or lower case."""
     return value.rpartition(".")[2].upper() if isinstance(value, str) else value
 
 
@@ -180,17 +180,17 @@ def _check_init(data: Mapping[str, Any]) -> None:
         return
     if not isinstance(init, str) or not _CUTTING_INIT.fullmatch(init.lower()):
         raise ValueError(
-            f"adapter_config.json: init_lora_weights is {init!r:.40}, which this version does not know, and which may "
-            "change the base's own weights: set it to true if it changes none, else save the adapter with "
+            f"adapter_config.json: init_lora_weights is {init!r:.40}, which is unknown and may change the base's "
+            "weights: set it to true if it does not, else save the adapter with "
             "path_initial_model_for_weight_conversion"
         )
     if init.lower() == "loftq":
-        way = "train it again with another init_lora_weights"
+        remedy = "train it again with another init_lora_weights"
     else:
-        way = "save the adapter with path_initial_model_for_weight_conversion, so that it fits the unchanged base"
-        way += f", or {CONVERT}"
+        remedy = "save the adapter with path_initial_model_for_weight_conversion, so that it fits the unchanged base"
+        remedy += f", or {CONVERT}"
     raise ValueError(
-        f"adapter_config.json: init_lora_weights is {init!r:.40}, which changes the base's own weights; {way}"
+        f"adapter_config.json: init_lora_weights is {init!r:.40}, which changes the base's own weights; {remedy}"
     )
 
 
@@ -236,7 +236,7 @@ def _names(data: Mapping[str, Any], name: str) -> tuple[str, ...]:
     value = data.get(name)
     if value is None:
         return ()
-    if not isinstance(value, list) or not all(isinstance(one, str) and one for one in value):
+    if not isinstance(value, list) or not all(isinstance(name, str) and name for name in value):
         raise ValueError(f"adapter_config.json: {name} is {value!r:.80}: it must be a list of names")
     if len(value) > MAX_NAMES:
         raise ValueError(f"adapter_config.json: {name} has {len(value)} names; the limit is {MAX_NAMES}")
@@ -244,30 +244,30 @@ def _names(data: Mapping[str, Any], name: str) -> tuple[str, ...]:
 
 
 def _listed(data: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    """A list of modules without the wrappers around them in training; nothing where it is an expression."""
+    """A list of module names without training wrappers; empty if the field is a regular expression."""
     if isinstance(data.get(name), str) or not is_active(data.get(name)):
         return ()
     return tuple(dict.fromkeys(without_hooks(module) for module in _names(data, name)))
 
 
 def _layers(data: Mapping[str, Any]) -> frozenset[int]:
-    """The numbers of the layers that have a delta; none where all have one."""
+    """The numbers of the layers with a delta; empty for all layers."""
     value = data.get("layers_to_transform")
     if not is_active(value):
         return frozenset()
     listed = [value] if type(value) is int else value
-    if not isinstance(listed, list) or not all(type(one) is int and 0 <= one < 1 << 31 for one in listed):
+    if not isinstance(listed, list) or not all(type(number) is int and 0 <= number < 1 << 31 for number in listed):
         raise ValueError(
-            f"adapter_config.json: layers_to_transform is {value!r:.80}: it must be a list of layers' numbers"
+            f"adapter_config.json: layers_to_transform is {value!r:.80}: it must be a list of layer numbers"
         )
     return frozenset(listed)
 
 
 def _layer_patterns(data: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """Names of the lists that hold the layers; None where one of them is an expression, or none at all."""
+    """Names of the module lists that hold the layers; None if one is a regular expression or no string."""
     value = data.get("layers_pattern")
     listed = [value] if isinstance(value, str) and value else value or []
-    plain = isinstance(listed, list) and all(isinstance(one, str) and _PLAIN_NAME.fullmatch(one) for one in listed)
+    plain = isinstance(listed, list) and all(isinstance(name, str) and _PLAIN_NAME.fullmatch(name) for name in listed)
     return tuple(listed) if plain and len(listed) <= MAX_NAMES else None
 
 
@@ -280,8 +280,9 @@ def _token_indices(data: Mapping[str, Any]) -> Mapping[str, tuple[int, ...]]:
 
 
 def _indices(value: Any) -> tuple[int, ...]:
-    good = isinstance(value, Sequence) and not isinstance(value, str) and 0 < len(value) <= MAX_TOKENS
-    if not good or not all(type(one) is int and 0 <= one < 1 << 31 for one in value) or len(set(value)) != len(value):
+    is_list = isinstance(value, Sequence) and not isinstance(value, str) and 0 < len(value) <= MAX_TOKENS
+    is_ids = is_list and all(type(number) is int and 0 <= number < 1 << 31 for number in value)
+    if not is_ids or len(set(value)) != len(value):
         raise ValueError(
             f"adapter_config.json: trainable_token_indices has {value!r:.80}: it must be a list of different token ids"
         )

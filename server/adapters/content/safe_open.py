@@ -1,7 +1,7 @@
-"""Opens an adapter folder and its files, follows links inside the operator's roots, and says why one is not opened.
+"""Opens an adapter folder and its files safely: links are followed only into the operator's roots.
 
-Files are opened relative to the folder's descriptor. Where a link leads is judged by the descriptor of what it led to,
-which is then read by that same descriptor: what happens to a path between check and read changes nothing.
+Files are opened relative to the folder's descriptor. A link's target is opened first, checked by its descriptor, and
+read through the same descriptor, so a path that changes between check and read has no effect.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EIO, errno.ESTALE, errno.EINTR})
-"""Errors of the system that say nothing of the folder: it is to be read again."""
+"""Temporary errors of the system: the folder is read again later."""
 
 _DENIED = frozenset({errno.EACCES, errno.EPERM})
 _NO_FILE = frozenset({errno.ENXIO, errno.ENODEV, errno.EOPNOTSUPP})
 _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 _O_PATH: int | None = getattr(os, "O_PATH", None)
-"""Opens without reading, on Linux: a device or a FIFO behind a link does not notice."""
+"""Linux: opens a link's target without reading, which has no effect on a device or FIFO."""
 _F_GETPATH: int | None = getattr(fcntl, "F_GETPATH", None)
-"""Asks macOS for the path of a descriptor."""
+"""macOS: the path of a descriptor."""
 _IN_A_HUB = re.compile(r"/models--([^/]+)/(?:blobs|snapshots/([^/]+))/")
-"""Where huggingface_hub keeps what it fetched."""
+"""Repository and revision in a path of huggingface_hub's cache."""
 
 
 class PermissionDenied(ValueError):
-    """A file or folder that is there, and that the server's user may not read."""
+    """A file or folder exists, but the server's user may not read it."""
 
 
 @dataclass
 class Folder:
-    """An open folder. A link is followed where what it leads to is inside one of ``roots``."""
+    """An open folder. Links are followed if their targets are inside one of ``roots``."""
 
     descriptor: int
     roots: Sequence[Path] = ()
@@ -45,9 +45,9 @@ class Folder:
     @classmethod
     @contextlib.contextmanager
     def opened(cls, path: Path, roots: Sequence[Path] = ()) -> Iterator[Folder]:
-        """A folder, which may be a link itself.
+        """Open a folder, which may be a link itself.
 
-        Raises ``ValueError`` with a sentence, ``OSError`` where trying again may help.
+        Raises ``ValueError`` with reason and remedy; ``OSError`` for temporary errors.
         """
         descriptor, _ = _Target(os.fspath(path), "the folder", roots).open()
         try:
@@ -57,13 +57,16 @@ class Folder:
 
     @property
     def hub_source(self) -> tuple[str, str] | None:
-        """Repository and revision (which may be empty), where the folder or a file of it lies in a hub's cache."""
+        """Repository and revision (may be empty) if the folder or a file of it is in a hub's cache."""
         places = [path_of(self.descriptor) or "", *self._places.values()]
-        found = next((match for place in places if (match := _IN_A_HUB.search(f"{place}/"))), None)
-        return None if found is None else (found[1].replace("--", "/"), found[2] or "")
+        for place in places:
+            match = _IN_A_HUB.search(f"{place}/")
+            if match is not None:
+                return match[1].replace("--", "/"), match[2] or ""
+        return None
 
     def open(self, name: str) -> int | None:
-        """A descriptor of a regular file in the folder; None where there is none. Raises as ``opened``."""
+        """A descriptor of a regular file in the folder; None if there is none. Raises as ``opened``."""
         target = _Target(name, name, self.roots, self.descriptor)
         try:
             descriptor, where = target.open()
@@ -74,19 +77,19 @@ class Folder:
         return descriptor
 
     def check_links(self) -> None:
-        """Raises ``OSError`` where a link that was followed leads elsewhere by now.
+        """Raises ``OSError`` if the target of a followed link changed.
 
-        Then a link on its way, as ``..data`` of a Kubernetes volume, was moved while files were read one after the
-        other, and they may be of two generations.
+        Then a link above it, such as ``..data`` of a Kubernetes volume, was replaced while the files were read, and
+        they may be of two generations.
         """
         for name, where in self._places.items():
             if _Target(name, name, self.roots, self.descriptor).place() != where:
-                raise OSError(errno.ESTALE, "its links were moved while they were read")
+                raise OSError(errno.ESTALE, "links changed while the files were read")
 
 
 @dataclass(frozen=True)
 class _Target:
-    """A file in an open folder, or a folder by its path; ``what`` is what sentences call it."""
+    """A file in an open folder, or a folder by its path; messages call it ``what``."""
 
     path: str
     what: str
@@ -94,7 +97,7 @@ class _Target:
     folder: int | None = None
 
     def open(self) -> tuple[int, str | None]:
-        """A descriptor to read from, and where a link led. Raises ``FileNotFoundError`` where no file is there."""
+        """A descriptor to read from, and a link's target. Raises ``FileNotFoundError`` if there is no file."""
         try:
             descriptor = os.open(self.path, self._flags | os.O_NOFOLLOW, dir_fd=self.folder)
         except OSError as error:
@@ -102,7 +105,7 @@ class _Target:
                 raise
             if self.link:
                 return self._follow()
-            raise self._explained(error, self.what) from None
+            raise self._as_error(error, self.what) from None
         if not self._is_kind(descriptor):
             os.close(descriptor)
             raise ValueError(f"{self.what} is not a regular file")
@@ -110,15 +113,15 @@ class _Target:
 
     @property
     def link(self) -> str:
-        """What a link says; empty where the path is none."""
+        """A link's text; empty if the path is no link."""
         with contextlib.suppress(OSError):
             return os.readlink(self.path, dir_fd=self.folder)
         return ""
 
     def place(self) -> str | None:
-        """Where a link leads now; None where it leads nowhere."""
+        """A link's present target; None if it does not exist."""
         with contextlib.suppress(OSError, ValueError):
-            found = self._reach()
+            found = self._open_target()
             try:
                 return path_of(found)
             finally:
@@ -128,21 +131,21 @@ class _Target:
     def _follow(self) -> tuple[int, str]:
         named = f"{self.what} is a link to {self.link!r:.200}"
         try:
-            found = self._reach()
+            found = self._open_target()
             try:
-                where = self._judged(found, named)
-                return self._readable(found), where
+                where = self._checked_target(found, named)
+                return self._reopened(found), where
             finally:
                 os.close(found)
         except FileNotFoundError:
-            raise ValueError(f"{named}, which is not there: put the {self._kind} itself there") from None
+            raise ValueError(f"{named}, which does not exist: put the {self._kind} itself there") from None
         except OSError as error:
             if error.errno == errno.ELOOP:
                 raise ValueError(f"{named}, which leads in a circle: put the {self._kind} itself there") from None
-            raise self._explained(error, f"{self.what}, a link to {self.link!r:.200},") from None
+            raise self._as_error(error, f"{self.what}, a link to {self.link!r:.200},") from None
 
-    def _reach(self) -> int:
-        """A descriptor of what the link leads to; nothing is read, and no device or FIFO is opened."""
+    def _open_target(self) -> int:
+        """A descriptor of the link's target; nothing is read, and no device or FIFO is opened."""
         if _O_PATH is not None:
             return os.open(self.path, _O_PATH | os.O_CLOEXEC, dir_fd=self.folder)
         mode = os.stat(self.path, dir_fd=self.folder).st_mode
@@ -150,14 +153,14 @@ class _Target:
             raise ValueError(f"{self.what} is a link to what is not a regular file")
         return os.open(self.path, _FLAGS, dir_fd=self.folder)
 
-    def _readable(self, found: int) -> int:
-        """The very file behind a descriptor, opened for reading."""
+    def _reopened(self, found: int) -> int:
+        """The file of a descriptor, opened for reading."""
         return os.dup(found) if _O_PATH is None else os.open(f"/proc/self/fd/{found}", self._flags)
 
-    def _judged(self, found: int, named: str) -> str:
-        """Where a descriptor's file is. Raises ``ValueError`` where that is outside the roots, or no such file."""
+    def _checked_target(self, found: int, named: str) -> str:
+        """The path of a descriptor's file. Raises ``ValueError`` outside the roots and for another kind of file."""
         where = path_of(found)
-        if where is None or not is_inside(where, _places_of(self.roots)):
+        if where is None or not is_inside(where, _resolved(self.roots)):
             raise ValueError(
                 f"{named}, which leads outside the folders that links may lead into: put the {self._kind} itself "
                 "there, or name the folder it leads into in --adapter-roots"
@@ -178,8 +181,8 @@ class _Target:
         mode = os.fstat(descriptor).st_mode
         return stat.S_ISDIR(mode) if self.folder is None else stat.S_ISREG(mode)
 
-    def _explained(self, error: OSError, what: str) -> Exception:
-        """Why something is not opened, as an error to raise."""
+    def _as_error(self, error: OSError, what: str) -> Exception:
+        """The error to raise for a failed open."""
         if error.errno in PASSING:
             return error
         if error.errno in _DENIED:
@@ -189,9 +192,9 @@ class _Target:
         return ValueError(f"{what} cannot be opened: {error.strerror}")
 
     def _denied(self, what: str) -> str:
-        """Who may read it, who the server is, and the ways out."""
-        if self._is_shut_in():
-            return self._shut_in()
+        """The message for a denied open: mode and owner, the server's user, remedies."""
+        if self._is_unreachable():
+            return self._unreachable()
         found, user = "", os.geteuid()
         with contextlib.suppress(OSError):  # a folder above it may be closed as well
             status = os.stat(self.path, dir_fd=self.folder)
@@ -201,8 +204,8 @@ class _Target:
             f"{'a+rx' if self.folder is None else 'a+r'} it, chown it to user {user}, or run the server as its owner"
         )
 
-    def _is_shut_in(self) -> bool:
-        """Whether the folder that a file is in may be listed and not entered, as one of mode 0744 of another user."""
+    def _is_unreachable(self) -> bool:
+        """Whether a file's folder may be listed but not entered, such as another user's of mode 0744."""
         if self.folder is None:
             return False
         try:
@@ -211,7 +214,7 @@ class _Target:
             return error.errno in _DENIED
         return False
 
-    def _shut_in(self) -> str:
+    def _unreachable(self) -> str:
         assert self.folder is not None
         status, user = os.fstat(self.folder), os.geteuid()
         return (
@@ -222,7 +225,7 @@ class _Target:
 
 
 def path_of(descriptor: int) -> str | None:
-    """Where an open file is, without links, as the system says; None where it does not say."""
+    """The path of an open file without links; None if the system does not tell."""
     with contextlib.suppress(OSError):
         if _F_GETPATH is not None:
             return os.fsdecode(fcntl.fcntl(descriptor, _F_GETPATH, bytes(1024)).rstrip(b"\0"))
@@ -235,13 +238,13 @@ def is_inside(path: str, folders: Iterable[str]) -> bool:
 
 
 def leads_inside(path: str | os.PathLike[str], roots: Sequence[Path]) -> bool:
-    """Whether a link seems to lead into a root: enough to look at times, not to read."""
+    """Whether a link's target is inside a root; checked by path, so not safe for reading."""
     where = os.path.realpath(path)
     return any(is_inside(where, [os.path.realpath(root)]) for root in roots)
 
 
-def _places_of(roots: Sequence[Path]) -> Iterator[str]:
-    """Where the roots are, without links; one that is not there is nowhere."""
+def _resolved(roots: Sequence[Path]) -> Iterator[str]:
+    """The paths of the existing roots, without links."""
     for root in roots:
         with contextlib.suppress(OSError):
             descriptor = os.open(root, _FLAGS | os.O_DIRECTORY)

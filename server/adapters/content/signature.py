@@ -1,4 +1,4 @@
-"""What an adapter must fit: the base's modules that see every row of a batch, and their parameters' shapes."""
+"""The base as adapters are checked against it: fingerprints, tokenizer, modules and their parameters' shapes."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from server.adapters.content.added_tokens import BaseTokenizer
 Shape = tuple[int, ...]
 Kind = Literal["linear", "embedding", "rows"]
 BaseCheck = Literal["fingerprint_v2", "fingerprint", "shapes"]
-"""How it is known that an adapter is of this base."""
+"""How an adapter's base was verified."""
 
 
 @dataclass(frozen=True)
 class ModuleShape:
-    """A module whose result for a row depends on that row alone.
+    """A module whose output for a row depends on that row alone.
 
-    ``size`` is (in, out) of a linear, (tokens, dim) of an embedding; ``rows`` is any other module: a norm, a router,
-    the experts of a mixture. ``transposed`` is a weight [in, out], or experts [experts, in, out]. ``itemsize`` is the
-    bytes of a number, ``axis`` that of the rows in what goes in and comes out.
+    ``size`` is (in, out) of a linear layer, (tokens, dim) of an embedding. ``rows`` is any other module: a norm, a
+    router, the experts of a mixture. ``transposed``: the weight is [in, out], or [experts, in, out]. ``itemsize`` is
+    the bytes of an element, ``axis`` the axis of the rows in input and output.
     """
 
     kind: Kind
@@ -34,7 +34,7 @@ class ModuleShape:
 
     @property
     def weight_is_in_out(self) -> bool:
-        """Whether the weight is [in, out], as an embedding's and a Conv1D's, rather than a linear's [out, in]."""
+        """Whether the weight is [in, out], as in an embedding and a Conv1D, instead of [out, in]."""
         return self.kind == "embedding" or self.transposed
 
     def num_bytes(self, parameter: str) -> int:
@@ -54,11 +54,11 @@ def embedding(num_tokens: int, dim: int) -> ModuleShape:
 
 @dataclass(frozen=True)
 class BaseSignature:
-    """The base's name and fingerprint, its modules, and which heads share an embedding's weight (head -> embedding).
+    """The base's name, fingerprints and modules. ``tied`` maps heads to the embedding whose weight they share.
 
-    ``fingerprint`` is of version 1; ``fingerprint_v2`` is None where it is not known.
-    ``others`` are modules that adapters cannot touch, because they do not see every row. ``vocab_size`` is the number
-    of the embedding's rows, ``tokenizer`` None where an adapter's cannot be compared with it.
+    ``fingerprint`` is of version 1; ``fingerprint_v2`` is None if unknown. ``others`` are modules that adapters cannot
+    change, because they do not see every row. ``vocab_size`` is the number of the embedding's rows. ``tokenizer`` is
+    None if an adapter's cannot be compared with it.
     """
 
     name: str
@@ -72,27 +72,27 @@ class BaseSignature:
     tokenizer: BaseTokenizer | None = field(default=None, compare=False)
 
     def fingerprint_of(self, version: int) -> str:
-        """The fingerprint of a version, or of version 1 where that one is not known."""
+        """The fingerprint of ``version``, or of version 1 if that is unknown."""
         return self.fingerprint_v2 if version == 2 and self.fingerprint_v2 is not None else self.fingerprint
 
 
 def base_check(sidecar: Sidecar | None, base: BaseSignature) -> BaseCheck:
-    """How a sidecar shows that the base is the one it was trained on: by the latest fingerprint that both have.
+    """Verify an adapter's base by the latest fingerprint that sidecar and base both have.
 
-    Without a sidecar only the tensors' shapes can tell. Raises ``ValueError`` where it is another base.
+    Without a sidecar only shapes can be compared. Raises ``ValueError`` for another base.
     """
     if sidecar is None:
         return "shapes"
-    theirs = sidecar.base
-    by_v2 = base.fingerprint_v2 is not None and theirs.fingerprint_v2 is not None
-    if by_v2 and theirs.fingerprint_v2 == base.fingerprint_v2:
+    trained_on = sidecar.base
+    by_v2 = base.fingerprint_v2 is not None and trained_on.fingerprint_v2 is not None
+    if by_v2 and trained_on.fingerprint_v2 == base.fingerprint_v2:
         return "fingerprint_v2"
-    same_edges = theirs.fingerprint is not None and theirs.fingerprint == base.fingerprint
-    if same_edges and not by_v2:
+    same_v1 = trained_on.fingerprint is not None and trained_on.fingerprint == base.fingerprint
+    if same_v1 and not by_v2:
         return "fingerprint"
     raise ValueError(
-        f"it was trained on another base ({theirs.name}, fingerprint {theirs.best_fingerprint[:19]}); this server runs "
-        f"{base.name} ({base.fingerprint_of(2 if theirs.fingerprint_v2 else 1)[:19]})"
-        + (", whose weights differ though its fingerprint of version 1 is the same" if same_edges else "")
-        + ": start it with that base, or train the adapter again"
+        f"it was trained on another base ({trained_on.name}, fingerprint {trained_on.best_fingerprint[:19]}); this "
+        f"server runs {base.name} ({base.fingerprint_of(2 if trained_on.fingerprint_v2 else 1)[:19]})"
+        + (", whose weights differ though its fingerprint of version 1 is the same" if same_v1 else "")
+        + ": start the server with that base, or train the adapter again"
     )

@@ -1,4 +1,4 @@
-"""Whether two chat templates are one, and which of several named ones a conversation takes; nothing is rendered."""
+"""Compares chat templates, and picks the default of several named ones; nothing is rendered."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 
 _MARK = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
-"""What says which tokens are the assistant's, for training (transformers, ``return_assistant_tokens_mask``)."""
+"""Generation marks, which only training uses (transformers, ``return_assistant_tokens_mask``)."""
 
 _SPACE = re.compile(r"\s+")
 
 
 class _Marks(Extension):
-    """Reads a generation block as its body alone."""
+    """Parses a generation block as its body."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2's own declaration
 
@@ -26,21 +26,21 @@ class _Marks(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def default_template(found: Any) -> str | None:
-    """A tokenizer's template for conversations: its only one, or of several named ones the default."""
-    if isinstance(found, dict):
-        found = found.get("default")
-    elif isinstance(found, list):
-        named = [item for item in found if isinstance(item, dict) and item.get("name") == "default"]
-        found = named[-1].get("template") if named else None
-    return found if isinstance(found, str) and found else None
+def default_template(template: Any) -> str | None:
+    """A tokenizer's chat template: its only one, or of several named ones the default."""
+    if isinstance(template, dict):
+        template = template.get("default")
+    elif isinstance(template, list):
+        defaults = [item for item in template if isinstance(item, dict) and item.get("name") == "default"]
+        template = defaults[-1].get("template") if defaults else None
+    return template if isinstance(template, str) and template else None
 
 
 def is_same(template: str, base: str | None) -> bool:
-    """Whether a template is the base's but for generation marks and white space at the end.
+    """Whether a template is the base's apart from generation marks and trailing white space.
 
-    White space decides nothing until both have the same other characters: then what jinja2 reads is compared, so that
-    a stranger's template is parsed only where it is the base's but for blanks.
+    Only templates that are equal without white space are parsed and compared as syntax trees, so that an untrusted
+    template is not parsed otherwise.
     """
     if base is None:
         return False
@@ -49,7 +49,7 @@ def is_same(template: str, base: str | None) -> bool:
     if _without_space(template) != _without_space(base):
         return False
     try:
-        return _read(template) == _read(base)
+        return _parse(template) == _parse(base)
     except (TemplateError, RecursionError):
         return False
 
@@ -58,8 +58,8 @@ def _without_space(template: str) -> str:
     return _SPACE.sub("", _MARK.sub("", template))
 
 
-def _read(template: str) -> nodes.Template:
-    """A template as jinja2 reads it with transformers' settings, without marks and without white space at the end."""
+def _parse(template: str) -> nodes.Template:
+    """The syntax tree under transformers' settings, without generation marks and trailing white space."""
     environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Marks, loopcontrols])
     tree = environment.parse(template.rstrip())
     _join(tree)
@@ -71,7 +71,7 @@ def _read(template: str) -> nodes.Template:
 
 
 def _join(node: nodes.Node) -> None:
-    """Join pieces of text and output that only a mark kept apart."""
+    """Join adjacent text and output nodes, which a removed mark separated."""
     for name, value in node.iter_fields():
         if isinstance(value, list):
             setattr(node, name, _joined(value))
