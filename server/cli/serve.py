@@ -217,11 +217,16 @@ def _ignore_signal(number: int, frame: FrameType | None) -> None:
 
 
 def uvicorn_config(service: Service) -> uvicorn.Config:
-    """uvicorn's settings. Its access log is off: the API logs one line per request."""
+    """uvicorn's settings. Its access log is off: the API logs one line per request.
+
+    Idle connections stay open longer than clients keep them (httpx: 5 s, uvicorn's own default), so that no client
+    sends a request on a connection that the server is closing.
+    """
     return uvicorn.Config(
         create_app(service.state, lifespan=service.lifespan),
         access_log=False,
         log_config=None,
+        timeout_keep_alive=75,
         timeout_graceful_shutdown=max(1, int(service.settings.shutdown_timeout)),
         server_header=False,
     )
