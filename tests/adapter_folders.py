@@ -13,9 +13,9 @@ import safetensors.torch
 import torch
 
 from server.adapters.adapter_cache import AdapterCache, Loaded
+from server.adapters.adapter_library import AdapterLibrary
 from server.adapters.content.manifest import AdapterPolicy, Manifest
 from server.adapters.content.signature import BaseSignature, linear
-from server.adapters.library import AdapterLibrary
 from server.adapters.operator import AdapterOperator
 from server.adapters.reader import AdapterReader
 from server.adapters.registry import AdapterRegistry

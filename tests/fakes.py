@@ -17,11 +17,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from server.adapters.adapter_cache import AdapterCache, Loaded
+from server.adapters.adapter_library import AdapterLibrary
 from server.adapters.content.generation_defaults import GenerationDefaults
 from server.adapters.content.manifest import Listing, Manifest
 from server.adapters.content.peft_config import LoRAConfig
 from server.adapters.content.plan import AdapterPlan
-from server.adapters.library import AdapterLibrary
 from server.adapters.reader import AdapterReader
 from server.adapters.registry import Adapter, AdapterRegistry
 from server.api.state import ServerState

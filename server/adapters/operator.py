@@ -9,7 +9,7 @@ import time
 import uuid
 from pathlib import Path
 
-from server.adapters.library import AdapterLibrary
+from server.adapters.adapter_library import AdapterLibrary
 from server.adapters.names import is_name
 from server.adapters.registry import Adapter
 from server.adapters.versions import Pin, VersionStore

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from watchfiles import awatch
 
+from server.adapters.adapter_library import AdapterLibrary
 from server.adapters.aliases import ALIASES_FILE, MAX_ALIASES_BYTES, parse_aliases
 from server.adapters.content.folder import (
     FolderState,
@@ -30,7 +31,6 @@ from server.adapters.content.folder import (
     sub_folders,
 )
 from server.adapters.content.safe_open import leads_inside
-from server.adapters.library import AdapterLibrary
 from server.adapters.versions import VersionStore
 
 logger = logging.getLogger("quickchange.adapters")

@@ -7,8 +7,8 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from server.adapters.adapter_library import AdapterLibrary
 from server.adapters.content.generation_defaults import GenerationDefaults
-from server.adapters.library import AdapterLibrary
 from server.adapters.operator import AdapterOperator
 from server.engine.async_engine import AsyncEngine
 from server.metrics import Metrics

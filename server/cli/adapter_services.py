@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from server.adapters.adapter_cache import AdapterCache, Loaded
+from server.adapters.adapter_library import AdapterLibrary
 from server.adapters.content.manifest import Manifest
-from server.adapters.library import AdapterLibrary
 from server.adapters.operator import AdapterOperator
 from server.adapters.reader import AdapterReader
 from server.adapters.registry import AdapterRegistry

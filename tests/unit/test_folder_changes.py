@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from server.adapters import library as library_module
+from server.adapters import adapter_library as library_module
 from server.adapters import watcher as watcher_module
 from server.adapters.content.manifest import Manifest
 from server.adapters.watcher import AdapterWatcher, Found

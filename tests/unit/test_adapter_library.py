@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from server.adapters import library as module
+from server.adapters import adapter_library as module
 from server.adapters.versions import Pin
 from server.errors import AdapterPending, InvalidRequest, ModelNotFound, QueueFull
 from tests.adapter_folders import CONFIG, SIDECAR, AdapterHarness, make, tensors, write
