@@ -7,6 +7,7 @@ sums are exact, so a row's result does not depend on its neighbours.
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -93,7 +94,7 @@ class PackedLinear(Protocol):
         ...
 
 
-class TorchLinear:
+class TorchLinear(ABC):
     """Base class of torch's linears: bias and outliers are added by operations of their own."""
 
     name: ClassVar[str]
@@ -120,8 +121,9 @@ class TorchLinear:
         weight = self._product(torch.eye(self.num_inputs)).t().contiguous()
         return weight if self._outliers is None else self._outliers.put_into(weight)
 
+    @abstractmethod
     def _product(self, x: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+        """x float32 [..., in] -> a new float32 [..., out], without bias and outlier channels."""
 
 
 class FbgemmLinear(TorchLinear):

@@ -293,8 +293,8 @@ class GenerationRequest(_Strict):
 
     @property
     def num_logprobs(self) -> int | None:
-        """Number of most likely tokens to return with each token; None without log probabilities."""
-        raise NotImplementedError
+        """Number of most likely tokens to return with each token; None without log probabilities, as here."""
+        return None
 
     @property
     def num_prompts(self) -> int:
