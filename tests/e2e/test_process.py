@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import subprocess
 import sys
 import time
+from http.client import HTTPConnection
 from pathlib import Path
 
 import httpx
@@ -39,6 +41,17 @@ def test_a_client_that_goes_away_frees_its_slot(server: ServerProcess, stream: b
     now = server.metric("quickchange_requests_total", adapter="tolstoy", finish_reason="cancelled")
     assert 0 < now - cancelled <= 8
     assert server.metric("quickchange_generated_tokens_total", adapter="tolstoy") - generated < 8 * 1900
+
+
+def test_an_idle_connection_outlives_that_of_a_client(server: ServerProcess) -> None:
+    """Server and clients both dropped idle connections after 5 s: a request met one that was just being closed."""
+    connection = HTTPConnection("127.0.0.1", int(server.url.rpartition(":")[2]), timeout=10)
+    with contextlib.closing(connection):
+        for pause in (5.3, 0.0):  # httpx keeps an idle connection for 5 s
+            connection.request("GET", "/health")
+            used = connection.sock
+            assert connection.getresponse().read() and connection.sock is used is not None
+            time.sleep(pause)
 
 
 def test_one_log_line_a_request_without_content(server: ServerProcess, client: OpenAI) -> None:
