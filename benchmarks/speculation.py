@@ -42,7 +42,7 @@ DRAFTS: int = Settings.model_fields["max_draft_tokens"].default
 
 @dataclass
 class Side:
-    """An engine with speculation or without, and what it said to each prompt, in tokens; ``seconds`` of each group."""
+    """An engine with speculation or without, its output tokens for each prompt, and the ``seconds`` of each group."""
 
     engine: Engine
     answers: list[list[int]] = field(default_factory=list)

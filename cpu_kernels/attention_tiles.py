@@ -1,10 +1,10 @@
 """Prompt attention between its tile products: packing rows into tiles and back, and online softmax by blocks of keys.
 
 Online softmax as in FlashAttention (Dao et al. 2022), with powers of two. Scores are float32 [keys, 32 rows]: each row
-Online softmax as in FlashAttention (Dao et al. 2022), by powers of two. Scores are float32 [keys, 32 rows]: each row
-the offset, minus the exponent that powers are relative to; the total of the powers; the factor that rescales earlier
-sums to a new offset; the last key that the row sees (int32). A block of which a row sees nothing leaves its state
-unchanged to the bit, with the factor 1.
+has a lane of its own in two vectors, so nothing is summed across lanes. Its state is float32 [4, 32]: the offset, minus
+the exponent that powers are relative to; the total of the powers; the factor that rescales earlier sums to a new
+offset; the last key that the row sees (int32). A block of which a row sees nothing leaves its state unchanged to the
+bit, with the factor 1.
 """
 
 from __future__ import annotations
