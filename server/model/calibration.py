@@ -105,8 +105,11 @@ class Calibration:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             partial = self.folder / f".{self._path.name}.{os.getpid()}"
-            partial.write_text(json.dumps({"key": self._key(sequences), "linears": linears}), encoding="utf-8")
-            partial.replace(self._path)
+            try:
+                partial.write_text(json.dumps({"key": self._key(sequences), "linears": linears}), encoding="utf-8")
+                partial.replace(self._path)
+            finally:
+                partial.unlink(missing_ok=True)
         except OSError as error:
             logger.info("outlier calibration could not be cached: %s", error)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import unicodedata
 from collections.abc import Callable
@@ -167,6 +168,23 @@ def test_where_nothing_can_be_kept_the_base_starts_all_the_same(
         assert measure(tmp_path / "file" / "cache")
     assert "could not be cached" in caplog.text
     assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_a_full_disk_leaves_no_half_of_a_file(
+    tmp_path: Path, measure: Callable[..., OutlierInputs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stayed in the cache, beside one of every other process that had tried."""
+    write_text = Path.write_text
+
+    def write_half(path: Path, text: str, **named: Any) -> int:
+        write_text(path, text[: len(text) // 2], **named)
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as full:
+        full.setattr(Path, "write_text", write_half)
+        assert measure(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert measure(tmp_path) and len(list(tmp_path.iterdir())) == 1
 
 
 def test_an_int8_base_is_loaded_with_what_was_kept(folder: Path, tmp_path: Path, no_pass: Callable[[], None]) -> None:
