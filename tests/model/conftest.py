@@ -21,7 +21,7 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _books_of_engines_are_right() -> Iterator[None]:
+def _engines_pass_their_integrity_check() -> Iterator[None]:
     engines.made.clear()
     yield
     for engine in engines.made:

@@ -1,4 +1,4 @@
-"""Engines on scripted models: stepped with their books checked, and checked once more when a test ends."""
+"""Engines on scripted models: their integrity is checked after each step, and once more when a test ends."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ made: list[Engine] = []
 
 
 def tracked(engine: Engine) -> Engine:
-    """The engine, whose books are to be right when the test ends."""
+    """The engine, whose integrity is checked when the test ends."""
     made.append(engine)
     return engine
 

@@ -100,7 +100,7 @@ class Hosted:
     kernels: Kernels = field(default_factory=Kernels)
 
     def run(self, asks: abc.Sequence[Ask]) -> list[Answer]:
-        """Every ask through scheduler, runner and sampler; books checked after each step."""
+        """Every ask through scheduler, runner and sampler; with an integrity check after each step."""
         sampler = RecordingSampler()
         scheduler = Scheduler(
             max_num_seqs=self.max_num_seqs,

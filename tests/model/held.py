@@ -1,4 +1,4 @@
-"""What a LoRA bank really keeps in memory: every tensor that can be reached from it, whatever its own books say."""
+"""What a LoRA bank really keeps in memory: every tensor that can be reached from it, whatever it counts itself."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
 def as_in_hub_cache(folder: Path, cache: Path) -> Path:
-    """KVOperation a folder's files into a cache; returns the snapshot's folder."""
+    """Move a folder's files into a cache; returns the snapshot's folder."""
     repository = cache / "models--someone--base"
     snapshot, blobs = repository / "snapshots" / REVISION, repository / "blobs"
     snapshot.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""What adapters take in memory is what the books say, and never more than there may be."""
+"""What adapters take in memory is what the bank counts, and never more than there may be."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ def kinds() -> dict[str, LoRAWeights]:
 
 
 @pytest.mark.parametrize(
-    "compiled",
+    "native",
     [
         False,
         pytest.param(True, marks=needs(NUMBA)),
     ],
-    ids=["batched", "compiled"],
+    ids=["batched", "native"],
 )
-def test_what_a_bank_keeps_is_what_it_counts_after_loading_running_and_unloading(*, compiled: bool) -> None:
+def test_what_a_bank_keeps_is_what_it_counts_after_loading_running_and_unloading(*, native: bool) -> None:
     """Copies of adapters came on top of the budget, and of the metric."""
-    stage = Stage(native=compiled)
+    stage = Stage(native=native)
     counted = 0
     for digest, weights in kinds().items():
         stage.adapters[digest] = weights
         counted += stage.bank.add(digest, weights)
         assert stage.bank.num_bytes == counted
         assert held_bytes(stage.bank) == counted + stage.bank.backend.num_bytes
-        assert compiled or stage.bank.backend.num_bytes == 0
+        assert native or stage.bank.backend.num_bytes == 0
     assert counted == sum(weights.num_bytes for weights in kinds().values())
     stage.step([sequence(2 * number, [(digest, 1.0)], 1) for number, digest in enumerate(stage.adapters)])
     assert stage.bank.backend.num_bytes > 0

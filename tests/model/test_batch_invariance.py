@@ -103,7 +103,7 @@ def test_a_bases_answers_are_the_same_to_the_bit_beside_others(linear: str, monk
 
 
 @needs(*PRODUCTS)
-def test_with_routines_so_are_those_of_adapters_and_compositions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_native_linears_so_are_those_of_adapters_and_compositions(monkeypatch: pytest.MonkeyPatch) -> None:
     base = load(TWO_LINEARS[-1], monkeypatch)
     runner, uses = ModelRunner.of(base, num_slots=8), []
     for name in ("helpdesk", "json", "tolstoy"):

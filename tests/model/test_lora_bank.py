@@ -1,4 +1,4 @@
-"""Whatever mixture a step has, its rows are those of each adapter by itself, and the books of slots are right."""
+"""Whatever mixture a step has, its rows are those of each adapter by itself, and the accounting of slots is right."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class Stage:
         self.bank.remove(digest)
 
     def step(self, segments: abc.Sequence[Segment], *, tolerance: float = 1e-4) -> Batch:
-        """A step, whose rows are compared, and the books behind it."""
+        """A step, whose rows are compared, and an integrity check behind it."""
         batch = self.compute(segments, tolerance=tolerance)
         self.bank.check_integrity()
         return batch
@@ -337,15 +337,15 @@ def test_a_module_called_again_with_the_same_tensor_and_one_not_called_at_all(st
 
 
 def test_rows_of_the_base_come_first_and_those_of_one_adapter_lie_side_by_side(stage: Stage) -> None:
-    """Whether it is stacked or not; sequences of one adapter keep their order."""
+    """Whether their adapters are in slots or not; sequences of one adapter keep their order."""
     for digest, rank in (("a", 4), ("b", 4), ("c", 8)):
         stage.add(digest, adapter(ord(digest), ("q",), rank))
     uses = ["b", None, "c", "a", "b", None, "c", "a"]
     segments = [sequence(2 * n, [(use, 1.0)] if use else [], 1) for n, use in enumerate(uses)]
     batch = stage.step(segments)
     ids = [segment.sequence.id // 2 for segment in batch.segments]
-    stacked = [[0, 4], [3, 7]] if ids[2] == 0 else [[3, 7], [0, 4]]
-    assert ids == [1, 5, *stacked[0], *stacked[1], 2, 6]
+    in_slots = [[0, 4], [3, 7]] if ids[2] == 0 else [[3, 7], [0, 4]]
+    assert ids == [1, 5, *in_slots[0], *in_slots[1], 2, 6]
 
 
 def test_a_bfloat16_base_gets_deltas_in_float32() -> None:

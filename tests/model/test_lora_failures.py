@@ -69,11 +69,11 @@ class Operations(TorchDispatchMode):
 Failing = type[Lines] | type[Operations]
 every_way = pytest.mark.parametrize("way", [Lines, Operations])
 every_bank = pytest.mark.parametrize(
-    ("way", "compiled"),
+    ("way", "native"),
     [
-        pytest.param(Lines, False, id="lines"),  # where nothing is compiled, adding takes no operation of torch
-        pytest.param(Lines, True, id="compiled-lines", marks=needs(NUMBA)),
-        pytest.param(Operations, True, id="compiled-operations", marks=needs(NUMBA)),
+        pytest.param(Lines, False, id="lines"),  # without kernels, adding takes no operation of torch
+        pytest.param(Lines, True, id="native-lines", marks=needs(NUMBA)),
+        pytest.param(Operations, True, id="native-operations", marks=needs(NUMBA)),
     ],
 )
 
@@ -108,10 +108,10 @@ def some_adapters() -> list[LoRAWeights]:
 @every_bank
 @pytest.mark.parametrize("which", [1, 2], ids=["plain", "dora"])
 def test_an_adapter_that_cannot_be_added_leaves_nothing_and_can_be_added_again(
-    way: Failing, which: int, *, compiled: bool
+    way: Failing, which: int, *, native: bool
 ) -> None:
     """Half added, its clean-up raised a KeyError, and the engine was dead for everybody."""
-    stage, weights = Stage(native=compiled), some_adapters()
+    stage, weights = Stage(native=native), some_adapters()
     stage.add("there", weights[0])
     before = held_bytes(stage.bank)
     for _ in every_failure(way, lambda: stage.bank.add("new", weights[which])):
@@ -128,8 +128,8 @@ def test_an_adapter_that_cannot_be_added_leaves_nothing_and_can_be_added_again(
 
 
 @every_bank
-def test_an_adapter_that_cannot_be_removed_is_removed_with_the_next_one(way: Failing, *, compiled: bool) -> None:
-    stage, weights = Stage(native=compiled), some_adapters()
+def test_an_adapter_that_cannot_be_removed_is_removed_with_the_next_one(way: Failing, *, native: bool) -> None:
+    stage, weights = Stage(native=native), some_adapters()
     stage.add("there", weights[0])
     before = held_bytes(stage.bank)
     stage.add("going", weights[1])
@@ -140,7 +140,7 @@ def test_an_adapter_that_cannot_be_removed_is_removed_with_the_next_one(way: Fai
         assert held_bytes(stage.bank) == before
         stage.bank.add("going", weights[1])
         stage.step(ones("there", "going"))
-        for slots in () if compiled else stage.slots:
+        for slots in () if native else stage.slots:
             slots.clear()
     stage.step(ones("there"))
 

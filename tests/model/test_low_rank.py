@@ -62,7 +62,7 @@ def test_more_adapters_than_there_was_room_for_while_some_run(stage: Stage) -> N
 
 
 def test_steps_with_more_runs_than_were_thought_of(stage: Stage) -> None:
-    """Sixteen seats have room for 64 uses; here are 200, and the head's are as many."""
+    """Sixteen sequences have room for 64 uses; here are 200, and the head's are as many."""
     for digest in "abcde":
         stage.add(digest, adapter(ord(digest), ("q", "down", "head"), 3))
     before = stage.bank.generation

@@ -47,7 +47,7 @@ def test_logits_are_those_of_torch_and_rows_are_the_same_alone(family: str, quan
             assert torch.equal(answer.logits, one.logits)
 
 
-def test_a_runner_has_the_routine_of_the_format_in_which_it_keeps_keys() -> None:
+def test_a_runner_has_the_attention_kernel_of_the_dtype_in_which_it_keeps_keys() -> None:
     """It may be another than the base was made for; with the wrong one all answers were noise."""
     hosted = host(build("llama"), linear=choose_linear(), native=True)
     attention, shapes, kernels = hosted.runner.attention, hosted._cache.layout.shapes, hosted.kernels

@@ -48,7 +48,7 @@ class Memory:
             raise RuntimeError("the model broke")
         for kv_op in batch.kv_ops:
             self._do(kv_op)
-        if self.fails == "after the kv_ops":
+        if self.fails == "after its KV operations":
             raise RuntimeError("the model broke")
         for segment in batch.segments:
             one = segment.sequence
@@ -226,7 +226,7 @@ ADAPTER = (LoRARequest("one"),)
         (ADAPTER, b""),
     ],
 )
-def test_nothing_is_reused_across_adapters_versions_scales_and_scopes(
+def test_nothing_is_reused_across_adapters_versions_scales_and_cache_namespaces(
     adapters: tuple[LoRARequest, ...], cache_namespace: bytes
 ) -> None:
     engine, _ = make(budget=16)
@@ -325,7 +325,7 @@ def test_a_sequence_as_long_as_memory_runs_alone_and_may_continue_its_own_prefix
     assert memory.most_bytes <= LENGTH
 
 
-@pytest.mark.parametrize("fails", ["at once", "after the kv_ops"])
+@pytest.mark.parametrize("fails", ["at once", "after its KV operations"])
 def test_what_a_failed_step_was_to_prepare_is_never_reused(fails: str) -> None:
     """A copy that was not made would be taken for a prefix; the slots of a step that failed are emptied."""
     engine, memory = make()
@@ -409,7 +409,7 @@ def test_whatever_comes_and_goes_rows_see_their_own_and_memory_stays_within_its_
 
 
 def _step_or_fail(engine: Engine, memory: Memory, *, fails: bool) -> None:
-    memory.fails = "after the kv_ops" if fails else None
+    memory.fails = "after its KV operations" if fails else None
     try:
         engine.step()
     except RuntimeError:

@@ -172,7 +172,7 @@ def test_answers_are_the_same_by_layer_graphs_and_without(micro: Micro) -> None:
     assert played == [stepped, stepped] and graphs.num_replayed == before
 
 
-def test_there_are_layer_graphs_where_the_products_are_routines(micro: Micro) -> None:
+def test_there_are_layer_graphs_where_the_linears_are_native(micro: Micro) -> None:
     assert (micro.runner.graphs is not None) == (micro.base.quantized is not None and bool(native_linears()))
 
 
