@@ -13,21 +13,20 @@ _FILE = "tokenizer.json"
 
 
 def tokenizer_signature(tokenizer: PreTrainedTokenizerBase, folder: Path | None = None) -> BaseTokenizer | None:
-    """What an adapter's tokenizer must be; None where the base's is none of the library ``tokenizers``.
+    """The base's tokenizer, for comparison with an adapter's; None if it is not one of the library ``tokenizers``.
 
-    Releases of transformers build some tokenizers in other ways than their file says: an adapter's may be as the one
-    that is in memory or as the one in the base's ``folder``.
+    Some releases of transformers build a tokenizer that differs from its file. So an adapter's tokenizer may equal the
+    one in memory or the file in the base's ``folder``.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, tokenizers.Tokenizer):
         return None
 
     def read() -> list[str]:
-        file = None if folder is None else folder / _FILE
-        return [
-            backend.to_str(pretty=True),
-            *([file.read_text(encoding="utf-8")] if file is not None and file.is_file() else []),
-        ]
+        texts = [backend.to_str(pretty=True)]
+        if folder is not None and (folder / _FILE).is_file():
+            texts.append((folder / _FILE).read_text(encoding="utf-8"))
+        return texts
 
     added = tuple(_added(number, token) for number, token in sorted(backend.get_added_tokens_decoder().items()))
     num_ids = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
