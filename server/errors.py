@@ -88,7 +88,9 @@ class ContextLengthExceeded(RequestError):
     """Prompt and completion together do not fit."""
 
     def __init__(self, *, limit: int, prompt_tokens: int, completion_tokens: int, param: str = "messages") -> None:
-        self.limit, self.prompt_tokens, self.completion_tokens = limit, prompt_tokens, completion_tokens
+        self.limit = limit
+        self.prompt_tokens = prompt_tokens
+        self.completion_tokens = completion_tokens
         super().__init__(
             f"This model's maximum context length is {limit} tokens. However, you requested "
             f"{prompt_tokens + completion_tokens} tokens ({prompt_tokens} in the {param}, {completion_tokens} in the "

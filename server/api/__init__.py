@@ -1,5 +1,5 @@
 """Floor 6: HTTP. ``app`` has the routes, ``protocol`` validates bodies, ``completions`` has the generating endpoints.
 
-They call ``responses``: ``generation`` submits the sequences, ``active_request`` receives their outputs, which become
-a whole or streamed answer in a format of ``response_formats``.
+An endpoint submits sequences with ``generation``, ``active_request`` receives their outputs, and ``responses`` writes
+them, streamed or whole, in a format of ``response_formats``. ``middleware`` and ``errors`` serve all endpoints.
 """

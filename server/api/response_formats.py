@@ -47,7 +47,9 @@ class ResponseFormat(Protocol):
 class ChatFormat:
     """``/v1/chat/completions``; with log probabilities where there are ``token_texts``."""
 
-    id_prefix, object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+    id_prefix = "chatcmpl-"
+    object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
 
     def __init__(self, token_texts: TokenTexts | None = None) -> None:
         self._token_texts = token_texts
@@ -81,7 +83,9 @@ class ChatFormat:
 class CompletionFormat:
     """``/v1/completions``, whose chunks look like its whole answers."""
 
-    id_prefix, object, chunk_object = "cmpl-", "text_completion", "text_completion"
+    id_prefix = "cmpl-"
+    object = "text_completion"
+    chunk_object = "text_completion"
 
     def __init__(self, token_texts: TokenTexts | None = None) -> None:
         self._token_texts = token_texts

@@ -75,9 +75,9 @@ async def close_unless_streamed(work: Coroutine[Any, Any, Response], http: Reque
 
 
 async def respond(request: ActiveRequest, format: ResponseFormat, state: ServerState) -> Response:
-    """The answer, whole or as a stream that begins with the first token.
+    """The answer, whole or as a stream.
 
-    So an error before the first token has an HTTP status of its own.
+    It waits for the first token, so that an error before it has an HTTP status of its own.
     """
     body, lease = request.body, request.lease
     await request.wait_for_first_output(PING_SECONDS)

@@ -104,7 +104,9 @@ class SlotTable:
         bytes_of: Callable[[int], int] = lambda length: length,
         reuses: bool = False,
     ) -> None:
-        self.num_slots, self.max_len, self.reuses = num_slots, max_len, reuses
+        self.num_slots = num_slots
+        self.max_len = max_len
+        self.reuses = reuses
         self.max_bytes = num_slots * bytes_of(max_len) if max_bytes is None else max_bytes
         assert bytes_of(max_len) <= self.max_bytes, "the longest sequence must fit"
         self._bytes_of = bytes_of
@@ -170,10 +172,13 @@ class SlotTable:
         if source is not None and target is not source:
             self._kv_ops.append(CopyPrefix(source.number, target.number, length))
             source.used_at = self._tick()
-        target.holder, target.prefix, target.num_reserved = sequence, prefix, reserved
+        target.holder = sequence
+        target.prefix = prefix
+        target.num_reserved = reserved
         target.num_touched = max(target.num_touched, length)
         self._account(target)
-        sequence.slot, sequence.num_computed, sequence.num_cached = target.number, length, length
+        sequence.slot = target.number
+        sequence.num_computed = sequence.num_cached = length
 
     def begin_step(self, segments: Iterable[Segment]) -> tuple[KVOperation, ...]:
         """Record the positions that a step writes; returns the KV operations to apply before it."""
@@ -191,7 +196,9 @@ class SlotTable:
         num_valid = min(sequence.num_computed, sequence.num_tokens)
         useful = self.reuses and num_valid >= MIN_PREFIX
         slot.prefix = Prefix.of(sequence, num_valid) if useful else NOTHING
-        slot.holder, slot.num_reserved, slot.used_at = None, 0, self._tick()
+        slot.holder = None
+        slot.num_reserved = 0
+        slot.used_at = self._tick()
         self._account(slot)
         sequence.slot = None
 
@@ -211,7 +218,8 @@ class SlotTable:
         for slot in self._slots:
             slot.holder = held.get(slot.number)
             if slot.holder is None:
-                slot.prefix, slot.num_touched, slot.num_reserved = NOTHING, 0, 0
+                slot.prefix = NOTHING
+                slot.num_touched = slot.num_reserved = 0
                 self._kv_ops.append(ReleaseTail(slot.number, 0))
             slot.num_bytes = self._bytes_of(max(slot.num_touched, slot.num_reserved))
         self.num_bytes = sum(slot.num_bytes for slot in self._slots)

@@ -42,8 +42,11 @@ class TokenTexts:
         special_ids: Set[int],
         context_ids: Sequence[int],
     ) -> None:
-        self._decode, self._name_of, self._special_ids = decode, name_of, special_ids
-        self._context_ids, self._context_text = context_ids, decode(context_ids)
+        self._decode = decode
+        self._name_of = name_of
+        self._special_ids = special_ids
+        self._context_ids = context_ids
+        self._context_text = decode(context_ids)
         self._cached = lru_cache(MAX_TOKEN_TEXTS)(self._compute)
 
     def get(self, token_id: int, *, first: bool) -> TokenText:
