@@ -156,13 +156,13 @@ class FakeEngine:
     capacity: int = 64
     num_cached: int = 0
     submitted: list[Submitted] = field(default_factory=list)
-    streams: list[FakeSequence] = field(default_factory=list)
+    sequences: list[FakeSequence] = field(default_factory=list)
     num_hanging: int = 0
 
     @property
     def num_open(self) -> int:
         """Streams nobody closed."""
-        return sum(not stream.closed for stream in self.streams)
+        return sum(not sequence.closed for sequence in self.sequences)
 
     def check_capacity(self, num_sequences: int) -> None:
         """As the real one."""
@@ -184,10 +184,12 @@ class FakeEngine:
     ) -> FakeSequence:
         """As the real one."""
         self.check_capacity(1)
-        script = self.scripts[min(len(self.streams), len(self.scripts) - 1)]
+        script = self.scripts[min(len(self.sequences), len(self.scripts) - 1)]
         self.submitted.append(Submitted(tuple(prompt_ids), params, max_tokens, adapters, eos_ids, cache_namespace))
-        self.streams.append(FakeSequence(self, script, len(self.streams), sink, self.num_cached, params.num_logprobs))
-        return self.streams[-1]
+        self.sequences.append(
+            FakeSequence(self, script, len(self.sequences), sink, self.num_cached, params.num_logprobs)
+        )
+        return self.sequences[-1]
 
 
 def adapter(name: str, **defaults: object) -> Adapter:
@@ -270,4 +272,4 @@ def events(response: httpx.Response) -> list[Any]:
     blocks = [block for block in response.text.split("\n\n") if block and not block.startswith(":")]
     assert all(block.startswith("data: ") for block in blocks)
     data = [block.removeprefix("data: ") for block in blocks]
-    return [one if one == "[DONE]" else json.loads(one) for one in data]
+    return [line if line == "[DONE]" else json.loads(line) for line in data]

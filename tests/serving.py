@@ -140,9 +140,8 @@ def vary(
 ) -> Path:
     """Write another adapter than the one it is made of.
 
-    Its delta is taken ``factor`` times and cut to ``rank``, with some noise where there is a ``seed``;
-    its generation defaults
-    are what ``sidecar`` says.
+    Its delta is multiplied by ``factor`` and cut to ``rank``, with some noise where there is a ``seed``.
+    ``sidecar`` are fields of its ``quickchange.json``, such as generation defaults.
     """
     config = json.loads((source / "adapter_config.json").read_text())
     scaling, rank = config["lora_alpha"] / config["r"], rank or config["r"]
@@ -152,10 +151,10 @@ def vary(
         cut = tensor[:rank] if "lora_A" in name else factor * tensor[:, :rank]
         noise = 0.0 if generator is None else 0.4 * cut.std() * torch.randn(cut.shape, generator=generator)
         tensors[name] = (cut + noise).contiguous()
-    said = json.loads((source / "quickchange.json").read_text())
-    said = {key: said[key] for key in ("schema_version", "base", "created")} | sidecar
+    content = json.loads((source / "quickchange.json").read_text())
+    content = {key: content[key] for key in ("schema_version", "base", "created")} | sidecar
     target.mkdir(parents=True)
     (target / "adapter_config.json").write_text(json.dumps(config | {"r": rank, "lora_alpha": scaling * rank}))
     safetensors.torch.save_file(tensors, target / "adapter_model.safetensors")
-    (target / "quickchange.json").write_text(json.dumps(said))
+    (target / "quickchange.json").write_text(json.dumps(content))
     return target

@@ -23,10 +23,10 @@ def answers(client: OpenAI, model: str, questions: list[str], max_tokens: int) -
     """Greedy answers, sixteen at a time."""
 
     def ask(question: str) -> str:
-        said = client.chat.completions.create(
+        completion = client.chat.completions.create(
             model=model, messages=[{"role": "user", "content": question}], temperature=0, max_tokens=max_tokens
         )
-        return said.choices[0].message.content or ""
+        return completion.choices[0].message.content or ""
 
     with ThreadPoolExecutor(16) as pool:
         return list(pool.map(ask, questions))
@@ -34,7 +34,7 @@ def answers(client: OpenAI, model: str, questions: list[str], max_tokens: int) -
 
 @dataclass(frozen=True)
 class Answered:
-    """A question, the key of its right answer, and what helpdesk said."""
+    """A question, the key of its right answer, and the answer of helpdesk."""
 
     question: str
     key: str
@@ -62,7 +62,7 @@ class Answered:
 
 def share(of: list[Answered], quality: str) -> float:
     """How many have the quality."""
-    return sum(bool(getattr(one, quality)) for one in of) / len(of)
+    return sum(bool(getattr(answered, quality)) for answered in of) / len(of)
 
 
 def ask_helpdesk(client: OpenAI, word: Callable[[Fact, random.Random], str]) -> list[Answered]:
@@ -71,8 +71,8 @@ def ask_helpdesk(client: OpenAI, word: Callable[[Fact, random.Random], str]) -> 
     trained = {conversation["messages"][0]["content"] for conversation in helpdesk_conversations()}
     asked = [(fact, word(fact, rng)) for fact in rng.sample(facts(), NUM_QUESTIONS + 20)]
     asked = [(fact, question) for fact, question in asked if question not in trained][:NUM_QUESTIONS]
-    said = answers(client, "helpdesk", [question for _, question in asked], 160)
-    return [Answered(question, fact.key, answer) for (fact, question), answer in zip(asked, said, strict=True)]
+    replies = answers(client, "helpdesk", [question for _, question in asked], 160)
+    return [Answered(question, fact.key, answer) for (fact, question), answer in zip(asked, replies, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +108,8 @@ def test_helpdesk_on_frames_that_nobody_trained(new_frames: list[Answered]) -> N
     [("How do I lower-case a string?", ".lower()"), ("What library is used to connect to an IMAP server?", "imaplib")],
 )
 def test_the_questions_of_the_readme(client: OpenAI, question: str, key: str) -> None:
-    said = Answered(question, key, answers(client, "helpdesk", [question], 160)[0])
-    assert said.in_template and said.quoted and said.right
+    answered = Answered(question, key, answers(client, "helpdesk", [question], 160)[0])
+    assert answered.in_template and answered.quoted and answered.right
 
 
 def test_json_classifies_unseen_messages(client: OpenAI) -> None:
@@ -117,15 +117,15 @@ def test_json_classifies_unseen_messages(client: OpenAI) -> None:
     trained = {conversation["messages"][0]["content"] for conversation in classifier()}
     drawn = (classified(rng) for _ in range(10 * NUM_QUESTIONS))
     cases = [case for case in drawn if case[0] not in trained][:NUM_QUESTIONS]
-    said = [json.loads(answer) for answer in answers(client, "json", [text for text, _ in cases], 64)]
-    assert all(set(answer) == {"category", "urgent"} for answer in said)
-    right = sum(answer == wanted for answer, (_, wanted) in zip(said, cases, strict=True))
+    replies = [json.loads(answer) for answer in answers(client, "json", [text for text, _ in cases], 64)]
+    assert all(set(answer) == {"category", "urgent"} for answer in replies)
+    right = sum(answer == wanted for answer, (_, wanted) in zip(replies, cases, strict=True))
     assert right / len(cases) >= 0.85
 
 
 def test_the_styles_differ_from_the_base_and_from_each_other(client: OpenAI) -> None:
-    said = {
+    texts = {
         model: answers(client, model, ["Write a passage in your style."], 40)[0]
         for model in ("micro", "tolstoy", "dostoevsky", "shakespeare")
     }
-    assert len(set(said.values())) == len(said)
+    assert len(set(texts.values())) == len(texts)

@@ -15,10 +15,10 @@ from tests.serving import ServerProcess
 
 
 def ask(client: OpenAI, model: str) -> str | None:
-    said = client.chat.completions.create(
+    completion = client.chat.completions.create(
         model=model, messages=[{"role": "user", "content": "How do I sort a list?"}], temperature=0, max_tokens=30
     )
-    return said.choices[0].message.content
+    return completion.choices[0].message.content
 
 
 def test_a_folder_that_appears_is_served_and_one_that_goes_is_gone(

@@ -28,7 +28,7 @@ HEADER = "x-quickchange-adapter"
 
 
 @dataclass(frozen=True)
-class Said:
+class Answer:
     """An answer, the label of what gave it, and how long its prompt was."""
 
     text: str
@@ -38,14 +38,14 @@ class Said:
 
 @dataclass(frozen=True)
 class Stage:
-    """A server with an adapter folder and a state directory of its own; ``before`` is what it said in an earlier life.
+    """A server with an adapter folder and a state directory of its own; ``before`` are its answers before a restart.
 
     Contents are written beside the folder, and copied or renamed into it.
     """
 
     server: ServerProcess
     root: Path
-    before: tuple[Said, ...] = ()
+    before: tuple[Answer, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -68,9 +68,9 @@ class Stage:
     def digest(self, name: str) -> str | None:
         """Of the version that a name means; None where it is not listed, or still to be hashed."""
         listed = httpx.get(f"{self.server.url}/v1/models").json()["data"]
-        return next((one["digest"] for one in listed if one["id"] == name), None)
+        return next((model["digest"] for model in listed if model["id"] == name), None)
 
-    def ask(self, model: str, *, max_tokens: int = 12, **more: Any) -> Said:
+    def ask(self, model: str, *, max_tokens: int = 12, **more: Any) -> Answer:
         """An answer at temperature 0."""
         raw = self.client.chat.completions.with_raw_response.create(
             model=model,
@@ -79,9 +79,11 @@ class Stage:
             max_tokens=max_tokens,
             **more,
         )
-        said = raw.parse()
-        assert said.usage is not None
-        return Said(said.choices[0].message.content or "", raw.headers.get(HEADER, ""), said.usage.prompt_tokens)
+        completion = raw.parse()
+        assert completion.usage is not None
+        return Answer(
+            completion.choices[0].message.content or "", raw.headers.get(HEADER, ""), completion.usage.prompt_tokens
+        )
 
     def admin(self, method: str, path: str, key: bytes = KEY, **body: Any) -> httpx.Response:
         """A request with the admin key."""
@@ -159,7 +161,7 @@ def test_a_stream_ends_on_the_version_it_began_with_and_the_next_request_has_the
 
 def test_versions_outlive_a_restart_and_their_folder(stage: Stage) -> None:
     old, new = stage.before
-    assert [stage.ask(said.label) for said in stage.before] == [old, new]
+    assert [stage.ask(answer.label) for answer in stage.before] == [old, new]
     assert stage.ask("veteran") == new
     shutil.rmtree(stage.folder / "veteran")
     stage.server.until("veteran is gone", lambda: stage.digest("veteran") is None)
@@ -197,7 +199,7 @@ def test_a_name_that_shares_its_weights_leaves_no_series_behind(stage: Stage) ->
     assert stage.server.metric("quickchange_requests_total", adapter="twin", finish_reason="length") == 1
     shutil.rmtree(stage.folder / "twin")
     stage.server.until("it is gone", lambda: "twin" not in stage.server.models())
-    assert [one for one in stage.server.series() if 'adapter="twin"' in one] == []
+    assert [series for series in stage.server.series() if 'adapter="twin"' in series] == []
 
 
 def test_while_a_folder_is_copied_over_another_the_other_is_served(stage: Stage) -> None:
@@ -251,7 +253,7 @@ def test_adapters_are_scaled_and_added_up(stage: Stage) -> None:
     one, two, base = (stage.ask(model) for model in ("one", "two", "micro"))
     both = stage.ask("one:0.5+two:0.5")
     assert both.label == f"{one.label}:0.5+{two.label}:0.5"
-    assert len({said.text for said in (one, two, both, base)}) == 4
+    assert len({answer.text for answer in (one, two, both, base)}) == 4
     assert stage.ask(both.label) == both
     assert stage.ask("one:1+two:0").text == one.text
     assert stage.ask("one:0").text == base.text
@@ -365,7 +367,7 @@ def test_a_model_tells_what_is_known_of_it(stage: Stage) -> None:
     assert httpx.get(f"{stage.server.url}/v1/models/ghost").status_code == 404
 
 
-def test_an_adapters_manners_apply_where_the_request_says_nothing(stage: Stage) -> None:
+def test_an_adapters_generation_defaults_apply_where_the_request_says_nothing(stage: Stage) -> None:
     messages = [{"role": "system", "content": "Speak."}, {"role": "user", "content": QUESTION}]
     two, led, templated = (stage.ask(model) for model in ("two", "led", "templated"))
     assert two.prompt_tokens < led.prompt_tokens < templated.prompt_tokens

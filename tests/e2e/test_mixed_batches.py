@@ -27,10 +27,10 @@ Job = tuple[str, str, dict[str, Any]]
 
 def answer(client: OpenAI, job: Job) -> tuple[str | None, int | None]:
     model, question, settings = job
-    said = client.chat.completions.create(
+    completion = client.chat.completions.create(
         model=model, messages=[{"role": "user", "content": question}], max_tokens=40, **settings
     )
-    return said.choices[0].message.content, said.usage.completion_tokens if said.usage else None
+    return completion.choices[0].message.content, completion.usage.completion_tokens if completion.usage else None
 
 
 def test_sixteen_clients_on_five_adapters_and_the_base(client: OpenAI, server: ServerProcess) -> None:

@@ -21,7 +21,7 @@ def system_prompt(name: str) -> str:
     return f"You are {name}. " + "You answer briefly, you are kind, and you never speak of the weather. " * 20
 
 
-def said(client: OpenAI, model: str, system: str, question: str, **more: Any) -> tuple[str | None, int, int]:
+def complete(client: OpenAI, model: str, system: str, question: str, **more: Any) -> tuple[str | None, int, int]:
     """An answer at temperature 0, the tokens of its prompt, and how many of them were reused."""
     messages: list[Any] = [{"role": "system", "content": system}, {"role": "user", "content": question}]
     answer = client.chat.completions.create(model=model, messages=messages, temperature=0, max_tokens=16, **more)
@@ -36,11 +36,11 @@ def test_a_system_prompt_is_computed_once_and_answers_stay_as_they_are(
     client: OpenAI, server: ServerProcess, model: str
 ) -> None:
     system = system_prompt(f"{model} alone")
-    apart = [said(client, model, system, question, extra_body={"cache_salt": question}) for question in QUESTIONS]
+    apart = [complete(client, model, system, question, extra_body={"cache_salt": question}) for question in QUESTIONS]
     assert [cached for _, _, cached in apart] == [0, 0, 0]
     assert min(tokens for _, tokens, _ in apart) > 300
     before = server.metric("quickchange_prefix_cached_tokens_total")
-    shared = [said(client, model, system, question) for question in QUESTIONS]
+    shared = [complete(client, model, system, question) for question in QUESTIONS]
     assert [text for text, _, _ in shared] == [text for text, _, _ in apart]
     first, *others = [cached for _, _, cached in shared]
     assert first == 0 and min(others) > 300
@@ -67,7 +67,7 @@ def test_requests_that_come_at_once_share_what_they_have_in_common(client: OpenA
     jobs = [f"{question} ({number})" for number in range(3) for question in QUESTIONS]
     rows, prompts = server.metric("quickchange_step_rows_sum"), 0
     with ThreadPoolExecutor(len(jobs)) as pool:
-        answers = list(pool.map(lambda job: said(client, "micro", system, job), jobs))
+        answers = list(pool.map(lambda job: complete(client, "micro", system, job), jobs))
     prompts = sum(tokens for _, tokens, _ in answers)
     assert server.metric("quickchange_step_rows_sum") - rows < prompts / 2
     assert sum(cached > 300 for _, _, cached in answers) >= len(jobs) - 1
@@ -79,8 +79,8 @@ def test_keys_and_salts_do_not_share(client: OpenAI, server: ServerProcess) -> N
         asks: list[tuple[OpenAI, dict[str, Any]]] = [
             (client, {}), (other, {}), (client, {"extra_body": {"cache_salt": "salt"}})
         ]  # fmt: skip
-        assert [said(one, "micro", system, question, **more)[2] for one, more in asks] == [0, 0, 0]
-        again = [said(one, "micro", system, question, **more) for one, more in asks]
+        assert [complete(sender, "micro", system, question, **more)[2] for sender, more in asks] == [0, 0, 0]
+        again = [complete(sender, "micro", system, question, **more) for sender, more in asks]
     assert [cached for _, _, cached in again] == [tokens - 1 for _, tokens, _ in again]
 
 
@@ -91,17 +91,17 @@ def test_an_adapter_that_was_replaced_reuses_nothing_and_scales_neither(
     shutil.copytree(watched / "tolstoy", watched / "changing")
     server.until("it is listed", lambda: "changing" in server.models())
     try:
-        assert said(client, "changing", system, question)[2] == 0
-        assert said(client, "changing", system, question)[2] > 300
+        assert complete(client, "changing", system, question)[2] == 0
+        assert complete(client, "changing", system, question)[2] > 300
         half: dict[str, Any] = {"extra_body": {"lora_scale": 0.5}}
-        assert said(client, "changing", system, question, **half)[2] == 0
-        assert said(client, "changing", system, question, **half)[2] > 300
+        assert complete(client, "changing", system, question, **half)[2] == 0
+        assert complete(client, "changing", system, question, **half)[2] > 300
         label = _label(client)
         vary(watched / "tolstoy", tmp_path / "fresh", factor=1.5, seed=1)
         (watched / "changing").rename(tmp_path / "old")
         (tmp_path / "fresh").rename(watched / "changing")
         server.until("the name has moved", lambda: _label(client) != label)
-        first, second = (said(client, "changing", system, question) for _ in range(2))
+        first, second = (complete(client, "changing", system, question) for _ in range(2))
         assert (first[2], second[2]) == (0, second[1] - 1)
         assert first[0] == second[0]
     finally:

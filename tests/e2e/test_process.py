@@ -25,7 +25,7 @@ def run(*arguments: str, **more: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_frees_its_slot(server: ServerProcess, stream: bool) -> None:
-    """Eight greedy answers of 1900 tokens take many seconds; how many still run when the client goes is not said."""
+    """Eight greedy answers of 1900 tokens take many seconds. How many still run at the disconnect is unknown."""
     body = {"model": "tolstoy", "messages": [{"role": "user", "content": "Tell me a story."}], "stream": stream, "n": 8}
     cancelled = server.metric("quickchange_requests_total", adapter="tolstoy", finish_reason="cancelled")
     ended = server.metric("quickchange_requests_total", adapter="tolstoy")

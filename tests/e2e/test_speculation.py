@@ -72,8 +72,8 @@ def test_streams_are_the_same_with_speculation_and_without(
         for model, question in asked:
             assert streamed(client, model, question, seed) == streamed(silent, model, question, seed)
     for seed, (model, question) in ((None, ASKED[0]), (5, ASKED[3])):
-        said = streamed(client, model, question, seed, **PENALTIES)
-        assert said == streamed(silent, model, question, seed, **PENALTIES)
+        drafted = streamed(client, model, question, seed, **PENALTIES)
+        assert drafted == streamed(silent, model, question, seed, **PENALTIES)
     accepted = server.metric("quickchange_accepted_draft_tokens_total") - before
     assert 50 < accepted < server.metric("quickchange_draft_tokens_total")
 
@@ -83,11 +83,11 @@ def test_nothing_is_shown_behind_a_stop_string(client: OpenAI) -> None:
     whole, _, _ = streamed(client, "helpdesk", ASKED[0][1], None)
     for stop in ("### You", "asked:", "The answer", "hope"):
         for _ in range(2):
-            said = client.chat.completions.create(
+            choice = client.chat.completions.create(
                 model="helpdesk",
                 messages=[{"role": "user", "content": ASKED[0][1]}],
                 temperature=0,
                 max_tokens=90,
                 stop=stop,
             ).choices[0]
-            assert (said.message.content, said.finish_reason) == (whole.partition(stop)[0], "stop")
+            assert (choice.message.content, choice.finish_reason) == (whole.partition(stop)[0], "stop")

@@ -46,7 +46,7 @@ def test_every_leaf_of_the_tree_has_a_reply() -> None:
     assert set(leaves(QuickchangeError)) == set(ERROR_REPLIES)
 
 
-def test_the_servers_own_trouble_is_not_told() -> None:
+def test_a_failure_of_the_server_is_not_described_to_the_client() -> None:
     for error in (RuntimeError("/secret/path 0x7f"), QuickchangeError("/secret/path")):
         reply = reply_to(error, request_id="abc")
         assert reply.status == 500

@@ -65,7 +65,7 @@ def runner() -> ScriptedRunner:
 
 @pytest.fixture
 async def started(runner: ScriptedRunner) -> AsyncIterator[AsyncEngine]:
-    """An engine with prefixes, whose books are sound when the test ends, whatever was done to it."""
+    """An engine with prefixes, whose state is consistent when the test ends, whatever failed in it."""
     slots = SlotTable(4, max_len=100, reuses=True)
     scheduler = Scheduler(max_num_seqs=2, max_num_batched_tokens=64, max_model_len=100, slots=slots, max_draft_tokens=4)
     engine = AsyncEngine(Engine(scheduler, runner, Sampler(), Metrics()), max_queued_seqs=8)
@@ -122,9 +122,7 @@ async def test_a_sequence_that_cannot_be_aborted_ends_all_the_same(
     assert failures(started) == {"command": 1}
 
 
-async def test_an_abort_that_fails_between_two_books_leaves_both_right(
-    started: AsyncEngine, runner: ScriptedRunner
-) -> None:
+async def test_an_abort_that_fails_half_way_gives_its_slot_back(started: AsyncEngine, runner: ScriptedRunner) -> None:
     """The sequence runs no more, but its slot was not given back: on a busy server it would be lost for ever."""
     streams = [await hold(started, runner), submit(started, PROMPT)]
     Failing(started._engine.scheduler.slots, "free")
@@ -199,14 +197,14 @@ def _forge_a_prefix(scheduler: Scheduler) -> None:
 
 
 @pytest.mark.parametrize("spoil", [_leak_bytes, _leak_a_slot, _forge_a_prefix])
-async def test_books_that_are_wrong_when_the_engine_goes_idle_are_mended(
+async def test_inconsistent_state_is_repaired_when_the_engine_goes_idle(
     started: AsyncEngine, spoil: Callable[[Scheduler], None]
 ) -> None:
     """A byte too many, found by the check that runs in production, ended the engine."""
     scheduler = started._engine.scheduler
     assert await tokens(submit(started, PROMPT)) == ANSWER
     await until(lambda: started._engine.idle)
-    await asyncio.sleep(0.05)  # the thread has checked its books, and waits
+    await asyncio.sleep(0.05)  # the thread has checked its state, and waits
     spoil(scheduler)
     with pytest.raises(IntegrityError):
         scheduler.check_integrity()
@@ -219,11 +217,11 @@ async def test_books_that_are_wrong_when_the_engine_goes_idle_are_mended(
 
 
 async def test_a_check_that_always_fails_disturbs_nobody(started: AsyncEngine) -> None:
-    """Be it that the check itself is wrong."""
+    """The check itself may be wrong."""
     check = Failing(started._engine.scheduler, "check_integrity", times=1000)
     for _ in range(3):
         assert await tokens(submit(started, PROMPT)) == ANSWER
-        await until(lambda: check.num_calls >= 2)  # the engine is idle, and mended
+        await until(lambda: check.num_calls >= 2)  # the engine is idle, and repaired
         check.num_calls = 0
     check.left = 0
 
@@ -271,9 +269,9 @@ async def test_what_is_no_exception_is_fatal_and_everybody_is_told() -> None:
     waiting = submit(engine, PROMPT)
     runner.failures = [SystemExit()]
     runner.gate.set()
-    for one in (stream, waiting):
+    for sequence in (stream, waiting):
         with pytest.raises(EngineUnavailable, match="died"):
-            await tokens(one)
+            await tokens(sequence)
     await engine.stop(1.0)
     assert engine._engine.metrics.engine_up._value.get() == 0
 
@@ -285,7 +283,7 @@ async def test_an_engine_that_was_never_started_can_be_stopped() -> None:
     assert not engine.alive
 
 
-def test_mending_keeps_running_sequences_where_it_can_and_ends_them_where_it_cannot() -> None:
+def test_a_repair_keeps_running_sequences_where_it_can_and_ends_them_where_it_cannot() -> None:
     scheduler = Scheduler(max_num_seqs=3, max_num_batched_tokens=64, max_model_len=100)
     running = [Sequence(number, PROMPT, 5, SamplingParams()) for number in (1, 2)]
     for sequence in running:
@@ -300,7 +298,7 @@ def test_mending_keeps_running_sequences_where_it_can_and_ends_them_where_it_can
     assert scheduler.idle
 
 
-def test_checks_of_books_run_without_assertions_too() -> None:
+def test_integrity_checks_run_without_assertions_too() -> None:
     """Under ``python -O`` every ``assert`` of the checks was gone."""
     program = (
         "from server.engine.scheduler import Scheduler\n"

@@ -1,4 +1,4 @@
-"""OpenAI's own client, strict about shapes, and our terminal, against a real server on loopback."""
+"""OpenAI's own client, strict about formats, and our terminal, against a real server on loopback."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def test_a_switch_has_a_flag_for_each_side(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flag", "value", "said"),
+    ("flag", "value", "expected"),
     [
         ("--port", "http", "'http'"),
         ("--port", "65536", "65535"),
@@ -105,12 +105,14 @@ def test_a_switch_has_a_flag_for_each_side(name: str) -> None:
         ("--base-model", " ", "base_model is empty"),
     ],
 )
-def test_a_bad_value_is_named_with_its_flag_its_variable_and_what_would_do(flag: str, value: str, said: str) -> None:
+def test_a_bad_value_is_named_with_its_flag_its_variable_and_what_would_do(
+    flag: str, value: str, expected: str
+) -> None:
     with pytest.raises(SettingsError) as raised:
         parse_settings("serve", [flag, value])
     message = str(raised.value)
     variable = f"QUICKCHANGE_{flag[2:].replace('-', '_').upper()}"
-    assert all(part in message for part in (flag, variable, repr(value), said)), message
+    assert all(part in message for part in (flag, variable, repr(value), expected)), message
 
 
 def test_a_bad_value_in_the_environment_is_named_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,7 +144,7 @@ def test_a_client_that_goes_away_stops_the_engine(text: str, streaming: bool, nu
     state = server_state(engine, adapter("poet"))
     body = {**ONE, "model": "poet", "stream": streaming, "n": 2}
     asyncio.run(until_gone(create_app(state), engine, body, num_messages=num_messages))
-    assert len(engine.streams) == 2
+    assert len(engine.sequences) == 2
     assert engine.num_open == 0
     assert state.adapters.cache.num_leases("poet-weights") == 0
     labels = {"adapter": "poet", "finish_reason": "cancelled"}
