@@ -1,6 +1,6 @@
 """Copies of adapters of one shape in batched tensors, so that two batched products compute all of them.
 
-As in Punica (Chen et al. 2023). On a CPU a loop over adapters spends more time on its calls than on reading weights. A
+See Punica (Chen et al. 2023). On a CPU a loop over adapters spends more time on its calls than on reading weights. A
 slot is an index of the batched tensors. A step computes a window of slots, so the slots that it needs are kept
 adjacent. Unused slots in the window are computed and discarded.
 """

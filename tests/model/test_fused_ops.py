@@ -141,22 +141,22 @@ def test_what_is_no_rms_norm_stays() -> None:
     assert KernelRMSNorm.like(Qwen2RMSNorm(48).bfloat16(), Kernels()) is None
 
 
-def test_a_rotation_leaves_calls_that_it_cannot_serve_to_the_stock_code() -> None:
+def test_a_rotary_embedding_leaves_calls_that_it_cannot_serve_to_the_stock_code() -> None:
     calls = []
 
     def stock(*args: object, **named: object) -> str:
         calls.append((len(args), named))
         return "stock"
 
-    rotation = RotaryEmbedding(stock, Kernels())
+    embedding = RotaryEmbedding(stock, Kernels())
     q, k = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 3, 16)
     narrow = torch.randn(1, 3, 8)
-    assert rotation(q, k, narrow, narrow) == "stock"  # only a part of a head is rotated
+    assert embedding(q, k, narrow, narrow) == "stock"  # only a part of a head is rotated
     full = torch.randn(1, 3, 16)
-    assert rotation(q, k, full, full, unsqueeze_dim=2) == "stock"
-    assert rotation(q.bfloat16(), k.bfloat16(), full, full) == "stock"
+    assert embedding(q, k, full, full, unsqueeze_dim=2) == "stock"
+    assert embedding(q.bfloat16(), k.bfloat16(), full, full) == "stock"
     assert len(calls) == 3
-    ours = rotation(q, k, full, full)
+    ours = embedding(q, k, full, full)
     theirs = modeling_llama.apply_rotary_pos_emb(q, k, full, full)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ours, theirs, strict=True))
 

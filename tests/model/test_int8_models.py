@@ -87,7 +87,7 @@ def test_all_linears_and_the_embedding_are_integers_and_the_rest_is_told(family:
     assert set(quantized.unquantized) == {name for name, _ in hosted.model.named_parameters()}
 
 
-def test_what_a_probe_notes_is_the_same_with_integers() -> None:
+def test_what_a_probe_records_is_the_same_with_integers() -> None:
     for family in FAMILIES:
         floats, int8 = host(build(family)).trace, host(build(family), linear=FBGEMM).trace
         assert int8 == floats

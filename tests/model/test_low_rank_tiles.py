@@ -209,7 +209,7 @@ def test_what_is_packed_is_what_was_given_rounded() -> None:
         assert tiles.memory.nbytes <= 2 * (64 + 48) * (rank + 1) + 1024
 
 
-def test_sizes_that_are_no_whole_tiles_are_left_to_the_other_routine() -> None:
+def test_sizes_that_are_no_whole_tiles_are_left_to_the_other_kernel() -> None:
     for num_inputs, sizes in ((40, (32,)), (64, (40,)), (64, (32, 8))):
         stage = Stage(num_inputs, sizes)
         stage.add("it", 2, stage.names)
