@@ -106,8 +106,9 @@ def _from_hub(repo_id: str) -> Path:
         wanted = [*map(glob.escape, weights), _NAMED_TEMPLATES]
         return Path(snapshot_download(repo_id, revision=folder.name, allow_patterns=wanted))
     except Exception as error:
+        reason = getattr(error, "strerror", None) or type(error).__name__  # a full disk says so
         raise BaseNotFound(
             repo_id,
-            f"it is not a folder, and could not be downloaded from the hub ({type(error).__name__}): check the name "
-            "and the network, or name a folder",
+            f"it is not a folder, and could not be downloaded from the hub ({reason}): check the name and the network, "
+            "or name a folder",
         ) from error

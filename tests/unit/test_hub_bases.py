@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -106,6 +107,17 @@ def test_an_index_that_names_no_files_is_a_base_that_cannot_be_had(
     monkeypatch.setattr(f"{__name__}.INDEX", index)
     make_hub([*SMALL, *SHARDS, "model.safetensors.index.json"])
     with pytest.raises(BaseNotFound, match="someone/base"):
+        find_base("someone/base")
+
+
+def test_a_full_disk_is_named_where_a_download_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reason was the name of the exception alone, OSError, with the advice to check the network."""
+
+    def full(*_: object, **__: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
+    with pytest.raises(BaseNotFound, match="No space left on device"):
         find_base("someone/base")
 
 
