@@ -8,12 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 
 @contextmanager
 def published_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """A folder beside ``target`` to fill. It becomes ``target`` when the block succeeds, else it is deleted.
 
-    ``replace`` allows a folder at ``target``, which is kept unless the new one takes its place. Raises ``OSError``.
+    ``replace`` allows a folder at ``target``, which is kept unless the new one takes its place.
+    Raises ``OSError``, whose text names ``target``, for every error of the disk, also of safetensors in the block.
     """
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
@@ -27,6 +30,8 @@ def published_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         yield partial
         _settle(partial)
         _rename(partial, target, old if replace else None)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{target} cannot be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -6,7 +6,7 @@ TrainerError
 |   |-- DataError       the training data, every problem with its file and line
 |   `-- BaseModelError  the base: not found, not safetensors, without a chat template
 |-- TrainingError       exit code 1: the loss is not finite
-`-- PublishError        exit code 1: the written adapter differs from the trained one
+`-- PublishError        exit code 1: the adapter cannot be written, or differs from the trained one
 """
 
 from __future__ import annotations
@@ -48,4 +48,4 @@ class TrainingError(TrainerError):
 
 
 class PublishError(TrainerError):
-    """An adapter folder that failed its check; nothing was published."""
+    """An adapter folder that cannot be written or failed its check; nothing was published."""

@@ -45,15 +45,19 @@ def publish(
 ) -> None:
     """Make ``target`` the adapter's folder, replacing what was there.
 
-    The check removes the LoRA layers of ``model``. Raises ``PublishError`` where the folder, read back, is not the
-    adapter that was trained. Whatever fails, ``target`` stays as it was and no temporary folder remains.
+    The check removes the LoRA layers of ``model``. Raises ``PublishError`` where the folder cannot be written or, read
+    back, is not the adapter that was trained. Whatever fails, ``target`` stays as it was and no temporary folder
+    remains.
     """
-    with published_folder(target, replace=True) as partial:
-        save_adapter(model, partial)
-        (partial / SIDECAR_FILE).write_text(sidecar.to_json(), encoding="utf-8")
-        (partial / CARD_FILE).write_text(render_card(config, sidecar, samples), encoding="utf-8")
-        plot_loss(history, partial / "loss.png")
-        _verify(model, partial, probe)
+    try:
+        with published_folder(target, replace=True) as partial:
+            save_adapter(model, partial)
+            (partial / SIDECAR_FILE).write_text(sidecar.to_json(), encoding="utf-8")
+            (partial / CARD_FILE).write_text(render_card(config, sidecar, samples), encoding="utf-8")
+            plot_loss(history, partial / "loss.png")
+            _verify(model, partial, probe)
+    except OSError as error:
+        raise PublishError(f"{error}; nothing was published") from error
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:

@@ -74,11 +74,8 @@ def main(arguments: Sequence[str]) -> int:
         target = choose_target(settings, name, replace=options.replace)
         with published_folder(target, replace=options.replace) as partial:
             commit = fetch(source, partial, max_bytes=settings.max_adapter_bytes)
-    except NotPublished as error:
+    except (NotPublished, OSError) as error:
         print(f"quickchange: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"quickchange: {target} cannot be written: {error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

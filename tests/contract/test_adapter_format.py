@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from adapter_format.messages import end_token_ids, plain_messages, with_system_prompt
 from adapter_format.publishing import published_folder
@@ -121,3 +124,19 @@ def test_a_folder_is_published_whole_or_not_at_all(tmp_path: Path) -> None:
         (partial / "a").write_text("another's")
     assert [path.name for path in target.parent.iterdir()] == ["fox"]
     assert (target / "a").read_text() == "new"
+
+
+def test_a_full_disk_is_an_error_that_names_the_folder_and_leaves_nothing(tmp_path: Path) -> None:
+    """safetensors raises an exception of its own for it, so that commands ended in a traceback."""
+    target = tmp_path / "fox"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with (
+            pytest.raises(OSError, match=r"fox cannot be written: .*File too large"),
+            published_folder(target) as partial,
+        ):
+            save_file({"a": np.zeros(4096)}, partial / "adapter_model.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []

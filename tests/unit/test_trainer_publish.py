@@ -140,18 +140,21 @@ def test_a_folder_that_is_no_adapter_is_never_replaced(recipe: Path) -> None:
 
 @pytest.mark.parametrize("name", ["save_adapter", "plot_loss", "_verify", "_settle", "_rename"])
 def test_a_failure_while_publishing_leaves_the_old_folder_and_nothing_else(
-    recipe: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
+    """A full disk was a traceback at the end of a long run, and not a sentence."""
     assert _train(recipe) == 0
     before = (recipe.parent / "out" / "fox" / "quickchange.json").read_bytes()
     monkeypatch.setattr(publishing if name in ("_settle", "_rename") else publish_module, name, _fail)
-    with pytest.raises(OSError, match="disk full"):
-        _train(recipe)
+    assert _train(recipe) == 1
+    assert "out/fox cannot be written: disk full; nothing was published" in capsys.readouterr().err
     assert _entries(recipe) == ["fox"]
     assert (recipe.parent / "out" / "fox" / "quickchange.json").read_bytes() == before
 
 
-def test_a_rename_that_fails_puts_the_old_folder_back(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rename_that_fails_puts_the_old_folder_back(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert _train(recipe) == 0
     rename = Path.rename
 
@@ -161,8 +164,8 @@ def test_a_rename_that_fails_puts_the_old_folder_back(recipe: Path, monkeypatch:
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", fail_on_partial)
-    with pytest.raises(OSError, match="disk full"):
-        _train(recipe)
+    assert _train(recipe) == 1
+    assert "out/fox cannot be written: disk full" in capsys.readouterr().err
     assert _entries(recipe) == ["fox"] and (recipe.parent / "out" / "fox" / "README.md").exists()
 
 

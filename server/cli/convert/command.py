@@ -72,13 +72,10 @@ def main(arguments: Sequence[str]) -> int:
             _convert_tuner(options, settings, target)
         else:
             _convert_format(options, settings, target, kind)
-    except NotPublished as error:
-        print(f"quickchange: {error}", file=sys.stderr)
-        return 1
     except PermissionError as error:
         print(f"quickchange: permission denied: {error.filename}", file=sys.stderr)
         return 1
-    except OSError as error:
+    except (NotPublished, OSError) as error:
         print(f"quickchange: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
