@@ -118,10 +118,9 @@ def reply_to(error: Exception, *, request_id: str) -> Reply:
     code = error.code if isinstance(error, InvalidRequest) else kind.code
     param = error.param if isinstance(error, RequestError) else None
     message = str(error)
+    headers = {} if kind.retry_after is None else {"Retry-After": str(kind.retry_after)}
     if kind.status == INTERNAL.status:
         message = f"The server failed to answer this request. Its id in the server's log is {request_id}."
-    headers = {} if kind.retry_after is None else {"Retry-After": str(kind.retry_after)}
-    if kind.status == 500:
         headers["x-should-retry"] = "false"  # OpenAI's clients would repeat the request twice
     return Reply(kind.status, error_body(message, type=kind.type, code=code, param=param), headers)
 
