@@ -31,13 +31,14 @@ def policy_of(settings: Settings) -> AdapterPolicy:
 
 
 def open_store(settings: Settings) -> VersionStore | None:
-    """The state directory; None if none is set. Raises ``SettingsError`` if it cannot be made."""
+    """The state directory; None if none is set. Raises ``SettingsError`` if it cannot be made or read."""
     if settings.state_dir is None:
         return None
     try:
         settings.state_dir.mkdir(parents=True, exist_ok=True)
+        os.scandir(settings.state_dir).close()
     except OSError as error:
-        raise SettingsError(f"state_dir {settings.state_dir} cannot be made ({error.strerror})") from None
+        raise SettingsError(f"state_dir {settings.state_dir} cannot be made or read ({error.strerror})") from None
     return VersionStore(settings.state_dir, keep=settings.keep_versions)
 
 

@@ -16,8 +16,10 @@ import pytest
 from server.adapters.content.diagnostics import diagnose
 from server.adapters.content.folder import OPTIONAL_FILES, UNREAD_FILES
 from server.adapters.content.manifest import list_folder, read_manifest
+from server.cli.command_line import parse_settings
 from server.cli.convert.command import main as convert
-from server.errors import AdapterRejected, ModelNotFound
+from server.cli.folders import open_store
+from server.errors import AdapterRejected, ModelNotFound, SettingsError
 from tests.adapter_folders import BASE, LIMITS, SIDECAR, AdapterHarness, write
 from tests.adapter_folders import make as make_folder
 
@@ -170,6 +172,18 @@ def test_a_source_to_convert_that_may_not_be_read_is_a_line(
     with closed(source):
         assert convert([str(source), "--out", str(root / "made")]) == 1
     assert capsys.readouterr().err.startswith(f"quickchange: permission denied: {source}")
+
+
+def test_a_state_directory_of_another_user_is_refused_when_it_is_opened(root: Path) -> None:
+    """Listing the adapters ended in a traceback, and the server logged one for every scan."""
+    state = root / "state"
+    state.mkdir()
+    settings = parse_settings("serve", ["--state-dir", str(state)])
+    with (
+        closed(state),
+        pytest.raises(SettingsError, match=r"state_dir .*state cannot be made or read \(Permission denied"),
+    ):
+        open_store(settings)
 
 
 async def test_a_file_that_may_be_read_again_is_read(root: Path) -> None:
