@@ -190,6 +190,17 @@ def test_a_base_that_is_not_there_is_told_before_anything_is_loaded(source: Path
     assert published(tmp_path) == []
 
 
+def test_a_broken_sidecar_beside_the_adapter_of_a_modelfile_is_refused_by_name(
+    source: Path, base_folder: Path, tmp_path: Path, capsys: Say
+) -> None:
+    """It ended in a traceback of the JSON parser."""
+    (source / "quickchange.json").write_text('{"schema_version')
+    (tmp_path / "Modelfile").write_text("FROM x\nADAPTER ./peft\nSYSTEM Be brief.\n")
+    assert convert(tmp_path / "Modelfile", base_folder, tmp_path, "--name=fox") == 1
+    assert "quickchange.json beside the Modelfile's ADAPTER is not valid JSON" in capsys.readouterr().err
+    assert published(tmp_path) == []
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [

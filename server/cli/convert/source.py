@@ -149,7 +149,10 @@ def _write_adapter(
 def _write_wishes(wishes: Wishes, folder: Path, checker: AdapterChecker) -> tuple[str, ...]:
     """The sidecar and the licences; returns what is to be said."""
     path, notes = folder / SIDECAR_FILE, wishes.notes
-    present: Any = json.loads(path.read_bytes()) if path.is_file() else {}
+    try:
+        present: Any = json.loads(path.read_bytes()) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise NotPublished(f"{SIDECAR_FILE} beside the Modelfile's ADAPTER is not valid JSON: {error}") from None
     sidecar = wishes.sidecar_for(checker.base.signature, present if isinstance(present, dict) else {})
     if wishes.template is not None:
         template, note = settle_template(wishes.template, checker.prompts, begin=_begin(checker))
