@@ -44,6 +44,7 @@ class Stage:
     """
 
     server: ServerProcess
+    client: OpenAI
     root: Path
     before: tuple[Answer, ...] = ()
 
@@ -51,11 +52,6 @@ class Stage:
     def folder(self) -> Path:
         """The adapter folder."""
         return self.root / "adapters"
-
-    @property
-    def client(self) -> OpenAI:
-        """OpenAI's own client."""
-        return OpenAI(base_url=f"{self.server.url}/v1", api_key="none", max_retries=0)
 
     def put(self, name: str, number: int) -> None:
         """Rename a content into place, and wait until it is what the name means."""
@@ -120,6 +116,11 @@ class Stream:
         return pieces
 
 
+def client_of(server: ServerProcess) -> OpenAI:
+    """OpenAI's own client; at the end of a ``with`` block it closes its connections."""
+    return OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     """A server in its second life: in the first, ``veteran`` was served in two versions.
@@ -131,8 +132,8 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     (root / "adapters").mkdir()
     flags = ("--adapters-dir", str(root / "adapters"), "--no-demo-adapters", "--state-dir", str(root / "state"))
     times = ("--scan-interval", str(SETTLE), "--removal-grace", str(GRACE))
-    with running_server(*flags, *times) as server:
-        first = Stage(server, root)
+    with running_server(*flags, *times) as server, client_of(server) as client:
+        first = Stage(server, client, root)
         first.put("veteran", 1)
         old = first.ask("veteran")
         first.put("veteran", 2)
@@ -142,8 +143,8 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     }  # fmt: skip
     for name, number in (("one", 1), ("two", 2), *((name, 2) for name in defaults)):
         content(root, number, **defaults.get(name, {})).rename(root / "adapters" / name)
-    with running_server(*flags, *times, "--admin-key", KEY.decode()) as server:
-        yield Stage(server, root, before)
+    with running_server(*flags, *times, "--admin-key", KEY.decode()) as server, client_of(server) as client:
+        yield Stage(server, client, root, before)
 
 
 def test_a_stream_ends_on_the_version_it_began_with_and_the_next_request_has_the_new_one(stage: Stage) -> None:
