@@ -28,7 +28,7 @@ async def test_adapters_there_at_start_are_listed_unread(harness: AdapterHarness
 
 
 async def test_a_folder_counts_when_it_has_settled(tmp_path: Path) -> None:
-    harness = AdapterHarness(tmp_path, settle=0.2)
+    harness = AdapterHarness(tmp_path, settle=0.6)
     path = harness.first / "a"
     path.mkdir()
     write(path, config=CONFIG)
@@ -37,7 +37,7 @@ async def test_a_folder_counts_when_it_has_settled(tmp_path: Path) -> None:
     for _ in range(3):
         assert not await harness.watcher.scan()
         assert harness.names == []
-    await asyncio.sleep(0.25)
+    await asyncio.sleep(0.65)
     assert await harness.watcher.scan()
     assert harness.names == ["a"]
     assert harness.metrics.registry.get_sample_value("quickchange_adapter_rejections_total") == 0
