@@ -100,7 +100,7 @@ class AdapterReader:
         if self.store is None:
             return []
         versions = await self.run(self.store.versions, name)
-        return [one.digest for one in versions if one.digest.startswith(prefix)]
+        return [version.digest for version in versions if version.digest.startswith(prefix)]
 
     def has_kept(self, version_digest: str) -> bool:
         return self.store is not None and self.store.folder(version_digest) is not None

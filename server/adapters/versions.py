@@ -82,15 +82,17 @@ class VersionStore:
             before = self.versions(name)
             after = before
             if not before or before[-1].digest != digest:
-                after = [one for one in before if one.digest != digest] + [KeptVersion(digest, int(time.time()))]
+                after = [version for version in before if version.digest != digest] + [
+                    KeptVersion(digest, int(time.time()))
+                ]
             after = self._pruned(name, after)
             if after == before:
                 return
             try:
-                if self.folder(digest) is None and any(one.digest == digest for one in after):
+                if self.folder(digest) is None and any(version.digest == digest for version in after):
                     self._publish(digest, files)
-                self._write(path, {"versions": [vars(one) for one in after]})
-                if not {one.digest for one in before} <= {one.digest for one in after}:
+                self._write(path, {"versions": [vars(version) for version in after]})
+                if not {version.digest for version in before} <= {version.digest for version in after}:
                     self._sweep()
             except OSError:
                 with contextlib.suppress(OSError):
@@ -100,7 +102,7 @@ class VersionStore:
     def versions(self, name: str) -> list[KeptVersion]:
         """The versions of a name that are there, oldest first."""
         history = self._read(self._path("history", name), _parse_history) or []
-        return [one for one in history if self.folder(one.digest) is not None]
+        return [version for version in history if self.folder(version.digest) is not None]
 
     def names(self) -> list[str]:
         return self._names("history")
@@ -169,7 +171,7 @@ class VersionStore:
             return versions  # which one is pinned cannot be told
         pinned = pin.version if pin else None
         first = len(versions) - self.keep
-        return [one for index, one in enumerate(versions) if index >= first or one.digest == pinned]
+        return [version for index, version in enumerate(versions) if index >= first or version.digest == pinned]
 
     def _sweep(self) -> None:
         """Remove the versions that no history and no pin mentions; none while there is a history that can't be read."""
@@ -178,7 +180,7 @@ class VersionStore:
             history = self._read(self._path("history", name), _parse_history)
             if history is None:
                 return
-            mentioned.update(one.digest for one in history)
+            mentioned.update(version.digest for version in history)
         for path in (self.state_dir / "versions").iterdir():
             if _DIGEST.fullmatch(path.name) and path.name not in mentioned:
                 with self._temporary() as doomed:
@@ -279,7 +281,7 @@ def _cached_json(cached: CachedDigest) -> dict[str, Any]:
 
 def _parse_state(value: Any) -> JsonTuple:
     if isinstance(value, list):
-        return tuple(_parse_state(one) for one in value)
+        return tuple(_parse_state(item) for item in value)
     if isinstance(value, str) or type(value) is int:
         return value
     raise ValueError("a signature is of texts and integers")

@@ -114,13 +114,13 @@ class AdapterWatcher:
                 self._log_failure(error)
                 return False
             self._logged_errno = None
-            waiting = {name for name, one in found.items() if not await self._apply(name, one, now)}
+            waiting = {name for name, folder in found.items() if not await self._apply(name, folder, now)}
             gone = {name for name in self._handled if name not in found and (names is None or name in names)}
             for name in gone:
                 if now - self._missing.setdefault(name, now) >= self.grace:
                     self._forget(name)
             self._missing = {name: since for name, since in self._missing.items() if name not in found}
-            sightings = {name: self._sighting(name, one, now) for name, one in found.items()}
+            sightings = {name: self._sighting(name, folder, now) for name, folder in found.items()}
             self._sync.pending = waiting | self._missing.keys()
             if names is not None:
                 self._seen |= sightings
@@ -266,9 +266,11 @@ class AdapterWatcher:
         seconds = time.perf_counter() - since
         if names is None:
             self._durations = (self._durations[1], seconds)
-            links = any(follows_links(one.state) for one in found.values())
+            links = any(follows_links(folder.state) for folder in found.values())
             self._linked = links or any(folder.is_symlink() for folder in self.folders)
-            self._watchable = frozenset((one.path, one.inode) for one in found.values() if _can_be_watched(one))
+            self._watchable = frozenset(
+                (folder.path, folder.inode) for folder in found.values() if _can_be_watched(folder)
+            )
         if seconds > _SLOW_SCAN:
             logger.warning("scanning %d adapter folders took %.1f s", len(found), seconds)
         return found
@@ -282,7 +284,7 @@ class AdapterWatcher:
                 with contextlib.suppress(OSError):
                     status = os.lstat(path)
                     state = folder_state(path, self._roots)
-                    changed = max([status.st_ctime, *(one[4] / 1e9 for one in state)])
+                    changed = max([status.st_ctime, *(entry[4] / 1e9 for entry in state)])
                     found[name] = Found(path, state, changed, _inode(path, status))
         return found
 

@@ -59,7 +59,7 @@ _UNKNOWN_INITS = ("corda", "lora_ga", "pissa_niter")
 """Inits that change the base by what stands in neither of the adapter's files: gradients, activations, chance."""
 
 DEFAULT_ENERGY, DEFAULT_MAX_ERROR, MOST_LOST = 0.9999, 0.01, 0.1
-"""``MOST_LOST`` is the share of its own effect that an adapter may lose, lest a weak one be lost whole."""
+"""``MOST_LOST`` limits the difference as a share of the adapter's own effect, which of a weak adapter is small."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _convert_format(options: argparse.Namespace, settings: Settings, target: Path, kind: Format) -> None:
-    """Convert an adapter of another trainer, and say what came out."""
+    """Convert an adapter of another trainer, and print the result."""
     source = read_source(
         options.source, kind, max_bytes=settings.max_adapter_bytes, chat_template=options.chat_template
     )
@@ -94,16 +94,16 @@ def _convert_format(options: argparse.Namespace, settings: Settings, target: Pat
         f"{target.name}: {source.adapter.kind} as PEFT's, of rank {made.rank} on {made.num_modules} modules, "
         f"{shown_size(made.num_bytes)}, in {target}"
     )
-    for line in made.said:
+    for line in made.notes:
         say(line)
     say(f"checked: every tensor fits the base {settings.base_name} by name and shape")
 
 
 def _convert_tuner(options: argparse.Namespace, settings: Settings, target: Path) -> None:
-    """Convert an adapter of another tuner of PEFT, measure, and say what came out."""
+    """Convert an adapter of another tuner of PEFT, measure, and print the result."""
     config = _read_config(options.source)
     base_folder = find_base(settings.base_model)
-    from server.cli.convert.tuners import convert  # torch, and seconds
+    from server.cli.convert.tuners import convert  # imports torch, which takes seconds
 
     with published_folder(target) as folder:
         found = convert(
@@ -176,7 +176,7 @@ def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace)
 
 
 def _read_config(folder: Path) -> Mapping[str, Any]:
-    """The config of an adapter that PEFT may be let at. Raises ``NotPublished``."""
+    """The config of an adapter that PEFT may load. Raises ``NotPublished``."""
     path = folder / CONFIG_FILE
     if not folder.exists():
         raise NotPublished(f"there is no {folder}")
@@ -213,7 +213,7 @@ def _check_config(config: Mapping[str, Any]) -> None:
 
 
 def _check(found: Conversion, options: argparse.Namespace, settings: Settings) -> None:
-    """Raises ``NotPublished`` where the server would not serve it, or it is not the adapter that it was."""
+    """Raises ``NotPublished`` if the server would refuse the result, or it differs too much from the source."""
     if not (found.error <= options.max_error and found.lost <= MOST_LOST):
         raise NotPublished(
             f"as LoRA of rank {max(found.ranks)} at most, the logits differ by {_measured(found)}; allowed are "

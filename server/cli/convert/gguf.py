@@ -118,9 +118,10 @@ class GGUFAdapter:
         """Ollama's converter writes the base's numbers of heads: another base has its rows in another order."""
         numbers = {"head_count": config.num_attention_heads, "head_count_kv": _num_key_value_heads(config)}
         for what, needed in numbers.items():
-            said = self.file.metadata.get(f"{self.architecture}.attention.{what}", needed)
-            if said != needed:
-                raise NotPublished(f"{self.architecture}.attention.{what} is {said!r:.40}, and the base's is {needed}")
+            key = f"{self.architecture}.attention.{what}"
+            value = self.file.metadata.get(key, needed)
+            if value != needed:
+                raise NotPublished(f"{key} is {value!r:.40}, and the base's is {needed}")
 
     def _sorted(self, architecture: Architecture) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
         """Tensors' names by module: A and B, and weights of norms."""
@@ -188,24 +189,24 @@ def _kind_of(path: Path) -> str | None:
 
 def _check_kind(file: GGUFFile) -> None:
     """Raises ``NotPublished`` for whatever is no plain LoRA adapter."""
-    said, path = file.metadata, file.path
-    if said.get("general.architecture") == "controlvector":
+    metadata, path = file.metadata, file.path
+    if metadata.get("general.architecture") == "controlvector":
         raise NotPublished(f"{path} is a control vector, which is added to hidden states: it is no LoRA adapter")
-    if said.get("general.type") != "adapter":
+    if metadata.get("general.type") != "adapter":
         raise NotPublished(
-            f"{path} is a GGUF of general.type {said.get('general.type', 'model')!r:.40}, no adapter: adapters are "
+            f"{path} is a GGUF of general.type {metadata.get('general.type', 'model')!r:.40}, no adapter: adapters are "
             "written by llama.cpp's convert_lora_to_gguf.py"
         )
-    if said.get("adapter.type") != "lora":
-        raise NotPublished(f"{path}: adapter.type is {said.get('adapter.type')!r:.40}: only lora is converted")
-    if "adapter.alora.invocation_tokens" in said:
+    if metadata.get("adapter.type") != "lora":
+        raise NotPublished(f"{path}: adapter.type is {metadata.get('adapter.type')!r:.40}: only lora is converted")
+    if "adapter.alora.invocation_tokens" in metadata:
         raise NotPublished(
             f"{path} is an activated LoRA (adapter.alora.invocation_tokens): it would act only from its invocation "
             "tokens on; train it again without them"
         )
-    if strange := [key for key in said if key.startswith("adapter.") and key not in _READ]:
+    if strange := [key for key in metadata if key.startswith("adapter.") and key not in _READ]:
         raise NotPublished(f"{path}: what {first(strange)} asks for is not known here")
-    if "split.count" in said:
+    if "split.count" in metadata:
         raise NotPublished(f"{path} is a part of a split file: merge the parts with llama-gguf-split --merge first")
 
 

@@ -1,7 +1,7 @@
 """Ollama's Modelfile as an adapter folder: ADAPTER becomes the tensors, SYSTEM and PARAMETER the sidecar.
 
-What the sidecar cannot say is named, never dropped in silence. A simple TEMPLATE is translated to Jinja; where it is
-not, whoever converts says which chat template applies instead.
+Instructions without a field in the sidecar are printed. A simple TEMPLATE is translated to Jinja; instead of any other,
+``--chat-template`` is needed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _PROBES: Sequence[Sequence[Message]] = (
 )  # fmt: skip
 """Conversations by which two templates are told apart."""
 
-_UNSAID = {"DRAFT": "a draft model", "PARSER": "a parser of answers", "REQUIRES": "a version of Ollama"}
+_WITHOUT_FIELD = {"DRAFT": "a draft model", "PARSER": "a parser of answers", "REQUIRES": "a version of Ollama"}
 
 MAX_BYTES = 1024 * 1024
 INSTRUCTIONS = frozenset({
@@ -67,7 +67,7 @@ class Modelfile:
     instructions: Sequence[Instruction]
 
     def values(self, name: str) -> list[str]:
-        return [one.value for one in self.instructions if one.name == name]
+        return [instruction.value for instruction in self.instructions if instruction.name == name]
 
     def last(self, name: str) -> str | None:
         """The last instruction of this name wins; None where there is none, or it says nothing."""
@@ -76,9 +76,9 @@ class Modelfile:
 
     def parameters(self) -> Iterator[tuple[str, str]]:
         """Names, in small letters, and values of every PARAMETER."""
-        for one in self.instructions:
-            if one.name == "PARAMETER":
-                yield one.key.lower(), one.value
+        for instruction in self.instructions:
+            if instruction.name == "PARAMETER":
+                yield instruction.key.lower(), instruction.value
 
 
 def parse_modelfile(text: str) -> Modelfile:
@@ -107,7 +107,7 @@ def parse_modelfile(text: str) -> Modelfile:
             number += 1
         value = "".join(pieces).strip()
         instructions.append(Instruction(name, value[len(opened) : len(value) - len(opened)], begun, key))
-    if not any(one.name == "FROM" for one in instructions):
+    if not any(instruction.name == "FROM" for instruction in instructions):
         raise ValueError("it has no FROM, so it is no Modelfile")
     return Modelfile(instructions)
 
@@ -223,20 +223,20 @@ def read_wishes(modelfile: Modelfile, *, chat_template: str | None) -> Wishes:
         sidecar["chat_template"] = _read_template(Path(chat_template))
     elif chat_template is None:
         translated = _translatable(modelfile)
-    asked = [name for name in ("TEMPLATE", "RENDERER") if modelfile.last(name)]
+    replaced = [name for name in ("TEMPLATE", "RENDERER") if modelfile.last(name)]
     used = "the base's own" if chat_template == BASES_TEMPLATE else f"that of {chat_template}"
     return Wishes(
         sidecar,
         tuple(modelfile.values("LICENSE")),
         modelfile.values("FROM")[-1],
-        (*read.lost(), *_unsaid(modelfile)),
+        (*read.lost(), *_without_field(modelfile)),
         translated,
-        tuple(f"{name}: not used, the chat template is {used}" for name in asked if chat_template is not None),
+        tuple(f"{name}: not used, the chat template is {used}" for name in replaced if chat_template is not None),
     )
 
 
 def settle_template(template: str, prompts: PromptRenderer, *, begin: str) -> tuple[str | None, str]:
-    """A TEMPLATE as Jinja, None where it is the base's own, and what is to be said of it.
+    """A TEMPLATE as Jinja, None where it is the base's own, and a line to print.
 
     ``begin`` is the text of the token that begins every prompt of this base; Ollama puts it there by itself.
     """
@@ -294,9 +294,11 @@ _NUMBERS: Mapping[str, tuple[str, Callable[[str], Any], Callable[[Any], bool], C
 """By PARAMETER: the sidecar's field, how it is read, what the sidecar can say, and what is the default here anyway."""
 
 
-def _unsaid(modelfile: Modelfile) -> list[str]:
+def _without_field(modelfile: Modelfile) -> list[str]:
     """Instructions that the sidecar has no field for."""
-    found = [f"{name} {value:.60} ({_UNSAID[name]})" for name in _UNSAID for value in modelfile.values(name)]
+    found = [
+        f"{name} {value:.60} ({_WITHOUT_FIELD[name]})" for name in _WITHOUT_FIELD for value in modelfile.values(name)
+    ]
     if messages := modelfile.values("MESSAGE"):
         found.append(f"MESSAGE ({len(messages)} of them), which Ollama puts before conversations: send them yourself")
     return found

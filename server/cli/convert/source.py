@@ -1,4 +1,4 @@
-"""Adapters of other trainers as PEFT folders: which format it is, converted, held against the base, published."""
+"""Converts adapters of other trainers to PEFT folders: finds the format, converts, checks on the base, publishes."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ class ConversionSource:
 
 @dataclass(frozen=True)
 class Converted:
-    """What came out: ``said`` is for the person at the terminal."""
+    """The result of a conversion; ``notes`` are lines to print."""
 
     num_modules: int
     num_bytes: int
     rank: int
-    said: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 def find_source(path: Path) -> Path:
@@ -76,7 +76,7 @@ def format_of(path: Path) -> Format:
 
 
 def default_name(path: Path, kind: Format) -> str:
-    """What the new adapter is called where nobody says."""
+    """The new adapter's name without ``--name``."""
     whole = path.resolve()
     return {"mlx": whole.name, "gguf": whole.name.removesuffix(".gguf"), "modelfile": whole.parent.name}.get(
         kind, f"{whole.name}-lora"
@@ -97,7 +97,7 @@ def publish_converted(source: ConversionSource, target: Path, settings: Settings
     """Convert for the base of the settings, check as the server would, and publish. Raises ``NotPublished``."""
     find_base(settings.base_model)
     print(f"reading the base {settings.base_model}, against which it is checked", file=sys.stderr, flush=True)
-    from server.cli.adapter_checker import AdapterChecker  # torch, and seconds
+    from server.cli.adapter_checker import AdapterChecker  # imports torch, which takes seconds
 
     with closing(AdapterChecker.load(settings, dtype=settings.dtype)) as checker, published_folder(target) as folder:
         print(f"converting {source.adapter.kind}", file=sys.stderr, flush=True)
@@ -107,26 +107,26 @@ def publish_converted(source: ConversionSource, target: Path, settings: Settings
 def fill_folder(
     source: ConversionSource, folder: Path, checker: AdapterChecker, *, name: str, base_model: str
 ) -> Converted:
-    """Write the whole adapter into an empty folder and judge it. Raises ``NotPublished``."""
+    """Write the whole adapter into an empty folder and check it as the server does. Raises ``NotPublished``."""
     base = checker.base.signature
-    said = _write_adapter(source.adapter, folder, checker, base_model)
+    notes = _write_adapter(source.adapter, folder, checker, base_model)
     if source.wishes is not None:
-        said += (f"FROM {source.wishes.base}: here the base is {base.name}",)
-        said += _write_wishes(source.wishes, folder, checker)
-        said += tuple(f"not carried over: {one}" for one in source.wishes.lost)
+        notes += (f"FROM {source.wishes.base}: here the base is {base.name}",)
+        notes += _write_wishes(source.wishes, folder, checker)
+        notes += tuple(f"not carried over: {line}" for line in source.wishes.lost)
     found, weights = checker.check(folder, name=name)
     if weights is None or found.plan is None:
         raise NotPublished(
             f"converted, it would not be served on the base {base.name}: {'; '.join(found.problems[:3])}. Was it "
             "trained on another base? Name that by --base-model"
         )
-    return Converted(len(found.plan.parts), (folder / WEIGHTS_FILE).stat().st_size, found.plan.rank, said)
+    return Converted(len(found.plan.parts), (folder / WEIGHTS_FILE).stat().st_size, found.plan.rank, notes)
 
 
 def _write_adapter(
     adapter: MLXAdapter | GGUFAdapter | PEFTAdapter, folder: Path, checker: AdapterChecker, base_model: str
 ) -> tuple[str, ...]:
-    """PEFT's files, and those that stand beside them; returns what is to be said."""
+    """Write PEFT's files and their companions; returns lines to print."""
     from server.cli.convert.lora_folder import write_lora_folder
 
     base = checker.base.signature
@@ -147,7 +147,7 @@ def _write_adapter(
 
 
 def _write_wishes(wishes: Wishes, folder: Path, checker: AdapterChecker) -> tuple[str, ...]:
-    """The sidecar and the licences; returns what is to be said."""
+    """Write the sidecar and the licences; returns lines to print."""
     path, notes = folder / SIDECAR_FILE, wishes.notes
     try:
         present: Any = json.loads(path.read_bytes()) if path.is_file() else {}

@@ -1,4 +1,4 @@
-"""The rewriting and measuring behind ``quickchange adapters convert``: PEFT on the stock base, in float32."""
+"""Converts PEFT's other tuners to LoRA and measures the difference, with PEFT on the stock base in float32."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What came out. ``error`` is a share of the largest logit, ``lost`` of the largest change by the adapter."""
+    """The result. ``error`` is a share of the largest logit, ``lost`` of the largest change by the adapter."""
 
     ranks: tuple[int, ...]
     num_bytes: int
@@ -140,7 +140,7 @@ def _to_lora(model: PeftModel, folder: Path, *, rank: float) -> Mapping[str, tor
 
 @contextmanager
 def _peft_sentences(what: str) -> Iterator[None]:
-    """PEFT's warnings stay unsaid, but for tensors that are missing; its errors become ``NotPublished``."""
+    """Hide PEFT's warnings except that of missing tensors; turn its errors into ``NotPublished``."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.filterwarnings("error", message="Found missing adapter keys")
