@@ -1,6 +1,7 @@
 """Floor 7: the commands, and the construction of a server from its settings.
 
-``command_line`` reads settings and options, ``folders`` finds adapters; ``serve_command`` and ``serve`` are the server,
-``chat`` a client of it. ``adapters`` chooses among ``adapters_list``, ``adapters_check`` (with ``adapter_checker`` and
-``parity``), ``adapters_add``, ``adapters_pins`` and the package ``convert``.
+``command_line`` reads settings and options, ``folders`` finds adapters; ``serve_command`` and ``serve`` are the server
+(with ``adapter_services`` and ``allocation``), ``chat`` a client of it. ``adapters`` chooses among ``adapters_list``,
+``adapters_check`` (with ``adapter_checker`` and ``parity``), ``adapters_add``, ``adapters_pins`` and the package
+``convert``.
 """
