@@ -1,0 +1,76 @@
+"""A base on disk, whatever its format: config, tensors and fingerprints, for server and trainer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from base_files.fingerprint import base_fingerprint, base_fingerprint_v2
+from base_files.locate import malformed_if_unreadable, num_weight_bytes, weight_files
+from base_files.safetensors_header import read_header
+from base_files.tensors import SafetensorsTensor, StoredTensor
+
+
+@dataclass(frozen=True)
+class Fingerprints:
+    """``v1`` is None where the format has none."""
+
+    v1: str | None
+    v2: str
+
+
+class BaseSource(Protocol):
+    """The files of one base. ``name`` never holds a path; ``path`` is the folder, or the first GGUF file."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """What transformers' ``config.json`` says."""
+
+    @property
+    def num_weight_bytes(self) -> int:
+        """Size of the weight files."""
+
+    def fingerprints(self) -> Fingerprints: ...
+
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """Every tensor by the name of the parameter that it becomes in transformers."""
+
+
+@dataclass(frozen=True)
+class FolderBase:
+    """A folder as transformers saves it: ``config.json``, safetensors, tokenizer."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        with malformed_if_unreadable(self.path):
+            config: dict[str, Any] = json.loads((self.path / "config.json").read_bytes())
+            return config
+
+    @property
+    def num_weight_bytes(self) -> int:
+        return num_weight_bytes(self.path)
+
+    def fingerprints(self) -> Fingerprints:
+        return Fingerprints(base_fingerprint(self.path), base_fingerprint_v2(self.path))
+
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """By the names in the files, which for most architectures are those of the parameters."""
+        with malformed_if_unreadable(self.path):
+            entries = [(path, entry) for path in weight_files(self.path) for entry in read_header(path).values()]
+        return {entry.name: SafetensorsTensor(path, entry) for path, entry in entries}
