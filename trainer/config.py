@@ -111,6 +111,11 @@ class LoraSettings(_RecipePart):
         default="all-linear", description="Module names that get LoRA, or every linear but the head."
     )
     rslora: bool = Field(default=False, description="Scale by alpha / sqrt(r) (Kalajdzievski 2023).")
+    save_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="Number format of the published weights. bfloat16 halves the file; the weights are rounded before "
+        "the last evaluation.",
+    )
 
 
 class TrainConfig(_RecipePart):

@@ -18,7 +18,7 @@ from trainer.config import TrainConfig
 from trainer.errors import PublishError
 from trainer.loss import full_logits
 from trainer.masking import Encoded
-from trainer.train import History
+from trainer.train import SAVE_DTYPES, History
 
 TOLERANCE = 1e-4
 NUM_PROBES = 2
@@ -51,7 +51,7 @@ def publish(
     """
     try:
         with published_folder(target, replace=True) as partial:
-            save_adapter(model, partial)
+            save_adapter(model, partial, dtype=SAVE_DTYPES[config.lora.save_dtype])
             (partial / SIDECAR_FILE).write_text(sidecar.to_json(), encoding="utf-8")
             (partial / CARD_FILE).write_text(render_card(config, sidecar, samples), encoding="utf-8")
             plot_loss(history, partial / "loss.png")
@@ -60,11 +60,12 @@ def publish(
         raise PublishError(f"{error}; nothing was published") from error
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write PEFT's two files; the same adapter gives the same bytes."""
+def save_adapter(model: PeftModel, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
+    """Write PEFT's two files, weights in ``dtype``; the same adapter gives the same bytes."""
     config = cast(LoraConfig, model.peft_config["default"])
     config.target_modules = sorted(config.target_modules or ())  # the order of a set differs between processes
-    model.save_pretrained(str(folder), save_embedding_layers=False)
+    weights = {name: weight.to(dtype) for name, weight in model.named_parameters() if weight.requires_grad}
+    model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
 
 
 def _verify(model: PeftModel, folder: Path, probe: torch.Tensor) -> None:

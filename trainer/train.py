@@ -23,6 +23,8 @@ from trainer.loss import TokenLoss
 from trainer.masking import Encoded
 from trainer.progress import Progress
 
+SAVE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
 
 @dataclass
 class History:
@@ -107,6 +109,8 @@ class _Run:
             loss = self._step(number, micro_batches)
             tokens = sum(self.lengths[index] for micro_batch in micro_batches for index in micro_batch)
             self.progress.step(number, loss=loss, tokens=tokens)
+            if number == len(self.steps):
+                round_to(self.parameters, SAVE_DTYPES[self.config.lora.save_dtype])
             if self.dataset.evaluation and self._is_evaluated(number):
                 self._evaluate(number)
         self.model.eval()
@@ -145,6 +149,13 @@ class _Run:
             for micro_batch in by_length(lengths, range(len(examples)), self.config.micro_batch_tokens)
         ]
         return sum(float(self.loss(batch)) for batch in batches) / sum(batch.num_trained for batch in batches)
+
+
+@torch.no_grad()
+def round_to(parameters: Sequence[torch.nn.Parameter], dtype: torch.dtype) -> None:
+    """Round float32 parameters in place to what ``dtype`` can hold, so that the published weights are the evaluated."""
+    for parameter in parameters:
+        parameter.copy_(parameter.to(dtype))
 
 
 def accumulate(loss: TokenLoss, examples: Sequence[Encoded], micro_batches: Sequence[MicroBatch]) -> float:

@@ -10,6 +10,7 @@ import jsonschema
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from adapter_format import publishing
@@ -104,6 +105,17 @@ def test_the_published_folder_gives_in_peft_the_logits_of_training(
     assert not torch.allclose(loaded, untouched, atol=1e-3)
 
 
+def test_weights_published_in_bfloat16_are_those_that_were_evaluated(recipe: Path) -> None:
+    """``publish`` compares the logits of the file, read back, with those of the model in memory."""
+    assert _train(recipe, "--set", "lora.save_dtype=bfloat16") == 0
+    weights = load_file(recipe.parent / "out" / "fox" / "adapter_model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    full = recipe.parent / "full"
+    assert main(["train", str(recipe), "--out", str(full)]) == 0
+    for name, weight in load_file(full / "adapter_model.safetensors").items():
+        assert weight.dtype == torch.float32 and torch.equal(weight.to(torch.bfloat16), weights[name]), name
+
+
 def test_published_files_have_the_modes_of_any_other_file(recipe: Path) -> None:
     """Once, safetensors' own 0600 was published, and a server of another user could not read the weights."""
     assert _train(recipe) == 0
@@ -174,12 +186,12 @@ def test_weights_that_read_back_differently_are_not_published(
 ) -> None:
     save = publish_module.save_adapter
 
-    def save_rounded(model: PeftModel, folder: Path) -> None:
+    def save_rounded(model: PeftModel, folder: Path, **options: Any) -> None:
         copies = {name: p.data.clone() for name, p in model.named_parameters() if p.requires_grad}
         for name, parameter in model.named_parameters():
             if name in copies:
                 parameter.data.mul_(1.5)
-        save(model, folder)
+        save(model, folder, **options)
         for name, parameter in model.named_parameters():
             if name in copies:
                 parameter.data.copy_(copies[name])
