@@ -169,7 +169,14 @@ class AdapterError(QuickchangeError):
 
 
 class AdapterRejected(AdapterError):
-    """The content of the folder is refused, until it changes."""
+    """The content of the folder is refused, until it changes.
+
+    ``other_base`` names the base that an intact adapter is for, where that is not the one this server runs.
+    """
+
+    def __init__(self, adapter: str, reason: str, *, other_base: str | None = None) -> None:
+        super().__init__(adapter, reason)
+        self.other_base = None if other_base is None else one_line(other_base)
 
 
 class StartError(QuickchangeError):

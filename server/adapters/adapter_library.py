@@ -292,7 +292,7 @@ class AdapterLibrary:
         if version is not None and not (entry.current and entry.current.version_digest.startswith(version)):
             return True
         if entry.refused is not None:
-            self.sync.refuse(entry, entry.refused)
+            self.sync.refuse(entry, entry.refused, other_base=self.sync.other_bases.get(name))
             return True
         return False
 

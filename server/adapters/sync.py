@@ -16,7 +16,7 @@ from server.adapters.content.manifest import Listing, Manifest
 from server.adapters.reader import AdapterReader, FolderMoved
 from server.adapters.registry import Adapter, AdapterRegistry, Entry
 from server.adapters.versions import DIGITS, Pin
-from server.errors import AdapterRejected, one_line
+from server.errors import AdapterRejected, first, one_line
 from server.metrics import Metrics
 
 logger = logging.getLogger("quickchange.adapters")
@@ -39,9 +39,10 @@ class SyncListener(Protocol):
 class AdapterSync:
     """Applies the watcher's findings to the registry.
 
-    ``refusals`` maps the name of each refused folder to its path and the reason. ``pending`` are names whose folders
-    the watcher reads next; ``wakeup`` is set when one is added. ``level`` is the log level of new adapters, which is
-    low at start, when there may be thousands.
+    ``refusals`` maps the name of each refused folder to its path and the reason, ``other_bases`` those of intact
+    adapters for another base to its name. ``pending`` are names whose folders
+    the watcher reads next; ``wakeup`` is set when one is added. At start, when there may be thousands, new adapters are
+    logged as ``DEBUG``, and those for other bases in one line by ``end_start``.
     """
 
     def __init__(
@@ -49,21 +50,35 @@ class AdapterSync:
     ) -> None:
         self.registry, self.reader, self.metrics = registry, reader, metrics
         self.refusals: dict[str, tuple[Path, str]] = {}
+        self.other_bases: dict[str, str] = {}
         self.pending: set[str] = set()
         self.wakeup = asyncio.Event()
-        self.level = logging.DEBUG
+        self._level = logging.DEBUG
         self._listener = listener
         self._reread_logged: set[str] = set()
         self._read_errors: dict[str, int | None] = {}
         self._hashing: dict[Entry, asyncio.Task[Adapter]] = {}
         self._unhashed: asyncio.Queue[Entry] = asyncio.Queue()
 
+    def end_start(self) -> None:
+        """Log what was found at start, and from now on each new adapter."""
+        self._level = logging.INFO
+        names_of: dict[str, list[str]] = {}
+        for name, base in sorted(self.other_bases.items()):
+            if name not in self.registry:
+                names_of.setdefault(base, []).append(name)
+        if names_of:
+            number = sum(len(names) for names in names_of.values())
+            folders = "folder is for another base" if number == 1 else "folders are for other bases"
+            shown = "; ".join(f"{one_line(first(names))} ({base})" for base, names in names_of.items())
+            logger.info("%d adapter %s and not served: %s", number, folders, shown)
+
     async def add(self, name: str, path: Path, state: FolderState) -> bool:
         """List a new folder by its headers. Its bytes are hashed later, or at the first request. False: try again."""
         try:
             listing = await self.reader.listing(path, name)
         except AdapterRejected as error:
-            await self._fall_back(name, path, state, error.reason)
+            await self._fall_back(name, path, state, error)
             return True
         except FolderMoved as error:
             self._log_read_error(name, error)
@@ -73,7 +88,7 @@ class AdapterSync:
             self._refuse(name, path, f"reading the folder failed ({type(error).__name__})")
             return True
         self._settle(name)
-        self.refusals.pop(name, None)
+        self._accept(name)
         entry = self.registry.add(listing, state)
         known = self.reader.known_digests(listing, state)
         if known is None:
@@ -83,7 +98,7 @@ class AdapterSync:
         self._report()
         self._listener.added(entry)
         logger.log(
-            self.level,
+            self._level,
             "adapter %s: %d modules, rank %d, base checked by %s",
             name,
             len(listing.plan.modules),
@@ -107,7 +122,7 @@ class AdapterSync:
             self._settle(name)
             _log_unread(manifest)
         except AdapterRejected as error:
-            self._refuse_change(entry, path, error.reason)
+            self._refuse_change(entry, path, error.reason, other_base=error.other_base)
         except FolderMoved as error:
             self._log_read_error(name, error)
             return False
@@ -127,7 +142,7 @@ class AdapterSync:
 
     def remove(self, name: str) -> None:
         self._settle(name)
-        self.refusals.pop(name, None)
+        self._accept(name)
         if name in self.registry:
             self._withdraw(name)
             logger.info("adapter %s: removed", name)
@@ -160,7 +175,7 @@ class AdapterSync:
             except Exception:
                 logger.exception("reading adapter folder %s failed", entry.name)
 
-    async def _fall_back(self, name: str, path: Path, state: FolderState, reason: str) -> None:
+    async def _fall_back(self, name: str, path: Path, state: FolderState, error: AdapterRejected) -> None:
         """Refuse a folder; serve the pinned or else the newest kept version instead, if there is one."""
         pin = self.registry.pins.get(name, Pin())
         versions = await self.reader.find_kept(name, pin.version or "")
@@ -170,8 +185,8 @@ class AdapterSync:
                 kept = await self.reader.kept(name, versions[-1])
         if kept is not None:
             self.registry.publish(Adapter.of(kept), state)
-            self.registry.get(name).refused = reason
-        self._refuse(name, path, reason)
+            self.registry.get(name).refused = error.reason
+        self._refuse(name, path, error.reason, other_base=error.other_base)
 
     async def _hash(self, entry: Entry) -> Adapter:
         try:
@@ -189,7 +204,7 @@ class AdapterSync:
 
     async def _switch(self, entry: Entry, manifest: Manifest, state: FolderState) -> None:
         adapter = Adapter.of(manifest)
-        self.refusals.pop(entry.name, None)
+        self._accept(entry.name)
         if entry.current is not None and entry.current.version_digest == adapter.version_digest:
             if entry.listing.path != manifest.path:
                 entry.listing, entry.current = manifest.listing, adapter
@@ -218,11 +233,11 @@ class AdapterSync:
                 error.strerror,
             )
 
-    def refuse(self, entry: Entry, reason: str) -> None:
+    def refuse(self, entry: Entry, reason: str, *, other_base: str | None = None) -> None:
         """Remove a name whose only version was rejected when its bytes were read."""
         if self.registry.find(entry.name) is entry:
             self._withdraw(entry.name)
-        self._refuse(entry.name, entry.listing.path, reason)
+        self._refuse(entry.name, entry.listing.path, reason, other_base=other_base)
 
     def _withdraw(self, name: str) -> None:
         self._listener.removed(self.registry.withdraw(name))
@@ -242,22 +257,33 @@ class AdapterSync:
         self._reread_logged.discard(name)
         self._read_errors.pop(name, None)
 
-    def _refuse_change(self, entry: Entry, path: Path, reason: str) -> None:
+    def _accept(self, name: str) -> None:
+        self.refusals.pop(name, None)
+        self.other_bases.pop(name, None)
+
+    def _refuse_change(self, entry: Entry, path: Path, reason: str, *, other_base: str | None = None) -> None:
         """Refuse a folder's new content; the name stays if the version that it refers to can be served."""
         entry.refused = reason
         if not self._listener.has_weights(entry):
             self._withdraw(entry.name)
-        self._refuse(entry.name, path, reason)
+        self._refuse(entry.name, path, reason, other_base=other_base)
 
-    def _refuse(self, name: str, path: Path, reason: str) -> None:
+    def _refuse(self, name: str, path: Path, reason: str, *, other_base: str | None = None) -> None:
         self._settle(name)
+        self._accept(name)
         entry = self.registry.find(name)
         if entry is not None and entry.current is None:
             self._withdraw(name)
         self.refusals[name] = (path, reason)
-        self.metrics.adapter_rejections.inc()
         kept = "; the previous version is still served" if name in self.registry else ""
-        logger.warning("adapter folder %s is not served: %s%s", one_line(name), reason, kept)
+        if other_base is None:
+            self.metrics.adapter_rejections.inc()
+            logger.warning("adapter folder %s is not served: %s%s", one_line(name), reason, kept)
+            return
+        self.other_bases[name] = other_base
+        logger.log(
+            logging.INFO if kept else self._level, "adapter folder %s is not served: %s%s", one_line(name), reason, kept
+        )
 
     def _report(self) -> None:
         self.metrics.adapters_loaded.set(len(self.registry))

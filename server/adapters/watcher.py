@@ -91,7 +91,7 @@ class AdapterWatcher:
         deadline = time.monotonic() + 2 * self.settle
         while not await self.scan() and time.monotonic() < deadline:
             await asyncio.sleep(self.settle / 4)
-        self._sync.level = logging.INFO
+        self._sync.end_start()
 
     async def run(self) -> None:
         try:

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 from adapter_format.files import CONFIG_FILE, SIDECAR_FILE, TOKENS_FILE, WEIGHTS_FILE
 from adapter_format.sidecar import Verdict
 from base_files.locate import find_base, num_weight_bytes
+from server.adapters.content.base_check import base_check
 from server.adapters.content.diagnostics import DiagnosticReport
 from server.adapters.content.folder import OPTIONAL_FILES, UNREAD_FILES
 from server.adapters.content.generation_defaults import GenerationDefaults
 from server.adapters.content.manifest import Manifest
 from server.adapters.content.module_plan import LowRank
 from server.adapters.content.plan import AdapterPlan
-from server.adapters.content.signature import BaseSignature, base_check
+from server.adapters.content.signature import BaseSignature
 from server.adapters.names import is_name
 from server.cli.command_line import command_parser, parse_options, parse_settings, say, say_row
 from server.cli.folders import adapter_folders
@@ -82,8 +83,7 @@ def _examine(path: Path, settings: Settings, *, compared: bool) -> tuple[Diagnos
 
     with contextlib.closing(AdapterChecker.load(settings, dtype="float32" if compared else settings.dtype)) as checker:
         report, weights = checker.check(path)
-        status = f"served as {report.name}" if weights is not None else "NOT SERVED"
-        say(f"{path}: {status}")
+        say(f"{path}: {_status(report, served=weights is not None)}")
         rows = report_rows(
             report,
             checker.base.signature,
@@ -96,6 +96,12 @@ def _examine(path: Path, settings: Settings, *, compared: bool) -> tuple[Diagnos
         if weights is None or report.manifest is None or not compared:
             return report, None
         return report, answer_here(checker.base, report.manifest, weights)
+
+
+def _status(report: DiagnosticReport, *, served: bool) -> str:
+    if served:
+        return f"served as {report.name}"
+    return "NOT SERVED" if report.other_base is None else f"NOT SERVED, for another base: {_short(report.other_base)}"
 
 
 def _why_not_compared(base_folder: Path, *, wanted: bool) -> str | None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from base_files.locate import base_on_disk
 from server.adapters.aliases import ALIASES_FILE, MAX_ALIASES_BYTES, Alias, parse_aliases
+from server.adapters.content.diagnostics import DiagnosticReport
 from server.adapters.content.folder import UNREAD_FILES, read_file, sub_folders
 from server.adapters.content.manifest import Manifest
 from server.adapters.names import parse_model
@@ -26,7 +28,8 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 List adapters: one line per folder with name and version, rank, modules, memory and path, or why it is not served.
 With --state-dir, the adapter's pin and kept versions follow, newest first; a request can name each as NAME@VERSION.
-Aliases come last. The exit status is 1 if a folder, a pin or the alias file is refused."""
+Aliases come last. The exit status is 1 if a folder, a pin or the alias file is refused; an adapter for another base
+is listed as such, and is no fault."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -41,20 +44,34 @@ def main(arguments: Sequence[str]) -> int:
     checker = _checker(settings) if paths else None
     refused = False
     served = {settings.base_name}
+    others: dict[str, str] = {}
     for name in sorted({*paths, *pins, *kept}):
         version = None
         if checker is not None and name in paths:
-            version = _print_folder(checker, paths[name])
-            if version is None:
-                refused = True
-            else:
+            report = _print_folder(checker, paths[name])
+            if report.manifest is not None and not report.problems:
+                version = report.manifest.version_digest
                 served.add(name)
+            elif report.other_base is not None:
+                others[name] = report.other_base
+            else:
+                refused = True
         else:
             say(f"{name}: no folder of this name")
         if store is not None:
             refused |= _print_state(store, name, pins.get(name, Pin()), version)
-    refused |= _print_aliases(folders[0] / ALIASES_FILE, adapter_roots(settings), served, {*served, *kept})
+    names = _Names(served, frozenset({*served, *kept}), others)
+    refused |= _print_aliases(folders[0] / ALIASES_FILE, adapter_roots(settings), names)
     return int(refused)
+
+
+@dataclass(frozen=True)
+class _Names:
+    """``known`` names have a version, served or kept; ``others`` maps adapters for another base to its name."""
+
+    served: AbstractSet[str]
+    known: AbstractSet[str]
+    others: Mapping[str, str]
 
 
 def _checker(settings: Settings) -> AdapterChecker:
@@ -73,18 +90,21 @@ def _folders_in(folder: Path) -> list[tuple[str, Path]]:
         raise SettingsError(f"adapter folder {folder} cannot be read ({error.strerror})") from None
 
 
-def _print_folder(checker: AdapterChecker, path: Path) -> str | None:
-    """Print a folder's line; the digest of its version, None if it is not served."""
+def _print_folder(checker: AdapterChecker, path: Path) -> DiagnosticReport:
+    """Print a folder's line."""
     report, weights = checker.check(path)
+    if report.other_base is not None:
+        say(f"{path.name}: for another base: {report.other_base}, {path}")
+        return report
     if weights is None or report.manifest is None:
         say(f"{path.name}: NOT SERVED: {first(report.problems, '; ')}")
-        return None
+        return report
     adapter, plan = Adapter.of(report.manifest), report.manifest.plan
     size = f"rank {plan.rank}, {len(plan.modules)} modules, {plan.num_bytes / 1e6:.1f} MB"
     say(f"{adapter.label}: {size}{_checked(report.manifest)}, {path}")
     for file, reason in report.manifest.unread.items():
         say(f"    served without its {file} ({UNREAD_FILES[file]}): {reason}")
-    return adapter.version_digest
+    return report
 
 
 def _checked(manifest: Manifest) -> str:
@@ -111,7 +131,7 @@ def _print_state(store: VersionStore, name: str, pin: Pin, current: str | None) 
     return missing
 
 
-def _print_aliases(path: Path, roots: Sequence[Path], served: AbstractSet[str], known: AbstractSet[str]) -> bool:
+def _print_aliases(path: Path, roots: Sequence[Path], names: _Names) -> bool:
     """Print the aliases. True if their file is refused."""
     try:
         aliases = parse_aliases(read_file(path, MAX_ALIASES_BYTES, roots) or b"")
@@ -123,13 +143,15 @@ def _print_aliases(path: Path, roots: Sequence[Path], served: AbstractSet[str], 
     for alias in aliases.values():
         shares = [f"{target.model} ({target.share:.0%})" for target in alias.targets]
         shown = ", ".join(shares) if len(shares) > 1 else alias.targets[0].model
-        say(f"alias {alias.name} -> {shown}{_remark(alias, served, known)}")
+        say(f"alias {alias.name} -> {shown}{_remark(alias, names)}")
     return False
 
 
-def _remark(alias: Alias, served: AbstractSet[str], known: AbstractSet[str]) -> str:
-    """``known`` are the names that have a version, served or kept."""
-    missing = {ref.name for target in alias.targets for ref in parse_model(target.model)} - known
-    if alias.name in served:
+def _remark(alias: Alias, names: _Names) -> str:
+    if alias.name in names.served:
         return " (not used: something else has this name)"
-    return f" (there is no adapter {', '.join(sorted(missing))})" if missing else ""
+    missing = {ref.name for target in alias.targets for ref in parse_model(target.model)} - names.known
+    remarks = [f"{name} is for another base: {names.others[name]}" for name in sorted(missing & names.others.keys())]
+    if absent := sorted(missing - names.others.keys()):
+        remarks.append(f"there is no adapter {', '.join(absent)}")
+    return f" ({'; '.join(remarks)})" if remarks else ""

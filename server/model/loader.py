@@ -130,7 +130,7 @@ def load_base(
     _fuse(model, kernels.ready(model.dtype), patches, on_cpu=on_cpu)
     attention = _install_attention(model, patches)
     probe.close()
-    signature = replace(signature_of(name, fingerprint, trace), fingerprint_v2=fingerprint_v2)
+    signature = replace(signature_of(name, fingerprint, trace), fingerprint_v2=fingerprint_v2, setting=base_model)
     return Base(
         model,
         tokenizer,

@@ -60,7 +60,7 @@ def trace_modules(model: PreTrainedModel) -> Iterator[ModelTrace]:
     trace.groups = _groups([(name, x) for name, x in calls if trace.modules[name].kind == "linear"])
 
 
-def signature_of(name: str, fingerprint: str, trace: ModelTrace) -> BaseSignature:
+def signature_of(name: str, fingerprint: str | None, trace: ModelTrace) -> BaseSignature:
     """The base's signature, which adapters must fit, from a trace."""
     return BaseSignature(
         name, fingerprint, trace.modules, vocab_size=trace.vocab_size, tied=trace.tied, others=trace.others

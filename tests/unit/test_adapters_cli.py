@@ -285,6 +285,28 @@ def test_a_list_without_faults_ends_well(
     assert "aliases.toml: NOT USED: " in capsys.readouterr().out
 
 
+def test_an_adapter_for_another_base_is_listed_as_such_and_is_no_fault(
+    tmp_path: Path, base: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "adapters"
+    other = put(folder, "other")
+    sidecar = {"base": {"name": "smollm2", "fingerprint": "sha256:" + "b" * 64}, "created": "2026-01-01T00:00:00Z"}
+    (other / "quickchange.json").write_text(json.dumps({"schema_version": 1} | sidecar))
+    (folder / "aliases.toml").write_text('poet = {"other" = 1, "lost" = 1}\n')
+    settings = ["--base-model", str(base), "--threads", "1", "--adapters-dir", str(folder)]
+    assert run("list", *settings) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"other: for another base: smollm2, {other}",
+        "alias poet -> other (50%), lost (50%) (other is for another base: smollm2; there is no adapter lost)",
+    ]
+    assert run("check", "other", "--no-probe", *settings) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{other}: NOT SERVED, for another base: smollm2"
+    problems = [line for line in lines if line.startswith("  problem ")]
+    assert len(problems) == 1 and "it was trained on another base (smollm2, fingerprint" in problems[0]
+    assert "start the server with that base, or train the adapter again" in problems[0]
+
+
 def test_what_is_kept_is_listed_where_there_are_no_folders(
     tmp_path: Path, store: VersionStore, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:

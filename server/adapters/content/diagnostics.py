@@ -15,6 +15,7 @@ from typing import Any
 from adapter_format.files import CONFIG_FILE, SIDECAR_FILE, SOURCE_FILE, TOKENS_FILE, WEIGHTS_FILE
 from adapter_format.sidecar import Sidecar, parse_sidecar
 from base_files.safetensors_header import FLOAT_DTYPES, TensorEntry
+from server.adapters.content.base_check import base_check
 from server.adapters.content.config_fields import FIELDS, READ
 from server.adapters.content.folder import (
     MAX_JSON_BYTES,
@@ -40,7 +41,7 @@ from server.adapters.content.module_plan import LowRank
 from server.adapters.content.peft_config import LoRAConfig, parse_peft_config
 from server.adapters.content.plan import AdapterPlan, PlanError, make_plan
 from server.adapters.content.safe_open import Folder, PermissionDenied
-from server.adapters.content.signature import BaseSignature, base_check
+from server.adapters.content.signature import BaseSignature
 from server.errors import AdapterRejected
 
 CheckDefaults = Callable[[GenerationDefaults], None]
@@ -50,12 +51,14 @@ CheckDefaults = Callable[[GenerationDefaults], None]
 class DiagnosticReport:
     """The result of ``diagnose``: ``manifest`` if there are no ``problems``, the rest as far as it could be read.
 
+    ``other_base`` names the base that the adapter is for if it is not this one; that is the only problem told then.
     ``raw_config`` is PEFT's config as it stands in the file, unchecked; ``source`` the note of a hub's repository.
     """
 
     path: Path
     name: str
     problems: list[str] = field(default_factory=list)
+    other_base: str | None = None
     raw_config: Mapping[str, Any] = field(default_factory=dict)
     source: Mapping[str, Any] = field(default_factory=dict)
     config: LoRAConfig | None = None
@@ -96,7 +99,9 @@ def diagnose(
         return report
     except AdapterRejected as error:
         _check_parts(report, base, policy, check_defaults)
-        if not any(problem in error.reason for problem in report.problems):
+        if error.other_base is not None:
+            report.other_base, report.problems = error.other_base, [error.reason]
+        elif not any(problem in error.reason for problem in report.problems):
             report.problems.insert(0, error.reason)
         return report
     with report.collecting():

@@ -24,12 +24,16 @@ def problems_of(
     for module, part in parts.items():
         yield from _size_problems(module, part)
         yield from _token_problems(module, part, base)
-    wrong = [problem for module, part in parts.items() for problem in _shape_problems(module, part)]
-    if wrong:
+    if wrong := shape_problems(parts):
         yield f"tensors do not fit the base {base.name}: {first(wrong, '; ')}"
     yield from _rank_problems(parts, config, max_rank)
     yield from _config_problems(parts, config)
     yield from _absent_rows(parts, config, base)
+
+
+def shape_problems(parts: Mapping[str, ModulePlan]) -> list[str]:
+    """Tensors of another shape than the base needs."""
+    return [problem for module, part in parts.items() for problem in _shape_problems(module, part)]
 
 
 def _shape_problems(module: str, part: ModulePlan) -> Iterator[str]:

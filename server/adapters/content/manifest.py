@@ -36,13 +36,14 @@ from server.adapters.content.added_tokens import (
     parse_listed,
     tokens_to_serve,
 )
+from server.adapters.content.base_check import OtherBase, base_check, other_base_name
 from server.adapters.content.file_kinds import kind_of_bytes
 from server.adapters.content.folder import MAX_HEADER_BYTES, AdapterFiles, read_files
 from server.adapters.content.generation_defaults import CompanionFiles, GenerationDefaults, merge_defaults, token_text
 from server.adapters.content.peft_config import LoRAConfig, parse_peft_config
 from server.adapters.content.plan import AdapterPlan, PlanError, make_plan
 from server.adapters.content.safe_open import PASSING
-from server.adapters.content.signature import BaseCheck, BaseSignature, base_check
+from server.adapters.content.signature import BaseCheck, BaseSignature
 from server.adapters.content.templates import is_same
 from server.adapters.names import is_name
 from server.errors import AdapterRejected
@@ -149,6 +150,8 @@ def _refusals(name: str) -> Iterator[None]:
         yield
     except PlanError as error:
         raise AdapterRejected(name, "; ".join(error.problems[:3])) from None
+    except OtherBase as error:
+        raise AdapterRejected(name, str(error), other_base=error.base) from None
     except ValueError as error:
         raise AdapterRejected(name, str(error)) from None
     except OSError as error:
@@ -162,12 +165,18 @@ def _check_files(path: Path, base: BaseSignature, policy: AdapterPolicy, name: s
         raise ValueError("the folder's name is no model name: use letters, digits, '.', '_' and '-', 128 at most")
     if name in (base.name, BASE):
         raise ValueError("this name means the base model: rename the folder")
-    config = parse_peft_config(parse_json(files.config, CONFIG_FILE))
+    raw_config = parse_json(files.config, CONFIG_FILE)
+    config = parse_peft_config(raw_config)
     sidecar = parse_optional(files, SIDECAR_FILE, parse_sidecar)
     checked = base_check(sidecar, base)
     defaults = generation_defaults_of(name, files, sidecar, base, policy)
     entries = weights_header(files.weights, files.weights_size)
-    plan = make_plan(entries, config, base, max_rank=policy.max_rank)
+    try:
+        plan = make_plan(entries, config, base, max_rank=policy.max_rank)
+    except PlanError as error:
+        if sidecar is None and error.misfit:
+            _refuse_other_base(raw_config.get("base_model_name_or_path"), base, error)
+        raise
     if policy.max_memory is not None and plan.num_bytes > policy.max_memory:
         raise ValueError(
             f"it needs {plan.num_bytes} bytes in memory; the limit is {policy.max_memory} (setting adapter_memory)"
@@ -175,6 +184,17 @@ def _check_files(path: Path, base: BaseSignature, policy: AdapterPolicy, name: s
     _check_trained_tokens(plan, defaults, base, files.unread.get(TOKENS_FILE))
     config = replace(config, trained_names=plan.trained_names)
     return Listing(name, path, config, sidecar, defaults, plan, files.created, files.unread, checked)
+
+
+def _refuse_other_base(named: Any, base: BaseSignature, misfit: PlanError) -> None:
+    """Raises ``OtherBase`` if ``adapter_config.json`` names another base, too."""
+    other = other_base_name(named, base) if isinstance(named, str) and named else None
+    if other is not None:
+        raise OtherBase(
+            f"it is for another base: {CONFIG_FILE} names {named!r:.80}, and {misfit}; this server runs {base.name}: "
+            "start the server with that base",
+            base=other,
+        ) from None
 
 
 def weights_header(data: bytes, size: int) -> Mapping[str, TensorEntry]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from base_files.safetensors_header import FLOAT_DTYPES, TensorEntry
-from server.adapters.content.fit import problems_of, target_problems
+from server.adapters.content.fit import problems_of, shape_problems, target_problems
 from server.adapters.content.module_plan import ModulePlan, module_plan
 from server.adapters.content.peft_config import LoRAConfig
 from server.adapters.content.signature import BaseSignature
@@ -55,11 +55,14 @@ class AdapterPlan:
 
 
 class PlanError(ValueError):
-    """Tensors that do not fit the base; ``problems`` has every reason, the first is the message."""
+    """Tensors that cannot be served on the base; ``problems`` has every reason, the first is the message.
 
-    def __init__(self, problems: list[str]) -> None:
+    ``misfit``: the base lacks one of the modules, or it has another shape there.
+    """
+
+    def __init__(self, problems: list[str], *, misfit: bool = False) -> None:
         super().__init__(problems[0])
-        self.problems = problems
+        self.problems, self.misfit = problems, misfit
 
 
 def make_plan(
@@ -86,7 +89,8 @@ def make_plan(
         problems += target_problems(parts, config, base)
         problems += _absent_modules(modules, config, base)
     if problems:
-        raise PlanError(problems)
+        known = {*base.modules, *base.others}
+        raise PlanError(problems, misfit=not modules.keys() <= known or bool(shape_problems(parts)))
     return AdapterPlan(_tie(parts, modules, base), sorted_tensors.plain, sorted_tensors.trained_names)
 
 

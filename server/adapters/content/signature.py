@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from adapter_format.sidecar import Sidecar
 from server.adapters.content.added_tokens import BaseTokenizer
 
 Shape = tuple[int, ...]
@@ -56,13 +55,14 @@ def embedding(num_tokens: int, dim: int) -> ModuleShape:
 class BaseSignature:
     """The base's name, fingerprints and modules. ``tied`` maps heads to the embedding whose weight they share.
 
-    ``fingerprint`` is of version 1; ``fingerprint_v2`` is None if unknown. ``others`` are modules that adapters cannot
+    ``setting`` is what ``base_model`` says, if that is another name. ``fingerprint`` is of version 1, which
+    a GGUF file has not; ``fingerprint_v2`` is None if unknown. ``others`` are modules that adapters cannot
     change, because they do not see every row. ``vocab_size`` is the number of the embedding's rows. ``tokenizer`` is
     None if an adapter's cannot be compared with it.
     """
 
     name: str
-    fingerprint: str
+    fingerprint: str | None
     modules: Mapping[str, ModuleShape]
     chat_template: str | None = None
     vocab_size: int = 0
@@ -70,29 +70,13 @@ class BaseSignature:
     others: frozenset[str] = frozenset()
     fingerprint_v2: str | None = None
     tokenizer: BaseTokenizer | None = field(default=None, compare=False)
+    setting: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name,) if self.setting is None else (self.name, self.setting)
 
     def fingerprint_of(self, version: int) -> str:
-        """The fingerprint of ``version``, or of version 1 if that is unknown."""
-        return self.fingerprint_v2 if version == 2 and self.fingerprint_v2 is not None else self.fingerprint
-
-
-def base_check(sidecar: Sidecar | None, base: BaseSignature) -> BaseCheck:
-    """Verify an adapter's base by the latest fingerprint that sidecar and base both have.
-
-    Without a sidecar only shapes can be compared. Raises ``ValueError`` for another base.
-    """
-    if sidecar is None:
-        return "shapes"
-    trained_on = sidecar.base
-    by_v2 = base.fingerprint_v2 is not None and trained_on.fingerprint_v2 is not None
-    if by_v2 and trained_on.fingerprint_v2 == base.fingerprint_v2:
-        return "fingerprint_v2"
-    same_v1 = trained_on.fingerprint is not None and trained_on.fingerprint == base.fingerprint
-    if same_v1 and not by_v2:
-        return "fingerprint"
-    raise ValueError(
-        f"it was trained on another base ({trained_on.name}, fingerprint {trained_on.best_fingerprint[:19]}); this "
-        f"server runs {base.name} ({base.fingerprint_of(2 if trained_on.fingerprint_v2 else 1)[:19]})"
-        + (", whose weights differ though its fingerprint of version 1 is the same" if same_v1 else "")
-        + ": start the server with that base, or train the adapter again"
-    )
+        """The fingerprint of ``version``, or the other one if that is unknown."""
+        known = [self.fingerprint_v2, self.fingerprint] if version == 2 else [self.fingerprint, self.fingerprint_v2]
+        return next(fingerprint for fingerprint in known if fingerprint is not None)
