@@ -16,7 +16,7 @@ class BaseNotFound(BaseFilesError):
     """``base_model`` is what was asked for."""
 
     def __init__(self, base_model: str, reason: str) -> None:
-        self.base_model = base_model
+        self.base_model, self.reason = base_model, reason
         super().__init__(f"there is no base model {base_model!r}: {reason}")
 
 

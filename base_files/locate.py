@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from base_files.errors import BaseMalformed, BaseNotFound
+from base_files.packaged import PACKAGED_BASES
 
 EMBEDDED_BASE = "micro"
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -31,6 +32,8 @@ def base_on_disk(base_model: str) -> Path | None:
     """The folder of the embedded base or of a base on disk; None for a hub id. Raises ``BaseNotFound`` otherwise."""
     if base_model == EMBEDDED_BASE:
         return _embedded_base()
+    if base_model in PACKAGED_BASES:
+        return PACKAGED_BASES[base_model].installed_path()
     try:
         folder = Path(base_model).expanduser()
         is_folder = folder.is_dir()

@@ -1,4 +1,4 @@
-"""``python -m server`` and the console script ``quickchange``: serve (the default), chat, adapters, train."""
+"""``python -m server`` and the console script ``quickchange``: serve (the default), chat, adapters, base, train."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ usage: quickchange [serve] [--SETTING VALUE ...]            serve the base and i
        quickchange chat [--adapter NAME] ["one question"]   chat with a running or a temporary server
        quickchange adapters [list|check|pin|unpin|rollback|add|convert]
                                                             list, check and manage adapters (--help explains each)
+       quickchange base [list|get]                          list and fetch base models that need no hub
        quickchange train RECIPE.yaml [...]                  train an adapter (the same as python -m trainer train)
 """
 
@@ -37,6 +38,12 @@ def adapters(arguments: Sequence[str]) -> int:
     return main(arguments)
 
 
+def base(arguments: Sequence[str]) -> int:
+    from server.cli.base import main
+
+    return main(arguments)
+
+
 def train(arguments: Sequence[str]) -> int:
     """Replace this process by the trainer: server and trainer do not import each other."""
     os.execv(sys.executable, [sys.executable, "-m", "trainer", "train", *arguments])
@@ -46,6 +53,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "serve": serve,
     "chat": chat,
     "adapters": adapters,
+    "base": base,
     "train": train,
 }
 

@@ -3,5 +3,5 @@
 ``command_line`` reads settings and options, ``folders`` finds adapters; ``serve_command`` and ``serve`` are the server
 (with ``adapter_services`` and ``allocation``), ``chat`` a client of it. ``adapters`` chooses among ``adapters_list``,
 ``adapters_check`` (with ``adapter_checker`` and ``parity``), ``adapters_add``, ``adapters_pins`` and the package
-``convert``.
+``convert``. ``base`` chooses among ``base_list`` and ``base_get`` (with ``pip_download``).
 """

@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 COMMANDS = (
     "serve", "chat", "adapters", "adapters list", "adapters check", "adapters add", "adapters convert", "adapters pin",
-    "adapters unpin", "adapters rollback",
+    "adapters unpin", "adapters rollback", "base", "base list", "base get",
 )  # fmt: skip
 FAILING = (
     "serve --max-num-seqs none",
@@ -26,6 +26,8 @@ FAILING = (
     "adapters check --base-model no-such-folder helpdesk",
     "adapters convert no-such-adapter",
     "adapters pin helpdesk",
+    "base list --base-model no-such-folder",
+    "base get no-such-base",
 )
 PROGRAM = """\
 import sys
