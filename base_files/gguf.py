@@ -18,6 +18,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from base_files.gguf_blocks import BLOCK_TYPES, UNREAD_TYPES, BlockType, dequantize
+
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_HEADER_BYTES = 256 * 1024 * 1024
@@ -30,24 +32,6 @@ _MIN_KEY_BYTES = 8 + 4 + 1
 _MIN_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8
 
 Value = str | int | float | bool | list[str] | NDArray[Any]
-
-
-@dataclass(frozen=True)
-class BlockType:
-    """How numbers are packed: so many elements in so many bytes."""
-
-    name: str
-    elements: int
-    num_bytes: int
-
-
-BLOCK_TYPES: Mapping[int, BlockType] = {
-    0: BlockType("F32", 1, 4),
-    1: BlockType("F16", 1, 2),
-    8: BlockType("Q8_0", 32, 34),
-    30: BlockType("BF16", 1, 2),
-}
-"""Types that are read, by ggml's number for them."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +61,9 @@ class GGUFFile:
             data = file.read(tensor.end - tensor.begin)
         if len(data) != tensor.end - tensor.begin:
             raise ValueError(f"{self.path.name} became shorter while it was read")
-        return _DECODERS[tensor.block_type.name](data).reshape(tensor.shape)
+        values = np.empty(math.prod(tensor.shape), np.float32)
+        dequantize(tensor.block_type, data, values)
+        return values.astype(np.float16 if tensor.block_type.name == "F16" else np.float32).reshape(tensor.shape)
 
 
 def is_gguf(path: Path) -> bool:
@@ -217,8 +203,9 @@ def _read_tensor_info(header: _Header) -> GGUFTensor:
     kind = int(header.number("I", f"the type of {name}"))
     offset = int(header.number("Q", f"the offset of {name}"))
     if kind not in BLOCK_TYPES:
-        known = ", ".join(f"{block.name} ({number})" for number, block in BLOCK_TYPES.items())
-        raise ValueError(f"tensor {name} is of ggml's type {kind}; types that are read are {known}")
+        named = f"{kind} ({UNREAD_TYPES[kind]})" if kind in UNREAD_TYPES else kind
+        known = ", ".join(block.name for block in BLOCK_TYPES.values())
+        raise ValueError(f"tensor {name} is of ggml's type {named}; types that are read are {known}")
     block_type = BLOCK_TYPES[kind]
     if min(inner_first) < 1 or inner_first[0] % block_type.elements:
         raise ValueError(f"tensor {name} of type {block_type.name} has the impossible shape {inner_first[::-1]}")
@@ -240,22 +227,3 @@ def _check_spans(tensors: Iterable[GGUFTensor], size: int) -> None:
         cursor = tensor.end
         if cursor > size:
             raise ValueError(f"the file is truncated: {tensor.name} ends at byte {cursor}, the file has {size}")
-
-
-def _decode_bf16(data: bytes) -> NDArray[Any]:
-    return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
-
-
-def _decode_q8_0(data: bytes) -> NDArray[Any]:
-    """Blocks of a float16 scale and 32 integers."""
-    blocks = np.frombuffer(data, np.dtype([("scale", "<f2"), ("values", "i1", (32,))]))
-    scaled: NDArray[Any] = blocks["scale"].astype("<f4")[:, None] * blocks["values"]
-    return scaled
-
-
-_DECODERS = {
-    "F32": lambda data: np.frombuffer(data, "<f4"),
-    "F16": lambda data: np.frombuffer(data, "<f2"),
-    "BF16": _decode_bf16,
-    "Q8_0": _decode_q8_0,
-}

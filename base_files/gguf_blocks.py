@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from base_files.mxfp4 import DOUBLED_VALUES, HALF_SCALES
 
-PIECE_ELEMENTS = 1 << 16
+PIECE_ELEMENTS = 1 << 17
 """Decoded at once: codes, floats and temporaries stay in a core's cache."""
 
 Bytes = NDArray[np.uint8]
