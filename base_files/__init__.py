@@ -3,6 +3,7 @@
 Reading order: ``locate`` (from ``micro``, a folder or a hub id to a folder with its weight files), ``packaged`` (bases
 that a Python package carries),
 ``safetensors_header`` (the tensors of a weight file), ``fingerprint`` (what ties an adapter to its base), ``gguf`` (the
-other container of tensors), ``gguf_blocks`` (its block types as floats), ``mxfp4``, ``errors``. None
+other container of tensors), ``gguf_blocks`` (its block types as floats), ``gguf_fingerprint``, ``mxfp4``,
+``errors``. None
 of them imports torch.
 """

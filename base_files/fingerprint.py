@@ -15,7 +15,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from base_files.locate import malformed_if_unreadable, weight_files
 from base_files.safetensors_header import TensorEntry, read_header
@@ -48,8 +48,8 @@ def base_fingerprint(folder: Path) -> str:
         paths = weight_files(folder)
         digest = hashlib.sha256(b"quickchange-base-v1\n")
         for _, tensor in _sorted_tensors(paths):
-            digest.update(_canonical([tensor.name, tensor.shape, tensor.dtype]))
-        digest.update(_canonical(_architecture(config)))
+            digest.update(canonical_json([tensor.name, tensor.shape, tensor.dtype]))
+        digest.update(canonical_json(_architecture(config)))
         for path in paths:
             digest.update(_edges(path))
     return f"sha256:{digest.hexdigest()}"
@@ -70,10 +70,10 @@ def base_fingerprint_v2(folder: Path) -> str:
     with malformed_if_unreadable(folder):
         config = json.loads((folder / "config.json").read_bytes())
         digest = hashlib.sha256(b"quickchange-base-v2\n")
-        digest.update(_canonical(_architecture(config)))
+        digest.update(canonical_json(_architecture(config)))
         for path, tensor in _sorted_tensors(weight_files(folder)):
-            digest.update(_canonical([tensor.name, tensor.shape, tensor.dtype]))
-            for window in _windows(path, tensor):
+            digest.update(canonical_json([tensor.name, tensor.shape, tensor.dtype]))
+            for window in windows(path, tensor):
                 digest.update(window)
     return f"sha256:{digest.hexdigest()}"
 
@@ -90,7 +90,8 @@ def _architecture(config: Mapping[str, Any]) -> dict[str, Any]:
     return chosen
 
 
-def _canonical(value: object) -> bytes:
+def canonical_json(value: object) -> bytes:
+    """``value`` as canonical JSON."""
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode("ascii") + b"\n"
 
 
@@ -101,7 +102,21 @@ def _edges(path: Path) -> bytes:
         return first + file.read(_EDGE_BYTES)
 
 
-def _windows(path: Path, tensor: TensorEntry) -> Iterator[bytes]:
+class TensorSpan(Protocol):
+    """A tensor whose bytes are ``[begin, end)`` of a file."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def begin(self) -> int: ...
+
+    @property
+    def end(self) -> int: ...
+
+
+def windows(path: Path, tensor: TensorSpan) -> Iterator[bytes]:
+    """The parts of a tensor that version 2 reads. Raises ``ValueError`` where the file is cut off."""
     size = min(_WINDOW_BYTES, tensor.end - tensor.begin)
     last = tensor.end - size
     with path.open("rb", buffering=0) as file:
