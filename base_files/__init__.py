@@ -1,9 +1,18 @@
 """The files of a base model: where they are, what identifies them, and their tensors. Imports neither side.
 
-Reading order: ``locate`` (from ``micro``, a folder or a hub id to a folder with its weight files), ``packaged`` (bases
-that a Python package carries),
-``safetensors_header`` (the tensors of a weight file), ``fingerprint`` (what ties an adapter to its base), ``gguf`` (the
-other container of tensors), ``gguf_blocks`` (its block types as floats), ``gguf_fingerprint``, ``mxfp4``,
-``errors``. None
-of them imports torch.
+Reading order, one module a line:
+
+``locate``             from ``micro``, a folder or a hub id to a ``BaseSource``
+``packaged``           bases that a Python package carries
+``source``             what every format offers: config, tensors, fingerprints
+``tensors``            a tensor in a weight file, read row by row
+``weight_files``       the weight files of a folder
+``safetensors_header`` the tensors of such a file
+``fingerprint``        what ties an adapter to its base
+``gguf``               the other container of tensors
+``gguf_blocks``        its block types as floats
+``gguf_fingerprint``   the fingerprint of such a file
+``mxfp4``              values and scales of MXFP4
+``stock_model``        transformers' config, tokenizer and model of a source; the only module that imports torch
+``errors``             what can be wrong
 """

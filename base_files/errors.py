@@ -2,7 +2,8 @@
 
 BaseFilesError
 ├── BaseNotFound       neither 'micro', nor a folder with a model, nor a hub id that can be fetched
-└── BaseMalformed      config.json or the weight files are missing, cut off, or not in their format
+├── BaseMalformed      config.json or the weight files are missing, cut off, or not in their format
+└── BaseUnloadable     transformers makes no model or tokenizer of its files
 """
 
 from __future__ import annotations
@@ -26,3 +27,11 @@ class BaseMalformed(BaseFilesError):
     def __init__(self, name: str, reason: str) -> None:
         self.name, self.reason = name, reason
         super().__init__(f"base model {name!r} cannot be read: {reason}")
+
+
+class BaseUnloadable(BaseFilesError):
+    """``name`` is that of the base's folder or file."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        self.name, self.reason = name, reason
+        super().__init__(f"base model {name!r} is refused: {reason}")

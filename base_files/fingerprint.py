@@ -17,8 +17,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from base_files.locate import malformed_if_unreadable, weight_files
 from base_files.safetensors_header import TensorEntry, read_header
+from base_files.weight_files import malformed_if_unreadable, weight_files
 
 ARCHITECTURE_FIELDS = (
     "activation_function", "head_dim", "hidden_act", "hidden_size", "intermediate_size", "layer_norm_eps",

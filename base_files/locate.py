@@ -3,37 +3,35 @@
 from __future__ import annotations
 
 import glob
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 
-from base_files.errors import BaseMalformed, BaseNotFound
+from base_files.errors import BaseNotFound
 from base_files.packaged import PACKAGED_BASES
+from base_files.source import BaseSource, FolderBase
+from base_files.weight_files import INDEX_FILE, WEIGHTS_FILE, shards
 
 EMBEDDED_BASE = "micro"
-WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 _SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 _NESTED_FILES = ["*/*"]
 _NAMED_TEMPLATES = "additional_chat_templates/*.jinja"
 
 
-def find_base(base_model: str) -> Path:
-    """The folder of the embedded base, of a base on disk, or of a base from the hub (fetched once, then cached).
+def find_base(base_model: str) -> BaseSource:
+    """The embedded base, a base on disk, or a base from the hub (fetched once, then cached).
 
     Raises ``BaseNotFound``.
     """
-    return base_on_disk(base_model) or _from_hub(base_model)
+    return base_on_disk(base_model) or FolderBase(_from_hub(base_model))
 
 
-def base_on_disk(base_model: str) -> Path | None:
-    """The folder of the embedded base or of a base on disk; None for a hub id. Raises ``BaseNotFound`` otherwise."""
+def base_on_disk(base_model: str) -> BaseSource | None:
+    """The embedded base or a base on disk; None for a hub id. Raises ``BaseNotFound`` otherwise."""
     if base_model == EMBEDDED_BASE:
-        return _embedded_base()
+        return FolderBase(_embedded_base())
     if base_model in PACKAGED_BASES:
-        return PACKAGED_BASES[base_model].installed_path()
+        return FolderBase(PACKAGED_BASES[base_model].installed_path())
     try:
         folder = Path(base_model).expanduser()
         is_folder = folder.is_dir()
@@ -43,7 +41,7 @@ def base_on_disk(base_model: str) -> Path | None:
     if is_folder:
         if not has_config:
             raise BaseNotFound(base_model, "the folder has no config.json: is it a model as transformers saves it?")
-        return folder
+        return FolderBase(folder)
     if folder.is_absolute() or base_model.startswith(".") or base_model.count("/") != 1:
         raise BaseNotFound(
             base_model,
@@ -51,33 +49,6 @@ def base_on_disk(base_model: str) -> Path | None:
             "'Qwen/Qwen2.5-0.5B-Instruct'",
         )
     return None
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files that transformers loads: ``model.safetensors``, or the shards that the index names, by name.
-
-    Raises ``BaseMalformed`` where the index cannot be read.
-    """
-    single = folder / WEIGHTS_FILE
-    if single.exists():
-        return [single]
-    with malformed_if_unreadable(folder):
-        return [folder / name for name in _shards(folder)]
-
-
-def num_weight_bytes(folder: Path) -> int:
-    """Size of the weight files in bytes. Raises ``BaseMalformed`` where one is missing."""
-    with malformed_if_unreadable(folder):
-        return sum(path.stat().st_size for path in weight_files(folder))
-
-
-@contextmanager
-def malformed_if_unreadable(folder: Path) -> Iterator[None]:
-    """Turn errors of missing or malformed files into ``BaseMalformed``."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BaseMalformed(folder.name, f"config.json or its safetensors are missing or malformed: {error}") from error
 
 
 def _embedded_base() -> Path:
@@ -90,11 +61,6 @@ def _embedded_base() -> Path:
     return folder
 
 
-def _shards(folder: Path) -> list[str]:
-    index = json.loads((folder / INDEX_FILE).read_bytes())
-    return sorted(set(index["weight_map"].values()))
-
-
 def _from_hub(repo_id: str) -> Path:
     """Download the small files first, then only the weight files that the index names.
 
@@ -105,7 +71,7 @@ def _from_hub(repo_id: str) -> Path:
 
     try:
         folder = Path(snapshot_download(repo_id, allow_patterns=_SMALL_FILES, ignore_patterns=_NESTED_FILES))
-        weights = _shards(folder) if (folder / INDEX_FILE).exists() else [WEIGHTS_FILE]
+        weights = shards(folder) if (folder / INDEX_FILE).exists() else [WEIGHTS_FILE]
         wanted = [*map(glob.escape, weights), _NAMED_TEMPLATES]
         return Path(snapshot_download(repo_id, revision=folder.name, allow_patterns=wanted))
     except Exception as error:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from base_files.fingerprint import base_fingerprint, base_fingerprint_v2
-from base_files.locate import malformed_if_unreadable, num_weight_bytes, weight_files
 from base_files.safetensors_header import read_header
 from base_files.tensors import SafetensorsTensor, StoredTensor
+from base_files.weight_files import malformed_if_unreadable, num_weight_bytes, weight_files
 
 
 @dataclass(frozen=True)

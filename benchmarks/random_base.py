@@ -18,6 +18,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from base_files.locate import find_base
+from base_files.source import BaseSource, FolderBase
 from benchmarks.parts.random_adapters import PROJECTIONS, write_adapters
 from benchmarks.parts.random_tokenizer import save_tokenizer
 
@@ -107,10 +108,10 @@ def main() -> None:
     if (options.shape == "none") != (options.base is not None):
         parser.error("--base goes with the shape 'none', and with no other")
     if options.shape == "none":
-        base = find_base(options.base)
+        base: BaseSource = find_base(options.base)
     else:
-        base = write_base(options.shape, options.folder / "base", seed=options.seed)
-        print(f"base      {base}")
+        base = FolderBase(write_base(options.shape, options.folder / "base", seed=options.seed))
+        print(f"base      {base.path}")
     write_adapters(
         base,
         options.folder / "adapters",

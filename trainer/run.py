@@ -93,7 +93,7 @@ def _sidecar(config: TrainConfig, base: TrainingBase, dataset: Dataset, history:
     }
     return Sidecar(
         schema_version=2,
-        base=BaseReference(name=base.name, fingerprint=base.fingerprint, fingerprint_v2=base.fingerprint_v2),
+        base=BaseReference(name=base.name, fingerprint=base.fingerprints.v1, fingerprint_v2=base.fingerprints.v2),
         created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         training=TrainingRecord(
             data_digest=dataset.digest,

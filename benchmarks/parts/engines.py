@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
 
 from base_files.locate import find_base
+from base_files.stock_model import stock_model
 from server.adapters.content.manifest import AdapterPolicy, read_manifest
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
@@ -163,8 +163,8 @@ class Stock:
 
     def __init__(self, base_model: str, *, device: torch.device, dtype: str) -> None:
         torch.set_num_threads(available_threads())
-        loaded = AutoModelForCausalLM.from_pretrained(find_base(base_model), dtype=getattr(torch, dtype))
-        self._model = torch.nn.Module.to(loaded, device=device).eval()
+        loaded = stock_model(find_base(base_model), getattr(torch, dtype))
+        self._model = torch.nn.Module.to(loaded, device=device)
         self._device = device
 
     def run(self, asks: SequenceOf[Ask], num_clients: int) -> float:
@@ -180,7 +180,7 @@ class Peft:
 
     def __init__(self, base_model: str, adapters: SequenceOf[Path], *, dtype: str, mixed: bool) -> None:
         torch.set_num_threads(available_threads())
-        loaded = AutoModelForCausalLM.from_pretrained(find_base(base_model), dtype=getattr(torch, dtype))
+        loaded = stock_model(find_base(base_model), getattr(torch, dtype))
         self._model = PeftModel.from_pretrained(loaded, adapters[0], adapter_name="0")
         for number, path in enumerate(adapters[1:], start=1):
             self._model.load_adapter(path, adapter_name=str(number))

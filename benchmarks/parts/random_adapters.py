@@ -8,14 +8,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
+
+from base_files.source import BaseSource
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def write_adapters(
-    base: Path,
+    base: BaseSource,
     folder: Path,
     names: Sequence[str],
     *,
@@ -42,16 +43,14 @@ def write_adapters(
     return paths
 
 
-def target_shapes(base: Path, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
+def target_shapes(base: BaseSource, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
     """(out, in) of the weight of each linear whose last name is a target, from the headers of the base's files."""
     wanted = re.compile(rf"(.*\.(?:{'|'.join(map(re.escape, targets))}))\.weight")
     shapes = {}
-    for path in sorted(base.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            for key in file.keys():  # noqa: SIM118 - a file, not a mapping
-                if match := wanted.fullmatch(key):
-                    out, into = file.get_slice(key).get_shape()
-                    shapes[match[1]] = (out, into)
+    for name, tensor in base.tensors().items():
+        if match := wanted.fullmatch(name):
+            out, into = tensor.shape
+            shapes[match[1]] = (out, into)
     return shapes
 
 
@@ -65,7 +64,7 @@ def _tensors(
         yield f"{prefix}.lora_B.weight", torch.randn(out, rank, generator=generator) * 0.02
 
 
-def _config(base: Path, rank: int, targets: Sequence[str]) -> dict[str, object]:
+def _config(base: BaseSource, rank: int, targets: Sequence[str]) -> dict[str, object]:
     return {
         "base_model_name_or_path": base.name,
         "bias": "none",

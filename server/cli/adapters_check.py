@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from adapter_format.files import CONFIG_FILE, SIDECAR_FILE, TOKENS_FILE, WEIGHTS_FILE
 from adapter_format.sidecar import Verdict
-from base_files.locate import find_base, num_weight_bytes
+from base_files.locate import find_base
+from base_files.source import BaseSource
 from server.adapters.content.base_check import base_check
 from server.adapters.content.diagnostics import DiagnosticReport
 from server.adapters.content.folder import OPTIONAL_FILES, UNREAD_FILES
@@ -59,15 +60,15 @@ def main(arguments: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return 1
-    base_folder = find_base(settings.base_model)
-    skipped = _why_not_compared(base_folder, wanted=not options.no_probe)
+    base_source = find_base(settings.base_model)
+    skipped = _why_not_compared(base_source, wanted=not options.no_probe)
     report, answers = _examine(path, settings, compared=skipped is None)
     if report.problems or report.manifest is None:
         return 1
     if answers is None:
         say_row("PEFT parity", f"not compared: {skipped}")
         return 0
-    return _compare(base_folder, report.manifest, answers)
+    return _compare(base_source, report.manifest, answers)
 
 
 def find_folder(text: str, folders: Sequence[Path]) -> Path | None:
@@ -104,10 +105,10 @@ def _status(report: DiagnosticReport, *, served: bool) -> str:
     return "NOT SERVED" if report.other_base is None else f"NOT SERVED, for another base: {_short(report.other_base)}"
 
 
-def _why_not_compared(base_folder: Path, *, wanted: bool) -> str | None:
+def _why_not_compared(source: BaseSource, *, wanted: bool) -> str | None:
     if not wanted:
         return "--no-probe was given"
-    size = num_weight_bytes(base_folder)
+    size = source.num_weight_bytes
     if size <= MAX_PROBED_BYTES:
         return None
     return (
@@ -116,11 +117,11 @@ def _why_not_compared(base_folder: Path, *, wanted: bool) -> str | None:
     )
 
 
-def _compare(base_folder: Path, manifest: Manifest, answers: Answers) -> int:
+def _compare(source: BaseSource, manifest: Manifest, answers: Answers) -> int:
     from server.cli.parity import MAX_DIFFERENCE, compare
 
     try:
-        parity = compare(base_folder, manifest, answers)
+        parity = compare(source, manifest, answers)
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ImportError, OSError) as error:
         say_row("PEFT parity", f"FAILED: PEFT cannot load the adapter ({type(error).__name__}: {error!s:.300})")
         return 1

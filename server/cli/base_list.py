@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from base_files.errors import BaseMalformed, BaseNotFound
-from base_files.locate import EMBEDDED_BASE, base_on_disk, num_weight_bytes
+from base_files.locate import EMBEDDED_BASE, base_on_disk
 from base_files.packaged import PACKAGED_BASES, PackagedBase
 from server.cli.command_line import command_parser, parse_options, parse_settings, say, say_row
 
@@ -54,5 +54,5 @@ def _place(name: str, packaged: PackagedBase | None) -> tuple[Path | None, int]:
     """Path and size in bytes of the weights; no path for a hub id. Raises ``BaseNotFound`` or ``BaseMalformed``."""
     if packaged is not None:
         return packaged.installed_path(), packaged.num_bytes
-    path = base_on_disk(name)
-    return path, 0 if path is None else num_weight_bytes(path)
+    source = base_on_disk(name)
+    return (None, 0) if source is None else (source.path, source.num_weight_bytes)

@@ -12,7 +12,6 @@ from collections import abc
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -20,9 +19,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from base_files.source import BaseSource
+from base_files.stock_model import stock_model
 from server.adapters.content.manifest import Manifest
 from server.lora.weights import LoRAWeights
-from server.model.loader import Base, load_stock
+from server.model.loader import Base
 from server.model.patches import ModelPatches, fix_rope
 from server.model.runner import ModelRunner
 from server.sequence import Batch, LoRARequest, SamplingParams, Segment, Sequence
@@ -97,9 +98,9 @@ def answer_here(base: Base, manifest: Manifest, weights: LoRAWeights) -> Answers
     return Answers(answers[: len(prompts)], answers[len(prompts) :], base.max_model_len)
 
 
-def compare(base_folder: Path, manifest: Manifest, answers: Answers) -> Parity:
+def compare(source: BaseSource, manifest: Manifest, answers: Answers) -> Parity:
     """Compare answers with PEFT's on a freshly loaded base in float32. Raises whatever PEFT raises."""
-    base = load_stock(base_folder)
+    base = stock_model(source)
     fix_rope(base, answers.max_model_len, ModelPatches())  # as the server computes its frequencies
     model = _adapted(base, manifest)
     expected = torch.stack([_logits(model, answer) for answer in answers.adapted])

@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils.logging import disable_progress_bar
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from adapter_format.messages import end_token_ids
-from base_files.fingerprint import base_fingerprint, base_fingerprint_v2
-from base_files.locate import find_base, num_weight_bytes, weight_files
+from base_files.locate import find_base
+from base_files.stock_model import stock_config, stock_model, stock_tokenizer
+from base_files.weight_files import weight_files
 from cpu_kernels.kernels import Kernels, choose_kernels
 from server.adapters.content.signature import BaseSignature
 from server.adapters.content.templates import default_template
@@ -102,24 +91,24 @@ def load_base(
     ``quantization`` "int8" quantizes its linears and embedding; ``outlier_cache`` caches the calibration.
     Raises a ``BaseFilesError``, ``BaseModelRefused`` or ``SettingsError``.
     """
-    folder = find_base(base_model)
-    config = _config(folder)
+    source = find_base(base_model)
+    config = stock_config(source)
     torch_device, backend = _device_and_attention(device)
     admit(config, name=name, backend=backend)
     length = _length(config, max_model_len)
     is_int8 = quantization == "int8"
     kernels = _kernels(torch_device, int8=is_int8)
-    fingerprint, fingerprint_v2 = base_fingerprint(folder), base_fingerprint_v2(folder)
+    fingerprints = source.fingerprints()
     # stock weights that will be quantized stay memory-mapped, in the dtype of their file
-    model = load_stock(folder, "auto" if is_int8 else choose_dtype(dtype, torch_device, num_weight_bytes(folder)))
-    tokenizer = _load_tokenizer(folder)
+    model = stock_model(source, "auto" if is_int8 else choose_dtype(dtype, torch_device, source.num_weight_bytes))
+    tokenizer = stock_tokenizer(source)
     nn.Module.to(model, device=torch_device)
     patches = ModelPatches()
     probe = _install_probe(model, patches)
     if not is_int8:
         trace, quantized = _probe(model, probe), None
     else:
-        calibration = Calibration(fingerprint_v2, weight_files(folder), length, outlier_cache)
+        calibration = Calibration(fingerprints.v2, weight_files(source.path), length, outlier_cache)
         trace, quantized = _quantize(model, kernels, probe, patches, calibration, tokenizer, dtype=dtype)
     _check_calls(name, probe, config)
     kv_dtype = choose_kv_dtype(model.dtype) if is_int8 else model.dtype
@@ -130,14 +119,14 @@ def load_base(
     _fuse(model, kernels.ready(model.dtype), patches, on_cpu=on_cpu)
     attention = _install_attention(model, patches)
     probe.close()
-    signature = replace(signature_of(name, fingerprint, trace), fingerprint_v2=fingerprint_v2, setting=base_model)
+    signature = replace(signature_of(name, fingerprints.v1, trace), fingerprint_v2=fingerprints.v2)
     return Base(
         model,
         tokenizer,
         attention,
         partial(cpu_attention, kernels=kernels, windows=probe.windows, plain=probe.plain) if on_cpu else backend,
         probe.shapes,
-        _with_tokenizer(signature, tokenizer, folder),
+        replace(_with_tokenizer(signature, tokenizer, source.path), setting=base_model),
         length,
         end_token_ids(model, tokenizer),
         kv_dtype,
@@ -182,10 +171,10 @@ def _device_and_attention(device: str) -> tuple[torch.device, BackendFactory]:
     return torch_device, TorchAttention if torch_device.type == "cpu" else BatchedAttention
 
 
-def _with_tokenizer(signature: BaseSignature, tokenizer: PreTrainedTokenizerBase, folder: Path) -> BaseSignature:
+def _with_tokenizer(signature: BaseSignature, tokenizer: PreTrainedTokenizerBase, path: Path) -> BaseSignature:
     """The signature with the base's chat template and tokenizer, for comparison with an adapter's."""
     template = default_template(tokenizer.chat_template)
-    return replace(signature, chat_template=template, tokenizer=tokenizer_signature(tokenizer, folder))
+    return replace(signature, chat_template=template, tokenizer=tokenizer_signature(tokenizer, path))
 
 
 def _check_calls(name: str, probe: ProbingAttention, config: PretrainedConfig) -> None:
@@ -212,54 +201,6 @@ def _kernels(device: torch.device, *, int8: bool) -> Kernels:
 def _num_unpacked_bytes(model: PreTrainedModel) -> int:
     """Bytes of parameters outside of linears, such as the experts of a mixture: these are not quantized."""
     return sum(parameter.nbytes for parameter in model.parameters() if parameter.ndim > 2)
-
-
-def load_stock(folder: Path, dtype: torch.dtype | str = torch.float32) -> PreTrainedModel:
-    """The stock transformers model, without remote code or pickled weights. Raises ``BaseModelRefused``."""
-    if not sys.stderr.isatty():
-        disable_progress_bar()
-    load: Any = AutoModelForCausalLM.from_pretrained
-    with _refusals(folder):
-        loaded: tuple[PreTrainedModel, dict[str, Any]] = load(
-            folder,
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    model, info = loaded
-    if missing := sorted(info["missing_keys"]) or [str(key) for key in info["mismatched_keys"]]:
-        raise BaseModelRefused(
-            folder.name, f"its files lack weights that the architecture has: {', '.join(missing[:3])}"
-        )
-    model.eval().requires_grad_(False)
-    return model
-
-
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    with _refusals(folder):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-    return tokenizer
-
-
-@contextmanager
-def _refusals(folder: Path) -> Iterator[None]:
-    """Turns errors of transformers into ``BaseModelRefused``."""
-    try:
-        yield
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise BaseModelRefused(folder.name, f"transformers cannot load it: {str(error)[:300]}") from error
-
-
-def _config(folder: Path) -> PretrainedConfig:
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise BaseModelRefused(folder.name, f"its config.json cannot be read: {str(error)[:300]}") from error
-    return config
 
 
 def _length(config: PretrainedConfig, wanted: int | None) -> int:

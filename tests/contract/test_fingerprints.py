@@ -30,7 +30,7 @@ def test_server_and_trainer_load_a_base_with_these_fingerprints() -> None:
     case = next(case for case in VECTORS["cases"] if case["folder"] == "tiny_base")
     golden = (case["fingerprint"], case["fingerprint_v2"])
     trained = trainer.base.load_base(str(HERE / "tiny_base"))
-    assert (trained.fingerprint, trained.fingerprint_v2) == golden
+    assert (trained.fingerprints.v1, trained.fingerprints.v2) == golden
     served = server.model.loader.load_base(
         str(HERE / "tiny_base"), name="tiny", device="cpu", dtype="float32", max_model_len=32
     )

@@ -16,7 +16,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from base_files.locate import find_base
 from tests.serving import ROOT, ServerProcess
 
-MICRO = find_base("micro")
+MICRO = find_base("micro").path
 TOKENIZER = AutoTokenizer.from_pretrained(MICRO)
 QUESTION = [{"role": "user", "content": "How do I sort a list?"}]
 PROMPT = TOKENIZER.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=False)

@@ -19,7 +19,7 @@ ASKED: dict[str, dict[str, Any]] = {
     CHAT: {"model": "micro", "messages": [{"role": "user", "content": "How do I sort a list?"}]},
     TEXT: {"model": "micro", "prompt": "Once upon a time there was"},
 }
-TOKENIZER = AutoTokenizer.from_pretrained(find_base("micro"))
+TOKENIZER = AutoTokenizer.from_pretrained(find_base("micro").path)
 EOS = TOKENIZER.eos_token_id
 WORD = TOKENIZER(" river")["input_ids"][-1]
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from base_files.source import FolderBase
 from benchmarks import sampling
 from benchmarks.parts.engines import Ask, InProcessEngine, Peft, Stock, in_process_engine
 from benchmarks.parts.random_adapters import write_adapters
@@ -23,7 +24,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return write_adapters(base, tmp_path_factory.mktemp("adapters"), ["x", "y"], rank=2)
+    return write_adapters(FolderBase(base), tmp_path_factory.mktemp("adapters"), ["x", "y"], rank=2)
 
 
 @pytest.fixture(scope="module")

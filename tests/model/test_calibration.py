@@ -13,12 +13,14 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from base_files.source import FolderBase
+from base_files.stock_model import stock_model
 from server.cli.folders import user_cache
 from server.model import calibration
 from server.model.attention.probe import ProbingAttention
 from server.model.calibration import MOST_TOKENS, Calibration, calibration_ids
 from server.model.calibration_texts import TEXTS
-from server.model.loader import load_base, load_stock
+from server.model.loader import load_base
 from server.model.quantizer import OutlierInputs, quantizable
 from server.quantization.outliers import MOST, find_outliers
 from tests.tiny_models import build_tiny_base
@@ -32,7 +34,7 @@ FIRST = "model.layers.0.self_attn.q_proj"
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny base one channel of which is large before the first layer's attention."""
     folder = build_tiny_base(tmp_path_factory.mktemp("tiny"))
-    model = load_stock(folder)
+    model = stock_model(FolderBase(folder))
     with torch.no_grad():
         model.get_parameter("model.layers.0.input_layernorm.weight")[CHANNEL] *= 100.0
     model.save_pretrained(folder)
@@ -41,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def model(folder: Path) -> PreTrainedModel:
-    return load_stock(folder)
+    return stock_model(FolderBase(folder))
 
 
 @pytest.fixture(scope="module")

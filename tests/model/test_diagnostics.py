@@ -14,6 +14,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AddedToken
 
+from base_files.source import BaseSource, FolderBase
+from base_files.stock_model import stock_model
 from server.__main__ import main
 from server.adapters.content.diagnostics import diagnose
 from server.adapters.content.manifest import Manifest, read_manifest
@@ -22,7 +24,6 @@ from server.errors import AdapterRejected
 from server.lora.weights import LoRAWeights
 from server.model.attention.interface import FlatAttention
 from server.model.fused_ops import KernelRMSNorm, RotaryEmbedding
-from server.model.loader import load_stock
 from tests.adapter_folders import BASE, LIMITS, make, tensors, write
 from tests.model.peft_cases import CASES, base_of, make_adapter
 from tests.serving import ROOT
@@ -236,7 +237,7 @@ def test_peft_answers_by_stock_code(folder: Path, check: Check, monkeypatch: pyt
     """Once PEFT's model, loaded after ours, shared our rotary embedding: an error in it could not be seen."""
     compare = parity.compare
 
-    def without_ours(path: Path, manifest: Manifest, answers: parity.Answers) -> parity.Parity:
+    def without_ours(source: BaseSource, manifest: Manifest, answers: parity.Answers) -> parity.Parity:
         with monkeypatch.context() as patch:
             for ours, method in (
                 (RotaryEmbedding, "__call__"),
@@ -244,7 +245,7 @@ def test_peft_answers_by_stock_code(folder: Path, check: Check, monkeypatch: pyt
                 (FlatAttention, "__call__"),
             ):
                 patch.setattr(ours, method, lambda *given, **named: pytest.fail("our code was called"))
-            return compare(path, manifest, answers)
+            return compare(source, manifest, answers)
 
     monkeypatch.setattr(parity, "compare", without_ours)
     status, said = check(folder)
@@ -258,9 +259,9 @@ def test_peft_gets_names_and_numbers_in_place_of_a_strangers_expressions(
     seen: list[Manifest] = []
     compare = parity.compare
 
-    def note(path: Path, manifest: Manifest, answers: parity.Answers) -> parity.Parity:
+    def note(source: BaseSource, manifest: Manifest, answers: parity.Answers) -> parity.Parity:
         seen.append(manifest)
-        return compare(path, manifest, answers)
+        return compare(source, manifest, answers)
 
     monkeypatch.setattr(parity, "compare", note)
     gadgets: dict[str, Any] = {
@@ -308,7 +309,7 @@ def test_rows_trained_for_new_tokens_answer_as_under_peft_and_have_a_text(
     config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], trainable_token_indices=[first, first + 1])
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(3)
-        model = get_peft_model(load_stock(base), config)
+        model = get_peft_model(stock_model(FolderBase(base)), config)
         for name, tensor in model.named_parameters():
             if "lora_B" in name or "trainable_tokens_delta" in name:
                 tensor.normal_()

@@ -9,11 +9,12 @@ import torch
 from transformers import PreTrainedModel
 
 from base_files.locate import find_base
+from base_files.stock_model import stock_model
 from benchmarks.parts.perplexity import LENGTH, Comparison, Reader, compare, own_texts
 from cpu_kernels.int8_weights import Outliers
 from cpu_kernels.kernels import Kernels
 from server.model import quantizer
-from server.model.loader import load_base, load_stock
+from server.model.loader import load_base
 from server.quantization.int8_modules import FusedLinear
 from server.quantization.outliers import MOST, find_outliers
 from tests.model.int8_bases import (
@@ -118,12 +119,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """micro with channels inflated where the next weights undo it: in floats the same function."""
     folder = tmp_path_factory.mktemp("inflated")
     stock = find_base("micro")
-    model = load_stock(stock)
+    model = stock_model(stock)
     with torch.no_grad():
         _inflate(model)
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (folder / name).write_bytes((stock / name).read_bytes())
+        (folder / name).write_bytes((stock.path / name).read_bytes())
     return folder
 
 

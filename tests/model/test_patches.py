@@ -16,6 +16,8 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.models.llama import modeling_llama
 
+from base_files.source import FolderBase
+from base_files.stock_model import stock_model
 from cpu_kernels.kernels import Kernels, choose_linear
 from server.integrity import IntegrityError
 from server.lora.delta import LoRADelta
@@ -23,7 +25,7 @@ from server.lora.weights import LoRAWeights
 from server.model import loader
 from server.model.attention.batched import BatchedAttention
 from server.model.fused_ops import RotaryEmbedding
-from server.model.loader import Base, load_base, load_stock
+from server.model.loader import Base, load_base
 from server.model.patches import ModelPatches, with_globals
 from server.model.quantizer import quantizing
 from server.model.runner import ModelRunner
@@ -100,7 +102,7 @@ def structure(model: nn.Module) -> Mapping[str, tuple[type, frozenset[str]]]:
 
 
 def is_stock(model: PreTrainedModel, folder: Path) -> bool:
-    stock = load_stock(folder)
+    stock = stock_model(FolderBase(folder))
     logits_of(stock)  # some modules keep what a forward pass computed
     implementation = model.config._attn_implementation == stock.config._attn_implementation
     return implementation and structure(model) == structure(stock)
@@ -121,7 +123,7 @@ def test_a_closed_base_is_the_stock_model(
     """GPT-NeoX rotates a part of each head; Phi-3's frequencies depend on length."""
     if batched:
         monkeypatch.setattr(loader, "_device_and_attention", lambda device: (torch.device(device), BatchedAttention))
-    stock, before = load_stock(folder, dtype), namespaces()
+    stock, before = stock_model(FolderBase(folder), dtype), namespaces()
     base = load(folder, dtype=dtype)
     run(base)
     assert not is_stock(base.model, folder)
@@ -134,7 +136,7 @@ def test_a_closed_base_is_the_stock_model(
 
 @pytest.mark.parametrize("folder", ["llama", "gemma2"], indirect=True)
 def test_a_closed_int8_base_has_stock_modules_without_the_weights_that_became_integers(folder: Path) -> None:
-    stock, before = load_stock(folder), namespaces()
+    stock, before = stock_model(FolderBase(folder)), namespaces()
     base = load(folder, "int8")
     run(base)
     base.close()
@@ -182,10 +184,10 @@ def test_a_linear_with_two_names_becomes_integers_under_both_and_once() -> None:
 @pytest.mark.parametrize("folder", ["llama", "gemma2", "gpt_neox"], indirect=True)
 def test_a_model_loaded_beside_a_base_is_stock(folder: Path, quantization: str) -> None:
     """Once the rotary embedding was replaced in transformers' module, for oracles as well."""
-    expected, before = logits_of(load_stock(folder)), namespaces()
+    expected, before = logits_of(stock_model(FolderBase(folder))), namespaces()
     base = load(folder, quantization)
     run(base)
-    beside = load_stock(folder)
+    beside = stock_model(FolderBase(folder))
     assert torch.equal(logits_of(beside), expected)
     assert changed(before) == [("attention", base.attention.name)]
     base.close()
@@ -236,7 +238,7 @@ def test_a_runner_that_was_replaced_changes_no_module_any_more(folder: Path) -> 
 def test_attention_modules_call_our_rotary_embedding_and_no_other_model_does(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base, stock = load(folder), load_stock(folder)
+    base, stock = load(folder), stock_model(FolderBase(folder))
     calls: list[int] = []
     rotate = RotaryEmbedding.__call__
 

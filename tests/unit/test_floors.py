@@ -46,6 +46,7 @@ FLOORS = {
 # Who may import what is not ours. A name that is not here is free for all.
 ALLOWED = {
     "torch": (
+        "base_files.stock_model",
         "cpu_kernels",
         "server.module_proxy",
         "server.quantization",
@@ -55,6 +56,7 @@ ALLOWED = {
         "server.cli",
     ),
     "transformers": (
+        "base_files.stock_model",
         "server.quantization.int8_modules",
         "server.lora.module_bypass",
         "server.text.prompt",

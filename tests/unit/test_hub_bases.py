@@ -12,7 +12,8 @@ import pytest
 from huggingface_hub.utils._paths import filter_repo_objects
 
 from base_files.errors import BaseMalformed, BaseNotFound
-from base_files.locate import base_on_disk, find_base, num_weight_bytes
+from base_files.locate import base_on_disk, find_base
+from base_files.weight_files import num_weight_bytes
 from server.settings import Settings
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -89,14 +90,14 @@ def make_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Seque
 def test_of_a_base_in_shards_the_index_says_what_is_fetched(make_hub: Callable[[Sequence[str]], FakeHub]) -> None:
     """Mistral's repositories have the same weights a second time, in one file, which was fetched and counted, too."""
     hub = make_hub([*SMALL, *SHARDS, "model.safetensors.index.json", *OTHERS])
-    assert find_base("someone/base") == hub.folder
+    assert find_base("someone/base").path == hub.folder
     assert hub.fetched == {*SMALL, *SHARDS, "model.safetensors.index.json"}
     assert hub.revisions == [None, REVISION], "the weights are of the commit whose index was read"
 
 
 def test_of_a_base_in_one_file_this_is_fetched(make_hub: Callable[[Sequence[str]], FakeHub]) -> None:
     hub = make_hub([*SMALL, "model.safetensors", *OTHERS])
-    assert find_base("someone/base") == hub.folder
+    assert find_base("someone/base").path == hub.folder
     assert hub.fetched == {*SMALL, "model.safetensors"}
 
 

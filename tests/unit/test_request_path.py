@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from base_files.source import FolderBase
 from benchmarks.parts.random_adapters import write_adapters
 from benchmarks.request_path import trace_request
 from server.settings import Settings
@@ -16,7 +17,7 @@ MOST_API_FILES = 8
 def test_a_streamed_request_with_an_adapter_passes_few_files(tmp_path: Path) -> None:
     """On a base in floats, without the files of kernels and of int8, which not every CPU runs."""
     base = build_tiny_base(tmp_path / "base")
-    write_adapters(base, tmp_path / "adapters", ["a0"])
+    write_adapters(FolderBase(base), tmp_path / "adapters", ["a0"])
     settings = Settings(
         base_model=str(base),
         adapters_dir=tmp_path / "adapters",

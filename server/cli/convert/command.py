@@ -102,14 +102,14 @@ def _convert_format(options: argparse.Namespace, settings: Settings, target: Pat
 def _convert_tuner(options: argparse.Namespace, settings: Settings, target: Path) -> None:
     """Convert an adapter of another tuner of PEFT, measure, and print the result."""
     config = _read_config(options.source)
-    base_folder = find_base(settings.base_model)
+    base_source = find_base(settings.base_model)
     from server.cli.convert.tuners import convert  # imports torch, which takes seconds
 
     with published_folder(target) as folder:
         found = convert(
             options.source,
             folder,
-            base_folder,
+            base_source,
             config=config,
             merging=config["peft_type"] in BY_MERGING,
             rank=options.rank or options.energy,

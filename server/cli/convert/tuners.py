@@ -19,12 +19,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from adapter_format.files import COMPANION_FILES, CONFIG_FILE, SOURCE_FILE, WEIGHTS_FILE
+from base_files.errors import BaseFilesError
+from base_files.source import BaseSource
+from base_files.stock_model import stock_model
 from server.adapters.content.peft_config import parse_peft_config
 from server.cli.convert.source import copy_files
 from server.cli.folders import NotPublished
-from server.errors import BaseModelRefused
 from server.model.device import available_threads
-from server.model.loader import load_stock
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -43,7 +44,7 @@ class Conversion:
 def convert(
     source: Path,
     folder: Path,
-    base_folder: Path,
+    base_source: BaseSource,
     *,
     config: Mapping[str, Any],
     merging: bool,
@@ -56,7 +57,7 @@ def convert(
     Raises ``NotPublished``.
     """
     torch.set_num_threads(threads or available_threads())
-    base = load_stock(base_folder)
+    base = stock_model(base_source)
     vocabulary = base.config.get_text_config().vocab_size
     prompts = torch.randint(vocabulary, (4, 32), generator=torch.Generator().manual_seed(0))
     plain = _logits(base, prompts)
@@ -66,12 +67,12 @@ def convert(
         wanted = _logits(model, prompts)
     with _peft_sentences("write it as LoRA"):
         if merging:
-            _tell_gains_by_merging(model, load_stock(base_folder))
+            _tell_gains_by_merging(model, stock_model(base_source))
         tensors = _to_lora(model, folder, rank=rank)
         del base, model  # before the base is loaded once more
     copy_files(source, folder, *COMPANION_FILES, SOURCE_FILE)
     with _peft_sentences("read the converted adapter"):
-        got = _logits(_load_adapter(load_stock(base_folder), folder), prompts)
+        got = _logits(_load_adapter(stock_model(base_source), folder), prompts)
     off, effect = float((got - wanted).abs().max()), float((wanted - plain).abs().max())
     if effect == 0:
         raise NotPublished("the adapter changes nothing on this base: is it the base it was trained on?")
@@ -146,7 +147,7 @@ def _peft_sentences(what: str) -> Iterator[None]:
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:
             yield
-        except (NotPublished, BaseModelRefused):
+        except (NotPublished, BaseFilesError):
             raise
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
