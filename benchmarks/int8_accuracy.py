@@ -1,12 +1,15 @@
 """How much of a base's understanding int8 costs, alone and with each demo adapter, against the same base in float32.
 
-    python -m benchmarks.int8_accuracy [--base BASE] [--data FOLDER] [--windows 40]
+    python -m benchmarks.int8_accuracy [--base BASE] [--data FOLDER] [--windows 40] [--show 3]
 
-Reads texts that come with the repository: new conversations of the kinds micro was trained on, a licence, and the
-demo adapters' own conversations. With --data, a folder with ``english``, ``gutenberg`` and ``tinyshakespeare`` as in
-CONTRIBUTING.md, also books. For each text: perplexity in float32, by how much int8's is above it, the share of places
-with the same likeliest token, and the mean Kullback-Leibler divergence of int8's probabilities in thousandths of a
-nat, which is far less a matter of luck. On micro also what single parts cost.
+Reads texts that come with the repository: new conversations of the kinds micro was trained on, a licence, and on micro
+the demo adapters' own conversations. With --data, a folder with ``english``, ``gutenberg`` and ``tinyshakespeare`` as
+in CONTRIBUTING.md, also books. For each text: perplexity in float32, by how much int8's is above it, the share of
+places with the same likeliest token, and the mean Kullback-Leibler divergence of int8's probabilities in thousandths
+of a nat, which is far less a matter of luck. On micro also what single parts cost.
+
+Then both answer twenty everyday questions, greedily: the same figures for int8 that reads the answers of float32, and
+how many of each one's own answers end in a loop (``parts/everyday.py``). --show prints some of them.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from unittest.mock import patch
 
 import torch
 
+from benchmarks.parts.everyday import LOOP_LENGTH, MAX_PERIOD, MAX_TOKENS, QUESTIONS, Answered, ask, is_loop, num_loops
 from benchmarks.parts.perplexity import (
     LENGTH,
     ROOT,
@@ -40,12 +44,15 @@ _BOOKS = ("Little-Women_514.txt", "The-Time-Machine_35.txt")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default="micro", help="'micro', a folder, or a hub id")
+    parser.add_argument("--base", default="micro", help="as the server's setting base_model")
     parser.add_argument("--data", type=Path, help="a folder with books")
     parser.add_argument("--windows", type=int, default=40, help=f"windows of {LENGTH} tokens of each text, at most")
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="print the answers to the first N questions")
     options = parser.parse_args()
     torch.set_num_threads(available_threads())
-    floats, int8 = Reader(_load(options.base, "none")), Reader(_load(options.base, "int8"))
+    floats, int8 = (
+        Reader(_load(options.base, quantization), num_slots=len(QUESTIONS)) for quantization in ("none", "int8")
+    )
     tokenizer = floats.base.tokenizer
     texts = dict(own_texts(tokenizer, num_windows=options.windows))
     for name in _BOOKS if options.data else ():
@@ -59,7 +66,34 @@ def main() -> None:
         for adapter, (name, windows) in of_adapters.items():
             both = (int8.add(ROOT / "adapters" / adapter), floats.add(ROOT / "adapters" / adapter))
             print(_row(adapter, name, compare(int8, floats, windows, both)))
+    if tokenizer.chat_template:
+        answered = ask(int8, floats)
+        print(_row("the base", "answers of float32", answered.comparison))
+        _print_answers(answered)
+        _print_texts(answered, floats, num_shown=options.show)
+    else:
+        print("\nThe base has no chat template: it is asked no questions.")
+    if options.base == "micro":
         _print_parts(texts)
+
+
+def _print_answers(found: Answered) -> None:
+    """How the bases' own answers end."""
+    print(f"\n{len(QUESTIONS)} everyday questions, greedy, at most {MAX_TOKENS} tokens. A loop: the last {LOOP_LENGTH}")
+    print(f"tokens have a period of at most {MAX_PERIOD}.\n")
+    print("| | float32 | int8 |\n|---|---|---|")
+    print(f"| answers that end in a loop | {num_loops(found.other_answers)} | {num_loops(found.answers)} |")
+    print(f"| answers equal to float32's | | {found.num_same} |")
+
+
+def _print_texts(found: Answered, reader: Reader, *, num_shown: int) -> None:
+    """The answers to the first questions, those that end in a loop marked."""
+    shown = zip(QUESTIONS[:num_shown], found.other_answers, found.answers, strict=False)
+    for question, float_answer, int8_answer in shown:
+        print(f"\n### {question}")
+        for name, ids in (("float32", float_answer), ("int8", int8_answer)):
+            text = reader.base.tokenizer.decode(ids, skip_special_tokens=True)
+            print(f"\n{name}{' (a loop)' if is_loop(ids) else ''}: {text}")
 
 
 def _print_parts(texts: Mapping[str, Windows]) -> None:

@@ -1,4 +1,4 @@
-"""How surprised a base is by texts, alone or with an adapter, as the engine computes it."""
+"""How surprised a base is by texts, alone or with an adapter, and how it answers, as the engine computes it."""
 
 from __future__ import annotations
 
@@ -6,18 +6,25 @@ import math
 import random
 from collections import abc
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from server.adapters.content.manifest import AdapterPolicy, read_manifest
-from server.model.kv_cache import AttentionMetadata, AttentionSegment
+from server.engine.engine import Engine
+from server.engine.scheduler import Scheduler
+from server.engine.slots import SlotTable
+from server.metrics import Metrics
+from server.model.kv_cache import AttentionMetadata, AttentionSegment, KVLayout
 from server.model.loader import Base
 from server.model.runner import ModelRunner
+from server.model.sampler import Sampler
 from server.sequence import Batch, LoRARequest, SamplingParams, Segment, Sequence
 from trainer.books import clean
 from trainer.micro.conversation import Conversation
@@ -56,16 +63,19 @@ class Comparison:
 
 
 class Reader:
-    """A base that reads texts; keys and values are kept as ``kv_dtype``, by default as the server would."""
+    """A base that reads texts; keys and values are kept as ``kv_dtype``, by default as the server would.
 
-    def __init__(self, base: Base, *, kv_dtype: torch.dtype | None = None) -> None:
-        self.base = base
+    It answers ``num_slots`` prompts at a time.
+    """
+
+    def __init__(self, base: Base, *, kv_dtype: torch.dtype | None = None, num_slots: int = 1) -> None:
+        self.base, self._num_slots = base, num_slots
         self._runner = ModelRunner(
             base.model,
             base.attention,
             base.shapes,
             base.attention_backend,
-            num_slots=1,
+            num_slots=num_slots,
             max_len=LENGTH,
             kv_dtype=kv_dtype or base.kv_dtype,
             kernels=base.kernels,
@@ -90,16 +100,48 @@ class Reader:
         logits: torch.Tensor = output.logits[0]
         return logits.float()
 
+    def answers(self, prompts: Windows, *, max_tokens: int) -> list[list[int]]:
+        """The greedy answer to each prompt, at most ``max_tokens`` and the end token; they are decoded together."""
+        base = self.base
+        layout = KVLayout(tuple(base.shapes), LENGTH, base.kv_dtype)
+        scheduler = Scheduler(
+            max_num_seqs=self._num_slots,
+            max_num_batched_tokens=512,
+            max_prefill_tokens=128,
+            max_model_len=LENGTH,
+            slots=SlotTable(self._num_slots, max_len=LENGTH, bytes_of=layout.bytes_of, reuses=False),
+        )
+        engine = Engine(scheduler, self._runner, Sampler(), Metrics())
+        greedy = SamplingParams(temperature=0.0)
+        sequences = [
+            Sequence(number, tuple(prompt), min(max_tokens, LENGTH - len(prompt)), greedy, eos_ids=base.eos_ids)
+            for number, prompt in enumerate(prompts)
+        ]
+        for sequence in sequences:
+            engine.add(sequence)
+        while not engine.idle:
+            engine.record_step(engine.step(), 0.0)
+        return [sequence.output_ids for sequence in sequences]
+
 
 def compare(
-    reader: Reader, other: Reader, windows: Windows, adapters: tuple[str | None, str | None] = (None, None)
+    reader: Reader,
+    other: Reader,
+    windows: Windows,
+    adapters: tuple[str | None, str | None] = (None, None),
+    *,
+    num_given: abc.Sequence[int] | None = None,
 ) -> Comparison:
-    """Every token but the first of each window, by two readers, each with an adapter of its own or none."""
+    """Tokens of each window, by two readers, each with an adapter of its own or none.
+
+    ``num_given`` tokens at the beginning of each window are read but not compared, by default the first.
+    """
     sums, count = torch.zeros(4, dtype=torch.float64), 0
-    for window in windows:
-        logits, other_logits = reader.logits(window, adapters[0])[:-1], other.logits(window, adapters[1])[:-1]
+    for window, given in zip(windows, num_given or [1] * len(windows), strict=True):
+        logits = reader.logits(window, adapters[0])[given - 1 : -1]
+        other_logits = other.logits(window, adapters[1])[given - 1 : -1]
         p, q = other_logits.log_softmax(-1), logits.log_softmax(-1)
-        targets = torch.tensor(window[1:])[:, None]
+        targets = torch.tensor(window[given:])[:, None]
         same = (logits.argmax(-1) == other_logits.argmax(-1)).sum()
         values = [-q.gather(1, targets).sum(), -p.gather(1, targets).sum(), (p.exp() * (p - q)).sum(), same]
         sums += torch.stack([value.double() for value in values])
@@ -109,11 +151,14 @@ def compare(
 
 
 def own_texts(tokenizer: PreTrainedTokenizerBase, *, num_windows: int) -> Mapping[str, Windows]:
-    """Texts that come with the repository: new conversations of the kinds micro knows, and a licence it never read."""
-    return {
-        "conversations": _chats(tokenizer, _conversations(), num_windows=num_windows),
-        "licence": _cut(tokenizer, (ROOT / "LICENSE").read_text(encoding="utf-8"), num_windows=num_windows),
-    }
+    """Texts that come with the repository: new conversations of the kinds micro knows, and a licence it never read.
+
+    A base without a chat template has no conversations.
+    """
+    licence = _cut(tokenizer, (ROOT / "LICENSE").read_text(encoding="utf-8"), num_windows=num_windows)
+    if not tokenizer.chat_template:
+        return {"licence": licence}
+    return {"conversations": _chats(tokenizer, _conversations(), num_windows=num_windows), "licence": licence}
 
 
 def adapter_texts(
@@ -154,10 +199,12 @@ def _conversations() -> Iterator[Conversation]:
 
 
 def _chats(tokenizer: PreTrainedTokenizerBase, chats: Iterator[Conversation], *, num_windows: int) -> Windows:
+    """Conversations that the base's template accepts: many refuse a system turn, or a tool call without content."""
     ids: list[int] = []
     for chat in islice(chats, _NUM_CONVERSATIONS):
         messages: Any = chat["messages"]
-        ids += _ids(tokenizer, str(tokenizer.apply_chat_template(messages, tokenize=False)))
+        with suppress(TemplateError):
+            ids += _ids(tokenizer, str(tokenizer.apply_chat_template(messages, tokenize=False)))
         if len(ids) >= num_windows * LENGTH:
             break
     return _windows(ids, num_windows)
