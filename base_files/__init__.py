@@ -9,8 +9,10 @@ Reading order, one module a line:
 ``weight_files``       the weight files of a folder
 ``safetensors_header`` the tensors of such a file
 ``fingerprint``        what ties an adapter to its base
-``gguf``               the other container of tensors
-``gguf_blocks``        its block types as floats
+``gguf``               GGUF, the other container: a model's files, split or not
+``gguf_header``        the header of one of them
+``gguf_tensor``        its tensors, read row by row
+``gguf_blocks``        their block types as floats
 ``gguf_fingerprint``   the fingerprint of such a file
 ``mxfp4``              values and scales of MXFP4
 ``stock_model``        transformers' config, tokenizer and model of a source; the only module that imports torch

@@ -1,69 +1,41 @@
-"""The GGUF container: what its header says, and its tensors as floats, read one by one.
-
-The format is https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian. The file may
-be a stranger's: every count, length and offset is held against the file's size before anything is read or allocated.
-"""
+"""GGUF files: a model, or one that is split into parts, with its metadata and its tensors."""
 
 from __future__ import annotations
 
-import math
-import os
-import stat
-import struct
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from base_files.gguf_blocks import BLOCK_TYPES, UNREAD_TYPES, BlockType, dequantize
+from base_files.gguf_header import MAGIC, GGUFHeader, Value, read_header
+from base_files.gguf_tensor import GGUFTensor
 
-MAGIC = b"GGUF"
-VERSIONS = (2, 3)
-MAX_HEADER_BYTES = 256 * 1024 * 1024
-MAX_TENSORS, MAX_NAME_BYTES, MAX_DIMENSIONS, MAX_ALIGNMENT = 100_000, 512, 4, 1 << 20
-DEFAULT_ALIGNMENT = 32
+__all__ = ["GGUFFile", "GGUFTensor", "Value", "check_is_model", "find_gguf", "is_gguf", "read_gguf"]
 
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
-_MIN_KEY_BYTES = 8 + 4 + 1
-_MIN_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8
-
-Value = str | int | float | bool | list[str] | NDArray[Any]
-
-
-@dataclass(frozen=True)
-class GGUFTensor:
-    """One tensor: ``shape`` has the outermost dimension first, its bytes are ``[begin, end)`` of the file."""
-
-    name: str
-    shape: tuple[int, ...]
-    block_type: BlockType
-    begin: int
-    end: int
+_PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.gguf)", re.IGNORECASE)
+_SPLIT_NO, _SPLIT_COUNT, _SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
 
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """A file's metadata by key and its tensors by name; arrays of numbers are numpy's."""
+    """The files of one model, the first of which has the metadata; tensors by name. Arrays of numbers are numpy's."""
 
-    path: Path
+    paths: tuple[Path, ...]
     metadata: Mapping[str, Value]
     tensors: Mapping[str, GGUFTensor]
 
+    @property
+    def path(self) -> Path:
+        return self.paths[0]
+
     def read(self, name: str) -> NDArray[Any]:
         """A tensor of float32, or of float16 where it is stored so. Raises ``ValueError`` or ``OSError``."""
-        tensor = self.tensors[name]
-        with open(self.path, "rb") as file:
-            file.seek(tensor.begin)
-            data = file.read(tensor.end - tensor.begin)
-        if len(data) != tensor.end - tensor.begin:
-            raise ValueError(f"{self.path.name} became shorter while it was read")
-        values = np.empty(math.prod(tensor.shape), np.float32)
-        dequantize(tensor.block_type, data, values)
-        return values.astype(np.float16 if tensor.block_type.name == "F16" else np.float32).reshape(tensor.shape)
+        values = self.tensors[name].read()
+        return values.astype(np.float16) if self.tensors[name].dtype == "F16" else values
 
 
 def is_gguf(path: Path) -> bool:
@@ -75,155 +47,142 @@ def is_gguf(path: Path) -> bool:
 
 
 def read_gguf(path: Path) -> GGUFFile:
-    """Read and check the header. Raises ``ValueError`` with a sentence that says what is wrong, or ``OSError``."""
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"{path.name} is not a regular file")
-        header = _Header(file, status.st_size)
-        num_tensors, num_keys = _read_start(header)
-        metadata = _read_metadata(header, num_keys)
-        alignment = _alignment(metadata)
-        infos = [_read_tensor_info(header) for _ in range(num_tensors)]
-        start = -(-header.position // alignment) * alignment
-        tensors = {info.name: info for info in (_placed(info, start, alignment) for info in infos)}
-        if len(tensors) != num_tensors:
-            raise ValueError("the name of a tensor stands twice in its header")
-        _check_spans(tensors.values(), status.st_size)
-        return GGUFFile(path, metadata, tensors)
+    """Read and check the header, and those of all other parts of a split model, any of which ``path`` may be.
+
+    Raises ``ValueError`` with a sentence that says what is wrong, or ``OSError``.
+    """
+    header = read_header(path)
+    if _SPLIT_COUNT not in header.metadata or _whole_number(header, _SPLIT_COUNT) < 2:
+        return GGUFFile((path,), header.metadata, header.tensors)
+    parts = [_read_part(part, header) for part in _part_paths(header)]
+    for number, part in enumerate(parts):
+        _check_part(part, parts[0], number, len(parts))
+    return _joined(parts)
 
 
-class _Header:
-    """Reads forward from the beginning, never beyond the file's size or the header's limit."""
-
-    def __init__(self, file: BinaryIO, size: int) -> None:
-        self._file = file
-        self._end = min(size, MAX_HEADER_BYTES)
-        self.position = 0
-
-    @property
-    def remaining(self) -> int:
-        return self._end - self.position
-
-    def take(self, count: int, what: str) -> bytes:
-        if count > self.remaining:
-            raise ValueError(f"the header is truncated or damaged: {what} needs {count} bytes, {self.remaining} remain")
-        data = self._file.read(count)
-        if len(data) != count:
-            raise ValueError("the file became shorter while it was read")
-        self.position += count
-        return data
-
-    def number(self, form: str, what: str) -> Any:
-        return struct.unpack(f"<{form}", self.take(struct.calcsize(f"<{form}"), what))[0]
-
-    def count(self, form: str, what: str, *, each: int) -> int:
-        """A count of things of ``each`` bytes at least."""
-        value = int(self.number(form, what))
-        if value * each > self.remaining:
-            raise ValueError(f"the header is truncated or damaged: {what} is {value}")
-        return value
-
-    def text(self, what: str) -> str:
-        data = self.take(self.count("Q", f"the length of {what}", each=1), what)
-        try:
-            return data.decode()
-        except UnicodeDecodeError:
-            raise ValueError(f"{what} is not UTF-8 text") from None
-
-    def name(self, what: str) -> str:
-        text = self.text(what)
-        if len(text.encode()) > MAX_NAME_BYTES or not text.isprintable() or not text:
-            raise ValueError(f"{what} is {text!r:.80}: it is empty, longer than {MAX_NAME_BYTES} or no plain text")
-        return text
+def _part_paths(header: GGUFHeader) -> list[Path]:
+    """Paths of all parts, by the name of one of them."""
+    count, number = _whole_number(header, _SPLIT_COUNT), _whole_number(header, _SPLIT_NO)
+    match = _PART_NAME.fullmatch(header.path.name)
+    if not match or (int(match["number"]), int(match["count"])) != (number + 1, count):
+        raise ValueError(
+            f"it is part {number + 1} of {count} by its split.no and split.count, and its name is not "
+            f"NAME-{number + 1:05}-of-{count:05}.gguf: give all parts their names back"
+        )
+    names = (f"{match['stem']}-{part:05}-of-{count:05}{match['suffix']}" for part in range(1, count + 1))
+    return [header.path.with_name(name) for name in names]
 
 
-def _read_start(header: _Header) -> tuple[int, int]:
-    """Numbers of tensors and of keys."""
-    if (magic := header.take(4, "its magic number")) != MAGIC:
-        raise ValueError(f"it is no GGUF file: it begins with {magic!r}")
-    version = int(header.number("I", "its version"))
-    if version and version & 0xFFFF == 0:
-        raise ValueError("it is a big-endian GGUF file: write it again without --bigendian")
-    if version not in VERSIONS:
-        raise ValueError(f"its GGUF version is {version}; versions 2 and 3 are read: write it again with a newer tool")
-    num_tensors = header.count("Q", "the number of tensors", each=_MIN_TENSOR_BYTES)
-    if num_tensors > MAX_TENSORS:
-        raise ValueError(f"it announces {num_tensors} tensors; {MAX_TENSORS} are read at most")
-    return num_tensors, header.count("Q", "the number of keys", each=_MIN_KEY_BYTES)
+def _read_part(path: Path, given: GGUFHeader) -> GGUFHeader:
+    if path == given.path:
+        return given
+    try:
+        return read_header(path)
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from None
+    except FileNotFoundError:
+        raise ValueError(f"its part {path.name} is missing: all parts must be in the same folder") from None
 
 
-def _read_metadata(header: _Header, count: int) -> Mapping[str, Value]:
-    metadata: dict[str, Value] = {}
-    for _ in range(count):
-        key = header.name("a key")
-        if key in metadata:
-            raise ValueError(f"the key {key} stands twice in its header")
-        metadata[key] = _read_value(header, int(header.number("I", f"the type of {key}")), key)
-    return metadata
+def _check_part(part: GGUFHeader, first: GGUFHeader, number: int, count: int) -> None:
+    for key, wanted in ((_SPLIT_NO, number), (_SPLIT_COUNT, count)):
+        found = _whole_number(part, key)
+        if found != wanted:
+            raise ValueError(f"{part.path.name}: {key} is {found}, and by its place among the parts it is {wanted}")
+    if part.alignment != first.alignment:
+        raise ValueError(
+            f"{part.path.name}: its alignment is {part.alignment}, that of {first.path.name} is {first.alignment}: "
+            "merge the parts with llama-gguf-split --merge"
+        )
+    for key, value in part.metadata.items():
+        if not key.startswith("split.") and not _is_same(value, first.metadata.get(key)):
+            raise ValueError(f"{part.path.name}: {key} is not as in {first.path.name}, which has the metadata")
 
 
-def _read_value(header: _Header, kind: int, key: str) -> Value:
-    if kind == _STRING:
-        return header.text(f"the value of {key}")
-    if kind == _ARRAY:
-        return _read_array(header, key)
-    if kind not in _SCALARS:
-        raise ValueError(f"the value of {key} is of type {kind}, which GGUF does not have")
-    value: int | float | bool = header.number(_SCALARS[kind], f"the value of {key}")
+def _is_same(value: Value, other: Value | None) -> bool:
+    return other is not None and np.array_equal(np.asarray(value), np.asarray(other))
+
+
+def _whole_number(header: GGUFHeader, key: str) -> int:
+    value = header.metadata.get(key)
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{header.path.name}: {key} is {value!r:.40}: it must be a number of 0 or more")
     return value
 
 
-def _read_array(header: _Header, key: str) -> Value:
-    kind = int(header.number("I", f"the type in {key}"))
-    what = f"the length of {key}"
-    if kind == _STRING:
-        return [header.text(f"a value of {key}") for _ in range(header.count("Q", what, each=8))]
-    if kind not in _SCALARS:
-        raise ValueError(f"{key} is an array of type {kind}, which is not read")
-    dtype = np.dtype(f"<{_SCALARS[kind]}")
-    count = header.count("Q", what, each=dtype.itemsize)
-    return np.frombuffer(header.take(count * dtype.itemsize, f"the values of {key}"), dtype)
+def _joined(parts: list[GGUFHeader]) -> GGUFFile:
+    tensors: dict[str, GGUFTensor] = {}
+    for part in parts:
+        if twice := next((name for name in part.tensors if name in tensors), None):
+            raise ValueError(f"{part.path.name}: tensor {twice} is in {tensors[twice].path.name} too")
+        tensors |= part.tensors
+    for part in parts:
+        if (announced := _whole_number(part, _SPLIT_TENSORS)) != len(tensors):
+            raise ValueError(f"{part.path.name}: {_SPLIT_TENSORS} is {announced}, and all parts hold {len(tensors)}")
+    return GGUFFile(tuple(part.path for part in parts), parts[0].metadata, tensors)
 
 
-def _alignment(metadata: Mapping[str, Value]) -> int:
-    value = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
-    if type(value) is not int or not 0 < value <= MAX_ALIGNMENT or value & (value - 1):
-        raise ValueError(f"general.alignment is {value!r:.40}: it must be a power of two, {MAX_ALIGNMENT} at most")
-    return value
+def check_is_model(metadata: Mapping[str, Value]) -> None:
+    """Raises ``ValueError`` for what GGUF files hold beside models, by what it is."""
+    if kind := _kind_beside_models(metadata):
+        raise ValueError(f"it is {kind}, no model")
 
 
-def _read_tensor_info(header: _Header) -> GGUFTensor:
-    """A tensor's entry; its span is still relative to where data begins."""
-    name = header.name("the name of a tensor")
-    num_dimensions = int(header.number("I", f"the dimensions of {name}"))
-    if not 1 <= num_dimensions <= MAX_DIMENSIONS:
-        raise ValueError(f"tensor {name} has {num_dimensions} dimensions; 1 to {MAX_DIMENSIONS} are possible")
-    inner_first = [int(header.number("Q", f"the shape of {name}")) for _ in range(num_dimensions)]
-    kind = int(header.number("I", f"the type of {name}"))
-    offset = int(header.number("Q", f"the offset of {name}"))
-    if kind not in BLOCK_TYPES:
-        named = f"{kind} ({UNREAD_TYPES[kind]})" if kind in UNREAD_TYPES else kind
-        known = ", ".join(block.name for block in BLOCK_TYPES.values())
-        raise ValueError(f"tensor {name} is of ggml's type {named}; types that are read are {known}")
-    block_type = BLOCK_TYPES[kind]
-    if min(inner_first) < 1 or inner_first[0] % block_type.elements:
-        raise ValueError(f"tensor {name} of type {block_type.name} has the impossible shape {inner_first[::-1]}")
-    num_bytes = math.prod(inner_first) // block_type.elements * block_type.num_bytes
-    return GGUFTensor(name, tuple(inner_first[::-1]), block_type, offset, offset + num_bytes)
+_KINDS_BESIDE_MODELS = {
+    "adapter": "a LoRA adapter (quickchange adapters convert makes a PEFT folder of it)",
+    "mmproj": "a projector of images or sound (mmproj)",
+    "imatrix": "an importance matrix",
+    "vocab": "a vocabulary without weights",
+}
+"""By ``general.type``."""
+_ARCHITECTURES_BESIDE_MODELS = {"clip": _KINDS_BESIDE_MODELS["mmproj"], "controlvector": "a control vector"}
+"""By ``general.architecture``, for files without a type."""
 
 
-def _placed(tensor: GGUFTensor, start: int, alignment: int) -> GGUFTensor:
-    if tensor.begin % alignment:
-        raise ValueError(f"tensor {tensor.name} begins at {tensor.begin}, no multiple of the alignment {alignment}")
-    return GGUFTensor(tensor.name, tensor.shape, tensor.block_type, start + tensor.begin, start + tensor.end)
+def _kind_beside_models(metadata: Mapping[str, Value]) -> str | None:
+    """None for a model."""
+    kind = str(metadata.get("general.type", "model"))
+    if kind != "model":
+        return _KINDS_BESIDE_MODELS.get(kind, f"of general.type {kind!r:.40}")
+    return _ARCHITECTURES_BESIDE_MODELS.get(str(metadata.get("general.architecture")))
 
 
-def _check_spans(tensors: Iterable[GGUFTensor], size: int) -> None:
-    cursor = 0
-    for tensor in sorted(tensors, key=lambda tensor: (tensor.begin, tensor.end)):
-        if tensor.begin < cursor:
-            raise ValueError(f"tensor {tensor.name} overlaps another one")
-        cursor = tensor.end
-        if cursor > size:
-            raise ValueError(f"the file is truncated: {tensor.name} ends at byte {cursor}, the file has {size}")
+def find_gguf(folder: Path) -> Path | None:
+    """The one model among the GGUF files of a folder, its first part where it is split; None without GGUF files.
+
+    Files that hold no model (mmproj, adapters) may lie beside it. Raises ``ValueError`` where there is no model or
+    more than one, or ``OSError``.
+    """
+    files = _without_later_parts(sorted(path for path in folder.iterdir() if path.suffix.lower() == ".gguf"))
+    if len(files) < 2:
+        return next(iter(files), None)
+    kinds = {path: _kind_of_file(path) for path in files}
+    models = [path for path, kind in kinds.items() if kind is None]
+    if len(models) == 1:
+        return models[0]
+    if models:
+        raise ValueError(f"the folder holds {len(models)} models in GGUF: name the file, one of {_names(models)}")
+    raise ValueError(
+        "the folder holds no model in GGUF: " + ", ".join(f"{path.name} is {kinds[path]}" for path in files)
+    )
+
+
+def _without_later_parts(paths: list[Path]) -> list[Path]:
+    """The first part that is there stands for all of them."""
+    found: dict[object, Path] = {}
+    for path in paths:
+        match = _PART_NAME.fullmatch(path.name)
+        found.setdefault((match["stem"], match["count"]) if match else path, path)
+    return list(found.values())
+
+
+def _kind_of_file(path: Path) -> str | None:
+    """A file that cannot be read counts as a model, so that it is named."""
+    try:
+        return _kind_beside_models(read_header(path).metadata)
+    except ValueError:
+        return None
+
+
+def _names(paths: list[Path]) -> str:
+    return ", ".join(path.name for path in paths[:5]) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
