@@ -7,7 +7,6 @@ those two is ``weights_sample``. ``tests/contract/fingerprint.json`` has vectors
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -15,7 +14,7 @@ from base_files.fingerprint import canonical_json, windows
 from base_files.gguf import GGUFFile, Value
 
 
-def gguf_fingerprint(files: Sequence[GGUFFile]) -> str:
+def gguf_fingerprint(file: GGUFFile) -> str:
     """SHA-256 over these bytes, in this order:
 
     1. ``quickchange-gguf-v1`` and a line feed.
@@ -26,19 +25,16 @@ def gguf_fingerprint(files: Sequence[GGUFFile]) -> str:
        of version 2 of a folder's fingerprint.
 
     Neither the order of keys and tensors, nor padding, nor the division into files, nor other keys (names, licences,
-    the tokenizer) matter. ``files`` are all the files of a base, the first with the metadata. Raises ``ValueError`` or
-    ``OSError``.
+    the tokenizer) matter. Raises ``ValueError`` or ``OSError``.
     """
-    metadata = files[0].metadata
-    architecture = metadata.get("general.architecture")
+    architecture = file.metadata.get("general.architecture")
     digest = hashlib.sha256(b"quickchange-gguf-v1\n")
     described: dict[str, object] = {"general.architecture": architecture}
-    described |= {key: _plain(value) for key, value in metadata.items() if key.startswith(f"{architecture}.")}
+    described |= {key: _plain(value) for key, value in file.metadata.items() if key.startswith(f"{architecture}.")}
     digest.update(canonical_json(described))
-    tensors = [(file.path, tensor) for file in files for tensor in file.tensors.values()]
-    for path, tensor in sorted(tensors, key=lambda item: item[1].name):
+    for _, tensor in sorted(file.tensors.items()):
         digest.update(canonical_json([tensor.name, tensor.shape, tensor.block_type.name]))
-        for window in windows(path, tensor):
+        for window in windows(tensor.path, tensor):
             digest.update(window)
     return f"sha256:{digest.hexdigest()}"
 
