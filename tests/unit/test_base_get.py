@@ -6,6 +6,7 @@ import errno
 import importlib.util
 import io
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -328,7 +329,10 @@ def test_the_list_tells_where_each_base_is_and_which_is_configured(tmp_path: Pat
     assert main(["base", "dance"]) == 2
 
 
-def test_every_entry_of_the_registry_is_consistent() -> None:
+def test_every_entry_of_the_registry_is_consistent_and_known_to_make(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(PACKAGED_BASES, "tiny")
+    known = re.search(r"^PACKAGED_BASES := (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert known and known[1].split() == list(PACKAGED_BASES)
     for name, base in PACKAGED_BASES.items():
         assert base.name == name and len(bytes.fromhex(base.sha256)) == 32
         assert base.wheel == f"{base.package.replace('-', '_')}-{base.version}-py3-none-any.whl"
