@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import glob
+import os
+import re
 from importlib.resources import files
 from pathlib import Path
 
@@ -12,8 +14,14 @@ from base_files.source import BaseSource, FolderBase
 from base_files.weight_files import INDEX_FILE, WEIGHTS_FILE, shards
 
 EMBEDDED_BASE = "micro"
+BASE_MODEL_HELP = (
+    f"'{EMBEDDED_BASE}' (embedded), {', '.join(map(repr, PACKAGED_BASES))} (after `quickchange base get`), "
+    "a GGUF file, a folder, or a hub id"
+)
+"""What a base setting may be, wherever one is described."""
 
 _SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
+_GGUF_ENDING = re.compile(r"(-\d{5}-of-\d{5})?\.gguf$")
 _NESTED_FILES = ["*/*"]
 _NAMED_TEMPLATES = "additional_chat_templates/*.jinja"
 
@@ -49,6 +57,21 @@ def base_on_disk(base_model: str) -> BaseSource | None:
             "'Qwen/Qwen2.5-0.5B-Instruct'",
         )
     return None
+
+
+def base_name(base_model: str) -> str:
+    """What the base is called: the setting as it is, or the name of its file or folder without the path. Never raises.
+
+    Of a GGUF file, also without the ending and the number of a split file.
+    """
+    if base_model in (EMBEDDED_BASE, *PACKAGED_BASES):
+        return base_model
+    path = os.path.expanduser(base_model)
+    if os.path.isdir(path):
+        return os.path.basename(os.path.realpath(path))
+    if path.endswith(".gguf"):
+        return _GGUF_ENDING.sub("", os.path.basename(path))
+    return base_model
 
 
 def _embedded_base() -> Path:

@@ -22,6 +22,7 @@ from unittest.mock import patch
 
 import torch
 
+from base_files.locate import BASE_MODEL_HELP, EMBEDDED_BASE
 from benchmarks.parts.everyday import LOOP_LENGTH, MAX_PERIOD, MAX_TOKENS, QUESTIONS, Answered, ask, is_loop, num_loops
 from benchmarks.parts.perplexity import (
     LENGTH,
@@ -44,7 +45,7 @@ _BOOKS = ("Little-Women_514.txt", "The-Time-Machine_35.txt")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default="micro", help="as the server's setting base_model")
+    parser.add_argument("--base", default=EMBEDDED_BASE, help=BASE_MODEL_HELP)
     parser.add_argument("--data", type=Path, help="a folder with books")
     parser.add_argument("--windows", type=int, default=40, help=f"windows of {LENGTH} tokens of each text, at most")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print the answers to the first N questions")
@@ -61,7 +62,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     for name, windows in texts.items():
         print(_row("the base", name, compare(int8, floats, windows)))
-    if options.base == "micro":
+    if options.base == EMBEDDED_BASE:
         of_adapters = adapter_texts(tokenizer, options.data, num_windows=options.windows)
         for adapter, (name, windows) in of_adapters.items():
             both = (int8.add(ROOT / "adapters" / adapter), floats.add(ROOT / "adapters" / adapter))
@@ -73,7 +74,7 @@ def main() -> None:
         _print_texts(answered, floats, num_shown=options.show)
     else:
         print("\nThe base has no chat template: it is asked no questions.")
-    if options.base == "micro":
+    if options.base == EMBEDDED_BASE:
         _print_parts(texts)
 
 

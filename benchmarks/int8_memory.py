@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from base_files.locate import BASE_MODEL_HELP
 from server.model.device import available_threads
 from server.model.loader import Base, load_base
 
@@ -76,7 +77,7 @@ def _status(field: str) -> float | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base", help="'micro', a folder, or a hub id")
+    parser.add_argument("base", help=BASE_MODEL_HELP)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     torch.set_num_threads(available_threads())

@@ -1,6 +1,6 @@
 """One thing against another in this process, in pairs: our engine and PEFT, with adapters and without, few and many.
 
-    python -m benchmarks.paired SCENARIO [SCENARIO ...] --base FOLDER [--adapters FOLDER] [--quantization int8]
+    python -m benchmarks.paired SCENARIO [SCENARIO ...] --base BASE [--adapters FOLDER] [--quantization int8]
 
 Both sides have the same weights, prompts and lengths and no early end, and decode greedily where nothing else is said;
 clients stand in a closed loop, each asking again as soon as it is answered. Without --adapters random ones are made.
@@ -33,7 +33,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from base_files.locate import find_base
+from base_files.locate import BASE_MODEL_HELP, EMBEDDED_BASE, find_base
 from benchmarks.parts.engines import Ask, ClosedLoop, InProcessEngine, Peft, Stock, in_process_engine
 from benchmarks.parts.jobs import Mix
 from benchmarks.parts.openvino import OpenVino, missing
@@ -217,7 +217,7 @@ SCENARIOS: dict[str, Callable[[PairedBench], Pairs]] = {
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scenarios", nargs="+", choices=SCENARIOS, metavar="SCENARIO")
-    parser.add_argument("--base", default="micro", help="'micro' or a folder")
+    parser.add_argument("--base", default=EMBEDDED_BASE, help=BASE_MODEL_HELP)
     parser.add_argument("--adapters", type=Path, help="a folder of adapter folders; without it, random ones are made")
     parser.add_argument("--num-adapters", type=int, default=8)
     parser.add_argument("--rank", type=int, default=8, help="of the adapters that are made")

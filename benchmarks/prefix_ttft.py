@@ -1,6 +1,6 @@
 """Time to first token of a prompt with a cached prefix, against one with a new prefix.
 
-    python -m benchmarks.prefix_ttft --base FOLDER [--prefix 500] [--tail 20] [--pairs 7]
+    python -m benchmarks.prefix_ttft --base BASE [--prefix 500] [--tail 20] [--pairs 7]
 
 In this process, one sequence at a time. Each pair takes a prefix that was never asked before, with a short tail, and
 then the same prefix with another tail. An engine that reuses nothing gives a ratio of 1.
@@ -14,13 +14,14 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+from base_files.locate import BASE_MODEL_HELP, EMBEDDED_BASE
 from benchmarks.parts.engines import Ask, in_process_engine
 from benchmarks.parts.pairs import Pairs
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default="micro", help="'micro' or a folder")
+    parser.add_argument("--base", default=EMBEDDED_BASE, help=BASE_MODEL_HELP)
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--quantization", default="none", help="none or int8")
     parser.add_argument("--prefix", type=int, default=500, help="tokens")

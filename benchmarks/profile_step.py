@@ -1,6 +1,6 @@
 """Where a step's time goes, and how far it is from what this machine could do at best.
 
-    python -m benchmarks.profile_step --base FOLDER [--adapters FOLDER] [--quantization int8]
+    python -m benchmarks.profile_step --base BASE [--adapters FOLDER] [--quantization int8]
 
 First the ceilings are measured: reading memory, and products of matrices of the base's own shapes. Then decode steps of
 1, 8 and 32 sequences, and a prefill of 512 tokens, each with and without adapters where there are some. A step of
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from base_files.locate import BASE_MODEL_HELP, EMBEDDED_BASE
 from benchmarks.parts.ceilings import Shape, layers, operations, product_rates, read_bandwidth
 from benchmarks.parts.engines import Ask, InProcessEngine, in_process_engine
 from benchmarks.parts.figures import median, table
@@ -34,7 +35,7 @@ CONTEXT = 160
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default="micro", help="'micro' or a folder")
+    parser.add_argument("--base", default=EMBEDDED_BASE, help=BASE_MODEL_HELP)
     parser.add_argument("--adapters", type=Path, help="a folder of adapter folders: rows take them in turn")
     parser.add_argument("--num-adapters", type=int, default=8)
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))

@@ -1,7 +1,7 @@
 """The cost of sampling the tokens of a step: greedy, temperature 1, top-p, top-k, min-p.
 
     python -m benchmarks.sampling [--rows 8] [--vocab 151936] [--spread 0.5]
-    python -m benchmarks.sampling --base FOLDER [--quantization int8] [--rows 8]
+    python -m benchmarks.sampling --base BASE [--quantization int8] [--rows 8]
 
 Without a base the logits are random normal ones: a spread of 0.5 is as flat as a random base's, at 4 nine tenths of
 the probability are on a few tokens as in a trained one. With a base the engine decodes, and choosing is timed within
@@ -20,6 +20,7 @@ from collections.abc import Sequence as SequenceOf
 
 import torch
 
+from base_files.locate import BASE_MODEL_HELP
 from benchmarks.parts.engines import Ask, InProcessEngine, in_process_engine
 from benchmarks.parts.figures import median, table
 from server.cli.allocation import keep_freed_memory
@@ -41,7 +42,7 @@ CONTEXT = 125
 
 def parse(arguments: SequenceOf[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", help="'micro' or a folder: time within an engine's steps")
+    parser.add_argument("--base", help=f"time within an engine's steps of this base: {BASE_MODEL_HELP}")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--quantization", default="none", help="none or int8")
     parser.add_argument("--rows", type=int, default=8, help="sequences that decode")

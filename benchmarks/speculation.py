@@ -1,7 +1,7 @@
 """One request after another, with speculation and without: what drafts gain, and what they cost where they never hit.
 
     python -m benchmarks.speculation [--adapter adapters/helpdesk] [--prompts 24] [--pairs 5]
-    python -m benchmarks.speculation --text random [--base FOLDER] [--dtype bfloat16]
+    python -m benchmarks.speculation --text random [--base BASE] [--dtype bfloat16]
 
 Without ``--text`` the prompts are questions on Python in wordings as users have them, asked of the adapter, greedy.
 With ``--text random`` tokens are drawn at temperature 100 from all of the vocabulary, so that drafts never hit; with
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from base_files.locate import BASE_MODEL_HELP, EMBEDDED_BASE
 from server.adapters.content.manifest import AdapterPolicy, read_manifest
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
@@ -134,7 +135,7 @@ def build(options: argparse.Namespace) -> tuple[SpeculationBench, list[list[int]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default="micro", help="'micro', a folder or a hub id")
+    parser.add_argument("--base", default=EMBEDDED_BASE, help=BASE_MODEL_HELP)
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--adapter", type=Path, default=Path("adapters/helpdesk"))
     parser.add_argument("--text", default="adapter", choices=("adapter", "base", "random"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,7 +10,8 @@ from typing import Annotated, Literal
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from base_files.locate import EMBEDDED_BASE
+from base_files.locate import BASE_MODEL_HELP, EMBEDDED_BASE, base_name
+from base_files.packaged import PACKAGED_BASES
 
 
 class Settings(BaseSettings):
@@ -23,7 +23,7 @@ class Settings(BaseSettings):
 
     base_model: str = Field(
         EMBEDDED_BASE,
-        description="Base model: 'micro' (embedded), a folder, or a hub id. The trainer reads it too.",
+        description=f"Base model: {BASE_MODEL_HELP}. The trainer reads it too.",
     )
     adapters_dir: Path = Field(
         Path("adapters"), description="Folder whose sub-folders are adapters; watched while the server runs."
@@ -34,10 +34,12 @@ class Settings(BaseSettings):
         "adapter folder and the hub's cache. Empty: none.",
     )
     demo_adapters: bool = Field(
-        True, description="Also serve the adapters that come with the package, where the base is the embedded one."
+        True,
+        description="Also serve the adapters that come with the package, where the base is one of "
+        f"{', '.join(map(repr, (EMBEDDED_BASE, *PACKAGED_BASES)))}.",
     )
     served_model_name: str | None = Field(
-        None, description="Name of the base in the API. Default: the last part of base_model."
+        None, description="Name of the base in the API. Default: the last part of base_model, without '.gguf'."
     )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one and prints it.")
@@ -145,7 +147,7 @@ class Settings(BaseSettings):
     @classmethod
     def _not_empty(cls, value: str) -> str:
         if not value.strip():
-            raise ValueError("base_model is empty: use 'micro', a folder or a hub id")
+            raise ValueError(f"base_model is empty: it is {BASE_MODEL_HELP}")
         return value
 
     @field_validator("admin_key")
@@ -172,8 +174,7 @@ class Settings(BaseSettings):
     def base_name(self) -> str:
         if self.served_model_name:
             return self.served_model_name
-        folder = Path(os.path.expanduser(self.base_model))
-        return folder.resolve().name if os.path.isdir(folder) else folder.name  # never raises
+        return Path(base_name(self.base_model)).name
 
 
 def _json_list(text: str) -> list[str]:

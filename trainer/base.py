@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from base_files.errors import BaseFilesError
-from base_files.locate import EMBEDDED_BASE, find_base
-from base_files.source import BaseSource, Fingerprints
+from base_files.locate import base_name, find_base
+from base_files.source import Fingerprints
 from base_files.stock_model import stock_model, stock_tokenizer
 from trainer.errors import BaseModelError
 
@@ -40,12 +39,6 @@ def load_base(base_model: str) -> TrainingBase:
             f"base_model {base_model!r}: its tokenizer needs a chat template, an end-of-turn token and the fast form; "
             "use an instruction-tuned base"
         )
-    name = _name(base_model, source)
+    name = base_name(base_model)
     model.name_or_path = name  # PEFT writes it into adapter_config.json, which should hold no path of this machine
     return TrainingBase(name, fingerprints, model, tokenizer)
-
-
-def _name(base_model: str, source: BaseSource) -> str:
-    """``micro`` or a hub id as it is; a folder's or file's name without its path."""
-    is_path = base_model != EMBEDDED_BASE and Path(base_model).expanduser().exists()
-    return source.name if is_path else base_model

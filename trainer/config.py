@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from adapter_format.sidecar import SamplingDefaults
+from base_files.locate import BASE_MODEL_HELP, EMBEDDED_BASE
 from trainer.errors import RecipeError
 
 OPENING = "{opening}"
@@ -28,9 +29,7 @@ class TrainerSettings(BaseSettings):
         env_prefix="QUICKCHANGE_", env_file=".env", env_file_encoding="utf-8", extra="ignore", frozen=True
     )
 
-    base_model: str = Field(
-        default="micro", min_length=1, description="The frozen base: 'micro' (embedded), a folder, or a hub id."
-    )
+    base_model: str = Field(default=EMBEDDED_BASE, min_length=1, description=f"The frozen base: {BASE_MODEL_HELP}.")
     adapters_dir: Path = Field(default=Path("adapters"), description="The folder whose sub-folders are adapters.")
 
 
@@ -123,7 +122,7 @@ class TrainConfig(_RecipePart):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="The adapter's name in requests.")
     description: str = Field(default="", description="One line for the card.")
-    base_model: Text = Field(description="'micro', a folder or a hub id; without it, QUICKCHANGE_BASE_MODEL.")
+    base_model: Text = Field(description=f"{BASE_MODEL_HELP}. Without it, QUICKCHANGE_BASE_MODEL.")
     data_root: LenientPath | None = Field(
         default=None, description="What data paths are relative to; without it, the recipe's folder."
     )

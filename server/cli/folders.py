@@ -7,6 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from base_files.locate import EMBEDDED_BASE
+from base_files.packaged import PACKAGED_BASES
 from server.adapters.content.manifest import AdapterPolicy
 from server.adapters.names import is_name
 from server.adapters.versions import VersionStore
@@ -52,8 +53,9 @@ def demo_adapters() -> Path | None:
 
 
 def adapter_folders(settings: Settings) -> list[Path]:
-    """The operator's folder, then, for the embedded base, that of the demo adapters."""
-    demos = demo_adapters() if settings.demo_adapters and settings.base_model == EMBEDDED_BASE else None
+    """The operator's folder, then, for the embedded and the packaged bases, that of the demo adapters."""
+    has_demos = settings.base_model in (EMBEDDED_BASE, *PACKAGED_BASES)
+    demos = demo_adapters() if settings.demo_adapters and has_demos else None
     if demos is None or demos.resolve() == settings.adapters_dir.resolve():
         return [settings.adapters_dir]
     return [settings.adapters_dir, demos]

@@ -24,6 +24,8 @@ from base_files.packaged import PACKAGED_BASES
 from server.__main__ import main
 from server.cli import base_get
 from server.cli.base_get import DownloadProgress
+from server.cli.folders import adapter_folders
+from server.settings import Settings
 from tests.packaged_base import MODEL, TINY, Index, running_index, write_wheel
 from tests.serving import ROOT
 
@@ -327,6 +329,11 @@ def test_the_list_tells_where_each_base_is_and_which_is_configured(tmp_path: Pat
     assert main(["base", "list", "--base-model", "org/model"]) == 0
     assert "org/model (configured)\n" in capsys.readouterr().out
     assert main(["base", "dance"]) == 2
+
+
+def test_the_demo_adapters_are_offered_on_packaged_bases_too() -> None:
+    for base_model, number in (("micro", 2), ("tiny", 2), ("org/model", 1)):
+        assert len(adapter_folders(Settings(base_model=base_model, adapters_dir=Path("mine")))) == number
 
 
 def test_every_entry_of_the_registry_is_consistent_and_known_to_make(monkeypatch: pytest.MonkeyPatch) -> None:

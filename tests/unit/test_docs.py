@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from base_files.gguf_blocks import BLOCK_TYPES
+
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "deploy/README.md", ROOT / "benchmarks/README.md"]
@@ -39,3 +41,8 @@ def test_links_and_their_anchors_lead_somewhere(page: Path) -> None:
 def test_files_that_a_page_names_exist(page: Path) -> None:
     named = SOURCE.findall(page.read_text(encoding="utf-8"))
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_page_of_bases_names_every_type_of_tensors_that_is_read_in_gguf_files() -> None:
+    table = (ROOT / "docs/bases.md").read_text(encoding="utf-8").partition("| types | bits")[2].partition("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", table)) == {block_type.name for block_type in BLOCK_TYPES.values()}

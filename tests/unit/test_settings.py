@@ -128,11 +128,26 @@ def test_a_flag_that_is_not_there_ends_with_the_usage(capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize(
-    ("base", "named"), [("micro", "micro"), ("/models/some-base/", "some-base"), ("org/some-base", "some-base")]
+    ("base", "named"),
+    [
+        ("micro", "micro"),
+        ("smollm2", "smollm2"),
+        ("/models/some-base/", "some-base"),
+        ("org/some-base", "some-base"),
+        ("/models/some-base.Q4_K_M.gguf", "some-base.Q4_K_M"),
+        ("some-base-00001-of-00003.gguf", "some-base"),
+    ],
 )
 def test_the_base_is_named_by_the_last_part_of_its_place(base: str, named: str) -> None:
     assert parse_settings("serve", ["--base-model", base]).base_name == named
     assert parse_settings("serve", ["--base-model", base, "--served-model-name", "mine"]).base_name == "mine"
+
+
+def test_a_folder_of_the_same_name_does_not_rename_a_base_that_needs_no_path(folder: Path) -> None:
+    (folder / "elsewhere").mkdir()
+    (folder / "smollm2").symlink_to("elsewhere")
+    assert parse_settings("serve", ["--base-model", "smollm2"]).base_name == "smollm2"
+    assert parse_settings("serve", ["--base-model", "./smollm2"]).base_name == "elsewhere"
 
 
 @pytest.mark.parametrize(
