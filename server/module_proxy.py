@@ -27,8 +27,12 @@ class ModuleProxy(nn.Module):
 
 
 def with_parameters(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
-    """A copy of the module with other parameters; everything else is shared."""
+    """A copy of the module with other parameters; everything else is shared.
+
+    A ``forward`` that a patch gave the module is not copied: it computes with the module's own parameters.
+    """
     other = copy.copy(module)
+    other.__dict__.pop("forward", None)
     own = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
     other.__dict__["_parameters"] = {**module._parameters, **own}
     return other

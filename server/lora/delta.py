@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -88,6 +88,14 @@ class LoRADelta:
             yield from (delta.left, delta.right)
         if self.own is not None:
             yield from (self.own.get_parameter(name) for name in self.own_names)
+
+
+@runtime_checkable
+class AddsParameterDeltas(Protocol):
+    """A module with quantized parameters, to whose products low-rank deltas of them are added."""
+
+    def with_deltas(self, deltas: Mapping[str, ParameterDelta], *inputs: Any, **named: Any) -> Any:
+        """The module's result with these deltas, by parameter."""
 
 
 def dequantized(module: nn.Module) -> nn.Module:

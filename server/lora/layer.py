@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from server.lora.backend import LoRABackend
-from server.lora.delta import LoRADelta
+from server.lora.delta import AddsParameterDeltas, LoRADelta
 from server.module_proxy import ModuleProxy
 
 
@@ -136,16 +136,23 @@ def as_base(module: nn.Module) -> nn.Module:
 
 
 def _call_with_own(delta: LoRADelta, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
-    """The module's result with the adapter's parameters; sums with low-rank deltas exist only during the call."""
-    assert delta.own is not None
-    parameters = delta.own._parameters
-    before = {name: parameters[name] for name in delta.parameters}
+    """The module's result with the adapter's parameters; sums with low-rank deltas exist only during the call.
+
+    Deltas of quantized parameters are added by the module.
+    """
+    own = delta.own
+    assert own is not None
+    parameters = own._parameters
+    before = {name: parameters[name] for name in delta.parameters if parameters.get(name) is not None}
+    quantized = {name: change for name, change in delta.parameters.items() if name not in before}
     try:
-        for name, change in delta.parameters.items():
-            whole = parameters[name]
+        for name, whole in before.items():
             assert whole is not None
-            parameters[name] = nn.Parameter(change.added_to(whole), requires_grad=False)
-        return delta.own(*inputs, **named)
+            parameters[name] = nn.Parameter(delta.parameters[name].added_to(whole), requires_grad=False)
+        if quantized:
+            assert isinstance(own, AddsParameterDeltas)
+            return own.with_deltas(quantized, *inputs, **named)
+        return own(*inputs, **named)
     finally:
         parameters.update(before)
 

@@ -20,7 +20,7 @@ from server.adapters.content.manifest import Manifest
 from server.adapters.content.module_plan import LowRank, ModulePlan, TokenRows, num_experts
 from server.adapters.content.signature import ModuleShape
 from server.errors import AdapterRejected
-from server.lora.delta import LoRADelta, ParameterDelta, TokenEmbeddings, dequantized
+from server.lora.delta import AddsParameterDeltas, LoRADelta, ParameterDelta, TokenEmbeddings, dequantized
 from server.module_proxy import with_parameters
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -100,7 +100,7 @@ class _Preparation:
     def delta(self, part: ModulePlan, base: nn.Module) -> LoRADelta | None:
         """A module's change, None if it changes nothing."""
         before = self.squares
-        if part.own or part.parameters or part.magnitude or part.tokens:
+        if _needs_floats(part, base):
             original = getattr(base, "original", None)
             base = dequantized(base)
         else:
@@ -193,20 +193,32 @@ class _Preparation:
 
     def _parameter(self, plan: LowRank, name: str, shape: ModuleShape, base: nn.Module) -> ParameterDelta:
         """PEFT's A [experts * rank, in] and B [out, rank * experts] as factors of the parameter's layout."""
-        parameter, experts = base.get_parameter(name), num_experts(shape, name)
+        num_dimensions, experts = len(shape.parameters[name]), num_experts(shape, name)
         a = self._read(plan.a, _like(base)).view(experts, plan.rank, -1)
         b = self._read(plan.b, _like(base)).view(-1, plan.rank, experts).permute(2, 0, 1)  # [experts, out, rank]
-        left, right = (a.mT, b.mT) if shape.transposed and parameter.ndim == 3 else (b, a)
+        left, right = (a.mT, b.mT) if shape.transposed and num_dimensions == 3 else (b, a)
         left = left * plan.scaling
         self.squares += _square(left, right)
-        if parameter.ndim == 2:
+        if num_dimensions == 2:
             left, right = left[0], right[0]
-        return ParameterDelta(left.to(parameter.dtype).contiguous(), right.to(parameter.dtype).contiguous())
+        parameter = base._parameters.get(name)
+        dtype = torch.float32 if parameter is None else parameter.dtype
+        return ParameterDelta(left.to(dtype).contiguous(), right.to(dtype).contiguous())
 
     def _read(self, entry: TensorEntry, like: torch.Tensor) -> torch.Tensor:
         """A tensor of the file, with dtype and device of ``like``."""
         copy = bytearray(memoryview(self._data)[entry.begin : entry.end])
         return torch.frombuffer(copy, dtype=_DTYPES[entry.dtype]).view(entry.shape).to(like.device, like.dtype)
+
+
+def _needs_floats(part: ModulePlan, base: nn.Module) -> bool:
+    """Whether a module's change is computed with its whole weights, which are dequantized for it where necessary.
+
+    Quantized experts add low-rank deltas of their weights to the products, and have biases in floats.
+    """
+    if isinstance(base, AddsParameterDeltas):
+        return any(base._parameters.get(name) is None for name in part.own)
+    return bool(part.own or part.parameters or part.magnitude or part.tokens)
 
 
 def _like(module: nn.Module) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Outlier channels of a base's linears, measured on texts of several kinds and cached for the next start."""
+"""Outlier channels of a base's linears and experts, measured on several texts and cached for the next start."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from transformers.pytorch_utils import Conv1D
 from server.model.attention.probe import ProbingAttention
 from server.model.calibration_texts import TEXTS
 from server.model.kv_cache import AttentionMetadata, AttentionSegment
-from server.model.quantizer import OutlierInputs, collect_outliers, quantizable
+from server.model.quantizer import OutlierInputs, collect_outliers, mixtures, quantizable
+from server.quantization.int8_experts import WEIGHTS, follow_convention, out_in
 from server.quantization.outliers import FACTOR, MOST
 
 logger = logging.getLogger("quickchange.model")
 
 MOST_TOKENS = 64
 """Tokens of each text: with five of them a pass costs 320 rows, once for a base."""
-_FORMAT = 1
+_FORMAT = 2
 
 Sequences = Sequence[Sequence[int]]
 
@@ -68,12 +69,13 @@ class Calibration:
     def outliers(
         self, model: PreTrainedModel, probe: ProbingAttention, tokenizer: PreTrainedTokenizerBase
     ) -> OutlierInputs:
-        """The outliers of every linear, from the cache or from a forward pass."""
+        """The outliers of every linear and of experts, from the cache or from a forward pass."""
         vocab_size = model.config.get_text_config().vocab_size
         sequences = calibration_ids(tokenizer, max_len=self.max_len, vocab_size=vocab_size)
         if not sequences:
             return {}
-        cached = self._cached(sequences, {name: _num_inputs(linear) for name, linear in quantizable(model).items()})
+        modules = {**quantizable(model), **mixtures(model)}
+        cached = self._cached(sequences, {name: _num_inputs(module) for name, module in modules.items()})
         if cached is not None:
             return cached
         found = measure_outliers(model, probe, sequences, files=self.files)
@@ -81,7 +83,7 @@ class Calibration:
         return found
 
     def _cached(self, sequences: Sequences, sizes: Mapping[str, int]) -> OutlierInputs | None:
-        """The cached outliers if they are valid for these linears; ``sizes``: inputs of each linear."""
+        """The cached outliers if they are valid for these modules; ``sizes``: inputs of each."""
         if self.folder is None:
             return None
         try:
@@ -124,9 +126,12 @@ class Calibration:
         return hashlib.sha256(inputs.encode()).hexdigest()
 
 
-def _num_inputs(linear: nn.Module) -> int:
-    shape = linear.get_parameter("weight").shape
-    return shape[0] if isinstance(linear, Conv1D) else shape[1]
+def _num_inputs(module: nn.Module) -> int:
+    """Inputs of a linear, or of experts."""
+    if follow_convention(module):
+        return out_in(module, module.get_parameter(WEIGHTS[0])[0]).shape[1]
+    shape = module.get_parameter("weight").shape
+    return shape[0] if isinstance(module, Conv1D) else shape[1]
 
 
 def _are_inputs(indices: Any, size: int) -> bool:

@@ -32,7 +32,7 @@ from server.model.fused_ops import fuse_norms, fuse_ops
 from server.model.kv_cache import AttentionMetadata, AttentionSegment, KVLayout, LayerShape, longest_within
 from server.model.model_trace import PROBE_ROWS, ModelTrace, signature_of, trace_modules
 from server.model.patches import ModelPatches, bypass_modules, fix_rope
-from server.model.quantizer import Quantized, quantizing
+from server.model.quantizer import Quantized, mixtures, quantizing
 
 logger = logging.getLogger("quickchange.model")
 
@@ -199,8 +199,11 @@ def _kernels(device: torch.device, *, int8: bool) -> Kernels:
 
 
 def _num_unpacked_bytes(model: PreTrainedModel) -> int:
-    """Bytes of parameters outside of linears, such as the experts of a mixture: these are not quantized."""
-    return sum(parameter.nbytes for parameter in model.parameters() if parameter.ndim > 2)
+    """Bytes of large parameters that are not quantized, such as those of experts of an unknown form."""
+    quantized = {id(parameter) for experts in mixtures(model).values() for parameter in experts.parameters()}
+    return sum(
+        parameter.nbytes for parameter in model.parameters() if parameter.ndim > 2 and id(parameter) not in quantized
+    )
 
 
 def _length(config: PretrainedConfig, wanted: int | None) -> int:
@@ -258,6 +261,8 @@ def _quantize(
         model, kernels, float_dtype, patches=patches, files=calibration.files, outliers=outliers
     ) as quantized:
         trace = _probe(model, probe, _ordinary_ids(tokenizer))
+    for name in quantized.mixtures:  # adapters' deltas of them are in float32
+        trace.modules[name] = replace(trace.modules[name], itemsize=torch.float32.itemsize)
     return trace, quantized
 
 

@@ -6,9 +6,10 @@ with those of the linears that receive the same input; then its pages are releas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -23,6 +24,16 @@ from cpu_kernels.int8_weights import Int8Rows, Outliers, pieces
 from cpu_kernels.kernels import Kernels
 from server.model.mapped_files import MappedFiles, trim
 from server.model.patches import ModelPatches
+from server.model.routers import compute_routers_by_row, router_linears
+from server.quantization.int8_experts import (
+    WEIGHTS,
+    FloatExperts,
+    Int8Experts,
+    ReadExpert,
+    follow_convention,
+    num_experts,
+    out_in,
+)
 from server.quantization.int8_modules import (
     FusedLinear,
     Int8Embedding,
@@ -38,14 +49,16 @@ SMALLEST_SIDE = 32
 
 @dataclass
 class Quantized:
-    """Counts of a quantized base: its parameters, int8 linears and their bytes, and outlier channels.
+    """Counts of a quantized base: its parameters, int8 linears and experts and their bytes, and outlier channels.
 
-    ``unquantized`` has the bytes of each parameter that stayed in floats.
+    ``mixtures`` names the modules of experts; ``unquantized`` has the bytes of each parameter that stayed in floats.
     """
 
     kernel: str
     num_parameters: int
     num_linears: int = 0
+    num_experts: int = 0
+    mixtures: list[str] = field(default_factory=list)
     num_bytes: int = 0
     num_outliers: int = 0
     unquantized: dict[str, int] = field(default_factory=dict)
@@ -58,14 +71,27 @@ OutlierInputs = Mapping[str, torch.Tensor | None]
 def quantizable(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The linears that are to be quantized."""
     linears = {name: module for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)}
+    routers = router_linears(model, mixtures(model))
     return {
-        name: linear for name, linear in linears.items() if min(linear.get_parameter("weight").shape) >= SMALLEST_SIDE
+        name: linear
+        for name, linear in linears.items()
+        if min(linear.get_parameter("weight").shape) >= SMALLEST_SIDE and linear not in routers
+    }
+
+
+def mixtures(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The modules of experts that are to be quantized."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if follow_convention(module)
+        and all(min(module.get_parameter(weight).shape[1:]) >= SMALLEST_SIDE for weight in WEIGHTS)
     }
 
 
 @contextmanager
 def collect_outliers(model: PreTrainedModel, *, files: Iterable[Path] = ()) -> Iterator[dict[str, torch.Tensor | None]]:
-    """Collect the outlier channels of each linear during a forward pass; the model is not changed.
+    """Collect the outlier channels of each linear and of experts during a forward pass; the model is not changed.
 
     Pages of ``files``, which hold the weights, are released. The head computes no logits: those of many rows would be
     as large as the model.
@@ -97,7 +123,34 @@ def collect_outliers(model: PreTrainedModel, *, files: Iterable[Path] = ()) -> I
             temporary.on_undo(handle.remove)
         if head is not None:
             temporary.set_attribute(head, "forward", lambda x: x[..., :1])
+        for name, experts in mixtures(model).items():
+            temporary.set_attribute(experts, "forward", _watched(experts, mapped, partial(found.__setitem__, name)))
         yield found
+
+
+def _watched(
+    experts: nn.Module, mapped: MappedFiles, note: Callable[[torch.Tensor | None], None]
+) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """A forward that notes the outlier channels of the experts' input, and reads one expert after another."""
+    compute = FloatExperts(experts, _reader(experts, mapped))
+
+    def forward(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        note(find_outliers(hidden_states))
+        return compute(hidden_states, top_k_index, top_k_weights)
+
+    return forward
+
+
+def _reader(experts: nn.Module, mapped: MappedFiles) -> ReadExpert:
+    """Copies one expert's weight out of a mapped file, whose pages are released."""
+
+    def read(name: str, expert: int) -> torch.Tensor:
+        weight = experts.get_parameter(name)[expert]
+        copy = out_in(experts, weight).clone(memory_format=torch.contiguous_format)
+        mapped.give_back(weight)
+        return copy
+
+    return read
 
 
 @contextmanager
@@ -110,11 +163,11 @@ def quantizing(
     files: Iterable[Path] = (),
     outliers: OutlierInputs = MappingProxyType({}),
 ) -> Iterator[Quantized]:
-    """Quantize linears as a forward pass reaches them; unquantized parameters are converted to ``dtype`` at the end.
+    """Quantize linears and experts as a forward pass reaches them.
 
-    Undoing ``patches`` restores the stock linears, but with a ``weight`` of None, so that a call raises: the stock
-    weights are in no memory any more. Pages of ``files``, which hold the model's weights, are released. Linears that
-    are not in ``outliers`` get the outliers that the pass shows.
+    Unquantized parameters are converted to ``dtype`` at the end. Undoing ``patches`` restores the stock modules, but
+    with weights of None, so that a call raises: the stock weights are in no memory any more. Pages of ``files``, which
+    hold the model's weights, are released. Modules that are not in ``outliers`` get the outliers that the pass shows.
     """
     patches.begin("int8 weights")
     quantizer = _Quantizer(model, kernels, MappedFiles(files), outliers, patches)
@@ -125,6 +178,8 @@ def quantizing(
             temporary.on_undo(handle.remove)
         if type(head) is nn.Linear:
             temporary.set_attribute(head, "forward", quantizer.in_pieces(head))
+        for name, experts in quantizer.mixtures.items():
+            temporary.set_attribute(experts, "forward", quantizer.quantizing_experts(name, experts))
         yield quantizer.result
     quantizer.finish(dtype)
 
@@ -150,6 +205,8 @@ class _Quantizer:
         self._input: torch.Tensor | None = None
         self._outliers: torch.Tensor | None = None
         self._same_input: list[nn.Module] = []
+        self.mixtures = mixtures(model)
+        self._packed_experts: list[tuple[nn.Module, Int8Experts]] = []
         assert kernels.linear_name is not None
         self.result = Quantized(kernels.linear_name, sum(parameter.numel() for parameter in model.parameters()))
 
@@ -180,10 +237,29 @@ class _Quantizer:
 
         return forward
 
+    def quantizing_experts(
+        self, name: str, experts: nn.Module
+    ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+        """A forward for experts that quantizes all of them, and computes with the integers."""
+
+        def forward(
+            hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        ) -> torch.Tensor:
+            outliers = self._known[name] if name in self._known else find_outliers(hidden_states)
+            int8 = Int8Experts.of(experts, _reader(experts, self._mapped), self._kernels, outliers)
+            self._packed_experts.append((experts, int8))  # replaced later: hooks of this call want the stock module
+            self.result.mixtures.append(name)
+            self.result.num_outliers += 0 if outliers is None else len(outliers)
+            return int8.forward(hidden_states, top_k_index, top_k_weights)
+
+        return forward
+
     def finish(self, dtype: torch.dtype) -> None:
         """Pack the last linears and the embedding, and copy unquantized parameters out of the mapped file."""
         self._pack()
         self._input = None
+        self._replace_experts()
+        compute_routers_by_row(self._model, self.mixtures, self._patches)
         self._quantize_embedding(dtype)
         for name, parameter in self._model.named_parameters():
             if parameter.is_floating_point():
@@ -197,6 +273,7 @@ class _Quantizer:
 
     def _pack(self) -> None:
         """Quantize the linears that received the same input into one packed weight."""
+        self._replace_experts()
         if not self._same_input:
             return
         modules = self._same_input
@@ -230,11 +307,20 @@ class _Quantizer:
         self._replace(stock, Int8Embedding(stock, original, rows, dtype))
         self.result.num_bytes += rows.integers.nbytes
 
-    def _replace(self, stock: nn.Module, module: nn.Module) -> None:
-        """Replace a module under each of its names, and free its weight, which the patches would keep in memory.
+    def _replace_experts(self) -> None:
+        """Put packed experts into the places of the stock ones."""
+        for stock, int8 in self._packed_experts:
+            self.result.num_experts += num_experts(stock)
+            self.result.num_bytes += sum(stock.get_parameter(name).numel() for name in WEIGHTS)
+            self._replace(stock, int8, WEIGHTS)
+        self._packed_experts = []
 
-        The weight becomes None: torch computes with a ``meta`` tensor from memory that was never written.
+    def _replace(self, stock: nn.Module, module: nn.Module, weights: Sequence[str] = ("weight",)) -> None:
+        """Replace a module under each of its names, and free its weights, which the patches would keep in memory.
+
+        A weight becomes None: torch computes with a ``meta`` tensor from memory that was never written.
         """
         for name in self._names[stock]:
             self._patches.replace(self._model, name, module)
-        stock._parameters["weight"] = None
+        for name in weights:
+            stock._parameters[name] = None

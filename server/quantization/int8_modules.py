@@ -114,7 +114,7 @@ class Int8Linear(ModuleProxy):
     """A quantized linear. Its bias is a parameter; its ``weight`` is dequantized whenever it is read."""
 
     def __init__(self, stock: nn.Module, original: WeightDigest, fused: FusedLinear, number: int) -> None:
-        super().__init__(without_weight(stock))
+        super().__init__(without_weights(stock))
         self._parameters["bias"] = stock._parameters.get("bias")
         self.original = original
         self.fused, self.number, self._transposed = fused, number, isinstance(stock, Conv1D)
@@ -141,7 +141,7 @@ class Int8Embedding(ModuleProxy):
     """A quantized embedding; its rows are returned as ``dtype``, times the stock module's ``embed_scale``."""
 
     def __init__(self, stock: nn.Embedding, original: WeightDigest, rows: Int8Rows, dtype: torch.dtype) -> None:
-        super().__init__(without_weight(stock))
+        super().__init__(without_weights(stock))
         self.embed_scale = float(getattr(stock, "embed_scale", 1.0))
         self.original = original
         self._rows, self._dtype = rows, dtype
@@ -172,9 +172,9 @@ def linears_with_deltas(modules: Mapping[str, nn.Module]) -> list[tuple[FusedLin
     ]
 
 
-def without_weight(stock: nn.Module) -> nn.Module:
-    """A copy of the module whose weight is on the ``meta`` device, without memory."""
-    return with_parameters(stock, {"weight": torch.empty_like(stock.get_parameter("weight"), device="meta")})
+def without_weights(stock: nn.Module, names: Sequence[str] = ("weight",)) -> nn.Module:
+    """A copy of the module whose weights are on the ``meta`` device, without memory."""
+    return with_parameters(stock, {name: torch.empty_like(stock.get_parameter(name), device="meta") for name in names})
 
 
 def join_biases(sizes: Sequence[int], biases: Sequence[torch.Tensor | None]) -> torch.Tensor | None:

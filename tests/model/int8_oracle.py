@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from server.module_proxy import with_parameters
+from server.quantization.int8_experts import BIASES, WEIGHTS, Int8Experts
 from server.quantization.int8_modules import Int8Embedding, Int8Linear
 
 
@@ -53,6 +56,40 @@ class OracleConv1D(Conv1D):
         return self.ours(x) - (self.ours.bias - self.bias)
 
 
+def oracle_experts(stock: nn.Module, ours: Int8Experts) -> None:
+    """Give stock experts the numbers of our integers, and what computes with them while nobody changed these."""
+    base: Any = type(stock)
+
+    class OracleExperts(base):  # type: ignore[misc]
+        def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+            if not all(torch.equal(getattr(self, name), self.untouched[name]) for name in WEIGHTS):
+                y: torch.Tensor = super().forward(*inputs)
+                return y
+            biases = {name: getattr(self, name) for name in BIASES if name in self.untouched}
+            y = self.ours(biases, *inputs)
+            return y
+
+    for name, parameter in ours.dequantized().named_parameters():
+        stock.register_parameter(name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
+    numbers = {name: parameter.detach().clone() for name, parameter in stock.named_parameters()}
+    stock.__class__ = OracleExperts
+    stock.__dict__.update(untouched=numbers, ours=_SharedExperts(ours))
+
+
+class _SharedExperts:
+    """Int8 experts that copies of a model share."""
+
+    def __init__(self, ours: Int8Experts) -> None:
+        self._ours = ours
+
+    def __call__(self, biases: dict[str, torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = with_parameters(self._ours, biases)(*inputs)
+        return y
+
+    def __deepcopy__(self, memo: dict[int, object]) -> _SharedExperts:
+        return self
+
+
 class _Shared:
     """An int8 linear that copies of a model share; it always computes anew."""
 
@@ -78,6 +115,8 @@ def oracle_of(base: PreTrainedModel, int8: PreTrainedModel) -> PreTrainedModel:
             made = OracleConv1D(ours) if isinstance(oracle.get_submodule(name), Conv1D) else OracleLinear(ours)
             parent, _, attribute = name.rpartition(".")
             setattr(oracle.get_submodule(parent), attribute, made)
+        elif isinstance(ours, Int8Experts):
+            oracle_experts(oracle.get_submodule(name), ours)
     looked_up = nn.Parameter(embeddings.weight, requires_grad=False)
     oracle.get_input_embeddings().weight = looked_up
     if head.weight is base.get_input_embeddings().weight:

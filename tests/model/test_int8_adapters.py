@@ -40,7 +40,7 @@ every_way = pytest.mark.parametrize(
     "adding",
     ["torch", pytest.param("kernel", marks=needs(*PRODUCTS)), pytest.param("product", marks=needs("AMX"))],
 )
-ROUNDED = ("linear_parameter", "tokens", "tokens_by_module", "tokens_of_head")
+ROUNDED = ("linear_parameter", "tokens", "tokens_by_module", "tokens_of_head", "experts", "one_expert_parameter")
 """What PEFT computes with other weights, in floats, where the engine adds to the product of integers."""
 
 FLIPPED = 0.1
