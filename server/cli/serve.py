@@ -259,8 +259,8 @@ def _log_base(base: Base, seconds: float) -> None:
     )
     if quantized is not None:
         logger.info(
-            "int8 (%s kernels): %d linear layers, %d experts and the embedding, %.0f MB, %d outlier channels; unquantized, in %s: "
-            "%.1f MB%s",
+            "int8 (%s kernels): %d linear layers, %d experts and the embedding, %.0f MB, %d outlier channels; "
+            "unquantized, in %s: %.1f MB%s",
             quantized.kernel,
             quantized.num_linears,
             quantized.num_experts,

@@ -200,10 +200,9 @@ def _kernels(device: torch.device, *, int8: bool) -> Kernels:
 
 def _num_unpacked_bytes(model: PreTrainedModel) -> int:
     """Bytes of large parameters that are not quantized, such as those of experts of an unknown form."""
-    quantized = {id(parameter) for experts in mixtures(model).values() for parameter in experts.parameters()}
-    return sum(
-        parameter.nbytes for parameter in model.parameters() if parameter.ndim > 2 and id(parameter) not in quantized
-    )
+    quantized = {parameter for experts in mixtures(model).values() for parameter in experts.parameters()}
+    large = {parameter for parameter in model.parameters() if parameter.ndim > 2}
+    return sum(parameter.nbytes for parameter in large - quantized)
 
 
 def _length(config: PretrainedConfig, wanted: int | None) -> int:

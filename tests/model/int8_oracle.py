@@ -64,9 +64,8 @@ def oracle_experts(stock: nn.Module, ours: Int8Experts) -> None:
         def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
             if not all(torch.equal(getattr(self, name), self.untouched[name]) for name in WEIGHTS):
                 y: torch.Tensor = super().forward(*inputs)
-                return y
-            biases = {name: getattr(self, name) for name in BIASES if name in self.untouched}
-            y = self.ours(biases, *inputs)
+            else:
+                y = self.ours({name: getattr(self, name) for name in BIASES if name in self.untouched}, *inputs)
             return y
 
     for name, parameter in ours.dequantized().named_parameters():
