@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 
 from base_files.gguf import is_gguf, read_gguf
+from base_files.gguf_header import MAX_STRINGS
+from tests.unit.gguf_files import container, key, tensor, text
 
-KEY, TENSOR = b"general.name", b"blk.0.attn_q.weight.lora_a"
+KEY = b"general.name"
+DATA_BYTES = 128 + 144
 
 
 def write(path: Path, *, alignment: int | None = None) -> Path:
@@ -44,9 +47,9 @@ def test_a_file_by_ggufs_own_writer_is_read_as_by_its_own_reader(alignment: int 
     found, theirs = read_gguf(path), gguf.GGUFReader(path)
     assert is_gguf(path)
     assert found.tensors.keys() == {"F32", "F16", "BF16", "Q8_0"}
-    for tensor in theirs.tensors:
-        wanted = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        assert np.array_equal(found.read(tensor.name), wanted) and found.tensors[tensor.name].shape == (5, 64)
+    for entry in theirs.tensors:
+        wanted = gguf.quants.dequantize(entry.data, entry.tensor_type)
+        assert np.array_equal(found.read(entry.name), wanted) and found.tensors[entry.name].shape == (5, 64)
     assert found.read("F16").dtype == np.float16 and found.read("BF16").dtype == np.float32
 
 
@@ -57,24 +60,6 @@ def test_metadata_is_read_by_type(tmp_path: Path) -> None:
     }  # fmt: skip
     numbers = found["a.numbers"]
     assert isinstance(numbers, np.ndarray) and numbers.tolist() == [1, 2, 3]
-
-
-def text(data: bytes) -> bytes:
-    return struct.pack("<Q", len(data)) + data
-
-
-def key(name: bytes, kind: int, value: bytes) -> bytes:
-    return text(name) + struct.pack("<I", kind) + value
-
-
-def tensor(name: bytes = TENSOR, shape: tuple[int, ...] = (4, 2), kind: int = 0, offset: int = 0) -> bytes:
-    dimensions = struct.pack("<I", len(shape)) + b"".join(struct.pack("<Q", size) for size in shape)
-    return text(name) + dimensions + struct.pack("<IQ", kind, offset)
-
-
-def container(*parts: bytes, num_tensors: int = 0, num_keys: int = 0, version: int = 3, data: bytes = b"") -> bytes:
-    head = b"GGUF" + struct.pack("<IQQ", version, num_tensors, num_keys) + b"".join(parts)
-    return head + b"\0" * (-len(head) % 32) + data
 
 
 HOSTILE: dict[str, tuple[bytes, str]] = {
@@ -123,6 +108,13 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "a name twice": (
         container(tensor(), tensor(offset=32), num_tensors=2, data=b"x" * 64), "the name of a tensor stands twice",
     ),
+    "a shape beyond 64 bits": (
+        container(tensor(shape=(1 << 32, 1 << 31)), num_tensors=1, data=b"x" * 64), "truncated: blk.0",
+    ),
+    "more keys than any model has": (container(num_keys=100_001, data=bytes(1 << 21)), "100000 are read at most"),
+    "a flag among lengths": (
+        container(key(KEY, 9, struct.pack("<IQ", 12, (1 << 61) + 1)), num_keys=1), "the length of general.name",
+    ),
     "a long name": (container(tensor(name=b"x" * 513), num_tensors=1, data=b"x" * 64), "longer than 512"),
 }  # fmt: skip
 
@@ -139,25 +131,103 @@ def test_a_hostile_file_is_refused_with_a_sentence_and_without_memory(case: str,
     tracemalloc.stop()
 
 
-def test_a_truncated_or_damaged_file_is_read_or_refused_and_nothing_else(tmp_path: Path) -> None:
-    """Cut at many places, and one byte after the other of the header made another."""
-    whole = write(tmp_path / "a.gguf").read_bytes()
-    path = tmp_path / "b.gguf"
+def write_small(path: Path) -> bytes:
+    """A file of every kind of value, and tensors of three types; returns its bytes."""
+    numbers = b"".join(
+        key(b"a.%d" % kind, kind, b"\1" * size)
+        for kind, size in {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}.items()
+    )
+    texts = key(b"a.text", 8, text("Grüße".encode())) + key(
+        b"a.texts", 9, struct.pack("<IQ", 8, 3) + text(b"one") + text(b"") + text("中".encode())
+    )
+    flags = key(b"a.flags", 9, struct.pack("<IQ", 7, 3) + b"\0\1\2")
+    integers = key(b"a.integers", 9, struct.pack("<IQ", 4, 2) + struct.pack("<2I", 1, 2))
+    entries = (
+        tensor(b"blk.0.attn_q.weight", (8, 4), 1, 0)
+        + tensor(b"blk.0.ffn_up.weight", (32, 2), 3, 64)
+        + tensor(b"output.weight", (256, 1), 12, 128)
+    )
+    data = np.random.default_rng(0).integers(0, 256, DATA_BYTES, dtype=np.uint8).tobytes()
+    whole = container(numbers, texts, flags, integers, entries, num_tensors=3, num_keys=15, data=data)
+    path.write_bytes(whole)
+    return whole
 
-    def read(data: bytes) -> bool:
-        path.write_bytes(data)
-        try:
-            found = read_gguf(path)
-            for name in found.tensors:
-                found.read(name)
-        except ValueError:
-            return False
-        return True
 
-    assert read(whole)
-    assert not any(read(whole[:size]) for size in range(0, len(whole) - 32, 31))
-    for position in range(0, 700, 7):
-        read(whole[:position] + bytes([whole[position] ^ 0xFF]) + whole[position + 1 :])
+def outcome(path: Path) -> str:
+    """Read everything. Any exception but ``ValueError`` fails the test; its sentence is short and on one line."""
+    try:
+        found = read_gguf(path)
+        for name, stored in found.tensors.items():
+            assert found.read(name).shape == stored.shape
+    except ValueError as error:
+        sentence = str(error)
+    else:
+        return "read"
+    assert sentence.isprintable() and 10 < len(sentence) < 1200
+    return sentence
+
+
+def test_a_file_is_refused_wherever_it_is_cut_off(tmp_path: Path) -> None:
+    size = len(write_small(tmp_path / "a.gguf"))
+    for cut in range(size - 1, -1, -1):
+        os.truncate(tmp_path / "a.gguf", cut)
+        assert "truncated" in outcome(tmp_path / "a.gguf")
+
+
+def test_bytes_after_the_last_tensor_are_accepted(tmp_path: Path) -> None:
+    whole = write_small(tmp_path / "a.gguf")
+    assert outcome(tmp_path / "a.gguf") == "read"
+    (tmp_path / "a.gguf").write_bytes(whole + bytes(1000))
+    assert outcome(tmp_path / "a.gguf") == "read"
+
+
+def test_a_damaged_file_is_read_or_refused_and_nothing_else(tmp_path: Path) -> None:
+    """Each byte of the header becomes another one, and several bytes random ones. Memory stays small."""
+    whole = write_small(tmp_path / "a.gguf")
+    header = len(whole) - DATA_BYTES
+    random = np.random.default_rng(0)
+    outcomes = []
+    tracemalloc.start()
+    with (tmp_path / "a.gguf").open("r+b", buffering=0) as file:
+        for position in [*range(header), *(random.integers(0, header, 4) for _ in range(200))]:
+            places = np.atleast_1d(position)
+            for place in places:
+                file.seek(place)
+                file.write(bytes([whole[place] ^ int(random.choice([255, 1 << int(random.integers(8))]))]))
+            outcomes.append(outcome(tmp_path / "a.gguf"))
+            for place in places:
+                file.seek(place)
+                file.write(whole[place : place + 1])
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+    assert outcome(tmp_path / "a.gguf") == "read"
+    assert 50 < outcomes.count("read") < len(outcomes) - 500
+
+
+def test_tensors_may_stand_in_any_order(tmp_path: Path) -> None:
+    """And with holes between them."""
+    entries = tensor(b"first", offset=64) + tensor(b"second", offset=0) + tensor(b"third", offset=128)
+    values = np.arange(40, dtype="<f4")
+    (tmp_path / "a.gguf").write_bytes(container(entries, num_tensors=3, data=values.tobytes()))
+    found = read_gguf(tmp_path / "a.gguf")
+    assert {name: found.read(name)[0, 0] for name in found.tensors} == {"first": 16, "second": 0, "third": 32}
+
+
+def test_a_large_vocabulary_is_read_whole(tmp_path: Path) -> None:
+    """Its strings stand across the pieces that are read ahead, and one is longer than such a piece."""
+    tokens = [f"token {number} ß" * (number % 7) for number in range(50_000)] + ["long " * 100_000]
+    values = struct.pack("<IQ", 8, len(tokens)) + b"".join(text(token.encode()) for token in tokens)
+    path = tmp_path / "a.gguf"
+    path.write_bytes(container(key(b"tokens", 9, values), key(b"last", 0, b"\7"), num_keys=2))
+    found = read_gguf(path).metadata
+    assert found["tokens"] == tokens and found["last"] == 7
+
+
+def test_more_strings_than_any_vocabulary_has_are_refused(tmp_path: Path) -> None:
+    values = struct.pack("<IQ", 8, MAX_STRINGS + 1) + bytes(8 * (MAX_STRINGS + 1))
+    (tmp_path / "a.gguf").write_bytes(container(key(KEY, 9, values), num_keys=1))
+    with pytest.raises(ValueError, match=f"more than {MAX_STRINGS} strings"):
+        read_gguf(tmp_path / "a.gguf")
 
 
 def test_a_file_that_becomes_shorter_while_it_is_read_is_refused(tmp_path: Path) -> None:
@@ -170,6 +240,17 @@ def test_a_file_that_becomes_shorter_while_it_is_read_is_refused(tmp_path: Path)
 
 def test_what_is_no_regular_file_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.gguf")
-    with pytest.raises(ValueError, match="not a regular file"):
-        read_gguf(tmp_path / "a.gguf")
-    assert not is_gguf(tmp_path / "a.gguf")
+    (tmp_path / "b.gguf").mkdir()
+    for path in (tmp_path / "a.gguf", tmp_path / "b.gguf", Path("/dev/zero")):
+        with pytest.raises(ValueError, match=f"{path.name} is not a regular file"):
+            read_gguf(path)
+        assert not is_gguf(path)
+
+
+def test_a_file_that_a_pipe_takes_the_place_of_is_not_waited_for(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.gguf")
+    found = read_gguf(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match=r"a\.gguf is not a regular file"):
+        found.read("F32")
