@@ -14,6 +14,14 @@ Reading order, one module a line:
 ``gguf_tensor``        its tensors, read row by row
 ``gguf_blocks``        their block types as floats
 ``gguf_fingerprint``   the fingerprint of such a file
+``gguf_base``          such a file as a ``BaseSource``, with transformers' names
+``gguf_architectures`` which architectures are read, and their names
+``gguf_metadata``      typed values of the metadata, and which were read
+``gguf_config``        the metadata as ``config.json``
+``gguf_rope``          rotary embeddings, a part of it
+``gguf_weights``       parameters made of stored tensors
+``gguf_tokenizer``     the tokenizer and the chat template
+``gguf_pretokenizers`` how it cuts text, by name
 ``mxfp4``              values and scales of MXFP4
 ``stock_model``        transformers' config, tokenizer and model of a source; the only module that imports torch
 ``errors``             what can be wrong

@@ -9,6 +9,8 @@ from importlib.resources import files
 from pathlib import Path
 
 from base_files.errors import BaseNotFound
+from base_files.gguf import find_gguf, is_gguf
+from base_files.gguf_base import GGUFBase
 from base_files.packaged import PACKAGED_BASES
 from base_files.source import BaseSource, FolderBase
 from base_files.weight_files import INDEX_FILE, WEIGHTS_FILE, shards
@@ -20,6 +22,9 @@ BASE_MODEL_HELP = (
 )
 """What a base setting may be, wherever one is described."""
 
+_ACCEPTED = (
+    "base_model must be 'micro', a GGUF file, a folder with a model, or a hub id such as 'Qwen/Qwen2.5-0.5B-Instruct'"
+)
 _SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 _GGUF_ENDING = re.compile(r"(-\d{5}-of-\d{5})?\.gguf$")
 _NESTED_FILES = ["*/*"]
@@ -39,23 +44,22 @@ def base_on_disk(base_model: str) -> BaseSource | None:
     if base_model == EMBEDDED_BASE:
         return FolderBase(_embedded_base())
     if base_model in PACKAGED_BASES:
-        return FolderBase(PACKAGED_BASES[base_model].installed_path())
+        return GGUFBase(PACKAGED_BASES[base_model].installed_path(), base_model)
     try:
-        folder = Path(base_model).expanduser()
-        is_folder = folder.is_dir()
-        has_config = is_folder and (folder / "config.json").exists()
+        path = Path(base_model).expanduser()
+        if path.is_dir():
+            return _in_folder(path)
+        if is_gguf(path):
+            return GGUFBase(path)
+        is_file = path.is_file()
     except (OSError, RuntimeError) as error:
         raise BaseNotFound(base_model, f"its path cannot be used: {error}") from error
-    if is_folder:
-        if not has_config:
-            raise BaseNotFound(base_model, "the folder has no config.json: is it a model as transformers saves it?")
-        return FolderBase(folder)
-    if folder.is_absolute() or base_model.startswith(".") or base_model.count("/") != 1:
-        raise BaseNotFound(
-            base_model,
-            "no such folder; base_model must be 'micro', an existing folder, or a hub id such as "
-            "'Qwen/Qwen2.5-0.5B-Instruct'",
-        )
+    except ValueError as error:
+        raise BaseNotFound(base_model, str(error)) from error
+    if is_file:
+        raise BaseNotFound(base_model, f"the file is not a GGUF; {_ACCEPTED}")
+    if path.is_absolute() or base_model.startswith(".") or base_model.count("/") != 1 or path.suffix == ".gguf":
+        raise BaseNotFound(base_model, f"no such folder or file; {_ACCEPTED}")
     return None
 
 
@@ -72,6 +76,16 @@ def base_name(base_model: str) -> str:
     if path.endswith(".gguf"):
         return _GGUF_ENDING.sub("", os.path.basename(path))
     return base_model
+
+
+def _in_folder(folder: Path) -> BaseSource:
+    """A model as transformers saves it, or else the one in GGUF. Raises ``ValueError`` or ``OSError``."""
+    if (folder / "config.json").exists():
+        return FolderBase(folder)
+    gguf = find_gguf(folder)
+    if gguf is None:
+        raise ValueError("the folder has no config.json and no GGUF file: is it a model as transformers saves it?")
+    return GGUFBase(gguf, folder.resolve().name)
 
 
 def _embedded_base() -> Path:
