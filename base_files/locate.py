@@ -23,7 +23,7 @@ BASE_MODEL_HELP = (
 """What a base setting may be, wherever one is described."""
 
 _ACCEPTED = (
-    "base_model must be 'micro', a GGUF file, a folder with a model, or a hub id such as 'Qwen/Qwen2.5-0.5B-Instruct'"
+    "base_model must be 'micro', an existing folder, or a hub id such as 'Qwen/Qwen2.5-0.5B-Instruct', or a GGUF file"
 )
 _SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 _GGUF_ENDING = re.compile(r"(-\d{5}-of-\d{5})?\.gguf$")
