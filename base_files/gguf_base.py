@@ -82,7 +82,7 @@ class GGUFBase:
         A tensor of the file that becomes no parameter, and a parameter that no tensor becomes, refuse the file.
         """
         with self._malformed():
-            return _Parameters(self._model, self._file.tensors).read()
+            return _ParameterReader(self._model, self._file.tensors).read()
 
     @cached_property
     def _file(self) -> GGUFFile:
@@ -123,7 +123,7 @@ def _architecture(file: GGUFFile) -> str:
     return name
 
 
-class _Parameters:
+class _ParameterReader:
     """Takes the file's tensors one by one under the names of transformers."""
 
     def __init__(self, model: ModelConfig, tensors: Mapping[str, StoredTensor]) -> None:

@@ -37,7 +37,7 @@ Config = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Sizes:
+class TensorSizes:
     """What the shapes of tensors are made of."""
 
     hidden: int
@@ -75,7 +75,7 @@ class ModelConfig:
 
     config: Config
     architecture: Architecture
-    sizes: Sizes
+    sizes: TensorSizes
     biased: tuple[str, ...]
 
 
@@ -105,7 +105,7 @@ def read_config(name: str, reader: MetadataReader, tensors: Mapping[str, StoredT
     return ModelConfig(config, architecture, sizes, biased)
 
 
-def _sizes(name: str, reader: MetadataReader, tensors: Mapping[str, StoredTensor]) -> Sizes:
+def _sizes(name: str, reader: MetadataReader, tensors: Mapping[str, StoredTensor]) -> TensorSizes:
     hidden, heads = reader.integer("embedding_length"), reader.integer("attention.head_count")
     if not hidden or not heads:
         raise ValueError("embedding_length and attention.head_count must be above 0")
@@ -119,7 +119,7 @@ def _sizes(name: str, reader: MetadataReader, tensors: Mapping[str, StoredTensor
     embedding = tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise ValueError("it has no tensor token_embd.weight of two dimensions")
-    return Sizes(
+    return TensorSizes(
         hidden=hidden,
         layers=reader.integer("block_count"),
         heads=heads,
@@ -168,7 +168,7 @@ def listed(names: Sequence[str], most: int = 5) -> str:
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 
-def _llama(reader: MetadataReader, sizes: Sizes, config: Config) -> Config:
+def _llama(reader: MetadataReader, sizes: TensorSizes, config: Config) -> Config:
     if not sizes.experts:
         return {"model_type": "llama", "hidden_act": "silu"}
     return {
@@ -180,7 +180,7 @@ def _llama(reader: MetadataReader, sizes: Sizes, config: Config) -> Config:
     }
 
 
-def _smollm3(reader: MetadataReader, sizes: Sizes, config: Config) -> Config:
+def _smollm3(reader: MetadataReader, sizes: TensorSizes, config: Config) -> Config:
     """Every fourth layer has no rotation, which is not in the file."""
     rotated = [int((layer + 1) % 4 != 0) for layer in range(sizes.layers)]
     return {
@@ -192,15 +192,15 @@ def _smollm3(reader: MetadataReader, sizes: Sizes, config: Config) -> Config:
     }
 
 
-def _qwen2(reader: MetadataReader, sizes: Sizes, config: Config) -> Config:
+def _qwen2(reader: MetadataReader, sizes: TensorSizes, config: Config) -> Config:
     return {"model_type": "qwen2", "hidden_act": "silu", "use_sliding_window": False}
 
 
-def _qwen3(reader: MetadataReader, sizes: Sizes, config: Config) -> Config:
+def _qwen3(reader: MetadataReader, sizes: TensorSizes, config: Config) -> Config:
     return {"model_type": "qwen3", "hidden_act": "silu", "use_sliding_window": False, "attention_bias": False}
 
 
-def _qwen3moe(reader: MetadataReader, sizes: Sizes, config: Config) -> Config:
+def _qwen3moe(reader: MetadataReader, sizes: TensorSizes, config: Config) -> Config:
     """The weights of the experts that are used add up to 1 (``norm_topk_prob``), which is not in the file."""
     return _qwen3(reader, sizes, config) | {
         "model_type": "qwen3_moe",
@@ -213,11 +213,11 @@ def _qwen3moe(reader: MetadataReader, sizes: Sizes, config: Config) -> Config:
     }
 
 
-def _gemma(reader: MetadataReader, sizes: Sizes, config: Config) -> Config:
+def _gemma(reader: MetadataReader, sizes: TensorSizes, config: Config) -> Config:
     return {"model_type": "gemma", "hidden_act": _GELU, "hidden_activation": _GELU, "attention_bias": False}
 
 
-def _gemma2(reader: MetadataReader, sizes: Sizes, config: Config) -> Config:
+def _gemma2(reader: MetadataReader, sizes: TensorSizes, config: Config) -> Config:
     layers_of_27b = 46
     return {
         "model_type": "gemma2",
@@ -231,7 +231,7 @@ def _gemma2(reader: MetadataReader, sizes: Sizes, config: Config) -> Config:
     }
 
 
-def _gemma3(reader: MetadataReader, sizes: Sizes, config: Config) -> Config:
+def _gemma3(reader: MetadataReader, sizes: TensorSizes, config: Config) -> Config:
     """Local layers have a rotation of their own, unscaled; the file tells the global layers'."""
     layers_of_27b = 62
     window = reader.integer("attention.sliding_window", 0)
@@ -250,7 +250,7 @@ def _gemma3(reader: MetadataReader, sizes: Sizes, config: Config) -> Config:
     }
 
 
-def _phi3(reader: MetadataReader, sizes: Sizes, config: Config) -> Config:
+def _phi3(reader: MetadataReader, sizes: TensorSizes, config: Config) -> Config:
     """A window of 0 is none."""
     rope = config["rope_parameters"] | {"partial_rotary_factor": sizes.rotated / sizes.head}
     original = reader.integer("rope.scaling.original_context_length", config["max_position_embeddings"])
@@ -265,7 +265,7 @@ def _phi3(reader: MetadataReader, sizes: Sizes, config: Config) -> Config:
     }
 
 
-def _gpt_oss(reader: MetadataReader, sizes: Sizes, config: Config) -> Config:
+def _gpt_oss(reader: MetadataReader, sizes: TensorSizes, config: Config) -> Config:
     """The range that yarn interpolates is not rounded to whole dimensions, which is not in the file."""
     rope = config["rope_parameters"]
     return {
@@ -281,12 +281,12 @@ def _gpt_oss(reader: MetadataReader, sizes: Sizes, config: Config) -> Config:
     }
 
 
-def _scaled_by(sizes: Sizes, layers_of_27b: int) -> int:
+def _scaled_by(sizes: TensorSizes, layers_of_27b: int) -> int:
     """What queries are scaled by the root of; only the 27B models, known by their layers, differ."""
     return sizes.hidden // sizes.heads if sizes.layers == layers_of_27b else sizes.head
 
 
-def _layer_types(reader: MetadataReader, sizes: Sizes, *, period: int) -> list[str]:
+def _layer_types(reader: MetadataReader, sizes: TensorSizes, *, period: int) -> list[str]:
     """The last layer of each period sees everything; the file may say which ones instead."""
     key = "attention.sliding_window_pattern"
     if reader.is_list(key):
@@ -298,7 +298,7 @@ def _layer_types(reader: MetadataReader, sizes: Sizes, *, period: int) -> list[s
 
 
 _GELU = "gelu_pytorch_tanh"
-_OWN_FIELDS: Mapping[str, Callable[[MetadataReader, Sizes, Config], Config]] = {
+_OWN_FIELDS: Mapping[str, Callable[[MetadataReader, TensorSizes, Config], Config]] = {
     "llama": _llama, "smollm3": _smollm3, "qwen2": _qwen2, "qwen3": _qwen3, "qwen3moe": _qwen3moe, "gemma": _gemma,
     "gemma2": _gemma2, "gemma3": _gemma3, "phi3": _phi3, "gpt-oss": _gpt_oss,
 }  # fmt: skip

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from base_files import gguf_architectures
 from base_files.gguf import GGUFFile, is_gguf, read_gguf
+from base_files.gguf_architectures import TOP_LEVEL, Architecture
 from server.adapters.content.file_kinds import kind_of_bytes
 from server.adapters.content.tensor_names import ModuleNames
 from server.cli.folders import NotPublished
@@ -29,50 +31,12 @@ if TYPE_CHECKING:
     from server.adapters.content.signature import BaseSignature
     from server.cli.convert.lora_folder import Delta, LoRATensors
 
-_TOP = {"token_embd": "model.embed_tokens", "output": "lm_head", "output_norm": "model.norm"}
-_ATTENTION = {
-    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-}  # fmt: skip
-_MLP = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
-_TWO_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
-_FOUR_NORMS = {
-    "attn_norm": "input_layernorm", "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm", "post_ffw_norm": "post_feedforward_layernorm",
-}  # fmt: skip
-_HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
-_FUSED = {
-    "attn_qkv": "self_attn.qkv_proj", "attn_output": "self_attn.o_proj", "ffn_up": "mlp.gate_up_proj",
-    "ffn_down": "mlp.down_proj",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What llama.cpp calls transformers' ``model_types``, and the names within its blocks.
-
-    ``permuted`` says that rows of q and k change places, ``norm_shift`` that 1 is added to norms' weights.
-    """
-
-    model_types: tuple[str, ...]
-    blocks: Mapping[str, str] = field(default_factory=dict)
-    permuted: bool = False
-    norm_shift: bool = False
-
-
-ARCHITECTURES: Mapping[str, Architecture] = {
-    "llama": Architecture(("llama", "mistral", "mixtral"), {**_ATTENTION, **_MLP, **_TWO_NORMS}, permuted=True),
-    "smollm3": Architecture(("smollm3",), {**_ATTENTION, **_MLP, **_TWO_NORMS}, permuted=True),
-    "qwen2": Architecture(("qwen2",), {**_ATTENTION, **_MLP, **_TWO_NORMS}),
-    "qwen3": Architecture(("qwen3",), {**_ATTENTION, **_MLP, **_TWO_NORMS, **_HEAD_NORMS}),
-    "gemma": Architecture(("gemma",), {**_ATTENTION, **_MLP, **_TWO_NORMS}, norm_shift=True),
-    "gemma2": Architecture(("gemma2",), {**_ATTENTION, **_MLP, **_FOUR_NORMS}, norm_shift=True),
-    "gemma3": Architecture(
-        ("gemma3_text", "gemma3"), {**_ATTENTION, **_MLP, **_FOUR_NORMS, **_HEAD_NORMS}, norm_shift=True
-    ),
-    "phi3": Architecture(("phi3",), {**_FUSED, **_TWO_NORMS}),
-}  # fmt: skip
-"""By ``general.architecture``."""
+ARCHITECTURES = {
+    name: architecture
+    for name, architecture in gguf_architectures.ARCHITECTURES.items()
+    if name not in ("qwen3moe", "gpt-oss")
+}
+"""Those whose adapters are converted: most of what others have to train is in their experts."""
 
 _NAME = re.compile(r"(?:blk\.(\d+)\.)?([a-z0-9_]+)\.weight(?:\.lora_([ab]))?")
 _READ = {"adapter.type", "adapter.lora.alpha", "adapter.lora.task_name"}
@@ -143,7 +107,7 @@ class GGUFAdapter:
         if missing := [f"lora_{letter}" for letter in "ab" if letter not in pair]:
             raise NotPublished(f"{next(iter(pair.values()))} has no {missing[0]} beside it: the adapter is damaged")
         a, b = self._read(pair["a"]), self._read(pair["b"])
-        embedding = module == _TOP["token_embd"]
+        embedding = module == TOP_LEVEL["token_embd"]
         a = a.T if embedding and a.ndim == 2 else a
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
             raise NotPublished(f"{pair['a']} {list(a.shape)} and lora_b {list(b.shape)} do not fit each other")
@@ -225,7 +189,7 @@ def _module_of(name: str, architecture: Architecture) -> tuple[str, str | None]:
     block, what, letter = match.groups() if match else (None, "", None)
     if what.endswith("_exps") or what.endswith("_shexp"):
         raise NotPublished(f"it holds deltas of experts, which are not converted: {name}")
-    module = (_TOP if block is None else architecture.blocks).get(what)
+    module = (TOP_LEVEL if block is None else architecture.blocks).get(what)
     if module is None or (letter is None) != what.endswith("_norm"):
         raise NotPublished(f"it holds a tensor that has no place in the architecture: {name}")
     return (module if block is None else f"model.layers.{int(block)}.{module}"), letter
