@@ -6,6 +6,7 @@ Reading order, one module a line:
 ``packaged``           bases that a Python package carries
 ``source``             what every format offers: config, tensors, fingerprints
 ``tensors``            a tensor in a weight file, read row by row
+``experts``            the experts of a mixture, one at a time
 ``weight_files``       the weight files of a folder
 ``safetensors_header`` the tensors of such a file
 ``fingerprint``        what ties an adapter to its base

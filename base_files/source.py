@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+from base_files.experts import with_experts
 from base_files.fingerprint import base_fingerprint, base_fingerprint_v2
 from base_files.safetensors_header import read_header
 from base_files.tensors import SafetensorsTensor, StoredTensor
@@ -70,7 +71,7 @@ class FolderBase:
         return Fingerprints(base_fingerprint(self.path), base_fingerprint_v2(self.path))
 
     def tensors(self) -> Mapping[str, StoredTensor]:
-        """By the names in the files, which for most architectures are those of the parameters."""
+        """By the names in the files, which for most architectures are those of the parameters; experts are joined."""
         with malformed_if_unreadable(self.path):
             entries = [(path, entry) for path in weight_files(self.path) for entry in read_header(path).values()]
-        return {entry.name: SafetensorsTensor(path, entry) for path, entry in entries}
+            return with_experts({entry.name: SafetensorsTensor(path, entry) for path, entry in entries})

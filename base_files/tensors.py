@@ -66,6 +66,12 @@ class SafetensorsTensor:
         """As ``StoredTensor.read``; a type that is no float raises ``ValueError``."""
         if self.dtype not in _TO_FLOAT32:
             raise ValueError(f"tensor {self.name} is of type {self.dtype}; {', '.join(_TO_FLOAT32)} are read")
+        end = (self.shape[0] if self.shape else 1) if end is None else end
+        shape = (end - begin, *self.shape[1:]) if self.shape else ()
+        return _TO_FLOAT32[self.dtype](self.read_bytes(begin, end)).reshape(shape)
+
+    def read_bytes(self, begin: int = 0, end: int | None = None) -> bytes:
+        """The bytes of rows ``[begin, end)`` as they are in the file. Raises as ``read``."""
         num_rows = self.shape[0] if self.shape else 1
         end = num_rows if end is None else end
         row = math.prod(self.shape[1:]) * DTYPE_BYTES[self.dtype]
@@ -74,7 +80,7 @@ class SafetensorsTensor:
             data = file.read((end - begin) * row)
         if len(data) != (end - begin) * row:
             raise ValueError(f"{self.path.name} is cut off in {self.name}")
-        return _TO_FLOAT32[self.dtype](data).reshape((end - begin, *self.shape[1:]) if self.shape else ())
+        return data
 
 
 def bfloat16_to_float32(data: bytes) -> NDArray[Any]:
@@ -86,3 +92,5 @@ _TO_FLOAT32 = {
     "F16": lambda data: np.frombuffer(data, "<f2").astype("<f4"),
     "BF16": bfloat16_to_float32,
 }
+FLOAT_TYPES = frozenset(_TO_FLOAT32)
+"""The types of tensors that are read as floats."""
