@@ -2,10 +2,15 @@
 
 The mask does not depend on ``{% generation %}`` marks, which most chat templates lack: each assistant turn is found by
 rendering the conversation up to it, with the generation prompt, and through it.
+
+Templates of reasoning bases open an answer with a thought (``<think>``) and cut it when the answer is rendered. There
+the last answer is trained behind the generation prompt that the server will render: its thought, which is empty where
+the content has none, the end of the thought, and the answer as the template writes it.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +20,8 @@ from transformers import PreTrainedTokenizerBase
 from adapter_format.messages import plain_messages
 
 IGNORED = -100
+
+_OPENED_THOUGHT = re.compile(r"<([A-Za-z_]+)>\s*$")
 
 
 class MaskingError(ValueError):
@@ -44,6 +51,8 @@ def encode_conversation(
     Raises ``MaskingError`` where the template does not render a conversation as a prefix of its continuation, or where
     an assistant turn has no end-of-turn token to learn.
     """
+    if (thought := _cut_thought(tokenizer, messages, tools)) is not None:
+        return _encode_after_thought(tokenizer, messages, thought)
     _refuse_control_tokens(tokenizer, messages)
     text = _render(tokenizer, messages, tools)
     spans = _assistant_spans(tokenizer, messages, tools, text)
@@ -58,6 +67,79 @@ def encode_conversation(
             labels[cursor] = ids[cursor]
             cursor += 1
     return Encoded(ids, labels)
+
+
+@dataclass(frozen=True)
+class _CutThought:
+    """The prompt of the last answer, which ends in an opened thought, and the conversation, in which it is cut."""
+
+    begin: str
+    end: str
+    prompt: str
+    text: str
+
+
+def _trained_turns(messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Assistant turns, without those of ``"weight": 0``, as in OpenAI's training files."""
+    return [
+        number
+        for number, message in enumerate(messages)
+        if message["role"] == "assistant" and message.get("weight") != 0
+    ]
+
+
+def _cut_thought(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None,
+) -> _CutThought | None:
+    """None where the template keeps what its generation prompt opens, as most do."""
+    trained = _trained_turns(messages)
+    if not trained:
+        return None
+    prompt = _render(tokenizer, messages[: trained[-1]], tools, prompt=True)
+    opened = _OPENED_THOUGHT.search(prompt)
+    if opened is None or opened[0].strip() not in tokenizer.get_added_vocab():
+        return None
+    text = _render(tokenizer, messages[: trained[-1] + 1], tools)
+    if text.startswith(prompt):
+        return None
+    return _CutThought(f"<{opened[1]}>", f"</{opened[1]}>", prompt, text)
+
+
+def _encode_after_thought(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], thought: _CutThought
+) -> Encoded:
+    trained, last = _trained_turns(messages), len(messages) - 1
+    if trained != [last]:
+        raise MaskingError(
+            f"messages[{trained[0]}]: the chat template opens an answer with {thought.begin} and later cuts the "
+            "thought, so that only the last answer of a conversation can be trained: make each answer the last turn of "
+            'an example of its own, and give earlier answers "weight": 0'
+        )
+    _refuse_control_tokens(tokenizer, [_without_thought(message, thought) for message in messages])
+    before = thought.prompt[: thought.prompt.rindex(thought.begin)]
+    if not thought.text.startswith(before):
+        raise MaskingError(f"messages[{last}]: the chat template renders this turn without its generation prompt")
+    end = _after_end_of_turn(tokenizer, thought.text, len(before), len(thought.text))
+    if end is None:
+        raise MaskingError(_no_end_of_turn(tokenizer, last))
+    reasoning, is_given, _ = (messages[last].get("content") or "").rpartition(thought.end)
+    reasoning = reasoning.strip().removeprefix(thought.begin).strip()
+    line_breaks = "" if is_given else "\n\n"
+    continuation = f"{reasoning}\n{thought.end}{line_breaks}{thought.text[len(before) : end]}"
+    prompt_ids: list[int] = tokenizer(thought.prompt, add_special_tokens=False)["input_ids"]
+    answer_ids: list[int] = tokenizer(continuation, add_special_tokens=False)["input_ids"]
+    return Encoded(prompt_ids + answer_ids, [IGNORED] * len(prompt_ids) + answer_ids)
+
+
+def _without_thought(message: Mapping[str, Any], thought: _CutThought) -> Mapping[str, Any]:
+    """An assistant's message without the tokens of its thought, which the template cuts and the server does not see."""
+    content = message.get("content")
+    if message["role"] != "assistant" or not isinstance(content, str):
+        return message
+    reasoning, _, answer = content.rpartition(thought.end)
+    return {**message, "content": reasoning.strip().removeprefix(thought.begin) + answer}
 
 
 def _refuse_control_tokens(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]]) -> None:
@@ -91,14 +173,9 @@ def _assistant_spans(
     tools: Sequence[Mapping[str, Any]] | None,
     text: str,
 ) -> list[tuple[int, int]]:
-    """Character spans of the assistant's turns in ``text``, from after the generation prompt through the end of turn.
-
-    A turn with ``"weight": 0`` is left out, as in OpenAI's training files.
-    """
+    """Character spans of the trained turns in ``text``, from after the generation prompt through the end of turn."""
     spans = []
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant" or message.get("weight") == 0:
-            continue
+    for number in _trained_turns(messages):
         before = _render(tokenizer, messages[:number], tools, prompt=True)
         through = _render(tokenizer, messages[: number + 1], tools)
         if not text.startswith(before) or not text.startswith(through):
@@ -108,12 +185,16 @@ def _assistant_spans(
             )
         end = _after_end_of_turn(tokenizer, text, len(before), len(through))
         if end is None:
-            raise MaskingError(
-                f"messages[{number}]: the chat template ends this turn without the end-of-turn token "
-                f"{tokenizer.eos_token!r}, so the model would never learn to stop; fix the template or the eos_token"
-            )
+            raise MaskingError(_no_end_of_turn(tokenizer, number))
         spans.append((len(before), end))
     return spans
+
+
+def _no_end_of_turn(tokenizer: PreTrainedTokenizerBase, number: int) -> str:
+    return (
+        f"messages[{number}]: the chat template ends this turn without the end-of-turn token {tokenizer.eos_token!r}, "
+        "so the model would never learn to stop; fix the template or the eos_token"
+    )
 
 
 def _after_end_of_turn(tokenizer: PreTrainedTokenizerBase, text: str, start: int, end: int) -> int | None:
