@@ -20,15 +20,21 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.utils.logging import disable_progress_bar
 
 from base_files.errors import BaseUnloadable
+from base_files.gguf_base import GGUFBase
 from base_files.source import BaseSource
 
 
 def stock_config(source: BaseSource) -> PretrainedConfig:
-    """Raises ``BaseUnloadable``."""
+    """Raises a ``BaseFilesError``."""
+    if isinstance(source, GGUFBase):
+        with _unloadable(source.name):
+            made: PretrainedConfig = AutoConfig.for_model(**source.config)
+            return made
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
             source.path, local_files_only=True, trust_remote_code=False
@@ -39,12 +45,26 @@ def stock_config(source: BaseSource) -> PretrainedConfig:
 
 
 def stock_tokenizer(source: BaseSource) -> PreTrainedTokenizerBase:
-    """Raises ``BaseUnloadable``."""
+    """Raises a ``BaseFilesError``."""
+    if isinstance(source, GGUFBase):
+        return _tokenizer_of_gguf(source)
     with _unloadable(source.name):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source.path, local_files_only=True, trust_remote_code=False
         )
     return tokenizer
+
+
+def _tokenizer_of_gguf(source: GGUFBase) -> PreTrainedTokenizerBase:
+    found = source.tokenizer
+    with _unloadable(source.name):
+        return PreTrainedTokenizerFast(
+            tokenizer_object=found.build(),
+            chat_template=found.chat_template,
+            model_max_length=source.config["max_position_embeddings"],
+            clean_up_tokenization_spaces=False,
+            **found.special_tokens(),
+        )
 
 
 def stock_model(source: BaseSource, dtype: torch.dtype | str = torch.float32) -> PreTrainedModel:

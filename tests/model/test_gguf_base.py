@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from base_files.errors import BaseMalformed
 from base_files.gguf_base import GGUFBase
+from base_files.stock_model import stock_config, stock_tokenizer
 from tests.gguf_models import model_arrays, model_metadata, tokenizer_metadata, write_gguf_model
 from tests.model.families import build
 from tests.tiny_models import tiny_tokenizer
@@ -30,7 +31,7 @@ def metadata_of(model: PreTrainedModel, architecture: str) -> dict[str, Any]:
 
 def loaded(base: GGUFBase) -> PreTrainedModel:
     """The stock model of a base's config with all of its tensors, and nothing else."""
-    config = AutoConfig.for_model(**base.config)
+    config = stock_config(base)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     tensors = {name: torch.from_numpy(tensor.read().copy()) for name, tensor in base.tensors().items()}
     missing = model.load_state_dict(tensors, strict=False)
@@ -68,7 +69,9 @@ def test_the_tokenizer_cuts_text_as_its_folders_does(tmp_path: Path) -> None:
     model = build(LLAMA)
     metadata = model_metadata(model, LLAMA) | tokenizer_metadata(tokenizer, 512, "gpt-2")
     arrays = model_arrays(model, LLAMA) | {"token_embd.weight": torch.zeros(512, 64)}
-    ours = GGUFBase(write_gguf_model(tmp_path / "a.gguf", arrays, metadata)).tokenizer
+    ours = stock_tokenizer(GGUFBase(write_gguf_model(tmp_path / "a.gguf", arrays, metadata)))
     text = "What is the capital of France? 1234\n\n  Привет 😀 <|user|> it's"
-    assert ours.build().encode(text).ids == tokenizer(text)["input_ids"]
-    assert ours.chat_template == tokenizer.chat_template
+    assert ours(text) == tokenizer(text)
+    messages = [{"role": "user", "content": text}]
+    assert ours.apply_chat_template(messages) == tokenizer.apply_chat_template(messages)
+    assert ours.special_tokens_map.items() <= tokenizer.special_tokens_map.items()
