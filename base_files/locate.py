@@ -22,11 +22,9 @@ BASE_MODEL_HELP = (
 )
 """What a base setting may be, wherever one is described."""
 
-_ACCEPTED = (
-    "base_model must be 'micro', an existing folder, or a hub id such as 'Qwen/Qwen2.5-0.5B-Instruct', or a GGUF file"
-)
+_ACCEPTED = f"base_model must be {BASE_MODEL_HELP} such as 'Qwen/Qwen2.5-0.5B-Instruct'"
 _SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
-_GGUF_ENDING = re.compile(r"(-\d{5}-of-\d{5})?\.gguf$")
+_GGUF_ENDING = re.compile(r"(-\d{5}-of-\d{5})?\.gguf$", re.IGNORECASE)
 _NESTED_FILES = ["*/*"]
 _NAMED_TEMPLATES = "additional_chat_templates/*.jinja"
 
@@ -73,19 +71,21 @@ def base_name(base_model: str) -> str:
     path = os.path.expanduser(base_model)
     if os.path.isdir(path):
         return os.path.basename(os.path.realpath(path))
-    if path.endswith(".gguf"):
+    if os.path.isfile(path) or path.lower().endswith(".gguf"):
         return _GGUF_ENDING.sub("", os.path.basename(path))
     return base_model
 
 
 def _in_folder(folder: Path) -> BaseSource:
     """A model as transformers saves it, or else the one in GGUF. Raises ``ValueError`` or ``OSError``."""
-    if (folder / "config.json").exists():
-        return FolderBase(folder)
-    gguf = find_gguf(folder)
-    if gguf is None:
+    has_config = (folder / "config.json").exists()
+    has_weights = (folder / WEIGHTS_FILE).exists() or (folder / INDEX_FILE).exists()
+    gguf = None if has_config and has_weights else find_gguf(folder)
+    if gguf is not None:
+        return GGUFBase(gguf, folder.resolve().name)
+    if not has_config:
         raise ValueError("the folder has no config.json and no GGUF file: is it a model as transformers saves it?")
-    return GGUFBase(gguf, folder.resolve().name)
+    return FolderBase(folder)
 
 
 def _embedded_base() -> Path:
@@ -110,7 +110,7 @@ def _from_hub(repo_id: str) -> Path:
         folder = Path(snapshot_download(repo_id, allow_patterns=_SMALL_FILES, ignore_patterns=_NESTED_FILES))
         weights = shards(folder) if (folder / INDEX_FILE).exists() else [WEIGHTS_FILE]
         wanted = [*map(glob.escape, weights), _NAMED_TEMPLATES]
-        return Path(snapshot_download(repo_id, revision=folder.name, allow_patterns=wanted))
+        folder = Path(snapshot_download(repo_id, revision=folder.name, allow_patterns=wanted))
     except Exception as error:
         reason = getattr(error, "strerror", None) or type(error).__name__  # a full disk says so
         raise BaseNotFound(
@@ -118,3 +118,8 @@ def _from_hub(repo_id: str) -> Path:
             f"it is not a folder, and could not be downloaded from the hub ({reason}): check the name and the network, "
             "or name a folder",
         ) from error
+    if not (folder / "config.json").exists():
+        raise BaseNotFound(
+            repo_id, "its repository has no config.json; if it holds GGUF files, download one and name its path"
+        )
+    return folder

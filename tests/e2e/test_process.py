@@ -96,7 +96,7 @@ def test_a_taken_port_is_told_at_once() -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--base-model", "no-such-folder"), "base_model must be 'micro', an existing folder, or a hub id"),
+        (("--base-model", "no-such-folder"), "base_model must be 'micro' (embedded), 'smollm2' (after `quickchange base get`), a GGUF file"),
         (("--base-model", "tests"), "has no config.json"),
         (("--max-model-len", "100000"), "the base was made for 2048 tokens"),
         (("--max-num-seqs", "none"), "setting max_num_seqs (--max-num-seqs or QUICKCHANGE_MAX_NUM_SEQS) is 'none'"),

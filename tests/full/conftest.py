@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from base_files.packaged import PACKAGED_BASES
 from tests.serving import ROOT, ServerProcess, running_server
 
 
@@ -43,6 +46,17 @@ def data() -> Path:
 def books(data: Path) -> Path:
     """Plain-English books as Project Gutenberg publishes them."""
     return data / "english"
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The GGUF file of SmolLM2 in the user's data folder, where ``quickchange base get`` puts it."""
+    done = subprocess.run(
+        [sys.executable, "-m", "server", "base", "get", "smollm2"], cwd=ROOT, capture_output=True, text=True
+    )
+    if done.returncode != 0:
+        pytest.fail(f"the base smollm2 is not here, and this test needs it: {done.stderr.splitlines()[-1]}")
+    return PACKAGED_BASES["smollm2"].installed_path()
 
 
 @pytest.fixture(scope="session")

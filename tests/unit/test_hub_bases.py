@@ -139,12 +139,18 @@ def test_a_shard_that_is_missing_is_told(tmp_path: Path) -> None:
         num_weight_bytes(tmp_path)
 
 
-@pytest.mark.parametrize("base_model", ["no-such-folder", "./no/such", "/no/such", "a/b/c"])
+@pytest.mark.parametrize("base_model", ["no-such-folder", "./no/such", "/no/such", "a/b/c", "a/b.gguf"])
 def test_what_is_neither_a_folder_nor_a_hub_id_is_refused_without_asking_a_hub(base_model: str) -> None:
-    with pytest.raises(BaseNotFound, match="base_model must be 'micro', an existing folder, or a hub id") as refused:
+    with pytest.raises(BaseNotFound, match="base_model must be 'micro' .embedded., 'smollm2' .*, or a hub id") as refused:
         base_on_disk(base_model)
     assert refused.value.base_model == base_model
     assert base_on_disk("someone/base") is None
+
+
+def test_a_repository_of_gguf_files_alone_is_told_what_to_do(make_hub: Callable[[Sequence[str]], FakeHub]) -> None:
+    make_hub(["README.md", "model.Q4_K_M.gguf"])
+    with pytest.raises(BaseNotFound, match="no config.json; if it holds GGUF files, download one and name its path"):
+        find_base("someone/base")
 
 
 @pytest.mark.parametrize("base_model", ["x" * 300, "~no-such-user/base"])
