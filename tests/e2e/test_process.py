@@ -14,6 +14,7 @@ import httpx
 import pytest
 from openai import OpenAI
 
+from base_files.locate import BASE_MODEL_HELP
 from tests.serving import ROOT, ServerProcess, running_server
 
 
@@ -96,7 +97,7 @@ def test_a_taken_port_is_told_at_once() -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--base-model", "no-such-folder"), "base_model must be 'micro' (embedded), 'smollm2' (after `quickchange base get`), a GGUF file"),
+        (("--base-model", "no-such-folder"), f"base_model must be {BASE_MODEL_HELP}"),
         (("--base-model", "tests"), "has no config.json"),
         (("--max-model-len", "100000"), "the base was made for 2048 tokens"),
         (("--max-num-seqs", "none"), "setting max_num_seqs (--max-num-seqs or QUICKCHANGE_MAX_NUM_SEQS) is 'none'"),
