@@ -165,10 +165,6 @@ def _q6_k(blocks: Bytes, out: Floats) -> None:
     _scaled(_signed(codes, 32), _float16(blocks, 208) * blocks[:, 192:208].view(np.int8), out)
 
 
-def _q8_k(blocks: Bytes, out: Floats) -> None:
-    _scaled(blocks[:, 4:260].view(np.int8), blocks[:, :4].view("<f4"), out)
-
-
 _IQ4_VALUES = np.array(
     [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8
 )  # ggml's kvalues_iq4nl
@@ -202,7 +198,6 @@ BLOCK_TYPES: Mapping[int, BlockType] = {
     12: BlockType("Q4_K", 256, 144, _q4_k),
     13: BlockType("Q5_K", 256, 176, _q5_k),
     14: BlockType("Q6_K", 256, 210, _q6_k),
-    15: BlockType("Q8_K", 256, 292, _q8_k),
     20: BlockType("IQ4_NL", 32, 18, _iq4_nl),
     23: BlockType("IQ4_XS", 256, 136, _iq4_xs),
     30: BlockType("BF16", 1, 2, _bf16),
@@ -211,7 +206,7 @@ BLOCK_TYPES: Mapping[int, BlockType] = {
 """Types that are read, by ggml's number for them (``enum ggml_type``)."""
 
 UNREAD_TYPES: Mapping[int, str] = {
-    9: "Q8_1", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S", 24: "I8", 25: "I16",
-    26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 40: "NVFP4", 41: "Q1_0",
+    9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S", 24: "I8",
+    25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 40: "NVFP4", 41: "Q1_0",
 }  # fmt: skip
 """Names of the others."""

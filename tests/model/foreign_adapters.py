@@ -152,9 +152,13 @@ def write_gguf(
     general_type: str | None = "adapter",
     adapter_type: str | None = "lora",
     more: Mapping[str, Any] | None = None,
+    max_tensors: int = 0,
 ) -> Path:
-    """A GGUF file by gguf's own writer, with what ``convert_lora_to_gguf.py`` says in it."""
-    writer = gguf.GGUFWriter(path, architecture)
+    """A GGUF file by gguf's own writer, with what ``convert_lora_to_gguf.py`` says in it.
+
+    With ``max_tensors`` it is split, and the parts are beside ``path``.
+    """
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=max_tensors)
     if general_type is not None:
         writer.add_type(general_type)
     if adapter_type is not None:
@@ -167,7 +171,7 @@ def write_gguf(
     kind = gguf.GGMLQuantizationType[quantization]
     for name, tensor in tensors.items():
         array = np.ascontiguousarray(tensor.numpy(), dtype=np.float32)
-        fits = kind != gguf.GGMLQuantizationType.Q8_0 or array.shape[-1] % 32 == 0
+        fits = array.shape[-1] % gguf.constants.GGML_QUANT_SIZES[kind][0] == 0
         used = kind if fits else gguf.GGMLQuantizationType.F16  # as llama.cpp's converter falls back
         writer.add_tensor(name, gguf.quants.quantize(array, used), raw_dtype=used)
     writer.write_header_to_file()

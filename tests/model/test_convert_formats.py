@@ -89,7 +89,7 @@ def test_every_name_that_llama_cpp_gives_a_linear_or_a_norm_is_known() -> None:
             assert f"model.layers.1.{known.blocks[block]}.weight" == name
 
 
-@pytest.mark.parametrize(("quantization", "allowed"), [("F16", 2e-3), ("BF16", 2e-2), ("Q8_0", 2e-2)])
+@pytest.mark.parametrize(("quantization", "allowed"), [("F16", 2e-3), ("BF16", 2e-2), ("Q8_0", 2e-2), ("Q5_1", 0.2)])
 def test_a_gguf_lora_in_fewer_bits_answers_within_their_rounding(
     quantization: str, allowed: float, tmp_path: Path
 ) -> None:
@@ -177,6 +177,17 @@ def test_what_no_lora_can_be_made_of_is_refused_by_name(case: str, tmp_path: Pat
     path = write_gguf(tmp_path / "a.gguf", tensors, **fields)
     with pytest.raises(NotPublished, match=words):
         converted_gguf(path, "llama", tmp_path / "out")
+
+
+def test_a_split_gguf_lora_is_converted_from_any_of_its_parts(tmp_path: Path) -> None:
+    source = make_peft(base("llama"), tmp_path / "peft")
+    write_gguf(tmp_path / "a.gguf", gguf_arrays(source, base("llama"), "llama"), max_tensors=9)
+    parts = sorted(tmp_path.glob("a-*.gguf"))
+    assert len(parts) > 2
+    converted_gguf(parts[1], "llama", tmp_path / "out")
+    assert off(source, tmp_path / "out", "llama") < EXACT
+    with pytest.raises(NotPublished, match="setting max_adapter_bytes"):
+        read_gguf_adapter(parts[1], max_bytes=max(part.stat().st_size for part in parts))
 
 
 def test_a_gguf_beyond_the_limit_of_adapters_is_refused(tmp_path: Path) -> None:

@@ -126,8 +126,8 @@ class GGUFAdapter:
 def read_gguf_adapter(path: Path, *, max_bytes: int) -> GGUFAdapter:
     """Read and check the header, without torch. Raises ``NotPublished``."""
     try:
-        size = path.stat().st_size
         file = read_gguf(path)
+        size = sum(part.stat().st_size for part in file.paths)
     except ValueError as error:
         raise NotPublished(f"{path.parent}: {_kind_of(path) or f'{path.name}: {error}'}") from None
     except OSError as error:
@@ -170,8 +170,6 @@ def _check_kind(file: GGUFFile) -> None:
         )
     if strange := [key for key in metadata if key.startswith("adapter.") and key not in _READ]:
         raise NotPublished(f"{path}: what {first(strange)} asks for is not known here")
-    if "split.count" in metadata:
-        raise NotPublished(f"{path} is a part of a split file: merge the parts with llama-gguf-split --merge first")
 
 
 def _known(architecture: str) -> Architecture:
