@@ -8,7 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from adapter_format.files import SIDECAR_FILE
@@ -27,11 +36,12 @@ RESERVED_VARIABLES = frozenset(
 """What a request or the server itself hands to a chat template and to transformers' ``apply_chat_template``."""
 
 _OF_VERSION_1 = ("quality",)
-_OF_VERSION_2 = ("end_tokens", "chat_template_kwargs", "verdict")
+_OF_VERSION_2 = ("end_tokens", "chat_template_kwargs", "verdict", "base.fingerprint_v2", "base.sample")
 
 Text = Annotated[str, Field(min_length=1)]
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 Count = Annotated[StrictInt, Field(ge=0)]
+SampledValues = Annotated[str, Field(pattern=r"^[A-Z0-9_]{2,8} [0-9]{1,9}(x[0-9]{1,9})? [A-Za-z0-9+/]{1,172}={0,2}$")]
 Status = Literal["pass", "warn", "fail"]
 
 
@@ -48,8 +58,19 @@ class _SidecarPart(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class BaseSample(_SidecarPart):
+    """What tells whether another format holds the same base; ``base_files.weights_sample`` writes and reads it.
+
+    ``vocabulary`` is a digest of the tokens, null if unknown. Each of ``tensors`` has a type, a shape and some values.
+    """
+
+    architecture: Annotated[dict[Text, StrictBool | StrictInt | float | str], Field(max_length=64)]
+    vocabulary: Digest | None
+    tensors: Annotated[dict[Text, SampledValues], Field(max_length=64)]
+
+
 class BaseReference(_SidecarPart):
-    """The base the adapter was trained on: a name for people, fingerprints for programs.
+    """The base the adapter was trained on: a name for people, fingerprints and a sample for programs.
 
     ``fingerprint`` is of version 1. One of the two is there.
     """
@@ -57,6 +78,7 @@ class BaseReference(_SidecarPart):
     name: Text
     fingerprint: Digest | None = None
     fingerprint_v2: Digest | None = None
+    sample: BaseSample | None = None
 
     @model_validator(mode="after")
     def _has_a_fingerprint(self) -> Self:
@@ -128,7 +150,8 @@ class Sidecar(_SidecarPart):
     """The whole file. A key that is not here is refused: what it asks for would not happen.
 
     Version 2 is written, 1 is read for good. ``quality`` is of version 1; ``end_tokens``, ``chat_template_kwargs``,
-    ``verdict`` and ``base.fingerprint_v2`` are of version 2. ``end_tokens`` are texts or ids of tokens.
+    ``verdict``, ``base.fingerprint_v2`` and ``base.sample`` are of version 2. ``end_tokens`` are texts or ids of
+    tokens.
     """
 
     schema_version: StrictInt = Field(ge=VERSIONS[0], le=VERSIONS[-1])
@@ -148,7 +171,7 @@ class Sidecar(_SidecarPart):
     @model_validator(mode="after")
     def _has_the_keys_of_its_version(self) -> Self:
         given = self.model_fields_set | {f"base.{name}" for name in self.base.model_fields_set}
-        later = [*_OF_VERSION_2, "base.fingerprint_v2"] if self.schema_version == 1 else _OF_VERSION_1
+        later = _OF_VERSION_2 if self.schema_version == 1 else _OF_VERSION_1
         if wrong := [name for name in later if name in given]:
             raise PydanticCustomError(
                 "version",

@@ -84,6 +84,9 @@ class GGUFBase:
         with self._malformed():
             return _ParameterReader(self._model, self._file.tensors).read()
 
+    def token_texts(self) -> Mapping[int, str]:
+        return dict(enumerate(self.tokenizer.tokens))
+
     @cached_property
     def _file(self) -> GGUFFile:
         with self._malformed():

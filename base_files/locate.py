@@ -5,6 +5,8 @@ from __future__ import annotations
 import glob
 import os
 import re
+from collections.abc import Iterator
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 
@@ -25,6 +27,8 @@ BASE_MODEL_HELP = (
 _ACCEPTED = f"base_model must be {BASE_MODEL_HELP} such as 'Qwen/Qwen2.5-0.5B-Instruct'"
 _SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 _GGUF_ENDING = re.compile(r"(-\d{5}-of-\d{5})?\.gguf$", re.IGNORECASE)
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
+"""A base's name without a path, or a hub id."""
 _NESTED_FILES = ["*/*"]
 _NAMED_TEMPLATES = "additional_chat_templates/*.jinja"
 
@@ -59,6 +63,23 @@ def base_on_disk(base_model: str) -> BaseSource | None:
     if path.is_absolute() or base_model.startswith(".") or base_model.count("/") != 1 or path.suffix == ".gguf":
         raise BaseNotFound(base_model, f"no such folder or file; {_ACCEPTED}")
     return None
+
+
+def local_bases(name: str, *, near: Path) -> Iterator[BaseSource]:
+    """Bases of this name on this machine: embedded, fetched, in the folder ``near``, in the hub's cache.
+
+    ``name`` is a stranger's. No path is followed and nothing is downloaded.
+    """
+    if not _NAME.fullmatch(name):
+        return
+    places = [name] if name == EMBEDDED_BASE or name in PACKAGED_BASES else []
+    places += [str(near / part) for part in (name, f"{name}.gguf") if "/" not in name and (near / part).exists()]
+    for place in places:
+        with suppress(BaseNotFound):
+            if (source := base_on_disk(place)) is not None:
+                yield source
+    if "/" in name and (folder := _in_hub_cache(name)) is not None:
+        yield FolderBase(folder)
 
 
 def base_name(base_model: str) -> str:
@@ -96,6 +117,17 @@ def _embedded_base() -> Path:
     if not (folder / "config.json").is_file():
         raise BaseNotFound(EMBEDDED_BASE, f"{folder} has no config.json; name another base_model")
     return folder
+
+
+def _in_hub_cache(repo_id: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(repo_id, "config.json")
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def _from_hub(repo_id: str) -> Path:

@@ -13,6 +13,7 @@ from base_files.experts import with_experts
 from base_files.fingerprint import base_fingerprint, base_fingerprint_v2
 from base_files.safetensors_header import read_header
 from base_files.tensors import SafetensorsTensor, StoredTensor
+from base_files.vocabulary import folder_token_texts
 from base_files.weight_files import malformed_if_unreadable, num_weight_bytes, weight_files
 
 
@@ -46,6 +47,9 @@ class BaseSource(Protocol):
     def tensors(self) -> Mapping[str, StoredTensor]:
         """Every tensor by the name of the parameter that it becomes in transformers."""
 
+    def token_texts(self) -> Mapping[int, str] | None:
+        """The tokens by id, as the tokenizer's file writes them; None if they are unknown."""
+
 
 @dataclass(frozen=True)
 class FolderBase:
@@ -75,3 +79,7 @@ class FolderBase:
         with malformed_if_unreadable(self.path):
             entries = [(path, entry) for path in weight_files(self.path) for entry in read_header(path).values()]
             return with_experts({entry.name: SafetensorsTensor(path, entry) for path, entry in entries})
+
+    def token_texts(self) -> Mapping[int, str] | None:
+        with malformed_if_unreadable(self.path):
+            return folder_token_texts(self.path)

@@ -200,7 +200,7 @@ def adapter(name: str, **defaults: object) -> Adapter:
 def adapter_with(name: str, defaults: GenerationDefaults) -> Adapter:
     """An adapter that exists only by name, with these generation defaults."""
     config, path = LoRAConfig(r=8, alpha=8), Path("/adapters") / name
-    listing = Listing(name, path, config, None, defaults, AdapterPlan({}), 1_700_000_000, {}, "shapes")
+    listing = Listing(name, path, config, None, defaults, AdapterPlan({}), 1_700_000_000, {}, "shapes", None)
     return Adapter(listing, weights_digest=f"{name}-weights", version_digest=f"{name}-version".ljust(64, "0"))
 
 

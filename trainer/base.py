@@ -10,6 +10,7 @@ from base_files.errors import BaseFilesError
 from base_files.locate import base_name, find_base
 from base_files.source import Fingerprints
 from base_files.stock_model import stock_model, stock_tokenizer
+from base_files.weights_sample import WeightsSample, sample_of
 from trainer.errors import BaseModelError
 
 
@@ -19,6 +20,7 @@ class TrainingBase:
 
     name: str
     fingerprints: Fingerprints
+    sample: WeightsSample | None
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
 
@@ -30,7 +32,7 @@ def load_base(base_model: str) -> TrainingBase:
     """
     try:
         source = find_base(base_model)
-        fingerprints = source.fingerprints()
+        fingerprints, sample = source.fingerprints(), sample_of(source)
         tokenizer, model = stock_tokenizer(source), stock_model(source)
     except BaseFilesError as error:
         raise BaseModelError(str(error)) from error
@@ -41,4 +43,4 @@ def load_base(base_model: str) -> TrainingBase:
         )
     name = base_name(base_model)
     model.name_or_path = name  # PEFT writes it into adapter_config.json, which should hold no path of this machine
-    return TrainingBase(name, fingerprints, model, tokenizer)
+    return TrainingBase(name, fingerprints, sample, model, tokenizer)

@@ -93,7 +93,7 @@ def _sidecar(config: TrainConfig, base: TrainingBase, dataset: Dataset, history:
     }
     return Sidecar(
         schema_version=2,
-        base=BaseReference(name=base.name, fingerprint=base.fingerprints.v1, fingerprint_v2=base.fingerprints.v2),
+        base=_base_reference(base),
         created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         training=TrainingRecord(
             data_digest=dataset.digest,
@@ -109,6 +109,17 @@ def _sidecar(config: TrainConfig, base: TrainingBase, dataset: Dataset, history:
         metrics=_metrics(history),
         **{key: value for key, value in defaults.items() if value},
     )
+
+
+def _base_reference(base: TrainingBase) -> BaseReference:
+    """Without the keys that this base's format does not have."""
+    reference = {
+        "name": base.name,
+        "fingerprint": base.fingerprints.v1,
+        "fingerprint_v2": base.fingerprints.v2,
+        "sample": None if base.sample is None else base.sample.to_json(),
+    }
+    return BaseReference.model_validate({key: value for key, value in reference.items() if value is not None})
 
 
 def _portable_recipe(config: TrainConfig, base: TrainingBase) -> dict[str, Any]:

@@ -63,6 +63,12 @@ class AdapterSync:
     def end_start(self) -> None:
         """Log what was found at start, and from now on each new adapter."""
         self._level = logging.INFO
+        notes: dict[str, list[str]] = {}
+        for entry in self.registry:
+            if entry.listing.base_note is not None:
+                notes.setdefault(entry.listing.base_note, []).append(entry.name)
+        for note, names in notes.items():
+            logger.info("adapters %s: %s", first(names), one_line(note))
         names_of: dict[str, list[str]] = {}
         for name, base in sorted(self.other_bases.items()):
             if name not in self.registry:
@@ -99,11 +105,12 @@ class AdapterSync:
         self._listener.added(entry)
         logger.log(
             self._level,
-            "adapter %s: %d modules, rank %d, base checked by %s",
+            "adapter %s: %d modules, rank %d, base checked by %s%s",
             name,
             len(listing.plan.modules),
             listing.plan.rank,
             listing.base_check,
+            "" if listing.base_note is None else f" ({one_line(listing.base_note)})",
         )
         _log_unread(listing)
         return True

@@ -81,6 +81,7 @@ def _details(entry: Entry, state: ServerState) -> dict[str, Any]:
         "pinned": {"version": entry.pin.version, "resident": entry.pin.resident},
         "refused": None if entry.refused is None else without_paths(entry.refused),
         "unread": {file: without_paths(reason) for file, reason in listing.unread.items()},
+        "base_note": listing.base_note,
         "rank": listing.plan.rank,
         "targets": sorted({name.rpartition(".")[2] for name in listing.plan.modules}),
         "num_modules": len(listing.plan.modules),

@@ -152,7 +152,8 @@ def report_rows(
         yield from _module_rows(report.plan, base)
     yield "base", _base(report, base)
     if report.manifest is not None:
-        yield "base check", f"by {report.manifest.base_check}"
+        note = report.manifest.base_note
+        yield "base check", f"by {report.manifest.base_check}" + ("" if note is None else f": {note}")
     if report.defaults is not None:
         yield from _default_rows(report.defaults)
         yield from _token_rows(report.defaults, base)

@@ -112,7 +112,8 @@ def _checked(manifest: Manifest) -> str:
     if manifest.sidecar is None:
         return ""
     verdict = manifest.sidecar.verdict
-    return f", base by {manifest.base_check}" + ("" if verdict is None else f", verdict {verdict.status}")
+    note = "" if manifest.base_note is None else f" ({manifest.base_note})"
+    return f", base by {manifest.base_check}{note}" + ("" if verdict is None else f", verdict {verdict.status}")
 
 
 def _print_state(store: VersionStore, name: str, pin: Pin, current: str | None) -> bool:

@@ -17,6 +17,7 @@ from base_files.locate import find_base
 from base_files.stock_model import stock_config, stock_model, stock_tokenizer
 from base_files.weight_files import weight_files
 from cpu_kernels.kernels import Kernels, choose_kernels
+from server.adapters.content.base_samples import BaseSamples
 from server.adapters.content.signature import BaseSignature
 from server.adapters.content.templates import default_template
 from server.errors import BaseModelRefused, SettingsError
@@ -126,7 +127,7 @@ def load_base(
         attention,
         partial(cpu_attention, kernels=kernels, windows=probe.windows, plain=probe.plain) if on_cpu else backend,
         probe.shapes,
-        replace(_with_tokenizer(signature, tokenizer, source.path), setting=base_model),
+        replace(_with_tokenizer(signature, tokenizer, source.path), setting=base_model, samples=BaseSamples(source)),
         length,
         end_token_ids(model, tokenizer),
         kv_dtype,

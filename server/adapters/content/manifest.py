@@ -80,7 +80,8 @@ class AdapterPolicy:
 class Listing:
     """The content of a folder's headers: enough to list an adapter, not to serve it.
 
-    ``unread`` maps files that may not be read, and that the adapter is served without, to the reason.
+    ``unread`` maps files that may not be read, and that the adapter is served without, to the reason. ``base_note``
+    says in which format the base was in training, if in another one than the server's.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Listing:
     created: int
     unread: Mapping[str, str]
     base_check: BaseCheck
+    base_note: str | None
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ def _check_files(path: Path, base: BaseSignature, policy: AdapterPolicy, name: s
     raw_config = parse_json(files.config, CONFIG_FILE)
     config = parse_peft_config(raw_config)
     sidecar = parse_optional(files, SIDECAR_FILE, parse_sidecar)
-    checked = base_check(sidecar, base)
+    verified = base_check(sidecar, base)
     defaults = generation_defaults_of(name, files, sidecar, base, policy)
     entries = weights_header(files.weights, files.weights_size)
     try:
@@ -183,7 +185,18 @@ def _check_files(path: Path, base: BaseSignature, policy: AdapterPolicy, name: s
         )
     _check_trained_tokens(plan, defaults, base, files.unread.get(TOKENS_FILE))
     config = replace(config, trained_names=plan.trained_names)
-    return Listing(name, path, config, sidecar, defaults, plan, files.created, files.unread, checked)
+    return Listing(
+        name,
+        path,
+        config,
+        sidecar,
+        defaults,
+        plan,
+        files.created,
+        files.unread,
+        base_check=verified.check,
+        base_note=verified.note,
+    )
 
 
 def _refuse_other_base(named: Any, base: BaseSignature, misfit: PlanError) -> None:

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from server.adapters.content.added_tokens import BaseTokenizer
+from server.adapters.content.base_samples import BaseSamples
 
 Shape = tuple[int, ...]
 Kind = Literal["linear", "embedding", "rows"]
-BaseCheck = Literal["fingerprint_v2", "fingerprint", "shapes"]
+BaseCheck = Literal["fingerprint_v2", "fingerprint", "weights_sample", "shapes"]
 """How an adapter's base was verified."""
 
 
@@ -58,7 +59,7 @@ class BaseSignature:
     ``setting`` is what ``base_model`` says, if that is another name. ``fingerprint`` is of version 1, which
     a GGUF file has not; ``fingerprint_v2`` is None if unknown. ``others`` are modules that adapters cannot
     change, because they do not see every row. ``vocab_size`` is the number of the embedding's rows. ``tokenizer`` is
-    None if an adapter's cannot be compared with it.
+    None if an adapter's cannot be compared with it; ``samples`` is None if other formats of the base cannot.
     """
 
     name: str
@@ -71,6 +72,7 @@ class BaseSignature:
     fingerprint_v2: str | None = None
     tokenizer: BaseTokenizer | None = field(default=None, compare=False)
     setting: str | None = None
+    samples: BaseSamples | None = field(default=None, compare=False)
 
     @property
     def names(self) -> tuple[str, ...]:

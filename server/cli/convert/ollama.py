@@ -161,10 +161,16 @@ class Wishes:
 
     def sidecar_for(self, base: BaseSignature, present: Mapping[str, Any]) -> dict[str, Any]:
         """The whole sidecar, for this base, over what stands in one that is there already."""
-        fingerprints = {"fingerprint": base.fingerprint, "fingerprint_v2": base.fingerprint_v2}
+        sample = None if base.samples is None else base.samples.served
+        reference = {
+            "name": base.name,
+            "fingerprint": base.fingerprint,
+            "fingerprint_v2": base.fingerprint_v2,
+            "sample": None if sample is None else sample.to_json(),
+        }
         return {
             "schema_version": 2,
-            "base": {"name": base.name, **{name: value for name, value in fingerprints.items() if value}},
+            "base": {key: value for key, value in reference.items() if value is not None},
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             **present,
             **self.sidecar,
