@@ -149,7 +149,7 @@ def _half_level(levels: _Levels, ours: SampledTensor, theirs: SampledTensor) -> 
     """Half the distance between two levels, for each value: of the two tensors, the one with the wider range counts."""
     groups = min(levels.group, len(ours.values))
     wide = [_range(tensor.values, groups, symmetric=levels.symmetric) for tensor in (ours, theirs)]
-    half: Floats = np.maximum(*wide) / np.float32(2 * levels.per_range)
+    half: Floats = (np.maximum(*wide) / (2 * levels.per_range)).astype(np.float32)
     return half
 
 
