@@ -29,14 +29,14 @@ class _Levels:
     """A block type: so many values share a scale, and ``per_range`` levels divide their range.
 
     ``symmetric``: from the largest magnitude to its negative, instead of from the lowest to the highest value or 0.
-    ``slack`` bounds a deviation in halves of a level: 1 where every tool rounds to the nearest level, else more, since
-    tools look for the scale with the least error and cut the largest values off.
+    ``slack`` bounds a deviation, in halves of a level: 1 where every tool rounds to the nearest level, else more, since
+    tools look for the scale of the least error, in which values that weigh little are cut off.
     """
 
     group: int
     per_range: float
     symmetric: bool
-    slack: float = 2.5
+    slack: float = 6.0
 
 
 BLOCK_LEVELS: Mapping[str, _Levels] = {

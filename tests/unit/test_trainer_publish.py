@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from adapter_format import publishing
 from base_files.fingerprint import base_fingerprint, base_fingerprint_v2
+from base_files.source import FolderBase
+from base_files.weights_sample import sample_of
 from tests.tiny_models import build_tiny_base
 from trainer import card
 from trainer import publish as publish_module
@@ -69,7 +71,10 @@ def test_the_published_folder_says_what_was_trained(recipe: Path) -> None:
     jsonschema.validate(sidecar, json.loads(SCHEMA.read_text(encoding="utf-8")))
     base = recipe.parent / "base"
     fingerprints = {"fingerprint": base_fingerprint(base), "fingerprint_v2": base_fingerprint_v2(base)}
-    assert sidecar["schema_version"] == 2 and sidecar["base"] == {"name": "base", **fingerprints}
+    sampled = sample_of(FolderBase(base))
+    assert sampled is not None
+    sample = sampled.to_json()
+    assert sidecar["schema_version"] == 2 and sidecar["base"] == {"name": "base", **fingerprints, "sample": sample}
     assert sidecar["end_tokens"] == [END]
     assert sidecar["stop"] == ["###"] and sidecar["sampling"] == {"temperature": 0.5, "max_tokens": 8}
     assert sidecar["training"]["recipe"]["lora"] == {"r": 4}
