@@ -14,8 +14,6 @@ from numpy.typing import NDArray
 from base_files.gguf_header import MAGIC, GGUFHeader, Value, read_header
 from base_files.gguf_tensor import GGUFTensor
 
-__all__ = ["GGUFFile", "GGUFTensor", "Value", "check_is_model", "find_gguf", "is_gguf", "read_gguf"]
-
 _PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.gguf)", re.IGNORECASE)
 _SPLIT_NO, _SPLIT_COUNT, _SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
 

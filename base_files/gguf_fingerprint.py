@@ -11,7 +11,8 @@ import hashlib
 import numpy as np
 
 from base_files.fingerprint import canonical_json, windows
-from base_files.gguf import GGUFFile, Value
+from base_files.gguf import GGUFFile
+from base_files.gguf_header import Value
 
 
 def gguf_fingerprint(file: GGUFFile) -> str:

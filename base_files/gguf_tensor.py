@@ -64,7 +64,7 @@ class GGUFTensor:
 
 def open_regular(path: Path) -> BufferedReader:
     """Open a file to read it, without waiting for a pipe or a device. Raises ``ValueError`` or ``OSError``."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise ValueError(f"{path.name} is not a regular file")

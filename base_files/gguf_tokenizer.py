@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
-from base_files.gguf import Value
+from base_files.gguf_header import Value
 from base_files.gguf_metadata import MetadataReader
 from base_files.gguf_pretokenizers import PreTokenizerRule, pre_tokenizer_rule
 
