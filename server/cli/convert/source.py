@@ -15,7 +15,7 @@ from adapter_format.files import COMPANION_FILES, CONFIG_FILE, SIDECAR_FILE, SOU
 from adapter_format.publishing import published_folder
 from adapter_format.sidecar import parse_sidecar
 from base_files.gguf import is_gguf
-from base_files.locate import find_base
+from base_files.locate import base_name, find_base
 from server.adapters.content.folder import MAX_JSON_BYTES
 from server.adapters.content.peft_config import parse_peft_config
 from server.cli.convert.gguf import GGUFAdapter, read_gguf_adapter
@@ -101,7 +101,7 @@ def publish_converted(source: ConversionSource, target: Path, settings: Settings
 
     with closing(AdapterChecker.load(settings, dtype=settings.dtype)) as checker, published_folder(target) as folder:
         print(f"converting {source.adapter.kind}", file=sys.stderr, flush=True)
-        return fill_folder(source, folder, checker, name=target.name, base_model=settings.base_model)
+        return fill_folder(source, folder, checker, name=target.name, base_model=base_name(settings.base_model))
 
 
 def fill_folder(
