@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from base_files.gguf_architectures import ARCHITECTURES
 from base_files.gguf_blocks import BLOCK_TYPES
 
 ROOT = Path(__file__).parents[2]
@@ -46,3 +47,8 @@ def test_files_that_a_page_names_exist(page: Path) -> None:
 def test_the_page_of_bases_names_every_type_of_tensors_that_is_read_in_gguf_files() -> None:
     table = (ROOT / "docs/bases.md").read_text(encoding="utf-8").partition("| types | bits")[2].partition("\n\n")[0]
     assert set(re.findall(r"`(\w+)`", table)) == {block_type.name for block_type in BLOCK_TYPES.values()}
+
+
+def test_the_page_of_bases_names_every_architecture_that_is_read_in_gguf_files() -> None:
+    table = (ROOT / "docs/bases.md").read_text(encoding="utf-8").partition("| in the file |")[2].partition("\n\n")[0]
+    assert set(re.findall(r"`([\w-]+)`", table)) == set(ARCHITECTURES)
