@@ -41,6 +41,7 @@ def test_the_common_changes_are_there() -> None:
         "A quantized format",
         "A training objective",
         "A metric",
+        "A block type of GGUF",
         "A setting",
     }
 
