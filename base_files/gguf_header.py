@@ -156,7 +156,7 @@ class _Reader:
     def _damaged(self, why: str) -> ValueError:
         if self._end < self._size:
             return ValueError(f"the header is damaged or longer than {MAX_HEADER_BYTES} bytes: {why}")
-        return ValueError(f"the header is truncated or damaged: {why}")
+        return ValueError(f"the header is truncated or damaged: {why}: fetch the file again")
 
 
 def _read_start(reader: _Reader) -> tuple[int, int]:
