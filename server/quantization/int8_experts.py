@@ -90,7 +90,8 @@ def sum_of_experts(
     """
     num_rows, chosen = top_k_index.shape
     x = hidden_states.float()
-    y = torch.zeros(num_rows * chosen, hidden_states.shape[-1])
+    dim = hidden_states.shape[-1]
+    y = torch.zeros(num_rows * chosen, dim)
     if num_rows == 1:
         for place, expert in enumerate(top_k_index[0].tolist()):
             if expert < count:
@@ -98,7 +99,7 @@ def sum_of_experts(
     else:
         for expert, places in _places(top_k_index, count):
             y[places] = compute(expert, x[places // chosen])
-    weighted = y.view(num_rows, chosen, -1).mul_(top_k_weights[:, :, None])
+    weighted = y.view(num_rows, chosen, dim).mul_(top_k_weights[:, :, None])
     return weighted.sum(1).to(hidden_states.dtype)
 
 
