@@ -204,6 +204,13 @@ def test_a_damaged_file_is_read_or_refused_and_nothing_else(tmp_path: Path) -> N
     assert 50 < outcomes.count("read") < len(outcomes) - 500
 
 
+def test_a_flag_is_true_where_its_byte_is_not_zero(tmp_path: Path) -> None:
+    write_small(tmp_path / "a.gguf")
+    flags = read_gguf(tmp_path / "a.gguf").metadata["a.flags"]
+    assert isinstance(flags, np.ndarray) and flags.dtype == np.bool_
+    assert flags.view(np.uint8).tolist() == [0, 1, 1]
+
+
 def test_tensors_may_stand_in_any_order(tmp_path: Path) -> None:
     """And with holes between them."""
     entries = tensor(b"first", offset=64) + tensor(b"second", offset=0) + tensor(b"third", offset=128)
@@ -230,10 +237,11 @@ def test_more_strings_than_any_vocabulary_has_are_refused(tmp_path: Path) -> Non
         read_gguf(tmp_path / "a.gguf")
 
 
-def test_a_file_that_becomes_shorter_while_it_is_read_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lost", [1, 400, 900])
+def test_a_file_that_becomes_shorter_while_it_is_read_is_refused(lost: int, tmp_path: Path) -> None:
     path = write(tmp_path / "a.gguf")
     found = read_gguf(path)
-    path.write_bytes(path.read_bytes()[:600])
+    os.truncate(path, found.tensors["Q8_0"].end - lost)
     with pytest.raises(ValueError, match="became shorter"):
         found.read("Q8_0")
 

@@ -182,7 +182,9 @@ def test_several_models_in_a_folder_are_named(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_nothing_but_companions_has_no_model(tmp_path: Path) -> None:
+    """Whoever reads a file that is alone says the same of it."""
     write(tmp_path / "a.gguf", keys={"general.type": "adapter"})
+    assert find_gguf(tmp_path) == tmp_path / "a.gguf"
     write(tmp_path / "b.gguf", keys={"general.type": "mmproj"})
     with pytest.raises(ValueError, match=r"no model in GGUF: a\.gguf is a LoRA adapter .*, b\.gguf is a projector"):
         find_gguf(tmp_path)
