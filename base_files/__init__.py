@@ -10,6 +10,9 @@ Reading order, one module a line:
 ``weight_files``       the weight files of a folder
 ``safetensors_header`` the tensors of such a file
 ``fingerprint``        what ties an adapter to its base
+``weights_sample``     a sample of a base, which formats have in common
+``common_architecture`` its architecture, ``vocabulary`` its tokens
+``sample_comparison``  whether two samples are of the same base
 ``gguf``               GGUF, the other container: a model's files, split or not
 ``gguf_header``        the header of one of them
 ``gguf_tensor``        its tensors, read row by row

@@ -41,7 +41,6 @@ class _Levels:
 
 BLOCK_LEVELS: Mapping[str, _Levels] = {
     "Q8_0": _Levels(32, 254, symmetric=True, slack=1.02),
-    "Q8_K": _Levels(256, 254, symmetric=True, slack=1.02),
     "Q4_0": _Levels(32, 16, symmetric=True),
     "Q5_0": _Levels(32, 32, symmetric=True),
     "Q4_1": _Levels(32, 15, symmetric=False),
