@@ -1,18 +1,24 @@
 """Makes transformers' config, tokenizer and model of a base, for server and trainer.
 
-The only module of this package that imports torch and transformers. No remote code and no pickled weights are read.
+This module and ``deferred_weights`` are the only ones of this package that import torch or transformers. No remote code
+and no pickled weights are read.
+
+transformers itself reads the safetensors of a folder. Of other formats the model is made without memory and filled from
+``BaseSource.tensors``: a weight of three dimensions, such as those of experts, is read by its outermost dimension, one
+expert at a time.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,9 +30,25 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from base_files.errors import BaseUnloadable
+from base_files.deferred_weights import DeferredWeights, read_into
+from base_files.errors import BaseMalformed, BaseUnloadable
 from base_files.gguf_base import GGUFBase
-from base_files.source import BaseSource
+from base_files.progress import Progress
+from base_files.source import BaseSource, FolderBase
+from base_files.tensors import SafetensorsTensor, StoredTensor
+
+
+def is_mapped(source: BaseSource) -> bool:
+    """Whether transformers itself reads the files, which are then mapped into memory.
+
+    It reads safetensors, but not where experts are joined or dequantized that ``BaseSource.tensors`` gives one by one.
+    """
+    if not isinstance(source, FolderBase):
+        return False
+    tensors = source.tensors()
+    if all(isinstance(tensor, SafetensorsTensor) for tensor in tensors.values()):
+        return True
+    return not dict(model_without_weights(source, torch.float32).named_parameters()).keys() <= tensors.keys()
 
 
 def stock_config(source: BaseSource) -> PretrainedConfig:
@@ -67,24 +89,31 @@ def _tokenizer_of_gguf(source: GGUFBase) -> PreTrainedTokenizerBase:
         )
 
 
-def stock_model(source: BaseSource, dtype: torch.dtype | str = torch.float32) -> PreTrainedModel:
-    """The model in evaluation mode, without gradients, on the CPU; dtype "auto" keeps that of the files.
+def stock_model(source: BaseSource, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model in evaluation mode, without gradients, on the CPU. Raises a ``BaseFilesError``."""
+    if is_mapped(source):
+        return mapped_model(source, dtype)
+    model = model_without_weights(source, dtype)
+    tensors = _tensors_for(source.name, model, source.tensors())
+    progress = Progress(f"reading {source.name}", sum(parameter.numel() for parameter in model.parameters()))
+    with _malformed(source.name):
+        for parameter, owners in _owners(model).items():
+            tensor = tensors[owners[0].parameter]
+            weight = torch.empty(tensor.shape, dtype=parameter.dtype)
+            read_into(weight, tensor, progress)
+            _set_parameter(owners, weight)
+    progress.finish()
+    return _frozen(model)
 
-    Raises ``BaseUnloadable``.
-    """
-    model = _from_folder(source.name, source.path, dtype)
-    model.eval().requires_grad_(False)
-    return model
 
-
-def _from_folder(name: str, folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
-    """In the dtype of the files, the weights stay memory-mapped."""
+def mapped_model(source: BaseSource, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+    """The model of a folder of safetensors. With "auto" it has the files' dtype, and its weights are mapped."""
     if not sys.stderr.isatty():
         disable_progress_bar()
     load: Any = AutoModelForCausalLM.from_pretrained
-    with _unloadable(name):
+    with _unloadable(source.name):
         loaded: tuple[PreTrainedModel, dict[str, Any]] = load(
-            folder,
+            source.path,
             dtype=dtype,
             local_files_only=True,
             use_safetensors=True,
@@ -93,8 +122,112 @@ def _from_folder(name: str, folder: Path, dtype: torch.dtype | str) -> PreTraine
         )
     model, info = loaded
     if missing := sorted(info["missing_keys"]) or [str(key) for key in info["mismatched_keys"]]:
-        raise BaseUnloadable(name, f"its files lack weights that the architecture has: {', '.join(missing[:3])}")
+        raise _lacks(source.name, missing)
+    return _frozen(model)
+
+
+def deferred_model(source: BaseSource) -> tuple[PreTrainedModel, DeferredWeights]:
+    """The model in float32; weights of linears, embeddings and experts are read when they are asked for."""
+    model = model_without_weights(source, torch.float32)
+    tensors = _tensors_for(source.name, model, source.tensors())
+    progress = Progress(f"reading {source.name}", sum(parameter.numel() for parameter in model.parameters()))
+    weights = DeferredWeights(progress)
+    with _malformed(source.name):
+        for owners in _owners(model).values():
+            tensor = tensors[owners[0].parameter]
+            if _is_read_by_module(owners[0].module, tensor):
+                _set_parameter(owners, weights.place(tensor))
+            else:
+                weight = torch.empty(tensor.shape)
+                read_into(weight, tensor, progress)
+                _set_parameter(owners, weight)
+    return _frozen(model), weights
+
+
+def model_without_weights(source: BaseSource, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with parameters on the ``meta`` device, which take no memory, and with its buffers computed."""
+    config = stock_config(source)
+    with _unloadable(source.name):
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        for module in model.modules():
+            for name in module._non_persistent_buffers_set:
+                buffer = module._buffers[name]
+                if buffer is not None:
+                    module._buffers[name] = torch.empty_like(buffer, device="cpu")
+        model.initialize_weights()  # computes buffers; a parameter on the meta device stays there
+        model.tie_weights()
     return model
+
+
+def _tensors_for(name: str, model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
+    """The tensor of each parameter, tied ones once. Raises ``BaseUnloadable`` where files and model do not agree."""
+    parameters = dict(model.named_parameters())
+    aliases = {alias for alias, _ in model.named_parameters(remove_duplicate=False)} - parameters.keys()
+    if missing := sorted(parameters.keys() - tensors.keys()):
+        raise _lacks(name, missing)
+    if unused := sorted(tensors.keys() - parameters.keys() - aliases):
+        raise BaseUnloadable(
+            name,
+            f"its files have tensors that {model.config.model_type} has no place for: {', '.join(unused[:3])}. Each "
+            "may mean another computation",
+        )
+    for key, parameter in parameters.items():
+        if tuple(parameter.shape) != tuple(tensors[key].shape):
+            raise BaseUnloadable(
+                name, f"tensor {key} has the shape {list(tensors[key].shape)}, its config asks for {[*parameter.shape]}"
+            )
+    return {key: tensors[key] for key in parameters}
+
+
+@dataclass(frozen=True)
+class _Owner:
+    """A module that has a parameter as ``key``; ``parameter`` is the whole name."""
+
+    module: nn.Module
+    key: str
+    parameter: str
+
+
+def _owners(model: PreTrainedModel) -> Mapping[nn.Parameter, list[_Owner]]:
+    """The modules of each parameter, several of a tied one."""
+    owners: dict[nn.Parameter, list[_Owner]] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(parameter, []).append(_Owner(module, key, f"{name}.{key}".removeprefix(".")))
+    return owners
+
+
+def _is_read_by_module(module: nn.Module, tensor: StoredTensor) -> bool:
+    """Whether only the module itself reads this weight, when it is called."""
+    if len(tensor.shape) == 3:
+        return not isinstance(module, nn.Conv1d)
+    return len(tensor.shape) == 2 and isinstance(module, nn.Linear | nn.Embedding)
+
+
+def _set_parameter(owners: Sequence[_Owner], weight: torch.Tensor) -> None:
+    parameter = nn.Parameter(weight, requires_grad=False)
+    for owner in owners:
+        owner.module._parameters[owner.key] = parameter
+
+
+def _frozen(model: PreTrainedModel) -> PreTrainedModel:
+    model.eval().requires_grad_(False)
+    return model
+
+
+def _lacks(name: str, missing: list[str]) -> BaseUnloadable:
+    return BaseUnloadable(name, f"its files lack weights that the architecture has: {', '.join(missing[:3])}")
+
+
+@contextmanager
+def _malformed(name: str) -> Iterator[None]:
+    """Turns what a reader of tensors says into ``BaseMalformed``."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise BaseMalformed(name, str(error)) from error
 
 
 @contextmanager

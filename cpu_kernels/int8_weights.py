@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,8 @@ QMAX_16BIT_SAFE = 64
 2 * 255 * 64 is below 2**15. Smaller activations would fit as well, but lose more: they have larger outliers.
 """
 _PIECE_NUMBERS = 1 << 19
+Reader = Callable[[torch.Tensor], Iterable[torch.Tensor]]
+"""Yields a weight's rows piece by piece, each to be used before the next."""
 _TINY = 1e-30
 _SUM_NUMBERS = 1 << 16
 """Sums that are updated at a time, so that a core's cache holds them while all columns are added."""
@@ -33,25 +35,23 @@ class Int8Rows:
         weights: Sequence[torch.Tensor],
         *,
         qmax: int = QMAX,
-        done: Callable[[torch.Tensor], None] | None = None,
+        read: Reader | None = None,
     ) -> Int8Rows:
         """Weights [out, in] of equal width, one below the other, in integers of ``-qmax`` to ``qmax``.
 
-        ``done`` is called with each piece of a weight that was read.
+        ``read`` reads a weight that is not all in memory.
         """
         out = sum(len(weight) for weight in weights)
         integers = torch.empty(out, weights[0].shape[1], dtype=torch.int8)
         scales = torch.empty(out)
         row = 0
         for weight in weights:
-            for piece in pieces(weight):
+            for piece in (read or pieces)(weight):
                 rows = slice(row, row + len(piece))
                 numbers = piece.float()
                 scales[rows] = numbers.abs().amax(1).clamp_min_(_TINY) / qmax
                 integers[rows] = (numbers / scales[rows, None]).round_().to(torch.int8)
                 row += len(piece)
-                if done is not None:
-                    done(piece)
         return cls(integers, scales)
 
     def in_floats(self) -> torch.Tensor:
@@ -71,11 +71,11 @@ class Outliers:
     weights: torch.Tensor
 
     @classmethod
-    def of(cls, indices: torch.Tensor, weights: Sequence[torch.Tensor]) -> Outliers:
+    def of(cls, indices: torch.Tensor, weights: Sequence[torch.Tensor], *, read: Reader | None = None) -> Outliers:
         """The outliers of weights [out, in] whose outputs are concatenated."""
         inlier_mask = torch.ones(weights[0].shape[1])
         inlier_mask[indices] = 0.0
-        columns = torch.cat([weight[:, indices].float() for weight in weights])
+        columns = torch.cat([piece[:, indices].float() for weight in weights for piece in (read or pieces)(weight)])
         return cls(indices, inlier_mask, columns.t().contiguous())
 
     def added_to(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -16,10 +16,11 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from base_files.deferred_weights import ReadableWeights
 from server.model.attention.probe import ProbingAttention
 from server.model.calibration_texts import TEXTS
 from server.model.kv_cache import AttentionMetadata, AttentionSegment
-from server.model.quantizer import OutlierInputs, collect_outliers, mixtures, quantizable
+from server.model.quantizer import IN_MEMORY, OutlierInputs, collect_outliers, mixtures, quantizable
 from server.quantization.int8_experts import WEIGHTS, follow_convention, out_in
 from server.quantization.outliers import FACTOR, MOST
 
@@ -40,29 +41,29 @@ def calibration_ids(tokenizer: PreTrainedTokenizerBase, *, max_len: int, vocab_s
 
 @torch.inference_mode()
 def measure_outliers(
-    model: PreTrainedModel, probe: ProbingAttention, sequences: Sequences, *, files: Sequence[Path] = ()
+    model: PreTrainedModel, probe: ProbingAttention, sequences: Sequences, *, weights: ReadableWeights = IN_MEMORY
 ) -> OutlierInputs:
-    """One pass of the stock model over all texts, each a sequence of its own; ``files`` hold its weights."""
+    """One pass of the stock model over all texts, each a sequence of its own."""
     segments: list[AttentionSegment] = []
     for ids in sequences:
         segments.append(AttentionSegment(sum(segment.length for segment in segments), 0, len(ids), 0))
     metadata = AttentionMetadata.of(tuple(segments), model.device)
     probe.begin(metadata)
     rows = torch.tensor([[token for ids in sequences for token in ids]], device=model.device)
-    with collect_outliers(model, files=files) as found:
+    with collect_outliers(model, weights) as found:
         model(input_ids=rows, position_ids=metadata.positions[None], use_cache=False)
     return found
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Measures the outliers of one base, whose weights are in ``files`` and whose longest sequence is ``max_len``.
+    """Measures the outliers of one base, whose longest sequence is ``max_len``.
 
     ``folder``, if any, caches the result. An unreadable or unwritable cache is no error.
     """
 
     fingerprint: str
-    files: Sequence[Path]
+    weights: ReadableWeights
     max_len: int
     folder: Path | None = None
 
@@ -78,7 +79,7 @@ class Calibration:
         cached = self._cached(sequences, {name: _num_inputs(module) for name, module in modules.items()})
         if cached is not None:
             return cached
-        found = measure_outliers(model, probe, sequences, files=self.files)
+        found = measure_outliers(model, probe, sequences, weights=self.weights)
         self._cache(sequences, found)
         return found
 

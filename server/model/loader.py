@@ -13,8 +13,17 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from adapter_format.messages import end_token_ids
+from base_files.deferred_weights import ReadableWeights
 from base_files.locate import find_base
-from base_files.stock_model import stock_config, stock_model, stock_tokenizer
+from base_files.source import BaseSource
+from base_files.stock_model import (
+    deferred_model,
+    is_mapped,
+    mapped_model,
+    stock_config,
+    stock_model,
+    stock_tokenizer,
+)
 from base_files.weight_files import weight_files
 from cpu_kernels.kernels import Kernels, choose_kernels
 from server.adapters.content.base_samples import BaseSamples
@@ -31,6 +40,7 @@ from server.model.calibration import Calibration
 from server.model.device import choose_device, choose_dtype, choose_float_dtype, choose_kv_dtype, prepare
 from server.model.fused_ops import fuse_norms, fuse_ops
 from server.model.kv_cache import AttentionMetadata, AttentionSegment, KVLayout, LayerShape, longest_within
+from server.model.mapped_files import MappedFiles
 from server.model.model_trace import PROBE_ROWS, ModelTrace, signature_of, trace_modules
 from server.model.patches import ModelPatches, bypass_modules, fix_rope
 from server.model.quantizer import Quantized, mixtures, quantizing
@@ -100,8 +110,10 @@ def load_base(
     is_int8 = quantization == "int8"
     kernels = _kernels(torch_device, int8=is_int8)
     fingerprints = source.fingerprints()
-    # stock weights that will be quantized stay memory-mapped, in the dtype of their file
-    model = stock_model(source, "auto" if is_int8 else choose_dtype(dtype, torch_device, source.num_weight_bytes))
+    if is_int8:
+        model, weights = _readable_model(source)
+    else:
+        model = stock_model(source, choose_dtype(dtype, torch_device, source.num_weight_bytes))
     tokenizer = stock_tokenizer(source)
     nn.Module.to(model, device=torch_device)
     patches = ModelPatches()
@@ -109,7 +121,7 @@ def load_base(
     if not is_int8:
         trace, quantized = _probe(model, probe), None
     else:
-        calibration = Calibration(fingerprints.v2, weight_files(source.path), length, outlier_cache)
+        calibration = Calibration(fingerprints.v2, weights, length, outlier_cache)
         trace, quantized = _quantize(model, kernels, probe, patches, calibration, tokenizer, dtype=dtype)
     _check_calls(name, probe, config)
     kv_dtype = choose_kv_dtype(model.dtype) if is_int8 else model.dtype
@@ -206,6 +218,13 @@ def _num_unpacked_bytes(model: PreTrainedModel) -> int:
     return sum(parameter.nbytes for parameter in large - quantized)
 
 
+def _readable_model(source: BaseSource) -> tuple[PreTrainedModel, ReadableWeights]:
+    """The stock model whose weights will be quantized: mapped in the dtype of their files, or read when it is time."""
+    if not is_mapped(source):
+        return deferred_model(source)
+    return mapped_model(source), MappedFiles(weight_files(source.path))
+
+
 def _length(config: PretrainedConfig, wanted: int | None) -> int:
     text = config.get_text_config()
     own = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or 2048
@@ -258,7 +277,7 @@ def _quantize(
     outliers = calibration.outliers(model, probe, tokenizer)
     float_dtype = choose_float_dtype(dtype, _num_unpacked_bytes(model))
     with quantizing(
-        model, kernels, float_dtype, patches=patches, files=calibration.files, outliers=outliers
+        model, kernels, float_dtype, patches=patches, weights=calibration.weights, outliers=outliers
     ) as quantized:
         trace = _probe(model, probe, _ordinary_ids(tokenizer))
     for name in quantized.mixtures:  # adapters' deltas of them are in float32

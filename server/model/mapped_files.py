@@ -11,11 +11,15 @@ from pathlib import Path
 
 import torch
 
+from base_files.deferred_weights import row_slices
+
 _MAPS = Path("/proc/self/maps")
 
 
 class MappedFiles:
-    """Address ranges of these files in this process, on Linux; elsewhere nothing is released.
+    """``ReadableWeights`` of safetensors: their address ranges in this process, on Linux.
+
+    Elsewhere nothing is released.
 
     A mapping belongs to a file if device and inode are equal, or the resolved path. Both are needed: on btrfs and
     overlayfs the device of a mapping differs from that of ``stat``, and a file may have been renamed since.
@@ -29,7 +33,19 @@ class MappedFiles:
             names.add(str(path.resolve()).replace("\n", "\\012"))  # as the system writes a line break
         self._spans = [(begin, end) for begin, end, inode, name in _mappings(maps) if inode in inodes or name in names]
 
-    def give_back(self, tensor: torch.Tensor) -> None:
+    def begin_pass(self, what: str) -> None:
+        """Nothing: pages are read faster than they are quantized."""
+
+    def hold(self, weight: torch.Tensor) -> None:
+        """Nothing: the system reads what is touched."""
+
+    def pieces(self, weight: torch.Tensor) -> Iterator[torch.Tensor]:
+        """As ``ReadableWeights.pieces``."""
+        for rows in row_slices(weight):
+            yield weight[rows]
+            self.release(weight[rows])
+
+    def release(self, tensor: torch.Tensor) -> None:
         """Release the pages of a tensor in a mapped file; other tensors are ignored.
 
         The mapping is private and never written, so that a later read returns the file's bytes.

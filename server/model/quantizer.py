@@ -1,26 +1,27 @@
 """Quantizes a base's linears during a probe, so that its weights are never all in memory.
 
-The stock weights are in a mapped file. The weight of a linear is read when the probe reaches it, and quantized together
-with those of the linears that receive the same input; then its pages are released.
+The weight of a linear is read when the probe reaches it, and quantized together with those of the linears that receive
+the same input; then its memory is released. Head and embedding, as large as many layers, are read piece by piece.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from cpu_kernels.int8_weights import Int8Rows, Outliers, pieces
+from base_files.deferred_weights import ReadableWeights, row_slices
+from cpu_kernels.int8_weights import Int8Rows, Outliers
 from cpu_kernels.kernels import Kernels
 from server.model.mapped_files import MappedFiles, trim
 from server.model.patches import ModelPatches
@@ -43,6 +44,8 @@ from server.quantization.int8_modules import (
 )
 from server.quantization.outliers import find_outliers
 
+IN_MEMORY: ReadableWeights = MappedFiles(())
+"""Weights that are in memory and stay there."""
 SMALLEST_SIDE = 32
 """Linears with fewer inputs or outputs are not quantized: routers and gates are cheap, and sensitive to errors."""
 
@@ -90,13 +93,15 @@ def mixtures(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def collect_outliers(model: PreTrainedModel, *, files: Iterable[Path] = ()) -> Iterator[dict[str, torch.Tensor | None]]:
+def collect_outliers(
+    model: PreTrainedModel, weights: ReadableWeights = IN_MEMORY
+) -> Iterator[dict[str, torch.Tensor | None]]:
     """Collect the outlier channels of each linear and of experts during a forward pass; the model is not changed.
 
-    Pages of ``files``, which hold the weights, are released. The head computes no logits: those of many rows would be
-    as large as the model.
+    Each of ``weights`` is released when it was used. The head computes no logits: those of many rows would be as large
+    as the model.
     """
-    mapped = MappedFiles(files)
+    weights.begin_pass("measuring outlier channels")
     found: dict[str, torch.Tensor | None] = {}
     last_input: torch.Tensor | None = None
     last_outliers: torch.Tensor | None = None
@@ -111,28 +116,29 @@ def collect_outliers(model: PreTrainedModel, *, files: Iterable[Path] = ()) -> I
 
         return hook
 
-    def give_back(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def release(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         for parameter in module.parameters(recurse=False):
-            mapped.give_back(parameter)
+            weights.release(parameter)
 
     handles = [module.register_forward_hook(collect(name)) for name, module in quantizable(model).items()]
-    handles += [module.register_forward_hook(give_back) for module in model.modules()]
+    handles += [module.register_forward_hook(release) for module in model.modules()]
     head = model.get_output_embeddings()
+    handles += _holding(model, weights, apart=(head, *mixtures(model).values()))
     with ModelPatches() as temporary:
         for handle in handles:
             temporary.on_undo(handle.remove)
         if head is not None:
             temporary.set_attribute(head, "forward", lambda x: x[..., :1])
         for name, experts in mixtures(model).items():
-            temporary.set_attribute(experts, "forward", _watched(experts, mapped, partial(found.__setitem__, name)))
+            temporary.set_attribute(experts, "forward", _watched(experts, weights, partial(found.__setitem__, name)))
         yield found
 
 
 def _watched(
-    experts: nn.Module, mapped: MappedFiles, note: Callable[[torch.Tensor | None], None]
+    experts: nn.Module, weights: ReadableWeights, note: Callable[[torch.Tensor | None], None]
 ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
     """A forward that notes the outlier channels of the experts' input, and reads one expert after another."""
-    compute = FloatExperts(experts, _reader(experts, mapped))
+    compute = FloatExperts(experts, _reader(experts, weights))
 
     def forward(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         note(find_outliers(hidden_states))
@@ -141,13 +147,14 @@ def _watched(
     return forward
 
 
-def _reader(experts: nn.Module, mapped: MappedFiles) -> ReadExpert:
-    """Copies one expert's weight out of a mapped file, whose pages are released."""
+def _reader(experts: nn.Module, weights: ReadableWeights) -> ReadExpert:
+    """Copies one expert's weight, whose memory is released."""
 
     def read(name: str, expert: int) -> torch.Tensor:
         weight = experts.get_parameter(name)[expert]
+        weights.hold(weight)
         copy = out_in(experts, weight).clone(memory_format=torch.contiguous_format)
-        mapped.give_back(weight)
+        weights.release(weight)
         return copy
 
     return read
@@ -160,19 +167,22 @@ def quantizing(
     dtype: torch.dtype,
     *,
     patches: ModelPatches,
-    files: Iterable[Path] = (),
+    weights: ReadableWeights = IN_MEMORY,
     outliers: OutlierInputs = MappingProxyType({}),
 ) -> Iterator[Quantized]:
     """Quantize linears and experts as a forward pass reaches them.
 
     Unquantized parameters are converted to ``dtype`` at the end. Undoing ``patches`` restores the stock modules, but
-    with weights of None, so that a call raises: the stock weights are in no memory any more. Pages of ``files``, which
-    hold the model's weights, are released. Modules that are not in ``outliers`` get the outliers that the pass shows.
+    with weights of None, so that a call raises: the stock weights are in no memory any more. Each of ``weights`` is
+    released when it is quantized. Modules that are not in ``outliers`` get the outliers that the pass shows.
     """
     patches.begin("int8 weights")
-    quantizer = _Quantizer(model, kernels, MappedFiles(files), outliers, patches)
+    weights.begin_pass("quantizing weights")
+    quantizer = _Quantizer(model, kernels, weights, outliers, patches)
     handles = [module.register_forward_hook(quantizer.note(name)) for name, module in quantizable(model).items()]
     head = model.get_output_embeddings()
+    in_pieces = (head,) if type(head) is nn.Linear else ()
+    handles += _holding(model, weights, apart=(*in_pieces, *quantizer.mixtures.values()))
     with ModelPatches() as temporary:
         for handle in handles:
             temporary.on_undo(handle.remove)
@@ -184,6 +194,37 @@ def quantizing(
     quantizer.finish(dtype)
 
 
+def _holding(
+    model: PreTrainedModel, weights: ReadableWeights, *, apart: Collection[nn.Module | None]
+) -> list[RemovableHandle]:
+    """Hooks that read the weights of each module before it is called; of an embedding only the rows of its tokens."""
+
+    def hold(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if isinstance(module, nn.Embedding) and _is_lookup(module):
+            for token in args[0].unique().tolist():
+                weights.hold(module.weight[token : token + 1])
+        else:
+            for parameter in module.parameters(recurse=False):
+                weights.hold(parameter)
+
+    return [module.register_forward_pre_hook(hold) for module in model.modules() if module not in apart]
+
+
+def _is_lookup(embedding: nn.Embedding) -> bool:
+    """Whether it returns its rows, times ``embed_scale`` if it has one."""
+    return type(embedding).forward is nn.Embedding.forward or hasattr(embedding, "embed_scale")
+
+
+def _copied(parameter: nn.Parameter, dtype: torch.dtype, weights: ReadableWeights) -> torch.Tensor:
+    """The parameter in memory of its own."""
+    if parameter.ndim < 2:
+        return parameter.data.to(dtype, copy=True)
+    copy = torch.empty_like(parameter, dtype=dtype, memory_format=torch.contiguous_format)
+    for rows, piece in zip(row_slices(parameter), weights.pieces(parameter.data), strict=True):
+        copy[rows] = piece
+    return copy
+
+
 class _Quantizer:
     """Collects linears that receive the same input, and packs them when the next input comes."""
 
@@ -191,11 +232,11 @@ class _Quantizer:
         self,
         model: PreTrainedModel,
         kernels: Kernels,
-        mapped: MappedFiles,
+        weights: ReadableWeights,
         known: OutlierInputs,
         patches: ModelPatches,
     ) -> None:
-        self._model, self._kernels, self._mapped, self._known = model, kernels, mapped, known
+        self._model, self._kernels, self._weights, self._known = model, kernels, weights, known
         self._patches = patches
         self._names: dict[nn.Module, list[str]] = {}
         for name, module in model.named_modules(remove_duplicate=False):
@@ -229,9 +270,8 @@ class _Quantizer:
 
         def forward(x: torch.Tensor) -> torch.Tensor:
             parts = []
-            for piece in pieces(head.weight):
+            for piece in self._weights.pieces(head.weight):
                 parts.append(F.linear(x, piece))
-                self._mapped.give_back(piece)
             y = torch.cat(parts, dim=-1)
             return y if head.bias is None else y + head.bias
 
@@ -246,7 +286,7 @@ class _Quantizer:
             hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
         ) -> torch.Tensor:
             outliers = self._known[name] if name in self._known else find_outliers(hidden_states)
-            int8 = Int8Experts.of(experts, _reader(experts, self._mapped), self._kernels, outliers)
+            int8 = Int8Experts.of(experts, _reader(experts, self._weights), self._kernels, outliers)
             self._packed_experts.append((experts, int8))  # replaced later: hooks of this call want the stock module
             self.result.mixtures.append(name)
             self.result.num_outliers += 0 if outliers is None else len(outliers)
@@ -255,7 +295,7 @@ class _Quantizer:
         return forward
 
     def finish(self, dtype: torch.dtype) -> None:
-        """Pack the last linears and the embedding, and copy unquantized parameters out of the mapped file."""
+        """Pack the last linears and the embedding, and copy unquantized parameters into memory of their own."""
         self._pack()
         self._input = None
         self._replace_experts()
@@ -263,7 +303,7 @@ class _Quantizer:
         self._quantize_embedding(dtype)
         for name, parameter in self._model.named_parameters():
             if parameter.is_floating_point():
-                parameter.data = parameter.data.to(dtype, copy=True)
+                parameter.data = _copied(parameter, dtype, self._weights)
             self.result.unquantized[name] = parameter.nbytes
         for module in self._model.modules():
             for name, buffer in module._buffers.items():
@@ -278,13 +318,16 @@ class _Quantizer:
             return
         modules = self._same_input
         weights = [module.get_parameter("weight") for module in modules]
-        originals = [WeightDigest.of(weight, done=self._mapped.give_back) for weight in weights]
+        read = self._weights.pieces
+        originals = [WeightDigest.of(weight, read=read) for weight in weights]
         out_in = [w.t() if isinstance(m, Conv1D) else w for w, m in zip(weights, modules, strict=True)]
-        rows = Int8Rows.of(out_in, qmax=self._kernels.qmax, done=self._mapped.give_back)
+        rows = Int8Rows.of(out_in, qmax=self._kernels.qmax, read=read)
         if weights[0] is self._embedding._parameters.get("weight"):
             self._embedded = originals[0], rows
         biases = [module._parameters.get("bias") for module in modules]
-        outliers = None if self._outliers is None else Outliers.of(self._outliers, out_in)
+        outliers = None if self._outliers is None else Outliers.of(self._outliers, out_in, read=read)
+        for weight in weights:
+            self._weights.release(weight)
         sizes = [len(weight) for weight in out_in]
         fused = FusedLinear(self._kernels.linear(rows, join_biases(sizes, biases), outliers), sizes)
         for number, (module, original) in enumerate(zip(modules, originals, strict=True)):
@@ -297,12 +340,11 @@ class _Quantizer:
     def _quantize_embedding(self, dtype: torch.dtype) -> None:
         """The rows of the head where it shares the embedding's weight; its own where not."""
         stock = self._embedding
-        plain = type(stock).forward is nn.Embedding.forward or hasattr(stock, "embed_scale")
-        if not (isinstance(stock, nn.Embedding) and plain):
+        if not (isinstance(stock, nn.Embedding) and _is_lookup(stock)):
             return
         original, rows = self._embedded or (
-            WeightDigest.of(stock.weight, done=self._mapped.give_back),
-            Int8Rows.of([stock.weight], done=self._mapped.give_back),
+            WeightDigest.of(stock.weight, read=self._weights.pieces),
+            Int8Rows.of([stock.weight], read=self._weights.pieces),
         )
         self._replace(stock, Int8Embedding(stock, original, rows, dtype))
         self.result.num_bytes += rows.integers.nbytes

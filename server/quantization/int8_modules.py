@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from cpu_kernels.int8_weights import Int8Rows, pieces
+from cpu_kernels.int8_weights import Int8Rows, Reader, pieces
 from cpu_kernels.linear import NO_DELTAS, Deltas, PackedLinear
 from server.module_proxy import ModuleProxy, with_parameters
 
@@ -97,13 +97,11 @@ class WeightDigest:
     digest: bytes
 
     @classmethod
-    def of(cls, weight: torch.Tensor, *, done: Callable[[torch.Tensor], None] | None = None) -> WeightDigest:
-        """The digest of a stock weight; ``done`` is called with each piece that was read."""
+    def of(cls, weight: torch.Tensor, *, read: Reader = pieces) -> WeightDigest:
+        """The digest of a stock weight; ``read`` reads one that is not all in memory."""
         digest = hashlib.sha256()
-        for piece in pieces(weight.detach()):
+        for piece in read(weight.detach()):
             digest.update(piece.contiguous().view(torch.uint8).numpy().data)
-            if done is not None:
-                done(piece)
         return cls(weight.dtype, digest.digest())
 
     def equals(self, weight: torch.Tensor) -> bool:

@@ -21,6 +21,7 @@ from server.model.attention.probe import ProbingAttention
 from server.model.calibration import MOST_TOKENS, Calibration, calibration_ids
 from server.model.calibration_texts import TEXTS
 from server.model.loader import load_base
+from server.model.mapped_files import MappedFiles
 from server.model.quantizer import OutlierInputs, quantizable
 from server.quantization.outliers import MOST, find_outliers
 from tests.tiny_models import build_tiny_base
@@ -59,8 +60,8 @@ def measure(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizer
     probe.install(model)
 
     def run(cache: Path | None, fingerprint: str = FINGERPRINT, max_len: int = 256) -> OutlierInputs:
-        files = [folder / "model.safetensors"]
-        return Calibration(fingerprint, files, max_len, cache).outliers(model, probe, tokenizer)
+        weights = MappedFiles([folder / "model.safetensors"])
+        return Calibration(fingerprint, weights, max_len, cache).outliers(model, probe, tokenizer)
 
     return run
 

@@ -49,7 +49,7 @@ def resident(tensor: torch.Tensor) -> int:
 
 def check_given_back(path: Path, files: MappedFiles, tensor: torch.Tensor) -> None:
     assert resident(tensor) >= NUM_BYTES
-    files.give_back(tensor)
+    files.release(tensor)
     assert resident(tensor) <= SLACK
     assert torch.equal(tensor, read(path)), "it is read again from the file"
 
@@ -92,12 +92,12 @@ def test_pages_of_other_files_and_of_plain_memory_stay(folder: Path, tmp_path: P
     (other := tmp_path / "other.safetensors").write_bytes(path.read_bytes())
     mine = torch.ones(NUM_BYTES // 4)
     files = MappedFiles([other])
-    files.give_back(tensor)
-    files.give_back(mine)
+    files.release(tensor)
+    files.release(mine)
     assert resident(tensor) >= NUM_BYTES and float(mine.sum()) == NUM_BYTES // 4
 
 
 def test_where_nothing_is_known_of_mappings_nothing_goes_back(folder: Path, tmp_path: Path) -> None:
     tensor = read(path := folder / "model.safetensors")
-    MappedFiles([path], maps=tmp_path / os.devnull[1:]).give_back(tensor)
+    MappedFiles([path], maps=tmp_path / os.devnull[1:]).release(tensor)
     assert resident(tensor) >= NUM_BYTES

@@ -123,7 +123,7 @@ def test_a_closed_base_is_the_stock_model(
     """GPT-NeoX rotates a part of each head; Phi-3's frequencies depend on length."""
     if batched:
         monkeypatch.setattr(loader, "_device_and_attention", lambda device: (torch.device(device), BatchedAttention))
-    stock, before = stock_model(FolderBase(folder), dtype), namespaces()
+    stock, before = stock_model(FolderBase(folder), getattr(torch, dtype)), namespaces()
     base = load(folder, dtype=dtype)
     run(base)
     assert not is_stock(base.model, folder)

@@ -1,0 +1,144 @@
+"""A model whose weights are read from the base's files when they are needed, and released when they are not.
+
+Quantization needs each weight for a moment. Weights of a safetensors file are mapped: the system reads a page when it
+is touched and can drop it again. Quantized formats have no floats in the file to map, so here every weight is a float32
+tensor in an anonymous mapping of its own: ``hold`` or ``pieces`` dequantize rows into it, ``release`` gives its pages
+back. A part that nobody has asked for is zeros.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import sys
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from base_files.progress import Progress
+from base_files.tensors import StoredTensor
+
+PIECE_NUMBERS = 1 << 19
+"""Numbers that are read at a time: a core's cache holds them in float32."""
+
+
+class ReadableWeights(Protocol):
+    """Weights of a model in memory that holds them only while they are needed. Tensors are parameters or rows of one.
+
+    Of a weight with three dimensions a row is one expert: ``hold(weight[number])`` reads it, ``release`` frees it.
+    """
+
+    def begin_pass(self, what: str) -> None:
+        """Progress of a new pass over the weights is told as that of ``what``."""
+
+    def hold(self, weight: torch.Tensor) -> None:
+        """Make the numbers of a weight, or of some of its rows, readable until they are released."""
+
+    def pieces(self, weight: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Slices of a weight's rows, one after another; each is readable until the next. What is held stays held."""
+
+    def release(self, weight: torch.Tensor) -> None:
+        """Free the memory of a weight or of some of its rows. Other tensors are ignored."""
+
+
+def row_slices(weight: torch.Tensor) -> Iterator[slice]:
+    """Rows of at most ``PIECE_NUMBERS`` numbers, or one row."""
+    step = max(1, PIECE_NUMBERS // max(1, weight[:1].numel()))
+    for begin in range(0, len(weight), step):
+        yield slice(begin, min(begin + step, len(weight)))
+
+
+def read_rows(tensor: StoredTensor, begin: int, end: int) -> torch.Tensor:
+    """Rows ``[begin, end)`` of the outermost dimension, float32."""
+    rows = tensor.read(begin, end)
+    return torch.from_numpy(rows if rows.flags.writeable else rows.copy())
+
+
+def read_into(weight: torch.Tensor, tensor: StoredTensor, progress: Progress) -> None:
+    """Fill a weight of any float dtype, block by block."""
+    for rows in row_slices(weight):
+        weight[rows] = read_rows(tensor, rows.start, rows.stop)
+        progress.add(weight[rows].numel())
+
+
+@dataclass
+class _Place:
+    """Where a tensor of the files has its memory; ``held`` [rows] tells which rows are in it."""
+
+    tensor: StoredTensor
+    memory: mmap.mmap
+    weight: torch.Tensor
+    held: torch.Tensor
+
+
+class DeferredWeights:
+    """``ReadableWeights`` of tensors that are dequantized when they are asked for."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._places: list[_Place] = []
+        self._addresses: list[int] = []
+
+    def place(self, tensor: StoredTensor) -> torch.Tensor:
+        """A float32 tensor for a tensor of the files, of which no row is in memory yet."""
+        memory = mmap.mmap(-1, 4 * math.prod(tensor.shape))
+        if hasattr(mmap, "MADV_NOHUGEPAGE"):
+            memory.madvise(mmap.MADV_NOHUGEPAGE)  # a single row of an embedding would take 2 MiB
+        weight = torch.frombuffer(memory, dtype=torch.float32).view(tensor.shape)
+        index = bisect_right(self._addresses, weight.data_ptr())
+        self._addresses.insert(index, weight.data_ptr())
+        self._places.insert(index, _Place(tensor, memory, weight, torch.zeros(len(weight), dtype=torch.bool)))
+        return weight
+
+    def begin_pass(self, what: str) -> None:
+        self._progress.start(what)
+
+    def hold(self, weight: torch.Tensor) -> None:
+        place, rows = self._find(weight)
+        if place is None:
+            return
+        for part in row_slices(weight):
+            begin, end = rows.start + part.start, rows.start + part.stop
+            if not place.held[begin:end].all():
+                place.weight[begin:end] = read_rows(place.tensor, begin, end)
+                place.held[begin:end] = True
+                self._progress.add(place.weight[begin:end].numel())
+
+    def pieces(self, weight: torch.Tensor) -> Iterator[torch.Tensor]:
+        for part in row_slices(weight):
+            piece = weight[part]
+            place, rows = self._find(piece)
+            was_held = place is None or bool(place.held[rows].all())
+            self.hold(piece)
+            yield piece
+            if not was_held:
+                self.release(piece)
+
+    def release(self, weight: torch.Tensor) -> None:
+        place, rows = self._find(weight)
+        if place is None:
+            return
+        place.held[rows] = False
+        row_bytes = place.weight[:1].nbytes
+        begin = -(-rows.start * row_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = rows.stop * row_bytes // mmap.PAGESIZE * mmap.PAGESIZE
+        if rows.stop == len(place.weight):
+            end = len(place.memory)
+        if begin < end and sys.platform == "linux":
+            place.memory.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+    def _find(self, weight: torch.Tensor) -> tuple[_Place | None, slice]:
+        """The place that holds a weight, and its rows there; none for a tensor that is not made of whole rows."""
+        if not weight.is_contiguous():
+            return None, slice(0, 0)
+        index = bisect_right(self._addresses, weight.data_ptr()) - 1
+        place = self._places[index] if index >= 0 else None
+        if place is None or weight.data_ptr() >= place.weight.data_ptr() + place.weight.nbytes:
+            return None, slice(0, 0)
+        row_bytes = place.weight[:1].nbytes
+        begin, remainder = divmod(weight.data_ptr() - place.weight.data_ptr(), row_bytes)
+        assert remainder == 0 and weight.nbytes % row_bytes == 0, "only whole rows can be read"
+        return place, slice(begin, begin + weight.nbytes // row_bytes)
