@@ -3,6 +3,7 @@
 Reading order, one module a line:
 
 ``locate``             from a base setting to a ``BaseSource``
+``names``              what bases are called
 ``packaged``           bases that a Python package carries
 ``source``             what every format offers: config, tensors, fingerprints
 ``tensors``            a tensor in a weight file, read row by row
@@ -27,6 +28,11 @@ Reading order, one module a line:
 ``gguf_tokenizer``     the tokenizer and the chat template
 ``gguf_pretokenizers`` how it cuts text, by name
 ``mxfp4``              values and scales of MXFP4
-``stock_model``        transformers' config, tokenizer and model of a source; the only module that imports torch
+``memory``             how much is left for a base
+``load_progress``      how much of a large one was read
+``deferred_weights``   weights that are read when they are needed, and released
+``stock_model``        transformers' config, tokenizer and model of a source
 ``errors``             what can be wrong
+
+Only ``stock_model`` and ``deferred_weights`` import torch.
 """

@@ -18,7 +18,7 @@ from typing import Protocol
 
 import torch
 
-from base_files.progress import Progress
+from base_files.load_progress import LoadProgress
 from base_files.tensors import StoredTensor
 
 PIECE_NUMBERS = 1 << 19
@@ -32,7 +32,7 @@ class ReadableWeights(Protocol):
     """
 
     def begin_pass(self, what: str) -> None:
-        """Progress of a new pass over the weights is told as that of ``what``."""
+        """LoadProgress of a new pass over the weights is told as that of ``what``."""
 
     def hold(self, weight: torch.Tensor) -> None:
         """Make the numbers of a weight, or of some of its rows, readable until they are released."""
@@ -57,7 +57,7 @@ def read_rows(tensor: StoredTensor, begin: int, end: int) -> torch.Tensor:
     return torch.from_numpy(rows if rows.flags.writeable else rows.copy())
 
 
-def read_into(weight: torch.Tensor, tensor: StoredTensor, progress: Progress) -> None:
+def read_into(weight: torch.Tensor, tensor: StoredTensor, progress: LoadProgress) -> None:
     """Fill a weight of any float dtype, block by block."""
     for rows in row_slices(weight):
         weight[rows] = read_rows(tensor, rows.start, rows.stop)
@@ -77,7 +77,7 @@ class _Place:
 class DeferredWeights:
     """``ReadableWeights`` of tensors that are dequantized when they are asked for."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: LoadProgress) -> None:
         self._progress = progress
         self._places: list[_Place] = []
         self._addresses: list[int] = []

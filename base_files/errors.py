@@ -3,7 +3,8 @@
 BaseFilesError
 ├── BaseNotFound       neither 'micro', nor a folder with a model, nor a hub id that can be fetched
 ├── BaseMalformed      config.json or the weight files are missing, cut off, or not in their format
-└── BaseUnloadable     transformers makes no model or tokenizer of its files
+├── BaseUnloadable     transformers makes no model or tokenizer of its files
+└── BaseTooLarge       its weights take more memory than there is
 """
 
 from __future__ import annotations
@@ -35,3 +36,14 @@ class BaseUnloadable(BaseFilesError):
     def __init__(self, name: str, reason: str) -> None:
         self.name, self.reason = name, reason
         super().__init__(f"base model {name!r} is refused: {reason}")
+
+
+class BaseTooLarge(BaseFilesError):
+    """``needed`` and ``available`` are bytes; ``ways_out`` is what to do."""
+
+    def __init__(self, name: str, *, needed: int, available: int, ways_out: str) -> None:
+        self.name, self.needed, self.available = name, needed, available
+        super().__init__(
+            f"base model {name!r} is refused before it is read: its weights take {needed:,} bytes of memory, and "
+            f"{available:,} bytes are free. {ways_out}"
+        )

@@ -1,9 +1,8 @@
-"""Finds the files of a base. Imports nothing heavy, so that a wrong ``base_model`` is refused within milliseconds."""
+"""Finds the files of a base. Imports no torch, so that a wrong ``base_model`` is refused within milliseconds."""
 
 from __future__ import annotations
 
 import glob
-import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
@@ -13,20 +12,13 @@ from pathlib import Path
 from base_files.errors import BaseNotFound
 from base_files.gguf import find_gguf, is_gguf
 from base_files.gguf_base import GGUFBase
+from base_files.names import BASE_MODEL_HELP, EMBEDDED_BASE
 from base_files.packaged import PACKAGED_BASES
 from base_files.source import BaseSource, FolderBase
 from base_files.weight_files import INDEX_FILE, WEIGHTS_FILE, shards
 
-EMBEDDED_BASE = "micro"
-BASE_MODEL_HELP = (
-    f"'{EMBEDDED_BASE}' (embedded), {', '.join(map(repr, PACKAGED_BASES))} (after `quickchange base get`), "
-    "a GGUF file, a folder, or a hub id"
-)
-"""What a base setting may be, wherever one is described."""
-
 _ACCEPTED = f"base_model must be {BASE_MODEL_HELP} such as 'Qwen/Qwen2.5-0.5B-Instruct'"
 _SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
-_GGUF_ENDING = re.compile(r"(-\d{5}-of-\d{5})?\.gguf$", re.IGNORECASE)
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 """A base's name without a path, or a hub id."""
 _NESTED_FILES = ["*/*"]
@@ -80,21 +72,6 @@ def local_bases(name: str, *, near: Path) -> Iterator[BaseSource]:
                 yield source
     if "/" in name and (folder := _in_hub_cache(name)) is not None:
         yield FolderBase(folder)
-
-
-def base_name(base_model: str) -> str:
-    """What the base is called: the setting as it is, or the name of its file or folder without the path. Never raises.
-
-    Of a GGUF file, also without the ending and the number of a split file.
-    """
-    if base_model in (EMBEDDED_BASE, *PACKAGED_BASES):
-        return base_model
-    path = os.path.expanduser(base_model)
-    if os.path.isdir(path):
-        return os.path.basename(os.path.realpath(path))
-    if os.path.isfile(path) or path.lower().endswith(".gguf"):
-        return _GGUF_ENDING.sub("", os.path.basename(path))
-    return base_model
 
 
 def _in_folder(folder: Path) -> BaseSource:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -49,6 +50,14 @@ class BaseSource(Protocol):
 
     def token_texts(self) -> Mapping[int, str] | None:
         """The tokens by id, as the tokenizer's file writes them; None if they are unknown."""
+
+
+def num_float_bytes(source: BaseSource) -> int:
+    """Size of the weights in floats: as the files have them, but 2 bytes for a number that is quantized there."""
+    total = 0
+    for tensor in source.tensors().values():
+        total += max(tensor.num_bytes, 2 * math.prod(tensor.shape))
+    return total
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ expert at a time.
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,9 +32,9 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from base_files.deferred_weights import DeferredWeights, read_into
-from base_files.errors import BaseMalformed, BaseUnloadable
+from base_files.errors import BaseMalformed, BaseTooLarge, BaseUnloadable
 from base_files.gguf_base import GGUFBase
-from base_files.progress import Progress
+from base_files.load_progress import LoadProgress
 from base_files.source import BaseSource, FolderBase
 from base_files.tensors import SafetensorsTensor, StoredTensor
 
@@ -95,7 +96,7 @@ def stock_model(source: BaseSource, dtype: torch.dtype = torch.float32) -> PreTr
         return mapped_model(source, dtype)
     model = model_without_weights(source, dtype)
     tensors = _tensors_for(source.name, model, source.tensors())
-    progress = Progress(f"reading {source.name}", sum(parameter.numel() for parameter in model.parameters()))
+    progress = LoadProgress(f"reading {source.name}", sum(parameter.numel() for parameter in model.parameters()))
     with _malformed(source.name):
         for parameter, owners in _owners(model).items():
             tensor = tensors[owners[0].parameter]
@@ -104,6 +105,28 @@ def stock_model(source: BaseSource, dtype: torch.dtype = torch.float32) -> PreTr
             _set_parameter(owners, weight)
     progress.finish()
     return _frozen(model)
+
+
+def check_memory(
+    source: BaseSource,
+    dtype: torch.dtype,
+    *,
+    available: int | None,
+    ways_out: str,
+    num_bytes: Callable[[PreTrainedModel], int] | None = None,
+) -> None:
+    """Raises ``BaseTooLarge`` where the weights alone take more than ``available`` bytes; None means unknown.
+
+    ``num_bytes`` counts those of a model without weights, if not all are in ``dtype``. Keys, values and activations
+    come on top: a base that barely fits is not refused.
+    """
+    numbers = sum(math.prod(tensor.shape) for tensor in source.tensors().values())
+    if available is None or numbers * dtype.itemsize <= available:
+        return
+    model = model_without_weights(source, dtype)
+    needed = num_bytes(model) if num_bytes else sum(parameter.nbytes for parameter in model.parameters())
+    if needed > available:
+        raise BaseTooLarge(source.name, needed=needed, available=available, ways_out=ways_out)
 
 
 def mapped_model(source: BaseSource, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
@@ -130,7 +153,7 @@ def deferred_model(source: BaseSource) -> tuple[PreTrainedModel, DeferredWeights
     """The model in float32; weights of linears, embeddings and experts are read when they are asked for."""
     model = model_without_weights(source, torch.float32)
     tensors = _tensors_for(source.name, model, source.tensors())
-    progress = Progress(f"reading {source.name}", sum(parameter.numel() for parameter in model.parameters()))
+    progress = LoadProgress(f"reading {source.name}", sum(parameter.numel() for parameter in model.parameters()))
     weights = DeferredWeights(progress)
     with _malformed(source.name):
         for owners in _owners(model).values():

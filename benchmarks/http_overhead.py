@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from base_files.locate import BASE_MODEL_HELP, EMBEDDED_BASE, find_base
+from base_files.locate import find_base
+from base_files.names import BASE_MODEL_HELP, EMBEDDED_BASE
 from benchmarks.parts.engines import Ask, InProcessEngine, in_process_engine
 from benchmarks.parts.figures import median
 from benchmarks.parts.pairs import alternate

@@ -22,7 +22,7 @@ from unittest.mock import patch
 
 import torch
 
-from base_files.locate import BASE_MODEL_HELP, EMBEDDED_BASE
+from base_files.names import BASE_MODEL_HELP, EMBEDDED_BASE
 from benchmarks.parts.everyday import LOOP_LENGTH, MAX_PERIOD, MAX_TOKENS, QUESTIONS, Answered, ask, is_loop, num_loops
 from benchmarks.parts.perplexity import (
     LENGTH,

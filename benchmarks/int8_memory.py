@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from base_files.locate import BASE_MODEL_HELP
+from base_files.names import BASE_MODEL_HELP
 from server.model.device import available_threads
 from server.model.loader import Base, load_base
 

@@ -33,7 +33,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from base_files.locate import BASE_MODEL_HELP, EMBEDDED_BASE, find_base
+from base_files.locate import find_base
+from base_files.names import BASE_MODEL_HELP, EMBEDDED_BASE
 from benchmarks.parts.engines import Ask, ClosedLoop, InProcessEngine, Peft, Stock, in_process_engine
 from benchmarks.parts.jobs import Mix
 from benchmarks.parts.openvino import OpenVino, missing

@@ -14,7 +14,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from base_files.locate import BASE_MODEL_HELP, EMBEDDED_BASE
+from base_files.names import BASE_MODEL_HELP, EMBEDDED_BASE
 from benchmarks.parts.engines import Ask, in_process_engine
 from benchmarks.parts.pairs import Pairs
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from base_files.locate import BASE_MODEL_HELP, EMBEDDED_BASE
+from base_files.names import BASE_MODEL_HELP, EMBEDDED_BASE
 from benchmarks.parts.ceilings import Shape, layers, operations, product_rates, read_bandwidth
 from benchmarks.parts.engines import Ask, InProcessEngine, in_process_engine
 from benchmarks.parts.figures import median, table

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from base_files.locate import BASE_MODEL_HELP, find_base
+from base_files.locate import find_base
+from base_files.names import BASE_MODEL_HELP
 from base_files.source import BaseSource, FolderBase
 from benchmarks.parts.random_adapters import PROJECTIONS, write_adapters
 from benchmarks.parts.random_tokenizer import save_tokenizer

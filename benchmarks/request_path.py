@@ -27,7 +27,7 @@ from typing import Any
 
 import uvicorn
 
-from base_files.locate import BASE_MODEL_HELP, EMBEDDED_BASE
+from base_files.names import BASE_MODEL_HELP, EMBEDDED_BASE
 from server.cli.serve import build, uvicorn_config
 from server.settings import Settings
 

@@ -20,7 +20,7 @@ from collections.abc import Sequence as SequenceOf
 
 import torch
 
-from base_files.locate import BASE_MODEL_HELP
+from base_files.names import BASE_MODEL_HELP
 from benchmarks.parts.engines import Ask, InProcessEngine, in_process_engine
 from benchmarks.parts.figures import median, table
 from server.cli.allocation import keep_freed_memory

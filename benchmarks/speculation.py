@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from base_files.locate import BASE_MODEL_HELP, EMBEDDED_BASE
+from base_files.names import BASE_MODEL_HELP, EMBEDDED_BASE
 from server.adapters.content.manifest import AdapterPolicy, read_manifest
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler

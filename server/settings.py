@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from base_files.locate import BASE_MODEL_HELP, EMBEDDED_BASE, base_name
+from base_files.names import BASE_MODEL_HELP, EMBEDDED_BASE, base_name
 from base_files.packaged import PACKAGED_BASES
 
 

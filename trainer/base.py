@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from base_files.errors import BaseFilesError
-from base_files.locate import base_name, find_base
+from base_files.locate import find_base
+from base_files.memory import available_bytes
+from base_files.names import base_name
 from base_files.source import Fingerprints
-from base_files.stock_model import stock_model, stock_tokenizer
+from base_files.stock_model import check_memory, stock_model, stock_tokenizer
 from base_files.weights_sample import WeightsSample, sample_of
 from trainer.errors import BaseModelError
+
+_WAYS_OUT = "It is trained on in float32: choose a smaller base, or use a machine with more memory."
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ def load_base(base_model: str) -> TrainingBase:
     try:
         source = find_base(base_model)
         fingerprints, sample = source.fingerprints(), sample_of(source)
+        check_memory(source, torch.float32, available=available_bytes(), ways_out=_WAYS_OUT)
         tokenizer, model = stock_tokenizer(source), stock_model(source)
     except BaseFilesError as error:
         raise BaseModelError(str(error)) from error

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from adapter_format.files import CONFIG_FILE, SIDECAR_FILE, TOKENS_FILE, WEIGHTS_FILE
 from adapter_format.sidecar import Verdict
 from base_files.locate import find_base
-from base_files.source import BaseSource
+from base_files.source import BaseSource, num_float_bytes
 from server.adapters.content.base_check import base_check
 from server.adapters.content.diagnostics import DiagnosticReport
 from server.adapters.content.folder import OPTIONAL_FILES, UNREAD_FILES
@@ -108,7 +108,7 @@ def _status(report: DiagnosticReport, *, served: bool) -> str:
 def _why_not_compared(source: BaseSource, *, wanted: bool) -> str | None:
     if not wanted:
         return "--no-probe was given"
-    size = source.num_weight_bytes
+    size = num_float_bytes(source)
     if size <= MAX_PROBED_BYTES:
         return None
     return (

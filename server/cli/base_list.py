@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from base_files.errors import BaseMalformed, BaseNotFound
-from base_files.locate import EMBEDDED_BASE, base_on_disk
+from base_files.locate import base_on_disk
+from base_files.names import EMBEDDED_BASE
 from base_files.packaged import PACKAGED_BASES, PackagedBase
 from server.cli.command_line import command_parser, parse_options, parse_settings, say, say_row
 

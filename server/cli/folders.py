@@ -6,7 +6,7 @@ import os
 from importlib.resources import files
 from pathlib import Path
 
-from base_files.locate import EMBEDDED_BASE
+from base_files.names import EMBEDDED_BASE
 from base_files.packaged import PACKAGED_BASES
 from server.adapters.content.manifest import AdapterPolicy
 from server.adapters.names import is_name

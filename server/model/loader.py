@@ -15,8 +15,10 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from adapter_format.messages import end_token_ids
 from base_files.deferred_weights import ReadableWeights
 from base_files.locate import find_base
-from base_files.source import BaseSource
+from base_files.memory import available_bytes
+from base_files.source import BaseSource, num_float_bytes
 from base_files.stock_model import (
+    check_memory,
     deferred_model,
     is_mapped,
     mapped_model,
@@ -43,7 +45,7 @@ from server.model.kv_cache import AttentionMetadata, AttentionSegment, KVLayout,
 from server.model.mapped_files import MappedFiles
 from server.model.model_trace import PROBE_ROWS, ModelTrace, signature_of, trace_modules
 from server.model.patches import ModelPatches, bypass_modules, fix_rope
-from server.model.quantizer import Quantized, mixtures, quantizing
+from server.model.quantizer import IN_MEMORY, Quantized, mixtures, num_int8_bytes, quantizing
 
 logger = logging.getLogger("quickchange.model")
 
@@ -110,19 +112,17 @@ def load_base(
     is_int8 = quantization == "int8"
     kernels = _kernels(torch_device, int8=is_int8)
     fingerprints = source.fingerprints()
-    if is_int8:
-        model, weights = _readable_model(source)
-    else:
-        model = stock_model(source, choose_dtype(dtype, torch_device, source.num_weight_bytes))
+    float_dtype = None if is_int8 else choose_dtype(dtype, torch_device, num_float_bytes(source))
+    model, weights = _readable_model(source, float_dtype, torch_device)
     tokenizer = stock_tokenizer(source)
     nn.Module.to(model, device=torch_device)
     patches = ModelPatches()
     probe = _install_probe(model, patches)
-    if not is_int8:
-        trace, quantized = _probe(model, probe), None
-    else:
-        calibration = Calibration(fingerprints.v2, weights, length, outlier_cache)
+    calibration = Calibration(fingerprints.v2, weights, length, outlier_cache)
+    if is_int8:
         trace, quantized = _quantize(model, kernels, probe, patches, calibration, tokenizer, dtype=dtype)
+    else:
+        trace, quantized = _probe(model, probe), None
     _check_calls(name, probe, config)
     kv_dtype = choose_kv_dtype(model.dtype) if is_int8 else model.dtype
     if kv_memory is not None:
@@ -218,8 +218,30 @@ def _num_unpacked_bytes(model: PreTrainedModel) -> int:
     return sum(parameter.nbytes for parameter in large - quantized)
 
 
-def _readable_model(source: BaseSource) -> tuple[PreTrainedModel, ReadableWeights]:
-    """The stock model whose weights will be quantized: mapped in the dtype of their files, or read when it is time."""
+def _check_memory(source: BaseSource, dtype: torch.dtype | None, device: torch.device) -> None:
+    """Raises ``BaseTooLarge`` where the weights alone do not fit; a ``dtype`` of None stands for int8."""
+    if device.type == "mps":
+        return  # its memory is the machine's, and the system does not say what is free
+    available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
+    smaller = "Choose a smaller base, or use a machine with more memory."
+    if dtype is None:
+        check_memory(source, torch.float32, available=available, ways_out=smaller, num_bytes=num_int8_bytes)
+    else:
+        int8 = "Set quantization to 'int8'. " if device.type == "cpu" else ""
+        check_memory(source, dtype, available=available, ways_out=int8 + smaller)
+
+
+def _readable_model(
+    source: BaseSource, dtype: torch.dtype | None, device: torch.device
+) -> tuple[PreTrainedModel, ReadableWeights]:
+    """The stock model in ``dtype``. None is for one that will be quantized.
+
+    Its weights are mapped in the dtype of their files, or read when it is time. Raises ``BaseTooLarge`` before
+    anything is read for a model that does not fit into the memory of ``device``.
+    """
+    _check_memory(source, dtype, device)
+    if dtype is not None:
+        return stock_model(source, dtype), IN_MEMORY
     if not is_mapped(source):
         return deferred_model(source)
     return mapped_model(source), MappedFiles(weight_files(source.path))

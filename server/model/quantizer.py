@@ -92,6 +92,18 @@ def mixtures(model: PreTrainedModel) -> dict[str, nn.Module]:
     }
 
 
+def num_int8_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the weights after quantization, with their scales; a head has its own, also where it is tied."""
+    total = sum(parameter.nbytes for parameter in model.parameters())
+    quantized = [linear.get_parameter("weight") for linear in quantizable(model).values()]
+    quantized += [experts.get_parameter(name) for experts in mixtures(model).values() for name in WEIGHTS]
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, nn.Embedding) and _is_lookup(embedding):
+        quantized.append(embedding.get_parameter("weight"))
+    total -= sum(weight.nbytes for weight in set(quantized))
+    return total + sum(weight.numel() + 4 * weight.numel() // weight.shape[-1] for weight in quantized)
+
+
 @contextmanager
 def collect_outliers(
     model: PreTrainedModel, weights: ReadableWeights = IN_MEMORY

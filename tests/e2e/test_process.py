@@ -14,7 +14,7 @@ import httpx
 import pytest
 from openai import OpenAI
 
-from base_files.locate import BASE_MODEL_HELP
+from base_files.names import BASE_MODEL_HELP
 from tests.serving import ROOT, ServerProcess, running_server
 
 

@@ -13,7 +13,8 @@ import pytest
 from huggingface_hub.utils._paths import filter_repo_objects
 
 from base_files.errors import BaseMalformed, BaseNotFound
-from base_files.locate import BASE_MODEL_HELP, base_on_disk, find_base
+from base_files.locate import base_on_disk, find_base
+from base_files.names import BASE_MODEL_HELP
 from base_files.weight_files import num_weight_bytes
 from server.settings import Settings
 

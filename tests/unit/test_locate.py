@@ -9,7 +9,8 @@ import pytest
 
 from base_files.errors import BaseNotFound
 from base_files.gguf_base import GGUFBase
-from base_files.locate import base_name, base_on_disk
+from base_files.locate import base_on_disk
+from base_files.names import base_name
 from base_files.packaged import PACKAGED_BASES, PackagedBase
 from base_files.source import FolderBase
 from server.settings import Settings

@@ -15,7 +15,8 @@ from adapter_format.files import COMPANION_FILES, CONFIG_FILE, SIDECAR_FILE, SOU
 from adapter_format.publishing import published_folder
 from adapter_format.sidecar import parse_sidecar
 from base_files.gguf import is_gguf
-from base_files.locate import base_name, find_base
+from base_files.locate import find_base
+from base_files.names import base_name
 from server.adapters.content.folder import MAX_JSON_BYTES
 from server.adapters.content.peft_config import parse_peft_config
 from server.cli.convert.gguf import GGUFAdapter, read_gguf_adapter

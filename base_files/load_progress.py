@@ -10,7 +10,7 @@ from typing import TextIO
 QUIET_SECONDS, SECONDS_BETWEEN_LINES, SECONDS_BETWEEN_UPDATES = 3.0, 10.0, 0.5
 
 
-class Progress:
+class LoadProgress:
     """Counts up to ``total`` and prints the share in percent.
 
     On a terminal the line is rewritten; elsewhere there is a new line every 10 seconds. ``start`` counts anew.
