@@ -33,6 +33,8 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 
 _ATTENTION_BIASES = ("attn_q", "attn_k", "attn_v", "attn_output")
 _MLP_BIASES = ("ffn_gate", "ffn_up", "ffn_down")
+_HEADS_BY_HIDDEN = ("qwen2", "phi3", "smollm3")
+"""Where ``config.json`` has no ``head_dim``."""
 Config = dict[str, Any]
 
 
@@ -90,12 +92,13 @@ def read_config(name: str, reader: MetadataReader, tensors: Mapping[str, StoredT
         "num_hidden_layers": sizes.layers,
         "num_attention_heads": sizes.heads,
         "num_key_value_heads": sizes.kv_heads,
-        "head_dim": sizes.head,
         "max_position_embeddings": reader.integer("context_length"),
         "rms_norm_eps": reader.number("attention.layer_norm_rms_epsilon"),
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_dropout": 0.0,
     }
+    if name not in _HEADS_BY_HIDDEN or sizes.queries != sizes.hidden:
+        config["head_dim"] = sizes.head
     factors = {factor: tensors[factor] for factor in architecture.factors if factor in tensors}
     config["rope_parameters"] = rope_parameters(reader, factors, sizes.rotated)
     biased = _biased(architecture, config, tensors)
@@ -153,8 +156,9 @@ def _biased(architecture: Architecture, config: Config, tensors: Mapping[str, St
 def _check_keys(reader: MetadataReader) -> None:
     for key in NO_EFFECT:
         reader.skip(key)
+    unread = reader.unread()
     for key, values in NEUTRAL.items():
-        if reader.has(key) and reader.value(key) not in values:
+        if key in unread and reader.value(key) not in values:
             raise ValueError(f"{key} is {reader.value(key)!r:.40}, which the architecture has no use for here")
     if unread := reader.unread():
         raise ValueError(

@@ -83,7 +83,8 @@ class MetadataReader:
         self._read.add(self._prefix + key)
 
     def unread(self) -> list[str]:
-        return [key for key in self._metadata if key.startswith(self._prefix) and key not in self._read]
+        """Keys under the prefix, without it."""
+        return [key for key in self.names_under("") if self._prefix + key not in self._read]
 
     def names_under(self, key: str) -> list[str]:
         """What follows ``key`` in keys that begin with it."""

@@ -6,6 +6,7 @@ absent has llama.cpp's default.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,7 +62,7 @@ def _yarn(reader: MetadataReader, factor: float) -> RopeParameters:
     if reader.has("rope.scaling.yarn_attn_factor"):
         parameters["attention_factor"] = reader.number("rope.scaling.yarn_attn_factor")
     if reader.has("rope.scaling.attn_factor"):
-        default = 0.1 * float(np.log(max(factor, 1.0))) + 1.0
+        default = 0.1 * math.log(max(factor, 1.0)) + 1.0
         parameters["attention_factor"] = default * reader.number("rope.scaling.attn_factor")
     return parameters
 
@@ -124,15 +125,18 @@ def llama3_factors(theta: float, head_dim: int, factor: float, original: int) ->
 
 
 def _longrope(reader: MetadataReader, values: Mapping[str, NDArray[Any]]) -> RopeParameters:
-    original = reader.integer("rope.scaling.original_context_length", reader.integer("context_length"))
+    length = reader.integer("context_length")
+    original = reader.integer("rope.scaling.original_context_length", length)
     parameters: RopeParameters = {
         "rope_type": "longrope",
         "long_factor": [_shortest(value) for value in values[LONG_FACTORS]],
         "short_factor": [_shortest(value) for value in values[SHORT_FACTORS]],
         "original_max_position_embeddings": original,
     }
-    if reader.has("rope.scaling.attn_factor"):
-        parameters["attention_factor"] = reader.number("rope.scaling.attn_factor")
+    attention_factor = reader.number("rope.scaling.attn_factor", 1.0)
+    growth = max(length / original, 1.0)
+    if not math.isclose(attention_factor, math.sqrt(1 + math.log(growth) / math.log(original)), rel_tol=1e-6):
+        parameters["attention_factor"] = attention_factor
     return parameters
 
 
