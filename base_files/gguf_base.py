@@ -13,9 +13,9 @@ from typing import Any
 from base_files.errors import BaseMalformed
 from base_files.gguf import GGUFFile, check_is_model, read_gguf
 from base_files.gguf_architectures import ARCHITECTURES, SHAPES, TOP_LEVEL
-from base_files.gguf_config import ModelConfig, listed, read_config
+from base_files.gguf_config import ModelConfig, read_config
 from base_files.gguf_fingerprint import gguf_fingerprint
-from base_files.gguf_metadata import MetadataReader
+from base_files.gguf_metadata import MetadataReader, listed
 from base_files.gguf_tokenizer import GGUFTokenizer, read_tokenizer
 from base_files.gguf_weights import (
     experts_interleaved,

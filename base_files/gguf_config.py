@@ -6,12 +6,12 @@ may mean a forward pass that transformers would not compute.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from base_files.gguf_architectures import ARCHITECTURES, MODEL_CLASSES, Architecture
-from base_files.gguf_metadata import MetadataReader
+from base_files.gguf_metadata import MetadataReader, listed
 from base_files.gguf_rope import DEFAULT_THETA, rope_parameters
 from base_files.tensors import StoredTensor
 
@@ -33,7 +33,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 
 _ATTENTION_BIASES = ("attn_q", "attn_k", "attn_v", "attn_output")
 _MLP_BIASES = ("ffn_gate", "ffn_up", "ffn_down")
-_HEADS_BY_HIDDEN = ("qwen2", "phi3", "smollm3")
+_HEADS_BY_HIDDEN = ("mixtral", "qwen2", "phi3", "smollm3")
 """Where ``config.json`` has no ``head_dim``."""
 Config = dict[str, Any]
 
@@ -97,12 +97,12 @@ def read_config(name: str, reader: MetadataReader, tensors: Mapping[str, StoredT
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_dropout": 0.0,
     }
-    if name not in _HEADS_BY_HIDDEN or sizes.queries != sizes.hidden:
-        config["head_dim"] = sizes.head
     factors = {factor: tensors[factor] for factor in architecture.factors if factor in tensors}
     config["rope_parameters"] = rope_parameters(reader, factors, sizes.rotated)
     biased = _biased(architecture, config, tensors)
     config |= _OWN_FIELDS[name](reader, sizes, config)
+    if config["model_type"] not in _HEADS_BY_HIDDEN or sizes.queries != sizes.hidden:
+        config["head_dim"] = sizes.head
     config["architectures"] = [MODEL_CLASSES[config["model_type"]]]
     _check_keys(reader)
     return ModelConfig(config, architecture, sizes, biased)
@@ -161,15 +161,11 @@ def _check_keys(reader: MetadataReader) -> None:
         if key in unread and reader.value(key) not in values:
             raise ValueError(f"{key} is {reader.value(key)!r:.40}, which the architecture has no use for here")
     if unread := reader.unread():
+        names = listed([reader.prefix + key for key in unread])
         raise ValueError(
-            f"this file has keys that are not understood: {listed(unread)}. Each may mean another computation: use the "
+            f"this file has keys that are not understood: {names}. Each may mean another computation: use the "
             "model's folder of safetensors instead"
         )
-
-
-def listed(names: Sequence[str], most: int = 5) -> str:
-    shown = ", ".join(f"{name:.80}" for name in names[:most])
-    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 
 def _llama(reader: MetadataReader, sizes: TensorSizes, config: Config) -> Config:

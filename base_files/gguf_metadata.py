@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,14 +18,14 @@ class MetadataReader:
     """
 
     def __init__(self, metadata: Mapping[str, Value], prefix: str) -> None:
-        self._metadata, self._prefix = metadata, prefix
+        self._metadata, self.prefix = metadata, prefix
         self._read: set[str] = set()
 
     def has(self, key: str) -> bool:
-        return self._prefix + key in self._metadata
+        return self.prefix + key in self._metadata
 
     def is_list(self, key: str) -> bool:
-        return isinstance(self._metadata.get(self._prefix + key), np.ndarray)
+        return isinstance(self._metadata.get(self.prefix + key), np.ndarray)
 
     def value(self, key: str) -> Value:
         """Of whatever type it is."""
@@ -80,27 +80,27 @@ class MetadataReader:
 
     def skip(self, key: str) -> None:
         """Count a key as read that has no effect."""
-        self._read.add(self._prefix + key)
+        self._read.add(self.prefix + key)
 
     def unread(self) -> list[str]:
         """Keys under the prefix, without it."""
-        return [key for key in self.names_under("") if self._prefix + key not in self._read]
+        return [key for key in self.names_under("") if self.prefix + key not in self._read]
 
     def names_under(self, key: str) -> list[str]:
         """What follows ``key`` in keys that begin with it."""
-        whole = self._prefix + key
+        whole = self.prefix + key
         return [name.removeprefix(whole) for name in self._metadata if name.startswith(whole)]
 
     def _value(self, key: str, default: Value | None) -> Value:
-        self._read.add(self._prefix + key)
-        value = self._metadata.get(self._prefix + key, default)
+        self._read.add(self.prefix + key)
+        value = self._metadata.get(self.prefix + key, default)
         if value is None:
-            raise ValueError(f"its metadata has no {self._prefix}{key}")
+            raise ValueError(f"its metadata has no {self.prefix}{key}")
         return value
 
     def _wrong(self, key: str, needed: str) -> ValueError:
-        value = self._metadata.get(self._prefix + key)
-        return ValueError(f"{self._prefix}{key} is {value!r:.60}: it must be {needed}")
+        value = self._metadata.get(self.prefix + key)
+        return ValueError(f"{self.prefix}{key} is {value!r:.60}: it must be {needed}")
 
 
 def _same_in_every_layer(value: Value) -> Value:
@@ -108,3 +108,9 @@ def _same_in_every_layer(value: Value) -> Value:
         first: int = value[0].item()
         return first
     return value
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """Names for a sentence, the first of many."""
+    shown = ", ".join(f"{name:.80}" for name in names[:most])
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown

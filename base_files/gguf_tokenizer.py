@@ -12,7 +12,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING
 
 from base_files.gguf_header import Value
-from base_files.gguf_metadata import MetadataReader
+from base_files.gguf_metadata import MetadataReader, listed
 from base_files.gguf_pretokenizers import PreTokenizerRule, pre_tokenizer_rule
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ END_TOKENS = (
 """Control tokens that end an answer whatever the file says, as llama.cpp has it: files name only one of them."""
 _HARMONY = {"<|return|>", "<|call|>", "<|end|>"}
 """Where all three are, <|end|> ends a message and not the answer."""
+_PHI3_PLAIN = ("<unk>", "<s>", "<|endoftext|>")
+"""Behind Phi-3's other control tokens white space is dropped, which is not in the file."""
 _KINDS = ("gpt2", "llama")
 _SPACE = "▁"
 _NO_EFFECT = (
@@ -68,6 +70,7 @@ class GGUFTokenizer:
     add_bos: bool
     add_eos: bool
     add_space_prefix: bool
+    strips_after_control: bool
     chat_template: str | dict[str, str] | None
 
     def build(self) -> Tokenizer:
@@ -78,9 +81,9 @@ class GGUFTokenizer:
             raise
         except Exception as error:  # the tokenizers library raises nothing narrower
             raise ValueError(f"its tokenizer cannot be made: {error}") from error
-        special = [token for token in self._added() if token.special]
-        tokenizer.add_special_tokens(special)
-        tokenizer.add_tokens([token for token in self._added() if not token.special])
+        added = list(self._added())
+        tokenizer.add_special_tokens([token for token in added if token.special])
+        tokenizer.add_tokens([token for token in added if not token.special])
         self._frame(tokenizer)
         return tokenizer
 
@@ -152,7 +155,8 @@ class GGUFTokenizer:
         for token_id, kind in enumerate(self.types):
             special = kind in (TokenType.CONTROL, TokenType.UNKNOWN)
             if special or kind == TokenType.USER_DEFINED:
-                yield AddedToken(self.tokens[token_id], special=special, normalized=False)
+                strips = special and self.strips_after_control and self.tokens[token_id] not in _PHI3_PLAIN
+                yield AddedToken(self.tokens[token_id], special=special, normalized=False, rstrip=strips)
 
     def _frame(self, tokenizer: Tokenizer) -> None:
         """Put bos before and eos behind every prompt, where the file asks for it."""
@@ -199,12 +203,14 @@ def read_tokenizer(metadata: Mapping[str, Value], *, vocab_size: int) -> GGUFTok
         add_bos=reader.flag("add_bos_token", by_scores or rule.begins),
         add_eos=reader.flag("add_eos_token", False),
         add_space_prefix=reader.flag("add_space_prefix", by_scores),
+        strips_after_control=by_scores and metadata.get("general.architecture") == "phi3",
         chat_template=_chat_template(MetadataReader(metadata, "tokenizer.")),
     )
     for key in _NO_EFFECT:
         reader.skip(key)
     if unread := reader.unread():
-        raise ValueError(f"this file has keys of its tokenizer that are not understood: {', '.join(unread[:5])}")
+        names = listed([reader.prefix + key for key in unread])
+        raise ValueError(f"this file has keys of its tokenizer that are not understood: {names}")
     return tokenizer
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from tests.model.foreign_adapters import permuted
 
 PERMUTED, SHIFTED = ("llama", "smollm3"), ("gemma", "gemma2", "gemma3")
 Arrays = dict[str, torch.Tensor]
+Metadata = dict[str, Any]
 
 
 def model_arrays(model: PreTrainedModel, architecture: str) -> Arrays:
@@ -53,11 +55,11 @@ def _stored(parameter: str, tensor: torch.Tensor, architecture: str) -> list[tup
     return [(f"{module}.gate_proj.{suffix}", halves[0]), (f"{module}.up_proj.{suffix}", halves[1])]
 
 
-def model_metadata(model: PreTrainedModel, architecture: str) -> dict[str, Any]:
-    """What llama.cpp's converter writes of a config without a scaling of its rotations, under the architecture."""
+def model_metadata(model: PreTrainedModel, architecture: str) -> Metadata:
+    """What llama.cpp's converter writes of a config, without a scaling of its rotations."""
     config = model.config.get_text_config()
     rope = config.rope_parameters.get("full_attention", config.rope_parameters)
-    keys: dict[str, Any] = {
+    keys: Metadata = {
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
@@ -72,17 +74,28 @@ def model_metadata(model: PreTrainedModel, architecture: str) -> dict[str, Any]:
     return {f"{architecture}.{key}": value for key, value in keys.items()}
 
 
-def tokenizer_metadata(tokenizer: PreTrainedTokenizerFast, vocab_size: int, pre: str) -> dict[str, Any]:
+def plain_vocabulary(size: int) -> Metadata:
+    """A tokenizer that nobody uses."""
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": [f"t{token_id}" for token_id in range(size)],
+        "tokenizer.ggml.merges": ["t1 t2"],
+    }
+
+
+def tokenizer_metadata(tokenizer: PreTrainedTokenizerFast, vocab_size: int, pre: str) -> Metadata:
     """What llama.cpp's converter writes of a byte-level tokenizer."""
     ids = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
-    special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    types = [3 if token_id in special else 1 if token_id in ids else 5 for token_id in range(vocab_size)]
-    types = [4 if i in tokenizer.added_tokens_decoder and i not in special else kind for i, kind in enumerate(types)]
-    metadata: dict[str, Any] = {
+    added = tokenizer.added_tokens_decoder
+    types = [gguf.TokenType.NORMAL if token_id in ids else gguf.TokenType.UNUSED for token_id in range(vocab_size)]
+    for token_id, token in added.items():
+        types[token_id] = gguf.TokenType.CONTROL if token.special else gguf.TokenType.USER_DEFINED
+    metadata: Metadata = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": pre,
         "tokenizer.ggml.tokens": [ids.get(token_id, f"[PAD{token_id}]") for token_id in range(vocab_size)],
-        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.token_type": [int(kind) for kind in types],
         "tokenizer.ggml.merges": [" ".join(pair) for pair in merges_of(tokenizer)],
         "tokenizer.ggml.add_bos_token": False,
     }
@@ -95,21 +108,22 @@ def tokenizer_metadata(tokenizer: PreTrainedTokenizerFast, vocab_size: int, pre:
 
 
 def merges_of(tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, str]]:
-    import json
-
     merges: list[tuple[str, str]] = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     return merges
 
 
 def write_gguf_model(
-    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any], *, quantization: str = "F32"
+    path: Path,
+    architecture: str,
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, Any],
+    *,
+    quantization: str = "F32",
 ) -> Path:
     """A file of these tensors, matrices quantized where their rows divide into blocks, and of this metadata."""
-    architecture = next(iter(key.partition(".")[0] for key in metadata if not key.startswith(("tokenizer.", "gen"))))
-    writer = gguf.GGUFWriter(path, str(metadata.get("general.architecture", architecture)))
+    writer = gguf.GGUFWriter(path, architecture)
     for key, value in metadata.items():
-        if key != "general.architecture":
-            _ADD[type(value)](writer, key, value)
+        _ADD[type(value)](writer, key, value)
     wanted = gguf.GGMLQuantizationType[quantization]
     block = gguf.GGML_QUANT_SIZES[wanted][0]
     for name, tensor in tensors.items():
