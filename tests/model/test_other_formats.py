@@ -43,7 +43,7 @@ def convert(folder: FolderBase, path: Path, quantization: str, change: Change = 
     tensors = model_arrays(model, "llama")
     metadata = model_metadata(model, "llama") | tokenizer_metadata(tiny_tokenizer(), model.config.vocab_size, "gpt-2")
     change(tensors, metadata)
-    return GGUFBase(write_gguf_model(path, tensors, metadata, quantization=quantization))
+    return GGUFBase(write_gguf_model(path, "llama", tensors, metadata, quantization=quantization))
 
 
 def adapter(path: Path, source: BaseSource, *, name: str = "tiny", sample: bool = True) -> Path:
