@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,13 @@ _PART_NUMBER = re.compile(r"-\d{5}-of-\d{5}$")
 class GGUFBase:
     """A model in GGUF; ``path`` is its file, or one of its parts. Everything that is read may raise ``BaseMalformed``.
 
-    ``given_name`` is that of the folder or package that holds the file, if the base was found by it.
+    ``given_name`` is that of the folder or package that holds the file, if the base was found by it. ``sampling`` are
+    sampling parameters under transformers' names.
     """
 
     path: Path
     given_name: str | None = None
+    sampling: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     @property
     def name(self) -> str:
@@ -60,8 +62,9 @@ class GGUFBase:
 
     @cached_property
     def generation_config(self) -> Mapping[str, Any]:
-        """What transformers' ``generation_config.json`` would say: which tokens begin and end an answer."""
-        return {key: self.config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        """What transformers' ``generation_config.json`` would say: which tokens begin and end answers, and sampling."""
+        ids = {key: self.config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        return {**ids, "do_sample": True, **self.sampling} if self.sampling else ids
 
     @cached_property
     def tokenizer(self) -> GGUFTokenizer:

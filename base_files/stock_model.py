@@ -24,6 +24,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -180,7 +181,17 @@ def model_without_weights(source: BaseSource, dtype: torch.dtype) -> PreTrainedM
                     module._buffers[name] = torch.empty_like(buffer, device="cpu")
         model.initialize_weights()  # computes buffers; a parameter on the meta device stays there
         model.tie_weights()
+        model.generation_config = _generation_config(source) or model.generation_config
     return model
+
+
+def _generation_config(source: BaseSource) -> GenerationConfig | None:
+    """The tokens that end an answer and the sampling parameters; None where the base has none of its own."""
+    if isinstance(source, GGUFBase):
+        return GenerationConfig(**source.generation_config)
+    if (source.path / "generation_config.json").exists():
+        return GenerationConfig.from_pretrained(source.path, local_files_only=True)
+    return None
 
 
 def _tensors_for(name: str, model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:

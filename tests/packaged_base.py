@@ -25,6 +25,7 @@ TINY = PackagedBase(
     member="tiny_base/tiny.Q4_1.gguf",
     num_bytes=len(MODEL),
     sha256=hashlib.sha256(MODEL).hexdigest(),
+    sampling={"temperature": 0.5},
 )
 
 
