@@ -100,7 +100,7 @@ class DeferredWeights:
         place, rows = self._find(weight)
         if place is None:
             return
-        for part in row_slices(weight):
+        for part in row_slices(place.weight[rows]):
             begin, end = rows.start + part.start, rows.start + part.stop
             if not place.held[begin:end].all():
                 place.weight[begin:end] = read_rows(place.tensor, begin, end)

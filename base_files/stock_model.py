@@ -43,14 +43,17 @@ from base_files.tensors import SafetensorsTensor, StoredTensor
 def is_mapped(source: BaseSource) -> bool:
     """Whether transformers itself reads the files, which are then mapped into memory.
 
-    It reads safetensors, but not where experts are joined or dequantized that ``BaseSource.tensors`` gives one by one.
+    It reads safetensors, but not where experts are joined or dequantized that ``BaseSource.tensors`` gives one by one,
+    unless the model has other names or buffers in the files: it knows those of every architecture.
     """
     if not isinstance(source, FolderBase):
         return False
     tensors = source.tensors()
     if all(isinstance(tensor, SafetensorsTensor) for tensor in tensors.values()):
         return True
-    return not dict(model_without_weights(source, torch.float32).named_parameters()).keys() <= tensors.keys()
+    model = model_without_weights(source, torch.float32)
+    with_aliases = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return not dict(model.named_parameters()).keys() <= tensors.keys() <= with_aliases
 
 
 def stock_config(source: BaseSource) -> PretrainedConfig:

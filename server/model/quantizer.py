@@ -299,6 +299,7 @@ class _Quantizer:
         ) -> torch.Tensor:
             outliers = self._known[name] if name in self._known else find_outliers(hidden_states)
             int8 = Int8Experts.of(experts, _reader(experts, self._weights), self._kernels, outliers)
+            trim()
             self._packed_experts.append((experts, int8))  # replaced later: hooks of this call want the stock module
             self.result.mixtures.append(name)
             self.result.num_outliers += 0 if outliers is None else len(outliers)

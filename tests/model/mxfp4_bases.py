@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GptOssConfig, Mxfp4Config, PreTrainedModel
+from transformers import AutoModelForCausalLM, GptOssConfig, PreTrainedModel
+from transformers.utils.quantization_config import Mxfp4Config
 
 from benchmarks.parts.random_tokenizer import save_tokenizer
 from tests.model.families import build_from
@@ -55,7 +57,8 @@ def save_gpt_oss(
 
 def dequantized_by_transformers(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The stock model, whose experts transformers dequantizes."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, quantization_config=Mxfp4Config(dequantize=True), attn_implementation="eager"
-    )
-    return model.eval().requires_grad_(False)
+    load: Any = AutoModelForCausalLM.from_pretrained
+    dequantized = Mxfp4Config(dequantize=True)
+    model: PreTrainedModel = load(folder, dtype=dtype, quantization_config=dequantized, attn_implementation="eager")
+    model.eval().requires_grad_(False)
+    return model
