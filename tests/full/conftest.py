@@ -8,8 +8,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from base_files.packaged import PACKAGED_BASES
 from tests.serving import ROOT, ServerProcess, running_server
@@ -50,13 +53,28 @@ def books(data: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """The GGUF file of SmolLM2 in the user's data folder, where ``quickchange base get`` puts it."""
-    done = subprocess.run(
-        [sys.executable, "-m", "server", "base", "get", "smollm2"], cwd=ROOT, capture_output=True, text=True
-    )
+    """The GGUF file of SmolLM2 in the user's data folder, where ``quickchange base get`` puts it.
+
+    It is downloaded unless it is there, or taken from the wheel that ``QUICKCHANGE_TEST_SMOLLM2`` names.
+    """
+    wheel = os.environ.get("QUICKCHANGE_TEST_SMOLLM2")
+    command = [sys.executable, "-m", "server", "base", "get", "smollm2", *(["--from", wheel] if wheel else [])]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode != 0:
         pytest.fail(f"the base smollm2 is not here, and this test needs it: {done.stderr.splitlines()[-1]}")
     return PACKAGED_BASES["smollm2"].installed_path()
+
+
+@pytest.fixture(scope="module")
+def stock_smollm2(smollm2: Path) -> Any:
+    """transformers' model of the file, dequantized by itself, in float32."""
+    model = AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def stock_smollm2_tokenizer(smollm2: Path) -> Any:
+    return AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
 
 
 @pytest.fixture(scope="session")

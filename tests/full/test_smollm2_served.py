@@ -1,0 +1,79 @@
+"""SmolLM2 over HTTP with OpenAI's own client: its answers are those of transformers' model of the same file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from openai import BadRequestError, OpenAI
+
+from tests.full.smollm2 import CHATS, GREEDY_TOKENS, Messages, generate, stock_ids, user
+from tests.serving import ROOT, running_server
+
+CONVERSATIONS = ("fruits", "system prompt", "turns", "Russian")
+MAX_LOGPROB_DIFFERENCE = 1e-3
+
+
+@pytest.fixture(scope="module")
+def client(smollm2: object) -> Iterator[OpenAI]:
+    flags = ("--base-model", "smollm2", "--adapters-dir", str(ROOT / "adapters"), "--dtype", "float32")
+    with (
+        running_server(*flags) as server,
+        OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120) as made,
+    ):
+        yield made
+
+
+def ask(client: OpenAI, messages: Messages, **more: Any) -> Any:
+    chosen: dict[str, Any] = {"model": "smollm2", "temperature": 0, "max_tokens": GREEDY_TOKENS} | more
+    return client.chat.completions.create(**chosen, **{"messages": messages})
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_an_answer_is_that_of_transformers(
+    client: OpenAI, name: str, stock_smollm2: Any, stock_smollm2_tokenizer: Any
+) -> None:
+    """With the system prompt of the template and with one of the conversation's; token by token, with logprobs."""
+    prompt = stock_ids(stock_smollm2_tokenizer, CHATS[name])
+    ids, logits = generate(stock_smollm2, prompt, GREEDY_TOKENS)
+    answer = ask(client, CHATS[name], logprobs=True, top_logprobs=3)
+    assert answer.usage.prompt_tokens == len(prompt)
+    assert answer.choices[0].message.content == stock_smollm2_tokenizer.decode(ids, skip_special_tokens=True)
+    assert answer.choices[0].finish_reason == ("stop" if ids[-1] == 2 else "length")
+    expected = logits.log_softmax(-1)
+    for number, token in enumerate(answer.choices[0].logprobs.content):
+        assert token.logprob == pytest.approx(float(expected[number, ids[number]]), abs=MAX_LOGPROB_DIFFERENCE)
+        best = torch.topk(expected[number], 3).values.tolist()
+        found = [entry.logprob for entry in token.top_logprobs]
+        assert found == pytest.approx(best, abs=MAX_LOGPROB_DIFFERENCE)
+
+
+@pytest.mark.parametrize("name", ["turns", "emoji"])
+def test_a_stream_says_what_the_whole_answer_says(client: OpenAI, name: str) -> None:
+    whole = ask(client, CHATS[name]).choices[0]
+    chunks = list(ask(client, CHATS[name], stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.message.content
+    assert chunks[-1].choices[0].finish_reason == whole.finish_reason
+
+
+def test_a_stop_string_ends_the_answer_and_is_removed(client: OpenAI) -> None:
+    whole = ask(client, CHATS["fruits"]).choices[0].message.content
+    word = whole.split()[3]
+    stopped = ask(client, CHATS["fruits"], stop=[word]).choices[0]
+    assert stopped.message.content == whole.partition(word)[0]
+    assert stopped.finish_reason == "stop"
+
+
+def test_an_answer_ends_by_itself(client: OpenAI) -> None:
+    answer = ask(client, [user("What is the capital of France?")], max_tokens=100).choices[0]
+    assert answer.finish_reason == "stop" and "Paris" in answer.message.content
+    assert "<|im_end|>" not in answer.message.content
+
+
+def test_a_message_that_the_template_cannot_write_is_refused(client: OpenAI) -> None:
+    """The template takes the content of every message."""
+    call = {"id": "1", "type": "function", "function": {"name": "now", "arguments": "{}"}}
+    with pytest.raises(BadRequestError, match="chat template refuses"):
+        ask(client, [user("What time is it?"), {"role": "assistant", "tool_calls": [call]}, user("Well?")])
