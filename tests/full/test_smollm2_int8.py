@@ -65,9 +65,9 @@ def test_its_own_answers_seldom_end_in_a_loop(answered: Answered) -> None:
 def test_texts_are_as_likely(text: str, readers: tuple[Reader, Reader], books: Path) -> None:
     tokenizer = readers[1].base.tokenizer
     if text == "book":
-        windows = book(tokenizer, books / "Little-Women_514.txt", num_windows=5)
+        windows = book(tokenizer, books / "Little-Women_514.txt", num_windows=3)
     else:
-        windows = own_texts(tokenizer, num_windows=5)[text]
+        windows = own_texts(tokenizer, num_windows=3)[text]
     most_divergence, least_agreement = bounds(readers[0], "texts")
     found = compare(*readers, windows)
     assert found.divergence < most_divergence, found

@@ -27,8 +27,9 @@ def client(smollm2: object) -> Iterator[OpenAI]:
 
 
 def ask(client: OpenAI, messages: Messages, **more: Any) -> Any:
-    chosen: dict[str, Any] = {"model": "smollm2", "temperature": 0, "max_tokens": GREEDY_TOKENS} | more
-    return client.chat.completions.create(**chosen, **{"messages": messages})
+    chosen = {"model": "smollm2", "temperature": 0, "max_tokens": GREEDY_TOKENS} | more
+    completions: Any = client.chat.completions
+    return completions.create(messages=messages, **chosen)
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
