@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -27,10 +29,10 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Reader, Reader]:
     """Of the folder and of the file."""
     folder = build_reasoning_base(tmp_path_factory.mktemp("reasoning") / "base")
     model = AutoModelForCausalLM.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     metadata = model_metadata(model, "qwen2") | tokenizer_metadata(tokenizer, model.vocab_size, "deepseek-r1-qwen")
     metadata["tokenizer.ggml.add_bos_token"] = True
-    path = write_gguf_model(folder.parent / "base.gguf", model_arrays(model, "qwen2"), metadata)
+    path = write_gguf_model(folder.parent / "base.gguf", "qwen2", model_arrays(model, "qwen2"), metadata)
     bases = [
         load_base(str(place), name="base", device="cpu", dtype="float32", max_model_len=CONTEXT)
         for place in (folder, path)
