@@ -38,14 +38,13 @@ def base_on_disk(base_model: str) -> BaseSource | None:
     if base_model == EMBEDDED_BASE:
         return FolderBase(_embedded_base())
     if base_model in PACKAGED_BASES:
-        packaged = PACKAGED_BASES[base_model]
-        return GGUFBase(packaged.installed_path(), base_model, packaged.sampling)
+        return _gguf_base(PACKAGED_BASES[base_model].installed_path(), base_model)
     try:
         path = Path(base_model).expanduser()
         if path.is_dir():
             return _in_folder(path)
         if is_gguf(path):
-            return GGUFBase(path)
+            return _gguf_base(path)
         is_file = path.is_file()
     except (OSError, RuntimeError) as error:
         raise BaseNotFound(base_model, f"its path cannot be used: {error}") from error
@@ -81,10 +80,19 @@ def _in_folder(folder: Path) -> BaseSource:
     has_weights = (folder / WEIGHTS_FILE).exists() or (folder / INDEX_FILE).exists()
     gguf = None if has_config and has_weights else find_gguf(folder)
     if gguf is not None:
-        return GGUFBase(gguf, folder.resolve().name)
+        return _gguf_base(gguf, folder.resolve().name)
     if not has_config:
         raise ValueError("the folder has no config.json and no GGUF file: is it a model as transformers saves it?")
     return FolderBase(folder)
+
+
+def _gguf_base(path: Path, name: str | None = None) -> GGUFBase:
+    """With the sampling parameters of a packaged base, if it is its file, wherever that lies. Raises ``OSError``."""
+    file = path.resolve(strict=True)
+    for packaged in PACKAGED_BASES.values():
+        if file.name == packaged.file_name and file.stat().st_size == packaged.num_bytes:
+            return GGUFBase(path, name, packaged.sampling)
+    return GGUFBase(path, name)
 
 
 def _embedded_base() -> Path:

@@ -77,7 +77,7 @@ def test_chat_without_a_server_answers_the_same_wherever_the_base_is_named(
         "benchmarks.prefix_ttft --prefix 100 --pairs 1",
         "benchmarks.paired one-adapter --requests 2 --pairs 1",
         "benchmarks.http_overhead --clients 2 --requests 4 --pairs 1 --num-adapters 1",
-        "benchmarks.request_path",
+        "benchmarks.request_path --model smollm2",
         "benchmarks.sampling --rows 1",
         "benchmarks.profile_step",
         "benchmarks.speculation --text random --prompts 2 --pairs 1",

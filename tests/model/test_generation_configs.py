@@ -33,14 +33,19 @@ def packaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_a_packaged_base_is_sampled_as_its_publisher_recommends(packaged: Path) -> None:
-    config = model_without_weights(find_base("tiny"), torch.float32).generation_config
+@pytest.mark.parametrize("place", ["name", "file", "folder"])
+def test_a_packaged_base_is_sampled_as_its_publisher_recommends_wherever_it_is_named(
+    place: str, packaged: Path
+) -> None:
+    base_model = {"name": "tiny", "file": str(packaged), "folder": str(packaged.parent)}[place]
+    config = model_without_weights(find_base(base_model), torch.float32).generation_config
     assert config is not None and (config.do_sample, config.temperature) == (True, 0.5)
     assert config.eos_token_id[0] == tiny_tokenizer().eos_token_id
 
 
-def test_a_gguf_file_says_nothing_of_sampling(packaged: Path) -> None:
-    config = model_without_weights(find_base(str(packaged)), torch.float32).generation_config
+def test_another_gguf_file_says_nothing_of_sampling(packaged: Path) -> None:
+    other = packaged.rename(packaged.with_name("other.gguf"))
+    config = model_without_weights(find_base(str(other)), torch.float32).generation_config
     assert config is not None and not config.do_sample
     assert config.eos_token_id[0] == tiny_tokenizer().eos_token_id
 
