@@ -15,6 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils.quantization_config import GgufConfig
 
 from base_files.gguf_base import GGUFBase
 from base_files.sample_comparison import compare
@@ -30,7 +31,12 @@ NAME = "SmolLM2-135M-Instruct"
 def folder(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> FolderBase:
     """The GGUF as transformers dequantizes it, in bfloat16."""
     path = tmp_path_factory.mktemp("folder") / NAME
-    model = AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(
+        smollm2.parent,
+        gguf_file=smollm2.name,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
+    )
     model.save_pretrained(path)
     AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name).save_pretrained(path)
     return FolderBase(path)
@@ -145,11 +151,11 @@ def test_a_server_of_the_package_s_file_serves_an_adapter_of_the_folder(
     adapter(tmp_path / "sampled", folder, sample=True)
     adapter(tmp_path / "unsampled", folder, sample=False)
     with running_server("--base-model", "smollm2", "--adapters-dir", str(tmp_path)) as server:
-        with httpx.Client(base_url=server.url, timeout=60) as client:
-            details = client.get("/v1/models/sampled").json()
-            refused = client.get("/v1/models/unsampled").json()["error"]["message"]
-            body = {"model": "sampled", "prompt": "The capital of France is", "max_tokens": 4}
-            assert client.post("/v1/completions", json=body).json()["choices"][0]["text"]
+        details = httpx.get(f"{server.url}/v1/models/sampled").json()
+        refused = httpx.get(f"{server.url}/v1/models/unsampled").json()["error"]["message"]
+        body = {"model": "sampled", "prompt": "The capital of France is", "max_tokens": 4}
+        answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()
+    assert answer["choices"][0]["text"]
     note = f"trained on {NAME} in BF16; this base has these weights in Q4_1"
     assert (details["base_check"], details["base_note"]) == ("weights_sample", note)
     assert f"trained on another base ({NAME}" in refused and "the sidecar has no sample of its base" in refused

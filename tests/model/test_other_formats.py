@@ -174,6 +174,18 @@ def test_without_a_sample_the_base_beside_this_one_is_sampled(tmp_path: Path, fo
     assert served(path, at_home).base_check == "weights_sample"
 
 
+def test_a_sidecar_of_version_1_is_compared_with_a_file_as_well(tmp_path: Path, folder: FolderBase) -> None:
+    """The file has no fingerprint of version 1."""
+    file = convert(folder, tmp_path / "file.gguf", "Q8_0")
+    path = adapter(tmp_path / "a", folder, sample=False)
+    reference = {"name": "tiny", "fingerprint": folder.fingerprints().v1}
+    sidecar = {"schema_version": 1, "base": reference, "created": "2026-01-01T00:00:00Z"}
+    (path / "quickchange.json").write_text(json.dumps(sidecar))
+    assert f"this server runs file ({file.fingerprints().v2[:19]})" in refusal(path, file)
+    shutil.copytree(folder.path, tmp_path / "tiny")
+    assert served(path, file).base_check == "weights_sample"
+
+
 def test_without_a_sample_and_without_its_base_it_is_refused_with_the_way_out(
     tmp_path: Path, folder: FolderBase
 ) -> None:

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import logging
 from functools import cached_property
+from pathlib import Path
 
 from adapter_format.sidecar import BaseReference
 from base_files.errors import BaseFilesError
 from base_files.locate import local_bases
-from base_files.source import BaseSource
+from base_files.source import BaseSource, Fingerprints
 from base_files.weights_sample import WeightsSample, sample_of
 
 logger = logging.getLogger("quickchange.adapters")
 
 
 class BaseSamples:
-    """Each sample is read once, when the first adapter needs it; one thread at a time."""
+    """Each sample and fingerprint is read once, when the first adapter needs it; one thread at a time."""
 
     def __init__(self, source: BaseSource) -> None:
         self._source = source
         self._known: dict[BaseReference, WeightsSample] = {}
+        self._fingerprints: dict[Path, Fingerprints | None] = {}
 
     @cached_property
     def served(self) -> WeightsSample | None:
@@ -35,10 +37,20 @@ class BaseSamples:
             return WeightsSample.parse(trained_on.sample.model_dump())
         if trained_on not in self._known:
             for source in local_bases(trained_on.name, near=self._source.path.parent):
-                if _has_fingerprint(source, trained_on) and (sample := _read(source)) is not None:
+                if self._has_fingerprint(source, trained_on) and (sample := _read(source)) is not None:
                     self._known[trained_on] = sample
                     break
         return self._known.get(trained_on)
+
+    def _has_fingerprint(self, source: BaseSource, trained_on: BaseReference) -> bool:
+        if source.path not in self._fingerprints:
+            self._fingerprints[source.path] = _fingerprints_of(source)
+        fingerprints = self._fingerprints[source.path]
+        if fingerprints is None:
+            return False
+        if trained_on.fingerprint_v2 is not None:
+            return fingerprints.v2 == trained_on.fingerprint_v2
+        return fingerprints.v1 == trained_on.fingerprint
 
 
 def _read(source: BaseSource) -> WeightsSample | None:
@@ -49,11 +61,8 @@ def _read(source: BaseSource) -> WeightsSample | None:
         return None
 
 
-def _has_fingerprint(source: BaseSource, trained_on: BaseReference) -> bool:
+def _fingerprints_of(source: BaseSource) -> Fingerprints | None:
     try:
-        fingerprints = source.fingerprints()
+        return source.fingerprints()
     except (BaseFilesError, ValueError, OSError):
-        return False
-    if trained_on.fingerprint_v2 is not None:
-        return fingerprints.v2 == trained_on.fingerprint_v2
-    return fingerprints.v1 == trained_on.fingerprint
+        return None  # an incomplete download, for example
