@@ -160,6 +160,5 @@ def test_a_server_of_the_package_s_file_serves_an_adapter_of_the_folder(
     assert (details["base_check"], details["base_note"]) == ("weights_sample", note)
     assert f"trained on another base ({NAME}" in refused and "the sidecar has no sample of its base" in refused
     assert any(f"adapters sampled: {note}" in line for line in server.log)
-    assert any(
-        f"1 adapter folder is for another base and not served: unsampled ({NAME})" in line for line in server.log
-    )
+    others = [line for line in server.log if "for other bases and not served: " in line]
+    assert len(others) == 1 and f"unsampled ({NAME})" in others[0] and "(micro)" in others[0], "demo adapters too"
