@@ -80,7 +80,7 @@ def written(tmp_path: Path, model: PreTrainedModel, metadata: dict[str, Any]) ->
             return tensor + share * tensor.std() * torch.randn(tensor.shape, generator=source) if share else tensor
 
         arrays: Arrays = {name: moved(tensor) for name, tensor in model_arrays(model, "llama").items()}
-        return GGUFBase(write_gguf_model(tmp_path / "other.gguf", arrays, metadata, quantization=quantization))
+        return GGUFBase(write_gguf_model(tmp_path / "other.gguf", "llama", arrays, metadata, quantization=quantization))
 
     return write
 
