@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -82,3 +83,28 @@ def server() -> Iterator[ServerProcess]:
     """The embedded base with the repository's adapters."""
     with running_server("--adapters-dir", str(ROOT / "adapters")) as running:
         yield running
+
+
+LLAMA_CPP = "llama-cpp-python==0.3.36"
+LLAMA_CPP_PARTS = (
+    "conversion/", "gguf-py/gguf/", "convert_lora_to_gguf.py", "convert_hf_to_gguf.py", "src/llama-vocab.cpp",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def llama_cpp(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with llama.cpp's Python scripts, which are in no package of their own.
+
+    They come with the source of ``llama-cpp-python``, which is downloaded and unpacked, never built.
+    """
+    folder = tmp_path_factory.mktemp("llama.cpp")
+    download = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", LLAMA_CPP]
+    done = subprocess.run(download, cwd=folder, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    (archive,) = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        root = f"{tar.getnames()[0].partition('/')[0]}/vendor/llama.cpp/"
+        wanted = tuple(root + part for part in LLAMA_CPP_PARTS)
+        tar.extractall(folder, [member for member in tar.getmembers() if member.name.startswith(wanted)], filter="data")
+    archive.unlink()
+    return folder / root

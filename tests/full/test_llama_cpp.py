@@ -15,6 +15,7 @@ from server.cli.convert.gguf import read_gguf_adapter
 from server.cli.convert.lora_folder import write_lora_folder
 from tests.model.foreign_adapters import PROVED, base, make_peft, signature_of
 
+
 @pytest.mark.parametrize(("architecture", "family"), PROVED)
 def test_what_llama_cpp_converted_comes_back_to_the_bit(
     architecture: str, family: str, llama_cpp: Path, tmp_path: Path
