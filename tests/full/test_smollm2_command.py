@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 
 from base_files.packaged import PACKAGED_BASES
@@ -63,12 +64,19 @@ def places(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 @pytest.mark.parametrize("place", ["name", "file", "folder"])
-def test_chat_without_a_server_answers_the_same_wherever_the_base_is_named(
+def test_a_server_answers_the_same_wherever_the_base_is_named(
     place: str, places: dict[str, str], tmp_path: Path
 ) -> None:
-    flags = ["--base-model", places[place], "--port", "1", "--adapters-dir", str(tmp_path), "--dtype", "float32"]
-    answer = run("server", "chat", *flags, "What is the capital of France?")
-    assert "Paris" in answer
+    body = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}
+    with running_server("--base-model", places[place], "--adapters-dir", str(tmp_path)) as server:
+        url = f"{server.url}/v1/chat/completions"
+        answer = httpx.post(url, json={"model": server.models()[0], **body}, timeout=120).json()
+    assert answer["choices"][0]["message"]["content"] == "The capital of France is Paris."
+
+
+def test_chat_needs_no_server(smollm2: Path, tmp_path: Path) -> None:
+    flags = ["--base-model", "smollm2", "--port", "1", "--adapters-dir", str(tmp_path)]
+    assert run("server", "chat", *flags, "What is the capital of France?").strip()
 
 
 @pytest.mark.parametrize(
