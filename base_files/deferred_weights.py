@@ -74,6 +74,13 @@ class _Place:
     held: torch.Tensor
 
 
+def _anonymous_memory(num_bytes: int) -> mmap.mmap:
+    """Zeros that take no memory until they are written; of a shared mapping, Python's default, none could be freed."""
+    if sys.platform == "win32":
+        return mmap.mmap(-1, num_bytes)
+    return mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
 class DeferredWeights:
     """``ReadableWeights`` of tensors that are dequantized when they are asked for."""
 
@@ -84,7 +91,7 @@ class DeferredWeights:
 
     def place(self, tensor: StoredTensor) -> torch.Tensor:
         """A float32 tensor for a tensor of the files, of which no row is in memory yet."""
-        memory = mmap.mmap(-1, 4 * math.prod(tensor.shape))
+        memory = _anonymous_memory(4 * math.prod(tensor.shape))
         if hasattr(mmap, "MADV_NOHUGEPAGE"):
             memory.madvise(mmap.MADV_NOHUGEPAGE)  # a single row of an embedding would take 2 MiB
         weight = torch.frombuffer(memory, dtype=torch.float32).view(tensor.shape)
