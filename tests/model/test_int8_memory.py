@@ -67,11 +67,13 @@ def test_a_gguf_is_never_all_in_memory_in_float32(weights: str, tmp_path: Path) 
     assert isinstance(tokenizer, PreTrainedTokenizerFast)
     model = stock_model(source)
     metadata = model_metadata(model, "qwen2") | tokenizer_metadata(tokenizer, VOCAB_SIZE, "qwen2")
-    path = write_gguf_model(tmp_path / "base.gguf", model_arrays(model, "qwen2"), metadata, quantization="Q8_0")
+    path = write_gguf_model(
+        tmp_path / "base.gguf", "qwen2", model_arrays(model, "qwen2"), metadata, quantization="Q8_0"
+    )
     found = measured(path, weights)
     served = found["int8"] + found["floats"]
-    assert served > 50
-    assert found["peak"] < 1.3 * served + 60, found
+    assert served > 45
+    assert found["peak"] < 1.6 * served + 60, found  # in float32 alone: 4 x the integers, 2 x bfloat16
 
 
 def test_loading_holds_little_more_than_the_integers(tmp_path: Path) -> None:

@@ -54,6 +54,9 @@ class Stored:
     def fingerprints(self) -> Fingerprints:
         return self.folder.fingerprints()
 
+    def token_texts(self) -> Mapping[int, str] | None:
+        return self.folder.token_texts()
+
     def tensors(self) -> Mapping[str, StoredTensor]:
         changed = {**self.folder.tensors(), **self.changes}
         return {name: tensor for name, tensor in changed.items() if tensor is not None}
@@ -75,7 +78,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = build_tiny_base(tmp_path_factory.mktemp("tiny") / "base")
     model = stock_model(FolderBase(folder))
     metadata = model_metadata(model, "llama") | tokenizer_metadata(tiny_tokenizer(), 512, "gpt-2")
-    return folder, write_gguf_model(folder.parent / "base.gguf", model_arrays(model, "llama"), metadata)
+    return folder, write_gguf_model(folder.parent / "base.gguf", "llama", model_arrays(model, "llama"), metadata)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
