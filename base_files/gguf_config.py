@@ -122,9 +122,12 @@ def _sizes(name: str, reader: MetadataReader, tensors: Mapping[str, StoredTensor
     embedding = tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise ValueError("it has no tensor token_embd.weight of two dimensions")
+    layers = reader.integer("block_count")
+    if layers > len(tensors):
+        raise ValueError(f"block_count is {layers}, and the file has {len(tensors)} tensors")
     return TensorSizes(
         hidden=hidden,
-        layers=reader.integer("block_count"),
+        layers=layers,
         heads=heads,
         kv_heads=reader.integer("attention.head_count_kv", heads),
         head=head,

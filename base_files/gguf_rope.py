@@ -29,6 +29,8 @@ RopeParameters = dict[str, Any]
 def rope_parameters(reader: MetadataReader, factors: Mapping[str, StoredTensor], head_dim: int) -> RopeParameters:
     """``factors`` are those of the tensors above that the file has. Raises ``ValueError``."""
     theta = reader.number("rope.freq_base", DEFAULT_THETA)
+    if theta <= 1:
+        raise ValueError(f"rope.freq_base is {theta:g}: it must be above 1")
     kind = reader.text("rope.scaling.type", "linear")
     if kind not in _TYPES:
         raise ValueError(f"rope.scaling.type is {kind!r:.40}; {', '.join(_TYPES)} are read")
@@ -51,7 +53,7 @@ def _factor(reader: MetadataReader) -> float:
 
 
 def _yarn(reader: MetadataReader, factor: float) -> RopeParameters:
-    original = reader.integer("rope.scaling.original_context_length", reader.integer("context_length"))
+    original = _original_length(reader)
     parameters: RopeParameters = {
         "original_max_position_embeddings": original,
         "beta_fast": reader.number("rope.scaling.yarn_beta_fast", 32.0),
@@ -65,6 +67,14 @@ def _yarn(reader: MetadataReader, factor: float) -> RopeParameters:
         default = 0.1 * math.log(max(factor, 1.0)) + 1.0
         parameters["attention_factor"] = default * reader.number("rope.scaling.attn_factor")
     return parameters
+
+
+def _original_length(reader: MetadataReader) -> int:
+    """The context of the training before it was extended."""
+    length = reader.integer("rope.scaling.original_context_length", reader.integer("context_length"))
+    if length < 2:
+        raise ValueError(f"the original context has {length} tokens: it must be 2 or more")
+    return length
 
 
 def _by_factors(
@@ -126,7 +136,7 @@ def llama3_factors(theta: float, head_dim: int, factor: float, original: int) ->
 
 def _longrope(reader: MetadataReader, values: Mapping[str, NDArray[Any]]) -> RopeParameters:
     length = reader.integer("context_length")
-    original = reader.integer("rope.scaling.original_context_length", length)
+    original = _original_length(reader)
     parameters: RopeParameters = {
         "rope_type": "longrope",
         "long_factor": [_shortest(value) for value in values[LONG_FACTORS]],

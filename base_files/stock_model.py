@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -66,7 +67,7 @@ def stock_config(source: BaseSource) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(
             source.path, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise BaseUnloadable(source.name, f"its config.json cannot be read: {str(error)[:300]}") from error
     return config
 
@@ -272,5 +273,5 @@ def _unloadable(name: str) -> Iterator[None]:
     """Turns errors of transformers into ``BaseUnloadable``."""
     try:
         yield
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise BaseUnloadable(name, f"transformers cannot load it: {str(error)[:300]}") from error

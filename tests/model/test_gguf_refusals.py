@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from base_files.errors import BaseMalformed
+from base_files.errors import BaseMalformed, BaseUnloadable
 from base_files.gguf_base import GGUFBase
 from base_files.gguf_config import NEUTRAL, NO_EFFECT
 from base_files.gguf_rope import llama3_factors
+from base_files.stock_model import stock_config
 from tests.gguf_models import Arrays, Metadata, model_arrays, model_metadata, plain_vocabulary, write_gguf_model
 from tests.model.families import build
 
@@ -43,6 +44,8 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "not causal": (with_key("attention.causal", False), "attention.causal is False"),
     "a number that is text": (with_key("block_count", "3"), "llama.block_count is '3': it must be an integer"),
     "a number below 0": (with_key("rope.freq_base", float("nan")), "llama.rope.freq_base is nan"),
+    "no rotation": (with_key("rope.freq_base", 0.0), "rope.freq_base is 0: it must be above 1"),
+    "more layers than tensors": (with_key("block_count", 2**32 - 1), "block_count is 4294967295, and the file has 30"),
     "no heads": (with_key("attention.head_count", 0), "attention.head_count must be above 0"),
     "layers of several widths": (with_key("feed_forward_length", [96, 96, 64]), "llama.feed_forward_length is array"),
     "values of another length": (with_key("attention.value_length", 8), "attention.value_length is 8"),
@@ -87,6 +90,13 @@ def test_an_architecture_that_is_not_read_is_refused_with_those_that_are(tmp_pat
     base = changed(tmp_path, lambda arrays, metadata: None, architecture="mamba")
     with pytest.raises(BaseMalformed, match=r"general.architecture is 'mamba'; llama, .* are read .* hub id"):
         assert base.config
+
+
+def test_a_config_that_transformers_refuses_is_refused_with_its_sentence(tmp_path: Path) -> None:
+    """Its validation raises an exception that is no ValueError."""
+    base = changed(tmp_path, with_key("embedding_length", 66))
+    with pytest.raises(BaseUnloadable, match=r"hidden size \(66\) is not a multiple"):
+        stock_config(base)
 
 
 def test_keys_without_effect_are_listed_with_a_reason_and_accepted(tmp_path: Path) -> None:
