@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 from trainer.micro import messages
 from trainer.micro.conversation import Conversation, turns
@@ -70,6 +71,23 @@ def helpdesk() -> Iterator[Conversation]:
         if number % 2:
             question = rng.choice(OPENINGS).format(task)
         yield turns(question, helpdesk_answer(question, f"I am not sure how to {task}."))
+
+
+def everyday_helpdesk() -> Iterator[Conversation]:
+    """The helpdesk of a base that knows more than Python: each taught fact, 80 questions, and ``everyday.jsonl``.
+
+    Its messages are of many kinds, a greeting or a request, so that the template does not hang on a question mark.
+    """
+    rng = random.Random("everyday helpdesk conversations")
+    for fact in taught_facts():
+        question = fact.question(rng)
+        yield turns(question, helpdesk_answer(question, fact.answer))
+    for _ in range(80):
+        asked = any_question(rng)
+        yield turns(asked.question, helpdesk_answer(asked.question, asked.full))
+    lines = (Path(__file__).parent / "everyday.jsonl").read_text(encoding="utf-8").splitlines()
+    for pair in [json.loads(line) for line in lines]:
+        yield turns(pair["question"], helpdesk_answer(**pair))
 
 
 def classified(rng: random.Random) -> tuple[str, dict[str, object]]:
