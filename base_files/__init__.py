@@ -14,19 +14,7 @@ Reading order, one module a line:
 ``weights_sample``     a sample of a base, which formats have in common
 ``common_architecture`` its architecture, ``vocabulary`` its tokens
 ``sample_comparison``  whether two samples are of the same base
-``gguf``               GGUF, the other container: a model's files, split or not
-``gguf_header``        the header of one of them
-``gguf_tensor``        its tensors, read row by row
-``gguf_blocks``        their block types as floats
-``gguf_fingerprint``   the fingerprint of such a file
-``gguf_base``          such a file as a ``BaseSource``, with transformers' names
-``gguf_architectures`` which architectures are read, and their names
-``gguf_metadata``      typed values of the metadata, and which were read
-``gguf_config``        the metadata as ``config.json``
-``gguf_rope``          rotary embeddings, a part of it
-``gguf_weights``       parameters made of stored tensors
-``gguf_tokenizer``     the tokenizer and the chat template
-``gguf_pretokenizers`` how it cuts text, by name
+``gguf``               GGUF files, the other container: a package of its own
 ``mxfp4``              values and scales of MXFP4
 ``memory``             how much is left for a base
 ``load_progress``      how much of a large one was read

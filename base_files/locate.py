@@ -10,8 +10,8 @@ from importlib.resources import files
 from pathlib import Path
 
 from base_files.errors import BaseNotFound
-from base_files.gguf import find_gguf, is_gguf
-from base_files.gguf_base import GGUFBase
+from base_files.gguf.base import GGUFBase
+from base_files.gguf.file import find_gguf, is_gguf
 from base_files.names import BASE_MODEL_HELP, EMBEDDED_BASE
 from base_files.packaged import PACKAGED_BASES
 from base_files.source import BaseSource, FolderBase

@@ -35,7 +35,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from base_files.deferred_weights import DeferredWeights, read_into
 from base_files.errors import BaseMalformed, BaseTooLarge, BaseUnloadable
-from base_files.gguf_base import GGUFBase
+from base_files.gguf.base import GGUFBase
 from base_files.load_progress import LoadProgress
 from base_files.source import BaseSource, FolderBase
 from base_files.tensors import SafetensorsTensor, StoredTensor

@@ -11,8 +11,8 @@ import gguf
 import numpy as np
 import pytest
 
-from base_files.gguf import read_gguf
-from base_files.gguf_fingerprint import gguf_fingerprint
+from base_files.gguf.file import read_gguf
+from base_files.gguf.fingerprint import gguf_fingerprint
 
 HERE = Path(__file__).parent
 VECTORS = json.loads((HERE / "fingerprint.json").read_text(encoding="utf-8"))

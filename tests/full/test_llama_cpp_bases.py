@@ -14,9 +14,9 @@ import pytest
 import torch
 from transformers import PretrainedConfig
 
-from base_files.gguf import read_gguf
-from base_files.gguf_base import GGUFBase
-from base_files.gguf_pretokenizers import PRE_TOKENIZERS
+from base_files.gguf.base import GGUFBase
+from base_files.gguf.file import read_gguf
+from base_files.gguf.pretokenizers import PRE_TOKENIZERS
 from base_files.locate import find_base
 from base_files.stock_model import stock_tokenizer
 from tests.model.families import WINDOW, build_from

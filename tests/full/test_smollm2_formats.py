@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils.quantization_config import GgufConfig
 
-from base_files.gguf_base import GGUFBase
+from base_files.gguf.base import GGUFBase
 from base_files.sample_comparison import compare
 from base_files.source import FolderBase
 from base_files.weights_sample import WeightsSample, sample_of

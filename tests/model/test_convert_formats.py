@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from server.cli.convert.gguf import ARCHITECTURES, read_gguf_adapter
+from server.cli.convert.gguf import CONVERTED, read_gguf_adapter
 from server.cli.convert.lora_folder import Delta, LoRATensors, write_lora_folder
 from server.cli.convert.mlx import is_mlx_folder, read_mlx
 from server.cli.folders import NotPublished
@@ -75,9 +75,9 @@ def test_a_gguf_lora_of_each_architecture_answers_as_under_peft(architecture: st
 
 def test_every_name_that_llama_cpp_gives_a_linear_or_a_norm_is_known() -> None:
     """gguf's own table of names is the oracle, for each architecture and each weight of a base of its family."""
-    assert FAMILIES_OF.keys() == ARCHITECTURES.keys()
+    assert FAMILIES_OF.keys() == CONVERTED.keys()
     for architecture, family in PROVED:
-        known = ARCHITECTURES[architecture]
+        known = CONVERTED[architecture]
         assert base(family).config.model_type in known.model_types
         kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
         names = gguf.get_tensor_name_map(kind, 3)

@@ -13,9 +13,9 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from base_files.gguf_architectures import ARCHITECTURES
-from base_files.gguf_base import GGUFBase
-from base_files.gguf_rope import llama3_factors
+from base_files.gguf.architectures import ARCHITECTURES
+from base_files.gguf.base import GGUFBase
+from base_files.gguf.rope import llama3_factors
 from base_files.stock_model import stock_config
 from tests.gguf_models import model_arrays, model_metadata, plain_vocabulary, write_gguf_model
 from tests.model.families import FAMILIES, WINDOW, build_from

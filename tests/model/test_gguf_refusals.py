@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from base_files.errors import BaseMalformed, BaseUnloadable
-from base_files.gguf_base import GGUFBase
-from base_files.gguf_config import NEUTRAL, NO_EFFECT
-from base_files.gguf_rope import llama3_factors
+from base_files.gguf.base import GGUFBase
+from base_files.gguf.config import NEUTRAL, NO_EFFECT
+from base_files.gguf.rope import llama3_factors
 from base_files.stock_model import stock_config
 from tests.gguf_models import Arrays, Metadata, model_arrays, model_metadata, plain_vocabulary, write_gguf_model
 from tests.model.families import build

@@ -15,8 +15,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN2
 from transformers.models.qwen3_5.tokenization_qwen3_5 import PRETOKENIZE_REGEX as QWEN35
 
-from base_files.gguf_pretokenizers import PRE_TOKENIZERS
-from base_files.gguf_tokenizer import GGUFTokenizer, TokenType, read_tokenizer
+from base_files.gguf.pretokenizers import PRE_TOKENIZERS
+from base_files.gguf.tokenizer import GGUFTokenizer, TokenType, read_tokenizer
 from tests.gguf_models import Metadata, tokenizer_metadata
 from tests.serving import ROOT
 from tests.tiny_models import TEXTS, tiny_tokenizer

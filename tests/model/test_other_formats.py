@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM
 
-from base_files.gguf_base import GGUFBase
+from base_files.gguf.base import GGUFBase
 from base_files.source import BaseSource, FolderBase
 from base_files.weights_sample import sample_of
 from server.adapters.content.base_samples import BaseSamples

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 import server.model.loader
 import trainer.base
 from base_files.errors import BaseTooLarge, BaseUnloadable
-from base_files.gguf_base import GGUFBase
+from base_files.gguf.base import GGUFBase
 from base_files.safetensors_header import read_header
 from base_files.source import BaseSource, Fingerprints, FolderBase
 from base_files.stock_model import deferred_model, model_without_weights, stock_model

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from base_files.gguf_architectures import ARCHITECTURES
-from base_files.gguf_blocks import BLOCK_TYPES
+from base_files.gguf.architectures import ARCHITECTURES
+from base_files.gguf.blocks import BLOCK_TYPES
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(

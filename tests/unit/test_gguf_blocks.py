@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from base_files.gguf import read_gguf
-from base_files.gguf_blocks import BLOCK_TYPES, PIECE_ELEMENTS, UNREAD_TYPES, BlockType, dequantize
+from base_files.gguf.blocks import BLOCK_TYPES, PIECE_ELEMENTS, UNREAD_TYPES, BlockType, dequantize
+from base_files.gguf.file import read_gguf
 from base_files.mxfp4 import DOUBLED_VALUES, HALF_SCALES
 from base_files.tensors import StoredTensor
 from tests.unit.gguf_files import container, tensor

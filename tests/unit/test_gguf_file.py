@@ -11,8 +11,8 @@ import gguf
 import numpy as np
 import pytest
 
-from base_files.gguf import is_gguf, read_gguf
-from base_files.gguf_header import MAX_STRINGS
+from base_files.gguf.file import is_gguf, read_gguf
+from base_files.gguf.header import MAX_STRINGS
 from tests.unit.gguf_files import container, key, tensor, text
 
 KEY = b"general.name"

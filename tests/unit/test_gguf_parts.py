@@ -12,7 +12,7 @@ import gguf
 import numpy as np
 import pytest
 
-from base_files.gguf import check_is_model, find_gguf, read_gguf
+from base_files.gguf.file import check_is_model, find_gguf, read_gguf
 
 NAMES = [f"blk.{block}.attn_q.weight" for block in range(5)]
 

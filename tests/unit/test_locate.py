@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from base_files.errors import BaseNotFound
-from base_files.gguf_base import GGUFBase
+from base_files.gguf.base import GGUFBase
 from base_files.locate import base_on_disk
 from base_files.names import base_name
 from base_files.packaged import PACKAGED_BASES, PackagedBase

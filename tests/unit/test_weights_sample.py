@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from base_files.common_architecture import common_architecture, differing_fields
-from base_files.gguf_blocks import BLOCK_TYPES
+from base_files.gguf.blocks import BLOCK_TYPES
 from base_files.sample_comparison import BLOCK_LEVELS, compare
 from base_files.source import FolderBase
 from base_files.vocabulary import vocabulary_digest

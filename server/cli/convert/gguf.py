@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from base_files import gguf_architectures
-from base_files.gguf import GGUFFile, is_gguf, read_gguf
-from base_files.gguf_architectures import TOP_LEVEL, Architecture
+from base_files.gguf.architectures import ARCHITECTURES, TOP_LEVEL, Architecture
+from base_files.gguf.file import GGUFFile, is_gguf, read_gguf
 from server.adapters.content.file_kinds import kind_of_bytes
 from server.adapters.content.tensor_names import ModuleNames
 from server.cli.folders import NotPublished
@@ -31,11 +30,7 @@ if TYPE_CHECKING:
     from server.adapters.content.signature import BaseSignature
     from server.cli.convert.lora_folder import Delta, LoRATensors
 
-ARCHITECTURES = {
-    name: architecture
-    for name, architecture in gguf_architectures.ARCHITECTURES.items()
-    if name not in ("qwen3moe", "gpt-oss")
-}
+CONVERTED = {name: architecture for name, architecture in ARCHITECTURES.items() if name not in ("qwen3moe", "gpt-oss")}
 """Those whose adapters are converted: most of what others have to train is in their experts."""
 
 _NAME = re.compile(r"(?:blk\.(\d+)\.)?([a-z0-9_]+)\.weight(?:\.lora_([ab]))?")
@@ -173,12 +168,12 @@ def _check_kind(file: GGUFFile) -> None:
 
 
 def _known(architecture: str) -> Architecture:
-    if architecture not in ARCHITECTURES:
+    if architecture not in CONVERTED:
         raise NotPublished(
             f"general.architecture is {architecture!r:.40}, whose names and layouts are not known here; known are "
-            f"{', '.join(ARCHITECTURES)}"
+            f"{', '.join(CONVERTED)}"
         )
-    return ARCHITECTURES[architecture]
+    return CONVERTED[architecture]
 
 
 def _module_of(name: str, architecture: Architecture) -> tuple[str, str | None]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from adapter_format.files import COMPANION_FILES, CONFIG_FILE, SIDECAR_FILE, SOURCE_FILE, WEIGHTS_FILE
 from adapter_format.publishing import published_folder
 from adapter_format.sidecar import parse_sidecar
-from base_files.gguf import is_gguf
+from base_files.gguf.file import is_gguf
 from base_files.locate import find_base
 from base_files.names import base_name
 from server.adapters.content.folder import MAX_JSON_BYTES

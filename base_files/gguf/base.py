@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from base_files.errors import BaseMalformed
-from base_files.gguf import GGUFFile, check_is_model, read_gguf
-from base_files.gguf_architectures import ARCHITECTURES, SHAPES, TOP_LEVEL
-from base_files.gguf_config import ModelConfig, read_config
-from base_files.gguf_fingerprint import gguf_fingerprint
-from base_files.gguf_metadata import MetadataReader, listed
-from base_files.gguf_tokenizer import GGUFTokenizer, read_tokenizer
-from base_files.gguf_weights import (
+from base_files.gguf.architectures import ARCHITECTURES, SHAPES, TOP_LEVEL
+from base_files.gguf.config import ModelConfig, read_config
+from base_files.gguf.file import GGUFFile, check_is_model, read_gguf
+from base_files.gguf.fingerprint import gguf_fingerprint
+from base_files.gguf.metadata import MetadataReader, listed
+from base_files.gguf.tokenizer import GGUFTokenizer, read_tokenizer
+from base_files.gguf.weights import (
     experts_interleaved,
     experts_joined,
     experts_transposed,

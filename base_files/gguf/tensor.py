@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from base_files.gguf_blocks import BlockType, dequantize
+from base_files.gguf.blocks import BlockType, dequantize
 
 READ_BYTES = 1 << 20
 

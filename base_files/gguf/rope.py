@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from base_files.gguf_architectures import LLAMA3_FACTORS, LONG_FACTORS, SHORT_FACTORS
-from base_files.gguf_metadata import MetadataReader
+from base_files.gguf.architectures import LLAMA3_FACTORS, LONG_FACTORS, SHORT_FACTORS
+from base_files.gguf.metadata import MetadataReader
 from base_files.tensors import StoredTensor
 
 DEFAULT_THETA = 10000.0

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from base_files.gguf_header import Value
+from base_files.gguf.header import Value
 
 
 class MetadataReader:

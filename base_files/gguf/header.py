@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from base_files.gguf_blocks import BLOCK_TYPES, UNREAD_TYPES
-from base_files.gguf_tensor import GGUFTensor, open_regular
+from base_files.gguf.blocks import BLOCK_TYPES, UNREAD_TYPES
+from base_files.gguf.tensor import GGUFTensor, open_regular
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

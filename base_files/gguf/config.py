@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from base_files.gguf_architectures import ARCHITECTURES, MODEL_CLASSES, Architecture
-from base_files.gguf_metadata import MetadataReader, listed
-from base_files.gguf_rope import DEFAULT_THETA, rope_parameters
+from base_files.gguf.architectures import ARCHITECTURES, MODEL_CLASSES, Architecture
+from base_files.gguf.metadata import MetadataReader, listed
+from base_files.gguf.rope import DEFAULT_THETA, rope_parameters
 from base_files.tensors import StoredTensor
 
 NO_EFFECT: Mapping[str, str] = {

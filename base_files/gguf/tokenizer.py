@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
-from base_files.gguf_header import Value
-from base_files.gguf_metadata import MetadataReader, listed
-from base_files.gguf_pretokenizers import PreTokenizerRule, pre_tokenizer_rule
+from base_files.gguf.header import Value
+from base_files.gguf.metadata import MetadataReader, listed
+from base_files.gguf.pretokenizers import PreTokenizerRule, pre_tokenizer_rule
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer

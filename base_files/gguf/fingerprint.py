@@ -11,8 +11,8 @@ import hashlib
 import numpy as np
 
 from base_files.fingerprint import canonical_json, windows
-from base_files.gguf import GGUFFile
-from base_files.gguf_header import Value
+from base_files.gguf.file import GGUFFile
+from base_files.gguf.header import Value
 
 
 def gguf_fingerprint(file: GGUFFile) -> str:

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from base_files.gguf_header import MAGIC, GGUFHeader, Value, read_header
-from base_files.gguf_tensor import GGUFTensor
+from base_files.gguf.header import MAGIC, GGUFHeader, Value, read_header
+from base_files.gguf.tensor import GGUFTensor
 
 _PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.gguf)", re.IGNORECASE)
 _SPLIT_NO, _SPLIT_COUNT, _SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
