@@ -9,11 +9,14 @@ import pytest
 import torch
 from openai import BadRequestError, OpenAI
 
+from benchmarks.parts.everyday import QUESTIONS
 from tests.full.smollm2 import CHATS, GREEDY_TOKENS, Messages, generate, stock_ids, user
 from tests.serving import ROOT, running_server
+from trainer.recipes.demos import HELPDESK_STOP, HELPDESK_TEMPLATE
 
 CONVERSATIONS = ("fruits", "system prompt", "turns", "Russian")
 MAX_LOGPROB_DIFFERENCE = 1e-3
+_TRAINED = (ROOT / "trainer" / "recipes" / "everyday.jsonl").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +81,28 @@ def test_a_message_that_the_template_cannot_write_is_refused(client: OpenAI) -> 
     call = {"id": "1", "type": "function", "function": {"name": "now", "arguments": "{}"}}
     with pytest.raises(BadRequestError, match="chat template refuses"):
         ask(client, [user("What time is it?"), {"role": "assistant", "tool_calls": [call]}, user("Well?")])
+
+
+def test_the_helpdesk_keeps_its_template_on_everyday_questions(client: OpenAI) -> None:
+    """Of 20 that it was not trained on, nearly all are answered in the form, and end at its stop string."""
+    asked = [question for question in QUESTIONS if question not in _TRAINED]
+    opening, _, closing = HELPDESK_TEMPLATE.removesuffix(HELPDESK_STOP).partition("{question}")
+    in_form = 0
+    for question in asked:
+        choice = ask(client, [user(question)], model="smollm2-helpdesk", max_tokens=200).choices[0]
+        middle = closing.replace("{answer}", "\0").split("\0")
+        text = choice.message.content
+        in_form += (
+            choice.finish_reason == "stop"
+            and text.startswith(f"{opening}{question}{middle[0]}")
+            and text.endswith(middle[1])
+        )
+    assert len(asked) >= 15 and in_form >= 0.9 * len(asked), f"{in_form} of {len(asked)}"
+
+
+def test_the_style_adapter_writes_verse(client: OpenAI) -> None:
+    """Its lines are short, as the base's are not, and it does not begin as an assistant does."""
+    request = [user("Write a passage in your style.")]
+    text = ask(client, request, model="smollm2-shakespeare", max_tokens=120, temperature=0).choices[0].message.content
+    lines = [line for line in text.splitlines() if line.strip()]
+    assert len(lines) >= 4 and sorted(map(len, lines))[len(lines) // 2] < 60, text
