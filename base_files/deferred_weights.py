@@ -13,11 +13,13 @@ import mmap
 import sys
 from bisect import bisect_right
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from base_files.errors import BaseMalformed
 from base_files.load_progress import LoadProgress
 from base_files.tensors import StoredTensor
 
@@ -31,8 +33,8 @@ class ReadableWeights(Protocol):
     Of a weight with three dimensions a row is one expert: ``hold(weight[number])`` reads it, ``release`` frees it.
     """
 
-    def begin_pass(self, what: str) -> None:
-        """LoadProgress of a new pass over the weights is told as that of ``what``."""
+    def one_pass(self, what: str) -> AbstractContextManager[object]:
+        """A pass over the weights, whose progress is told as that of ``what``."""
 
     def hold(self, weight: torch.Tensor) -> None:
         """Make the numbers of a weight, or of some of its rows, readable until they are released."""
@@ -82,10 +84,10 @@ def _anonymous_memory(num_bytes: int) -> mmap.mmap:
 
 
 class DeferredWeights:
-    """``ReadableWeights`` of tensors that are dequantized when they are asked for."""
+    """``ReadableWeights`` of the base ``name``, dequantized when they are asked for. Raises ``BaseMalformed`` then."""
 
-    def __init__(self, progress: LoadProgress) -> None:
-        self._progress = progress
+    def __init__(self, name: str, progress: LoadProgress) -> None:
+        self._name, self._progress = name, progress
         self._places: list[_Place] = []
         self._addresses: list[int] = []
 
@@ -100,8 +102,9 @@ class DeferredWeights:
         self._places.insert(index, _Place(tensor, memory, weight, torch.zeros(len(weight), dtype=torch.bool)))
         return weight
 
-    def begin_pass(self, what: str) -> None:
+    def one_pass(self, what: str) -> AbstractContextManager[object]:
         self._progress.start(what)
+        return self._progress
 
     def hold(self, weight: torch.Tensor) -> None:
         place, rows = self._find(weight)
@@ -110,7 +113,7 @@ class DeferredWeights:
         for part in row_slices(place.weight[rows]):
             begin, end = rows.start + part.start, rows.start + part.stop
             if not place.held[begin:end].all():
-                place.weight[begin:end] = read_rows(place.tensor, begin, end)
+                place.weight[begin:end] = self._read(place.tensor, begin, end)
                 place.held[begin:end] = True
                 self._progress.add(place.weight[begin:end].numel())
 
@@ -136,6 +139,12 @@ class DeferredWeights:
             end = len(place.memory)
         if begin < end and sys.platform == "linux":
             place.memory.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+    def _read(self, tensor: StoredTensor, begin: int, end: int) -> torch.Tensor:
+        try:
+            return read_rows(tensor, begin, end)
+        except (OSError, ValueError) as error:
+            raise BaseMalformed(self._name, str(error)) from error
 
     def _find(self, weight: torch.Tensor) -> tuple[_Place | None, slice]:
         """The place that holds a weight, and its rows there; none for a tensor that is not made of whole rows."""

@@ -13,7 +13,8 @@ QUIET_SECONDS, SECONDS_BETWEEN_LINES, SECONDS_BETWEEN_UPDATES = 3.0, 10.0, 0.5
 class LoadProgress:
     """Counts up to ``total`` and prints the share in percent.
 
-    On a terminal the line is rewritten; elsewhere there is a new line every 10 seconds. ``start`` counts anew.
+    On a terminal the line is rewritten; elsewhere there is a new line every 10 seconds. ``start`` counts anew. As a
+    context manager it finishes at the end, also after an error.
     """
 
     def __init__(
@@ -46,6 +47,12 @@ class LoadProgress:
         print(f"\r{text}" if self._is_terminal else text, file=self._stream, end="" if self._is_terminal else "\n")
         self._stream.flush()
         self._has_line = self._is_terminal
+
+    def __enter__(self) -> LoadProgress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.finish()
 
     def finish(self) -> None:
         """End the line of a terminal, so that what follows has its own."""

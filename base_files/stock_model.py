@@ -101,14 +101,12 @@ def stock_model(source: BaseSource, dtype: torch.dtype = torch.float32) -> PreTr
         return mapped_model(source, dtype)
     model = model_without_weights(source, dtype)
     tensors = _tensors_for(source.name, model, source.tensors())
-    progress = LoadProgress(f"reading {source.name}", sum(parameter.numel() for parameter in model.parameters()))
-    with _malformed(source.name):
+    with _malformed(source.name), _progress(source.name, model) as progress:
         for parameter, owners in _owners(model).items():
             tensor = tensors[owners[0].parameter]
             weight = torch.empty(tensor.shape, dtype=parameter.dtype)
             read_into(weight, tensor, progress)
             _set_parameter(owners, weight)
-    progress.finish()
     return _frozen(model)
 
 
@@ -158,9 +156,8 @@ def deferred_model(source: BaseSource) -> tuple[PreTrainedModel, DeferredWeights
     """The model in float32; weights of linears, embeddings and experts are read when they are asked for."""
     model = model_without_weights(source, torch.float32)
     tensors = _tensors_for(source.name, model, source.tensors())
-    progress = LoadProgress(f"reading {source.name}", sum(parameter.numel() for parameter in model.parameters()))
-    weights = DeferredWeights(progress)
-    with _malformed(source.name):
+    with _malformed(source.name), _progress(source.name, model) as progress:
+        weights = DeferredWeights(source.name, progress)
         for owners in _owners(model).values():
             tensor = tensors[owners[0].parameter]
             if _is_read_by_module(owners[0].module, tensor):
@@ -170,6 +167,10 @@ def deferred_model(source: BaseSource) -> tuple[PreTrainedModel, DeferredWeights
                 read_into(weight, tensor, progress)
                 _set_parameter(owners, weight)
     return _frozen(model), weights
+
+
+def _progress(name: str, model: PreTrainedModel) -> LoadProgress:
+    return LoadProgress(f"reading {name}", sum(parameter.numel() for parameter in model.parameters()))
 
 
 def model_without_weights(source: BaseSource, dtype: torch.dtype) -> PreTrainedModel:

@@ -113,7 +113,6 @@ def collect_outliers(
     Each of ``weights`` is released when it was used. The head computes no logits: those of many rows would be as large
     as the model.
     """
-    weights.begin_pass("measuring outlier channels")
     found: dict[str, torch.Tensor | None] = {}
     last_input: torch.Tensor | None = None
     last_outliers: torch.Tensor | None = None
@@ -136,7 +135,7 @@ def collect_outliers(
     handles += [module.register_forward_hook(release) for module in model.modules()]
     head = model.get_output_embeddings()
     handles += _holding(model, weights, apart=(head, *mixtures(model).values()))
-    with ModelPatches() as temporary:
+    with weights.one_pass("measuring outlier channels"), ModelPatches() as temporary:
         for handle in handles:
             temporary.on_undo(handle.remove)
         if head is not None:
@@ -189,21 +188,21 @@ def quantizing(
     released when it is quantized. Modules that are not in ``outliers`` get the outliers that the pass shows.
     """
     patches.begin("int8 weights")
-    weights.begin_pass("quantizing weights")
     quantizer = _Quantizer(model, kernels, weights, outliers, patches)
     handles = [module.register_forward_hook(quantizer.note(name)) for name, module in quantizable(model).items()]
     head = model.get_output_embeddings()
     in_pieces = (head,) if type(head) is nn.Linear else ()
     handles += _holding(model, weights, apart=(*in_pieces, *quantizer.mixtures.values()))
-    with ModelPatches() as temporary:
-        for handle in handles:
-            temporary.on_undo(handle.remove)
-        if type(head) is nn.Linear:
-            temporary.set_attribute(head, "forward", quantizer.in_pieces(head))
-        for name, experts in quantizer.mixtures.items():
-            temporary.set_attribute(experts, "forward", quantizer.quantizing_experts(name, experts))
-        yield quantizer.result
-    quantizer.finish(dtype)
+    with weights.one_pass("quantizing weights"):
+        with ModelPatches() as temporary:
+            for handle in handles:
+                temporary.on_undo(handle.remove)
+            if type(head) is nn.Linear:
+                temporary.set_attribute(head, "forward", quantizer.in_pieces(head))
+            for name, experts in quantizer.mixtures.items():
+                temporary.set_attribute(experts, "forward", quantizer.quantizing_experts(name, experts))
+            yield quantizer.result
+        quantizer.finish(dtype)
 
 
 def _holding(

