@@ -45,20 +45,20 @@ def _left_in_groups(root: Path) -> Iterator[int]:
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            yield from _left(root / "sys/fs/cgroup", path, "memory.max", "memory.current", "inactive_file")
+            yield from _left(root / "sys/fs/cgroup", path, "memory.max", "memory.current", prefix="")
         elif "memory" in controllers.split(","):
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-            yield from _left(root / "sys/fs/cgroup/memory", path, *names)
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            yield from _left(root / "sys/fs/cgroup/memory", path, *names, prefix="total_")
 
 
-def _left(mount: Path, path: str, limit: str, usage: str, reclaimable: str) -> Iterator[int]:
+def _left(mount: Path, path: str, limit: str, usage: str, *, prefix: str) -> Iterator[int]:
     """Of a group and those around it; in a container the mount has the container's own group at its root."""
     folder = mount / path.lstrip("/")
     for group in (folder, *folder.parents):
         try:
             text = (group / limit).read_text(encoding="utf-8").strip()
             if text != "max":
-                used = int((group / usage).read_text(encoding="utf-8")) - _statistic(group, reclaimable)
+                used = int((group / usage).read_text(encoding="utf-8")) - _file_pages(group, prefix)
                 yield max(0, int(text) - used)
         except (OSError, ValueError):
             pass
@@ -66,7 +66,8 @@ def _left(mount: Path, path: str, limit: str, usage: str, reclaimable: str) -> I
             return
 
 
-def _statistic(group: Path, name: str) -> int:
-    """A line of memory.stat: file pages that the system can drop at once count as usage."""
+def _file_pages(group: Path, prefix: str) -> int:
+    """Pages of files, which count as usage and can be dropped. Those of a file that was read twice are active ones."""
     lines = (group / "memory.stat").read_text(encoding="utf-8").splitlines()
-    return next((int(line.split()[1]) for line in lines if line.split()[0] == name), 0)
+    names = (f"{prefix}inactive_file", f"{prefix}active_file")
+    return sum(int(line.split()[1]) for line in lines if line.split()[0] in names)

@@ -53,6 +53,14 @@ def test_a_group_that_is_full_leaves_nothing(root: Path) -> None:
     assert available_bytes(root) == 0
 
 
+def test_pages_of_files_that_were_read_twice_can_be_dropped_too(root: Path) -> None:
+    """A server that is started again has read its base before: its pages are active, and the base was refused."""
+    write(root / "proc/self/cgroup", "0::/")
+    limit(root / "sys/fs/cgroup", 50 * MEBIBYTE, 45 * MEBIBYTE, 5 * MEBIBYTE)
+    write(root / "sys/fs/cgroup/memory.stat", f"inactive_file {5 * MEBIBYTE}\nactive_file {30 * MEBIBYTE}")
+    assert available_bytes(root) == 40 * MEBIBYTE
+
+
 def test_groups_of_version_1_have_other_names(root: Path) -> None:
     write(root / "proc/self/cgroup", "3:cpu,cpuacct:/\n4:memory:/docker/1f\n0::/")
     folder = root / "sys/fs/cgroup/memory/docker/1f"
