@@ -22,7 +22,7 @@ END_TOKENS = (
     "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>",
     "<|end_of_text|>", "<|end▁of▁sentence|>", "<｜end▁of▁sentence｜>", "<EOT>", "<end_of_utterance>", "<eos>", "</s>",
 )  # fmt: skip
-"""Control tokens that end an answer whatever the file says, as llama.cpp has it: files name only one of them."""
+"""Added tokens that end an answer whatever the file says, as llama.cpp has it: files name only one of them."""
 _HARMONY = {"<|return|>", "<|call|>", "<|end|>"}
 """Where all three are, <|end|> ends a message and not the answer."""
 _PHI3_PLAIN = ("<unk>", "<s>", "<|endoftext|>")
@@ -246,12 +246,14 @@ def _token_id(reader: MetadataReader, role: str, count: int, default: int | None
 
 
 def _end_ids(tokens: Sequence[str], types: Sequence[int], named: Sequence[int | None]) -> list[int]:
-    control = {tokens[token_id]: token_id for token_id, kind in enumerate(types) if kind == TokenType.CONTROL}
-    ends = [text for text in END_TOKENS if text in control]
-    if control.keys() >= _HARMONY:
+    """Converters of 2023 wrote every added token as user-defined."""
+    kinds = (TokenType.CONTROL, TokenType.USER_DEFINED)
+    added = {tokens[token_id]: token_id for token_id, kind in enumerate(types) if kind in kinds}
+    ends = [text for text in END_TOKENS if text in added]
+    if added.keys() >= _HARMONY:
         ends.remove("<|end|>")
     found = [token_id for token_id in named if token_id is not None]
-    return list(dict.fromkeys([*found, *(control[text] for text in ends)]))
+    return list(dict.fromkeys([*found, *(added[text] for text in ends)]))
 
 
 def _chat_template(reader: MetadataReader) -> str | dict[str, str] | None:

@@ -185,6 +185,15 @@ def test_every_end_token_of_the_file_ends_answers(metadata: Metadata, ends: list
     assert ("<|end|>" in found) == ("<|return|>" not in ends)
 
 
+def test_a_user_defined_end_token_ends_answers_too() -> None:
+    """So older converters wrote <|im_end|>, and named </s> as the end: answers went on."""
+    metadata = with_tokens("</s>", "<|im_end|>", "<|turn|>", eos=0)
+    metadata["tokenizer.ggml.token_type"][-2:] = [int(TokenType.USER_DEFINED)] * 2
+    tokenizer = read(metadata)
+    ends = [tokenizer.tokens[token_id] for token_id in tokenizer.end_ids]
+    assert ends[0] == "</s>" and "<|im_end|>" in ends and "<|turn|>" not in ends
+
+
 def test_templates_are_known_by_name() -> None:
     assert read(byte_level()).chat_template == tiny_tokenizer().chat_template
     named = read(byte_level(**{"chat_template.tool_use": "T"})).chat_template
