@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from base_files.common_architecture import Fields, common_architecture
+from base_files.errors import BaseMalformed
 from base_files.source import BaseSource
 from base_files.tensors import StoredTensor
 from base_files.vocabulary import vocabulary_digest
@@ -126,12 +127,15 @@ class WeightsSample:
 def sample_of(source: BaseSource) -> WeightsSample | None:
     """The sample of a base; None if its tensors' names are those of no decoder that both formats can hold.
 
-    Reads some rows and the tokenizer. Raises ``BaseMalformed``, ``ValueError`` or ``OSError``.
+    Reads some rows and the tokenizer. Raises ``BaseMalformed``.
     """
     chosen = _choose(source.tensors())
     if "embed_tokens.weight" not in chosen or "norm.weight" not in chosen:
         return None
-    tensors = {name: SampledTensor.of(tensor) for name, tensor in chosen.items()}
+    try:
+        tensors = {name: SampledTensor.of(tensor) for name, tensor in chosen.items()}
+    except (OSError, ValueError) as error:
+        raise BaseMalformed(source.name, str(error)) from error
     return WeightsSample(common_architecture(source.config), vocabulary_digest(source.token_texts()), tensors)
 
 

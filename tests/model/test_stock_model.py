@@ -26,6 +26,7 @@ from base_files.safetensors_header import read_header
 from base_files.source import BaseSource, Fingerprints, FolderBase
 from base_files.stock_model import deferred_model, model_without_weights, stock_model
 from base_files.tensors import SafetensorsTensor, StoredTensor
+from base_files.weights_sample import sample_of
 from server.model.loader import Base, load_base
 from server.quantization.int8_modules import Int8Embedding, Int8Linear
 from tests.gguf_models import model_arrays, model_metadata, tokenizer_metadata, write_gguf_model
@@ -279,6 +280,15 @@ def test_a_file_that_ends_early_while_int8_is_made_is_a_sentence(gguf: Path) -> 
     cut(gguf)
     with pytest.raises(BaseMalformed, match=CUT_OFF):
         weights.hold(last)
+
+
+def test_a_file_that_ends_early_while_it_is_sampled_is_a_sentence(gguf: Path) -> None:
+    """The trainer let its error through as a traceback."""
+    source = GGUFBase(gguf)
+    assert source.tensors() and source.token_texts()
+    gguf.write_bytes(gguf.read_bytes()[:5000])
+    with pytest.raises(BaseMalformed, match=CUT_OFF):
+        sample_of(source)
 
 
 def test_progress_of_a_pass_ends_its_line(tmp_path: Path) -> None:

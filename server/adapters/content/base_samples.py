@@ -56,7 +56,7 @@ class BaseSamples:
 def _read(source: BaseSource) -> WeightsSample | None:
     try:
         return sample_of(source)
-    except (BaseFilesError, ValueError, OSError) as error:
+    except BaseFilesError as error:
         logger.warning("base %s cannot be compared with others: %s", source.name, error)
         return None
 
@@ -64,5 +64,5 @@ def _read(source: BaseSource) -> WeightsSample | None:
 def _fingerprints_of(source: BaseSource) -> Fingerprints | None:
     try:
         return source.fingerprints()
-    except (BaseFilesError, ValueError, OSError):
+    except BaseFilesError:
         return None  # an incomplete download, for example
