@@ -77,13 +77,16 @@ def local_bases(name: str, *, near: Path) -> Iterator[BaseSource]:
 def _in_folder(folder: Path) -> BaseSource:
     """A model as transformers saves it, or else the one in GGUF. Raises ``ValueError`` or ``OSError``."""
     has_config = (folder / "config.json").exists()
-    has_weights = (folder / WEIGHTS_FILE).exists() or (folder / INDEX_FILE).exists()
-    gguf = None if has_config and has_weights else find_gguf(folder)
+    gguf = None if has_config and _has_weights(folder) else find_gguf(folder)
     if gguf is not None:
         return _gguf_base(gguf, folder.resolve().name)
     if not has_config:
         raise ValueError("the folder has no config.json and no GGUF file: is it a model as transformers saves it?")
     return FolderBase(folder)
+
+
+def _has_weights(folder: Path) -> bool:
+    return (folder / WEIGHTS_FILE).exists() or (folder / INDEX_FILE).exists()
 
 
 def _gguf_base(path: Path, name: str | None = None) -> GGUFBase:
@@ -136,8 +139,10 @@ def _from_hub(repo_id: str) -> Path:
             f"it is not a folder, and could not be downloaded from the hub ({reason}): check the name and the network, "
             "or name a folder",
         ) from error
-    if not (folder / "config.json").exists():
+    has_config = (folder / "config.json").exists()
+    if not has_config or not _has_weights(folder):
+        missing = "safetensors of transformers" if has_config else "config.json"
         raise BaseNotFound(
-            repo_id, "its repository has no config.json; if it holds GGUF files, download one and name its path"
+            repo_id, f"its repository has no {missing}; if it holds GGUF files, download one and name its path"
         )
     return folder

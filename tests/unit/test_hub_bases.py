@@ -149,9 +149,15 @@ def test_what_is_neither_a_folder_nor_a_hub_id_is_refused_without_asking_a_hub(b
     assert base_on_disk("someone/base") is None
 
 
-def test_a_repository_of_gguf_files_alone_is_told_what_to_do(make_hub: Callable[[Sequence[str]], FakeHub]) -> None:
-    make_hub(["README.md", "model.Q4_K_M.gguf"])
-    with pytest.raises(BaseNotFound, match=r"no config\.json; if it holds GGUF files, download one and name its path"):
+@pytest.mark.parametrize(
+    ("files", "missing"), [((), r"config\.json"), (("config.json",), "safetensors of transformers")]
+)
+def test_a_repository_of_gguf_files_alone_is_told_what_to_do(
+    files: Sequence[str], missing: str, make_hub: Callable[[Sequence[str]], FakeHub]
+) -> None:
+    """Those with a config.json were taken for a base whose weights are damaged."""
+    make_hub(["README.md", "model.Q4_K_M.gguf", *files])
+    with pytest.raises(BaseNotFound, match=f"no {missing}; if it holds GGUF files, download one and name its path"):
         find_base("someone/base")
 
 
