@@ -2,8 +2,8 @@
 
 Quantization needs each weight for a moment. Weights of a safetensors file are mapped: the system reads a page when it
 is touched and can drop it again. Quantized formats have no floats in the file to map, so here every weight is a float32
-tensor in an anonymous mapping of its own: ``hold`` or ``pieces`` dequantize rows into it, ``release`` gives its pages
-back. A part that nobody has asked for is zeros.
+tensor in an anonymous mapping of its own: ``hold`` dequantizes rows into it, ``release`` gives its pages back. A part
+that nobody has asked for is zeros.
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ class ReadableWeights(Protocol):
         """Make the numbers of a weight, or of some of its rows, readable until they are released."""
 
     def pieces(self, weight: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Slices of a weight's rows, one after another; each is readable until the next. What is held stays held."""
+        """Slices of a weight's rows, one after another; each is readable until the next. What is held stays held.
+
+        Of a weight with three dimensions each is one expert. A slice may be a tensor of its own.
+        """
 
     def release(self, weight: torch.Tensor) -> None:
         """Free the memory of a weight or of some of its rows. Other tensors are ignored."""
@@ -115,17 +118,15 @@ class DeferredWeights:
             if not place.held[begin:end].all():
                 place.weight[begin:end] = self._read(place.tensor, begin, end)
                 place.held[begin:end] = True
-                self._progress.add(place.weight[begin:end].numel())
 
     def pieces(self, weight: torch.Tensor) -> Iterator[torch.Tensor]:
         for part in row_slices(weight):
             piece = weight[part]
             place, rows = self._find(piece)
-            was_held = place is None or bool(place.held[rows].all())
-            self.hold(piece)
-            yield piece
-            if not was_held:
-                self.release(piece)
+            if place is None or place.held[rows].all():
+                yield piece
+            else:
+                yield self._read(place.tensor, rows.start, rows.stop)
 
     def release(self, weight: torch.Tensor) -> None:
         place, rows = self._find(weight)
@@ -142,9 +143,11 @@ class DeferredWeights:
 
     def _read(self, tensor: StoredTensor, begin: int, end: int) -> torch.Tensor:
         try:
-            return read_rows(tensor, begin, end)
+            rows = read_rows(tensor, begin, end)
         except (OSError, ValueError) as error:
             raise BaseMalformed(self._name, str(error)) from error
+        self._progress.add(rows.numel())
+        return rows
 
     def _find(self, weight: torch.Tensor) -> tuple[_Place | None, slice]:
         """The place that holds a weight, and its rows there; none for a tensor that is not made of whole rows."""

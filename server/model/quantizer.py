@@ -162,11 +162,11 @@ def _reader(experts: nn.Module, weights: ReadableWeights) -> ReadExpert:
     """Copies one expert's weight, whose memory is released."""
 
     def read(name: str, expert: int) -> torch.Tensor:
-        weight = experts.get_parameter(name)[expert]
-        weights.hold(weight)
-        copy = out_in(experts, weight).clone(memory_format=torch.contiguous_format)
-        weights.release(weight)
-        return copy
+        stock = experts.get_parameter(name)[expert : expert + 1]
+        weight = torch.empty(out_in(experts, stock[0]).shape, dtype=stock.dtype)
+        for piece in weights.pieces(stock):
+            weight.copy_(out_in(experts, piece[0]))
+        return weight
 
     return read
 
