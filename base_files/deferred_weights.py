@@ -13,7 +13,7 @@ import mmap
 import sys
 from bisect import bisect_right
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -98,7 +98,8 @@ class DeferredWeights:
         """A float32 tensor for a tensor of the files, of which no row is in memory yet."""
         memory = _anonymous_memory(4 * math.prod(tensor.shape))
         if hasattr(mmap, "MADV_NOHUGEPAGE"):
-            memory.madvise(mmap.MADV_NOHUGEPAGE)  # a single row of an embedding would take 2 MiB
+            with suppress(OSError):  # of a kernel without huge pages
+                memory.madvise(mmap.MADV_NOHUGEPAGE)  # a single row of an embedding would take 2 MiB
         weight = torch.frombuffer(memory, dtype=torch.float32).view(tensor.shape)
         index = bisect_right(self._addresses, weight.data_ptr())
         self._addresses.insert(index, weight.data_ptr())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import mmap
 import os
 import re
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -169,6 +171,15 @@ def test_a_deferred_weight_is_in_memory_from_hold_to_release(tmp_path: Path) -> 
     assert not embedding.any()
     weights.hold(embedding)
     assert torch.equal(embedding, stock), "it is read again from the file"
+
+
+def test_a_kernel_without_huge_pages_holds_weights_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It answers the advice with an error, and no GGUF could be quantized."""
+    source = Stored(folder_of("llama", tmp_path))
+    monkeypatch.setattr(mmap, "MADV_NOHUGEPAGE", 9999)
+    _, weights, embedding = deferred(source)
+    weights.hold(embedding)
+    assert np.array_equal(embedding, source.tensors()["model.embed_tokens.weight"].read())
 
 
 def test_tensors_of_others_are_left_alone(tmp_path: Path) -> None:
