@@ -21,6 +21,7 @@ from typing import Any
 
 from base_files.locate import find_base
 from base_files.names import BASE_MODEL_HELP, EMBEDDED_BASE
+from benchmarks.parts.bases import base_argument
 from benchmarks.parts.engines import Ask, InProcessEngine, in_process_engine
 from benchmarks.parts.figures import median
 from benchmarks.parts.pairs import alternate
@@ -32,7 +33,7 @@ from tests.serving import ServerProcess, running_server
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default=EMBEDDED_BASE, help=BASE_MODEL_HELP)
+    parser.add_argument("--base", type=base_argument, default=EMBEDDED_BASE, help=BASE_MODEL_HELP)
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--quantization", default="none", help="none or int8")
     parser.add_argument("--num-adapters", type=int, default=8, help="0 asks the base alone")

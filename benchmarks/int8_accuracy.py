@@ -23,6 +23,7 @@ from unittest.mock import patch
 import torch
 
 from base_files.names import BASE_MODEL_HELP, EMBEDDED_BASE
+from benchmarks.parts.bases import base_argument
 from benchmarks.parts.everyday import LOOP_LENGTH, MAX_PERIOD, MAX_TOKENS, QUESTIONS, Answered, ask, is_loop, num_loops
 from benchmarks.parts.perplexity import (
     LENGTH,
@@ -45,7 +46,7 @@ _BOOKS = ("Little-Women_514.txt", "The-Time-Machine_35.txt")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default=EMBEDDED_BASE, help=BASE_MODEL_HELP)
+    parser.add_argument("--base", type=base_argument, default=EMBEDDED_BASE, help=BASE_MODEL_HELP)
     parser.add_argument("--data", type=Path, help="a folder with books")
     parser.add_argument("--windows", type=int, default=40, help=f"windows of {LENGTH} tokens of each text, at most")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print the answers to the first N questions")

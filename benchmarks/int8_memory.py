@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from base_files.names import BASE_MODEL_HELP
+from benchmarks.parts.bases import base_argument
 from server.model.device import available_threads
 from server.model.loader import Base, load_base
 
@@ -87,7 +88,7 @@ def _status(field: str) -> float | None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base", help=BASE_MODEL_HELP)
+    parser.add_argument("base", type=base_argument, help=BASE_MODEL_HELP)
     parser.add_argument("--weights", nargs="+", default=["int8"], choices=FORMATS, help="number formats to measure")
     parser.add_argument("--json", action="store_true", help="print one JSON object for each format")
     return parser.parse_args()

@@ -35,6 +35,7 @@ from typing import Any
 
 from base_files.locate import find_base
 from base_files.names import BASE_MODEL_HELP, EMBEDDED_BASE
+from benchmarks.parts.bases import base_argument
 from benchmarks.parts.engines import Ask, ClosedLoop, InProcessEngine, Peft, Stock, in_process_engine
 from benchmarks.parts.jobs import Mix
 from benchmarks.parts.openvino import OpenVino, missing
@@ -218,7 +219,7 @@ SCENARIOS: dict[str, Callable[[PairedBench], Pairs]] = {
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scenarios", nargs="+", choices=SCENARIOS, metavar="SCENARIO")
-    parser.add_argument("--base", default=EMBEDDED_BASE, help=BASE_MODEL_HELP)
+    parser.add_argument("--base", type=base_argument, default=EMBEDDED_BASE, help=BASE_MODEL_HELP)
     parser.add_argument("--adapters", type=Path, help="a folder of adapter folders; without it, random ones are made")
     parser.add_argument("--num-adapters", type=int, default=8)
     parser.add_argument("--rank", type=int, default=8, help="of the adapters that are made")

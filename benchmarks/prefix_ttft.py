@@ -15,13 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from base_files.names import BASE_MODEL_HELP, EMBEDDED_BASE
+from benchmarks.parts.bases import base_argument
 from benchmarks.parts.engines import Ask, in_process_engine
 from benchmarks.parts.pairs import Pairs
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default=EMBEDDED_BASE, help=BASE_MODEL_HELP)
+    parser.add_argument("--base", type=base_argument, default=EMBEDDED_BASE, help=BASE_MODEL_HELP)
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--quantization", default="none", help="none or int8")
     parser.add_argument("--prefix", type=int, default=500, help="tokens")

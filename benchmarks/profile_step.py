@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from base_files.names import BASE_MODEL_HELP, EMBEDDED_BASE
+from benchmarks.parts.bases import base_argument
 from benchmarks.parts.ceilings import Shape, layers, operations, product_rates, read_bandwidth
 from benchmarks.parts.engines import Ask, InProcessEngine, in_process_engine
 from benchmarks.parts.figures import median, table
@@ -35,7 +36,7 @@ CONTEXT = 160
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default=EMBEDDED_BASE, help=BASE_MODEL_HELP)
+    parser.add_argument("--base", type=base_argument, default=EMBEDDED_BASE, help=BASE_MODEL_HELP)
     parser.add_argument("--adapters", type=Path, help="a folder of adapter folders: rows take them in turn")
     parser.add_argument("--num-adapters", type=int, default=8)
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))

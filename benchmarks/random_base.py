@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from base_files.locate import find_base
 from base_files.names import BASE_MODEL_HELP
 from base_files.source import BaseSource, FolderBase
+from benchmarks.parts.bases import base_argument
 from benchmarks.parts.random_adapters import PROJECTIONS, write_adapters
 from benchmarks.parts.random_tokenizer import save_tokenizer
 
@@ -99,7 +100,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", choices=(*SHAPES, "none"))
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--base", help=f"the base of the adapters where SHAPE is none: {BASE_MODEL_HELP}")
+    parser.add_argument(
+        "--base", type=base_argument, help=f"the base of the adapters where SHAPE is none: {BASE_MODEL_HELP}"
+    )
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--targets", nargs="+", default=list(PROJECTIONS))

@@ -28,6 +28,7 @@ from typing import Any
 import uvicorn
 
 from base_files.names import BASE_MODEL_HELP, EMBEDDED_BASE
+from benchmarks.parts.bases import base_argument
 from server.cli.serve import build, uvicorn_config
 from server.settings import Settings
 
@@ -214,7 +215,7 @@ def trace_request(settings: Settings, model: str, *, max_tokens: int = 32) -> Re
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default=EMBEDDED_BASE, help=BASE_MODEL_HELP)
+    parser.add_argument("--base", type=base_argument, default=EMBEDDED_BASE, help=BASE_MODEL_HELP)
     parser.add_argument("--quantization", default="int8", choices=("none", "int8"))
     parser.add_argument("--adapters", type=Path, default=ROOT / "adapters", help="a folder of adapters")
     parser.add_argument("--model", default="helpdesk", help="the adapter that is asked")

@@ -21,6 +21,7 @@ from collections.abc import Sequence as SequenceOf
 import torch
 
 from base_files.names import BASE_MODEL_HELP
+from benchmarks.parts.bases import base_argument
 from benchmarks.parts.engines import Ask, InProcessEngine, in_process_engine
 from benchmarks.parts.figures import median, table
 from server.cli.allocation import keep_freed_memory
@@ -42,7 +43,9 @@ CONTEXT = 125
 
 def parse(arguments: SequenceOf[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", help=f"time within an engine's steps of this base: {BASE_MODEL_HELP}")
+    parser.add_argument(
+        "--base", type=base_argument, help=f"time within an engine's steps of this base: {BASE_MODEL_HELP}"
+    )
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--quantization", default="none", help="none or int8")
     parser.add_argument("--rows", type=int, default=8, help="sequences that decode")

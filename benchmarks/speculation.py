@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from base_files.names import BASE_MODEL_HELP, EMBEDDED_BASE
+from benchmarks.parts.bases import base_argument
 from server.adapters.content.manifest import AdapterPolicy, read_manifest
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
@@ -135,7 +136,7 @@ def build(options: argparse.Namespace) -> tuple[SpeculationBench, list[list[int]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default=EMBEDDED_BASE, help=BASE_MODEL_HELP)
+    parser.add_argument("--base", type=base_argument, default=EMBEDDED_BASE, help=BASE_MODEL_HELP)
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--adapter", type=Path, default=Path("adapters/helpdesk"))
     parser.add_argument("--text", default="adapter", choices=("adapter", "base", "random"))

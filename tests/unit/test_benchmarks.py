@@ -15,6 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 from base_files.locate import find_base
+from benchmarks import prefix_ttft
 from benchmarks.parts.figures import percentile, spread, table
 from benchmarks.parts.jobs import WORDS, Job, Measure, Mix, Span, Workload
 from benchmarks.parts.load_report import as_table, summary
@@ -189,3 +190,17 @@ def test_a_timer_keeps_only_what_was_its_own(monkeypatch: pytest.MonkeyPatch) ->
     inner = stack.around("inner", lambda: None)
     stack.around("outer", lambda: (inner(), inner()))()
     assert stack.own == {"outer": 3, "inner": 2}
+
+
+@pytest.mark.parametrize(("base", "sentence"), [("nowhere", "no such folder or file"), ("cut.gguf", "truncated")])
+def test_a_base_that_cannot_be_read_is_one_line_of_the_command(
+    base: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was a traceback."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
+    with pytest.raises(SystemExit) as ended:
+        prefix_ttft.parse(["--base", base])
+    assert ended.value.code == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "error: argument --base: " in message and sentence in message
