@@ -118,8 +118,8 @@ def fill_folder(
     found, weights = checker.check(folder, name=name)
     if weights is None or found.plan is None:
         raise NotPublished(
-            f"converted, it would not be served on the base {base.name}: {'; '.join(found.problems[:3])}. Was it "
-            "trained on another base? Name that by --base-model"
+            f"converted, it would not be served on the base {base.name}: {'; '.join(found.problems[:3])} "
+            "(--base-model names the base that it was trained on)"
         )
     return Converted(len(found.plan.parts), (folder / WEIGHTS_FILE).stat().st_size, found.plan.rank, notes)
 
