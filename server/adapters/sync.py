@@ -39,10 +39,10 @@ class SyncListener(Protocol):
 class AdapterSync:
     """Applies the watcher's findings to the registry.
 
-    ``refusals`` maps the name of each refused folder to its path and the reason, ``other_bases`` those of intact
-    adapters for another base to its name. ``pending`` are names whose folders
-    the watcher reads next; ``wakeup`` is set when one is added. At start, when there may be thousands, new adapters are
-    logged as ``DEBUG``, and those for other bases in one line by ``end_start``.
+    ``refusals`` maps the name of each refused folder to its path and the reason. ``other_bases`` has the names of those
+    that are intact, with the base that each is for. ``pending`` are names whose folders the watcher reads next;
+    ``wakeup`` is set when one is added. At start, when there may be thousands, new adapters are logged as ``DEBUG``,
+    and those for other bases in one line by ``end_start``.
     """
 
     def __init__(

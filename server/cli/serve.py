@@ -259,11 +259,11 @@ def _log_base(base: Base, seconds: float) -> None:
     )
     if quantized is not None:
         logger.info(
-            "int8 (%s kernels): %d linear layers, %d experts and the embedding, %.0f MB, %d outlier channels; "
+            "int8 (%s kernels): %d linear layers%s and the embedding, %.0f MB, %d outlier channels; "
             "unquantized, in %s: %.1f MB%s",
             quantized.kernel,
             quantized.num_linears,
-            quantized.num_experts,
+            f", {quantized.num_experts} experts" if quantized.num_experts else "",
             quantized.num_bytes / 1e6,
             quantized.num_outliers,
             dtype,
