@@ -11,16 +11,23 @@ from base_files.fingerprint import canonical_json
 
 SPACE = "\u2581"
 """SentencePiece's mark for a space, which converters turn into one in some tokens."""
+_TAB, _TAB_BYTE = "\t", "<0x09>"
+"""transformers' converter of Gemma 1 and 2 turns the token of this byte into the character."""
 
 
 def vocabulary_digest(texts: Mapping[int, str] | None) -> str | None:
     """SHA-256 over the canonical JSON of ``[[id, text], ...]``, sorted by id; None where the tokens are not known.
 
-    Spaces replace their mark, and ``[PAD7]`` of the id 7, with which converters fill gaps, counts as a gap.
+    Spaces replace their mark, ``<0x09>`` replaces a tab, and ``[PAD7]`` of the id 7, with which converters fill gaps,
+    counts as a gap.
     """
     if texts is None:
         return None
-    pairs = [[number, text.replace(SPACE, " ")] for number, text in texts.items() if text != f"[PAD{number}]"]
+    pairs = [
+        [number, _TAB_BYTE if text == _TAB else text.replace(SPACE, " ")]
+        for number, text in texts.items()
+        if text != f"[PAD{number}]"
+    ]
     return f"sha256:{hashlib.sha256(canonical_json(sorted(pairs))).hexdigest()}"
 
 

@@ -236,8 +236,8 @@ def test_a_text_model_inside_another_is_that_model() -> None:
     assert common_architecture({"model_type": "gemma3", "text_config": text}) == common_architecture(alone)
 
 
-def test_marks_of_spaces_and_placeholders_are_no_difference() -> None:
-    folder = {0: "a", 1: "\u2581\u2581", 3: "b"}
-    converted = {0: "a", 1: "  ", 2: "[PAD2]", 3: "b"}
+def test_marks_of_spaces_placeholders_and_the_byte_of_a_tab_are_no_difference() -> None:
+    folder = {0: "a", 1: "\u2581\u2581", 3: "b", 4: "\t"}
+    converted = {0: "a", 1: "  ", 2: "[PAD2]", 3: "b", 4: "<0x09>"}
     assert vocabulary_digest(folder) == vocabulary_digest(converted)
     assert vocabulary_digest({**folder, 3: "c"}) != vocabulary_digest(folder)
