@@ -1,8 +1,9 @@
 """What can be wrong with the files of a base.
 
 BaseFilesError
-├── BaseNotFound       neither 'micro', nor a folder with a model, nor a hub id that can be fetched
-├── BaseMalformed      config.json or the weight files are missing, cut off, or not in their format
+├── BaseNotFound       no base by name, no GGUF file, no folder with a model, no hub id that can be fetched
+├── BaseMalformed      config.json or the weight files are missing, cut off, or not in their format; or a GGUF file asks
+│                      for what is not read
 ├── BaseUnloadable     transformers makes no model or tokenizer of its files
 └── BaseTooLarge       its weights take more memory than there is
 """
@@ -23,7 +24,7 @@ class BaseNotFound(BaseFilesError):
 
 
 class BaseMalformed(BaseFilesError):
-    """``name`` is that of the base's folder."""
+    """``name`` is that of the base's folder or file."""
 
     def __init__(self, name: str, reason: str) -> None:
         self.name, self.reason = name, reason

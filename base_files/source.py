@@ -27,7 +27,7 @@ class Fingerprints:
 
 
 class BaseSource(Protocol):
-    """The files of one base. ``name`` never holds a path; ``path`` is the folder, or the first GGUF file."""
+    """The files of one base. ``name`` never holds a path; ``path`` is the folder, or a GGUF file."""
 
     @property
     def name(self) -> str: ...
