@@ -161,7 +161,8 @@ def deferred_model(source: BaseSource) -> tuple[PreTrainedModel, DeferredWeights
         for owners in _owners(model).values():
             tensor = tensors[owners[0].parameter]
             if _is_read_by_module(owners[0].module, tensor):
-                _set_parameter(owners, weights.place(tensor))
+                is_embedding = any(isinstance(owner.module, nn.Embedding) for owner in owners)
+                _set_parameter(owners, weights.place(tensor, by_row=is_embedding))
             else:
                 weight = torch.empty(tensor.shape)
                 read_into(weight, tensor, progress)
