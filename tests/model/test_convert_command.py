@@ -178,7 +178,11 @@ def test_what_does_not_fit_the_base_is_not_published(
     save_file(moved, folder / "adapters.safetensors")
     assert convert(folder, base_folder, tmp_path) == 1
     said = capsys.readouterr().err
-    assert "layers.30" in said and "Name that by --base-model" in said and published(tmp_path) == []
+    assert (
+        "layers.30" in said
+        and "(--base-model names the base that it was trained on)" in said
+        and published(tmp_path) == []
+    )
 
 
 def test_a_base_that_is_not_there_is_told_before_anything_is_loaded(source: Path, tmp_path: Path) -> None:

@@ -244,7 +244,13 @@ def test_an_interrupted_download_leaves_nothing(
     monkeypatch.delenv("PIP_NO_INDEX")
     with running_index(Index(write_wheel(tmp_path), stalls=True)) as index:
         monkeypatch.setenv("PIP_INDEX_URL", index.url)
-        with subprocess.Popen([sys.executable, "-c", PROGRAM], cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(
+            [sys.executable, "-c", PROGRAM],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's is ignored
+        ) as process:
             deadline = time.monotonic() + 60
             while not any(name.endswith(".whl") for name in files_in(data)):
                 assert process.poll() is None and time.monotonic() < deadline, "pip did not download in the data folder"

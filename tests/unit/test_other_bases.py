@@ -82,6 +82,7 @@ async def test_a_folder_replaced_by_an_adapter_of_this_base_is_served(
     write(path, sidecar=SIDECAR)
     await harness.watcher.scan()
     assert (harness.names, harness.sync.refusals, harness.sync.other_bases) == (["a"], {}, {})
+    caplog.clear()
     with caplog.at_level(logging.INFO):
         foreign(harness.first, "late")
         await harness.watcher.scan()

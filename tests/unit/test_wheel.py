@@ -72,7 +72,12 @@ def test_the_wheel_has_the_packages_the_base_and_its_adapters_and_nothing_else(w
         if not any(path.is_relative_to(folder) for folder in unshipped)
     }
     assert sources == in_checkout
-    demos = {f"micro_base/adapters/{path.name}" for path in (ROOT / "adapters").iterdir() if path.is_dir()}
+    demos = {
+        f"micro_base/adapters/{path.parent.name}"
+        for path in (ROOT / "adapters").glob("*/quickchange.json")
+        if json.loads(path.read_text(encoding="utf-8"))["base"]["name"] == "micro"
+    }
+    assert len(demos) == 5
     assert {name.rpartition("/")[0] for name in names if name.endswith("adapter_model.safetensors")} == demos
     assert "micro_base/model.safetensors" in names
 
