@@ -27,8 +27,8 @@ from typing import Any
 
 import uvicorn
 
-from base_files.names import BASE_MODEL_HELP, EMBEDDED_BASE
-from benchmarks.parts.bases import base_argument
+from base_files.names import BASE_MODEL_HELP, EMBEDDED_BASE, base_name
+from benchmarks.parts.bases import HELPDESKS, base_argument
 from server.cli.serve import build, uvicorn_config
 from server.settings import Settings
 
@@ -218,9 +218,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--base", type=base_argument, default=EMBEDDED_BASE, help=BASE_MODEL_HELP)
     parser.add_argument("--quantization", default="int8", choices=("none", "int8"))
     parser.add_argument("--adapters", type=Path, default=ROOT / "adapters", help="a folder of adapters")
-    parser.add_argument("--model", default="helpdesk", help="the adapter that is asked")
+    parser.add_argument("--model", help="the adapter that is asked; default: the helpdesk of this base, or the base")
     parser.add_argument("--max-tokens", type=int, default=32)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.model = options.model or HELPDESKS.get(options.base, base_name(options.base))
+    return options
 
 
 def main() -> None:

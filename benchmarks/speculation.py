@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from base_files.names import BASE_MODEL_HELP, EMBEDDED_BASE
-from benchmarks.parts.bases import base_argument
+from benchmarks.parts.bases import HELPDESKS, base_argument
 from server.adapters.content.manifest import AdapterPolicy, read_manifest
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
@@ -138,7 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=base_argument, default=EMBEDDED_BASE, help=BASE_MODEL_HELP)
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
-    parser.add_argument("--adapter", type=Path, default=Path("adapters/helpdesk"))
+    parser.add_argument("--adapter", type=Path, help="default: the helpdesk of this base in adapters/")
     parser.add_argument("--text", default="adapter", choices=("adapter", "base", "random"))
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--output-tokens", type=int, default=160)
@@ -146,6 +146,10 @@ def main() -> None:
     parser.add_argument("--drafts", type=int, default=DRAFTS, help="tokens drafted for a sequence in a step at most")
     parser.add_argument("--pairs", type=int, default=5)
     options = parser.parse_args()
+    if options.text == "adapter" and options.adapter is None:
+        if options.base not in HELPDESKS:
+            parser.error(f"--adapter: {options.base} has none in adapters/; name one, or --text base or random")
+        options.adapter = Path("adapters", HELPDESKS[options.base])
     torch.set_num_threads(available_threads())
     bench, prompts = build(options)
     bench.pair(prompts[: 2 * options.at_once], options.drafts)
