@@ -1,4 +1,4 @@
-"""Request bodies. An unknown field, or one that would change the answer but is not supported, is refused by name."""
+"""The fields that chat and completions share."""
 
 from __future__ import annotations
 
@@ -6,27 +6,18 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainValidator,
-    model_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
+from server.api.protocol.model import RequestModel, Text, is_neutral, well_formed
 from server.errors import UnsupportedParameter
 
-MAX_CHOICES = 128
 MAX_STOP_LENGTH = 1024
 MAX_SALT_LENGTH = 256
 MAX_TOKEN_IDS = 1024
 MAX_BIAS = 100
-MAX_CHAT_LOGPROBS, MAX_COMPLETION_LOGPROBS = 20, 5
 
 # Accepted with any value: they have no effect on the answer.
 IGNORED = frozenset(
@@ -63,60 +54,8 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-def _well_formed(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise PydanticCustomError("string_unicode", "it is not valid Unicode: it holds half a surrogate pair") from None
-    return text
-
-
 def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
-
-
-def _none_if_false(value: object) -> object:
-    return None if value is False else value
-
-
-def _as_parts(value: object) -> object:
-    if isinstance(value, str):
-        return [{"type": "text", "text": _well_formed(value)}]
-    if not isinstance(value, list):
-        raise PydanticCustomError("string_or_list_type", "it should be a string or an array of content parts")
-    return value
-
-
-def _text_only(value: object) -> object:
-    if isinstance(value, dict) and value.get("type") not in (None, "text"):
-        raise PydanticCustomError("unsupported", "only text content is supported by this server", {"field": "type"})
-    return value
-
-
-def _is_neutral(value: object, neutral: tuple[Any, ...]) -> bool:
-    return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in neutral)
-
-
-def _parse_prompt(value: object) -> list[str | list[int]]:
-    """``str``, ``[str]``, ``[int]`` or ``[[int]]`` as a list of prompts."""
-    if isinstance(value, str):
-        return [_well_formed(value)]
-    if isinstance(value, list):
-        if not value:
-            raise PydanticCustomError("too_short", "it should have at least one item")
-        if all(isinstance(item, str) for item in value):
-            return [_well_formed(item) for item in value]
-        if _are_ids(value):
-            return [value]
-        if all(isinstance(item, list) and item and _are_ids(item) for item in value):
-            return value
-    raise PydanticCustomError(
-        "prompt_type", "it should be a string, an array of strings, an array of token ids, or an array of such arrays"
-    )
-
-
-def _are_ids(items: list[Any]) -> bool:
-    return all(type(item) is int and item >= 0 for item in items)
 
 
 def _parse_biases(value: object) -> tuple[tuple[int, float], ...]:
@@ -141,12 +80,11 @@ def _shown(key: object) -> str:
     return repr(key)[:40]
 
 
-Text = Annotated[str, AfterValidator(_well_formed)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 RepetitionPenalty = Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)]
 Biases = Annotated[tuple[tuple[int, float], ...], PlainValidator(_parse_biases)]
-StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH), AfterValidator(_well_formed)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH), AfterValidator(well_formed)]
 
 
 @dataclass(frozen=True)
@@ -156,71 +94,7 @@ class Processed:
     neutral: object
 
 
-class _Strict(BaseModel):
-    """JSON types are not converted, ``null`` means absent, and unknown fields are refused."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-    ignored: ClassVar[frozenset[str]] = frozenset()
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_fields_without_effect(cls, raw: object) -> object:
-        if not isinstance(raw, dict):
-            raise PydanticCustomError("object_type", "it should be a JSON object")
-        present = {key: value for key, value in raw.items() if value is not None and key not in cls.ignored}
-        return {key: value for key, value in present.items() if not _is_neutral(value, cls.neutral.get(key, ()))}
-
-
-class TextPart(_Strict):
-    """A text part of a message's content."""
-
-    type: Literal["text"]
-    text: Text
-
-
-class FunctionCall(_Strict):
-    """The function of a tool call; ``arguments`` is JSON in a string."""
-
-    name: Text
-    arguments: Text
-
-
-class ToolCall(_Strict):
-    """A tool call in an earlier turn of the assistant."""
-
-    id: Text
-    type: Literal["function"]
-    function: FunctionCall
-
-
-class Message(_Strict):
-    """One turn of a conversation."""
-
-    ignored = frozenset({"annotations"})
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {"tool_calls": ([],)}
-
-    role: Literal["developer", "system", "user", "assistant", "tool"]
-    content: (
-        Annotated[
-            list[Annotated[TextPart, BeforeValidator(_text_only)]], Field(min_length=1), BeforeValidator(_as_parts)
-        ]
-        | None
-    ) = None
-    name: Text | None = None
-    tool_calls: list[ToolCall] | None = None
-    tool_call_id: Text | None = None
-
-    @model_validator(mode="after")
-    def _complete(self) -> Self:
-        if self.content is None and not (self.role == "assistant" and self.tool_calls):
-            raise PydanticCustomError("missing", "", {"field": "content"})
-        if self.role == "tool" and self.tool_call_id is None:
-            raise PydanticCustomError("missing", "", {"field": "tool_call_id"})
-        return self
-
-
-class StreamOptions(_Strict):
+class StreamOptions(RequestModel):
     """Options of a stream."""
 
     ignored = frozenset({"include_obfuscation"})
@@ -229,13 +103,13 @@ class StreamOptions(_Strict):
     include_usage: bool = False
 
 
-class GenerationRequest(_Strict):
+class GenerationRequest(RequestModel):
     """The fields that chat and completions share."""
 
     ignored = IGNORED
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = NEUTRAL
 
-    model: Annotated[str, Field(min_length=1), AfterValidator(_well_formed)]
+    model: Annotated[str, Field(min_length=1), AfterValidator(well_formed)]
     stream: bool = False
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=1, lt=2**31)
@@ -262,7 +136,7 @@ class GenerationRequest(_Strict):
         if isinstance(raw, dict):
             for field, neutral in cls.neutral.items():
                 value = raw.get(field)
-                if value is not None and not _is_neutral(value, neutral):
+                if value is not None and not is_neutral(value, neutral):
                     raise UnsupportedParameter(field)
         return raw
 
@@ -310,58 +184,6 @@ class GenerationRequest(_Strict):
     def include_usage(self) -> bool:
         """Whether a stream ends with a usage chunk."""
         return self.stream_options is not None and self.stream_options.include_usage
-
-
-class ChatRequest(GenerationRequest):
-    """``POST /v1/chat/completions``."""
-
-    messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
-    logprobs: bool = False
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_CHAT_LOGPROBS)
-
-    @model_validator(mode="after")
-    def _top_logprobs_need_logprobs(self) -> Self:
-        if self.top_logprobs and not self.logprobs:
-            raise PydanticCustomError(
-                "top_logprobs", "it is only allowed when 'logprobs' is true", {"field": "top_logprobs"}
-            )
-        return self
-
-    @property
-    def num_logprobs(self) -> int | None:
-        """``top_logprobs`` if ``logprobs`` is true."""
-        return (self.top_logprobs or 0) if self.logprobs else None
-
-    @property
-    def max_completion(self) -> int | None:
-        """``max_completion_tokens``, the newer name, before ``max_tokens``."""
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-
-
-class CompletionRequest(GenerationRequest):
-    """``POST /v1/completions``. ``prompt`` is converted to a list of texts or of lists of token ids."""
-
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {**NEUTRAL, "top_logprobs": (0,)}
-
-    prompt: Annotated[list[str | list[int]], PlainValidator(_parse_prompt)]
-    logprobs: Annotated[int | None, Field(ge=0, le=MAX_COMPLETION_LOGPROBS), BeforeValidator(_none_if_false)] = None
-
-    @model_validator(mode="after")
-    def _bounded(self) -> Self:
-        if len(self.prompt) * self.n > MAX_CHOICES:
-            message = f"prompts times 'n' should be at most {MAX_CHOICES}"
-            raise PydanticCustomError("too_long", message, {"field": "prompt"})
-        return self
-
-    @property
-    def num_logprobs(self) -> int | None:
-        """``logprobs`` is the number; 0 asks for the chosen tokens alone."""
-        return self.logprobs
-
-    @property
-    def num_prompts(self) -> int:
-        return len(self.prompt)
 
 
 @cache

@@ -1,0 +1,40 @@
+"""The body of ``POST /v1/chat/completions``."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from server.api.protocol.generation import GenerationRequest
+from server.api.protocol.messages import Message
+
+MAX_CHAT_LOGPROBS = 20
+
+
+class ChatRequest(GenerationRequest):
+    """``POST /v1/chat/completions``."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_CHAT_LOGPROBS)
+
+    @model_validator(mode="after")
+    def _top_logprobs_need_logprobs(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise PydanticCustomError(
+                "top_logprobs", "it is only allowed when 'logprobs' is true", {"field": "top_logprobs"}
+            )
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """``top_logprobs`` if ``logprobs`` is true."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def max_completion(self) -> int | None:
+        """``max_completion_tokens``, the newer name, before ``max_tokens``."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens

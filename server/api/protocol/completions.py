@@ -1,0 +1,66 @@
+"""The body of ``POST /v1/completions``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Self
+
+from pydantic import BeforeValidator, Field, PlainValidator, model_validator
+from pydantic_core import PydanticCustomError
+
+from server.api.protocol.generation import NEUTRAL, GenerationRequest
+from server.api.protocol.model import well_formed
+
+MAX_CHOICES = 128
+MAX_COMPLETION_LOGPROBS = 5
+
+
+def _none_if_false(value: object) -> object:
+    return None if value is False else value
+
+
+def _parse_prompt(value: object) -> list[str | list[int]]:
+    """``str``, ``[str]``, ``[int]`` or ``[[int]]`` as a list of prompts."""
+    if isinstance(value, str):
+        return [well_formed(value)]
+    if isinstance(value, list):
+        if not value:
+            raise PydanticCustomError("too_short", "it should have at least one item")
+        if all(isinstance(item, str) for item in value):
+            return [well_formed(item) for item in value]
+        if _are_ids(value):
+            return [value]
+        if all(isinstance(item, list) and item and _are_ids(item) for item in value):
+            return value
+    raise PydanticCustomError(
+        "prompt_type", "it should be a string, an array of strings, an array of token ids, or an array of such arrays"
+    )
+
+
+def _are_ids(items: list[Any]) -> bool:
+    return all(type(item) is int and item >= 0 for item in items)
+
+
+class CompletionRequest(GenerationRequest):
+    """``POST /v1/completions``. ``prompt`` is converted to a list of texts or of lists of token ids."""
+
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {**NEUTRAL, "top_logprobs": (0,)}
+
+    prompt: Annotated[list[str | list[int]], PlainValidator(_parse_prompt)]
+    logprobs: Annotated[int | None, Field(ge=0, le=MAX_COMPLETION_LOGPROBS), BeforeValidator(_none_if_false)] = None
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Self:
+        if len(self.prompt) * self.n > MAX_CHOICES:
+            message = f"prompts times 'n' should be at most {MAX_CHOICES}"
+            raise PydanticCustomError("too_long", message, {"field": "prompt"})
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """``logprobs`` is the number; 0 asks for the chosen tokens alone."""
+        return self.logprobs
+
+    @property
+    def num_prompts(self) -> int:
+        return len(self.prompt)
