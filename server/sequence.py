@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 
 class FinishReason(Enum):
-    """Why a sequence ended, as in OpenAI's API."""
+    """Why a sequence ended, as in OpenAI's API: ``TOOL_CALLS`` is a ``STOP`` whose answer has tool calls."""
 
     STOP = "stop"
     LENGTH = "length"
+    TOOL_CALLS = "tool_calls"
 
 
 @dataclass(frozen=True)

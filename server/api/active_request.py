@@ -15,19 +15,24 @@ from server.api.protocol import GenerationRequest
 from server.engine.async_engine import SubmittedSequence
 from server.metrics import BASE, Metrics
 from server.sequence import FinishReason, StepOutput
-from server.text.detokenizer import Detokenizer, TextPiece, TokenStart
+from server.text.answer import AnswerParser, AnswerPart, ToolCallPart
+from server.text.detokenizer import Detokenizer, TextPiece
+from server.text.token_texts import TokenTexts
 
 _log = logging.getLogger("quickchange.request")
 
 
 @dataclass(frozen=True)
-class TextDelta:
-    """What a step added to a choice: final text, the tokens it is made of, and the finish reason at the end."""
+class ChoiceDelta:
+    """What a step added to a choice: final parts of the answer and, at its end, the reason.
+
+    ``stop`` is the stop string that ended it, if one did.
+    """
 
     index: int
-    text: str = ""
-    tokens: tuple[TokenStart, ...] = ()
+    parts: tuple[AnswerPart, ...] = ()
     finish_reason: FinishReason | None = None
+    stop: str | None = None
 
 
 @dataclass(frozen=True)
@@ -53,32 +58,45 @@ class Usage:
 
 @dataclass(eq=False)
 class Choice:
-    """One answer: its sequence, its detokenizer, token count and times (``time.perf_counter``)."""
+    """One answer: its sequence, detokenizer and parser, token count and times (``time.perf_counter``)."""
 
     index: int
     sequence: SubmittedSequence
     detokenizer: Detokenizer
     eos_ids: frozenset[int]
+    parser: AnswerParser
     num_tokens: int = 0
     first_token_at: float = 0.0
     last_token_at: float = 0.0
     finish_reason: FinishReason | None = None
+    has_tool_call: bool = False
 
-    def take(self, output: StepOutput) -> TextDelta:
-        """Convert a step's output to text. A stop string ends the sequence; its later outputs are ignored."""
+    def take(self, output: StepOutput) -> ChoiceDelta:
+        """Convert a step's output to parts. A stop string ends the sequence; its later outputs are ignored."""
+        piece = self._text(output)
+        reason = FinishReason.STOP if self.detokenizer.stop is not None else output.finish_reason
+        parts = self.parser.push(piece)
+        if reason is not None:
+            parts += self.parser.finish()
+            self.sequence.close()
+        self.has_tool_call = self.has_tool_call or any(isinstance(part, ToolCallPart) for part in parts)
+        if reason is FinishReason.STOP and self.has_tool_call:
+            reason = FinishReason.TOOL_CALLS
+        self.finish_reason = reason
+        return ChoiceDelta(self.index, tuple(parts), reason, self.detokenizer.stop)
+
+    def _text(self, output: StepOutput) -> TextPiece:
+        """The text that is final after the output; an end token has none."""
         piece = TextPiece("")
-        rest = TextPiece("")
         if output.token is not None:
             self._count_token()
             is_eos = output.finish_reason is FinishReason.STOP and output.token.id in self.eos_ids
             if not is_eos:
                 piece = self.detokenizer.push(output.token)
-        if output.finish_reason is not None:
-            rest = self.detokenizer.finish()
-        self.finish_reason = FinishReason.STOP if self.detokenizer.stopped else output.finish_reason
-        if self.finish_reason is not None:
-            self.sequence.close()
-        return TextDelta(self.index, piece.text + rest.text, piece.tokens + rest.tokens, self.finish_reason)
+        if output.finish_reason is None:
+            return piece
+        rest = self.detokenizer.finish()
+        return TextPiece(piece.text + rest.text, piece.tokens + rest.tokens)
 
     def _count_token(self) -> None:
         self.last_token_at = time.perf_counter()
@@ -135,6 +153,7 @@ class RequestLog:
 class ActiveRequest:
     """``choices`` are its answers. As a context manager it is closed at the end of the block.
 
+    ``token_texts`` has the text of tokens where log probabilities are asked for.
     ``close`` ends the running sequences, writes the log line and releases the lease.
     """
 
@@ -142,6 +161,7 @@ class ActiveRequest:
     lease: Lease | None
     log: RequestLog
     num_prompt_tokens: int
+    token_texts: TokenTexts | None = None
     choices: list[Choice] = field(default_factory=list)
     _outputs: asyncio.Queue[tuple[int, StepOutput | Exception]] = field(default_factory=asyncio.Queue)
     _first: tuple[int, StepOutput | Exception] | None = None
@@ -174,7 +194,7 @@ class ActiveRequest:
         if self._first is not None and isinstance(self._first[1], Exception):
             raise self._first[1]
 
-    async def deltas(self, *, timeout: float | None = None) -> AsyncIterator[TextDelta | None]:
+    async def deltas(self, *, timeout: float | None = None) -> AsyncIterator[ChoiceDelta | None]:
         """Deltas of all choices as they arrive; None whenever nothing arrived for ``timeout`` seconds.
 
         Raises ``GenerationFailed`` or ``EngineUnavailable``, which end the whole request.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, fields, replace
 from typing import TypeVar
@@ -17,6 +17,7 @@ from server.api.protocol import GenerationRequest
 from server.api.state import ServerState
 from server.errors import ContextLengthExceeded, InvalidRequest
 from server.sequence import SamplingParams
+from server.text.answer import AnswerParser, PlainParser
 from server.text.detokenizer import Detokenizer
 from server.text.prompt import PromptRenderer
 
@@ -67,8 +68,11 @@ def submit(
     lease: Lease | None,
     defaults: GenerationDefaults,
     prompts: Prompts,
+    new_parser: Callable[[], AnswerParser] = PlainParser,
 ) -> ActiveRequest:
-    """Queue ``n`` sequences for each prompt. Raises ``ContextLengthExceeded``, ``QueueFull``, ``EngineUnavailable``."""
+    """Queue ``n`` sequences for each prompt; ``new_parser`` finds the parts of each answer.
+
+    Raises ``ContextLengthExceeded``, ``QueueFull``, ``EngineUnavailable``."""
     lengths = [
         completion_length(
             len(prompt_ids),
@@ -83,7 +87,8 @@ def submit(
     eos_ids = state.eos_ids | end_ids(defaults, stop, prompts.renderer) | frozenset(body.stop_token_ids or ())
     namespace = cache_namespace(http.headers.get("authorization"), body.cache_salt)
     log = RequestLog(state.metrics, http.state.request_id, http.state.arrived)
-    request = ActiveRequest(body, lease, log, num_prompt_tokens=sum(map(len, prompts.ids)))
+    token_texts = None if body.num_logprobs is None else prompts.renderer.token_texts
+    request = ActiveRequest(body, lease, log, sum(map(len, prompts.ids)), token_texts)
     with ExitStack() as submitted:
         for prompt_ids, max_tokens in zip(prompts.ids, lengths, strict=True):
             for number in range(body.n):
@@ -99,7 +104,7 @@ def submit(
                 )
                 submitted.callback(sequence.close)
                 detokenizer = Detokenizer(prompts.renderer.decode, stop, min_tokens=body.min_tokens or 0)
-                request.choices.append(Choice(index, sequence, detokenizer, eos_ids))
+                request.choices.append(Choice(index, sequence, detokenizer, eos_ids, new_parser()))
         submitted.pop_all()
     return request
 

@@ -1,39 +1,24 @@
-"""The response to a request: a whole answer, or a stream of server-sent events (HTML standard, section 9.2).
-
-The order of events is the one that OpenAI's clients rely on: an opening chunk for each choice; deltas; a final chunk
-for each choice; with ``include_usage`` one chunk of usage; ``[DONE]``. An error after the 200 is sent as one error
-event, which ends the stream.
-"""
+"""The response to a request, whole or streamed, in a response format; on every exit the request is closed."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any, TypeVar
 
 from fastapi import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from server.api.active_request import ActiveRequest, TextDelta
+from server.api.active_request import ActiveRequest
 from server.api.errors import ClientGone, reply_to
-from server.api.response_formats import (
-    Envelope,
-    Json,
-    ResponseFormat,
-    extend_logprobs,
-    fingerprint,
-    to_json,
-    to_json_with_encoded_parts,
-)
+from server.api.formats.interface import AnswerCollector, ResponseFormat
+from server.api.formats.wire import Json, fingerprint, to_json_with_encoded_parts
 from server.api.state import ServerState
 
 PING_SECONDS = 15.0
-DONE = "data: [DONE]\n\n"
-PING = ": ping\n\n"
 
 _log = logging.getLogger("quickchange.api")
 
@@ -74,52 +59,41 @@ async def close_unless_streamed(work: Coroutine[Any, Any, Response], http: Reque
         return response
 
 
-async def respond(request: ActiveRequest, format: ResponseFormat, state: ServerState) -> Response:
-    """The answer, whole or as a stream.
+async def respond(
+    request: ActiveRequest, new_format: Callable[[ActiveRequest, str], ResponseFormat], state: ServerState
+) -> Response:
+    """The answer, whole or as a stream, in the format that ``new_format`` returns for the request and a fingerprint.
 
     It waits for the first token, so that an error before it has an HTTP status of its own.
     """
-    body, lease = request.body, request.lease
+    lease = request.lease
     await request.wait_for_first_output(PING_SECONDS)
-    mark = fingerprint(state.base_name, lease, state.version)
-    envelope = Envelope.new(format, model=body.model, fingerprint=mark)
+    format = new_format(request, fingerprint(state.base_name, lease, state.version))
     headers = {} if lease is None else {"x-quickchange-adapter": lease.label}
-    if body.stream:
-        return EventStream(request, format, envelope, headers)
-    answer = await _collect(request, format, envelope)
-    if body.num_logprobs is None:
+    if request.body.stream:
+        return EventStream(request, format, headers)
+    answer = await _collect(request, format)
+    if request.token_texts is None:
         return JSONResponse(answer, headers=headers)
     content = await asyncio.to_thread(to_json_with_encoded_parts, answer)
     return Response(content, headers=headers, media_type="application/json")
 
 
-async def _collect(request: ActiveRequest, format: ResponseFormat, envelope: Envelope) -> Json:
+async def _collect(request: ActiveRequest, format: ResponseFormat) -> Json:
     """The whole answer, whose log probabilities are encoded delta by delta, so that the event loop is never blocked."""
-    texts: list[list[str]] = [[] for _ in request.choices]
-    logprobs = [format.logprobs(()) for _ in request.choices]
+    collectors = [AnswerCollector(choice.index, format) for choice in request.choices]
     async for delta in request.deltas():
-        if delta is None:
-            continue
-        texts[delta.index].append(delta.text)
-        extend_logprobs(logprobs[delta.index], format.logprobs(delta.tokens))
-    answers = [
-        TextDelta(choice.index, "".join(text), (), choice.finish_reason)
-        for choice, text in zip(request.choices, texts, strict=True)
-    ]
-    choices = [format.message(answer, logprobs[answer.index]) for answer in answers]
-    return envelope.wrap(format.object, choices, usage=request.usage.as_json())
+        if delta is not None:
+            collectors[delta.index].add(delta)
+    return format.body([collector.answer() for collector in collectors], request.usage)
 
 
 class EventStream(StreamingResponse):
     """A streamed response. It closes the request when it ends: finished, failed, or client disconnected."""
 
-    media_type = "text/event-stream"
-
-    def __init__(
-        self, request: ActiveRequest, format: ResponseFormat, envelope: Envelope, headers: dict[str, str]
-    ) -> None:
+    def __init__(self, request: ActiveRequest, format: ResponseFormat, headers: dict[str, str]) -> None:
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no", **headers}
-        super().__init__(_events(request, format, envelope), headers=headers)
+        super().__init__(_events(request, format), headers=headers, media_type=format.media_type)
         self._request = request
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -132,35 +106,20 @@ class EventStream(StreamingResponse):
             self._request.close()
 
 
-async def _events(request: ActiveRequest, format: ResponseFormat, envelope: Envelope) -> AsyncIterator[str]:
-    usage: dict[str, Json | None] = {"usage": None} if request.body.include_usage else {}
+async def _events(request: ActiveRequest, format: ResponseFormat) -> AsyncIterator[str]:
     try:
-        for choice in request.choices:
-            first = format.first_chunk(choice.index)
-            if first is not None:
-                yield _event(envelope.wrap(format.chunk_object, [first], **usage))
+        for event in format.opening():
+            yield event
         async for delta in request.deltas(timeout=PING_SECONDS):
             if delta is None:
-                yield PING
+                yield format.ping
                 continue
-            for chunk in _chunks(format, delta):
-                yield _event(envelope.wrap(format.chunk_object, [chunk], **usage))
-        if request.body.include_usage:
-            yield _event(envelope.wrap(format.chunk_object, [], usage=request.usage.as_json()))
-        yield DONE
+            for event in format.events(delta):
+                yield event
+        for event in format.closing(request.usage):
+            yield event
     except Exception as error:  # noqa: BLE001 - the 200 has been sent: only an error event can tell the client
         request.mark_failed()
         _log.exception("request_id=%s failed in mid-stream", request.log.request_id)
-        yield _event(reply_to(error, request_id=request.log.request_id).body)
-
-
-def _chunks(format: ResponseFormat, delta: TextDelta) -> Iterator[Json]:
-    if delta.text:
-        yield format.chunk(delta)
-    if delta.finish_reason is not None:
-        tokens = () if delta.text else delta.tokens  # tokens without text
-        yield format.last_chunk(replace(delta, text="", tokens=tokens))
-
-
-def _event(payload: Json) -> str:
-    return f"data: {to_json(payload)}\n\n"
+        for event in format.error(reply_to(error, request_id=request.log.request_id)):
+            yield event

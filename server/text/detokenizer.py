@@ -53,16 +53,21 @@ class Detokenizer:
         self._held = ""  # text held back, which may be the start of a stop string
         self._length = 0  # characters of the whole text, with those held back
         self._tokens: deque[TokenStart] = deque()  # tokens that were not returned yet
-        self._stopped = False
+        self._found: str | None = None
 
     @property
     def stopped(self) -> bool:
         """Whether a stop string has ended the text."""
-        return self._stopped
+        return self._found is not None
+
+    @property
+    def stop(self) -> str | None:
+        """The stop string that has ended the text."""
+        return self._found
 
     def push(self, token: SampledToken) -> TextPiece:
         """The text that is final after this token."""
-        if self._stopped:
+        if self._found is not None:
             return TextPiece("")
         self._num_tokens += 1
         self._tokens.append(TokenStart(token, self._length))
@@ -82,7 +87,7 @@ class Detokenizer:
 
         Tokens without text at the end come with it.
         """
-        if self._stopped:
+        if self._found is not None:
             return TextPiece("")
         rest = self._decode(self._window)[self._num_shown :]
         self._num_shown += len(rest)
@@ -115,7 +120,7 @@ class Detokenizer:
         tokens = self._take_tokens(self._length - len(text) + num_shown)
         self._held = text[num_shown:]
         if ends:
-            self._stopped, self._held = True, ""
+            self._found, self._held = min(ends)[2], ""
             self._tokens.clear()
         return TextPiece(text[:num_shown], tokens)
 
@@ -126,13 +131,13 @@ class Detokenizer:
             taken.append(self._tokens.popleft())
         return tuple(taken)
 
-    def _ends(self, text: str) -> list[tuple[int, int]]:
-        """End and start of each stop string in ``text`` that was not complete in the text held back before."""
+    def _ends(self, text: str) -> list[tuple[int, int, str]]:
+        """End, start and text of each stop string in ``text`` that was not complete in the text held back before."""
         ends = []
         for stop in self._stop:
             start = text.find(stop, max(0, len(self._held) - len(stop) + 1))
             if start >= 0:
-                ends.append((start + len(stop), start))
+                ends.append((start + len(stop), start, stop))
         return ends
 
     def _num_held(self, text: str) -> int:

@@ -14,7 +14,7 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from server.api.app import create_app
-from server.api.response_formats import extend_logprobs, to_json_with_encoded_parts
+from server.api.formats.wire import extend_logprobs, to_json_with_encoded_parts
 from tests.fakes import BASE, EOS, FakeEngine, Script, ask, encode, events, server_state, small_tokenizer
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"

@@ -13,7 +13,7 @@ from starlette.types import Message
 
 from server.api import responses
 from server.api.app import create_app
-from server.api.response_formats import ChatFormat
+from server.api.formats.chat import ChatFormat
 from server.api.state import ServerState
 from server.metrics import BASE as BASE_LABEL
 from server.text.prompt import PromptRenderer
@@ -281,6 +281,6 @@ def test_a_bug_while_text_is_made_counts_as_failed(streaming: bool, monkeypatch:
 def test_a_bug_while_a_whole_answer_is_written_counts_as_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its choices had ended, so they were counted as answered, though the client got a 500."""
     state = server_state(FakeEngine())
-    monkeypatch.setattr(ChatFormat, "message", lambda *_: 1 / 0)
+    monkeypatch.setattr(ChatFormat, "body", lambda *_: 1 / 0)
     assert ask(create_app(state), "POST", CHAT, json={**ONE, "stream": False}).status_code == 500
     assert (count(state, BASE_LABEL, "failed"), count(state, BASE_LABEL, "stop")) == (1, 0)

@@ -1,0 +1,55 @@
+"""``/v1/chat/completions``, and the steps that every API of conversations shares: lease, render, submit."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import ExitStack
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from adapter_format.messages import with_system_prompt
+from server.adapters.content.generation_defaults import GenerationDefaults
+from server.api.active_request import ActiveRequest
+from server.api.formats.chat import ChatFormat
+from server.api.generation import Prompts, leased, submit
+from server.api.protocol import ChatRequest
+from server.api.responses import close_unless_streamed, respond
+from server.api.state import ServerState, State
+from server.text.prompt import PromptRenderer
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions")
+async def create_chat_completion(body: ChatRequest, http: Request, state: State) -> Response:
+    """The assistant's next turn in a conversation."""
+    stack = ExitStack()
+    return await close_unless_streamed(_respond(body, http, state, stack), http, stack)
+
+
+async def _respond(body: ChatRequest, http: Request, state: ServerState, stack: ExitStack) -> Response:
+    return await respond(await start_chat(body, http, state, stack), ChatFormat, state)
+
+
+async def start_chat(body: ChatRequest, http: Request, state: ServerState, stack: ExitStack) -> ActiveRequest:
+    """The request, submitted and entered into ``stack``, which ``close_unless_streamed`` closes.
+
+    Raises every error that can be found before the first token but those of the engine.
+    """
+    async with leased(body, state) as (lease, defaults):
+        prompts = await asyncio.to_thread(_render, body, defaults, state.prompts)
+        request = submit(body, http, state, lease=lease, defaults=defaults, prompts=prompts)
+        return stack.enter_context(request)
+
+
+def _render(body: ChatRequest, defaults: GenerationDefaults, base: PromptRenderer) -> Prompts:
+    """In a thread: the conversation by the adapter's or the base's chat template."""
+    renderer = base.for_adapter(defaults)
+    messages = [message.model_dump(exclude_none=True) for message in body.messages]
+    ids = renderer.chat(
+        with_system_prompt(messages, defaults.system_prompt),
+        template=defaults.chat_template,
+        variables=defaults.chat_template_kwargs,
+    )
+    return Prompts([ids], renderer, "messages")
