@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from server.api.active_request import ActiveRequest, ChoiceDelta, Usage
 from server.api.errors import Reply
-from server.api.formats.interface import WholeAnswer, Tokens, WholeToolCall
+from server.api.formats.interface import Tokens, WholeAnswer, WholeToolCall
 from server.api.formats.wire import DONE, PING, Envelope, Json, sse
 from server.api.logprobs import chat_logprobs
 from server.sequence import FinishReason
