@@ -7,6 +7,7 @@ QuickchangeError
 │   ├── ContextLengthExceeded
 │   ├── ModelNotFound
 │   ├── InvalidKey
+│   ├── InsufficientPermissions
 │   └── AdminOff
 ├── ServiceError                the server cannot serve a correct request now, or failed
 │   ├── QueueFull
@@ -111,10 +112,18 @@ class ModelNotFound(RequestError):
 
 
 class InvalidKey(RequestError):
-    """The admin key is missing or wrong."""
+    """The API key is missing or wrong. It is never repeated."""
 
     def __init__(self) -> None:
-        super().__init__("This needs the server's admin key: send it as 'Authorization: Bearer KEY'.")
+        super().__init__("The API key is missing or wrong: send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'.")
+
+
+class InsufficientPermissions(RequestError):
+    """The API key is right, and does not open this."""
+
+    def __init__(self, scope: str) -> None:
+        self.scope = scope
+        super().__init__(f"This API key may not do this: it does not have the scope '{scope}'.")
 
 
 class AdminOff(RequestError):

@@ -1,32 +1,29 @@
 """Admin endpoints for adapters: vLLM's load and unload, OpenAI's ``DELETE``, pins and roll-backs.
 
-They are off unless an admin key is set, and need that key as ``Authorization: Bearer``.
+They need a key of scope admin, without which they are off.
 """
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from server.adapters.operator import AdapterOperator
+from server.api.auth.principal import AccessScope
 from server.api.state import State
-from server.errors import AdminOff, InvalidKey
+from server.errors import AdminOff, InsufficientPermissions
 
 router = APIRouter()
 
 
 async def _operator(request: Request, state: State) -> AdapterOperator:
-    """Authorize the request. Raises ``AdminOff`` or ``InvalidKey``; digests of keys are compared in constant time."""
-    if state.operator is None or state.admin_key_digest is None:
+    """Check the scope again, whatever path led here. Raises ``AdminOff`` or ``InsufficientPermissions``."""
+    if state.operator is None:
         raise AdminOff
-    scheme, _, key = request.headers.get("authorization", "").partition(" ")
-    digest = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
-    if not hmac.compare_digest(digest, state.admin_key_digest) or scheme.lower() != "bearer":
-        raise InvalidKey
+    if not request.state.principal.allows(AccessScope.ADMIN):
+        raise InsufficientPermissions(AccessScope.ADMIN)
     return state.operator
 
 

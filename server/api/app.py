@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Lifespan
 
 from server.api import admin, chat, completions, models
+from server.api.auth.middleware import AuthMiddleware
 from server.api.errors import install_error_handlers
 from server.api.middleware import RequestMiddleware
 from server.api.state import ServerState, State
@@ -26,6 +27,7 @@ def create_app(state: ServerState, *, lifespan: Lifespan[FastAPI] | None = None)
     app = FastAPI(title="Quickchange", version=state.version, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.server = state
     install_error_handlers(app)
+    app.add_middleware(AuthMiddleware, access=state.access)
     app.add_middleware(RequestMiddleware, metrics=state.metrics)
     for router in (chat.router, completions.router, models.router, admin.router, operations):
         app.include_router(router)

@@ -25,6 +25,7 @@ from server.errors import (
     ContextLengthExceeded,
     EngineUnavailable,
     GenerationFailed,
+    InsufficientPermissions,
     InvalidKey,
     InvalidRequest,
     ModelNotFound,
@@ -63,6 +64,7 @@ ERROR_REPLIES: Mapping[type[QuickchangeError], ErrorReply] = {
     ContextLengthExceeded: ErrorReply(400, _CLIENT, "context_length_exceeded"),
     ModelNotFound: ErrorReply(404, _CLIENT, "model_not_found"),
     InvalidKey: ErrorReply(401, _CLIENT, "invalid_api_key"),
+    InsufficientPermissions: ErrorReply(403, _CLIENT, "insufficient_permissions"),
     AdminOff: ErrorReply(403, _CLIENT, "admin_off"),
     QueueFull: ErrorReply(503, _BUSY, "server_overloaded", retry_after=1),
     AdapterPending: ErrorReply(503, _BUSY, "adapter_pending", retry_after=1),
@@ -119,6 +121,8 @@ def reply_to(error: Exception, *, request_id: str) -> Reply:
     param = error.param if isinstance(error, RequestError) else None
     message = str(error)
     headers = {} if kind.retry_after is None else {"Retry-After": str(kind.retry_after)}
+    if isinstance(error, InvalidKey):
+        headers["WWW-Authenticate"] = "Bearer"
     if kind.status == INTERNAL.status:
         message = f"The server failed to answer this request. Its id in the server's log is {request_id}."
         headers["x-should-retry"] = "false"  # OpenAI's clients would repeat the request twice

@@ -85,7 +85,7 @@ def submit(
     ]
     stop = stop_strings(body, defaults)
     eos_ids = state.eos_ids | end_ids(defaults, stop, prompts.renderer) | frozenset(body.stop_token_ids or ())
-    namespace = cache_namespace(http.headers.get("authorization"), body.cache_salt)
+    namespace = cache_namespace(http.state.principal.id, body.cache_salt)
     log = RequestLog(state.metrics, http.state.request_id, http.state.arrived)
     token_texts = None if body.num_logprobs is None else prompts.renderer.token_texts
     request = ActiveRequest(body, lease, log, sum(map(len, prompts.ids)), token_texts)
@@ -109,13 +109,13 @@ def submit(
     return request
 
 
-def cache_namespace(authorization: str | None, cache_salt: str | None) -> bytes:
-    """A digest of the request's API key, if any, and of its salt.
+def cache_namespace(owner: str | None, cache_salt: str | None) -> bytes:
+    """A digest of the request's principal and of its salt.
 
     KV prefixes are shared only within a namespace, so that timing cannot reveal another client's prompts.
     """
     digest = hashlib.blake2b(digest_size=16)
-    for part in (authorization, cache_salt):
+    for part in (owner, cache_salt):
         data = b"" if part is None else part.encode("utf-8", "surrogateescape")
         digest.update(b"%d:%d:" % (part is not None, len(data)) + data)
     return digest.digest()

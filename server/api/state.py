@@ -10,6 +10,7 @@ from fastapi import Depends, Request
 from server.adapters.adapter_library import AdapterLibrary
 from server.adapters.content.generation_defaults import GenerationDefaults
 from server.adapters.operator import AdapterOperator
+from server.api.auth.middleware import Access
 from server.engine.async_engine import AsyncEngine
 from server.metrics import Metrics
 from server.text.prompt import PromptRenderer
@@ -19,7 +20,7 @@ from server.text.prompt import PromptRenderer
 class ServerState:
     """The parts of a running server.
 
-    ``base_defaults`` come from the base's generation config; ``operator`` is None unless an admin key is set.
+    ``base_defaults`` come from the base's generation config; ``operator`` changes adapters for keys of scope admin.
     """
 
     base_name: str
@@ -33,7 +34,7 @@ class ServerState:
     version: str
     base_defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
     operator: AdapterOperator | None = None
-    admin_key_digest: bytes | None = field(default=None, repr=False)
+    access: Access = field(default_factory=Access)
 
 
 async def _state_of(request: Request) -> ServerState:  # async: FastAPI calls other functions in a thread

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import hashlib
 import logging
 import signal
 import socket
@@ -24,6 +23,8 @@ from transformers import GenerationConfig
 from server.adapters.content.generation_defaults import GenerationDefaults
 from server.adapters.watcher import AdapterWatcher
 from server.api.app import create_app
+from server.api.auth.keys import KeyRing, admin_key
+from server.api.auth.middleware import Access
 from server.api.state import ServerState
 from server.cli.adapter_services import build_adapter_services
 from server.cli.folders import user_cache
@@ -141,14 +142,15 @@ def build(settings: Settings) -> Service:
     prompts = PromptRenderer(base.tokenizer, vocab_size=base.vocab_size)
     services = build_adapter_services(settings, base, runner, engine, prompts, metrics)
     key = settings.admin_key
+    keys = KeyRing(() if key is None else (admin_key(key.get_secret_value()),))
     state = ServerState(
         base_name=settings.base_name,
         created=int(time.time()),
         prompts=prompts,
         engine=engine,
         adapters=services.adapters,
-        operator=None if key is None else services.operator,
-        admin_key_digest=None if key is None else hashlib.sha256(key.get_secret_value().encode()).digest(),
+        operator=services.operator,
+        access=Access(keys),
         metrics=metrics,
         default_max_tokens=settings.default_max_tokens,
         eos_ids=base.eos_ids,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -38,6 +37,8 @@ from server.adapters.content.folder import folder_state
 from server.adapters.content.manifest import AdapterPolicy, Manifest, list_folder, read_manifest
 from server.adapters.reader import AdapterReader, FolderMoved
 from server.api.app import create_app
+from server.api.auth.keys import KeyRing, admin_key
+from server.api.auth.middleware import Access
 from server.api.state import ServerState
 from server.engine.async_engine import AsyncEngine
 from server.errors import AdapterRejected, InvalidRequest, ModelNotFound
@@ -127,7 +128,7 @@ def state_of(harness: AdapterHarness, engine: FakeEngine | None = None) -> Serve
         eos_ids=frozenset({EOS}),
         version="0.0.test",
         operator=harness.operator,
-        admin_key_digest=hashlib.sha256(KEY.encode()).digest(),
+        access=Access(KeyRing((admin_key(KEY),))),
     )
 
 
