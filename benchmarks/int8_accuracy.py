@@ -24,7 +24,7 @@ import torch
 
 from base_files.names import BASE_MODEL_HELP, EMBEDDED_BASE
 from benchmarks.parts.bases import base_argument
-from benchmarks.parts.everyday import LOOP_LENGTH, MAX_PERIOD, MAX_TOKENS, QUESTIONS, Answered, ask, is_loop, num_loops
+from benchmarks.parts.everyday import MAX_TOKENS, QUESTIONS, Answered, ask, num_loops
 from benchmarks.parts.perplexity import (
     LENGTH,
     ROOT,
@@ -40,6 +40,7 @@ from cpu_kernels.int8_weights import QMAX_16BIT_SAFE
 from cpu_kernels.kernels import Kernels
 from server.model.device import available_threads
 from server.model.loader import Base, load_base
+from server.text.repetition import LOOP_LENGTH, MAX_PERIOD, is_loop
 
 _BOOKS = ("Little-Women_514.txt", "The-Time-Machine_35.txt")
 

@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 BASE = "base"
 COMPOSITION = "_composition"
 """Adapter label of requests with several adapters; no adapter can have this name."""
-FINISH_REASONS = ("stop", "length", "cancelled", "failed")
+FINISH_REASONS = ("stop", "length", "tool_calls", "cancelled", "failed")
 ENGINE_FAILURES = ("step", "command", "accounting", "integrity")
 
 _REQUEST_SECONDS = (*(0.01 * 2**doublings for doublings in range(15)), 655.36)
@@ -17,6 +17,7 @@ _FIRST_TOKEN_SECONDS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.0, 2.5,
 _PER_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
 _STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 _LOAD_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_ANSWER_TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _STEP_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
 
@@ -55,6 +56,15 @@ class Metrics:
             labels,
         )
         self.generated_tokens = self._counter("quickchange_generated_tokens", "Tokens generated.", labels)
+        self.answer_tokens = self._histogram(
+            "quickchange_answer_tokens",
+            "Tokens of an answer that ended by itself or by its length.",
+            labels,
+            buckets=_ANSWER_TOKENS,
+        )
+        self.repetitive_answers = self._counter(
+            "quickchange_repetitive_answers", "Answers whose last 64 tokens repeat with a period of 32 or less.", labels
+        )
         self.time_to_first_token = self._histogram(
             "quickchange_time_to_first_token_seconds",
             "Time from a request's arrival to its first token.",
@@ -149,6 +159,8 @@ class Metrics:
         self.prompt_tokens.remove(adapter)
         self.cached_tokens.remove(adapter)
         self.generated_tokens.remove(adapter)
+        self.answer_tokens.remove(adapter)
+        self.repetitive_answers.remove(adapter)
         for reason in FINISH_REASONS:
             self.requests.remove(adapter, reason)
 
@@ -169,5 +181,7 @@ class Metrics:
         self.prompt_tokens.labels(adapter)
         self.cached_tokens.labels(adapter)
         self.generated_tokens.labels(adapter)
+        self.answer_tokens.labels(adapter)
+        self.repetitive_answers.labels(adapter)
         for reason in FINISH_REASONS:
             self.requests.labels(adapter, reason)

@@ -113,6 +113,7 @@ class FakeSequence:
     num_cached: int = 0
     num_logprobs: int | None = None
     closed: bool = False
+    output_ids: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._play())
@@ -121,6 +122,8 @@ class FakeSequence:
         """The script's outputs, then its end."""
         for output in self.script.outputs(self.sequence_id, self.num_logprobs):
             await asyncio.sleep(self.script.delay)
+            if output.token is not None:
+                self.output_ids.append(output.token.id)
             self.sink(output)
         if self.script.then == "fail":
             self.sink(GenerationFailed("cannot go on: /secret/path"))

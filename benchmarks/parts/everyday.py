@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from benchmarks.parts.perplexity import Comparison, Reader, compare
 from server.text.prompt import PromptRenderer
+from server.text.repetition import is_loop
 
 QUESTIONS = (
     "List three fruits.",
@@ -32,7 +33,6 @@ QUESTIONS = (
 )
 MAX_TOKENS = 128
 """Of an answer."""
-LOOP_LENGTH, MAX_PERIOD = 64, 32
 
 
 @dataclass(frozen=True)
@@ -61,18 +61,6 @@ def ask(reader: Reader, floats: Reader, questions: Sequence[str] = QUESTIONS) ->
     windows = [[*prompt, *answer] for prompt, answer in zip(prompts, float_answers, strict=True)]
     comparison = compare(reader, floats, windows, num_given=[len(prompt) for prompt in prompts])
     return Answered(reader.answers(prompts, max_tokens=MAX_TOKENS), float_answers, comparison)
-
-
-def is_loop(ids: Sequence[int]) -> bool:
-    """Whether the last ``LOOP_LENGTH`` tokens repeat with a period of at most ``MAX_PERIOD``: twice or more.
-
-    A list whose numbers go up is none, however often it says the same. Nor is an answer that ends by itself behind the
-    repetition, as far as its end token is among ``ids``.
-    """
-    end = ids[-LOOP_LENGTH:]
-    if len(end) < LOOP_LENGTH:
-        return False
-    return any(end[period:] == end[:-period] for period in range(1, MAX_PERIOD + 1))
 
 
 def num_loops(answers: Sequence[Sequence[int]]) -> int:

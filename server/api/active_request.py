@@ -17,6 +17,7 @@ from server.metrics import BASE, Metrics
 from server.sequence import FinishReason, StepOutput
 from server.text.answer import AnswerParser, AnswerPart, ToolCallPart
 from server.text.detokenizer import Detokenizer, TextPiece
+from server.text.repetition import is_loop
 from server.text.token_texts import TokenTexts
 
 _log = logging.getLogger("quickchange.request")
@@ -117,7 +118,9 @@ class RequestLog:
         duration = time.perf_counter() - self.arrived
         first_tokens = [choice.first_token_at - self.arrived for choice in choices if choice.num_tokens]
         first_token = min(first_tokens, default=None)
-        self._count(BASE if lease is None else lease.metrics_label, reasons, usage)
+        label = BASE if lease is None else lease.metrics_label
+        self._count(label, reasons, usage)
+        self._observe_answers(label, choices)
         self._observe_times(choices, duration, first_token)
         _log.info(
             "request_id=%s adapter=%s finish=%s prompt_tokens=%d cached_tokens=%d completion_tokens=%d "
@@ -138,6 +141,14 @@ class RequestLog:
         self.metrics.prompt_tokens.labels(label).inc(usage.prompt_tokens)
         self.metrics.cached_tokens.labels(label).inc(usage.cached_tokens)
         self.metrics.generated_tokens.labels(label).inc(usage.completion_tokens)
+
+    def _observe_answers(self, label: str, choices: Sequence[Choice]) -> None:
+        """Length and repetition of the answers that have an end of their own."""
+        for choice in choices:
+            if choice.finish_reason is not None:
+                self.metrics.answer_tokens.labels(label).observe(choice.num_tokens)
+                if is_loop(choice.sequence.output_ids):
+                    self.metrics.repetitive_answers.labels(label).inc()
 
     def _observe_times(self, choices: Sequence[Choice], duration: float, first_token: float | None) -> None:
         self.metrics.request_duration.observe(duration)

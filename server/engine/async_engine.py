@@ -51,6 +51,11 @@ class SubmittedSequence:
         """Prompt tokens reused from a cached prefix; final when the first output arrives."""
         return self.sequence.num_cached
 
+    @property
+    def output_ids(self) -> list[int]:
+        """A copy of the tokens so far."""
+        return list(self.sequence.output_ids)
+
     def close(self) -> None:
         """End the sequence unless it has ended."""
         self._close(self.sequence.id)

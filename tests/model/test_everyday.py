@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from benchmarks.parts.everyday import LOOP_LENGTH, MAX_PERIOD, MAX_TOKENS, QUESTIONS, ask, is_loop, num_loops
+from benchmarks.parts.everyday import MAX_TOKENS, QUESTIONS, ask, num_loops
 from benchmarks.parts.perplexity import LENGTH, Reader, own_texts
 from server.model.loader import load_base
 from tests.tiny_models import build_tiny_base, tiny_tokenizer
@@ -24,23 +24,6 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Reader:
     (folder / "chat_template.jinja").write_text(CONTENT_ONLY)
     base = load_base(str(folder), name="tiny", device="cpu", dtype="float32", max_model_len=LENGTH)
     return Reader(base, num_slots=len(QUESTIONS))
-
-
-@pytest.mark.parametrize("period", [1, 2, 3, 17, MAX_PERIOD])
-def test_an_answer_whose_end_repeats_is_a_loop(period: int) -> None:
-    before = list(range(100, 150))
-    end = (list(range(period)) * LOOP_LENGTH)[:LOOP_LENGTH]
-    assert is_loop(before + end)
-    assert not is_loop([*before, *end[:-1], 99]), "it ends by another token"
-    assert not is_loop(end[1:]), "it is shorter than a loop"
-
-
-def test_a_period_that_is_too_long_is_no_loop() -> None:
-    assert not is_loop(list(range(MAX_PERIOD + 1)) * 4)
-
-
-def test_a_list_whose_numbers_go_up_is_no_loop() -> None:
-    assert not is_loop([token for number in range(30) for token in (1000 + number, 1, 2, 3)])
 
 
 def test_loops_are_counted() -> None:
