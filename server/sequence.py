@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Doubles = NDArray[np.float64]
 
 
 class FinishReason(Enum):
@@ -21,7 +27,8 @@ class SamplingParams:
     """How the next token is chosen. ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off.
 
     ``processors`` are names and values of logits processors (``model/logits/registry.py``). ``num_logprobs`` asks for
-    log probabilities: of the chosen token, and of this number of most likely tokens.
+    log probabilities: of the chosen token, and of this number of most likely tokens. ``num_prompt_logprobs`` asks for
+    those of each prompt token but the first, ``embedding`` for the mean of the prompt's last hidden states.
     """
 
     temperature: float = 1.0
@@ -31,6 +38,13 @@ class SamplingParams:
     seed: int | None = None
     processors: tuple[tuple[str, Any], ...] = ()
     num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
+    embedding: bool = False
+
+    @property
+    def needs_every_row(self) -> bool:
+        """Whether each row of the prompt has a result, so that no prefix can be reused."""
+        return self.embedding or self.num_prompt_logprobs is not None
 
     @property
     def greedy(self) -> bool:
@@ -53,6 +67,8 @@ class Sequence:
     The deltas of ``adapters`` are added to the base; the base alone has none. ``cache_namespace`` is a digest of API
     key and cache salt: KV prefixes and n-grams are shared only within it. ``num_computed`` counts the tokens whose keys
     and values are in the slot, ``num_cached`` those that were reused. ``seed`` is the requested or a random one.
+    With ``max_tokens`` 0 the sequence ends when its prompt is computed. ``hidden_sum`` [hidden] is the sum of the last
+    hidden states of the computed rows, if the sequence asks for an embedding.
     """
 
     id: int
@@ -66,10 +82,11 @@ class Sequence:
     num_computed: int = 0
     num_cached: int = 0
     slot: int | None = None
+    hidden_sum: Doubles | None = None
     seed: int = field(init=False)
 
     def __post_init__(self) -> None:
-        assert self.prompt_ids and self.max_tokens > 0
+        assert self.prompt_ids and (self.max_tokens > 0 or (self.max_tokens == 0 and self.params.needs_every_row))
         self.seed = secrets.randbits(64) if self.params.seed is None else self.params.seed
 
     @property
@@ -99,7 +116,8 @@ class Sequence:
 class Segment:
     """The rows of one sequence in a batch: positions ``start`` to ``start + length``, in KV slot ``slot``.
 
-    The last rows may be ``drafts``: proposed tokens behind the last known token.
+    The last rows may be ``drafts``: proposed tokens behind the last known token. With ``every_row`` each row of the
+    prompt has a result: a log probability, or a part of the embedding.
     """
 
     sequence: Sequence
@@ -107,6 +125,7 @@ class Segment:
     start: int
     length: int
     drafts: tuple[int, ...] = ()
+    every_row: bool = False
 
     @property
     def end(self) -> int:
@@ -116,12 +135,24 @@ class Segment:
     @property
     def samples(self) -> bool:
         """Whether the segment reaches the last known token. Its row, and the row of each draft, then yield a token."""
-        return self.end == self.sequence.num_tokens
+        return self.end == self.sequence.num_tokens and self.sequence.max_tokens > 0
 
     @property
     def num_sampled(self) -> int:
         """Rows that yield a token, the last ones of the segment."""
         return 1 + len(self.drafts) if self.samples else 0
+
+    @property
+    def num_scored(self) -> int:
+        """Rows with the log probability of the prompt token behind them, the first ones of the segment."""
+        if not self.every_row or self.sequence.params.num_prompt_logprobs is None:
+            return 0
+        return min(self.end, len(self.sequence.prompt_ids) - 1) - self.start
+
+    @property
+    def num_logits(self) -> int:
+        """Rows whose logits are needed."""
+        return self.num_sampled + (self.num_scored if self.every_row else 0)
 
     @property
     def ids(self) -> list[int]:
@@ -133,20 +164,26 @@ class SampledToken(NamedTuple):
     """A sampled token; if its sequence asks for log probabilities, with its own and those of the most likely tokens.
 
     They are the model's, before processors, temperature and filters. ``top_logprobs`` are (id, log probability) pairs,
-    most likely first.
+    most likely first. ``rank`` is that of a prompt token; 1 is the most likely.
     """
 
     id: int
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
+    rank: int | None = None
 
 
 class SampleRow(NamedTuple):
-    """A row to sample from: output token ``number`` of a sequence; ``given`` is the draft before it, if any."""
+    """A row to sample from: output token ``number`` of a sequence; ``given`` is the draft before it, if any.
+
+    A row of a prompt that asks for log probabilities is not sampled from: its token is ``known``, the next of the
+    prompt.
+    """
 
     sequence: Sequence
     number: int
     given: int | None = None
+    known: int | None = None
 
 
 @dataclass(frozen=True)
@@ -171,10 +208,15 @@ KVOperation = CopyPrefix | ReleaseTail
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows of one step, segment after segment. ``kv_ops`` are applied before the forward pass, in order."""
+    """The rows of one step, segment after segment. ``kv_ops`` are applied before the forward pass, in order.
+
+    After the forward pass ``hidden_sums`` are the sums of the last hidden states, [hidden] by sequence id, of the
+    segments whose sequences ask for an embedding.
+    """
 
     segments: tuple[Segment, ...]
     kv_ops: tuple[KVOperation, ...] = ()
+    hidden_sums: Mapping[int, Doubles] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert self.segments
@@ -186,23 +228,34 @@ class Batch:
 
     @property
     def draws(self) -> list[SampleRow]:
-        """The token to sample from each row of the logits."""
-        return [
-            SampleRow(segment.sequence, len(segment.sequence.output_ids) + place, given)
-            for segment in self.segments
-            if segment.samples
-            for place, given in enumerate((None, *segment.drafts))
-        ]
+        """The token of each row of the logits: to sample, or known."""
+        draws: list[SampleRow] = []
+        for segment in self.segments:
+            sequence = segment.sequence
+            if segment.every_row:
+                following = sequence.prompt_ids[segment.start + 1 : segment.start + 1 + segment.num_scored]
+                draws += (SampleRow(sequence, 0, known=token_id) for token_id in following)
+            if segment.samples:
+                number = len(sequence.output_ids)
+                for place, given in enumerate((None, *segment.drafts)):
+                    draws.append(SampleRow(sequence, number + place, given))
+        return draws
 
 
 @dataclass(frozen=True)
 class StepOutput:
-    """A token of a sequence, its end, or both; a step may yield several. ``failed`` is the reason of a failure."""
+    """A token of a sequence, its end, or both; a step may yield several. ``failed`` is the reason of a failure.
+
+    ``prompt`` are prompt tokens of the step with their log probabilities, ``embedding`` [hidden] is the mean of the
+    prompt's last hidden states: for a sequence that asks for them.
+    """
 
     sequence_id: int
     token: SampledToken | None
     finish_reason: FinishReason | None = None
     failed: str | None = None
+    prompt: tuple[SampledToken, ...] = ()
+    embedding: Doubles | None = None
 
     @property
     def last(self) -> bool:

@@ -37,6 +37,7 @@ from server.metrics import Metrics
 from server.model.device import available_threads
 from server.model.kv_cache import KVLayout, num_slots_within
 from server.model.loader import Base, load_base
+from server.model.logprobs import max_scored_rows
 from server.model.runner import ModelRunner
 from server.model.sampler import Sampler
 from server.settings import Settings
@@ -136,6 +137,7 @@ def build(settings: Settings) -> Service:
         max_prefill_tokens=settings.max_prefill_tokens,
         slots=slots,
         max_draft_tokens=0 if settings.speculation == "none" else settings.max_draft_tokens,
+        max_scored_rows=max_scored_rows(base.vocab_size),
     )
     runner = _runner(base, slots.num_slots, settings.adapter_memory)
     engine = AsyncEngine(Engine(scheduler, runner, Sampler(), metrics), max_queued_seqs=settings.max_queued_seqs)

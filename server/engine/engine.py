@@ -18,9 +18,9 @@ class Runner(Protocol):
     """The model as the engine sees it: ``model.runner.ModelRunner``, or a script in tests."""
 
     def run(self, batch: Batch) -> tuple[torch.Tensor, Batch]:
-        """Logits of the rows that yield a token, [len(draws), vocab], and the batch in the order of its ``draws``.
+        """Logits of the batch's draws, [len(draws), vocab], and the batch in the order of the logits.
 
-        The returned batch may have its segments in another order.
+        The returned batch may have its segments in another order, and has the sums of hidden states that are asked for.
         """
         ...
 

@@ -8,12 +8,17 @@ rows are limited, so that a long prompt cannot make steps slow. The remaining bu
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
+
+import numpy as np
 
 from server.engine.slots import SlotTable
 from server.engine.speculation import Speculation
 from server.integrity import ensure
-from server.sequence import Batch, FinishReason, SampledToken, Segment, Sequence, StepOutput
+from server.sequence import Batch, Doubles, FinishReason, SampledToken, Segment, Sequence, StepOutput
+
+DEFAULT_SCORED_ROWS = 128
 
 
 class Scheduler:
@@ -21,7 +26,8 @@ class Scheduler:
 
     ``max_prefill_tokens`` limits the prompt rows of a step with decoding sequences. Without ``slots`` there is one slot
     for each of ``max_num_seqs`` sequences, and no prefix reuse. ``max_draft_tokens`` limits the drafts of a sequence in
-    a step; 0 turns speculation off.
+    a step; 0 turns speculation off. ``max_scored_rows`` limits the rows of a step whose logits are needed for prompt
+    log probabilities.
     """
 
     def __init__(
@@ -32,11 +38,13 @@ class Scheduler:
         max_model_len: int,
         max_prefill_tokens: int | None = None,
         max_draft_tokens: int = 0,
+        max_scored_rows: int = DEFAULT_SCORED_ROWS,
         slots: SlotTable | None = None,
     ) -> None:
         self.max_num_seqs, self.max_model_len = max_num_seqs, max_model_len
         self.max_num_batched_tokens = max(max_num_batched_tokens, max_num_seqs + 1)
         self.max_prefill_tokens = max_prefill_tokens or self.max_num_batched_tokens
+        self.max_scored_rows = max_scored_rows
         self.slots = slots or SlotTable(max_num_seqs, max_len=max_model_len)
         assert self.slots.num_slots >= max_num_seqs and self.slots.max_len == max_model_len
         self.speculation: Speculation | None = None
@@ -50,8 +58,9 @@ class Scheduler:
         return not self.waiting and not self.running
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence, whose prompt must leave room for at least one token."""
-        ensure(len(sequence.prompt_ids) < self.max_model_len, "a prompt leaves no room for an output token")
+        """Queue a sequence, whose prompt must leave room for at least one token if it generates any."""
+        room = self.max_model_len - len(sequence.prompt_ids)
+        ensure(room >= min(sequence.max_tokens, 1), "a prompt leaves no room for an output token")
         self.waiting.append(sequence)
 
     def abort(self, sequence_id: int) -> None:
@@ -106,15 +115,21 @@ class Scheduler:
     def schedule(self) -> Batch:
         """The next step's rows: decoding sequences, then prompt chunks."""
         self._admit()
-        budget = self.max_num_batched_tokens
+        budget, scored_budget = self.max_num_batched_tokens, self.max_scored_rows
         segments: list[Segment] = []
         for sequence in sorted(self.running.values(), key=lambda sequence: not sequence.decoding):
-            if not sequence.decoding and segments and segments[-1].sequence.decoding:
-                budget = min(budget, self.max_prefill_tokens)  # the first prompt, behind decoding sequences
+            every_row = False
+            if not sequence.decoding:
+                if segments and segments[-1].sequence.decoding:
+                    budget = min(budget, self.max_prefill_tokens)  # the first prompt, behind decoding sequences
+                every_row = sequence.params.needs_every_row
             length = min(sequence.num_uncomputed, budget)
+            if every_row and sequence.params.num_prompt_logprobs is not None:
+                length = min(length, scored_budget)
+                scored_budget -= length
             if length:
                 assert sequence.slot is not None
-                segments.append(Segment(sequence, sequence.slot, sequence.num_computed, length))
+                segments.append(Segment(sequence, sequence.slot, sequence.num_computed, length, every_row=every_row))
                 budget -= length
         if self.speculation is not None and budget:
             segments = self.speculation.add_drafts(segments, room=budget)
@@ -126,9 +141,12 @@ class Scheduler:
         remaining = deque(sampled)
         outputs: list[StepOutput] = []
         for segment in batch.segments:
-            tokens = [remaining.popleft() for _ in range(segment.num_sampled)]
+            tokens = [remaining.popleft() for _ in range(segment.num_logits)]
             segment.sequence.num_computed = segment.end
-            outputs += self._accept(segment, tokens) if tokens else ()
+            if segment.every_row:
+                outputs += self._accept_prompt(segment, tokens, batch.hidden_sums)
+            elif tokens:
+                outputs += self._accept(segment, tokens)
         ensure(not remaining, "more tokens were sampled than rows yield")
         return outputs
 
@@ -151,6 +169,28 @@ class Scheduler:
             self.waiting.remove(sequence)
             self.slots.allocate(sequence)
 
+    def _accept_prompt(
+        self, segment: Segment, tokens: list[SampledToken | None], hidden_sums: Mapping[int, Doubles]
+    ) -> list[StepOutput]:
+        """The results of a prompt's rows, and the token behind the prompt if one is sampled."""
+        sequence = segment.sequence
+        scored = tuple(token for token in tokens[: segment.num_scored] if token is not None)
+        if sequence.params.embedding:
+            before = sequence.hidden_sum
+            new = hidden_sums[sequence.id]
+            sequence.hidden_sum = new if before is None else before + new
+        is_finite = sequence.hidden_sum is None or bool(np.isfinite(sequence.hidden_sum).all())
+        if len(scored) < segment.num_scored or not is_finite:
+            return [self._fail_not_finite(sequence, "the results of the prompt are NaN or infinite")]
+        if segment.samples:
+            first, *others = self._accept(segment, tokens[segment.num_scored :])
+            return [replace(first, prompt=scored), *others]
+        if not sequence.decoding:
+            return [StepOutput(sequence.id, None, prompt=scored)] if scored else []
+        self._finish(sequence)
+        embedding = None if sequence.hidden_sum is None else sequence.hidden_sum / len(sequence.prompt_ids)
+        return [StepOutput(sequence.id, None, FinishReason.LENGTH, prompt=scored, embedding=embedding)]
+
     def _accept(self, segment: Segment, tokens: list[SampledToken | None]) -> list[StepOutput]:
         """Append the first token, and the token behind each draft that equals the token sampled in its place."""
         sequence = segment.sequence
@@ -166,14 +206,17 @@ class Scheduler:
 
     def _append(self, sequence: Sequence, token: SampledToken | None) -> StepOutput:
         if token is None:
-            sequence.num_computed = 0  # its keys and values may be NaN as well: nothing of the slot is reused
-            self._finish(sequence)
-            return StepOutput(sequence.id, None, failed="the logits of the next token are NaN or infinite")
+            return self._fail_not_finite(sequence, "the logits of the next token are NaN or infinite")
         sequence.output_ids.append(token.id)
         reason = self._finish_reason(sequence, token.id)
         if reason is not None:
             self._finish(sequence)
         return StepOutput(sequence.id, token, reason)
+
+    def _fail_not_finite(self, sequence: Sequence, reason: str) -> StepOutput:
+        sequence.num_computed = 0  # its keys and values may be NaN as well: nothing of the slot is reused
+        self._finish(sequence)
+        return StepOutput(sequence.id, None, failed=reason)
 
     def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
         if token_id in sequence.eos_ids:

@@ -136,7 +136,7 @@ class SlotTable:
 
         The wait costs nothing, because prompts are computed in order of arrival.
         """
-        if not self.reuses:
+        if not self.reuses or sequence.params.needs_every_row:
             return False
         awaited = self._waiting_for.get(sequence.id)
         if awaited is not None:
@@ -161,9 +161,12 @@ class SlotTable:
         self._waiting_for.pop(sequence_id, None)
 
     def allocate(self, sequence: Sequence) -> None:
-        """Assign a slot to a sequence, with the cached prefix of its prompt. ``can_allocate`` must be true."""
+        """Assign a slot to a sequence, with the cached prefix of its prompt. ``can_allocate`` must be true.
+
+        A sequence that needs every row reuses nothing; later ones may reuse its prefix.
+        """
         prefix = Prefix.of(sequence, len(sequence.prompt_ids))
-        source, length = self._longest(prefix)
+        source, length = (None, 0) if sequence.params.needs_every_row else self._longest(prefix)
         reserved = self._reserve(sequence)
         target = self._choose(source, length, reserved)
         if target.num_touched > reserved:

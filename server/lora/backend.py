@@ -38,25 +38,26 @@ class AdapterRun:
 class BatchAdapters:
     """The adapters of the rows of the current step.
 
-    Most modules receive all rows, the head only the sampled ones. ``active``: whether any row has an adapter.
+    Most modules receive all rows, the head only those whose logits are needed. ``active``: whether any row has an
+    adapter.
     """
 
     def __init__(self) -> None:
         self.active = False
-        self.num_rows = self.num_sampled = 0
+        self.num_rows = self.num_logits = 0
         self._runs: dict[int, Sequence[AdapterRun]] = {}
 
     def begin(self, segments: Sequence[Segment]) -> None:
         """Set the segments of a step, in the order of their rows."""
         rows = [segment.length for segment in segments]
-        sampled = [segment.num_sampled for segment in segments]
-        self.num_rows, self.num_sampled = sum(rows), sum(sampled)
+        needed = [segment.num_logits for segment in segments]
+        self.num_rows, self.num_logits = sum(rows), sum(needed)
         self.active = any(segment.sequence.adapters for segment in segments)
-        self._runs = {self.num_sampled: (), self.num_rows: ()}
+        self._runs = {self.num_logits: (), self.num_rows: ()}
         if self.active:
             self._runs[self.num_rows] = _runs(segments, rows)
-            if self.num_sampled != self.num_rows:
-                self._runs[self.num_sampled] = _runs(segments, sampled)
+            if self.num_logits != self.num_rows:
+                self._runs[self.num_logits] = _runs(segments, needed)
 
     def runs(self, num_rows: int) -> Sequence[AdapterRun]:
         """The runs of a module that received ``num_rows`` rows."""

@@ -68,7 +68,7 @@ class NativeLoRA:
         self._kept: dict[str, list[torch.Tensor]] = {}
         self._no_replay: set[str] = set()
         size = TASK_HEADER_SIZE + TASK_SIZE * _ADAPTERS_OF_SEQUENCE * max_seqs
-        self._task_tables = [torch.zeros(size, dtype=torch.long) for _ in range(2)]  # of all rows, of those sampled
+        self._task_tables = [torch.zeros(size, dtype=torch.long) for _ in range(2)]  # of all rows, of the head's
         self._low = torch.empty(0, dtype=torch.uint8)
         self._max_linears = max((len(outputs) for _, outputs in packed_linears), default=1)
 
@@ -146,7 +146,7 @@ class NativeLoRA:
         """Rows without an adapter first, then those of each adapter."""
         ordered = replace(batch, segments=tuple(sorted(batch.segments, key=lambda segment: segment.sequence.adapters)))
         self.batch.begin(ordered.segments)
-        counts = dict.fromkeys((self.batch.num_rows, self.batch.num_sampled))  # one table if all rows are sampled
+        counts = dict.fromkeys((self.batch.num_rows, self.batch.num_logits))  # one table if the head gets all rows
         tables = [LoRATaskTable(self.batch.runs(count), self._indices, self._ranks) for count in counts]
         num_bytes = _LINE + max(table.num_bytes(self._max_linears) for table in tables)
         if self._low.nbytes < num_bytes:
@@ -168,11 +168,11 @@ class NativeLoRA:
         """Address of the task table of a module that received ``num_rows`` rows; 0 if no row has an adapter."""
         if not self.active:
             return 0
-        of_all_rows, of_sampled_rows = self._task_tables
+        of_all_rows, of_head_rows = self._task_tables
         if num_rows == self.batch.num_rows:
             return of_all_rows.data_ptr()
-        ensure(num_rows == self.batch.num_sampled, f"a module got {num_rows} of {self.batch.num_rows} rows")
-        return of_sampled_rows.data_ptr()
+        ensure(num_rows == self.batch.num_logits, f"a module got {num_rows} of {self.batch.num_rows} rows")
+        return of_head_rows.data_ptr()
 
     def check_integrity(self, digests: Iterable[str], modules: Iterable[str]) -> None:
         ensure(self._indices.keys() == set(digests), "tables have other adapters than there are")

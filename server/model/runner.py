@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +19,7 @@ from server.lora.transfer import to_device
 from server.lora.weights import LoRAWeights
 from server.model.attention.interface import AttentionBackend, BackendFactory, FlatAttention, attention_segments
 from server.model.fused_ops import last_mlp
+from server.model.hidden_states import hidden_sums, last_hidden_states
 from server.model.kv_cache import AttentionMetadata, KVCache, LayerShape, slots_and_positions
 from server.model.loader import Base
 from server.model.patches import ModelPatches
@@ -98,34 +101,40 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> tuple[torch.Tensor, Batch]:
-        """Logits of the rows that yield a token, [len(draws), vocab], and the batch in the order of the logits.
+        """Logits of the batch's draws, [len(draws), vocab], and the batch in the order of the logits.
 
-        Segments are sorted into the order in which their adapters are computed fastest.
+        Segments are sorted into the order in which their adapters are computed fastest. Sums of hidden states are put
+        into the returned batch.
         """
         batch = self.bank.begin_sorted(batch)
         backend = self.attention_backend
         backend.prepare_slots(batch)
         segments = attention_segments(batch.segments, backend.max_single_rows)
         ids = [token for segment in batch.segments for token in segment.ids]
-        slots, positions, input_ids, sampled = to_device(
-            self.model.device, *slots_and_positions(segments), ids, _sampled_rows(batch.segments)
+        slots, positions, input_ids, needed = to_device(
+            self.model.device, *slots_and_positions(segments), ids, _needed_rows(batch.segments)
         )
         metadata = AttentionMetadata(segments, slots, positions)
         backend.begin(metadata)
         if self.graphs is not None:
             self.graphs.begin(metadata)
+        embeds = any(segment.every_row and segment.sequence.params.embedding for segment in batch.segments)
         if self._last_mlp is not None:  # in a prompt, the greater part of the last layer
-            self._last_mlp.needed_rows = sampled if any(segment.length > 1 for segment in segments) else None
+            skips = not embeds and any(segment.length > 1 for segment in segments)
+            self._last_mlp.needed_rows = needed if skips else None
         try:
-            output = self.model(
-                input_ids=input_ids[None],
-                position_ids=positions[None],
-                use_cache=False,
-                logits_to_keep=sampled,
-            )
+            with last_hidden_states(self.model) if embeds else nullcontext() as hidden:
+                output = self.model(
+                    input_ids=input_ids[None],
+                    position_ids=positions[None],
+                    use_cache=False,
+                    logits_to_keep=needed,
+                )
         except BaseException:
             self._forget_activations()
             raise
+        if hidden is not None:
+            batch = replace(batch, hidden_sums=hidden_sums(hidden.states, batch.segments))
         logits: torch.Tensor = output.logits[0]
         return logits, batch
 
@@ -161,11 +170,13 @@ def _lora_backend(
     return NativeLoRA(list(modules), linears_with_deltas(modules), kernels=kernels, max_seqs=max_seqs)
 
 
-def _sampled_rows(segments: Sequence[Segment]) -> list[int]:
-    """Rows that yield a token: the last ones of each segment."""
+def _needed_rows(segments: Sequence[Segment]) -> list[int]:
+    """Rows whose logits are needed: of each segment those of prompt tokens first, those that yield a token last."""
     rows: list[int] = []
     row = 0
     for segment in segments:
+        if segment.every_row:
+            rows += range(row, row + segment.num_scored)
         row += segment.length
         rows += range(row - segment.num_sampled, row)
     return rows

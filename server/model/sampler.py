@@ -13,7 +13,7 @@ import torch
 from server.model.categorical import largest
 from server.model.drawing import draw_tokens
 from server.model.logits.registry import LogitsProcessing
-from server.model.logprobs import add_logprobs
+from server.model.logprobs import add_logprobs, score
 from server.sequence import SampledToken, SampleRow
 
 
@@ -28,6 +28,15 @@ class Sampler:
 
         None where the row is not finite, and behind a draft that differs from the sampled token.
         """
+        scored = [row for row, draw in enumerate(draws) if draw.known is not None]
+        if not scored:
+            return self._sample(logits, draws)
+        others = [row for row, draw in enumerate(draws) if draw.known is None]
+        tokens = dict(zip(others, self._sample(logits[others], [draws[row] for row in others]), strict=True))
+        tokens |= zip(scored, score(logits[scored], [draws[row] for row in scored]), strict=True)
+        return [tokens[row] for row in range(len(draws))]
+
+    def _sample(self, logits: torch.Tensor, draws: SequenceOf[SampleRow]) -> list[SampledToken | None]:
         if not draws:
             return []
         raw_logits = logits.float()
