@@ -1,7 +1,7 @@
 """Errors as HTTP: the only place that knows the status, type and code of each error.
 
 Bodies are OpenAI's envelope, ``{"error": {"message", "type", "param", "code"}}``, made by one function for responses
-and for stream events. Of the request they repeat names of fields only.
+and for stream events; ``envelopes`` has the forms of other APIs. Of the request they repeat names of fields only.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
+from starlette.types import Scope
 
+from server.api.envelopes import error_in_form_of, request_id_header
 from server.errors import (
     AdapterNotLoaded,
     AdapterPending,
@@ -105,8 +107,11 @@ class Reply:
     body: dict[str, Any]
     headers: dict[str, str] = field(default_factory=dict)
 
-    def response(self) -> Response:
-        return JSONResponse(self.body, self.status, self.headers)
+    def response(self, scope: Scope) -> Response:
+        """The response to the request with this ASGI scope, in the form of the API that it called."""
+        path, request_id = scope["path"], scope["state"]["request_id"]
+        body = error_in_form_of(path, self.body, status=self.status, request_id=request_id)
+        return JSONResponse(body, self.status, {**self.headers, **request_id_header(path, request_id)})
 
 
 def error_body(message: str, *, type: str, code: str | None, param: str | None = None) -> dict[str, Any]:
@@ -147,17 +152,18 @@ async def _on_known_error(request: Request, error: Exception) -> Response:
     reply = reply_to(error, request_id=request.state.request_id)
     if reply.status >= INTERNAL.status:
         _log.error("request_id=%s %s: %s", request.state.request_id, type(error).__name__, error)
-    return reply.response()
+    return reply.response(request.scope)
 
 
 async def _on_invalid_body(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return reply_to(invalid_request(error.errors()[0]), request_id=request.state.request_id).response()
+    reply = reply_to(invalid_request(error.errors()[0]), request_id=request.state.request_id)
+    return reply.response(request.scope)
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return http_reply(error.status_code, error.headers).response()
+    return http_reply(error.status_code, error.headers).response(request.scope)
 
 
 async def _on_client_gone(request: Request, error: Exception) -> Response:
@@ -181,10 +187,16 @@ def invalid_request(detail: Mapping[str, Any]) -> InvalidRequest:
 
 
 def param_path(location: Iterable[str | int]) -> str | None:
-    """``("body", "messages", 2, "content")`` as ``messages[2].content``; None for the body itself."""
+    """``("body", "messages", 2, "content")`` as ``messages[2].content``; None for the body itself.
+
+    A step in parentheses is no field: it is how a union names the model that was chosen for a value.
+    """
     path = ""
     for step in list(location)[1:]:
-        path += f"[{step}]" if isinstance(step, int) else f".{step}"
+        if isinstance(step, int):
+            path += f"[{step}]"
+        elif not step.startswith("("):
+            path += f".{step}"
     return path.removeprefix(".")[:_MAX_PARAM_LENGTH] or None
 
 

@@ -38,7 +38,7 @@ class RequestMiddleware:
         scope.setdefault("state", {}).update(request_id=exchange.request_id, arrived=time.perf_counter())
         status = self._refusal(scope, headers)
         if status is not None:
-            await http_reply(status).response()(scope, receive, exchange.send)
+            await http_reply(status).response(scope)(scope, receive, exchange.send)
             return
         try:
             await self._app(scope, exchange.receive, exchange.send)
@@ -47,7 +47,7 @@ class RequestMiddleware:
                 raise
             _log.exception("request_id=%s failed", exchange.request_id)
             reply = reply_to(error, request_id=exchange.request_id)
-            await reply.response()(scope, receive, exchange.send)
+            await reply.response(scope)(scope, receive, exchange.send)
 
     def _refusal(self, scope: Scope, headers: Headers) -> int | None:
         """The HTTP status if the request is refused by its headers alone."""
