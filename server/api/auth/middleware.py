@@ -40,7 +40,7 @@ class AuthMiddleware:
             principal = self._authorize(scope)
         except QuickchangeError as error:
             reply = reply_to(error, request_id=scope["state"]["request_id"])
-            await reply.response()(scope, receive, send)
+            await reply.response(scope)(scope, receive, send)
             return
         scope["state"]["principal"] = principal
         await self._app(scope, receive, send)
