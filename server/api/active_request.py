@@ -15,7 +15,7 @@ from server.api.protocol import GenerationRequest
 from server.engine.async_engine import SubmittedSequence
 from server.metrics import BASE, Metrics
 from server.sequence import FinishReason, StepOutput
-from server.text.answer import AnswerParser, AnswerPart, ToolCallPart
+from server.text.answer import AnswerParser, AnswerPart, Reasoning, ToolCallPart
 from server.text.detokenizer import Detokenizer, TextPiece
 from server.text.repetition import is_loop
 from server.text.token_texts import TokenTexts
@@ -46,6 +46,7 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    reasoning_tokens: int = 0
 
     def as_json(self) -> dict[str, object]:
         """OpenAI's ``usage``."""
@@ -54,6 +55,7 @@ class Usage:
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            "completion_tokens_details": {"reasoning_tokens": self.reasoning_tokens},
         }
 
 
@@ -71,6 +73,7 @@ class Choice:
     last_token_at: float = 0.0
     finish_reason: FinishReason | None = None
     has_tool_call: bool = False
+    num_reasoning_tokens: int = 0
 
     def take(self, output: StepOutput) -> ChoiceDelta:
         """Convert a step's output to parts. A stop string ends the sequence; its later outputs are ignored."""
@@ -80,11 +83,18 @@ class Choice:
         if reason is not None:
             parts += self.parser.finish()
             self.sequence.close()
-        self.has_tool_call = self.has_tool_call or any(isinstance(part, ToolCallPart) for part in parts)
+        for part in parts:
+            self._note(part)
         if reason is FinishReason.STOP and self.has_tool_call:
             reason = FinishReason.TOOL_CALLS
         self.finish_reason = reason
         return ChoiceDelta(self.index, tuple(parts), reason, self.detokenizer.stop)
+
+    def _note(self, part: AnswerPart) -> None:
+        if isinstance(part, ToolCallPart):
+            self.has_tool_call = True
+        elif isinstance(part, Reasoning):
+            self.num_reasoning_tokens += len(part.tokens)
 
     def _text(self, output: StepOutput) -> TextPiece:
         """The text that is final after the output; an end token has none."""
@@ -197,7 +207,9 @@ class ActiveRequest:
         cached = [choice.sequence.num_cached for choice in self.choices]
         n = self.body.n
         num_cached = sum(min(cached[first : first + n]) for first in range(0, len(cached), n))
-        return Usage(self.num_prompt_tokens, sum(choice.num_tokens for choice in self.choices), num_cached)
+        num_tokens = sum(choice.num_tokens for choice in self.choices)
+        num_reasoning = sum(choice.num_reasoning_tokens for choice in self.choices)
+        return Usage(self.num_prompt_tokens, num_tokens, num_cached, num_reasoning)
 
     async def wait_for_first_output(self, timeout: float) -> None:
         """Wait at most ``timeout`` seconds. An error that arrives as the first output is raised as in ``deltas``."""

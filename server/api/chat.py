@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 from fastapi import APIRouter, Request
@@ -16,7 +17,9 @@ from server.api.generation import Prompts, leased, submit
 from server.api.protocol import ChatRequest
 from server.api.responses import close_unless_streamed, respond
 from server.api.state import ServerState, State
+from server.text.answer_format import PLAIN, AnswerFormat
 from server.text.prompt import PromptRenderer
+from server.text.reasoning import reasoning_format
 
 router = APIRouter()
 
@@ -46,10 +49,18 @@ async def start_chat(body: ChatRequest, http: Request, state: ServerState, stack
 def _render(body: ChatRequest, defaults: GenerationDefaults, base: PromptRenderer) -> Prompts:
     """In a thread: the conversation by the adapter's or the base's chat template."""
     renderer = base.for_adapter(defaults)
+    template = defaults.chat_template or renderer.chat_template
     messages = [message.model_dump(exclude_none=True) for message in body.messages]
     ids = renderer.chat(
         with_system_prompt(messages, defaults.system_prompt),
         template=defaults.chat_template,
         variables=defaults.chat_template_kwargs,
     )
-    return Prompts([ids], renderer, "messages")
+    return Prompts([ids], renderer, "messages", _answer_format(ids, renderer, template))
+
+
+def _answer_format(ids: Sequence[int], renderer: PromptRenderer, template: str | None) -> AnswerFormat:
+    reasoning = reasoning_format(template)
+    if reasoning is None:
+        return PLAIN
+    return AnswerFormat(reasoning, renderer.ends_inside(ids, reasoning.begin, reasoning.end))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Iterable
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, fields, replace
 from typing import TypeVar
@@ -17,7 +17,7 @@ from server.api.protocol import GenerationRequest
 from server.api.state import ServerState
 from server.errors import ContextLengthExceeded, InvalidRequest
 from server.sequence import SamplingParams
-from server.text.answer import AnswerParser, PlainParser
+from server.text.answer_format import PLAIN, AnswerFormat
 from server.text.detokenizer import Detokenizer
 from server.text.prompt import PromptRenderer
 
@@ -26,11 +26,15 @@ Number = TypeVar("Number", int, float)
 
 @dataclass(frozen=True)
 class Prompts:
-    """Token ids of each prompt, the renderer with the tokenizer, and the field of the body that has the prompts."""
+    """Token ids of each prompt, the renderer with the tokenizer, and the field of the body that has the prompts.
+
+    ``answers`` is what the answers to them look like.
+    """
 
     ids: list[list[int]]
     renderer: PromptRenderer
     field: str
+    answers: AnswerFormat = PLAIN
 
 
 @asynccontextmanager
@@ -68,11 +72,8 @@ def submit(
     lease: Lease | None,
     defaults: GenerationDefaults,
     prompts: Prompts,
-    new_parser: Callable[[], AnswerParser] = PlainParser,
 ) -> ActiveRequest:
-    """Queue ``n`` sequences for each prompt; ``new_parser`` finds the parts of each answer.
-
-    Raises ``ContextLengthExceeded``, ``QueueFull``, ``EngineUnavailable``."""
+    """Queue ``n`` sequences for each prompt. Raises ``ContextLengthExceeded``, ``QueueFull``, ``EngineUnavailable``."""
     lengths = [
         completion_length(
             len(prompt_ids),
@@ -89,6 +90,7 @@ def submit(
     log = RequestLog(state.metrics, http.state.request_id, http.state.arrived)
     token_texts = None if body.num_logprobs is None else prompts.renderer.token_texts
     request = ActiveRequest(body, lease, log, sum(map(len, prompts.ids)), token_texts)
+    decode = prompts.renderer.decoder(prompts.answers.markers)
     with ExitStack() as submitted:
         for prompt_ids, max_tokens in zip(prompts.ids, lengths, strict=True):
             for number in range(body.n):
@@ -103,8 +105,8 @@ def submit(
                     sink=request.sink(index),
                 )
                 submitted.callback(sequence.close)
-                detokenizer = Detokenizer(prompts.renderer.decode, stop, min_tokens=body.min_tokens or 0)
-                request.choices.append(Choice(index, sequence, detokenizer, eos_ids, new_parser()))
+                detokenizer = Detokenizer(decode, stop, min_tokens=body.min_tokens or 0)
+                request.choices.append(Choice(index, sequence, detokenizer, eos_ids, prompts.answers.parser()))
         submitted.pop_all()
     return request
 

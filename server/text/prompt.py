@@ -6,7 +6,7 @@ import copy
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import cached_property, partial
@@ -29,6 +29,8 @@ _Key = tuple[tuple[AddedToken, ...], bool]
 MAX_TOKENIZERS = 8
 """Tokenizers kept for adapters with added tokens; each takes as much memory as the base's."""
 
+_MARKER_TOKENS = 64
+"""Tokens at the end of a prompt in which a marker of several tokens is looked for."""
 _ADDED_TOKENS = '"added_tokens":'
 _MAX_TEMPLATE_MESSAGE = 300
 _MAX_TEMPLATE_SECONDS = 2.0
@@ -209,6 +211,24 @@ class PromptRenderer:
             special_ids=self._special_ids,
             context_ids=self._tokenizer("a", add_special_tokens=False)["input_ids"],
         )
+
+    def ends_inside(self, ids: Sequence[int], begin: str, end: str) -> bool:
+        """Whether a prompt ends behind ``begin`` and before ``end``, markers such as those of reasoning."""
+        tokens = (self.end_token_id(begin), self.end_token_id(end))
+        if None not in tokens:
+            begun, ended = (len(ids) - ids[::-1].index(token) if token in ids else 0 for token in tokens)
+            return begun > ended
+        text = self._decode(ids[-_MARKER_TOKENS:], self._hidden_ids)
+        return text.rfind(begin) > text.rfind(end)
+
+    def decoder(self, markers: Iterable[str]) -> Callable[[Sequence[int]], str]:
+        """A function like ``decode`` that shows the special tokens among ``markers``."""
+        shown = {token_id for marker in markers if (token_id := self.token_id(marker)) is not None}
+        return partial(self._decode, hidden=self._special_ids - shown) if shown else self.decode
+
+    def _decode(self, ids: Sequence[int], hidden: Set[int]) -> str:
+        shown = [token_id for token_id in ids if token_id not in hidden]
+        return str(self._tokenizer.decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, without special tokens."""

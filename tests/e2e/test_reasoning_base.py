@@ -89,13 +89,15 @@ def test_earlier_thoughts_are_cut_and_the_answer_is_asked_behind_an_opened_one(
     ]  # fmt: skip
     assert answer.usage.prompt_tokens == len(ids)
     if model == "tiny-r1":
-        assert answer.choices[0].message.content == stock_answer(base, ids)
+        assert answer.choices[0].message.reasoning_content == stock_answer(base, ids).strip()
+        assert answer.choices[0].message.content == ""
+        assert answer.usage.completion_tokens_details.reasoning_tokens == answer.usage.completion_tokens
 
 
-def test_the_end_of_a_thought_is_shown_and_can_be_a_stop_string(client: OpenAI, tokenizer: Tokenizer) -> None:
+def test_the_end_of_reasoning_is_not_shown_and_can_be_a_stop_string(client: OpenAI, tokenizer: Tokenizer) -> None:
     forced: dict[str, Any] = {"logit_bias": {str(token_id(tokenizer, END_THINK)): 100}, "max_tokens": 3}
     whole = ask(client, "tiny-r1", **forced).choices[0]
-    assert whole.message.content == 3 * END_THINK and whole.finish_reason == "length"
+    assert whole.message.content == 2 * END_THINK and whole.finish_reason == "length"  # the first ends the reasoning
     cut = ask(client, "tiny-r1", **forced, stop=END_THINK).choices[0]
     assert cut.message.content == "" and cut.finish_reason == "stop"
 
@@ -109,13 +111,15 @@ def test_the_end_token_of_the_base_ends_an_answer_unseen(client: OpenAI, tokeniz
 
 @pytest.mark.parametrize("model", ["tiny-r1", "fox"])
 def test_a_stream_says_what_the_whole_answer_says(client: OpenAI, model: str) -> None:
-    whole = ask(client, model, **GREEDY).choices[0].message.content
-    chunks = ask(client, model, **GREEDY, stream=True)
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole
+    whole = ask(client, model, **GREEDY).choices[0].message
+    deltas = [chunk.choices[0].delta for chunk in ask(client, model, **GREEDY, stream=True)]
+    assert "".join(delta.content or "" for delta in deltas) == whole.content
+    reasoning = "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas)
+    assert reasoning == getattr(whole, "reasoning_content", "")
 
 
 def test_the_adapter_answers_otherwise_than_the_base(client: OpenAI) -> None:
-    answers = {ask(client, model, **GREEDY).choices[0].message.content for model in ("tiny-r1", "fox")}
+    answers = {str(ask(client, model, **GREEDY).choices[0].message) for model in ("tiny-r1", "fox")}
     assert len(answers) == 2
 
 

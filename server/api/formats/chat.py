@@ -82,7 +82,7 @@ def _delta(part: AnswerPart) -> Json:
     if isinstance(part, Content):
         return {"content": part.text}
     if isinstance(part, Reasoning):
-        return {"reasoning_content": part.text}
+        return {"reasoning_content": part.text, "reasoning": part.text}
     return {"tool_calls": [_call_delta(part)]}
 
 
@@ -97,7 +97,7 @@ def _call_delta(part: ToolCallPart) -> Json:
 def _message(answer: WholeAnswer) -> Json:
     message: Json = {"role": "assistant", "content": answer.content, "refusal": None}
     if answer.reasoning:
-        message["reasoning_content"] = answer.reasoning
+        message["reasoning_content"] = message["reasoning"] = answer.reasoning
     if answer.tool_calls:
         message["content"] = answer.content or None
         message["tool_calls"] = [_call(call) for call in answer.tool_calls]
