@@ -1,4 +1,7 @@
-# docker build -t quickchange . && docker run --rm -p 127.0.0.1:8000:8000 -v "$PWD/adapters:/adapters" quickchange
+# docker build -t quickchange .
+# docker run --rm -p 127.0.0.1:8000:8000 -v "$PWD/adapters:/adapters" -e QUICKCHANGE_API_KEY=A-SECRET-OF-YOUR-OWN quickchange
+# The server listens on all addresses of the container, and so needs a key: QUICKCHANGE_API_KEY, or a file of keys as
+# QUICKCHANGE_API_KEYS. QUICKCHANGE_ALLOW_UNAUTHENTICATED=true does without, where only this machine reaches the port.
 
 FROM python:3.11-slim AS build
 # PyTorch's index of CPU builds; empty takes torch from PyPI.

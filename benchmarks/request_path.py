@@ -29,6 +29,7 @@ import uvicorn
 
 from base_files.names import BASE_MODEL_HELP, EMBEDDED_BASE, base_name
 from benchmarks.parts.bases import HELPDESKS, base_argument
+from server.api.auth.middleware import Access
 from server.cli.serve import build, uvicorn_config
 from server.settings import Settings
 
@@ -206,7 +207,7 @@ async def _serve(server: uvicorn.Server, tracer: Tracer, model: str, max_tokens:
 def trace_request(settings: Settings, model: str, *, max_tokens: int = 32) -> RequestPath:
     """Serve, warm up, and trace one request to ``model``."""
     with Tracer() as tracer:
-        config = uvicorn_config(build(settings))
+        config = uvicorn_config(build(settings, Access()))
         config.port = 0
         asyncio.run(_serve(uvicorn.Server(config), tracer, model, max_tokens))
     return tracer.path

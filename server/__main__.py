@@ -1,4 +1,6 @@
-"""``python -m server`` and the console script ``quickchange``: serve (the default), chat, adapters, base, train."""
+"""``python -m server`` and the console script ``quickchange``: serve (the default), chat, adapters, keys,
+base, train.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +17,7 @@ usage: quickchange [serve] [--SETTING VALUE ...]            serve the base and i
        quickchange chat [--adapter NAME] ["one question"]   chat with a running or a temporary server
        quickchange adapters [list|check|pin|unpin|rollback|add|convert]
                                                             list, check and manage adapters (--help explains each)
+       quickchange keys new LABEL                           make an API key (--help explains)
        quickchange base [list|get]                          list and fetch base models that need no hub
        quickchange train RECIPE.yaml [...]                  train an adapter (the same as python -m trainer train)
 """
@@ -38,6 +41,12 @@ def adapters(arguments: Sequence[str]) -> int:
     return main(arguments)
 
 
+def keys(arguments: Sequence[str]) -> int:
+    from server.cli.keys import main
+
+    return main(arguments)
+
+
 def base(arguments: Sequence[str]) -> int:
     from server.cli.base import main
 
@@ -53,6 +62,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "serve": serve,
     "chat": chat,
     "adapters": adapters,
+    "keys": keys,
     "base": base,
     "train": train,
 }

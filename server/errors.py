@@ -8,6 +8,9 @@ QuickchangeError
 │   ├── ModelNotFound
 │   ├── InvalidKey
 │   ├── InsufficientPermissions
+│   ├── RateLimitExceeded
+│   ├── ConcurrencyLimitExceeded
+│   ├── TooManyWrongKeys
 │   └── AdminOff
 ├── ServiceError                the server cannot serve a correct request now, or failed
 │   ├── QueueFull
@@ -59,7 +62,12 @@ def without_paths(text: str) -> str:
 
 
 class QuickchangeError(Exception):
-    """The root. ``str(error)`` is a sentence for the person who can correct the cause."""
+    """The root. ``str(error)`` is a sentence for the person who can correct the cause.
+
+    ``retry_after`` is the time in seconds after which the same request may succeed, where the error knows it.
+    """
+
+    retry_after: float | None = None
 
 
 class RequestError(QuickchangeError):
@@ -124,6 +132,34 @@ class InsufficientPermissions(RequestError):
     def __init__(self, scope: str) -> None:
         self.scope = scope
         super().__init__(f"This API key may not do this: it does not have the scope '{scope}'.")
+
+
+class RateLimitExceeded(RequestError):
+    """The key has sent its requests of this minute."""
+
+    limit_name = "requests_per_minute"
+
+    def __init__(self, limit: int, *, retry_after: float) -> None:
+        self.limit, self.retry_after = limit, retry_after
+        super().__init__(f"This API key may send {limit} requests a minute, and has sent them. Try again later.")
+
+
+class ConcurrencyLimitExceeded(RequestError):
+    """The key has its maximum of requests running."""
+
+    limit_name = "max_concurrent"
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.retry_after = limit, 1.0
+        super().__init__(f"This API key may have {limit} requests running, and has them. Wait for one to end.")
+
+
+class TooManyWrongKeys(RequestError):
+    """Too many wrong API keys came from one address; a right one is not affected."""
+
+    def __init__(self, *, retry_after: float) -> None:
+        self.retry_after = retry_after
+        super().__init__("Too many wrong API keys came from this address. A right key is answered at once.")
 
 
 class AdminOff(RequestError):

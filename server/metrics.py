@@ -49,6 +49,14 @@ class Metrics:
         self.http_errors = self._counter(
             "quickchange_http_errors", "Requests refused or failed, by HTTP status.", ("status",)
         )
+        self.key_requests = self._counter(
+            "quickchange_key_requests", "Requests accepted, by the label of the API key.", ("key",)
+        )
+        self.key_refusals = self._counter(
+            "quickchange_key_refusals",
+            "Requests refused because of a limit of the API key, by its label and the limit.",
+            ("key", "limit"),
+        )
         self.prompt_tokens = self._counter("quickchange_prompt_tokens", "Prompt tokens of ended requests.", labels)
         self.cached_tokens = self._counter(
             "quickchange_prefix_cached_tokens",

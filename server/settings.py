@@ -123,9 +123,23 @@ class Settings(BaseSettings):
         description="Names of adapters, separated by commas, whose chat templates are used without "
         "trust_chat_templates.",
     )
+    api_key: SecretStr | None = Field(
+        None,
+        description="Key that every request needs, for inference and metrics; of `quickchange chat` too. Better set in "
+        "the environment, which other users cannot see.",
+    )
+    api_keys: Path | None = Field(
+        None,
+        description="File of API keys with scopes, adapters and limits (docs/security.md); read again at SIGHUP.",
+    )
+    allow_unauthenticated: bool = Field(
+        False,
+        description="Start without API keys on an address that other machines can reach.",
+    )
     admin_key: SecretStr | None = Field(
         None,
-        description="Key for loading, pinning and deleting adapters over HTTP. Default: these endpoints are off.",
+        description="Key for everything, also for loading, pinning and deleting adapters over HTTP. Default: these "
+        "endpoints need a key of scope admin.",
     )
     default_max_tokens: int = Field(
         512,
@@ -150,7 +164,7 @@ class Settings(BaseSettings):
             raise ValueError(f"base_model is empty: it is {BASE_MODEL_HELP}")
         return value
 
-    @field_validator("admin_key")
+    @field_validator("admin_key", "api_key")
     @classmethod
     def _long_enough(cls, value: SecretStr | None) -> SecretStr | None:
         if value is not None and len(value.get_secret_value()) < 16:

@@ -294,6 +294,12 @@ class AdapterWatcher:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 yield from sub_folders(folder, names)
 
+    async def read_aliases_again(self) -> None:
+        """Read the aliases now, whether or not their file changed."""
+        async with self._scanning:
+            self._aliases_state = None
+            await self._read_aliases_and_pins()
+
     async def _read_aliases_and_pins(self) -> None:
         """Read the aliases and the pins again where their files changed."""
         path = self.folders[0] / ALIASES_FILE

@@ -27,7 +27,7 @@ def create_app(state: ServerState, *, lifespan: Lifespan[FastAPI] | None = None)
     app = FastAPI(title="Quickchange", version=state.version, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.server = state
     install_error_handlers(app)
-    app.add_middleware(AuthMiddleware, access=state.access)
+    app.add_middleware(AuthMiddleware, access=state.access, metrics=state.metrics)
     app.add_middleware(RequestMiddleware, metrics=state.metrics)
     for router in (chat.router, completions.router, models.router, admin.router, operations):
         app.include_router(router)

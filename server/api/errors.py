@@ -7,6 +7,7 @@ and for stream events; ``envelopes`` has the forms of other APIs. Of the request
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,7 @@ from server.errors import (
     AdapterRejected,
     AdminOff,
     BaseModelRefused,
+    ConcurrencyLimitExceeded,
     ContextLengthExceeded,
     EngineUnavailable,
     GenerationFailed,
@@ -33,15 +35,19 @@ from server.errors import (
     ModelNotFound,
     QueueFull,
     QuickchangeError,
+    RateLimitExceeded,
     RequestError,
     SettingsError,
     StartFailed,
+    TooManyWrongKeys,
     UnsupportedParameter,
 )
 
 _log = logging.getLogger("quickchange.api")
 _CLIENT, _SERVER, _BUSY = "invalid_request_error", "server_error", "service_unavailable_error"
+_LIMITED = "rate_limit_error"
 _MAX_PARAM_LENGTH = 120
+_MAX_RETRY_AFTER = 60  # seconds: OpenAI's clients do not wait longer
 _CLIENT_CLOSED_REQUEST = 499
 
 
@@ -67,6 +73,9 @@ ERROR_REPLIES: Mapping[type[QuickchangeError], ErrorReply] = {
     ModelNotFound: ErrorReply(404, _CLIENT, "model_not_found"),
     InvalidKey: ErrorReply(401, _CLIENT, "invalid_api_key"),
     InsufficientPermissions: ErrorReply(403, _CLIENT, "insufficient_permissions"),
+    RateLimitExceeded: ErrorReply(429, _LIMITED, "rate_limit_exceeded"),
+    ConcurrencyLimitExceeded: ErrorReply(429, _LIMITED, "rate_limit_exceeded"),
+    TooManyWrongKeys: ErrorReply(429, _LIMITED, "rate_limit_exceeded"),
     AdminOff: ErrorReply(403, _CLIENT, "admin_off"),
     QueueFull: ErrorReply(503, _BUSY, "server_overloaded", retry_after=1),
     AdapterPending: ErrorReply(503, _BUSY, "adapter_pending", retry_after=1),
@@ -125,13 +134,19 @@ def reply_to(error: Exception, *, request_id: str) -> Reply:
     code = error.code if isinstance(error, InvalidRequest) else kind.code
     param = error.param if isinstance(error, RequestError) else None
     message = str(error)
-    headers = {} if kind.retry_after is None else {"Retry-After": str(kind.retry_after)}
+    known = error.retry_after if isinstance(error, QuickchangeError) else None
+    retry_after = kind.retry_after if known is None else known
+    headers = {} if retry_after is None else {"Retry-After": str(_whole_seconds(retry_after))}
     if isinstance(error, InvalidKey):
         headers["WWW-Authenticate"] = "Bearer"
     if kind.status == INTERNAL.status:
         message = f"The server failed to answer this request. Its id in the server's log is {request_id}."
         headers["x-should-retry"] = "false"  # OpenAI's clients would repeat the request twice
     return Reply(kind.status, error_body(message, type=kind.type, code=code, param=param), headers)
+
+
+def _whole_seconds(seconds: float) -> int:
+    return max(1, min(math.ceil(seconds), _MAX_RETRY_AFTER))
 
 
 def http_reply(status: int, headers: Mapping[str, str] | None = None) -> Reply:

@@ -16,7 +16,7 @@ import httpx
 
 from base_files.locate import base_on_disk
 from server.cli.command_line import command_parser, parse_options, parse_settings
-from server.cli.serve_command import bind
+from server.cli.listening import bound_sockets
 from server.errors import StartError
 from server.settings import Settings
 
@@ -233,18 +233,19 @@ def _local_server(settings: Settings) -> Iterator[str]:
     print("no server is running; starting a temporary one ...", file=sys.stderr)
     import uvicorn  # with torch takes seconds, which a chat with a running server need not wait
 
+    from server.api.auth.middleware import Access
     from server.cli.serve import build, uvicorn_config
 
-    bound = bind("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn_config(build(settings)))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
-    thread.start()
-    while not server.started:
-        if not thread.is_alive():
-            raise StartError("the temporary server did not start; `quickchange serve` shows why")
-        time.sleep(0.02)
-    try:
-        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(10)
+    with bound_sockets("127.0.0.1", 0) as sockets:
+        server = uvicorn.Server(uvicorn_config(build(settings, Access())))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": sockets}, daemon=True)
+        thread.start()
+        while not server.started:
+            if not thread.is_alive():
+                raise StartError("the temporary server did not start; `quickchange serve` shows why")
+            time.sleep(0.02)
+        try:
+            yield f"http://127.0.0.1:{sockets[0].getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(10)

@@ -6,8 +6,9 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from typing import get_args
 
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 from pydantic_settings import SettingsError as UnreadableSettings
 
 from server.errors import SettingsError
@@ -69,7 +70,8 @@ def parse_settings(command: str, arguments: Sequence[str]) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
-        value = "hidden here" if "key" in field else repr(first["input"])
+        is_secret = SecretStr in get_args(Settings.model_fields[str(first["loc"][0])].annotation)
+        value = "hidden here" if is_secret else repr(first["input"])
         raise SettingsError(
             f"setting {field} (--{field.replace('_', '-')} or QUICKCHANGE_{field.upper()}) is {value}: {first['msg']}"
         ) from None

@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from types import FrameType
@@ -23,11 +23,11 @@ from transformers import GenerationConfig
 from server.adapters.content.generation_defaults import GenerationDefaults
 from server.adapters.watcher import AdapterWatcher
 from server.api.app import create_app
-from server.api.auth.keys import KeyRing, admin_key
 from server.api.auth.middleware import Access
 from server.api.state import ServerState
 from server.cli.adapter_services import build_adapter_services
 from server.cli.folders import user_cache
+from server.cli.reload import Reloader
 from server.engine.async_engine import AsyncEngine
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
@@ -65,6 +65,7 @@ class Service:
     engine: AsyncEngine
     watcher: AdapterWatcher
     settings: Settings
+    reloader: Reloader | None = None
     start_error: Exception | None = None
 
     @contextlib.asynccontextmanager
@@ -76,6 +77,8 @@ class Service:
         tasks: list[asyncio.Task[None]] = []
         try:
             await self._start()
+            if self.reloader is not None:
+                self.reloader.run_on(asyncio.get_running_loop())
             tasks.append(asyncio.create_task(self.watcher.run()))
             tasks.append(asyncio.create_task(self.state.adapters.sync.hash_all()))
             yield
@@ -112,7 +115,7 @@ class Service:
         torch.set_num_threads(num_threads)
 
 
-def build(settings: Settings) -> Service:
+def build(settings: Settings, access: Access) -> Service:
     """Load the base and build all parts of the server. Raises ``StartError``."""
     since = time.perf_counter()
     torch.set_num_threads(settings.threads or available_threads())
@@ -143,8 +146,6 @@ def build(settings: Settings) -> Service:
     engine = AsyncEngine(Engine(scheduler, runner, Sampler(), metrics), max_queued_seqs=settings.max_queued_seqs)
     prompts = PromptRenderer(base.tokenizer, vocab_size=base.vocab_size)
     services = build_adapter_services(settings, base, runner, engine, prompts, metrics)
-    key = settings.admin_key
-    keys = KeyRing(() if key is None else (admin_key(key.get_secret_value()),))
     state = ServerState(
         base_name=settings.base_name,
         created=int(time.time()),
@@ -152,7 +153,7 @@ def build(settings: Settings) -> Service:
         engine=engine,
         adapters=services.adapters,
         operator=services.operator,
-        access=Access(keys),
+        access=access,
         metrics=metrics,
         default_max_tokens=settings.default_max_tokens,
         eos_ids=base.eos_ids,
@@ -197,16 +198,17 @@ def _runner(base: Base, num_slots: int, adapter_memory: int) -> ModelRunner:
         ) from error
 
 
-def run_server(settings: Settings, bound: socket.socket) -> int:
-    """Serve on a bound socket until a signal stops the server. Raises ``StartError``."""
-    service = build(settings)
-    host, port = bound.getsockname()[:2]
-    logger.info("serving on http://%s:%d (OpenAI API under /v1)", f"[{host}]" if ":" in host else host, port)
+def run_server(settings: Settings, sockets: Sequence[socket.socket], access: Access) -> int:
+    """Serve on bound sockets until a signal stops the server. Raises ``StartError``."""
+    service = build(settings, access)
+    logger.info("serving on %s (OpenAI API under /v1)", " and ".join(map(_url_of, sockets)))
     server = uvicorn.Server(uvicorn_config(service))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _ignore_signal)
+    service.reloader = Reloader(settings, access, service.watcher)
+    service.reloader.listen()
     try:
-        server.run(sockets=[bound])
+        server.run(sockets=list(sockets))
     except SystemExit:  # uvicorn exits so when the lifespan fails
         if service.start_error is None:
             raise
@@ -214,6 +216,11 @@ def run_server(settings: Settings, bound: socket.socket) -> int:
     if error is not None:
         raise error if isinstance(error, StartError) else StartFailed(error) from error
     return 0 if server.started else 1
+
+
+def _url_of(bound: socket.socket) -> str:
+    host, port = bound.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _ignore_signal(number: int, frame: FrameType | None) -> None:

@@ -42,6 +42,8 @@ def exposed() -> dict[str, set[str]]:
     metrics = Metrics()
     metrics.know_adapter("an-adapter")
     metrics.http_errors.labels("503")
+    metrics.key_requests.labels("a-key")
+    metrics.key_refusals.labels("a-key", "max_concurrent")
     metrics.build_info.info({"version": "0", "torch": "0"})
     metrics.base_model_info.info({"name": "a", "dtype": "b", "quantization": "c"})
     return {sample.name: set(sample.labels) for family in metrics.registry.collect() for sample in family.samples}

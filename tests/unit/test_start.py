@@ -18,10 +18,11 @@ from server.adapters.content.manifest import AdapterPolicy
 from server.adapters.content.signature import BaseSignature
 from server.adapters.reader import AdapterReader
 from server.adapters.watcher import AdapterWatcher
+from server.api.auth.middleware import Access
 from server.cli import serve
 from server.cli.folders import check_folders
+from server.cli.listening import bound_sockets
 from server.cli.serve import Service, run_server
-from server.cli.serve_command import bind
 from server.engine.async_engine import AsyncEngine
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
@@ -66,8 +67,8 @@ class Parts:
 @pytest.fixture
 def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Parts]:
     made = Parts(tmp_path)
-    monkeypatch.setattr(serve, "build", lambda settings: made.service)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(serve, "build", lambda settings, access: made.service)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     threads = torch.get_num_threads()
     yield made
     torch.set_num_threads(threads)
@@ -85,10 +86,10 @@ def test_a_start_that_fails_half_way_leaves_no_thread_and_says_why(parts: Parts,
         "watcher": (parts.watcher, "start"),
     }[broken]
     parts.break_(owner, name)
-    with bind("127.0.0.1", 0) as bound:
+    with bound_sockets("127.0.0.1", 0) as sockets:
         with pytest.raises(StartFailed, match=r"did not start.*RuntimeError: can't start new thread"):
-            run_server(Settings(), bound)
-        address = bound.getsockname()
+            run_server(Settings(), sockets, Access())
+        address = sockets[0].getsockname()
     assert parts.threads() == set()
     assert not parts.engine.alive
     with pytest.raises(ConnectionRefusedError):
@@ -100,8 +101,8 @@ def test_a_known_reason_is_told_as_it_is(parts: Parts, monkeypatch: pytest.Monke
         raise SettingsError("choose another folder")
 
     monkeypatch.setattr(parts.watcher, "start", start)
-    with bind("127.0.0.1", 0) as bound, pytest.raises(SettingsError, match=r"^choose another folder$"):
-        run_server(Settings(), bound)
+    with bound_sockets("127.0.0.1", 0) as sockets, pytest.raises(SettingsError, match=r"^choose another folder$"):
+        run_server(Settings(), sockets, Access())
     assert parts.threads() == set()
 
 
@@ -126,5 +127,8 @@ def test_an_address_that_is_taken_leaves_no_socket() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(SettingsError, match=r"cannot listen on 127.0.0.1"):
-            bind("127.0.0.1", taken.getsockname()[1])
+        with (
+            pytest.raises(SettingsError, match=r"cannot listen on 127.0.0.1"),
+            bound_sockets("127.0.0.1", taken.getsockname()[1]),
+        ):
+            pass

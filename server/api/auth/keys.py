@@ -43,6 +43,12 @@ class KeyRing:
         return any(key.principal.allows(AccessScope.ADMIN) for key in self.keys)
 
 
+def single_key(key: str) -> ApiKey:
+    """The key of the setting ``api_key``, for inference and metrics."""
+    scopes = frozenset({AccessScope.INFER, AccessScope.METRICS})
+    return ApiKey(digest_of(key), Principal("api_key", "api_key", scopes))
+
+
 def admin_key(key: str) -> ApiKey:
     """The key of the setting ``admin_key``."""
     return ApiKey(digest_of(key), Principal("admin_key", "admin_key", frozenset({AccessScope.ADMIN})))

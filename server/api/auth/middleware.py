@@ -2,54 +2,107 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from server.api.auth.key_limits import KeyLimits
 from server.api.auth.keys import KeyRing, without_keys
 from server.api.auth.principal import NOBODY, AccessScope, Principal
 from server.api.auth.routes import required_scope
+from server.api.auth.wrong_keys import WrongKeys
 from server.api.errors import reply_to
-from server.errors import AdminOff, InsufficientPermissions, InvalidKey, QuickchangeError
+from server.errors import (
+    AdminOff,
+    ConcurrencyLimitExceeded,
+    InsufficientPermissions,
+    InvalidKey,
+    QuickchangeError,
+    RateLimitExceeded,
+)
+from server.metrics import Metrics
 
 
 @dataclass
 class Access:
-    """The keys in force, which a reload replaces, and whether the server listens on loopback only."""
+    """The keys in force and what is counted for them; whether the server listens on loopback only."""
 
     keys: KeyRing = field(default_factory=KeyRing)
     on_loopback: bool = True
+    limits: KeyLimits = field(default_factory=KeyLimits)
+    wrong_keys: WrongKeys = field(default_factory=WrongKeys)
+
+    def replace_keys(self, keys: KeyRing) -> None:
+        """Requests that are running keep their principals."""
+        self.keys = keys
+        self.limits.forget_idle(frozenset(key.principal.id for key in keys.keys))
 
 
 class AuthMiddleware:
     """Pure ASGI middleware: ``scope["state"]["principal"]`` is set for every request that goes on."""
 
-    def __init__(self, app: ASGIApp, *, access: Access) -> None:
+    def __init__(self, app: ASGIApp, *, access: Access, metrics: Metrics) -> None:
         self._app = app
         self._access = access
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
-            return
-        if scope["type"] != "http":  # a WebSocket, which no route accepts
+        elif scope["type"] == "http":
+            await self._answer(scope, receive, send)
+        else:  # a WebSocket, which no route accepts
             await send({"type": "websocket.close", "code": 1008})
-            return
-        try:
-            principal = self._authorize(scope)
-        except QuickchangeError as error:
-            reply = reply_to(error, request_id=scope["state"]["request_id"])
-            await reply.response(scope)(scope, receive, send)
-            return
-        scope["state"]["principal"] = principal
-        await self._app(scope, receive, send)
 
-    def _authorize(self, scope: Scope) -> Principal:
-        """The principal of an allowed request. Raises ``InvalidKey``, ``InsufficientPermissions``, ``AdminOff``."""
-        keys = self._access.keys
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         needed = required_scope(scope["method"], scope["path"], on_loopback=self._access.on_loopback)
         credential = credential_of(scope["headers"])
+        try:
+            principal = self._authorize(credential, needed)
+        except InvalidKey as error:
+            await _refuse(await self._slowed(error, credential, scope), scope, receive, send)
+            return
+        except QuickchangeError as error:
+            await _refuse(error, scope, receive, send)
+            return
+        scope["state"]["principal"] = principal
+        if needed is None:
+            await self._app(scope, receive, send)
+        else:
+            await self._answer_within_limits(principal, scope, receive, send)
+
+    async def _answer_within_limits(self, principal: Principal, scope: Scope, receive: Receive, send: Send) -> None:
+        limits = self._access.limits
+        try:
+            limits.begin(principal)
+        except (RateLimitExceeded, ConcurrencyLimitExceeded) as error:
+            self._metrics.key_refusals.labels(principal.label, error.limit_name).inc()
+            await _refuse(error, scope, receive, send)
+            return
+        self._metrics.key_requests.labels(principal.label).inc()
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            limits.end(principal)
+
+    async def _slowed(self, error: InvalidKey, credential: bytes | None, scope: Scope) -> QuickchangeError:
+        """The error to answer with, after the delay for a wrong key. A request without a key does not wait."""
+        if credential is None:
+            return error
+        client = scope.get("client")
+        try:
+            delay = self._access.wrong_keys.delay(client[0] if client else "")
+        except QuickchangeError as refused:
+            return refused
+        if delay:
+            await asyncio.sleep(delay)
+        return error
+
+    def _authorize(self, credential: bytes | None, needed: AccessScope | None) -> Principal:
+        """The principal of an allowed request. Raises ``InvalidKey``, ``InsufficientPermissions``, ``AdminOff``."""
+        keys = self._access.keys
         principal = None if credential is None else keys.find(credential)
         if principal is None and keys.is_open:
             return _anonymous(credential, needed, keys)
@@ -60,6 +113,11 @@ class AuthMiddleware:
         if not principal.allows(needed):
             raise InsufficientPermissions(needed)
         return principal
+
+
+async def _refuse(error: QuickchangeError, scope: Scope, receive: Receive, send: Send) -> None:
+    reply = reply_to(error, request_id=scope["state"]["request_id"])
+    await reply.response(scope)(scope, receive, send)
 
 
 def _anonymous(credential: bytes | None, needed: AccessScope | None, keys: KeyRing) -> Principal:

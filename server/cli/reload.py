@@ -1,0 +1,70 @@
+"""SIGHUP: the key file and the aliases are read again, without a restart.
+
+It is also what the kernel sends when a terminal is closed. A server that was started on a terminal then stops, as any
+command does, unless SIGHUP was ignored before it started (``nohup``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from types import FrameType
+
+from server.adapters.watcher import AdapterWatcher
+from server.api.auth.middleware import Access
+from server.cli.access import read_keys
+from server.errors import SettingsError
+from server.settings import Settings
+
+logger = logging.getLogger("quickchange")
+
+
+class Reloader:
+    """Reads keys and aliases again at a signal. What cannot be read is logged, and what was there before stays."""
+
+    def __init__(self, settings: Settings, access: Access, watcher: AdapterWatcher) -> None:
+        self._settings, self._access, self._watcher = settings, access, watcher
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stops_with_terminal = False
+
+    def run_on(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Reload on this event loop; a signal before has no effect, as everything is just being read."""
+        self._loop = loop
+
+    def listen(self) -> None:
+        """From the main thread."""
+        self._stops_with_terminal = signal.getsignal(signal.SIGHUP) is signal.SIG_DFL and has_terminal()
+        signal.signal(signal.SIGHUP, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._stops_with_terminal and not has_terminal():
+            signal.raise_signal(signal.SIGTERM)
+        elif self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._start)
+
+    def _start(self) -> None:
+        task = asyncio.ensure_future(self.reload())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def reload(self) -> None:
+        try:
+            keys = await asyncio.to_thread(read_keys, self._settings)
+        except SettingsError as error:
+            logger.error("%s; the keys before it stay", error)
+        else:
+            self._access.replace_keys(keys)
+            logger.info("SIGHUP: %d API keys read", len(keys.keys))
+        await self._watcher.read_aliases_again()
+
+
+def has_terminal() -> bool:
+    """Whether this process has a controlling terminal, which it loses when the terminal is closed."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
