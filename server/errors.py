@@ -109,13 +109,18 @@ class ContextLengthExceeded(RequestError):
 
 
 class ModelNotFound(RequestError):
-    """Neither the base nor a served adapter has this name; ``refused`` is why a folder of this name is not served."""
+    """Neither the base nor a served adapter has this name.
 
-    def __init__(self, model: str, *, refused: str | None = None) -> None:
+    ``refused`` is why a folder of this name is not served; ``nearest`` are names to use instead.
+    """
+
+    def __init__(self, model: str, *, refused: str | None = None, nearest: Sequence[str] = ()) -> None:
         self.model, self.refused = model, refused
         message = f"The model `{model}` does not exist or you do not have access to it."
         if refused is not None:
             message = f"The adapter `{model}` is not served: {without_paths(refused)}"
+        elif nearest:
+            message += f" Nearest: {', '.join(f'`{name}`' for name in nearest)}."
         super().__init__(message, param="model")
 
 

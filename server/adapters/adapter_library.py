@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import replace
 
 from server.adapters.adapter_cache import AdapterCache, Lease, LeasedAdapter, Loaded
 from server.adapters.aliases import Alias
+from server.adapters.compositions import check_composition, scaled
 from server.adapters.content.manifest import Manifest
-from server.adapters.names import ModelRef, parse_model
+from server.adapters.model_names import MayUse, ModelNames, anything
+from server.adapters.names import ModelRef
 from server.adapters.reader import AdapterReader, FolderMoved
 from server.adapters.registry import Adapter, AdapterRegistry, Entry
 from server.adapters.sync import AdapterSync
@@ -48,39 +49,52 @@ class AdapterLibrary:
         reader: AdapterReader,
         load: LoadWeights,
         *,
+        base_names: Sequence[str],
         metrics: Metrics,
     ) -> None:
         self.registry, self.cache, self.reader, self.metrics = registry, cache, reader, metrics
         self.sync = AdapterSync(registry, reader, listener=self, metrics=metrics)
-        self.aliases: Mapping[str, Alias] = {}
+        self.names = ModelNames(registry, base_names)
         self._load_weights = load
         self._preloading: dict[str, asyncio.Task[None]] = {}
         self._loaded: dict[str, Loaded] = {}
         self._in_use: Counter[str] = Counter()
         self._max_loads = asyncio.Semaphore(2)  # each holds a whole file in memory, outside the budget
 
-    async def acquire(self, model: str, *, user: str | None = None, scale: float | None = None) -> Lease:
-        """Lease the adapters that ``model`` names, loaded in memory.
-
-        Raises ``ModelNotFound``, ``InvalidRequest`` for a syntax error or an invalid composition, ``QueueFull``, and
-        ``AdapterPending`` if a changed folder was not read again in time.
-        """
+    def resolve(
+        self, model: str, *, user: str | None = None, scale: float | None = None, may_use: MayUse = anything
+    ) -> tuple[ModelRef, ...]:
+        """The adapters that ``model`` names for a key, none for the base. Raises ``ModelNotFound``, ``InvalidRequest``."""
         try:
-            refs = self._refs(model, user, scale)
+            return scaled(self.names.resolve(model, user=user, may_use=may_use).refs, scale)
         except ModelNotFound:
-            raise self.not_found(model) from None
+            raise self.not_found(model, may_use) from None
+
+    async def acquire(self, model: str, *, user: str | None = None, scale: float | None = None) -> Lease:
+        """Lease the adapters that ``model`` names. Raises as ``resolve`` and ``lease``, and for the base."""
+        refs = self.resolve(model, user=user, scale=scale)
+        if not refs:
+            raise InvalidRequest(f"Invalid 'model': {model!r:.80} is the base, not an adapter.", param="model")
+        return await self.lease(refs)
+
+    async def lease(self, refs: tuple[ModelRef, ...], may_use: MayUse = anything) -> Lease:
+        """Lease adapters, loaded in memory.
+
+        Raises ``ModelNotFound``, ``InvalidRequest`` for an invalid composition, ``QueueFull``, and ``AdapterPending`` if
+        a changed folder was not read again in time.
+        """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + READ_TIMEOUT
         while True:
             try:
-                return await self._lease(refs)
+                return await self._lease(refs, may_use)
             except ModelNotFound as error:
-                raise self.not_found(error.model) from None
+                raise self.not_found(error.model, may_use) from None
             except FolderMoved as error:
                 name = str(error)
                 self.sync.request_read(name)
                 if any(ref.name == name for ref in refs) and self._is_gone(name, refs):
-                    raise self.not_found(model) from None
+                    raise self.not_found(name, may_use) from None
                 if loop.time() > deadline:
                     raise AdapterPending(name) from None
             except AdapterRejected as error:
@@ -98,10 +112,12 @@ class AdapterLibrary:
         except AdapterRejected as error:
             raise ModelNotFound(name, refused=error.reason) from error
 
-    def not_found(self, model: str) -> ModelNotFound:
-        """The error for a name that is not served, with the reason if its folder was refused."""
+    def not_found(self, model: str, may_use: MayUse = anything) -> ModelNotFound:
+        """The error for a name that is not served, with the reason if its folder was refused, or the nearest names."""
         _, reason = self.sync.refusals.get(model, (None, None))
-        return ModelNotFound(model[:200], refused=reason)
+        if reason is not None and may_use(model):
+            return ModelNotFound(model[:200], refused=reason)
+        return ModelNotFound(model[:200], nearest=self.names.nearest(model, may_use))
 
     def delta_norm(self, weights_digest: str) -> float | None:
         """The Frobenius norm of an adapter's weight change; None until it was loaded once."""
@@ -117,7 +133,9 @@ class AdapterLibrary:
         for name in aliases:
             if name in self.registry:
                 logger.warning("alias %s is ignored: an adapter has the same name", name)
-        self.aliases = aliases
+            if name in self.names.base_names:
+                logger.warning("alias %s is ignored: the base has the same name", name)
+        self.names.aliases = aliases
 
     def set_pins(self, pins: Mapping[str, Pin]) -> None:
         """Replace the pins by name: a version to serve instead of the folder's, or weights to keep in memory."""
@@ -161,25 +179,9 @@ class AdapterLibrary:
             self.cache.pin({*self.cache.pinned, entry.served.weights_digest})
         lease.release()
 
-    def _refs(self, model: str, user: str | None, scale: float | None) -> tuple[ModelRef, ...]:
-        """Adapter names take precedence over aliases, aliases over the grammar of ``names``."""
-        if model in self.registry:
-            refs: tuple[ModelRef, ...] = (ModelRef(model),)
-        else:
-            alias = self.aliases.get(model)
-            refs = parse_model(model if alias is None else alias.choose(user))
-        if scale is None:
-            return refs
-        if len(refs) != 1 or refs[0].scale != 1:
-            raise InvalidRequest(
-                "Invalid 'lora_scale': 'model' names several adapters or a weight; use one or the other.",
-                param="lora_scale",
-            )
-        return (replace(refs[0], scale=scale),)
-
-    async def _lease(self, refs: tuple[ModelRef, ...]) -> Lease:
-        adapters = tuple([LeasedAdapter(await self._version(ref), ref.scale) for ref in refs])
-        _check_composition(adapters)
+    async def _lease(self, refs: tuple[ModelRef, ...], may_use: MayUse = anything) -> Lease:
+        adapters = tuple([LeasedAdapter(await self._usable(ref, may_use), ref.scale) for ref in refs])
+        check_composition(adapters)
         by_digest = {leased.adapter.weights_digest: leased.adapter for leased in adapters}
         needs = {digest: self.num_bytes(adapter) for digest, adapter in by_digest.items()}
         if sum(needs.values()) > self.cache.max_bytes:
@@ -194,6 +196,12 @@ class AdapterLibrary:
             self.metrics.know_adapter(name)
             self._show_version(name)
         return Lease(adapters, lambda: self._release(adapters))
+
+    async def _usable(self, ref: ModelRef, may_use: MayUse) -> Adapter:
+        """A version that the key may use. Raises the same ``ModelNotFound`` where it may not and where there is none."""
+        if not may_use(ref.name):
+            raise ModelNotFound(ref.name if ref.version is None else f"{ref.name}@{ref.version}")
+        return await self._version(ref)
 
     async def _version(self, ref: ModelRef) -> Adapter:
         """The version that a reference means: by its digest, else the pinned one, else the folder's."""
@@ -375,20 +383,3 @@ def _loading(name: str) -> Iterator[None]:
     except Exception as error:
         logger.exception("loading adapter %s failed", name)
         raise AdapterNotLoaded(name) from error
-
-
-def _check_composition(adapters: tuple[LeasedAdapter, ...]) -> None:
-    """Raises ``InvalidRequest`` for a scaled or added adapter with more than low-rank deltas."""
-    if len(adapters) == 1 and adapters[0].scale == 1:
-        return
-    for leased in adapters:
-        if not leased.adapter.listing.plan.composable:
-            raise InvalidRequest(
-                f"'{leased.adapter.name}' cannot be scaled or added to others: the adapter is not plain LoRA (it has "
-                "magnitudes, biases or saved weights).",
-                param="model",
-            )
-    if len({leased.adapter.defaults.added_tokens for leased in adapters} - {()}) > 1:
-        raise InvalidRequest(
-            "These adapters cannot be added to each other: their tokenizers have different added tokens.", param="model"
-        )

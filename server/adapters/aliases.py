@@ -1,6 +1,6 @@
 """``aliases.toml`` in the adapter folder: names that stand for a model text, or for several by weight.
 
-``support = "helpdesk"`` points a name at an adapter, ``support = {"helpdesk@ab12" = 0.9, "helpdesk@cd34" = 0.1}`` sends
+``support = "helpdesk"`` points a name at an adapter or at the base, ``support = {"helpdesk@ab12" = 0.9, "helpdesk@cd34" = 0.1}`` sends
 a tenth of the users to a canary.
 """
 
@@ -13,12 +13,13 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from server.adapters.names import is_name, parse_model
+from server.adapters.names import parse_model
 from server.errors import InvalidRequest, ModelNotFound
 
 ALIASES_FILE = "aliases.toml"
 MAX_ALIASES_BYTES = 1024 * 1024
 MAX_WEIGHT = 1e9
+MAX_NAME_CHARS = 128
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,11 @@ class Alias:
 
     name: str
     targets: tuple[Target, ...]
+
+    @property
+    def adapters(self) -> frozenset[str]:
+        """The names in all of its targets."""
+        return frozenset(ref.name for target in self.targets for ref in parse_model(target.model))
 
     def choose(self, user: str | None, draw: Callable[[], float] = random.random) -> str:
         """The model text for a request.
@@ -67,10 +73,21 @@ def parse_aliases(data: bytes) -> Mapping[str, Alias]:
     return {name: _alias(name, value, table.keys()) for name, value in table.items()}
 
 
+def is_alias_name(text: str) -> bool:
+    """Whether a text can be an alias: printable, and the same in a URL path."""
+    return (
+        0 < len(text) <= MAX_NAME_CHARS
+        and text.isprintable()
+        and text == text.strip()
+        and not {".", ".."}.intersection(text.split("/"))
+    )
+
+
 def _alias(name: str, value: Any, names: Collection[str]) -> Alias:
-    if not is_name(name):
+    if not is_alias_name(name):
         raise ValueError(
-            f"{ALIASES_FILE}: {name!r:.80} is no alias name: use letters, digits, '.', '_' and '-', 128 at most"
+            f"{ALIASES_FILE}: {name!r:.80} is no alias name: use at most {MAX_NAME_CHARS} printable characters, no "
+            "space at its ends, and not '.' or '..' between slashes"
         )
     weights = {value: 1} if isinstance(value, str) else value
     if not isinstance(weights, dict) or not weights:

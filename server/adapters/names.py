@@ -7,12 +7,15 @@ version is the beginning of a version digest, a weight scales the adapter's delt
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from server.errors import InvalidRequest, ModelNotFound
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 MAX_MODEL_CHARS, MAX_PARTS, MAX_SCALE, MAX_WEIGHT_CHARS = 1024, 4, 2.0, 12
+SIGNS = "@:+"
+"""What has a meaning in a model text, so that a name with one of them is used only as a whole."""
 _VERSION = re.compile(r"[0-9A-Fa-f]{4,64}")
 _WEIGHT = re.compile(r"-?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)")
 
@@ -30,14 +33,14 @@ def is_name(text: str) -> bool:
     return NAME.fullmatch(text) is not None
 
 
-def parse_model(text: str) -> tuple[ModelRef, ...]:
-    """The adapters that a model text names, in its order.
+def parse_model(text: str, *, is_model: Callable[[str], bool] = is_name) -> tuple[ModelRef, ...]:
+    """The adapters that a model text names, in its order. ``is_model`` tells which names are possible.
 
     Raises ``ModelNotFound`` for what is neither a name nor tries to be more than one, and ``InvalidRequest`` that says
     which piece is wrong. That they exist is not checked.
     """
-    if not any(sign in text for sign in "@:+"):
-        if not is_name(text):
+    if not any(sign in text for sign in SIGNS):
+        if not is_model(text):
             raise ModelNotFound(text[:200])
         return (ModelRef(text),)
     if len(text) > MAX_MODEL_CHARS:
@@ -45,7 +48,7 @@ def parse_model(text: str) -> tuple[ModelRef, ...]:
     pieces = text.split("+")
     if len(pieces) > MAX_PARTS:
         raise _invalid(f"it joins {len(pieces)} adapters with '+'; at most {MAX_PARTS} are allowed")
-    refs = tuple(_ref(piece) for piece in pieces)
+    refs = tuple(_ref(piece, is_model) for piece in pieces)
     seen: set[tuple[str, str | None]] = set()
     for ref, piece in zip(refs, pieces, strict=True):
         if (ref.name, ref.version) in seen:
@@ -54,12 +57,12 @@ def parse_model(text: str) -> tuple[ModelRef, ...]:
     return refs
 
 
-def _ref(piece: str) -> ModelRef:
+def _ref(piece: str, is_model: Callable[[str], bool]) -> ModelRef:
     if not piece:
         raise _invalid("there is nothing before or after a '+'; an adapter's name is expected on both sides")
     address, colon, weight = piece.partition(":")
     name, at, version = address.partition("@")
-    if not is_name(name):
+    if not is_model(name):
         raise _invalid(
             f"{_shown(name)} is no adapter's name; allowed are letters, digits, '.', '_' and '-', the first a "
             "letter or digit, 128 at most"
