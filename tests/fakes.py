@@ -41,6 +41,7 @@ TEMPLATE = """\
 {%- for call in message.tool_calls or [] %}{{ call.function.arguments.city }}{% endfor %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"""
+BASE = "micro"
 TEXTS = ("hello there, how are you today?", "the cat sat on the mat", "été naïve", "東京は日本の首都", "👩‍👩‍👧 🎉🎉 🇩🇪")
 
 
@@ -235,10 +236,7 @@ def library(*adapters: Adapter) -> AdapterLibrary:
         registry.publish(each, ())
     reader = cast(AdapterReader, FakeReader(registry))
     cache = AdapterCache(1_000_000, unload=lambda digest: None, is_wanted=registry.is_wanted)
-    return AdapterLibrary(registry, cache, reader, load, metrics=metrics)
-
-
-BASE = "micro"
+    return AdapterLibrary(registry, cache, reader, load, base_names=(BASE,), metrics=metrics)
 
 
 def server_state(

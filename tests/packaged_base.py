@@ -15,6 +15,7 @@ from base_files.packaged import PackagedBase
 
 MODEL = b"GGUF" + bytes(range(256)) * 4000
 TINY = PackagedBase(
+    hub_id="org/Tiny",
     name="tiny",
     description="a file of 1 MB",
     licence="Apache-2.0",

@@ -64,7 +64,7 @@ class AdapterLibrary:
     def resolve(
         self, model: str, *, user: str | None = None, scale: float | None = None, may_use: MayUse = anything
     ) -> tuple[ModelRef, ...]:
-        """The adapters that ``model`` names for a key, none for the base. Raises ``ModelNotFound``, ``InvalidRequest``."""
+        """The adapters that ``model`` names, none for the base. Raises ``ModelNotFound``, ``InvalidRequest``."""
         try:
             return scaled(self.names.resolve(model, user=user, may_use=may_use).refs, scale)
         except ModelNotFound:
@@ -80,8 +80,8 @@ class AdapterLibrary:
     async def lease(self, refs: tuple[ModelRef, ...], may_use: MayUse = anything) -> Lease:
         """Lease adapters, loaded in memory.
 
-        Raises ``ModelNotFound``, ``InvalidRequest`` for an invalid composition, ``QueueFull``, and ``AdapterPending`` if
-        a changed folder was not read again in time.
+        Raises ``ModelNotFound``, ``InvalidRequest`` for an invalid composition, ``QueueFull``, and ``AdapterPending``
+        if a changed folder was not read again in time.
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + READ_TIMEOUT
@@ -102,15 +102,26 @@ class AdapterLibrary:
                     raise ModelNotFound(error.adapter, refused=error.reason) from error
             await asyncio.sleep(_RETRY_SECONDS)
 
-    async def served(self, name: str) -> Adapter:
-        """The version that a bare name refers to. Raises ``ModelNotFound``, ``AdapterPending``."""
+    async def find(self, refs: tuple[ModelRef, ...], may_use: MayUse = anything) -> list[Adapter]:
+        """The versions of adapters, not loaded. Raises ``ModelNotFound``, ``AdapterPending``, ``InvalidRequest``."""
+        name = refs[0].name
         try:
-            return await self._version(ModelRef(name))
+            found = []
+            for ref in refs:
+                name = ref.name
+                found.append(await self._usable(ref, may_use))
+            return found
+        except ModelNotFound as error:
+            raise self.not_found(error.model, may_use) from None
         except FolderMoved as error:
             self.sync.request_read(name)
             raise AdapterPending(name) from error
         except AdapterRejected as error:
             raise ModelNotFound(name, refused=error.reason) from error
+
+    async def served(self, name: str) -> Adapter:
+        """The version that a bare name refers to. Raises ``ModelNotFound``, ``AdapterPending``."""
+        return (await self.find((ModelRef(name),)))[0]
 
     def not_found(self, model: str, may_use: MayUse = anything) -> ModelNotFound:
         """The error for a name that is not served, with the reason if its folder was refused, or the nearest names."""
@@ -198,7 +209,7 @@ class AdapterLibrary:
         return Lease(adapters, lambda: self._release(adapters))
 
     async def _usable(self, ref: ModelRef, may_use: MayUse) -> Adapter:
-        """A version that the key may use. Raises the same ``ModelNotFound`` where it may not and where there is none."""
+        """A version that the key may use. Raises the same ``ModelNotFound`` for what is hidden and what is missing."""
         if not may_use(ref.name):
             raise ModelNotFound(ref.name if ref.version is None else f"{ref.name}@{ref.version}")
         return await self._version(ref)

@@ -1,7 +1,7 @@
 """``aliases.toml`` in the adapter folder: names that stand for a model text, or for several by weight.
 
-``support = "helpdesk"`` points a name at an adapter or at the base, ``support = {"helpdesk@ab12" = 0.9, "helpdesk@cd34" = 0.1}`` sends
-a tenth of the users to a canary.
+``support = "helpdesk"`` points a name at an adapter or at the base, and
+``support = {"helpdesk@ab12" = 0.9, "helpdesk@cd34" = 0.1}`` sends a tenth of the users to a canary.
 """
 
 from __future__ import annotations

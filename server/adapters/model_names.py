@@ -1,7 +1,7 @@
 """Which models a request's ``model`` names: the base, or adapters with versions and weights.
 
 Looked up in this order: the exact name of the base, of an adapter or of an alias; the grammar of ``names`` over such
-names; what other servers and clients write for the same model (``Readings``). The last step is taken only if exactly
+names; what other servers and clients write for the same model (``_readings``). The last step is taken only if exactly
 one model is meant. A model that the key may not use does not exist for it.
 """
 
@@ -65,17 +65,16 @@ class ModelNames:
             return Resolved(refs)
         return self._converted(text, user, may_use, None)
 
-    def is_visible(self, alias: Alias, may_use: MayUse) -> bool:
-        """Whether a key may use every adapter that an alias may stand for."""
-        return all(may_use(name) for name in alias.adapters if name not in self.base_names)
-
     def visible(self, may_use: MayUse) -> Iterator[str]:
         """The names that a key may use: base, adapters, aliases."""
         yield self.base_name
         yield from (entry.name for entry in self._registry if may_use(entry.name))
-        for alias in self.aliases.values():
-            if alias.name not in self._registry and alias.name != self.base_name and self.is_visible(alias, may_use):
-                yield alias.name
+        yield from (alias.name for alias in self.visible_aliases(may_use))
+
+    def visible_aliases(self, may_use: MayUse) -> list[Alias]:
+        """The aliases by name that a key may use, without those that nothing can mean."""
+        hidden = {self.base_name, *self._registry.names}
+        return [self.aliases[name] for name in sorted(self.aliases.keys() - hidden) if self._alias(name, may_use)]
 
     def nearest(self, text: str, may_use: MayUse = anything) -> list[str]:
         """The visible names that are most like a text."""
@@ -101,12 +100,15 @@ class ModelNames:
         return None if alias is None else Resolved(self._target(alias, user), name)
 
     def _alias(self, name: str, may_use: MayUse) -> Alias | None:
+        """An alias whose targets the key may use, all of them: which one a request gets, its user decides."""
         alias = self.aliases.get(name)
-        return alias if alias is not None and self.is_visible(alias, may_use) else None
+        if alias is None or not all(may_use(target) for target in alias.adapters if target != self.base_name):
+            return None
+        return alias
 
     def _target(self, alias: Alias, user: str | None) -> tuple[ModelRef, ...]:
         model = alias.choose(user)
-        return () if model in self.base_names else parse_model(model)
+        return () if model == self.base_name else parse_model(model)
 
     def _parse(self, text: str, user: str | None, may_use: MayUse) -> tuple[ModelRef, ...]:
         """The grammar, in which aliases may stand for adapters."""
@@ -132,9 +134,7 @@ class ModelNames:
             )
         return tuple(refs)
 
-    def _converted(
-        self, text: str, user: str | None, may_use: MayUse, error: QuickchangeError | None
-    ) -> Resolved:
+    def _converted(self, text: str, user: str | None, may_use: MayUse, error: QuickchangeError | None) -> Resolved:
         """The model in another server's spelling. Raises ``error``, or ``ModelNotFound`` for the first unknown name.
 
         An adapter with a version may be kept on disk only, so it is returned even if its name is unknown.
@@ -226,7 +226,8 @@ def _readings(piece: str, base_names: Sequence[str]) -> list[str]:
     readings = [piece]
     for reading in readings:  # grows while it is read
         more = [reading.removesuffix(":latest")] if reading.endswith(":latest") else []
-        more += [reading.partition("/")[2]] if "/" in reading else []
+        provider, _, rest = reading.partition("/")
+        more += [rest] if is_name(provider) else []  # a path is no name with a provider
         for base in base_names:
             if reading.casefold().startswith(f"{base.casefold()}:"):
                 more.append(reading[len(base) :].lstrip(":"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 from server.adapters.content.folder import FolderState
@@ -97,6 +98,10 @@ class AdapterRegistry:
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    @property
+    def names(self) -> AbstractSet[str]:
+        return self._entries.keys()
 
     def get(self, name: str) -> Entry:
         """A name's entry. Raises ``ModelNotFound``."""

@@ -40,7 +40,7 @@ async def start_chat(body: ChatRequest, http: Request, state: ServerState, stack
 
     Raises every error that can be found before the first token but those of the engine.
     """
-    async with leased(body, state) as (lease, defaults):
+    async with leased(body, http, state) as (lease, defaults):
         prompts = await asyncio.to_thread(_render, body, defaults, state.prompts)
         request = submit(body, http, state, lease=lease, defaults=defaults, prompts=prompts)
         return stack.enter_context(request)

@@ -28,7 +28,7 @@ async def create_completion(body: CompletionRequest, http: Request, state: State
 
 
 async def _respond(body: CompletionRequest, http: Request, state: ServerState, stack: ExitStack) -> Response:
-    async with leased(body, state) as (lease, defaults):
+    async with leased(body, http, state) as (lease, defaults):
         prompts = await asyncio.to_thread(_tokenize, body, defaults, state.prompts)
         request = submit(body, http, state, lease=lease, defaults=defaults, prompts=prompts)
         stack.enter_context(request)

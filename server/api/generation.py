@@ -14,7 +14,7 @@ from server.adapters.adapter_cache import Lease
 from server.adapters.content.generation_defaults import GenerationDefaults
 from server.api.active_request import ActiveRequest, Choice, RequestLog
 from server.api.protocol import GenerationRequest
-from server.api.state import ServerState
+from server.api.state import ServerState, adapter_access
 from server.errors import ContextLengthExceeded, InvalidRequest
 from server.sequence import SamplingParams
 from server.text.answer_format import PLAIN, AnswerFormat
@@ -38,30 +38,24 @@ class Prompts:
 
 
 @asynccontextmanager
-async def leased(body: GenerationRequest, state: ServerState) -> AsyncIterator[tuple[Lease | None, GenerationDefaults]]:
+async def leased(
+    body: GenerationRequest, http: Request, state: ServerState
+) -> AsyncIterator[tuple[Lease | None, GenerationDefaults]]:
     """A lease of the adapters that ``model`` names, None for the base, and the generation defaults.
 
     The lease is released here only if the block raises. Raises every error that can be found before rendering.
     """
     check_token_ids(body, state.prompts.vocab_size)
     state.engine.check_capacity(body.num_prompts * body.n)
-    lease = await _acquire(body, state)
+    may_use = adapter_access(http)
+    refs = state.adapters.resolve(body.model, user=body.user, scale=body.lora_scale, may_use=may_use)
+    lease = await state.adapters.lease(refs, may_use) if refs else None
     try:
         yield lease, state.base_defaults if lease is None else overlay(lease.defaults, state.base_defaults)
     except BaseException:
         if lease is not None:
             lease.release()
         raise
-
-
-async def _acquire(body: GenerationRequest, state: ServerState) -> Lease | None:
-    if body.model != state.base_name:
-        return await state.adapters.acquire(body.model, user=body.user, scale=body.lora_scale)
-    if body.lora_scale not in (None, 1.0):
-        raise InvalidRequest(
-            "Invalid 'lora_scale': the base has no adapter to scale; name one in 'model'.", param="lora_scale"
-        )
-    return None
 
 
 def submit(

@@ -2,42 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
 from fastapi import APIRouter
 
 from adapter_format.sidecar import Sidecar
+from server.adapters.aliases import Alias
 from server.adapters.content.generation_defaults import GenerationDefaults
 from server.adapters.registry import Adapter, Entry
 from server.adapters.versions import DIGITS
-from server.api.state import ServerState, State
-from server.errors import without_paths
+from server.api.state import Access, ServerState, State
+from server.errors import ModelNotFound, without_paths
 
 router = APIRouter()
 
 
 @router.get("/v1/models")
-async def list_models(state: State) -> dict[str, Any]:
+async def list_models(state: State, may_use: Access) -> dict[str, Any]:
     """The base, then the adapters by name, then the aliases."""
-    adapters = [_adapter(entry, state) for entry in state.adapters.registry]
-    aliases = [_alias(name, state) for name in sorted(state.adapters.aliases)]
-    shown_aliases = [alias for alias in aliases if alias is not None]
-    return {"object": "list", "data": [_base(state), *adapters, *shown_aliases]}
+    adapters = [_adapter(entry, state) for entry in state.adapters.registry if may_use(entry.name)]
+    aliases = [_alias(alias, state) for alias in state.adapters.names.visible_aliases(may_use)]
+    return {"object": "list", "data": [_base(state), *adapters, *aliases]}
 
 
 @router.get("/v1/models/{model:path}")
-async def get_model(model: str, state: State) -> dict[str, Any]:
-    """One model; an adapter with all details."""
-    if model == state.base_name:
-        return _base(state)
-    if model in state.adapters.registry:
-        entry = state.adapters.registry.get(model)
+async def get_model(model: str, state: State, may_use: Access) -> dict[str, Any]:
+    """One model by any text that a request may give as ``model``; an adapter with all details."""
+    names = state.adapters.names
+    try:
+        resolved = names.resolve(model, may_use=may_use)
+    except ModelNotFound:
+        raise state.adapters.not_found(model, may_use) from None
+    name = resolved.name or ""
+    entry, alias = state.adapters.registry.find(name), names.aliases.get(name)
+    if entry is not None and resolved.refs:
         return _adapter(entry, state) | _details(entry, state)
-    alias = _alias(model, state)
     if alias is not None:
-        return alias
-    raise state.adapters.not_found(model)
+        return _alias(alias, state)
+    if not resolved.refs:
+        return _base(state)
+    return _composition(model, await state.adapters.find(resolved.refs, may_use), state)
 
 
 def state_of(adapter: Adapter | None, state: ServerState) -> str:
@@ -48,28 +54,32 @@ def state_of(adapter: Adapter | None, state: ServerState) -> str:
 
 
 def _base(state: ServerState) -> dict[str, Any]:
-    return _model(state.base_name, created=state.created, root=state.base_name, parent=None)
+    return _model(state.base_name, state, created=state.created, root=state.base_name, parent=None)
 
 
 def _adapter(entry: Entry, state: ServerState) -> dict[str, Any]:
-    model = _model(entry.name, created=entry.listing.created, root=entry.listing.path.name, parent=state.base_name)
-    served, sidecar = entry.served, entry.listing.sidecar
-    verdict = None if sidecar is None else sidecar.verdict
+    listing, served = entry.listing, entry.served
+    model = _model(entry.name, state, created=listing.created, root=listing.path.name, parent=state.base_name)
+    verdict = None if listing.sidecar is None else listing.sidecar.verdict
     return model | {
         "digest": None if served is None else served.version_digest,
         "state": state_of(served, state),
-        "base_check": entry.listing.base_check,
+        "base_check": listing.base_check,
         "verdict": None if verdict is None else verdict.status,
     }
 
 
-def _alias(name: str, state: ServerState) -> dict[str, Any] | None:
-    """An alias; None if there is none, or an adapter or the base has its name."""
-    alias = state.adapters.aliases.get(name)
-    if alias is None or name in state.adapters.registry or name == state.base_name:
-        return None
+def _alias(alias: Alias, state: ServerState) -> dict[str, Any]:
     targets = {target.model: target.share for target in alias.targets}
-    return _model(name, created=state.created, root=next(iter(targets)), parent=state.base_name) | {"alias_of": targets}
+    model = _model(alias.name, state, created=state.created, root=next(iter(targets)), parent=state.base_name)
+    return model | {"alias_of": targets}
+
+
+def _composition(text: str, adapters: Sequence[Adapter], state: ServerState) -> dict[str, Any]:
+    """A version, a weight, or several adapters, as a request names them."""
+    created = max(adapter.listing.created for adapter in adapters)
+    model = _model(text, state, created=created, root=adapters[0].listing.path.name, parent=state.base_name)
+    return model | {"adapters": [adapter.label for adapter in adapters]}
 
 
 def _details(entry: Entry, state: ServerState) -> dict[str, Any]:
@@ -108,7 +118,8 @@ def _shown_defaults(defaults: GenerationDefaults, base_template: str | None) -> 
     return {name: value for name, value in shown.items() if value not in (None, ())}
 
 
-def _model(name: str, *, created: int, root: str, parent: str | None) -> dict[str, Any]:
+def _model(name: str, state: ServerState, *, created: int, root: str, parent: str | None) -> dict[str, Any]:
+    """OpenAI's fields and those that vLLM adds; the context is the base's, so it is the same for all."""
     return {
         "id": name,
         "object": "model",
@@ -116,4 +127,6 @@ def _model(name: str, *, created: int, root: str, parent: str | None) -> dict[st
         "owned_by": "quickchange",
         "root": root,
         "parent": parent,
+        "max_model_len": state.engine.max_model_len,
+        "context_length": state.engine.max_model_len,
     }

@@ -9,6 +9,7 @@ from fastapi import Depends, Request
 
 from server.adapters.adapter_library import AdapterLibrary
 from server.adapters.content.generation_defaults import GenerationDefaults
+from server.adapters.model_names import MayUse, anything
 from server.adapters.operator import AdapterOperator
 from server.api.auth.middleware import Access
 from server.engine.async_engine import AsyncEngine
@@ -44,3 +45,16 @@ async def _state_of(request: Request) -> ServerState:  # async: FastAPI calls ot
 
 
 State = Annotated[ServerState, Depends(_state_of)]
+
+
+def adapter_access(request: Request) -> MayUse:
+    """Which adapters exist for the key of a request."""
+    principal = getattr(request.state, "principal", None)
+    return anything if principal is None else principal.may_use
+
+
+async def _access_of(request: Request) -> MayUse:
+    return adapter_access(request)
+
+
+Access = Annotated[MayUse, Depends(_access_of)]

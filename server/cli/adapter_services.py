@@ -52,7 +52,7 @@ def build_adapter_services(
         max_waiting=settings.max_queued_seqs,
         spare=settings.adapter_memory // COPIES_SHARE if runner.bank.backend.makes_copies else 0,
     )
-    adapters = AdapterLibrary(registry, cache, reader, load, metrics=metrics)
+    adapters = AdapterLibrary(registry, cache, reader, load, base_names=settings.base_names, metrics=metrics)
     watcher = AdapterWatcher(
         adapter_folders(settings),
         adapters,

@@ -380,11 +380,11 @@ async def test_a_file_of_aliases_that_is_none_does_not_stop_the_watcher(harness:
     (harness.first.parent / "elsewhere").write_text('support = "a"\n')
     path.symlink_to(harness.first.parent / "elsewhere")
     await harness.watcher.scan()
-    assert harness.adapters.aliases == {}
+    assert harness.adapters.names.aliases == {}
     path.unlink()
     path.write_text('support = "a"\n')
     await harness.watcher.scan()
-    assert list(harness.adapters.aliases) == ["support"]
+    assert list(harness.adapters.names.aliases) == ["support"]
 
 
 NAMES = [
@@ -410,7 +410,6 @@ NAMES = [
     "ｇｏｏｄ",
     "good\u200b",
     "good ",
-    "GOOD",
     "CON",
     "good:stream",
     "..\\outside",

@@ -154,7 +154,7 @@ async def test_folders_and_aliases_of_a_volume_follow_a_swap_of_its_data(tmp_pat
     volume.put(generation(16, "new"))
     await harness.watcher.scan()
     assert await harness.use("new") != before
-    assert list(harness.adapters.aliases) == ["new"]
+    assert list(harness.adapters.names.aliases) == ["new"]
     assert harness.registry.get("a").listing.path == harness.first / "a"
 
 

@@ -43,7 +43,9 @@ async def test_an_adapter_that_was_refused_is_not_found_with_the_reason(tmp_path
     with pytest.raises(ModelNotFound, match=r"`broken` is not served: adapter_config.json: peft_type is 'LOHA'"):
         await harness.adapters.acquire("broken:0.5")
     for error in await answers(harness, "nobody"):
-        assert error["message"] == "The model `nobody` does not exist or you do not have access to it."
+        assert error["message"] == (
+            "The model `nobody` does not exist or you do not have access to it. Nearest: `micro`."
+        )
 
 
 async def test_an_adapter_whose_folder_name_is_no_model_name_is_not_found_with_the_reason(tmp_path: Path) -> None:

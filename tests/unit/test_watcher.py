@@ -247,11 +247,11 @@ async def test_aliases_follow_their_file_and_a_wrong_file_changes_nothing(
     assert await harness.use("support") == await harness.use("a")
     (harness.first / "aliases.toml").write_text("support = [\n")
     await harness.watcher.scan()
-    assert "support" in harness.adapters.aliases
+    assert "support" in harness.adapters.names.aliases
     assert "aliases.toml is not used" in caplog.text
     (harness.first / "aliases.toml").unlink()
     await harness.watcher.scan()
-    assert harness.adapters.aliases == {}
+    assert harness.adapters.names.aliases == {}
 
 
 async def test_no_watch_goes_through_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
