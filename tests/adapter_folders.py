@@ -97,7 +97,7 @@ class AdapterHarness:
             room * NUM_BYTES, unload=self.freed.append, is_wanted=self.registry.is_wanted, max_waiting=8
         )
         self.adapters = AdapterLibrary(
-            self.registry, self.cache, self.reader, self._load, base_names=("micro",), metrics=self.metrics
+            self.registry, self.cache, self.reader, self._load, base_names=(BASE.name,), metrics=self.metrics
         )
         self.sync = self.adapters.sync
         self.watcher = AdapterWatcher(

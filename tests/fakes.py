@@ -245,7 +245,6 @@ def server_state(
     """A server over a fake engine."""
     served = library(*adapters)
     return ServerState(
-        base_name=BASE,
         created=1_700_000_000,
         prompts=PromptRenderer(small_tokenizer()),
         engine=cast(AsyncEngine, engine),

@@ -61,6 +61,12 @@ class ModelNames:
             refs = self._parse(text, user, may_use)
         except (ModelNotFound, InvalidRequest) as error:
             return self._converted(text, user, may_use, error)
+        if any(ref.name == self.base_name for ref in refs):
+            raise InvalidRequest(
+                f"Invalid 'model': {self.base_name!r} is the base, which has no version and no weight, and is a part "
+                "of every adapter already; name it alone, or the adapters without it.",
+                param="model",
+            )
         if all(ref.name in self._registry and may_use(ref.name) for ref in refs):
             return Resolved(refs)
         return self._converted(text, user, may_use, None)
@@ -111,7 +117,7 @@ class ModelNames:
         return () if model == self.base_name else parse_model(model)
 
     def _parse(self, text: str, user: str | None, may_use: MayUse) -> tuple[ModelRef, ...]:
-        """The grammar, in which aliases may stand for adapters."""
+        """The grammar, in which aliases may stand for adapters. What it says of the base is not checked."""
 
         def is_model(name: str) -> bool:
             return is_name(name) or name in self.aliases or name == self.base_name
@@ -119,12 +125,6 @@ class ModelNames:
         written = parse_model(text, is_model=is_model)
         refs: list[ModelRef] = []
         for ref in written:
-            if ref.name == self.base_name:
-                raise InvalidRequest(
-                    f"Invalid 'model': {ref.name!r} is the base, which has no version and no weight, and is a part of "
-                    "every adapter already; name it alone, or the adapters without it.",
-                    param="model",
-                )
             alias = None if ref.name in self._registry else self._alias(ref.name, may_use)
             refs += (ref,) if alias is None else _weighted(self._target(alias, user), ref)
         if len(refs) > MAX_PARTS or len({(ref.name, ref.version) for ref in refs}) < len(refs):
@@ -139,7 +139,8 @@ class ModelNames:
 
         An adapter with a version may be kept on disk only, so it is returned even if its name is unknown.
         """
-        found = [self._piece(piece, user, may_use) for piece in _pieces(text)]
+        pieces = _pieces(text)
+        found = [self._piece(piece, user, may_use) for piece in pieces]
         if len(found) == 1 and found[0] is not None:
             return found[0]
         if len(found) > 1 and all(each is not None and each.refs for each in found):
@@ -147,6 +148,9 @@ class ModelNames:
             if len(refs) <= MAX_PARTS and len({(ref.name, ref.version) for ref in refs}) == len(refs):
                 return Resolved(refs)
         if error is not None:
+            names = [name for piece in pieces for name, _ in _addresses(piece) if name != self.base_name]
+            if pieces and not any(self._exact(name, user, may_use) for name in names):
+                raise ModelNotFound(text[:200])  # such as 'llama3:8b', whose tag is not a wrong weight
             raise error
         return Resolved(self._parse(text, user, may_use))
 
@@ -183,7 +187,7 @@ class ModelNames:
             refs = self._parse(name + suffix, user, may_use)
         except (ModelNotFound, InvalidRequest):
             return None
-        return Resolved(refs)
+        return None if any(ref.name == self.base_name for ref in refs) else Resolved(refs)
 
 
 def _weighted(target: tuple[ModelRef, ...], ref: ModelRef) -> tuple[ModelRef, ...]:

@@ -13,14 +13,14 @@ from server.adapters.aliases import Alias
 from server.adapters.content.generation_defaults import GenerationDefaults
 from server.adapters.registry import Adapter, Entry
 from server.adapters.versions import DIGITS
-from server.api.state import Access, ServerState, State
+from server.api.state import ServerState, State, UsableAdapters
 from server.errors import ModelNotFound, without_paths
 
 router = APIRouter()
 
 
 @router.get("/v1/models")
-async def list_models(state: State, may_use: Access) -> dict[str, Any]:
+async def list_models(state: State, may_use: UsableAdapters) -> dict[str, Any]:
     """The base, then the adapters by name, then the aliases."""
     adapters = [_adapter(entry, state) for entry in state.adapters.registry if may_use(entry.name)]
     aliases = [_alias(alias, state) for alias in state.adapters.names.visible_aliases(may_use)]
@@ -28,7 +28,7 @@ async def list_models(state: State, may_use: Access) -> dict[str, Any]:
 
 
 @router.get("/v1/models/{model:path}")
-async def get_model(model: str, state: State, may_use: Access) -> dict[str, Any]:
+async def get_model(model: str, state: State, may_use: UsableAdapters) -> dict[str, Any]:
     """One model by any text that a request may give as ``model``; an adapter with all details."""
     names = state.adapters.names
     try:

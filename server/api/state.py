@@ -9,9 +9,10 @@ from fastapi import Depends, Request
 
 from server.adapters.adapter_library import AdapterLibrary
 from server.adapters.content.generation_defaults import GenerationDefaults
-from server.adapters.model_names import MayUse, anything
+from server.adapters.model_names import MayUse
 from server.adapters.operator import AdapterOperator
 from server.api.auth.middleware import Access
+from server.api.auth.principal import Principal
 from server.engine.async_engine import AsyncEngine
 from server.metrics import Metrics
 from server.text.prompt import PromptRenderer
@@ -24,7 +25,6 @@ class ServerState:
     ``base_defaults`` come from the base's generation config; ``operator`` changes adapters for keys of scope admin.
     """
 
-    base_name: str
     created: int
     prompts: PromptRenderer
     engine: AsyncEngine
@@ -36,6 +36,10 @@ class ServerState:
     base_defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
     operator: AdapterOperator | None = None
     access: Access = field(default_factory=Access)
+
+    @property
+    def base_name(self) -> str:
+        return self.adapters.names.base_name
 
 
 async def _state_of(request: Request) -> ServerState:  # async: FastAPI calls other functions in a thread
@@ -49,12 +53,13 @@ State = Annotated[ServerState, Depends(_state_of)]
 
 def adapter_access(request: Request) -> MayUse:
     """Which adapters exist for the key of a request."""
-    principal = getattr(request.state, "principal", None)
-    return anything if principal is None else principal.may_use
+    principal = request.state.principal
+    assert isinstance(principal, Principal)
+    return principal.may_use
 
 
 async def _access_of(request: Request) -> MayUse:
     return adapter_access(request)
 
 
-Access = Annotated[MayUse, Depends(_access_of)]
+UsableAdapters = Annotated[MayUse, Depends(_access_of)]

@@ -147,7 +147,6 @@ def build(settings: Settings, access: Access) -> Service:
     prompts = PromptRenderer(base.tokenizer, vocab_size=base.vocab_size)
     services = build_adapter_services(settings, base, runner, engine, prompts, metrics)
     state = ServerState(
-        base_name=settings.base_name,
         created=int(time.time()),
         prompts=prompts,
         engine=engine,

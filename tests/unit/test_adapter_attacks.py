@@ -118,7 +118,6 @@ def refusal(path: Path, limits: AdapterPolicy = LIMITS) -> str:
 def state_of(harness: AdapterHarness, engine: FakeEngine | None = None) -> ServerState:
     """A server over real folders and a fake engine."""
     return ServerState(
-        base_name=BASE.name,
         created=1_700_000_000,
         prompts=PromptRenderer(small_tokenizer()),
         engine=cast(AsyncEngine, engine or FakeEngine()),

@@ -44,7 +44,7 @@ async def test_an_adapter_that_was_refused_is_not_found_with_the_reason(tmp_path
         await harness.adapters.acquire("broken:0.5")
     for error in await answers(harness, "nobody"):
         assert error["message"] == (
-            "The model `nobody` does not exist or you do not have access to it. Nearest: `micro`."
+            "The model `nobody` does not exist or you do not have access to it. Nearest: `base`."
         )
 
 
