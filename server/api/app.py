@@ -10,7 +10,7 @@ from prometheus_client.exposition import choose_encoder
 from starlette.responses import JSONResponse, Response
 from starlette.types import Lifespan
 
-from server.api import admin, chat, completions, models
+from server.api import admin, chat, completions, models, responses_api
 from server.api.auth.middleware import AuthMiddleware
 from server.api.errors import install_error_handlers
 from server.api.middleware import RequestMiddleware
@@ -29,7 +29,7 @@ def create_app(state: ServerState, *, lifespan: Lifespan[FastAPI] | None = None)
     install_error_handlers(app)
     app.add_middleware(AuthMiddleware, access=state.access, metrics=state.metrics)
     app.add_middleware(RequestMiddleware, metrics=state.metrics)
-    for router in (chat.router, completions.router, models.router, admin.router, operations):
+    for router in (chat.router, completions.router, responses_api.router, models.router, admin.router, operations):
         app.include_router(router)
     return app
 
