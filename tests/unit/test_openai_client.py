@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import io
-import socket
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing
 from typing import Any
 
 import openai
 import pytest
-import uvicorn
 from openai import OpenAI
 
 from server.api.app import create_app
 from server.cli.chat import run_chat
 from server.sequence import LoRARequest
 from tests.fakes import BASE, FakeEngine, Script, adapter, server_state
+from tests.loopback import on_loopback
 from tests.terminal import Terminal
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -32,17 +29,8 @@ def engine() -> FakeEngine:
 @pytest.fixture
 def url(engine: FakeEngine) -> Iterator[str]:
     """A server over the fake engine, with one adapter."""
-    with closing(socket.socket()) as bound:
-        bound.bind(("127.0.0.1", 0))
-        config = uvicorn.Config(create_app(server_state(engine, adapter("poet"))), log_level="warning", lifespan="off")
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, args=([bound],))
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
-        server.should_exit = True
-        thread.join()
+    with on_loopback(create_app(server_state(engine, adapter("poet")))) as running:
+        yield running
 
 
 @pytest.fixture

@@ -27,16 +27,12 @@ class WholeToolCall:
 
 @dataclass
 class WholeAnswer:
-    """A whole choice. ``logprobs`` are those of the content, in the format's form; ``stop`` is the stop string.
-
-    ``reasoning_tokens`` counts the tokens whose text is reasoning.
-    """
+    """A whole choice. ``logprobs`` are those of the content, in the format's form; ``stop`` is the stop string."""
 
     index: int
     logprobs: Json | None = None
     content: str = ""
     reasoning: str = ""
-    reasoning_tokens: int = 0
     tool_calls: list[WholeToolCall] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop: str | None = None
@@ -86,7 +82,6 @@ class AnswerCollector:
                 extend_logprobs(self._answer.logprobs, self._format.logprobs(part.tokens))
             elif isinstance(part, Reasoning):
                 self._reasoning.append(part.text)
-                self._answer.reasoning_tokens += len(part.tokens)
             else:
                 self._add_to_call(part)
         self._answer.finish_reason, self._answer.stop = delta.finish_reason, delta.stop

@@ -19,7 +19,7 @@ from server.api.formats.wire import PING, Json, sse
 from server.api.logprobs import chat_logprobs
 from server.api.protocol.responses import ResponsesRequest
 from server.sequence import FinishReason
-from server.text.answer import AnswerPart, Content, Reasoning, ToolCallPart
+from server.text.answer import AnswerPart, Content, ToolCallPart
 
 # Kinds of items that have content, and the type of its only part, which also names the events of its text.
 _PARTS = {"message": "output_text", "reasoning": "reasoning_text"}
@@ -71,7 +71,6 @@ class ResponsesFormat:
         self._numbers = itertools.count()
         self._output: list[Json] = []
         self._item: _OpenItem | None = None
-        self._reasoning_tokens = 0
         self._status = "completed"
 
     def opening(self) -> Iterator[str]:
@@ -81,20 +80,18 @@ class ResponsesFormat:
     def events(self, delta: ChoiceDelta) -> Iterator[str]:
         self._status = _status(delta.finish_reason)
         for part in delta.parts:
-            if isinstance(part, Reasoning):
-                self._reasoning_tokens += len(part.tokens)
             if isinstance(part, Content) and not part.text:
                 continue  # tokens without text, at the end
             yield from self._write(part)
         if delta.finish_reason is not None:
-            yield from self._close()
+            yield from self._close(self._status)
 
     def closing(self, usage: Usage) -> Iterator[str]:
         if not self._output:  # clients expect at least a message
             self._item = _OpenItem(_new_item("message"))
             yield from self._opened(self._item)
-            yield from self._close()
-        response = self._response(self._status, self._output, _usage(usage, self._reasoning_tokens))
+            yield from self._close(self._status)
+        response = self._response(self._status, self._output, _usage(usage))
         yield self._event(f"response.{self._status}", response=response)
 
     def error(self, reply: Reply) -> Iterator[str]:
@@ -110,15 +107,15 @@ class ResponsesFormat:
     def body(self, answers: Sequence[WholeAnswer], usage: Usage) -> Json:
         (answer,) = answers
         status = _status(answer.finish_reason)
-        logprobs = [] if answer.logprobs is None else answer.logprobs["content"]
         output = []
         if answer.reasoning:
-            output.append(_finished(_new_item("reasoning"), answer.reasoning, status))
+            output.append(_finished(_new_item("reasoning"), answer.reasoning))
         if answer.content or not answer.tool_calls:
-            output.append(_finished(_new_item("message"), answer.content, status, logprobs))
-        for call in answer.tool_calls:
-            output.append(_finished(_new_call(call.id, call.name), call.arguments, status))
-        return self._response(status, output, _usage(usage, answer.reasoning_tokens))
+            logprobs = [] if answer.logprobs is None else answer.logprobs["content"]
+            output.append(_finished(_new_item("message"), answer.content, logprobs=logprobs))
+        output += [_finished(_new_call(call.id, call.name), call.arguments) for call in answer.tool_calls]
+        output[-1]["status"] = status
+        return self._response(status, output, _usage(usage))
 
     def _write(self, part: AnswerPart) -> Iterator[str]:
         """The events of a part, and those of the item that it ends or begins."""
@@ -145,8 +142,11 @@ class ResponsesFormat:
         if item.kind in _PARTS:
             yield self._text_event("response.content_part.added", item, part=_part(item.kind, ""))
 
-    def _close(self) -> Iterator[str]:
-        """The end of the item that is being written, if any; log probabilities are in the deltas alone."""
+    def _close(self, status: str = "completed") -> Iterator[str]:
+        """The end of the item that is being written, if any; log probabilities are in the deltas alone.
+
+        Only the last item of a response can be incomplete.
+        """
         if self._item is None:
             return
         item, text = self._item, "".join(self._item.texts)
@@ -157,7 +157,7 @@ class ResponsesFormat:
         else:
             name = item.fields["name"]
             yield self._item_event("response.function_call_arguments.done", item, name=name, arguments=text)
-        finished = _finished(item.fields, text, self._status)
+        finished = _finished(item.fields, text, status)
         yield self._event("response.output_item.done", output_index=len(self._output), item=finished)
         self._output.append(finished)
         self._item = None
@@ -220,7 +220,7 @@ def _new_call(call_id: str, name: str) -> Json:
     return {"id": _new_id("fc_"), "type": "function_call", "call_id": call_id, "name": name}
 
 
-def _finished(fields: Json, text: str, status: str, logprobs: Sequence[object] = ()) -> Json:
+def _finished(fields: Json, text: str, status: str = "completed", logprobs: Sequence[object] = ()) -> Json:
     """A whole item."""
     kind = fields["type"]
     content = {"content": [_part(kind, text, logprobs)]} if kind in _PARTS else {"arguments": text}
@@ -236,11 +236,11 @@ def _status(reason: FinishReason | None) -> str:
     return "incomplete" if reason is FinishReason.LENGTH else "completed"
 
 
-def _usage(usage: Usage, reasoning_tokens: int) -> Json:
+def _usage(usage: Usage) -> Json:
     return {
         "input_tokens": usage.prompt_tokens,
         "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
         "output_tokens": usage.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": reasoning_tokens},
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
     }

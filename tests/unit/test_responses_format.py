@@ -1,0 +1,193 @@
+"""Responses and the events of their streams, as OpenAI's own client reads them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from openai import OpenAI
+from openai.types.responses import Response, ResponseStreamEvent
+from pydantic import TypeAdapter
+
+from server.api.active_request import ActiveRequest, ChoiceDelta, Usage
+from server.api.app import create_app
+from server.api.formats.interface import AnswerCollector
+from server.api.formats.responses import ResponsesFormat
+from server.api.protocol.responses import ResponsesRequest
+from server.sequence import FinishReason
+from server.text.answer import AnswerPart, Content, Reasoning, ToolCallPart
+from tests.fakes import BASE, FakeEngine, Script, adapter, server_state
+from tests.loopback import on_loopback
+
+USAGE = Usage(prompt_tokens=7, completion_tokens=5, cached_tokens=2, reasoning_tokens=1)
+PARTS: Sequence[AnswerPart] = (
+    Reasoning("Hm"),
+    Reasoning("..."),
+    Content("Let me"),
+    Content(" see."),
+    ToolCallPart(0, id="call_a", name="look"),
+    ToolCallPart(0, arguments='{"city":'),
+    ToolCallPart(0, arguments='"Kyiv"}'),
+    ToolCallPart(1, id="call_b", name="look"),
+    ToolCallPart(1, arguments="{}"),
+)
+
+
+def new_format(**body: Any) -> ResponsesFormat:
+    request = SimpleNamespace(body=SimpleNamespace(model=BASE), token_texts=None)
+    asked = ResponsesRequest.model_validate({"model": BASE, "input": "hello", **body})
+    return ResponsesFormat(asked, cast(ActiveRequest, request), "fp_1")
+
+
+def deltas(reason: FinishReason) -> list[ChoiceDelta]:
+    return [*(ChoiceDelta(0, (part,)) for part in PARTS), ChoiceDelta(0, (), reason)]
+
+
+def stream(reason: FinishReason) -> list[dict[str, Any]]:
+    format = new_format()
+    texts = [*format.opening()]
+    for delta in deltas(reason):
+        texts += format.events(delta)
+    texts += format.closing(USAGE)
+    return [read(text) for text in texts]
+
+
+def read(text: str) -> dict[str, Any]:
+    name, data = text.removesuffix("\n\n").split("\n")
+    event: dict[str, Any] = json.loads(data.removeprefix("data: "))
+    assert name == f"event: {event['type']}"
+    return event
+
+
+def whole(reason: FinishReason) -> dict[str, Any]:
+    format = new_format()
+    collector = AnswerCollector(0, format)
+    for delta in deltas(reason):
+        collector.add(delta)
+    return format.body([collector.answer()], USAGE)
+
+
+def without_ids(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in item.items() if key != "id"} for item in items]
+
+
+def test_every_event_is_one_of_openais_and_they_are_numbered() -> None:
+    events = stream(FinishReason.TOOL_CALLS)
+    for event in events:
+        TypeAdapter(ResponseStreamEvent).validate_python(event)
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    assert [event["type"].removeprefix("response.") for event in events] == [
+        "created",
+        "in_progress",
+        "output_item.added",
+        "content_part.added",
+        "reasoning_text.delta",
+        "reasoning_text.delta",
+        "reasoning_text.done",
+        "content_part.done",
+        "output_item.done",
+        "output_item.added",
+        "content_part.added",
+        "output_text.delta",
+        "output_text.delta",
+        "output_text.done",
+        "content_part.done",
+        "output_item.done",
+        "output_item.added",
+        "function_call_arguments.delta",
+        "function_call_arguments.delta",
+        "function_call_arguments.done",
+        "output_item.done",
+        "output_item.added",
+        "function_call_arguments.delta",
+        "function_call_arguments.done",
+        "output_item.done",
+        "completed",
+    ]
+
+
+@pytest.mark.parametrize("reason", [FinishReason.TOOL_CALLS, FinishReason.LENGTH])
+def test_a_stream_ends_with_the_response_that_is_not_streamed(reason: FinishReason) -> None:
+    last, answer = stream(reason)[-1]["response"], whole(reason)
+    Response.model_validate(answer)
+    assert without_ids(last["output"]) == without_ids(answer["output"])
+    assert {**last, "id": "", "output": []} == {**answer, "id": "", "output": []}
+
+
+def test_an_answer_cut_by_its_length_is_incomplete() -> None:
+    answer = whole(FinishReason.LENGTH)
+    assert (answer["status"], answer["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
+    assert answer["output"][-1]["status"] == "incomplete"
+    assert stream(FinishReason.LENGTH)[-1]["type"] == "response.incomplete"
+
+
+def test_an_empty_answer_is_an_empty_message() -> None:
+    format = new_format()
+    texts = [*format.opening(), *format.events(ChoiceDelta(0, (), FinishReason.STOP)), *format.closing(USAGE)]
+    (item,) = read(texts[-1])["response"]["output"]
+    assert item["content"] == [{"type": "output_text", "text": "", "annotations": [], "logprobs": []}]
+
+
+def test_the_usage_tells_cached_and_reasoning_tokens() -> None:
+    usage = whole(FinishReason.STOP)["usage"]
+    assert (usage["input_tokens"], usage["input_tokens_details"]["cached_tokens"]) == (7, 2)
+    assert (usage["output_tokens"], usage["output_tokens_details"]["reasoning_tokens"]) == (5, 1)
+
+
+def test_settings_are_repeated() -> None:
+    tool = {"type": "function", "name": "look", "description": None, "parameters": {"type": "object"}, "strict": True}
+    format = new_format(instructions="Be brief.", metadata={"a": "b"}, tools=[tool], temperature=0.5)
+    response = read(next(iter(format.opening())))["response"]
+    assert (response["instructions"], response["metadata"], response["temperature"]) == ("Be brief.", {"a": "b"}, 0.5)
+    assert response["tools"] == [tool]
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine([Script("日本 hello 🎉")])
+
+
+@pytest.fixture
+def client(engine: FakeEngine) -> Iterator[OpenAI]:
+    with (
+        on_loopback(create_app(server_state(engine, adapter("poet")))) as url,
+        OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0, _strict_response_validation=True) as made,
+    ):
+        yield made
+
+
+def test_whole_responses_are_as_the_client_wants_them(client: OpenAI) -> None:
+    response = client.responses.create(model="poet", input="hello")
+    assert (response.output_text, response.status) == ("日本 hello 🎉", "completed")
+
+
+def test_streams_are_as_the_client_wants_them(client: OpenAI) -> None:
+    with client.responses.stream(model="poet", input="hello") as events:
+        text = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+        assert events.get_final_response().output_text == text == "日本 hello 🎉"
+
+
+def test_log_probabilities_are_as_the_client_wants_them(client: OpenAI) -> None:
+    asked: dict[str, Any] = {"input": "hello", "include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    whole_text: Any = client.responses.create(model=BASE, **asked).output[0]
+    tokens = whole_text.content[0].logprobs
+    assert bytes(byte for token in tokens for byte in token.bytes or ()).decode() == "日本 hello 🎉"
+    with client.responses.stream(model=BASE, **asked) as events:
+        streamed = [
+            token.logprob
+            for event in events
+            if event.type == "response.output_text.delta"
+            for token in event.logprobs or ()
+        ]
+    assert streamed == [token.logprob for token in tokens]
+
+
+def test_a_failure_in_the_stream_is_an_error_and_the_failed_response(client: OpenAI, engine: FakeEngine) -> None:
+    engine.scripts = [Script("hello", then="fail")]
+    *_, error, failed = client.responses.create(model=BASE, input="hello", stream=True)
+    assert error.type == "error" and "/secret/path" not in error.message
+    assert failed.type == "response.failed" and failed.response.status == "failed"
+    assert failed.response.error is not None and failed.response.error.code == "server_error"
