@@ -5,6 +5,7 @@ QuickchangeError
 │   ├── InvalidRequest
 │   ├── UnsupportedParameter
 │   ├── ContextLengthExceeded
+│   ├── TooManySequences
 │   ├── ModelNotFound
 │   ├── InvalidKey
 │   ├── InsufficientPermissions
@@ -105,6 +106,18 @@ class ContextLengthExceeded(RequestError):
             f"{prompt_tokens + completion_tokens} tokens ({prompt_tokens} in the {param}, {completion_tokens} in the "
             f"completion). Please reduce the length of the {param} or completion.",
             param=param,
+        )
+
+
+class TooManySequences(RequestError):
+    """A request for more sequences than the server ever computes and queues."""
+
+    def __init__(self, num_sequences: int, limit: int) -> None:
+        self.num_sequences, self.limit = num_sequences, limit
+        super().__init__(
+            f"This request asks for {num_sequences} sequences, and this server takes at most {limit}: send fewer "
+            "prompts, or lower 'n' or 'best_of'.",
+            param="n",
         )
 
 

@@ -26,7 +26,7 @@ from server.adapters.reader import AdapterReader
 from server.adapters.registry import Adapter, AdapterRegistry
 from server.api.state import ServerState
 from server.engine.async_engine import AsyncEngine
-from server.errors import EngineUnavailable, GenerationFailed, QueueFull
+from server.errors import EngineUnavailable, GenerationFailed, QueueFull, TooManySequences
 from server.metrics import Metrics
 from server.sequence import FinishReason, LoRARequest, SampledToken, SamplingParams, StepOutput
 from server.text.prompt import PromptRenderer
@@ -114,6 +114,8 @@ class FakeSequence:
     num_cached: int = 0
     num_logprobs: int | None = None
     closed: bool = False
+    prompt: tuple[SampledToken, ...] = ()
+    ends_with_prompt: bool = False
     output_ids: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -121,7 +123,7 @@ class FakeSequence:
 
     async def _play(self) -> None:
         """The script's outputs, then its end."""
-        for output in self.script.outputs(self.sequence_id, self.num_logprobs):
+        for output in self._outputs():
             await asyncio.sleep(self.script.delay)
             if output.token is not None:
                 self.output_ids.append(output.token.id)
@@ -132,6 +134,17 @@ class FakeSequence:
             self.sink(EngineUnavailable("The engine died."))
         if self.script.then == "hang":
             self.engine.num_hanging += 1
+
+    def _outputs(self) -> Iterator[StepOutput]:
+        """The results of the prompt, in two chunks, if there are any; then the script's, unless it ends there."""
+        if self.prompt:
+            yield StepOutput(self.sequence_id, None, prompt=self.prompt[:1])
+        if self.ends_with_prompt:
+            yield StepOutput(self.sequence_id, None, FinishReason.LENGTH, prompt=self.prompt[1:])
+            return
+        if self.prompt[1:]:
+            yield StepOutput(self.sequence_id, None, prompt=self.prompt[1:])
+        yield from self.script.outputs(self.sequence_id, self.num_logprobs)
 
     def close(self) -> None:
         self.closed = True
@@ -162,6 +175,7 @@ class FakeEngine:
     submitted: list[Submitted] = field(default_factory=list)
     sequences: list[FakeSequence] = field(default_factory=list)
     num_hanging: int = 0
+    max_unfinished: int = 288
 
     @property
     def num_open(self) -> int:
@@ -170,6 +184,8 @@ class FakeEngine:
 
     def check_capacity(self, num_sequences: int) -> None:
         """As the real one."""
+        if num_sequences > self.max_unfinished:
+            raise TooManySequences(num_sequences, self.max_unfinished)
         if not self.alive:
             raise EngineUnavailable("The engine is not running.")
         if self.num_open + num_sequences > self.capacity:
@@ -190,10 +206,13 @@ class FakeEngine:
         self.check_capacity(1)
         script = self.scripts[min(len(self.sequences), len(self.scripts) - 1)]
         self.submitted.append(Submitted(tuple(prompt_ids), params, max_tokens, adapters, eos_ids, cache_namespace))
-        self.sequences.append(
-            FakeSequence(self, script, len(self.sequences), sink, self.num_cached, params.num_logprobs)
-        )
-        return self.sequences[-1]
+        sequence = FakeSequence(self, script, len(self.sequences), sink, self.num_cached, params.num_logprobs)
+        if params.num_prompt_logprobs is not None:
+            tokens = [_sampled(token, params.num_prompt_logprobs) for token in [*prompt_ids][1:]]
+            sequence.prompt = tuple(token._replace(rank=2) for token in tokens)
+        sequence.ends_with_prompt = not max_tokens
+        self.sequences.append(sequence)
+        return sequence
 
 
 def adapter(name: str, **defaults: object) -> Adapter:

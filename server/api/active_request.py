@@ -14,9 +14,10 @@ from server.api.errors import ClientGone
 from server.api.protocol import GenerationRequest
 from server.engine.async_engine import SubmittedSequence
 from server.metrics import BASE, Metrics
-from server.sequence import FinishReason, StepOutput
+from server.sequence import FinishReason, SampledToken, StepOutput
 from server.text.answer import AnswerParser, AnswerPart, Reasoning, ToolCallPart
 from server.text.detokenizer import Detokenizer, TextPiece
+from server.text.prompt_text import PromptText
 from server.text.repetition import is_loop
 from server.text.token_texts import TokenTexts
 
@@ -60,6 +61,29 @@ class Usage:
 
 
 @dataclass(eq=False)
+class TokenRecord:
+    """The tokens of a choice, for requests that ask for more than its text.
+
+    ``prompt`` are the tokens behind the prompt's first one, with log probabilities; ``logprob`` is the sum of the
+    answer's.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    prompt: list[SampledToken] = field(default_factory=list)
+    logprob: float = 0.0
+
+    def add(self, output: StepOutput) -> None:
+        self.prompt += output.prompt
+        if output.token is not None:
+            self.ids.append(output.token.id)
+            self.logprob += output.token.logprob or 0.0
+
+    @property
+    def mean_logprob(self) -> float:
+        return self.logprob / max(1, len(self.ids))
+
+
+@dataclass(eq=False)
 class Choice:
     """One answer: its sequence, detokenizer and parser, token count and times (``time.perf_counter``)."""
 
@@ -68,6 +92,7 @@ class Choice:
     detokenizer: Detokenizer
     eos_ids: frozenset[int]
     parser: AnswerParser
+    record: TokenRecord | None = None
     num_tokens: int = 0
     first_token_at: float = 0.0
     last_token_at: float = 0.0
@@ -77,6 +102,8 @@ class Choice:
 
     def take(self, output: StepOutput) -> ChoiceDelta:
         """Convert a step's output to parts. A stop string ends the sequence; its later outputs are ignored."""
+        if self.record is not None:
+            self.record.add(output)
         piece = self._text(output)
         reason = FinishReason.STOP if self.detokenizer.stop is not None else output.finish_reason
         parts = self.parser.push(piece)
@@ -174,7 +201,8 @@ class RequestLog:
 class ActiveRequest:
     """``choices`` are its answers. As a context manager it is closed at the end of the block.
 
-    ``token_texts`` has the text of tokens where log probabilities are asked for.
+    ``token_texts`` has the text of tokens where log probabilities are asked for. ``prompt_ids`` are the prompts, and
+    ``prompt_texts`` their texts if the answers repeat them.
     ``close`` ends the running sequences, writes the log line and releases the lease.
     """
 
@@ -183,6 +211,8 @@ class ActiveRequest:
     log: RequestLog
     num_prompt_tokens: int
     token_texts: TokenTexts | None = None
+    prompt_ids: Sequence[Sequence[int]] = ()
+    prompt_texts: Sequence[PromptText] = ()
     choices: list[Choice] = field(default_factory=list)
     _outputs: asyncio.Queue[tuple[int, StepOutput | Exception]] = field(default_factory=asyncio.Queue)
     _first: tuple[int, StepOutput | Exception] | None = None
@@ -205,8 +235,8 @@ class ActiveRequest:
     def usage(self) -> Usage:
         """Token counts so far."""
         cached = [choice.sequence.num_cached for choice in self.choices]
-        n = self.body.n
-        num_cached = sum(min(cached[first : first + n]) for first in range(0, len(cached), n))
+        number = self.body.num_candidates
+        num_cached = sum(min(cached[first : first + number]) for first in range(0, len(cached), number))
         num_tokens = sum(choice.num_tokens for choice in self.choices)
         num_reasoning = sum(choice.num_reasoning_tokens for choice in self.choices)
         return Usage(self.num_prompt_tokens, num_tokens, num_cached, num_reasoning)

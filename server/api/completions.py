@@ -16,6 +16,7 @@ from server.api.responses import close_unless_streamed, respond
 from server.api.state import ServerState, State
 from server.errors import InvalidRequest
 from server.text.prompt import PromptRenderer
+from server.text.prompt_text import PromptText, prompt_text
 
 router = APIRouter()
 
@@ -38,7 +39,17 @@ async def _respond(body: CompletionRequest, http: Request, state: ServerState, s
 def _tokenize(body: CompletionRequest, defaults: GenerationDefaults, base: PromptRenderer) -> Prompts:
     """In a thread: texts as token ids; token ids as they are."""
     renderer = base.for_adapter(defaults)
-    return Prompts([_prompt_ids(prompt, renderer) for prompt in body.prompt], renderer, "prompt")
+    ids = [_prompt_ids(prompt, renderer) for prompt in body.prompt]
+    if not body.echo:
+        return Prompts(ids, renderer, "prompt")
+    texts = [_echo(prompt, prompt_ids, renderer) for prompt, prompt_ids in zip(body.prompt, ids, strict=True)]
+    return Prompts(ids, renderer, "prompt", texts=texts)
+
+
+def _echo(prompt: str | list[int], ids: list[int], renderer: PromptRenderer) -> PromptText:
+    """The text of a prompt with its special tokens, but for those that the tokenizer puts before a text."""
+    num_hidden = renderer.num_added(prompt, ids) if isinstance(prompt, str) else 0
+    return prompt_text(ids, renderer.decode_all, num_hidden=num_hidden)
 
 
 def _prompt_ids(prompt: str | list[int], renderer: PromptRenderer) -> list[int]:

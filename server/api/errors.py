@@ -39,6 +39,7 @@ from server.errors import (
     RequestError,
     SettingsError,
     StartFailed,
+    TooManySequences,
     TooManyWrongKeys,
     UnsupportedParameter,
 )
@@ -70,6 +71,7 @@ ERROR_REPLIES: Mapping[type[QuickchangeError], ErrorReply] = {
     InvalidRequest: ErrorReply(400, _CLIENT, "invalid_value"),
     UnsupportedParameter: ErrorReply(400, _CLIENT, "unsupported_parameter"),
     ContextLengthExceeded: ErrorReply(400, _CLIENT, "context_length_exceeded"),
+    TooManySequences: ErrorReply(400, _CLIENT, "too_many_sequences"),
     ModelNotFound: ErrorReply(404, _CLIENT, "model_not_found"),
     InvalidKey: ErrorReply(401, _CLIENT, "invalid_api_key"),
     InsufficientPermissions: ErrorReply(403, _CLIENT, "insufficient_permissions"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, fields, replace
 from typing import TypeVar
@@ -12,7 +12,7 @@ from fastapi import Request
 
 from server.adapters.adapter_cache import Lease
 from server.adapters.content.generation_defaults import GenerationDefaults
-from server.api.active_request import ActiveRequest, Choice, RequestLog
+from server.api.active_request import ActiveRequest, Choice, RequestLog, TokenRecord
 from server.api.protocol import GenerationRequest
 from server.api.state import ServerState, adapter_access
 from server.errors import ContextLengthExceeded, InvalidRequest
@@ -20,6 +20,7 @@ from server.sequence import SamplingParams
 from server.text.answer_format import PLAIN, AnswerFormat
 from server.text.detokenizer import Detokenizer
 from server.text.prompt import PromptRenderer
+from server.text.prompt_text import PromptText
 
 Number = TypeVar("Number", int, float)
 
@@ -28,13 +29,14 @@ Number = TypeVar("Number", int, float)
 class Prompts:
     """Token ids of each prompt, the renderer with the tokenizer, and the field of the body that has the prompts.
 
-    ``answers`` is what the answers to them look like.
+    ``answers`` is what the answers to them look like. ``texts`` are those of the prompts where the answers repeat them.
     """
 
     ids: list[list[int]]
     renderer: PromptRenderer
     field: str
     answers: AnswerFormat = PLAIN
+    texts: Sequence[PromptText] = ()
 
 
 @asynccontextmanager
@@ -46,7 +48,7 @@ async def leased(
     The lease is released here only if the block raises. Raises every error that can be found before rendering.
     """
     check_token_ids(body, state.prompts.vocab_size)
-    state.engine.check_capacity(body.num_prompts * body.n)
+    state.engine.check_capacity(body.num_prompts * body.num_candidates)
     may_use = adapter_access(http)
     refs = state.adapters.resolve(body.model, user=body.user, scale=body.lora_scale, may_use=may_use)
     lease = await state.adapters.lease(refs, may_use) if refs else None
@@ -67,31 +69,31 @@ def submit(
     defaults: GenerationDefaults,
     prompts: Prompts,
 ) -> ActiveRequest:
-    """Queue ``n`` sequences for each prompt. Raises ``ContextLengthExceeded``, ``QueueFull``, ``EngineUnavailable``."""
+    """Queue the sequences of each prompt. Raises ``ContextLengthExceeded``, ``QueueFull``, ``EngineUnavailable``."""
     lengths = [
         completion_length(
             len(prompt_ids),
             asked=body.max_completion,
-            default=defaults.max_tokens or state.default_max_tokens,
+            default=defaults.max_tokens or body.default_length or state.default_max_tokens,
             limit=state.engine.max_model_len,
             param=prompts.field,
         )
         for prompt_ids in prompts.ids
     ]
-    stop = stop_strings(body, defaults)
-    eos_ids = state.eos_ids | end_ids(defaults, stop, prompts.renderer) | frozenset(body.stop_token_ids or ())
+    stop, eos_ids = _ends(body, defaults, prompts.renderer, state.eos_ids)
     namespace = cache_namespace(http.state.principal.id, body.cache_salt)
     log = RequestLog(state.metrics, http.state.request_id, http.state.arrived)
-    token_texts = None if body.num_logprobs is None else prompts.renderer.token_texts
-    request = ActiveRequest(body, lease, log, sum(map(len, prompts.ids)), token_texts)
+    has_logprobs = body.num_logprobs is not None or body.num_prompt_logprobs is not None
+    token_texts = prompts.renderer.token_texts if has_logprobs else None
+    request = ActiveRequest(body, lease, log, sum(map(len, prompts.ids)), token_texts, prompts.ids, prompts.texts)
     decode = prompts.renderer.decoder(prompts.answers.markers)
     with ExitStack() as submitted:
-        for prompt_ids, max_tokens in zip(prompts.ids, lengths, strict=True):
-            for number in range(body.n):
+        for place, (prompt_ids, max_tokens) in enumerate(zip(prompts.ids, lengths, strict=True)):
+            for number in range(body.num_candidates):
                 index = len(request.choices)
                 sequence = state.engine.submit(
                     prompt_ids,
-                    params=sampling_params(body, defaults, index=number),
+                    params=sampling_params(body, defaults, index=number, max_tokens=max_tokens),
                     max_tokens=max_tokens,
                     adapters=() if lease is None else lease.uses,
                     eos_ids=eos_ids,
@@ -99,10 +101,31 @@ def submit(
                     sink=request.sink(index),
                 )
                 submitted.callback(sequence.close)
-                detokenizer = Detokenizer(decode, stop, min_tokens=body.min_tokens or 0)
-                request.choices.append(Choice(index, sequence, detokenizer, eos_ids, prompts.answers.parser()))
+                detokenizer = _detokenizer(body, prompts, place, decode, stop)
+                record = TokenRecord() if _needs_record(body, max_tokens) else None
+                request.choices.append(Choice(index, sequence, detokenizer, eos_ids, prompts.answers.parser(), record))
         submitted.pop_all()
     return request
+
+
+def _detokenizer(
+    body: GenerationRequest,
+    prompts: Prompts,
+    place: int,
+    decode: Callable[[Sequence[int]], str],
+    stop: tuple[str, ...],
+) -> Detokenizer:
+    """That of an answer to prompt ``place``, which continues the prompt's text if the answer repeats it."""
+    min_tokens = body.min_tokens or 0
+    if not prompts.texts:
+        return Detokenizer(decode, stop, min_tokens=min_tokens)
+    start = len(prompts.texts[place].text)
+    return Detokenizer(decode, stop, min_tokens=min_tokens, context_ids=prompts.ids[place], start=start)
+
+
+def _needs_record(body: GenerationRequest, max_tokens: int) -> bool:
+    is_chosen = body.num_candidates > body.n
+    return body.return_token_ids or body.num_prompt_logprobs is not None or is_chosen or not max_tokens
 
 
 def cache_namespace(owner: str | None, cache_salt: str | None) -> bytes:
@@ -129,7 +152,9 @@ def overlay(defaults: GenerationDefaults, below: GenerationDefaults) -> Generati
     )
 
 
-def sampling_params(request: GenerationRequest, defaults: GenerationDefaults, *, index: int) -> SamplingParams:
+def sampling_params(
+    request: GenerationRequest, defaults: GenerationDefaults, *, index: int, max_tokens: int | None = None
+) -> SamplingParams:
     """Sampling parameters of answer ``index`` of a prompt; each answer has a seed of its own."""
     top_k = _first(request.top_k, defaults.top_k, 0)
     return SamplingParams(
@@ -139,8 +164,26 @@ def sampling_params(request: GenerationRequest, defaults: GenerationDefaults, *,
         min_p=float(_first(request.min_p, defaults.min_p, 0.0)),
         seed=None if request.seed is None else request.seed + index,
         processors=request.processors,
-        num_logprobs=request.num_logprobs,
+        num_logprobs=_num_logprobs(request),
+        num_prompt_logprobs=_num_prompt_logprobs(request, index, max_tokens),
     )
+
+
+def _num_logprobs(request: GenerationRequest) -> int | None:
+    """Log probabilities of the answer, also where they only choose the best of several."""
+    is_chosen = request.num_candidates > request.n
+    return 0 if request.num_logprobs is None and is_chosen else request.num_logprobs
+
+
+def _num_prompt_logprobs(request: GenerationRequest, index: int, max_tokens: int | None) -> int | None:
+    """The first answer to a prompt has the prompt's log probabilities, in a stream each of them.
+
+    An answer without tokens ends with the prompt, and so asks for them, too.
+    """
+    asked = request.num_prompt_logprobs
+    if asked is not None and (index == 0 or request.stream):
+        return asked
+    return 0 if max_tokens == 0 else None
 
 
 def stop_strings(request: GenerationRequest, defaults: GenerationDefaults) -> tuple[str, ...]:
@@ -156,6 +199,16 @@ def end_ids(defaults: GenerationDefaults, stop: Iterable[str], prompts: PromptRe
     ids = [prompts.token_id(text) for text in stop]
     ids += [prompts.end_token_id(token) for token in (*defaults.end_tokens, *defaults.eos)]
     return frozenset(token_id for token_id in ids if token_id is not None)
+
+
+def _ends(
+    request: GenerationRequest, defaults: GenerationDefaults, prompts: PromptRenderer, base_ids: frozenset[int]
+) -> tuple[tuple[str, ...], frozenset[int]]:
+    """Stop strings and end tokens of a request; with ``ignore_eos`` only those that it names itself."""
+    if request.ignore_eos:
+        defaults, base_ids = replace(defaults, stop=(), end_tokens=(), eos=()), frozenset()
+    stop = stop_strings(request, defaults)
+    return stop, base_ids | end_ids(defaults, stop, prompts) | frozenset(request.stop_token_ids or ())
 
 
 def check_token_ids(request: GenerationRequest, vocab_size: int) -> None:

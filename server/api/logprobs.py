@@ -28,11 +28,19 @@ def chat_logprobs(tokens: Sequence[TokenStart], texts: TokenTexts) -> Json:
 
 
 def completion_logprobs(tokens: Sequence[TokenStart], texts: TokenTexts) -> Json:
-    """``logprobs`` of a completion choice or chunk. Of tokens with the same text, only the likeliest is listed."""
+    """``logprobs`` of a completion choice or chunk. Of tokens with the same text, only the likeliest is listed.
+
+    The first token of a prompt has none.
+    """
     names: list[str] = []
-    top_logprobs: list[dict[str, float]] = []
+    token_logprobs: list[float | None] = []
+    top_logprobs: list[dict[str, float] | None] = []
     for (token, _), is_first in zip(tokens, _are_first(tokens, texts), strict=True):
         names.append(_completion_token(texts.get(token.id, first=is_first)))
+        token_logprobs.append(None if token.logprob is None else _logprob(token))
+        if token.logprob is None:
+            top_logprobs.append(None)
+            continue
         by_text: dict[str, float] = {}
         for top_id, logprob in token.top_logprobs:
             by_text.setdefault(_completion_token(texts.get(top_id, first=is_first)), max(logprob, _LEAST))
@@ -40,10 +48,29 @@ def completion_logprobs(tokens: Sequence[TokenStart], texts: TokenTexts) -> Json
         top_logprobs.append(by_text)
     return {
         "tokens": names,
-        "token_logprobs": [_logprob(token) for token, _ in tokens],
+        "token_logprobs": token_logprobs,
         "top_logprobs": top_logprobs,
         "text_offset": [start for _, start in tokens],
     }
+
+
+def prompt_logprobs(tokens: Sequence[SampledToken], count: int, texts: TokenTexts) -> list[Json | None]:
+    """vLLM's ``prompt_logprobs``: for each token of a prompt an object by token id, null for the first one.
+
+    ``tokens`` are those behind the first; each object has the token and the ``count`` likeliest.
+    """
+    entries: list[Json | None] = [None]
+    for token in tokens:
+        by_id = {str(token.id): _ranked(token.id, _logprob(token), token.rank, texts)}
+        for rank, (top_id, logprob) in enumerate(token.top_logprobs[:count], 1):
+            by_id.setdefault(str(top_id), _ranked(top_id, max(logprob, _LEAST), rank, texts))
+        entries.append(by_id)
+    return entries
+
+
+def _ranked(token_id: int, logprob: float, rank: int | None, texts: TokenTexts) -> Json:
+    text = texts.get(token_id, first=False)
+    return {"logprob": logprob, "rank": rank, "decoded_token": _escaped(text) if text.text is None else text.text}
 
 
 def _are_first(tokens: Sequence[TokenStart], texts: TokenTexts) -> Iterator[bool]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
@@ -14,8 +14,8 @@ from starlette.types import Receive, Scope, Send
 
 from server.api.active_request import ActiveRequest
 from server.api.errors import ClientGone, reply_to
-from server.api.formats.interface import AnswerCollector, ResponseFormat
-from server.api.formats.wire import Json, fingerprint, to_json_with_encoded_parts
+from server.api.formats.interface import AnswerCollector, ResponseFormat, WholeAnswer
+from server.api.formats.wire import fingerprint, to_json_with_encoded_parts
 from server.api.state import ServerState
 
 PING_SECONDS = 15.0
@@ -72,20 +72,25 @@ async def respond(
     headers = {} if lease is None else {"x-quickchange-adapter": lease.label}
     if request.body.stream:
         return EventStream(request, format, headers)
-    answer = await _collect(request, format)
+    answers = await _collect(request, format)
     if request.token_texts is None:
-        return JSONResponse(answer, headers=headers)
-    content = await asyncio.to_thread(to_json_with_encoded_parts, answer)
+        return JSONResponse(format.body(answers, request.usage), headers=headers)
+    content = await asyncio.to_thread(_encoded, request, format, answers)
     return Response(content, headers=headers, media_type="application/json")
 
 
-async def _collect(request: ActiveRequest, format: ResponseFormat) -> Json:
-    """The whole answer, whose log probabilities are encoded delta by delta, so that the event loop is never blocked."""
+def _encoded(request: ActiveRequest, format: ResponseFormat, answers: Sequence[WholeAnswer]) -> bytes:
+    """In a thread: the JSON of answers with log probabilities, which may be many."""
+    return to_json_with_encoded_parts(format.body(answers, request.usage))
+
+
+async def _collect(request: ActiveRequest, format: ResponseFormat) -> list[WholeAnswer]:
+    """The whole answers. Log probabilities are encoded delta by delta, so that the event loop is never blocked."""
     collectors = [AnswerCollector(choice.index, format) for choice in request.choices]
     async for delta in request.deltas():
         if delta is not None:
             collectors[delta.index].add(delta)
-    return format.body([collector.answer() for collector in collectors], request.usage)
+    return [collector.answer() for collector in collectors]
 
 
 class EventStream(StreamingResponse):

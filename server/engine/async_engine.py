@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from server.engine.engine import Engine
-from server.errors import EngineUnavailable, GenerationFailed, QueueFull
+from server.errors import EngineUnavailable, GenerationFailed, QueueFull, TooManySequences
 from server.lora.weights import LoRAWeights
 from server.sequence import LoRARequest, SamplingParams, Sequence, StepOutput
 
@@ -95,7 +95,12 @@ class AsyncEngine:
         self._engine.metrics.engine_up.set(1)
 
     def check_capacity(self, num_sequences: int) -> None:
-        """Raises ``EngineUnavailable`` or ``QueueFull`` if this number of sequences would be refused."""
+        """Raises an error if this number of sequences would be refused.
+
+        ``TooManySequences`` if they would always be, ``QueueFull`` if they are now; ``EngineUnavailable``.
+        """
+        if num_sequences > self._max_unfinished:
+            raise TooManySequences(num_sequences, self._max_unfinished)
         if not self._alive:
             raise EngineUnavailable("The engine is not running.")
         if len(self._submitted) + num_sequences > self._max_unfinished:

@@ -40,18 +40,27 @@ class Detokenizer:
     piece as context, because the first token of a decoded list may lose its leading space (SentencePiece).
     The stop string that is complete first ends the text; of several that end together, the longest one.
     A stop string that is complete within the first ``min_tokens`` tokens does not end the text.
+    The tokens may continue ``context_ids``, whose text ends at character ``start``.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str], *, min_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        decode: Callable[[Sequence[int]], str],
+        stop: Sequence[str],
+        *,
+        min_tokens: int = 0,
+        context_ids: Sequence[int] = (),
+        start: int = 0,
+    ) -> None:
         assert all(stop), "a stop string is empty"
         self._decode = decode
         self._stop = tuple(stop)
         self._min_tokens, self._num_tokens = min_tokens, 0
-        self._window: list[int] = []
-        self._num_context = 0  # tokens at the start of the window that are context only
-        self._num_shown = 0  # characters of the window's text that were returned
+        self._window = list(context_ids[-_KEPT_WINDOW:])
+        self._num_context = len(self._window)  # tokens at the start of the window that are context only
+        self._num_shown = len(decode(self._window)) if self._window else 0  # characters of its text that were returned
         self._held = ""  # text held back, which may be the start of a stop string
-        self._length = 0  # characters of the whole text, with those held back
+        self._length = start  # characters of the whole text, with those held back
         self._tokens: deque[TokenStart] = deque()  # tokens that were not returned yet
         self._found: str | None = None
 

@@ -230,6 +230,15 @@ class PromptRenderer:
         shown = [token_id for token_id in ids if token_id not in hidden]
         return str(self._tokenizer.decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
+    def num_added(self, text: str, ids: Sequence[int]) -> int:
+        """Special tokens that the tokenizer puts before a text with these ids."""
+        begin = self._tokenizer.bos_token
+        return int(begin is not None and ids[0] == self._tokenizer.bos_token_id and not text.startswith(begin))
+
+    def decode_all(self, ids: Sequence[int]) -> str:
+        """Text of token ids, with special tokens."""
+        return self._decode(ids, frozenset())
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, without special tokens."""
         shown = [token_id for token_id in ids if token_id not in self._hidden_ids] if self._hidden_ids else list(ids)

@@ -100,7 +100,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"temperature": 3}, "temperature", "decimal_above_max_value"),
     ({"max_tokens": "many"}, "max_tokens", "invalid_type"),
     ({"max_tokens": 0}, "max_tokens", "integer_below_min_value"),
-    ({"n": 100}, "n", "integer_above_max_value"),
+    ({"n": 129}, "n", "integer_above_max_value"),
     ({"stop": ["x"] * 17}, "stop", "array_above_max_length"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "integer_above_max_value"),
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "unsupported_parameter"),

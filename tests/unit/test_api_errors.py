@@ -98,7 +98,7 @@ def test_a_path_is_written_as_in_javascript() -> None:
         ({"temperature": 2.5}, "decimal_above_max_value", "temperature"),
         ({"top_p": -1}, "decimal_below_min_value", "top_p"),
         ({"n": 0}, "integer_below_min_value", "n"),
-        ({"n": 9}, "integer_above_max_value", "n"),
+        ({"n": 129}, "integer_above_max_value", "n"),
         ({"n": 1.5}, "invalid_type", "n"),
         ({"max_tokens": 0}, "integer_below_min_value", "max_tokens"),
         ({"seed": 2**63}, "integer_above_max_value", "seed"),
@@ -194,7 +194,7 @@ def test_a_request_id_that_is_not_plain_is_replaced(given: str) -> None:
 def test_refusals_are_counted_by_status() -> None:
     state = server_state(FakeEngine([Script(then="fail", text="")]))
     application = create_app(state)
-    for body in ({**ONE, "model": "nobody"}, {**ONE, "n": 9}, ONE):
+    for body in ({**ONE, "model": "nobody"}, {**ONE, "n": 129}, ONE):
         ask(application, "POST", CHAT, json=body)
     counts = {status: state.metrics.http_errors.labels(status)._value.get() for status in ("400", "404", "500")}
     assert counts == {"400": 1, "404": 1, "500": 1}

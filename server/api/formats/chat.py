@@ -7,12 +7,14 @@ The order: an opening chunk with the role for each choice; deltas; a final chunk
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from server.api.active_request import ActiveRequest, ChoiceDelta, Usage
 from server.api.errors import Reply
 from server.api.formats.interface import Tokens, WholeAnswer, WholeToolCall
+from server.api.formats.token_ids import ChunkTokenIds, prompt_record, record_of
 from server.api.formats.wire import DONE, PING, Envelope, Json, sse
-from server.api.logprobs import chat_logprobs
+from server.api.logprobs import chat_logprobs, prompt_logprobs
 from server.sequence import FinishReason
 from server.text.answer import AnswerPart, Content, Reasoning, ToolCallPart
 
@@ -27,12 +29,14 @@ class ChatFormat:
         body = request.body
         self._envelope = Envelope.new("chatcmpl-", model=body.model, fingerprint=fingerprint)
         self._num_choices = len(request.choices)
-        self._include_usage = body.include_usage
-        self._token_texts = request.token_texts
+        self._request, self._body = request, body
+        self._token_texts = None if body.num_logprobs is None else request.token_texts
+        self._token_ids = ChunkTokenIds(request) if body.return_token_ids else None
 
     def opening(self) -> Iterator[str]:
         for index in range(self._num_choices):
-            yield self._event(_choice(index, {"role": "assistant", "content": ""}))
+            prompt = {} if self._token_ids is None or index else {"prompt_token_ids": self._token_ids.prompt(index)}
+            yield self._event(_choice(index, {"role": "assistant", "content": ""}), **prompt)
 
     def events(self, delta: ChoiceDelta) -> Iterator[str]:
         tokens: Tokens = ()
@@ -47,7 +51,7 @@ class ChatFormat:
             yield self._event(_choice(delta.index, {}, logprobs, delta.finish_reason))
 
     def closing(self, usage: Usage) -> Iterator[str]:
-        if self._include_usage:
+        if self._body.include_usage:
             yield sse(self._envelope.wrap("chat.completion.chunk", [], usage=usage.as_json()))
         yield DONE
 
@@ -64,14 +68,28 @@ class ChatFormat:
                 "message": _message(answer),
                 "logprobs": answer.logprobs,
                 "finish_reason": _value(answer.finish_reason),
+                **({} if self._token_ids is None else {"token_ids": record_of(self._request, answer.index).ids}),
             }
             for answer in answers
         ]
-        return self._envelope.wrap("chat.completion", choices, usage=usage.as_json())
+        return self._envelope.wrap("chat.completion", choices, usage=usage.as_json(), **self._of_prompt())
 
-    def _event(self, choice: Json) -> str:
-        usage: dict[str, Json | None] = {"usage": None} if self._include_usage else {}
-        return sse(self._envelope.wrap("chat.completion.chunk", [choice], **usage))
+    def _of_prompt(self) -> Json:
+        """vLLM's fields of the prompt, where they are asked for."""
+        fields: Json = {}
+        if self._body.prompt_logprobs is not None and self._request.token_texts is not None:
+            tokens = prompt_record(self._request, 0).prompt
+            fields["prompt_logprobs"] = prompt_logprobs(tokens, self._body.prompt_logprobs, self._request.token_texts)
+        if self._token_ids is not None:
+            fields["prompt_token_ids"] = self._token_ids.prompt(0)
+        return fields
+
+    def _event(self, choice: Json, **fields: Any) -> str:
+        if self._body.include_usage:
+            fields["usage"] = self._request.usage.as_json() if self._body.continuous_usage else None
+        if self._token_ids is not None:
+            choice |= self._token_ids.of_chunk(choice["index"])
+        return sse(self._envelope.wrap("chat.completion.chunk", [choice], **fields))
 
 
 def _choice(index: int, delta: Json, logprobs: Json | None = None, reason: FinishReason | None = None) -> Json:

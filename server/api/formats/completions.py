@@ -7,22 +7,30 @@ from collections.abc import Iterable, Iterator, Sequence
 from server.api.active_request import ActiveRequest, ChoiceDelta, Usage
 from server.api.errors import Reply
 from server.api.formats.interface import Tokens, WholeAnswer
+from server.api.formats.token_ids import ChunkTokenIds, prompt_record, record_of
 from server.api.formats.wire import DONE, PING, Envelope, Json, sse
-from server.api.logprobs import completion_logprobs
-from server.sequence import FinishReason
+from server.api.logprobs import completion_logprobs, prompt_logprobs
+from server.sequence import FinishReason, SampledToken
 from server.text.answer import Content
+from server.text.detokenizer import TokenStart
 
 
 class CompletionFormat:
-    """Text completions; with log probabilities where the request asks for them."""
+    """Text completions; with log probabilities where the request asks for them.
+
+    With ``echo`` the text of each choice begins with its prompt. Of ``best_of`` candidates those with the highest mean
+    log probability are returned.
+    """
 
     media_type = "text/event-stream"
     ping = PING
 
     def __init__(self, request: ActiveRequest, fingerprint: str) -> None:
+        self._request, self._body = request, request.body
         self._envelope = Envelope.new("cmpl-", model=request.body.model, fingerprint=fingerprint)
-        self._include_usage = request.body.include_usage
-        self._token_texts = request.token_texts
+        self._token_texts = None if request.body.num_logprobs is None else request.token_texts
+        self._token_ids = ChunkTokenIds(request) if request.body.return_token_ids else None
+        self._to_echo = set(range(len(request.choices))) if request.prompt_texts else set()
 
     def opening(self) -> Iterable[str]:
         """Nothing: the first chunk has text."""
@@ -30,17 +38,20 @@ class CompletionFormat:
 
     def events(self, delta: ChoiceDelta) -> Iterator[str]:
         tokens: Tokens = ()
+        if delta.index in self._to_echo and (delta.parts or delta.finish_reason is not None):
+            self._to_echo.discard(delta.index)
+            yield self._event(self._chunk(delta.index, *self._echo(delta.index)))
         for part in delta.parts:
             assert isinstance(part, Content), "a completion is all content"
             if part.text:
-                yield self._event(self._choice(delta.index, part.text, part.tokens))
+                yield self._event(self._chunk(delta.index, part.text, part.tokens))
             else:
                 tokens = part.tokens
         if delta.finish_reason is not None:
-            yield self._event(self._choice(delta.index, "", tokens, delta.finish_reason))
+            yield self._event(self._chunk(delta.index, "", tokens, delta.finish_reason))
 
     def closing(self, usage: Usage) -> Iterator[str]:
-        if self._include_usage:
+        if self._body.include_usage:
             yield sse(self._envelope.wrap("text_completion", [], usage=usage.as_json()))
         yield DONE
 
@@ -51,15 +62,65 @@ class CompletionFormat:
         return None if self._token_texts is None else completion_logprobs(tokens, self._token_texts)
 
     def body(self, answers: Sequence[WholeAnswer], usage: Usage) -> Json:
-        choices = [_choice(answer.index, answer.content, answer.logprobs, answer.finish_reason) for answer in answers]
+        choices = [self._whole(number, answer) for number, answer in enumerate(self._best(answers))]
         return self._envelope.wrap("text_completion", choices, usage=usage.as_json())
 
-    def _choice(self, index: int, text: str, tokens: Tokens, reason: FinishReason | None = None) -> Json:
-        return _choice(index, text, self.logprobs(tokens) if tokens else None, reason)
+    def _best(self, answers: Sequence[WholeAnswer]) -> Iterator[WholeAnswer]:
+        """The ``n`` likeliest answers to each prompt, per token; all in their order if there are no more."""
+        number = self._body.num_candidates
+        for first in range(0, len(answers), number):
+            candidates = list(answers[first : first + number])
+            if number > self._body.n:
+                candidates.sort(key=lambda answer: -record_of(self._request, answer.index).mean_logprob)
+            yield from candidates[: self._body.n]
+
+    def _whole(self, number: int, answer: WholeAnswer) -> Json:
+        """Choice ``number`` of the response."""
+        text, logprobs = answer.content, answer.logprobs
+        if self._to_echo:
+            echoed, tokens = self._echo(answer.index)
+            text, logprobs = echoed + text, _joined(self.logprobs(tokens), logprobs)
+        return {**_choice(number, text, logprobs, answer.finish_reason), **self._more(answer.index)}
+
+    def _more(self, index: int) -> Json:
+        """vLLM's fields of a whole choice, where they are asked for."""
+        more: Json = {}
+        if self._body.prompt_logprobs is not None and self._request.token_texts is not None:
+            tokens = prompt_record(self._request, index).prompt
+            more["prompt_logprobs"] = prompt_logprobs(tokens, self._body.prompt_logprobs, self._request.token_texts)
+        if self._token_ids is not None:
+            more["prompt_token_ids"] = self._token_ids.prompt(index)
+            more["token_ids"] = record_of(self._request, index).ids
+        return more
+
+    def _echo(self, index: int) -> tuple[str, Tokens]:
+        """The text and the tokens of a choice's prompt; the first token has no log probability."""
+        place = index // self._body.num_candidates
+        text, starts = self._request.prompt_texts[place]
+        if self._token_texts is None:
+            return text, ()
+        count = self._body.num_logprobs or 0
+        scored = prompt_record(self._request, index).prompt
+        tokens = [SampledToken(self._request.prompt_ids[place][0]), *scored]
+        shown = [token._replace(top_logprobs=token.top_logprobs[:count]) for token in tokens]
+        return text, tuple(map(TokenStart, shown, starts))
+
+    def _chunk(self, index: int, text: str, tokens: Tokens, reason: FinishReason | None = None) -> Json:
+        choice = _choice(index, text, self.logprobs(tokens) if tokens else None, reason)
+        return choice if self._token_ids is None else {**choice, **self._token_ids.of_completion_chunk(index)}
 
     def _event(self, choice: Json) -> str:
-        usage: dict[str, Json | None] = {"usage": None} if self._include_usage else {}
-        return sse(self._envelope.wrap("text_completion", [choice], **usage))
+        fields: Json = {}
+        if self._body.include_usage:
+            fields["usage"] = self._request.usage.as_json() if self._body.continuous_usage else None
+        return sse(self._envelope.wrap("text_completion", [choice], **fields))
+
+
+def _joined(first: Json | None, second: Json | None) -> Json | None:
+    """Log probabilities of a prompt and of the answer behind it."""
+    if first is None or second is None:
+        return None
+    return {name: [*items, *second[name]] for name, items in first.items()}
 
 
 def _choice(index: int, text: str, logprobs: Json | None, reason: FinishReason | None) -> Json:

@@ -33,7 +33,7 @@ class Envelope:
         """An envelope with a new id and the current time."""
         return cls(id_prefix + uuid.uuid4().hex, int(time.time()), model, fingerprint)
 
-    def wrap(self, object: str, choices: list[Json], **more: Json | None) -> Json:
+    def wrap(self, object: str, choices: list[Json], **more: Any) -> Json:
         """The envelope with its content."""
         return {
             "id": self.id,

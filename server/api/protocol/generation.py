@@ -18,6 +18,8 @@ MAX_STOP_LENGTH = 1024
 MAX_SALT_LENGTH = 256
 MAX_TOKEN_IDS = 1024
 MAX_BIAS = 100
+MAX_ANSWERS = 128
+MAX_PROMPT_LOGPROBS = 20
 
 # Accepted with any value: they have no effect on the answer.
 IGNORED = frozenset(
@@ -42,7 +44,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "ignore_eos": (False,),
     "modalities": (["text"],),
     "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
@@ -98,9 +99,9 @@ class StreamOptions(RequestModel):
     """Options of a stream."""
 
     ignored = frozenset({"include_obfuscation"})
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {"continuous_usage_stats": (False,)}
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
 
 
 class GenerationRequest(RequestModel):
@@ -121,7 +122,7 @@ class GenerationRequest(RequestModel):
     lora_scale: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
     user: Text | None = None
     cache_salt: Annotated[Text, Field(min_length=1, max_length=MAX_SALT_LENGTH)] | None = None
-    n: int = Field(1, ge=1, le=8)
+    n: int = Field(1, ge=1, le=MAX_ANSWERS)
     stop: Annotated[list[StopString], Field(max_length=16), BeforeValidator(_as_list)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_TOKEN_IDS)] | None = None
     frequency_penalty: Annotated[Penalty | None, Processed(neutral=0)] = None
@@ -129,6 +130,9 @@ class GenerationRequest(RequestModel):
     repetition_penalty: Annotated[RepetitionPenalty | None, Processed(neutral=1)] = None
     logit_bias: Annotated[Biases | None, Processed(neutral=())] = None
     min_tokens: Annotated[int | None, Field(ge=0, lt=2**31), Processed(neutral=0)] = None
+    ignore_eos: bool = False
+    return_token_ids: bool = False
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_PROMPT_LOGPROBS)
 
     @model_validator(mode="before")
     @classmethod
@@ -155,6 +159,13 @@ class GenerationRequest(RequestModel):
             raise PydanticCustomError("min_tokens", message, {"field": "min_tokens"})
         return self
 
+    @model_validator(mode="after")
+    def _prompt_logprobs_are_not_streamed(self) -> Self:
+        if self.prompt_logprobs is not None and self.stream:
+            message = "it is only allowed when 'stream' is false"
+            raise PydanticCustomError("prompt_logprobs", message, {"field": "prompt_logprobs"})
+        return self
+
     @property
     def processors(self) -> tuple[tuple[str, Any], ...]:
         """Names and values of the requested logits processors."""
@@ -171,9 +182,19 @@ class GenerationRequest(RequestModel):
         return None
 
     @property
+    def num_prompt_logprobs(self) -> int | None:
+        """As ``num_logprobs``, for each token of the prompt."""
+        return self.prompt_logprobs
+
+    @property
     def num_prompts(self) -> int:
         """Prompts of the request; each gets ``n`` answers."""
         return 1
+
+    @property
+    def num_candidates(self) -> int:
+        """Answers that are generated to each prompt; the ``n`` best are returned."""
+        return self.n
 
     @property
     def max_completion(self) -> int | None:
@@ -181,9 +202,19 @@ class GenerationRequest(RequestModel):
         return self.max_tokens
 
     @property
+    def default_length(self) -> int | None:
+        """The maximum of tokens of an answer where neither request nor adapter sets one; None: the server's."""
+        return None
+
+    @property
     def include_usage(self) -> bool:
         """Whether a stream ends with a usage chunk."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether each chunk of a stream has the usage so far."""
+        return self.include_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
 
 
 @cache
