@@ -99,6 +99,9 @@ class Metrics:
             "quickchange_kv_memory_bytes",
             "Memory of keys and values: reserved by running sequences, and cached of ended ones.",
         )
+        self.kv_memory_used = self._gauge(
+            "quickchange_kv_memory_used_bytes", "Memory of keys and values reserved by running sequences."
+        )
         self.kv_memory_limit = self._gauge("quickchange_kv_memory_limit_bytes", "Memory that keys and values may take.")
 
     def _make_adapter_metrics(self) -> None:

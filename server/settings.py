@@ -155,6 +155,9 @@ class Settings(BaseSettings):
     shutdown_timeout: float = Field(
         30.0, ge=0, description="Seconds that running requests get to finish when the server stops."
     )
+    metrics_alias: Literal["vllm"] | None = Field(
+        None, description="Export metrics under vLLM's names as well, for gateways and routers that read those."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Minimum level of log messages."
     )

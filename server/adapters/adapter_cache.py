@@ -129,6 +129,12 @@ class AdapterCache:
         """Weights in memory, least recently used first."""
         return [digest for digest in self._bytes if digest not in self._loading]
 
+    @property
+    def waiting(self) -> set[str]:
+        """Weights being loaded, and those that queued requests need and that are not in memory."""
+        queued = {digest for ticket in self._queue for digest in ticket.needs if digest not in self._bytes}
+        return queued | set(self._loading)
+
     def __contains__(self, digest: str) -> bool:
         """Whether weights are in memory or being loaded."""
         return digest in self._bytes

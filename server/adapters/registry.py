@@ -154,6 +154,10 @@ class AdapterRegistry:
         """Remove a name. Leases of its versions stay valid."""
         return self._entries.pop(name)
 
+    def names_of_weights(self, weights_digest: str) -> list[str]:
+        """The listed names that have a version with these weights."""
+        return [name for name in self._names_of_weights.get(weights_digest, ()) if name in self._entries]
+
     def is_wanted(self, weights_digest: str) -> bool:
         """Whether a request may use these weights again, so that they may stay in memory."""
         names = self._names_of_weights.get(weights_digest, ())

@@ -25,6 +25,7 @@ from server.adapters.watcher import AdapterWatcher
 from server.api.app import create_app
 from server.api.auth.middleware import Access
 from server.api.state import ServerState
+from server.api.vllm_metrics import VllmMetrics
 from server.cli.adapter_services import build_adapter_services
 from server.cli.folders import user_cache
 from server.cli.reload import Reloader
@@ -146,6 +147,10 @@ def build(settings: Settings, access: Access) -> Service:
     engine = AsyncEngine(Engine(scheduler, runner, Sampler(), metrics), max_queued_seqs=settings.max_queued_seqs)
     prompts = PromptRenderer(base.tokenizer, vocab_size=base.vocab_size)
     services = build_adapter_services(settings, base, runner, engine, prompts, metrics)
+    if settings.metrics_alias == "vllm":
+        kv_tokens = slots.max_bytes // slots.bytes_per_token
+        aliases = VllmMetrics(metrics, services.adapters, model_name=settings.base_name, kv_tokens=kv_tokens)
+        metrics.registry.register(aliases)
     state = ServerState(
         created=int(time.time()),
         prompts=prompts,

@@ -107,6 +107,7 @@ class Engine:
         self.metrics.kv_slots_used.set(slots.num_used)
         self.metrics.kv_slots_cached.set(slots.num_cached)
         self.metrics.kv_memory.set(slots.num_bytes)
+        self.metrics.kv_memory_used.set(slots.num_used_bytes)
         self.metrics.adapter_copies.set(self.runner.num_copied_bytes)
 
 

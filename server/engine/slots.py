@@ -121,6 +121,16 @@ class SlotTable:
         return sum(not slot.idle for slot in self._slots)
 
     @property
+    def bytes_per_token(self) -> int:
+        """Memory of a token in a slot of maximum length."""
+        return max(1, self._bytes_of(self.max_len) // self.max_len)
+
+    @property
+    def num_used_bytes(self) -> int:
+        """Memory of the slots that running sequences hold."""
+        return sum(slot.num_bytes for slot in self._slots if not slot.idle)
+
+    @property
     def num_cached(self) -> int:
         """Idle slots with a cached prefix."""
         return sum(slot.idle and len(slot.prefix) > 0 for slot in self._slots)
