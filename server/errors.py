@@ -12,6 +12,7 @@ QuickchangeError
 │   ├── RateLimitExceeded
 │   ├── ConcurrencyLimitExceeded
 │   ├── TooManyWrongKeys
+│   ├── HostNotAllowed
 │   └── AdminOff
 ├── ServiceError                the server cannot serve a correct request now, or failed
 │   ├── QueueFull
@@ -178,6 +179,16 @@ class TooManyWrongKeys(RequestError):
     def __init__(self, *, retry_after: float) -> None:
         self.retry_after = retry_after
         super().__init__("Too many wrong API keys came from this address. A right key is answered at once.")
+
+
+class HostNotAllowed(RequestError):
+    """The ``Host`` header is missing or malformed, or has a name that this server does not have."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "This server does not answer under the name in the request's Host header: use localhost, or start it with "
+            "--allowed-host NAME."
+        )
 
 
 class AdminOff(RequestError):

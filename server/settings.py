@@ -134,6 +134,20 @@ class Settings(BaseSettings):
         None,
         description="File of API keys with scopes, adapters and limits (docs/security.md); read again at SIGHUP.",
     )
+    allow_origin: Annotated[tuple[str, ...] | None, NoDecode] = Field(
+        None,
+        description="Origins whose web pages may use the API, such as https://app.example.com; repeatable, or "
+        "separated by ','. '*': every web page. Default: none.",
+    )
+    allowed_host: Annotated[tuple[str, ...] | None, NoDecode] = Field(
+        None,
+        description="Names under which the server answers (Host header), beside localhost; repeatable, or separated "
+        "by ','. Default: on loopback localhost only, elsewhere any name.",
+    )
+    ssl_certfile: Path | None = Field(None, description="Certificate chain for HTTPS, as PEM.")
+    ssl_keyfile: Path | None = Field(
+        None, description="Private key of the certificate, as PEM; not needed if the file of the certificate has it."
+    )
     allow_unauthenticated: bool = Field(
         False,
         description="Start without API keys on an address that other machines can reach.",
@@ -174,7 +188,17 @@ class Settings(BaseSettings):
     def _long_enough(cls, value: SecretStr | None) -> SecretStr | None:
         if value is not None and len(value.get_secret_value()) < 16:
             raise ValueError("a key must have 16 characters or more")
+        if value is not None and not (value.get_secret_value().isascii() and value.get_secret_value().isprintable()):
+            raise ValueError("a key must consist of printable ASCII characters, as it is sent in a header")
         return value
+
+    @field_validator("allow_origin", "allowed_host", mode="before")
+    @classmethod
+    def _names(cls, value: object) -> object:
+        """Parse names separated by ``,``, which is also what a repeated flag becomes."""
+        if not isinstance(value, str):
+            return value
+        return [name.strip() for name in value.split(",") if name.strip()]
 
     @field_validator("adapter_roots", mode="before")
     @classmethod

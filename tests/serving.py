@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-_SERVING = re.compile(r"serving on (http://\S+)")
+_SERVING = re.compile(r"serving on (https?://\S+)")
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _read_log(server: ServerProcess) -> None:
 
 def _healthy(server: ServerProcess) -> bool:
     with contextlib.suppress(httpx.HTTPError):
-        return httpx.get(f"{server.url}/health", timeout=1.0).status_code == 200
+        return httpx.get(f"{server.url}/health", timeout=1.0, verify=False).status_code == 200
     return False
 
 

@@ -12,7 +12,9 @@ from starlette.types import Lifespan
 
 from server.api import admin, chat, completions, models, responses_api
 from server.api.auth.middleware import AuthMiddleware
+from server.api.cors import CorsMiddleware
 from server.api.errors import install_error_handlers
+from server.api.hosts import HostMiddleware
 from server.api.middleware import RequestMiddleware
 from server.api.state import ServerState, State
 
@@ -28,7 +30,9 @@ def create_app(state: ServerState, *, lifespan: Lifespan[FastAPI] | None = None)
     app.state.server = state
     install_error_handlers(app)
     app.add_middleware(AuthMiddleware, access=state.access, metrics=state.metrics)
+    app.add_middleware(HostMiddleware, hosts=state.access.hosts)
     app.add_middleware(RequestMiddleware, metrics=state.metrics)
+    app.add_middleware(CorsMiddleware, origins=state.access.origins)
     for router in (chat.router, completions.router, responses_api.router, models.router, admin.router, operations):
         app.include_router(router)
     return app

@@ -34,7 +34,7 @@ class RequestMiddleware:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        exchange = _HttpExchange(_request_id(headers), self._metrics, receive, send, self._max_body_bytes)
+        exchange = _HttpExchange(request_id_of(headers), self._metrics, receive, send, self._max_body_bytes)
         scope.setdefault("state", {}).update(request_id=exchange.request_id, arrived=time.perf_counter())
         status = self._refusal(scope, headers)
         if status is not None:
@@ -90,6 +90,7 @@ class _HttpExchange:
         await self._send(message)
 
 
-def _request_id(headers: Headers) -> str:
+def request_id_of(headers: Headers) -> str:
+    """The client's ``x-request-id`` if it is plain, else a new one."""
     given = headers.get("x-request-id", "")
     return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex

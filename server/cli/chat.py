@@ -27,19 +27,22 @@ HELP = """\
 /help           show this help
 /quit           quit (as does Ctrl-D); Ctrl-C stops an answer"""
 
+_LOOPBACK_OF = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 _TIMEOUT = httpx.Timeout(600.0, connect=5.0)
 
 DESCRIPTION = """\
 Chat with the base or an adapter: interactively, or with one question (an argument, or standard input) for one answer.
-Without --url, the server on --host and --port is used; if none answers there, a temporary one is started."""
+Without --url, the server on --host and --port is used; if none answers there, a temporary one is started.
+A server with API keys needs QUICKCHANGE_API_KEY or --api-key. SSL_CERT_FILE names the certificate of a server with one
+of its own making."""
 
 
 class ChatError(Exception):
     """The server cannot be reached or refused the request. The text is printed."""
 
 
-def run_chat(url: str, model: str | None, question: str | None) -> int:
-    """Chat with the server at ``url``; returns the exit status.
+def run_chat(url: str, model: str | None, question: str | None, *, api_key: str | None = None) -> int:
+    """Chat with the server at ``url``, with an API key if it needs one; returns the exit status.
 
     With a question, as an argument or on standard input, only the answer goes to standard output.
     """
@@ -48,7 +51,8 @@ def run_chat(url: str, model: str | None, question: str | None) -> int:
     try:
         if question is not None and not question.strip():
             raise ChatError("the question is empty")
-        with httpx.Client(base_url=url.rstrip("/"), timeout=_TIMEOUT) as client:
+        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        with httpx.Client(base_url=url.rstrip("/"), timeout=_TIMEOUT, headers=headers) as client:
             server = Server(client)
             session = ChatSession(server, model or server.models()[0])
             if question is None:
@@ -206,14 +210,20 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("question", nargs="?", help="one question (default: a conversation)")
     options, rest = parse_options(parser, arguments)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    if options.url is not None:
-        return run_chat(options.url, options.adapter, options.question)
     settings = parse_settings("chat", rest)
-    url = f"http://{settings.host}:{settings.port}"
-    if _answers(url):
-        return run_chat(url, options.adapter, options.question)
+    url = options.url or _url_of(settings)
+    if options.url is not None or _answers(url):
+        api_key = None if settings.api_key is None else settings.api_key.get_secret_value()
+        return run_chat(url, options.adapter, options.question, api_key=api_key)
     with _local_server(settings) as local:
         return run_chat(local, options.adapter, options.question)
+
+
+def _url_of(settings: Settings) -> str:
+    """That of the server with these settings. A server on all addresses is on loopback too."""
+    host = _LOOPBACK_OF.get(settings.host, settings.host)
+    scheme = "http" if settings.ssl_certfile is None else "https"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{settings.port}"
 
 
 def _answers(url: str) -> bool:
@@ -237,7 +247,8 @@ def _local_server(settings: Settings) -> Iterator[str]:
     from server.cli.serve import build, uvicorn_config
 
     with bound_sockets("127.0.0.1", 0) as sockets:
-        server = uvicorn.Server(uvicorn_config(build(settings, Access())))
+        plain = settings.model_copy(update={"ssl_certfile": None, "ssl_keyfile": None})
+        server = uvicorn.Server(uvicorn_config(build(plain, Access())))
         thread = threading.Thread(target=server.run, kwargs={"sockets": sockets}, daemon=True)
         thread.start()
         while not server.started:

@@ -9,8 +9,10 @@ from collections.abc import Iterator
 
 from server.errors import SettingsError
 
+_LOCALHOST = ("127.0.0.1", "::1")
+"""Both, whatever the machine's resolver says: clients try ``::1`` first, and wait where nothing listens there."""
 _NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
-"""A machine without IPv6 has these errors for ``::1``, which ``localhost`` means beside ``127.0.0.1``."""
+"""The errors of a machine without IPv6."""
 
 
 @contextlib.contextmanager
@@ -30,7 +32,8 @@ def bound_sockets(host: str, port: int) -> Iterator[list[socket.socket]]:
 
 
 def _bind_all(host: str, port: int, opened: contextlib.ExitStack) -> list[socket.socket]:
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    names = _LOCALHOST if host.lower() == "localhost" else (host,)
+    found = [item for name in names for item in socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)]
     addresses = list(dict.fromkeys((family, address) for family, _, _, _, address in found))
     sockets: list[socket.socket] = []
     missing: OSError | None = None

@@ -54,6 +54,8 @@ it would wait that long to get the GIL back while an adapter is read or a reques
 """
 NUM_CACHES = 64
 """KV slots for cached prefixes, in addition to those of running sequences. An empty slot takes address space only."""
+MAX_HEADER_BYTES = 64 * 1024
+"""Maximum size of a request's headers together."""
 MOST_NAMES = 20
 """Maximum number of adapters that the log names at start."""
 
@@ -205,7 +207,9 @@ def _runner(base: Base, num_slots: int, adapter_memory: int) -> ModelRunner:
 def run_server(settings: Settings, sockets: Sequence[socket.socket], access: Access) -> int:
     """Serve on bound sockets until a signal stops the server. Raises ``StartError``."""
     service = build(settings, access)
-    logger.info("serving on %s (OpenAI API under /v1)", " and ".join(map(_url_of, sockets)))
+    is_tls = settings.ssl_certfile is not None
+    urls = [url_of(each, is_tls=is_tls) for each in sockets]
+    logger.info("serving on %s (OpenAI API under /v1)", " and ".join(urls))
     server = uvicorn.Server(uvicorn_config(service))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _ignore_signal)
@@ -222,9 +226,11 @@ def run_server(settings: Settings, sockets: Sequence[socket.socket], access: Acc
     return 0 if server.started else 1
 
 
-def _url_of(bound: socket.socket) -> str:
+def url_of(bound: socket.socket, *, is_tls: bool) -> str:
+    """The URL that a bound socket answers under."""
     host, port = bound.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    shown = f"[{host}]" if ":" in host else host
+    return f"{'https' if is_tls else 'http'}://{shown}:{port}"
 
 
 def _ignore_signal(number: int, frame: FrameType | None) -> None:
@@ -234,6 +240,8 @@ def _ignore_signal(number: int, frame: FrameType | None) -> None:
 def uvicorn_config(service: Service) -> uvicorn.Config:
     """uvicorn's settings. Its access log is off: the API logs one line per request.
 
+    HTTP is read by h11; httptools, uvicorn's choice where it is installed, loses the body of a request that offers an
+    upgrade to HTTP/2. Headers of proxies (X-Forwarded-For) are not believed, and nothing depends on them.
     Idle connections stay open longer than clients keep them (httpx: 5 s, uvicorn's own default), so that no client
     sends a request on a connection that the server is closing.
     """
@@ -244,6 +252,12 @@ def uvicorn_config(service: Service) -> uvicorn.Config:
         timeout_keep_alive=75,
         timeout_graceful_shutdown=max(1, int(service.settings.shutdown_timeout)),
         server_header=False,
+        http="h11",
+        ws="none",
+        proxy_headers=False,
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        ssl_certfile=service.settings.ssl_certfile,
+        ssl_keyfile=service.settings.ssl_keyfile,
     )
 
 

@@ -10,6 +10,7 @@ from server.cli.allocation import keep_freed_memory
 from server.cli.command_line import parse_settings
 from server.cli.folders import check_folders
 from server.cli.listening import bound_sockets
+from server.cli.tls import check_certificate
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -17,6 +18,7 @@ def main(arguments: Sequence[str]) -> int:
     settings = parse_settings("serve", arguments)
     base_on_disk(settings.base_model)
     check_folders(settings)
+    check_certificate(settings)
     with bound_sockets(settings.host, settings.port) as sockets:
         access = build_access(settings, sockets)
         keep_freed_memory()

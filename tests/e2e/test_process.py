@@ -33,7 +33,7 @@ def test_a_client_that_goes_away_frees_its_slot(server: ServerProcess, stream: b
     generated = server.metric("quickchange_generated_tokens_total", adapter="tolstoy")
     with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as raw:
         content = httpx.Request("POST", server.url, json=body | {"max_tokens": 1900, "temperature": 0}).read()
-        headers = f"Host: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
+        headers = f"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
         head = f"POST /v1/chat/completions HTTP/1.1\r\n{headers}\r\n\r\n"
         raw.sendall(head.encode() + content)
         server.until("it runs", lambda: server.metric("quickchange_sequences_running") > 0)

@@ -27,12 +27,17 @@ from server.metrics import Metrics
 
 @dataclass
 class Access:
-    """The keys in force and what is counted for them; whether the server listens on loopback only."""
+    """The keys in force and what is counted for them; whether the server listens on loopback only.
+
+    ``hosts`` are the names of the server, None for any; ``origins`` are those whose web pages may use it.
+    """
 
     keys: KeyRing = field(default_factory=KeyRing)
     on_loopback: bool = True
     limits: KeyLimits = field(default_factory=KeyLimits)
     wrong_keys: WrongKeys = field(default_factory=WrongKeys)
+    hosts: frozenset[str] | None = None
+    origins: frozenset[str] = frozenset()
 
     def replace_keys(self, keys: KeyRing) -> None:
         """Requests that are running keep their principals."""
