@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 import signal
 import socket
@@ -63,8 +64,8 @@ class Protected:
         plain = socket.create_connection((host, self.port), timeout=5)
         with trusting().wrap_socket(plain, server_hostname="localhost") as tls:
             tls.settimeout(1.0)
-            tls.sendall(request)
-            with contextlib.suppress(TimeoutError, ConnectionError):
+            with contextlib.suppress(OSError):  # the server may refuse a request before its end
+                tls.sendall(request)
                 while data := tls.recv(65536):
                     received += data
         return received
@@ -195,7 +196,8 @@ def test_a_key_has_its_adapters_and_no_others(protected: Protected) -> None:
             unknown = client.post("/v1/completions", json={"model": "nobody", "prompt": "x"})
             assert (asked.status_code, asked.json()["error"]["code"]) == (404, "model_not_found"), model
             assert unknown.status_code == 404
-            assert "json" not in asked.text.replace(model, "") and "other" not in unknown.text
+            not_told = {"json", "other", "canary"} - set(re.split("[@:+]", model))
+            assert [name for name in not_told if f"`{name}`" in asked.text + unknown.text] == []
             assert client.get(f"/v1/models/{model}").status_code == 404
         assert {"json", "other", "canary"} <= {model["id"] for model in admin.get("/v1/models").json()["data"]}
 
@@ -272,7 +274,7 @@ def test_no_key_is_in_a_log_line_a_metric_or_an_error(protected: Protected) -> N
     for key in (HELPDESK, METRICS, WRONG):
         with protected.client(key) as client:
             for path in ("/v1/models", "/metrics", f"/v1/models/{key}", f"/{key}", "/v1/load_lora_adapter"):
-                answer = client.get(path, headers={"x-api-key": key, "x-request-id": f"{key} "})
+                answer = client.get(path, headers={"x-api-key": key, "x-request-id": f"{key}!"})
                 texts.append(str(answer.headers) + answer.text.replace(f"/{key}", ""))
             body = {"model": "helpdesk", "prompt": "x", "max_tokens": 1, "temperature": key}
             answer = client.post("/v1/completions", json=body)

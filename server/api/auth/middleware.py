@@ -135,7 +135,7 @@ def _anonymous(credential: bytes | None, needed: AccessScope | None, keys: KeyRi
 def credential_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
     """The key of ``Authorization: Bearer KEY``, else that of Anthropic's ``x-api-key``.
 
-    A header that is sent twice, or with another scheme, is a wrong key: what was sent, which no key equals.
+    A header that is sent twice, or with another scheme, is a wrong key: the result has a line break, which no key has.
     """
     values: dict[bytes, list[bytes]] = {b"authorization": [], b"x-api-key": []}
     for name, value in headers:
@@ -143,8 +143,8 @@ def credential_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
             values[name.lower()].append(value.strip())
     authorization, api_key = values.values()
     if len(authorization) > 1 or len(api_key) > 1:
-        return b"\n".join([*authorization, *api_key])
+        return b"\n".join([b"", *authorization, *api_key])
     if not authorization:
         return api_key[0] if api_key else None
     scheme, _, key = authorization[0].partition(b" ")
-    return key.strip() if scheme.lower() == b"bearer" else authorization[0]
+    return key.strip() if scheme.lower() == b"bearer" else b"\n" + authorization[0]
