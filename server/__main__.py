@@ -4,13 +4,13 @@ base, train.
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 
 from base_files.errors import BaseFilesError
 from server.errors import StartError
+from server.logs import configure_logging
 
 USAGE = """\
 usage: quickchange [serve] [--SETTING VALUE ...]            serve the base and its adapters (--help lists the settings)
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"quickchange: there is no command {name!r}\n{USAGE}", file=sys.stderr, end="")
         return 2
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    configure_logging()
     try:
         return COMMANDS[name](given)
     except (StartError, BaseFilesError) as error:

@@ -172,9 +172,15 @@ class Settings(BaseSettings):
     metrics_alias: Literal["vllm"] | None = Field(
         None, description="Export metrics under vLLM's names as well, for gateways and routers that read those."
     )
+    otlp_endpoint: str | None = Field(
+        None,
+        description="URL of an OpenTelemetry collector, such as http://localhost:4318, for a trace span of each "
+        "request, without content. Needs the extra otel.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Minimum level of log messages."
     )
+    log_format: Literal["text", "json"] = Field("text", description="Format of log messages.")
 
     @field_validator("base_model")
     @classmethod

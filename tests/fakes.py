@@ -25,6 +25,7 @@ from server.adapters.content.plan import AdapterPlan
 from server.adapters.reader import AdapterReader
 from server.adapters.registry import Adapter, AdapterRegistry
 from server.api.state import ServerState
+from server.api.tracing import RequestTracer
 from server.engine.async_engine import AsyncEngine
 from server.errors import EngineUnavailable, GenerationFailed, QueueFull, TooManySequences
 from server.metrics import Metrics
@@ -259,7 +260,10 @@ def library(*adapters: Adapter) -> AdapterLibrary:
 
 
 def server_state(
-    engine: FakeEngine, *adapters: Adapter, base_defaults: GenerationDefaults | None = None
+    engine: FakeEngine,
+    *adapters: Adapter,
+    base_defaults: GenerationDefaults | None = None,
+    tracer: RequestTracer | None = None,
 ) -> ServerState:
     """A server over a fake engine."""
     served = library(*adapters)
@@ -272,6 +276,7 @@ def server_state(
         default_max_tokens=64,
         eos_ids=frozenset({EOS}),
         version="0.0.test",
+        tracer=tracer,
         base_defaults=base_defaults or GenerationDefaults(),
     )
 

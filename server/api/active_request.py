@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,16 +11,15 @@ from typing import Self
 from server.adapters.adapter_cache import Lease
 from server.api.errors import ClientGone
 from server.api.protocol import GenerationRequest
+from server.api.request_log import EndedChoice, EndedRequest, RequestLog
 from server.engine.async_engine import SubmittedSequence
-from server.metrics import BASE, Metrics
+from server.metrics import BASE
 from server.sequence import FinishReason, SampledToken, StepOutput
 from server.text.answer import AnswerParser, AnswerPart, Reasoning, ToolCallPart
 from server.text.detokenizer import Detokenizer, TextPiece
 from server.text.prompt_text import PromptText
 from server.text.repetition import is_loop
 from server.text.token_texts import TokenTexts
-
-_log = logging.getLogger("quickchange.request")
 
 
 @dataclass(frozen=True)
@@ -136,65 +134,16 @@ class Choice:
         rest = self.detokenizer.finish()
         return TextPiece(piece.text + rest.text, piece.tokens + rest.tokens)
 
+    def ended(self, finish: str) -> EndedChoice:
+        """The choice for the log, with its finish label there."""
+        complete = self.finish_reason is not None
+        loops = complete and is_loop(self.sequence.output_ids)
+        return EndedChoice(finish, self.num_tokens, self.first_token_at, self.last_token_at, complete, loops)
+
     def _count_token(self) -> None:
         self.last_token_at = time.perf_counter()
         self.first_token_at = self.first_token_at or self.last_token_at
         self.num_tokens += 1
-
-
-@dataclass(frozen=True)
-class RequestLog:
-    """Metrics and the log line of a request that has ended."""
-
-    metrics: Metrics
-    request_id: str
-    arrived: float
-
-    def write(self, lease: Lease | None, choices: Sequence[Choice], usage: Usage, reasons: Sequence[str]) -> None:
-        """Update the metrics and write the log line; ``reasons`` are the finish labels of the choices."""
-        duration = time.perf_counter() - self.arrived
-        first_tokens = [choice.first_token_at - self.arrived for choice in choices if choice.num_tokens]
-        first_token = min(first_tokens, default=None)
-        label = BASE if lease is None else lease.metrics_label
-        self._count(label, reasons, usage)
-        self._observe_answers(label, choices)
-        self._observe_times(choices, duration, first_token)
-        _log.info(
-            "request_id=%s adapter=%s finish=%s prompt_tokens=%d cached_tokens=%d completion_tokens=%d "
-            "first_token_ms=%s duration_ms=%.0f",
-            self.request_id,
-            BASE if lease is None else lease.label,
-            ",".join(reasons),
-            usage.prompt_tokens,
-            usage.cached_tokens,
-            usage.completion_tokens,
-            "-" if first_token is None else f"{first_token * 1000:.0f}",
-            duration * 1000,
-        )
-
-    def _count(self, label: str, reasons: Sequence[str], usage: Usage) -> None:
-        for reason in reasons:
-            self.metrics.requests.labels(label, reason).inc()
-        self.metrics.prompt_tokens.labels(label).inc(usage.prompt_tokens)
-        self.metrics.cached_tokens.labels(label).inc(usage.cached_tokens)
-        self.metrics.generated_tokens.labels(label).inc(usage.completion_tokens)
-
-    def _observe_answers(self, label: str, choices: Sequence[Choice]) -> None:
-        """Length and repetition of the answers that have an end of their own."""
-        for choice in choices:
-            if choice.finish_reason is not None:
-                self.metrics.answer_tokens.labels(label).observe(choice.num_tokens)
-                if is_loop(choice.sequence.output_ids):
-                    self.metrics.repetitive_answers.labels(label).inc()
-
-    def _observe_times(self, choices: Sequence[Choice], duration: float, first_token: float | None) -> None:
-        self.metrics.request_duration.observe(duration)
-        if first_token is not None:
-            self.metrics.time_to_first_token.observe(first_token)
-        for choice in choices:
-            if choice.num_tokens > 1:
-                mean = (choice.last_token_at - choice.first_token_at) / (choice.num_tokens - 1)
-                self.metrics.time_per_output_token.observe(mean)
 
 
 @dataclass(eq=False)
@@ -290,12 +239,21 @@ class ActiveRequest:
         for choice in self.choices:
             choice.sequence.close()
         try:
-            self.log.write(
-                self.lease, self.choices, self.usage, [self._finish_label(choice) for choice in self.choices]
-            )
+            self.log.write(self._ended())
         finally:
             if self.lease is not None:
                 self.lease.release()
+
+    def _ended(self) -> EndedRequest:
+        lease, usage = self.lease, self.usage
+        return EndedRequest(
+            adapter=BASE if lease is None else lease.label,
+            metrics_label=BASE if lease is None else lease.metrics_label,
+            choices=[choice.ended(self._finish_label(choice)) for choice in self.choices],
+            prompt_tokens=usage.prompt_tokens,
+            cached_tokens=usage.cached_tokens,
+            completion_tokens=usage.completion_tokens,
+        )
 
     def _finish_label(self, choice: Choice) -> str:
         if self._failed and (choice.finish_reason is None or not self.body.stream):

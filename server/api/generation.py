@@ -12,8 +12,9 @@ from fastapi import Request
 
 from server.adapters.adapter_cache import Lease
 from server.adapters.content.generation_defaults import GenerationDefaults
-from server.api.active_request import ActiveRequest, Choice, RequestLog, TokenRecord
+from server.api.active_request import ActiveRequest, Choice, TokenRecord
 from server.api.protocol import GenerationRequest
+from server.api.request_log import RequestLog
 from server.api.state import ServerState, adapter_access
 from server.errors import ContextLengthExceeded, InvalidRequest
 from server.sequence import SamplingParams
@@ -82,7 +83,9 @@ def submit(
     ]
     stop, eos_ids = _ends(body, defaults, prompts.renderer, state.eos_ids)
     namespace = cache_namespace(http.state.principal.id, body.cache_salt)
-    log = RequestLog(state.metrics, http.state.request_id, http.state.arrived)
+    operation = "chat" if prompts.field == "messages" else "text_completion"
+    traceparent = None if state.tracer is None else http.headers.get("traceparent")
+    log = RequestLog(state.metrics, http.state.request_id, http.state.arrived, operation, state.tracer, traceparent)
     has_logprobs = body.num_logprobs is not None or body.num_prompt_logprobs is not None
     token_texts = prompts.renderer.token_texts if has_logprobs else None
     request = ActiveRequest(body, lease, log, sum(map(len, prompts.ids)), token_texts, prompts.ids, prompts.texts)

@@ -13,6 +13,7 @@ from server.adapters.model_names import MayUse
 from server.adapters.operator import AdapterOperator
 from server.api.auth.middleware import Access
 from server.api.auth.principal import Principal
+from server.api.tracing import RequestTracer
 from server.engine.async_engine import AsyncEngine
 from server.metrics import Metrics
 from server.text.prompt import PromptRenderer
@@ -35,6 +36,7 @@ class ServerState:
     version: str
     base_defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
     operator: AdapterOperator | None = None
+    tracer: RequestTracer | None = None
     access: Access = field(default_factory=Access)
 
     @property

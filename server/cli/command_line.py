@@ -12,6 +12,7 @@ from pydantic import SecretStr, ValidationError
 from pydantic_settings import SettingsError as UnreadableSettings
 
 from server.errors import SettingsError
+from server.logs import configure_logging
 from server.settings import Settings
 
 SETTINGS_TOO = "Every setting of `quickchange serve` is accepted too; `quickchange serve --help` lists them."
@@ -77,6 +78,8 @@ def parse_settings(command: str, arguments: Sequence[str]) -> Settings:
         ) from None
     except UnreadableSettings as error:
         raise SettingsError(str(error)) from None
+    if settings.log_format == "json":
+        configure_logging("json")
     logging.getLogger().setLevel(settings.log_level.upper())
     for name in ("httpx", "httpcore", "uvicorn.error", "transformers", "huggingface_hub", "filelock", "watchfiles"):
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))

@@ -25,6 +25,7 @@ from server.adapters.watcher import AdapterWatcher
 from server.api.app import create_app
 from server.api.auth.middleware import Access
 from server.api.state import ServerState
+from server.api.tracing import otlp_tracer
 from server.api.vllm_metrics import VllmMetrics
 from server.cli.adapter_services import build_adapter_services
 from server.cli.folders import user_cache
@@ -92,6 +93,8 @@ class Service:
                 await self.engine.stop(self.settings.shutdown_timeout)
             finally:
                 self.state.adapters.reader.close()
+                if self.state.tracer is not None:
+                    await asyncio.to_thread(self.state.tracer.close)
 
     async def _start(self) -> None:
         try:
@@ -153,6 +156,9 @@ def build(settings: Settings, access: Access) -> Service:
         kv_tokens = slots.max_bytes // slots.bytes_per_token
         aliases = VllmMetrics(metrics, services.adapters, model_name=settings.base_name, kv_tokens=kv_tokens)
         metrics.registry.register(aliases)
+    tracer = None
+    if settings.otlp_endpoint is not None:
+        tracer = otlp_tracer(settings.otlp_endpoint, base=settings.base_name, version=_version())
     state = ServerState(
         created=int(time.time()),
         prompts=prompts,
@@ -160,6 +166,7 @@ def build(settings: Settings, access: Access) -> Service:
         adapters=services.adapters,
         operator=services.operator,
         access=access,
+        tracer=tracer,
         metrics=metrics,
         default_max_tokens=settings.default_max_tokens,
         eos_ids=base.eos_ids,

@@ -27,6 +27,7 @@ FLOORS = {
     "server.settings": 0,
     "server.errors": 0,
     "server.integrity": 0,
+    "server.logs": 0,
     "server.sequence": 0,
     "server.metrics": 0,
     "server.module_proxy": 0,
@@ -286,7 +287,8 @@ def test_the_lowest_floors_load_without_torch() -> None:
 
 def test_whatever_is_imported_is_a_declared_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    requirements = [*project["dependencies"], *project["optional-dependencies"]["plot"]]
+    extras = project["optional-dependencies"]
+    requirements = [*project["dependencies"], *extras["plot"], *extras["otel"]]
     declared = {Requirement(line).name.lower() for line in requirements}
     pinned = {"pydantic_core", "llvmlite"}  # by pydantic and Numba, to the digit or nearly
     used = {name.split(".")[0] for path in sources("server", "trainer", *SHARED) for name in imports_of(path)}
