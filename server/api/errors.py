@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Scope
 
 from server.api.envelopes import error_in_form_of, request_id_header
+from server.api.validation import validation_error
 from server.errors import (
     AdapterNotLoaded,
     AdapterPending,
@@ -48,7 +49,6 @@ from server.errors import (
 _log = logging.getLogger("quickchange.api")
 _CLIENT, _SERVER, _BUSY = "invalid_request_error", "server_error", "service_unavailable_error"
 _LIMITED = "rate_limit_error"
-_MAX_PARAM_LENGTH = 120
 _MAX_RETRY_AFTER = 60  # seconds: OpenAI's clients do not wait longer
 _CLIENT_CLOSED_REQUEST = 499
 
@@ -93,23 +93,15 @@ ERROR_REPLIES: Mapping[type[QuickchangeError], ErrorReply] = {
 }
 
 _HTTP_CODES: Mapping[int, tuple[str | None, str]] = {
-    400: ("invalid_json", "We could not parse the JSON body of your request."),
+    400: (
+        "invalid_json",
+        "The request body cannot be read as JSON: it must be UTF-8, without very deep nesting and very long numbers.",
+    ),
     404: ("unknown_url", "Unknown request URL: see /v1/models, /v1/chat/completions and /v1/completions."),
     405: ("method_not_allowed", "This method is not allowed here."),
     413: ("request_too_large", "The request body is too large."),
     415: ("unsupported_media_type", "The body must be JSON, with 'Content-Type: application/json'."),
 }
-
-_TYPE_CODES = {
-    "missing": "missing_required_parameter",
-    "extra_forbidden": "unsupported_parameter",
-    "unsupported": "unsupported_parameter",
-    "too_short": "empty_array",
-    "too_long": "array_above_max_length",
-    "string_too_short": "string_below_min_length",
-    "string_too_long": "string_above_max_length",
-}
-_BELOW, _ABOVE = ("greater_than", "greater_than_equal"), ("less_than", "less_than_equal")
 
 
 @dataclass(frozen=True)
@@ -176,7 +168,7 @@ async def _on_known_error(request: Request, error: Exception) -> Response:
 
 async def _on_invalid_body(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    reply = reply_to(invalid_request(error.errors()[0]), request_id=request.state.request_id)
+    reply = reply_to(validation_error(error.errors(), error.body), request_id=request.state.request_id)
     return reply.response(request.scope)
 
 
@@ -187,43 +179,3 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
 
 async def _on_client_gone(request: Request, error: Exception) -> Response:
     return Response(status_code=_CLIENT_CLOSED_REQUEST)
-
-
-def invalid_request(detail: Mapping[str, Any]) -> InvalidRequest:
-    """One of pydantic's validation errors as OpenAI's message, param and code."""
-    context = detail.get("ctx", {})
-    param = param_path([*detail["loc"], *([context["field"]] if "field" in context else [])])
-    if detail["type"] == "json_invalid" or param is None:
-        return InvalidRequest("The request body must be a JSON object.", code="invalid_json")
-    code = _code(detail["type"], context)
-    if code == "missing_required_parameter":
-        message = f"Missing required parameter: '{param}'."
-    elif detail["type"] == "extra_forbidden":
-        message = f"Unsupported parameter: '{param}' is not supported by this server."
-    else:
-        message = f"Invalid '{param}': {detail['msg'].removeprefix('Input ')}."
-    return InvalidRequest(message, param=param, code=code)
-
-
-def param_path(location: Iterable[str | int]) -> str | None:
-    """``("body", "messages", 2, "content")`` as ``messages[2].content``; None for the body itself.
-
-    A step in parentheses is no field: it is how a union names the model that was chosen for a value.
-    """
-    path = ""
-    for step in list(location)[1:]:
-        if isinstance(step, int):
-            path += f"[{step}]"
-        elif not step.startswith("("):
-            path += f".{step}"
-    return path.removeprefix(".")[:_MAX_PARAM_LENGTH] or None
-
-
-def _code(error_type: str, context: Mapping[str, Any]) -> str:
-    if error_type in _TYPE_CODES:
-        return _TYPE_CODES[error_type]
-    for kinds, code in ((_BELOW, "below_min_value"), (_ABOVE, "above_max_value")):
-        if error_type in kinds:
-            bound = next(context[key] for key in ("gt", "ge", "lt", "le") if key in context)
-            return f"{'integer' if isinstance(bound, int) else 'decimal'}_{code}"
-    return "invalid_type" if error_type.endswith("_type") or error_type == "int_from_float" else "invalid_value"

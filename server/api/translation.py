@@ -8,8 +8,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from server.api.errors import invalid_request
 from server.api.protocol import ChatRequest
+from server.api.validation import invalid_request
 from server.errors import RequestError
 
 

@@ -11,8 +11,9 @@ import pytest
 from fastapi import FastAPI
 
 from server.api.app import create_app
-from server.api.errors import ERROR_REPLIES, param_path, reply_to
+from server.api.errors import ERROR_REPLIES, reply_to
 from server.api.middleware import MAX_BODY_BYTES
+from server.api.validation import param_path
 from server.errors import EngineUnavailable, InvalidRequest, ModelNotFound, QueueFull, QuickchangeError
 from tests.fakes import BASE, FakeEngine, Script, ask, server_state
 

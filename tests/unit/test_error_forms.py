@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from server.api.app import create_app
-from server.api.errors import param_path
+from server.api.validation import param_path
 from tests.fakes import FakeEngine, ask, server_state
 
 
