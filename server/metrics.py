@@ -52,6 +52,11 @@ class Metrics:
         self.key_requests = self._counter(
             "quickchange_key_requests", "Requests accepted, by the label of the API key.", ("key",)
         )
+        self.key_tokens = self._counter(
+            "quickchange_key_tokens",
+            "Tokens of ended requests, by the label of the API key and by kind: prompt, completion.",
+            ("key", "kind"),
+        )
         self.key_refusals = self._counter(
             "quickchange_key_refusals",
             "Requests refused because of a limit of the API key, by its label and the limit.",

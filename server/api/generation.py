@@ -13,6 +13,7 @@ from fastapi import Request
 from server.adapters.adapter_cache import Lease
 from server.adapters.content.generation_defaults import GenerationDefaults
 from server.api.active_request import ActiveRequest, Choice, TokenRecord
+from server.api.auth.principal import Principal
 from server.api.protocol import GenerationRequest
 from server.api.request_log import RequestLog
 from server.api.state import ServerState, adapter_access
@@ -82,10 +83,19 @@ def submit(
         for prompt_ids in prompts.ids
     ]
     stop, eos_ids = _ends(body, defaults, prompts.renderer, state.eos_ids)
-    namespace = cache_namespace(http.state.principal.id, body.cache_salt)
+    principal: Principal = http.state.principal
+    namespace = cache_namespace(principal.id, body.cache_salt)
     operation = "chat" if prompts.field == "messages" else "text_completion"
     traceparent = None if state.tracer is None else http.headers.get("traceparent")
-    log = RequestLog(state.metrics, http.state.request_id, http.state.arrived, operation, state.tracer, traceparent)
+    log = RequestLog(
+        state.metrics,
+        http.state.request_id,
+        http.state.arrived,
+        operation,
+        tracer=state.tracer,
+        traceparent=traceparent,
+        key=principal.label,
+    )
     has_logprobs = body.num_logprobs is not None or body.num_prompt_logprobs is not None
     token_texts = prompts.renderer.token_texts if has_logprobs else None
     request = ActiveRequest(body, lease, log, sum(map(len, prompts.ids)), token_texts, prompts.ids, prompts.texts)

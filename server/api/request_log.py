@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from server.api.auth.principal import ANONYMOUS_LABEL
 from server.api.tracing import RequestTracer
 from server.logs import Fields
 from server.metrics import Metrics
@@ -56,7 +57,7 @@ class RequestLog:
     """Where a request is recorded. ``arrived`` is a time of ``time.perf_counter``.
 
     ``operation`` is the name in OpenTelemetry's conventions: ``chat`` or ``text_completion``. ``traceparent`` is the
-    header of W3C's Trace Context, as the client sent it.
+    header of W3C's Trace Context, as the client sent it. ``key`` is the label of the API key.
     """
 
     metrics: Metrics
@@ -65,6 +66,7 @@ class RequestLog:
     operation: str = "chat"
     tracer: RequestTracer | None = None
     traceparent: str | None = None
+    key: str = ANONYMOUS_LABEL
 
     def write(self, ended: EndedRequest) -> None:
         """Update the metrics, write the log line, and record the span."""
@@ -83,6 +85,7 @@ class RequestLog:
                 completion_tokens=ended.completion_tokens,
                 first_token_ms=None if first_token is None else round(first_token * 1000),
                 duration_ms=round(duration * 1000),
+                key=self.key,
             ),
         )
         if self.tracer is not None:
@@ -110,6 +113,8 @@ class RequestLog:
         metrics.prompt_tokens.labels(label).inc(ended.prompt_tokens)
         metrics.cached_tokens.labels(label).inc(ended.cached_tokens)
         metrics.generated_tokens.labels(label).inc(ended.completion_tokens)
+        metrics.key_tokens.labels(self.key, "prompt").inc(ended.prompt_tokens)
+        metrics.key_tokens.labels(self.key, "completion").inc(ended.completion_tokens)
 
     def _observe_times(self, ended: EndedRequest, duration: float, first_token: float | None) -> None:
         self.metrics.request_duration.observe(duration)

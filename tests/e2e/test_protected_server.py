@@ -282,5 +282,7 @@ def test_no_key_is_in_a_log_line_a_metric_or_an_error(protected: Protected) -> N
     with protected.client(METRICS) as client:
         metrics = client.get("/metrics").text
     assert 'quickchange_key_requests_total{key="shop"}' in metrics
+    assert 'quickchange_key_tokens_total{key="shop",kind="completion"}' in metrics
+    assert any("adapter=helpdesk@" in line and "key=shop" in line for line in protected.server.log)
     leaked = [text for text in (*texts, metrics, *protected.server.log) if "canary-" in text]
     assert [text for text in leaked if "model_not_found" not in text] == []

@@ -43,6 +43,7 @@ def exposed() -> dict[str, set[str]]:
     metrics.know_adapter("an-adapter")
     metrics.http_errors.labels("503")
     metrics.key_requests.labels("a-key")
+    metrics.key_tokens.labels("a-key", "prompt")
     metrics.key_refusals.labels("a-key", "max_concurrent")
     metrics.build_info.info({"version": "0", "torch": "0"})
     metrics.base_model_info.info({"name": "a", "dtype": "b", "quantization": "c"})
