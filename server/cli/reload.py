@@ -24,15 +24,16 @@ logger = logging.getLogger("quickchange")
 class Reloader:
     """Reads keys and aliases again at a signal. What cannot be read is logged, and what was there before stays."""
 
-    def __init__(self, settings: Settings, access: Access, watcher: AdapterWatcher) -> None:
-        self._settings, self._access, self._watcher = settings, access, watcher
+    def __init__(self, settings: Settings, access: Access) -> None:
+        self._settings, self._access = settings, access
+        self._watcher: AdapterWatcher | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._stops_with_terminal = False
 
-    def run_on(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Reload on this event loop; a signal before has no effect, as everything is just being read."""
-        self._loop = loop
+    def start(self, watcher: AdapterWatcher) -> None:
+        """Reload on the running event loop; a signal before has no effect, as everything is just being read."""
+        self._watcher, self._loop = watcher, asyncio.get_running_loop()
 
     def listen(self) -> None:
         """From the main thread."""
@@ -58,7 +59,8 @@ class Reloader:
         else:
             self._access.replace_keys(keys)
             logger.info("SIGHUP: %d API keys read", len(keys.keys))
-        await self._watcher.read_aliases_again()
+        if self._watcher is not None:
+            await self._watcher.read_aliases_again()
 
 
 def has_terminal() -> bool:

@@ -82,7 +82,7 @@ class Service:
         try:
             await self._start()
             if self.reloader is not None:
-                self.reloader.run_on(asyncio.get_running_loop())
+                self.reloader.start(self.watcher)
             tasks.append(asyncio.create_task(self.watcher.run()))
             tasks.append(asyncio.create_task(self.state.adapters.sync.hash_all()))
             yield
@@ -213,15 +213,16 @@ def _runner(base: Base, num_slots: int, adapter_memory: int) -> ModelRunner:
 
 def run_server(settings: Settings, sockets: Sequence[socket.socket], access: Access) -> int:
     """Serve on bound sockets until a signal stops the server. Raises ``StartError``."""
+    reloader = Reloader(settings, access)
+    reloader.listen()
     service = build(settings, access)
+    service.reloader = reloader
     is_tls = settings.ssl_certfile is not None
     urls = [url_of(each, is_tls=is_tls) for each in sockets]
     logger.info("serving on %s (OpenAI API under /v1)", " and ".join(urls))
     server = uvicorn.Server(uvicorn_config(service))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _ignore_signal)
-    service.reloader = Reloader(settings, access, service.watcher)
-    service.reloader.listen()
     try:
         server.run(sockets=list(sockets))
     except SystemExit:  # uvicorn exits so when the lifespan fails

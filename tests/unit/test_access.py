@@ -8,11 +8,14 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 
+from server.api import admin
 from server.api.app import create_app
 from server.api.auth.keys import ApiKey, KeyRing, admin_key, digest_of
 from server.api.auth.middleware import Access, credential_of
 from server.api.auth.principal import AccessScope, Principal
+from server.api.auth.routes import PROBES, required_scope
 from tests.fakes import BASE, FakeEngine, ask, server_state
 
 CHAT = "/v1/chat/completions"
@@ -145,3 +148,19 @@ async def test_a_websocket_is_refused() -> None:
     scope = {"type": "websocket", "path": "/health", "raw_path": b"/health", "headers": [], "query_string": b""}
     await app_with(Access())(scope, receive, send)
     assert [message["type"] for message in sent] == ["websocket.close"]
+
+
+def test_every_route_needs_a_key_but_probes_and_what_changes_adapters_needs_an_admins() -> None:
+    """A route that nobody thought of is not open, and one of the admin endpoints is for admins."""
+    admins = [route for route in admin.router.routes if isinstance(route, APIRoute)]
+    changes = {(method, route.path) for route in admins for method in route.methods or ()}
+    routes = [
+        (method.upper(), path)
+        for path, operations in app_with(Access()).openapi()["paths"].items()
+        for method in operations
+    ]
+    assert changes <= set(routes) and len(routes) > 10
+    for method, path in routes:
+        scope = required_scope(method, path.replace("{model}", "a/b"), on_loopback=False)
+        assert (scope is None) == (path in PROBES), path
+        assert (scope is AccessScope.ADMIN) == ((method, path) in changes), path
