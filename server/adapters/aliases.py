@@ -79,7 +79,7 @@ def is_alias_name(text: str) -> bool:
         0 < len(text) <= MAX_NAME_CHARS
         and text.isprintable()
         and text == text.strip()
-        and not {".", ".."}.intersection(text.split("/"))
+        and not {"", ".", ".."}.intersection(text.split("/"))
     )
 
 
@@ -87,7 +87,7 @@ def _alias(name: str, value: Any, names: Collection[str]) -> Alias:
     if not is_alias_name(name):
         raise ValueError(
             f"{ALIASES_FILE}: {name!r:.80} is no alias name: use at most {MAX_NAME_CHARS} printable characters, no "
-            "space at its ends, and not '.' or '..' between slashes"
+            "space at its ends, and between slashes something other than '.' and '..'"
         )
     weights = {value: 1} if isinstance(value, str) else value
     if not isinstance(weights, dict) or not weights:

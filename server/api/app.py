@@ -13,12 +13,15 @@ from starlette.types import Lifespan
 from server.api import admin, chat, completions, models, responses_api
 from server.api.auth.middleware import AuthMiddleware
 from server.api.cors import CorsMiddleware
+from server.api.encoded_bodies import EncodedBodyMiddleware
 from server.api.errors import install_error_handlers
 from server.api.hosts import HostMiddleware
-from server.api.middleware import RequestMiddleware
+from server.api.middleware import MAX_BODY_BYTES, RequestMiddleware
+from server.api.routing import RouteTable, RoutingMiddleware
 from server.api.state import ServerState, State
 
 operations = APIRouter()
+ROUTERS = (chat.router, completions.router, responses_api.router, models.router, admin.router, operations)
 
 
 def create_app(state: ServerState, *, lifespan: Lifespan[FastAPI] | None = None) -> FastAPI:
@@ -26,14 +29,24 @@ def create_app(state: ServerState, *, lifespan: Lifespan[FastAPI] | None = None)
 
     FastAPI's documentation pages are off, because they load scripts from the internet.
     """
-    app = FastAPI(title="Quickchange", version=state.version, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(
+        title="Quickchange",
+        version=state.version,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=lifespan,
+    )
     app.state.server = state
+    app.state.routes = RouteTable([route for router in ROUTERS for route in router.routes])
     install_error_handlers(app)
+    app.add_middleware(EncodedBodyMiddleware, max_body_bytes=MAX_BODY_BYTES)
     app.add_middleware(AuthMiddleware, access=state.access, metrics=state.metrics)
+    app.add_middleware(RoutingMiddleware)
     app.add_middleware(HostMiddleware, hosts=state.access.hosts)
     app.add_middleware(RequestMiddleware, metrics=state.metrics)
     app.add_middleware(CorsMiddleware, origins=state.access.origins)
-    for router in (chat.router, completions.router, responses_api.router, models.router, admin.router, operations):
+    for router in ROUTERS:
         app.include_router(router)
     return app
 

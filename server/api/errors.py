@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Scope
 
 from server.api.envelopes import error_in_form_of, request_id_header
+from server.api.routing import RouteTable
 from server.api.validation import validation_error
 from server.errors import (
     AdapterNotLoaded,
@@ -145,10 +146,10 @@ def _whole_seconds(seconds: float) -> int:
     return max(1, min(math.ceil(seconds), _MAX_RETRY_AFTER))
 
 
-def http_reply(status: int, headers: Mapping[str, str] | None = None) -> Reply:
+def http_reply(status: int, headers: Mapping[str, str] | None = None, message: str | None = None) -> Reply:
     """The reply to an HTTP status without an error of ours."""
-    code, message = _HTTP_CODES.get(status, (None, "The request cannot be served."))
-    return Reply(status, error_body(message, type=_CLIENT, code=code), dict(headers or {}))
+    code, known = _HTTP_CODES.get(status, (None, "The request cannot be served."))
+    return Reply(status, error_body(message or known, type=_CLIENT, code=code), dict(headers or {}))
 
 
 def install_error_handlers(app: FastAPI) -> None:
@@ -173,8 +174,21 @@ async def _on_invalid_body(request: Request, error: Exception) -> Response:
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
+    """A path or method that is unknown, or an error while the body was read, which FastAPI wraps."""
     assert isinstance(error, HTTPException)
-    return http_reply(error.status_code, error.headers).response(request.scope)
+    if isinstance(error.__cause__, QuickchangeError):
+        return await _on_known_error(request, error.__cause__)
+    routes = request.app.state.routes
+    assert isinstance(routes, RouteTable)
+    path = request.scope["path"]
+    headers, message = dict(error.headers or {}), None
+    if error.status_code == 405:
+        headers["Allow"] = ", ".join(routes.methods(path))
+        message = f"This path has no method {request.method}; it has {headers['Allow']}."
+    meant = routes.meant_by(path) if error.status_code == 404 else None
+    if meant is not None:
+        message = f"Unknown request URL. Did you mean {meant}? A client's base URL ends in /v1, once."
+    return http_reply(error.status_code, headers, message).response(request.scope)
 
 
 async def _on_client_gone(request: Request, error: Exception) -> Response:

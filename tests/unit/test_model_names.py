@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -182,8 +183,7 @@ def app_for(allowed: Collection[str] | None) -> FastAPI:
     scopes = frozenset({AccessScope.INFER})
     principal = Principal("key", "key", scopes, None if allowed is None else frozenset(allowed))
     access = Access(KeyRing((ApiKey(digest_of("key"), principal),), is_open=False))
-    object.__setattr__(state, "access", access)
-    return create_app(state)
+    return create_app(replace(state, access=access))
 
 
 def error_for(app: FastAPI, model: str) -> dict[str, Any]:
