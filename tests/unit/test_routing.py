@@ -54,7 +54,9 @@ def test_a_405_lists_the_methods_of_its_path(method: str) -> None:
         if reply.status_code == 405:
             allowed = reply.headers["allow"].split(", ")
             assert allowed == [name for name in ("GET", "HEAD", "POST", "DELETE") if name in allowed]
-            assert set(allowed) - {"HEAD"} == {name for name in ("GET", "POST", "DELETE") if path in paths(name)}
+            known = {name for name in ("GET", "POST", "DELETE") if path in paths(name)}
+            is_model = path.startswith("/v1/models/")  # also with further slashes in its name
+            assert set(allowed) - {"HEAD"} == known | ({"GET"} if is_model else set())
             assert reply.json()["error"]["code"] == "method_not_allowed"
 
 
