@@ -66,8 +66,13 @@ def _origin(text: str) -> str:
 
 
 def read_keys(settings: Settings) -> KeyRing:
-    """All keys; the server is open if there are none, or an admin key alone. Raises ``SettingsError``."""
+    """All keys; the server is open if there are none, or an admin key alone. Raises ``SettingsError``.
+
+    A key that is set twice is the admin key, else that of the file: ``api_key`` lifts no limit of the file.
+    """
     keys: list[ApiKey] = []
+    if settings.admin_key is not None:
+        keys.append(admin_key(settings.admin_key.get_secret_value()))
     if settings.api_keys is not None:
         try:
             keys += read_key_file(settings.api_keys)
@@ -77,8 +82,6 @@ def read_keys(settings: Settings) -> KeyRing:
     if settings.api_key is not None:
         keys.append(single_key(settings.api_key.get_secret_value()))
     is_open = settings.api_keys is None and settings.api_key is None
-    if settings.admin_key is not None:
-        keys.append(admin_key(settings.admin_key.get_secret_value()))
     return KeyRing(tuple(keys), is_open=is_open)
 
 

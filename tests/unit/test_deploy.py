@@ -98,6 +98,18 @@ def test_the_servers_port_is_one_number_everywhere() -> None:
     assert scraped[0]["static_configs"] == [{"targets": [f"server:{port}"]}]
 
 
+def test_a_server_without_keys_is_deployed_on_loopback_only_and_under_names_that_no_page_can_take() -> None:
+    dockerfile = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    environment = dockerfile.partition("\nENV ")[2].partition("\nUSER")[0]
+    assert "QUICKCHANGE_HOST=0.0.0.0" in environment and "ALLOW_UNAUTHENTICATED" not in environment
+    server = yaml.safe_load((DEPLOY / "compose.yaml").read_text(encoding="utf-8"))["services"]["server"]
+    scraped = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text(encoding="utf-8"))["scrape_configs"]
+    (target,) = scraped[0]["static_configs"][0]["targets"]
+    assert server["environment"]["QUICKCHANGE_ALLOW_UNAUTHENTICATED"] == "true"
+    assert server["environment"]["QUICKCHANGE_ALLOWED_HOST"] == target.partition(":")[0]
+    assert all(port.startswith("127.0.0.1:") for port in server["ports"])
+
+
 def test_all_ports_of_the_compose_file_are_on_loopback() -> None:
     services = yaml.safe_load((DEPLOY / "compose.yaml").read_text(encoding="utf-8"))["services"]
     assert [port for one in services.values() for port in one["ports"] if not port.startswith("127.0.0.1:")] == []

@@ -126,6 +126,14 @@ def test_the_single_key_opens_inference_and_metrics() -> None:
     assert found.scopes == {AccessScope.INFER, AccessScope.METRICS}
 
 
+def test_a_key_of_the_file_keeps_its_limits_where_it_is_also_set_as_the_single_key(tmp_path: Path) -> None:
+    path = write(tmp_path / "keys.toml", FULL)
+    both = read_keys(Settings(api_keys=path, api_key=KEY)).find(KEY.encode())
+    assert both is not None and both.label == "web-shop"
+    admin = read_keys(Settings(api_keys=path, api_key=KEY, admin_key=KEY)).find(KEY.encode())
+    assert admin is not None and admin.allows(AccessScope.ADMIN)
+
+
 def test_a_new_key_is_shown_once_and_its_entry_is_one_of_the_key_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

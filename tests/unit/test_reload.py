@@ -15,6 +15,7 @@ from server.cli import reload
 from server.cli.access import read_keys
 from server.cli.reload import Reloader
 from server.settings import Settings
+from tests.adapter_folders import AdapterHarness
 
 KEY = "a-key-in-a-file-that-changes"
 
@@ -49,6 +50,15 @@ async def test_a_file_is_read_again_and_a_broken_one_keeps_the_keys(
         errors = [record for record in caplog.records if record.levelname == "ERROR"]
         assert len(errors) == 1 and "the keys before it stay" in errors[0].getMessage()
         assert access.keys.find(KEY.encode()) is not None
+
+
+async def test_aliases_are_read_again(tmp_path: Path) -> None:
+    harness = AdapterHarness(tmp_path)
+    reloader = Reloader(Settings(), Access())
+    reloader.start(harness.watcher)
+    (harness.first / "aliases.toml").write_text('support = "helpdesk"\n')
+    await reloader.reload()
+    assert list(harness.adapters.names.aliases) == ["support"]
 
 
 @pytest.mark.parametrize(

@@ -30,11 +30,11 @@ class KeyRing:
     is_open: bool = True
 
     def find(self, credential: bytes) -> Principal | None:
-        """The principal of a key. All digests are compared, each in constant time."""
+        """The principal of a key, the first that has it. All digests are compared, each in constant time."""
         digest = hashlib.sha256(credential).digest()
         found = None
         for key in self.keys:
-            if hmac.compare_digest(digest, key.digest):
+            if hmac.compare_digest(digest, key.digest) and found is None:
                 found = key.principal
         return found
 
