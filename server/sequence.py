@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,13 +23,56 @@ class FinishReason(Enum):
     TOOL_CALLS = "tool_calls"
 
 
+class ConstrainedRow(NamedTuple):
+    """What a grammar allows for one token: the ``forced`` token, or those of ``allowed`` [vocab]."""
+
+    forced: int | None
+    allowed: NDArray[np.bool_] | None
+
+
+class TokenMatcher(Protocol):
+    """The state of a sequence in its grammar (``text/grammar/matcher.py``); the engine thread owns it.
+
+    ``pending`` are the tokens that must come next. ``stopped``: nothing may follow. ``failed``: a limit was reached.
+    """
+
+    pending: tuple[int, ...]
+
+    @property
+    def failed(self) -> bool: ...
+
+    @property
+    def stopped(self) -> bool: ...
+
+    def accept(self, token: int) -> bool:
+        """Append a token; False if the grammar does not allow it."""
+        ...
+
+    def num_allowed(self, tokens: SequenceOf[int]) -> int:
+        """How many of ``tokens``, from the first, may follow."""
+        ...
+
+    def rows(self, drafts: SequenceOf[int], end_ids: Set[int]) -> list[ConstrainedRow | None]:
+        """What may follow after each number of ``drafts``, from none to all; None where a draft ends the answer."""
+        ...
+
+
+class TokenGrammar(Protocol):
+    """A compiled grammar (``text/grammar/compiler.py``)."""
+
+    def matcher(self) -> TokenMatcher:
+        """A matcher at the start of the grammar."""
+        ...
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How the next token is chosen. ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off.
 
     ``processors`` are names and values of logits processors (``model/logits/registry.py``). ``num_logprobs`` asks for
     log probabilities: of the chosen token, and of this number of most likely tokens. ``num_prompt_logprobs`` asks for
-    those of each prompt token but the first, ``embedding`` for the mean of the prompt's last hidden states.
+    those of each prompt token but the first, ``embedding`` for the mean of the prompt's last hidden states. The output
+    follows ``grammar``.
     """
 
     temperature: float = 1.0
@@ -40,6 +84,7 @@ class SamplingParams:
     num_logprobs: int | None = None
     num_prompt_logprobs: int | None = None
     embedding: bool = False
+    grammar: TokenGrammar | None = None
 
     @property
     def needs_every_row(self) -> bool:

@@ -71,6 +71,7 @@ ALLOWED = {
     "peft": ("server.cli.convert.tuners", "server.cli.parity"),
     "numba": ("cpu_kernels",),
     "llvmlite": ("cpu_kernels",),
+    "llguidance": ("server.text.grammar",),
 }
 # Who changes a model's modules, or what modules and tables of transformers hold, and why it is not patches.py.
 CHANGES_MODELS = {

@@ -1,0 +1,114 @@
+"""Compiles grammars within limits, and keeps the compiled ones."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from llguidance import LLMatcher, LLParserLimits
+
+from server.text.deadline import DeadlineExceeded, deadline
+from server.text.grammar.grammar import Grammar, Rules, documents, kind_of
+from server.text.grammar.library import library_grammar
+from server.text.grammar.matcher import GrammarMatcher
+from server.text.grammar.refusals import reason_of
+from server.text.grammar.schema import Source, refusal
+from server.text.grammar.tokenizer import GrammarTokenizer
+
+MAX_GRAMMAR_BYTES = 512 * 1024
+"""Most bytes of a composed grammar."""
+MAX_CACHE_BYTES = 64 * 1024 * 1024
+MAX_FORCED_TOKENS = 8192
+"""Most tokens that a grammar may force at its start: more are an endless document."""
+_MAX_CONVERSION_SECONDS = 1.0
+_LIMITS = LLParserLimits(verbose_errors=False)
+_BYTES_PER_CHARACTER, _BYTES_PER_GRAMMAR = 100, 200_000
+
+
+@dataclass(frozen=True)
+class CompiledGrammar:
+    """A grammar for one tokenizer, from which sequences get their matchers; ``num_bytes`` is its size in memory."""
+
+    start: GrammarMatcher
+    num_bytes: int
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def matcher(self) -> GrammarMatcher:
+        """A matcher at the start of the grammar."""
+        with self._lock:
+            return self.start.copy()
+
+
+class GrammarCompiler:
+    """Compiled grammars, the most recently used ones, of at most ``max_bytes`` in all. Safe to use from any thread."""
+
+    def __init__(self, *, max_bytes: int = MAX_CACHE_BYTES) -> None:
+        self._max_bytes = max_bytes
+        self._compiled: OrderedDict[tuple[int, Grammar], tuple[GrammarTokenizer, CompiledGrammar]] = OrderedDict()
+        self._num_bytes = 0
+        self._lock = threading.Lock()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the grammars that are kept."""
+        return self._num_bytes
+
+    def compile(self, grammar: Grammar, tokenizer: GrammarTokenizer) -> CompiledGrammar:
+        """The compiled grammar. Takes up to seconds. Raises ``InvalidRequest`` if it cannot be compiled."""
+        key = (id(tokenizer), grammar)
+        found = self._find(key, tokenizer)
+        if found is None:
+            found = _compile(grammar, tokenizer)
+            self._keep(key, tokenizer, found)
+        return found
+
+    def _find(self, key: tuple[int, Grammar], tokenizer: GrammarTokenizer) -> CompiledGrammar | None:
+        with self._lock:
+            entry = self._compiled.get(key)
+            if entry is None or entry[0] is not tokenizer:
+                return None
+            self._compiled.move_to_end(key)
+            return entry[1]
+
+    def _keep(self, key: tuple[int, Grammar], tokenizer: GrammarTokenizer, compiled: CompiledGrammar) -> None:
+        with self._lock:
+            replaced = self._compiled.pop(key, None)
+            self._num_bytes += compiled.num_bytes - (0 if replaced is None else replaced[1].num_bytes)
+            self._compiled[key] = (tokenizer, compiled)
+            while self._num_bytes > self._max_bytes:
+                _, (_, oldest) = self._compiled.popitem(last=False)
+                self._num_bytes -= oldest.num_bytes
+
+
+def _compile(grammar: Grammar, tokenizer: GrammarTokenizer) -> CompiledGrammar:
+    built = _build(grammar, tokenizer)
+    if isinstance(built, CompiledGrammar):
+        return built
+    parts = list(documents(grammar))
+    for part in parts if len(parts) > 1 else ():
+        alone = _build(part, tokenizer)
+        if not isinstance(alone, CompiledGrammar):
+            raise refusal(part.source, kind_of(part), alone)
+    source = parts[0].source if parts else Source("tools", "tools")
+    raise refusal(source, kind_of(parts[0]) if parts else "grammar", built)
+
+
+def _build(grammar: Grammar, tokenizer: GrammarTokenizer) -> CompiledGrammar | str:
+    """The compiled grammar, or why there is none."""
+    try:
+        with deadline(_MAX_CONVERSION_SECONDS):
+            text = library_grammar(grammar, tokenizer.special_tokens, tokenizer.eos_id)
+    except (Exception, DeadlineExceeded):  # noqa: BLE001 - the library's converter of GBNF raises any
+        return "it is not a valid grammar"
+    if len(text) > MAX_GRAMMAR_BYTES:
+        return f"it has more than {MAX_GRAMMAR_BYTES} bytes together with the others"
+    matcher = LLMatcher(tokenizer.library, text, log_level=0, limits=_LIMITS)
+    if not matcher.is_error():
+        matcher.compute_bitmask()
+    if matcher.is_error():
+        return reason_of(matcher.get_error(), with_place=isinstance(grammar, Rules) and "::=" not in grammar.text)
+    start = GrammarMatcher(matcher, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
+    if len(start.pending) > MAX_FORCED_TOKENS:
+        return "its document would have no end"
+    return CompiledGrammar(start, _BYTES_PER_GRAMMAR + _BYTES_PER_CHARACTER * len(text))

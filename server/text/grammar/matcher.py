@@ -1,0 +1,88 @@
+"""The state of one sequence in its grammar: which tokens may follow, and which must."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+
+import numpy as np
+from llguidance import LLMatcher
+from numpy.typing import NDArray
+
+from server.sequence import ConstrainedRow
+
+
+class GrammarMatcher:
+    """Follows the output of one sequence; one thread at a time.
+
+    ``pending`` are the tokens that must come next, those that the grammar forces; none where there is a choice.
+    ``stopped``: the text is complete, and nothing may follow. ``failed``: a limit on work was reached.
+    """
+
+    def __init__(
+        self, matcher: LLMatcher, *, vocab_size: int, eos_id: int, pending: tuple[int, ...] | None = None
+    ) -> None:
+        self._matcher = matcher
+        self._vocab_size, self._eos_id = vocab_size, eos_id
+        self.pending = self._forced() if pending is None else pending
+
+    @property
+    def failed(self) -> bool:
+        return self._matcher.is_error()
+
+    @property
+    def stopped(self) -> bool:
+        return self._matcher.is_stopped()
+
+    def copy(self) -> GrammarMatcher:
+        """An independent matcher in the same state."""
+        return GrammarMatcher(
+            self._matcher.deep_copy(), vocab_size=self._vocab_size, eos_id=self._eos_id, pending=self.pending
+        )
+
+    def accept(self, token: int) -> bool:
+        """Append a token; False, with the state ``failed``, if the grammar does not allow it."""
+        accepted = self._matcher.consume_token(token)
+        self.pending = self.pending[1:] if self.pending[:1] == (token,) else ()
+        if accepted and not self.pending:
+            self.pending = self._forced()
+        return accepted
+
+    def num_allowed(self, tokens: Sequence[int]) -> int:
+        """How many of ``tokens``, from the first, may follow."""
+        return self._matcher.validate_tokens(list(tokens))
+
+    def rows(self, drafts: Sequence[int], end_ids: Set[int]) -> list[ConstrainedRow | None]:
+        """What may follow in the state after each number of ``drafts``, from none to all; ``end_ids`` end an answer.
+
+        None behind a draft that ends the answer or that the grammar does not allow.
+        """
+        state = self.copy() if drafts else self
+        rows: list[ConstrainedRow | None] = [state._row(end_ids)]
+        for draft in drafts:
+            if rows[-1] is None or draft in end_ids or state.stopped or not state.accept(draft):
+                rows.append(None)
+            else:
+                rows.append(state._row(end_ids))
+        return rows
+
+    def _row(self, end_ids: Set[int]) -> ConstrainedRow:
+        if self.pending:
+            return ConstrainedRow(self.pending[0], None)
+        if self.failed:
+            return ConstrainedRow(None, np.zeros(self._vocab_size, dtype=np.bool_))
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        allowed = np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_)
+        if self._matcher.is_accepting():
+            self._allow_ends(allowed, end_ids)
+        return ConstrainedRow(None, allowed)
+
+    def _allow_ends(self, allowed: NDArray[np.bool_], end_ids: Set[int]) -> None:
+        """Allow the sequence's end tokens in place of the tokenizer's, which stays where nothing else may follow."""
+        allowed[self._eos_id] = False
+        ends = [token for token in end_ids if token < self._vocab_size]
+        allowed[ends] = True
+        if not allowed.any():
+            allowed[self._eos_id] = True
+
+    def _forced(self) -> tuple[int, ...]:
+        return tuple(self._matcher.compute_ff_tokens())
