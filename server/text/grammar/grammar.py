@@ -33,7 +33,7 @@ class PlainText:
 
 
 @dataclass(frozen=True)
-class Pattern:
+class RegexText:
     """Text that a regular expression (Rust's ``regex`` syntax, without lookaround) matches as a whole."""
 
     regex: str
@@ -92,7 +92,7 @@ class TriggeredText:
 
 
 Grammar = (
-    LiteralText | PlainText | Pattern | Document | Rules | Concatenation | Alternatives | Repetition | TriggeredText
+    LiteralText | PlainText | RegexText | Document | Rules | Concatenation | Alternatives | Repetition | TriggeredText
 )
 
 
@@ -104,7 +104,7 @@ def literal(text: str) -> Grammar:
 def regex(pattern: str, source: Source) -> Grammar:
     """Text that a regular expression matches as a whole. Raises ``InvalidRequest`` if it is too long."""
     _limit_bytes(pattern, MAX_PATTERN_BYTES, "regular expression", source)
-    return Pattern(pattern, source)
+    return RegexText(pattern, source)
 
 
 def json_schema(schema: Mapping[str, Any] | bool, source: Source, *, lenient: bool = False) -> Grammar:
@@ -163,12 +163,12 @@ def triggered(triggers: Iterable[tuple[str, Grammar]], *, most: int | None = Non
     return TriggeredText(tuple(triggers), most)
 
 
-def documents(grammar: Grammar) -> Iterable[Pattern | Document | Rules]:
+def documents(grammar: Grammar) -> Iterable[RegexText | Document | Rules]:
     """The parts of a grammar that come from a request and may be refused."""
     pending = [grammar]
     while pending:
         part = pending.pop()
-        if isinstance(part, Pattern | Document | Rules):
+        if isinstance(part, RegexText | Document | Rules):
             yield part
         elif isinstance(part, Concatenation):
             pending += part.parts
@@ -180,9 +180,9 @@ def documents(grammar: Grammar) -> Iterable[Pattern | Document | Rules]:
             pending += (body for _, body in part.triggers)
 
 
-def kind_of(part: Pattern | Document | Rules) -> str:
+def kind_of(part: RegexText | Document | Rules) -> str:
     """How messages name a part."""
-    return {Pattern: "regular expression", Document: "schema", Rules: "grammar"}[type(part)]
+    return {RegexText: "regular expression", Document: "schema", Rules: "grammar"}[type(part)]
 
 
 def _limit_bytes(text: str, most: int, kind: str, source: Source) -> None:

@@ -17,8 +17,8 @@ from server.text.grammar.grammar import (
     Document,
     Grammar,
     LiteralText,
-    Pattern,
     PlainText,
+    RegexText,
     Repetition,
     Rules,
     TriggeredText,
@@ -50,7 +50,7 @@ class _Writer:
             return self._literal(grammar.text)
         if isinstance(grammar, PlainText):
             return json.dumps(grammar.text, ensure_ascii=False)
-        if isinstance(grammar, Pattern):
+        if isinstance(grammar, RegexText):
             return f"/{regex_to_lark(grammar.regex)}/" if grammar.regex else '""'
         if isinstance(grammar, Document):
             return self._document(grammar)
