@@ -96,6 +96,11 @@ class Kernels:
             self._compiling.start()
 
     @property
+    def is_native(self) -> bool:
+        """Whether operations are native where they compile; else all are torch's."""
+        return self._native
+
+    @property
     def qmax(self) -> int:
         """The largest integer of a weight that ``linear`` multiplies exactly: 127, or 64 on CPUs without VNNI."""
         assert self.linear_name is not None

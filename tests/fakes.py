@@ -276,6 +276,7 @@ def server_state(
         default_max_tokens=64,
         eos_ids=frozenset({EOS}),
         version="0.0.test",
+        computation="sha256:base cpu",
         tracer=tracer,
         base_defaults=base_defaults or GenerationDefaults(),
     )

@@ -68,7 +68,7 @@ async def respond(
     """
     lease = request.lease
     await request.wait_for_first_output(PING_SECONDS)
-    format = new_format(request, fingerprint(state.base_name, lease, state.version))
+    format = new_format(request, fingerprint(state.computation, lease, state.version))
     headers = {} if lease is None else {"x-quickchange-adapter": lease.label}
     if request.body.stream:
         return EventStream(request, format, headers)

@@ -23,7 +23,8 @@ from server.text.prompt import PromptRenderer
 class ServerState:
     """The parts of a running server.
 
-    ``base_defaults`` come from the base's generation config; ``operator`` changes adapters for keys of scope admin.
+    ``computation`` names the base's weights and how they are computed. ``base_defaults`` come from the base's
+    generation config; ``operator`` changes adapters for keys of scope admin.
     """
 
     created: int
@@ -34,6 +35,7 @@ class ServerState:
     default_max_tokens: int
     eos_ids: frozenset[int]
     version: str
+    computation: str
     base_defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
     operator: AdapterOperator | None = None
     tracer: RequestTracer | None = None

@@ -172,6 +172,7 @@ def build(settings: Settings, access: Access) -> Service:
         eos_ids=base.eos_ids,
         base_defaults=_base_defaults(base),
         version=_version(),
+        computation=_computation(base),
     )
     return Service(state, engine, services.watcher, settings)
 
@@ -323,6 +324,15 @@ def _base_defaults(base: Base) -> GenerationDefaults:
     return GenerationDefaults(
         temperature=config.temperature, top_p=config.top_p, top_k=config.top_k, min_p=config.min_p
     )
+
+
+def _computation(base: Base) -> str:
+    """The base by the digest of its weights, its device, number formats and kernels: what decides the last bits."""
+    signature = base.signature
+    weights = signature.fingerprint_v2 or signature.fingerprint or signature.name
+    formats = f"{base.model.dtype} kv={base.kv_dtype}"
+    kernels = f"int8={base.kernels.linear_name} native={base.kernels.is_native}"
+    return f"{weights} {base.model.device.type} {formats} {kernels}"
 
 
 def _version() -> str:

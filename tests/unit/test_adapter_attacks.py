@@ -125,6 +125,7 @@ def state_of(harness: AdapterHarness, engine: FakeEngine | None = None) -> Serve
         metrics=harness.metrics,
         default_max_tokens=64,
         eos_ids=frozenset({EOS}),
+        computation="sha256:base cpu",
         version="0.0.test",
         operator=harness.operator,
         access=Access(KeyRing((admin_key(KEY),))),

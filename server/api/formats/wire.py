@@ -46,10 +46,13 @@ class Envelope:
         }
 
 
-def fingerprint(base_name: str, lease: Lease | None, version: str) -> str:
-    """Changes when the base, an adapter's version or the server does, and so the answer to the same seed may."""
+def fingerprint(computation: str, lease: Lease | None, version: str) -> str:
+    """Changes when the base, its computation, an adapter's version or the server does.
+
+    The answer to the same seed may then change as well.
+    """
     adapters = () if lease is None else lease.adapters
-    parts = [version, base_name, *(f"{leased.adapter.version_digest}:{leased.scale}" for leased in adapters)]
+    parts = [version, computation, *(f"{leased.adapter.version_digest}:{leased.scale}" for leased in adapters)]
     return "fp_" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
