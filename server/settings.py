@@ -166,6 +166,11 @@ class Settings(BaseSettings):
     scan_interval: float = Field(
         1.0, gt=0, description="Seconds without a change in an adapter's folder before it is read."
     )
+    sse_ping: Literal["comment", "delta", "off"] = Field(
+        "comment",
+        description="What a stream sends after 15 s without output, so that proxies keep the connection: a comment, "
+        "which clients ignore; an empty delta, for what counts data only; or nothing.",
+    )
     shutdown_timeout: float = Field(
         30.0, ge=0, description="Seconds that running requests get to finish when the server stops."
     )

@@ -16,7 +16,7 @@ from server.api.active_request import ActiveRequest
 from server.api.errors import ClientGone, reply_to
 from server.api.formats.interface import AnswerCollector, ResponseFormat, WholeAnswer
 from server.api.formats.wire import fingerprint, to_json_with_encoded_parts
-from server.api.state import ServerState
+from server.api.state import PingMode, ServerState
 
 PING_SECONDS = 15.0
 
@@ -71,7 +71,7 @@ async def respond(
     format = new_format(request, fingerprint(state.computation, lease, state.version))
     headers = {} if lease is None else {"x-quickchange-adapter": lease.label}
     if request.body.stream:
-        return EventStream(request, format, headers)
+        return EventStream(request, format, headers, state.sse_ping)
     answers = await _collect(request, format)
     if request.token_texts is None:
         return JSONResponse(format.body(answers, request.usage), headers=headers)
@@ -96,9 +96,9 @@ async def _collect(request: ActiveRequest, format: ResponseFormat) -> list[Whole
 class EventStream(StreamingResponse):
     """A streamed response. It closes the request when it ends: finished, failed, or client disconnected."""
 
-    def __init__(self, request: ActiveRequest, format: ResponseFormat, headers: dict[str, str]) -> None:
+    def __init__(self, request: ActiveRequest, format: ResponseFormat, headers: dict[str, str], ping: PingMode) -> None:
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no", **headers}
-        super().__init__(_events(request, format), headers=headers, media_type=format.media_type)
+        super().__init__(_events(request, format, ping), headers=headers, media_type=format.media_type)
         self._request = request
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -111,13 +111,18 @@ class EventStream(StreamingResponse):
             self._request.close()
 
 
-async def _events(request: ActiveRequest, format: ResponseFormat) -> AsyncIterator[str]:
+def _first_open(request: ActiveRequest) -> int:
+    """The first choice that has not ended."""
+    return next(choice.index for choice in request.choices if choice.finish_reason is None)
+
+
+async def _events(request: ActiveRequest, format: ResponseFormat, ping: PingMode) -> AsyncIterator[str]:
     try:
         for event in format.opening():
             yield event
-        async for delta in request.deltas(timeout=PING_SECONDS):
+        async for delta in request.deltas(timeout=None if ping == "off" else PING_SECONDS):
             if delta is None:
-                yield format.ping
+                yield format.empty_delta(_first_open(request)) if ping == "delta" else format.ping
                 continue
             for event in format.events(delta):
                 yield event

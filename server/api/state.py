@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import Depends, Request
 
@@ -17,6 +17,9 @@ from server.api.tracing import RequestTracer
 from server.engine.async_engine import AsyncEngine
 from server.metrics import Metrics
 from server.text.prompt import PromptRenderer
+
+PingMode = Literal["comment", "delta", "off"]
+"""What a stream sends while there is no output."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class ServerState:
     operator: AdapterOperator | None = None
     tracer: RequestTracer | None = None
     access: Access = field(default_factory=Access)
+    sse_ping: PingMode = "comment"
 
     @property
     def base_name(self) -> str:

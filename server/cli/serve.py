@@ -169,6 +169,7 @@ def build(settings: Settings, access: Access) -> Service:
         tracer=tracer,
         metrics=metrics,
         default_max_tokens=settings.default_max_tokens,
+        sse_ping=settings.sse_ping,
         eos_ids=base.eos_ids,
         base_defaults=_base_defaults(base),
         version=_version(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from starlette.types import Message
 from server.api import responses
 from server.api.app import create_app
 from server.api.formats.chat import ChatFormat
-from server.api.state import ServerState
+from server.api.state import PingMode, ServerState
 from server.metrics import BASE as BASE_LABEL
 from server.text.prompt import PromptRenderer
 from tests.fakes import BASE, FakeEngine, FakeSequence, Script, adapter, ask, events, server_state
@@ -105,6 +106,23 @@ def test_silence_is_filled_with_comments(monkeypatch: pytest.MonkeyPatch) -> Non
     response = ask(app, "POST", CHAT, json=ONE)
     assert response.text.count(": ping\n\n") >= 2
     assert events(response)[-1] == "[DONE]"
+
+
+@pytest.mark.parametrize("url", [CHAT, COMPLETIONS])
+@pytest.mark.parametrize("ping", ["delta", "off"])
+def test_silence_is_filled_with_empty_deltas_or_with_nothing(
+    url: str, ping: PingMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(responses, "PING_SECONDS", 0.01)
+    state = replace(server_state(FakeEngine([Script("hi", delay=0.1)])), sse_ping=ping)
+    body = ONE if url == CHAT else {"model": BASE, "prompt": "x", "stream": True}
+    response = ask(create_app(state), "POST", url, json=body)
+    assert ": ping" not in response.text
+    *chunks, done = events(response)
+    choices = [chunk["choices"][0] for chunk in chunks]
+    empty = [each for each in choices if each.get("delta", each.get("text")) in ({}, "") and not each["finish_reason"]]
+    assert done == "[DONE]"
+    assert (len(empty) >= 2) == (ping == "delta")
 
 
 async def until_gone(app: FastAPI, engine: FakeEngine, body: dict[str, Any], *, num_messages: int) -> None:

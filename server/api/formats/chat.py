@@ -50,6 +50,9 @@ class ChatFormat:
             logprobs = self.logprobs(tokens) if tokens else None
             yield self._event(_choice(delta.index, {}, logprobs, delta.finish_reason))
 
+    def empty_delta(self, index: int) -> str:
+        return self._event(_choice(index, {}))
+
     def closing(self, usage: Usage) -> Iterator[str]:
         if self._body.include_usage:
             yield sse(self._envelope.wrap("chat.completion.chunk", [], usage=usage.as_json()))

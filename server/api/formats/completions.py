@@ -50,6 +50,9 @@ class CompletionFormat:
         if delta.finish_reason is not None:
             yield self._event(self._chunk(delta.index, "", tokens, delta.finish_reason))
 
+    def empty_delta(self, index: int) -> str:
+        return self._event(self._chunk(index, "", ()))
+
     def closing(self, usage: Usage) -> Iterator[str]:
         if self._body.include_usage:
             yield sse(self._envelope.wrap("text_completion", [], usage=usage.as_json()))

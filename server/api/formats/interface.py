@@ -52,6 +52,9 @@ class ResponseFormat(Protocol):
     def events(self, delta: ChoiceDelta) -> Iterable[str]:
         """What a stream gets for more output of a choice."""
 
+    def empty_delta(self, index: int) -> str:
+        """A ping as data: a chunk of a choice without content, or ``ping`` where the format has no such chunk."""
+
     def closing(self, usage: Usage) -> Iterable[str]:
         """The end of a stream whose choices have all ended."""
 

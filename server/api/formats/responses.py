@@ -86,6 +86,9 @@ class ResponsesFormat:
         if delta.finish_reason is not None:
             yield from self._close(self._status)
 
+    def empty_delta(self, index: int) -> str:
+        return self.ping
+
     def closing(self, usage: Usage) -> Iterator[str]:
         if not self._output:  # clients expect at least a message
             self._item = _OpenItem(_new_item("message"))
