@@ -1,0 +1,61 @@
+"""The grammar of an answer with tool calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from server.text.grammar.grammar import Grammar, concatenate, literal, one_of, regex, repeat, triggered
+from server.text.grammar.schema import Source
+from server.text.tools.tool import Tool, ToolFormat
+
+MAX_CALLS = 16
+"""Most calls in one answer."""
+_SOURCE = Source("tools", "'tools'")
+
+
+def required_calls(format: ToolFormat, tools: Sequence[Tool], *, parallel: bool) -> Grammar:
+    """Calls and nothing else: one, or with ``parallel`` several."""
+    return _calls(format, tools, parallel=parallel, behind="")
+
+
+def possible_calls(format: ToolFormat, tools: Sequence[Tool], *, parallel: bool) -> Grammar:
+    """Text; calls may stand behind it, or in its place if the format has them only at the beginning."""
+    if format.trigger:
+        body = _calls(format, tools, parallel=parallel, behind=format.trigger)
+        return triggered([(format.trigger, body)], most=1)
+    calls = required_calls(format, tools, parallel=parallel)
+    begins = [format.opening + format.grammar(tool).before for tool in tools]
+    return one_of([calls, regex(pattern_without(begins), _SOURCE)])
+
+
+def _calls(format: ToolFormat, tools: Sequence[Tool], *, parallel: bool, behind: str) -> Grammar:
+    """Calls without the text ``behind`` which they stand, the beginning of the first one."""
+    calls = [format.grammar(tool) for tool in tools]
+    firsts = []
+    for call in calls:
+        before = format.opening + call.before
+        assert before.startswith(behind), f"a call of {format.name} begins with its trigger"
+        firsts.append(concatenate(literal(before[len(behind) :]), call.arguments, literal(call.behind)))
+    parts = [one_of(firsts)]
+    if parallel and format.separator is not None:
+        later = one_of(concatenate(literal(call.before), call.arguments, literal(call.behind)) for call in calls)
+        parts.append(repeat(concatenate(literal(format.separator), later), least=0, most=MAX_CALLS - 1))
+    return concatenate(*parts, literal(format.closing))
+
+
+def pattern_without(begins: Iterable[str]) -> str:
+    """A regular expression for every text that begins with none of ``begins``.
+
+    The expressions of grammars have no lookahead, so it is written as a tree of the characters that may come.
+    """
+    rests: dict[str, set[str]] = {}
+    for begin in begins:
+        assert begin
+        rests.setdefault(begin[0], set()).add(begin[1:])
+    others = f"[^{''.join(map(_in_class, sorted(rests)))}](?s:.)*"
+    options = [f"{_in_class(char)}{pattern_without(texts)}" for char, texts in sorted(rests.items()) if "" not in texts]
+    return f"(?:{'|'.join([others, *options])})?"
+
+
+def _in_class(char: str) -> str:
+    return f"\\x{{{ord(char):x}}}"

@@ -1,0 +1,91 @@
+"""What a request says about a tool, and what a format of calls does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+from server.text.grammar.grammar import Grammar, json_schema
+from server.text.grammar.schema import Source
+from server.text.stepped_parser import PartWriter
+from server.text.text_reader import Steps, TextReader
+
+MAX_FAILED_CALLS = 8
+"""Texts that look like the beginning of a call and are none, before the rest of an answer is taken as text."""
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A function that the model may call. ``parameters`` is the JSON schema of its arguments, and ``source`` its place.
+
+    Keywords of the schema that a grammar cannot follow are refused with ``strict``, and otherwise ignored.
+    """
+
+    name: str
+    source: Source
+    description: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=lambda: {"type": "object", "properties": {}})
+    strict: bool = False
+
+    def json_arguments(self) -> Grammar:
+        """Arguments as a JSON object. Raises ``InvalidRequest`` for a schema that cannot be followed."""
+        return json_schema(self.parameters, self.source, lenient=not self.strict)
+
+    def argument_schemas(self) -> dict[str, Any]:
+        """The schema of each argument, with the definitions that its references name."""
+        properties = self.parameters.get("properties")
+        named = {key: self.parameters[key] for key in ("$defs", "definitions") if key in self.parameters}
+        if not isinstance(properties, Mapping):
+            return {}
+        return {key: {**named, **value} if isinstance(value, Mapping) else value for key, value in properties.items()}
+
+    def requires(self, argument: str) -> bool:
+        """Whether an argument must be there."""
+        required = self.parameters.get("required")
+        return isinstance(required, list) and argument in required
+
+
+class CallGrammar(NamedTuple):
+    """One call: literal text before and behind the arguments."""
+
+    before: str
+    arguments: Grammar
+    behind: str
+
+
+class ToolFormat(Protocol):
+    """How a family of models writes calls."""
+
+    @property
+    def name(self) -> str:
+        """Its name in a sidecar's ``tool_format``."""
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """Texts that may be special tokens, which the parser has to see."""
+
+    @property
+    def trigger(self) -> str:
+        """With what a call in the middle of an answer begins; "": a call is possible only at the beginning."""
+
+    @property
+    def opening(self) -> str:
+        """Text before all calls of an answer."""
+
+    @property
+    def separator(self) -> str | None:
+        """Text between two calls; None if an answer has only one."""
+
+    @property
+    def closing(self) -> str:
+        """Text behind all calls."""
+
+    def read(self, reader: TextReader, writer: PartWriter, tools: Sequence[Tool]) -> Steps[None]:
+        """Text and calls up to the end of the answer."""
+
+    def grammar(self, tool: Tool) -> CallGrammar:
+        """One call of ``tool``. Raises ``InvalidRequest`` for a schema that cannot be followed."""
+
+    def text(self, name: str, arguments: Mapping[str, Any]) -> str:
+        """One call, as the model writes it."""
