@@ -36,12 +36,16 @@ RESERVED_VARIABLES = frozenset(
 """What a request or the server itself hands to a chat template and to transformers' ``apply_chat_template``."""
 
 _OF_VERSION_1 = ("quality",)
-_OF_VERSION_2 = ("end_tokens", "chat_template_kwargs", "verdict", "base.fingerprint_v2", "base.sample")
+_OF_VERSION_2 = ("end_tokens", "chat_template_kwargs", "tool_format", "verdict", "base.fingerprint_v2", "base.sample")
 
 Text = Annotated[str, Field(min_length=1)]
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 Count = Annotated[StrictInt, Field(ge=0)]
 SampledValues = Annotated[str, Field(pattern=r"^[A-Z0-9_]{2,8} [0-9]{1,9}(x[0-9]{1,9})? [A-Za-z0-9+/]{1,172}={0,2}$")]
+ToolFormatName = Literal[
+    "apertus", "cohere", "deepseek_v3", "deepseek_v31", "glm4", "granite", "harmony", "hermes", "hermes_compact",
+    "hunyuan", "llama3", "mistral", "mistral_list", "nemotron", "olmo3", "phi4", "qwen3_coder", "seed_oss",
+]  # fmt: skip
 Status = Literal["pass", "warn", "fail"]
 
 
@@ -150,8 +154,8 @@ class Sidecar(_SidecarPart):
     """The whole file. A key that is not here is refused: what it asks for would not happen.
 
     Version 2 is written, 1 is read for good. ``quality`` is of version 1; ``end_tokens``, ``chat_template_kwargs``,
-    ``verdict``, ``base.fingerprint_v2`` and ``base.sample`` are of version 2. ``end_tokens`` are texts or ids of
-    tokens.
+    ``tool_format``, ``verdict``, ``base.fingerprint_v2`` and ``base.sample`` are of version 2. ``end_tokens`` are texts
+    or ids of tokens. ``tool_format`` is how the adapter writes tool calls, if not as its chat template says.
     """
 
     schema_version: StrictInt = Field(ge=VERSIONS[0], le=VERSIONS[-1])
@@ -159,6 +163,7 @@ class Sidecar(_SidecarPart):
     created: str = Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")
     chat_template: Text | None = None
     chat_template_kwargs: dict[Variable, Any] | None = None
+    tool_format: ToolFormatName | None = None
     system_prompt: Text | None = None
     stop: Annotated[list[Text], Field(max_length=16)] | None = None
     end_tokens: Annotated[list[Text | Count], Field(max_length=16)] | None = None

@@ -139,8 +139,9 @@ VECTORS: tuple[ToolVector, ...] = (
     ToolVector("glm4", "get_weather needs a city.", calls(content="get_weather needs a city.")),
     ToolVector(
         "qwen3_coder",
-        "I look.\n<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n</function>\n</tool_call>\n"
-        "<tool_call>\n<function=get_time>\n<parameter=zone>\nCET\n</parameter>\n<parameter=hours>\n[1, 2]\n</parameter>\n"
+        "I look.\n<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n</function>\n"
+        "</tool_call>\n<tool_call>\n<function=get_time>\n<parameter=zone>\nCET\n</parameter>\n"
+        "<parameter=hours>\n[1, 2]\n</parameter>\n"
         '<parameter=note>\nsay "}" ]\n</parameter>\n</function>\n</tool_call>',
         calls(WEATHER, TIME, content="I look."),
     ),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from contextlib import ExitStack
 
 from fastapi import APIRouter, Request
@@ -17,9 +16,8 @@ from server.api.generation import Prompts, leased, submit
 from server.api.protocol import ChatRequest
 from server.api.responses import close_unless_streamed, respond
 from server.api.state import ServerState, State
-from server.text.answer_format import PLAIN, AnswerFormat
+from server.api.tool_use import answer_format, format_of_tools, with_tools
 from server.text.prompt import PromptRenderer
-from server.text.reasoning import reasoning_format
 
 router = APIRouter()
 
@@ -50,17 +48,14 @@ def _render(body: ChatRequest, defaults: GenerationDefaults, base: PromptRendere
     """In a thread: the conversation by the adapter's or the base's chat template."""
     renderer = base.for_adapter(defaults)
     template = defaults.chat_template or renderer.chat_template
+    format = format_of_tools(template, defaults.tool_format)
     messages = [message.model_dump(exclude_none=True) for message in body.messages]
+    shown = with_tools(body, with_system_prompt(messages, defaults.system_prompt), template or "", format)
     ids = renderer.chat(
-        with_system_prompt(messages, defaults.system_prompt),
+        shown.messages,
         template=defaults.chat_template,
         variables=defaults.chat_template_kwargs,
+        tools=shown.variables,
+        tool_format=format,
     )
-    return Prompts([ids], renderer, "messages", _answer_format(ids, renderer, template))
-
-
-def _answer_format(ids: Sequence[int], renderer: PromptRenderer, template: str | None) -> AnswerFormat:
-    reasoning = reasoning_format(template)
-    if reasoning is None:
-        return PLAIN
-    return AnswerFormat(reasoning, renderer.ends_inside(ids, reasoning.begin, reasoning.end))
+    return Prompts([ids], renderer, "messages", answer_format(body, ids, renderer, template, format))

@@ -83,6 +83,8 @@ def submit(
         for prompt_ids in prompts.ids
     ]
     stop, eos_ids = _ends(body, defaults, prompts.renderer, state.eos_ids)
+    if prompts.answers.required:
+        stop = ()  # the end of the calls is the end of the answer
     principal: Principal = http.state.principal
     namespace = cache_namespace(principal.id, body.cache_salt)
     operation = "chat" if prompts.field == "messages" else "text_completion"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import asdict, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 from jinja2 import Environment, TemplateError
@@ -23,6 +24,11 @@ from server.adapters.content.templates import default_template
 from server.errors import InvalidRequest
 from server.text.deadline import DeadlineExceeded, deadline
 from server.text.token_texts import TokenTexts
+from server.text.tools.families import HERMES
+from server.text.tools.history import CallForm, find_form, has_calls, with_calls_as_text
+from server.text.tools.tool import ToolFormat
+
+_log = logging.getLogger("quickchange.prompt")
 
 _Key = tuple[tuple[AddedToken, ...], bool]
 
@@ -58,6 +64,7 @@ class PromptRenderer:
         self._hidden_ids = hidden_ids  # hidden in answers although the tokenizer does not know them as special
         self._special_ids = frozenset([*tokenizer.all_special_ids, *special, *hidden_ids])
         self._adapters: OrderedDict[_Key, PromptRenderer] = OrderedDict()
+        self._call_form = lru_cache(MAX_TOKENIZERS)(self._find_call_form)
         self._lock = threading.Lock()
         self._build_lock = threading.Lock()
         tokenizer("x")  # a tokenizer drops truncation and padding of its file at its first call: here, in one thread
@@ -157,24 +164,24 @@ class PromptRenderer:
         *,
         template: str | None = None,
         variables: Mapping[str, Any] | None = None,
+        tools: Mapping[str, Any] | None = None,
+        tool_format: ToolFormat = HERMES,
     ) -> list[int]:
         """Prompt ids of a conversation with the generation prompt, by the base's template or by ``template``.
 
-        ``variables`` are names and values for the template. Text of a message or variable that looks like a special
-        token stays text: only the template writes special tokens.
+        ``variables`` are names and values for the template, ``tools`` those in which it takes tools. Earlier calls are
+        written in ``tool_format`` for a template that does not take them. Text of a message or variable that looks
+        like a special token stays text: only the template writes special tokens.
         Raises ``InvalidRequest`` with the template's message if the template refuses the conversation.
         """
         template = None if template == self.chat_template else template  # the base's template needs no deadline
         if not (template or self._tokenizer.chat_template):
             raise InvalidRequest("The base model has no chat template: use /v1/completions.", param="messages")
         plain = plain_messages(messages, template or self._tokenizer.chat_template)
-        arguments = {**(variables or {}), "tools": None, "add_generation_prompt": True, "return_dict": False}
+        fixed = {"tools": None, **(tools or {}), "add_generation_prompt": True, "return_dict": False}
+        arguments = {**(variables or {}), **fixed}
         try:
-            if template is None:
-                ids = self._tokenizer.apply_chat_template(plain, sanitize_control_tokens=True, **arguments)
-            else:
-                with deadline(_MAX_TEMPLATE_SECONDS):
-                    ids = self._render_adapter_template(plain, template, arguments)
+            ids = self._rendered(plain, template, arguments, tool_format)
         except DeadlineExceeded:
             raise InvalidRequest("The chat template takes too long with these messages.", param="messages") from None
         except Exception as error:  # a template is a program: any exception is possible
@@ -184,6 +191,31 @@ class PromptRenderer:
         if not ids:
             raise InvalidRequest("The chat template renders these messages to an empty prompt.", param="messages")
         return list(ids)
+
+    def _rendered(
+        self, plain: list[dict[str, Any]], template: str | None, arguments: Mapping[str, Any], format: ToolFormat
+    ) -> Any:
+        """Prompt ids. Earlier calls are in the form that the template takes, or else text."""
+        if not has_calls(plain):
+            return self._render(plain, template, arguments)
+        form = self._call_form(template)
+        if form is not None:
+            try:
+                return self._render(form.applied(plain), template, arguments)
+            except Exception:  # noqa: BLE001 - a template is a program: any exception is possible
+                _log.debug("the chat template refuses calls that it takes otherwise")
+        return self._render(with_calls_as_text(plain, format), template, arguments)
+
+    def _find_call_form(self, template: str | None) -> CallForm | None:
+        render = partial(self._tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
+        with deadline(_MAX_TEMPLATE_SECONDS):
+            return find_form(lambda messages: str(render(messages, chat_template=template)))
+
+    def _render(self, plain: list[dict[str, Any]], template: str | None, arguments: Mapping[str, Any]) -> Any:
+        if template is None:
+            return self._tokenizer.apply_chat_template(plain, sanitize_control_tokens=True, **arguments)
+        with deadline(_MAX_TEMPLATE_SECONDS):
+            return self._render_adapter_template(plain, template, arguments)
 
     def _render_adapter_template(self, plain: list[dict[str, Any]], template: str, arguments: Mapping[str, Any]) -> Any:
         """Prompt ids by a template that is not the base's; the length of its text is limited before tokenization."""

@@ -24,11 +24,15 @@ from server.text.text_reader import Steps, TextReader
 
 @dataclass(frozen=True)
 class ReasoningFormat:
-    """The markers around reasoning. They may be special tokens, which are otherwise not in a text."""
+    """The markers around reasoning, and the text ``behind`` it.
+
+    Markers may be special tokens, which are otherwise not in a text.
+    """
 
     name: str
     begin: str
     end: str
+    behind: str = "\n\n"
 
     @property
     def markers(self) -> tuple[str, ...]:
@@ -66,8 +70,8 @@ FORMATS: Sequence[ReasoningFormat] = (
     ReasoningFormat("think", "<think>", "</think>"),
     ReasoningFormat("mistral", "[THINK]", "[/THINK]"),
     ReasoningFormat("seed", "<seed:think>", "</seed:think>"),
-    ReasoningFormat("cohere", "<|START_THINKING|>", "<|END_THINKING|>"),
-    ReasoningFormat("apertus", "<|inner_prefix|>", "<|inner_suffix|>"),
+    ReasoningFormat("cohere", "<|START_THINKING|>", "<|END_THINKING|>", behind=""),
+    ReasoningFormat("apertus", "<|inner_prefix|>", "<|inner_suffix|>", behind=""),
 )
 
 

@@ -23,7 +23,8 @@ class GenerationDefaults:
 
     ``end_tokens`` (of the sidecar) and ``eos`` (of companion files) are texts or ids of tokens that end a turn, besides
     the base's. Tokens of ``eos`` that the base lacks are ignored. ``chat_template_kwargs`` are variables of the chat
-    template. ``added_tokens`` are all those of the adapter's tokenizer; empty if they are the base's.
+    template. ``tool_format`` names the format of tool calls. ``added_tokens`` are all those of the adapter's tokenizer;
+    empty if they are the base's.
     """
 
     stop: tuple[str, ...] = ()
@@ -35,6 +36,7 @@ class GenerationDefaults:
     max_tokens: int | None = None
     chat_template: str | None = None
     chat_template_kwargs: Mapping[str, Any] | None = None
+    tool_format: str | None = None
     end_tokens: tuple[str | int, ...] = ()
     eos: tuple[str | int, ...] = ()
     added_tokens: tuple[AddedToken, ...] = ()
@@ -73,6 +75,7 @@ def merge_defaults(sidecar: Sidecar | None, companions: CompanionFiles) -> Gener
         max_tokens=_first_given(sampling.max_tokens, _count(generation, "max_new_tokens")),
         chat_template=_first_given(None if sidecar is None else sidecar.chat_template, companions.chat_template),
         chat_template_kwargs=None if sidecar is None else sidecar.chat_template_kwargs,
+        tool_format=None if sidecar is None else sidecar.tool_format,
         end_tokens=tuple(end_tokens or ()),
         eos=_eos(companions) if end_tokens is None else (),
     )

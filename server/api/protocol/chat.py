@@ -7,13 +7,13 @@ from typing import Self
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from server.api.protocol.generation import GenerationRequest
 from server.api.protocol.messages import Message
+from server.api.protocol.tools import ToolFields
 
 MAX_CHAT_LOGPROBS = 20
 
 
-class ChatRequest(GenerationRequest):
+class ChatRequest(ToolFields):
     """``POST /v1/chat/completions``."""
 
     messages: list[Message] = Field(min_length=1)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from server.text.grammar.grammar import Grammar, concatenate, literal, one_of, regex, repeat, triggered
 from server.text.grammar.schema import Source
+from server.text.reasoning import ReasoningFormat
 from server.text.tools.tool import Tool, ToolFormat
 
 MAX_CALLS = 16
@@ -26,6 +27,18 @@ def possible_calls(format: ToolFormat, tools: Sequence[Tool], *, parallel: bool)
     calls = required_calls(format, tools, parallel=parallel)
     begins = [format.opening + format.grammar(tool).before for tool in tools]
     return one_of([calls, regex(pattern_without(begins), _SOURCE)])
+
+
+def behind_reasoning(answer: Grammar, reasoning: ReasoningFormat, *, opened: bool, free: bool) -> Grammar:
+    """``answer`` behind reasoning, which may be left out unless the prompt has ``opened`` it.
+
+    ``free``: the answer begins with any text, so that reasoning is a part of it, and may be all of it.
+    """
+    if free and not opened:
+        return answer
+    behind = answer if free else concatenate(literal(reasoning.behind), answer)
+    thought = triggered([(reasoning.end, behind)], least=0 if free else 1, most=1)
+    return thought if opened else one_of([concatenate(literal(reasoning.begin), thought), answer])
 
 
 def _calls(format: ToolFormat, tools: Sequence[Tool], *, parallel: bool, behind: str) -> Grammar:

@@ -91,6 +91,11 @@ FORMATS: Mapping[str, ToolFormat] = {
 }
 
 
+def takes_short_ids(format: ToolFormat | None) -> bool:
+    """Whether the templates of a format want ids of nine characters."""
+    return format in (MISTRAL, MISTRAL_LIST)
+
+
 @lru_cache(maxsize=64)
 def tool_format(template: str | None) -> ToolFormat:
     """The format of a chat template; Hermes' for a template without one."""

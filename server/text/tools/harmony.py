@@ -12,12 +12,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from server.text.reasoning import ReasoningFormat
 from server.text.stepped_parser import PartWriter
 from server.text.text_reader import Steps, TextReader
 from server.text.tools.tool import CallGrammar, Tool
 
 START, CHANNEL, MESSAGE, END = "<|start|>", "<|channel|>", "<|message|>", "<|end|>"
 CALL, CONSTRAIN, RETURN = "<|call|>", "<|constrain|>", "<|return|>"
+FINAL = f"{CHANNEL}final{MESSAGE}"
+HARMONY_REASONING = ReasoningFormat("harmony", f"{CHANNEL}analysis{MESSAGE}", END, behind=f"{START}assistant")
+"""For the grammar of an answer; ``Harmony`` reads it."""
 MAX_HEADER_LENGTH = 512
 _TO_FUNCTION = "to=functions."
 

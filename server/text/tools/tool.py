@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from server.text.grammar.grammar import Grammar, json_schema
-from server.text.grammar.schema import Source
+from server.text.grammar.schema import Source, checked_schema
 from server.text.stepped_parser import PartWriter
 from server.text.text_reader import Steps, TextReader
 
+_SCHEMAS = {"additionalProperties", "anyOf", "items", "oneOf", "prefixItems"}
+_SCHEMAS_BY_NAME = {"$defs", "definitions", "patternProperties", "properties"}
 MAX_FAILED_CALLS = 8
 """Texts that look like the beginning of a call and are none, before the rest of an answer is taken as text."""
 
@@ -30,7 +32,9 @@ class Tool:
 
     def json_arguments(self) -> Grammar:
         """Arguments as a JSON object. Raises ``InvalidRequest`` for a schema that cannot be followed."""
-        return json_schema(self.parameters, self.source, lenient=not self.strict)
+        lenient = not self.strict
+        checked = checked_schema(self.parameters, self.source, lenient=lenient)
+        return json_schema(closed({"type": "object", **checked}), self.source, lenient=lenient)
 
     def argument_schemas(self) -> dict[str, Any]:
         """The schema of each argument, with the definitions that its references name."""
@@ -44,6 +48,36 @@ class Tool:
         """Whether an argument must be there."""
         required = self.parameters.get("required")
         return isinstance(required, list) and argument in required
+
+
+def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """A schema whose objects have only the properties that it names, unless it says that they may have others.
+
+    Without that a model may add arguments for ever. A schema with ``allOf`` is left as it is: each part of it
+    names only some of the properties.
+    """
+    return dict(schema) if _has_all_of(schema) else _closed(schema)
+
+
+def _has_all_of(schema: Any) -> bool:
+    if isinstance(schema, list):
+        return any(map(_has_all_of, schema))
+    return isinstance(schema, Mapping) and ("allOf" in schema or any(map(_has_all_of, schema.values())))
+
+
+def _closed(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_closed(item) for item in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    found = dict(schema)
+    for keyword in _SCHEMAS & found.keys():
+        found[keyword] = _closed(found[keyword])
+    for keyword in _SCHEMAS_BY_NAME & found.keys():
+        found[keyword] = {name: _closed(value) for name, value in found[keyword].items()}
+    if "properties" in found and "patternProperties" not in found:
+        found.setdefault("additionalProperties", False)
+    return found
 
 
 class CallGrammar(NamedTuple):

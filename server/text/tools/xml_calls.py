@@ -92,23 +92,26 @@ class XmlCalls:
         reader.commit()
         writer.call(name)
         writer.arguments(TextPiece("{"))
-        yield from self._read_arguments(reader, writer, schemas.get(name, {}))
+        if not (yield from self._read_arguments(reader, writer, schemas.get(name, {}))):
+            reader.take_rest()  # the answer was cut inside of an argument
+            return True
         writer.arguments(TextPiece("}"))
         yield from reader.skip("</function>")
         yield from reader.skip_space()
         yield from reader.skip(self.end)
         return True
 
-    def _read_arguments(self, reader: TextReader, writer: PartWriter, schemas: Mapping[str, Any]) -> Steps[None]:
+    def _read_arguments(self, reader: TextReader, writer: PartWriter, schemas: Mapping[str, Any]) -> Steps[bool]:
+        """Write the arguments; False if the text ends inside of one."""
         comma = ""
         while True:
             yield from reader.skip_space()
             if not (yield from reader.skip("<parameter=")):
-                return
+                return not reader.ended or bool(reader.text)
             key = yield from reader.read_until(">", limit=MAX_NAME_LENGTH)
             text = yield from reader.read_until("</parameter>", limit=MAX_VALUE_LENGTH)
             if key is None or text is None:
-                return
+                return False
             value = _value(text.removeprefix("\n").removesuffix("\n"), schemas.get(key))
             writer.arguments(TextPiece(f"{comma}{json.dumps(key, ensure_ascii=False)}: {value}"))
             comma = ", "
