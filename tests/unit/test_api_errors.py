@@ -118,7 +118,7 @@ def test_a_path_is_written_as_in_javascript() -> None:
         ({"min_tokens": 5, "max_tokens": 4}, "invalid_value", "min_tokens"),
         ({"stop_token_ids": [-1]}, "integer_below_min_value", "stop_token_ids[0]"),
         ({"stop_token_ids": [10**6]}, "invalid_value", "stop_token_ids"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "unsupported_parameter", "tools"),
+        ({"functions": [{"name": "f"}]}, "unsupported_parameter", "functions"),
         ({"response_format": {"type": "json_object"}}, "unsupported_parameter", "response_format"),
         ({"foo": 1}, "unsupported_parameter", "foo"),
         ({"model": 3}, "invalid_type", "model"),

@@ -35,9 +35,9 @@ def test_null_means_absent() -> None:
     assert chat(**dict.fromkeys([*names, *NEUTRAL, *IGNORED])) == chat()
 
 
-@pytest.mark.parametrize("field", NEUTRAL)
+@pytest.mark.parametrize("field", ChatRequest.neutral)
 def test_a_field_that_is_not_honoured_may_ask_for_nothing_only(field: str) -> None:
-    for value in NEUTRAL[field]:
+    for value in ChatRequest.neutral[field]:
         assert chat(**{field: value}) == chat()
     with pytest.raises(UnsupportedParameter) as caught:
         chat(**{field: {"anything": "else"}})

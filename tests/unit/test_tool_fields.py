@@ -51,7 +51,8 @@ def test_tool_choice_says_what_is_called(choice: object, names: list[str], must_
 
 
 def test_fields_of_tools_without_tools_have_no_effect() -> None:
-    for fields in ({"tools": []}, {"tools": [], "tool_choice": "none"}, {"tool_choice": "auto"}):
+    without: list[dict[str, Any]] = [{"tools": []}, {"tools": [], "tool_choice": "none"}, {"tool_choice": "auto"}]
+    for fields in without:
         assert callable_names(parsed(**fields, parallel_tool_calls=False)) == []
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from adapter_format.sidecar import ToolFormatName
 from server.text.answer import AnswerParser, ToolCallPart
 from server.text.detokenizer import TextPiece
 from server.text.grammar.schema import Source
@@ -15,6 +19,7 @@ from server.text.tools.tool import MAX_FAILED_CALLS, Tool, ToolFormat
 from tests.answer_parsing import joined, parsed
 from tests.tool_vectors import TIME, VECTORS, WEATHER, ToolVector
 
+ROOT = Path(__file__).parents[2]
 SOURCE = Source("tools[0].function.parameters", "tool")
 TOOLS = (
     Tool("get_weather", SOURCE, "", {"type": "object", "properties": {"city": {"type": "string"}}}),
@@ -59,6 +64,14 @@ def test_every_format_reads_the_calls_that_it_writes(name: str) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_has_a_vector(name: str) -> None:
     assert any(vector.format == name and vector.expected.calls for vector in VECTORS)
+
+
+def test_the_page_and_the_sidecar_know_every_format() -> None:
+    page = (ROOT / "docs" / "tools.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| [A-Z`]", page.partition("### Formats")[2], re.MULTILINE)
+    schema = json.loads((ROOT / "tests" / "contract" / "sidecar.schema.json").read_text(encoding="utf-8"))
+    assert sorted(rows) == sorted(FORMATS) == sorted(get_args(ToolFormatName))
+    assert schema["properties"]["tool_format"]["enum"] == [*get_args(ToolFormatName), None]
 
 
 def test_arguments_arrive_while_they_are_written() -> None:

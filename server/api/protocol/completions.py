@@ -51,6 +51,7 @@ class CompletionRequest(GenerationRequest):
         **{name: values for name, values in NEUTRAL.items() if name not in ("best_of", "echo")},
         "top_logprobs": (0,),
     }
+    ignored = GenerationRequest.ignored | {"parallel_tool_calls"}
 
     prompt: Annotated[list[str | list[int]], PlainValidator(_parse_prompt)]
     logprobs: Annotated[int | None, Field(ge=0, le=MAX_COMPLETION_LOGPROBS), BeforeValidator(_none_if_false)] = None

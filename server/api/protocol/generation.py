@@ -25,7 +25,6 @@ MAX_PROMPT_LOGPROBS = 20
 IGNORED = frozenset(
     {
         "metadata",
-        "parallel_tool_calls",
         "prediction",
         "prompt_cache_key",
         "prompt_cache_options",

@@ -100,7 +100,6 @@ def _function_name(value: object, field: str) -> str:
 class ToolFields(GenerationRequest):
     """``tools``, ``tool_choice`` and ``parallel_tool_calls``."""
 
-    ignored = GenerationRequest.ignored - _FIELDS
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         name: values for name, values in GenerationRequest.neutral.items() if name not in _FIELDS
     }

@@ -82,13 +82,14 @@ class Repetition:
 
 @dataclass(frozen=True)
 class TriggeredText:
-    """Free text in which the body of a trigger must follow its text, at most ``most`` times.
+    """Free text in which the body of a trigger must follow its text, from ``least`` to ``most`` times.
 
     A trigger that is a special token is that token. With ``most``, the answer ends after that many bodies.
     """
 
     triggers: tuple[tuple[str, Grammar], ...]
     most: int | None
+    least: int = 0
 
 
 Grammar = (
@@ -155,12 +156,13 @@ def repeat(item: Grammar, *, separator: Grammar | None = None, least: int = 1, m
     return Repetition(item, literal("") if separator is None else separator, least, most)
 
 
-def triggered(triggers: Iterable[tuple[str, Grammar]], *, most: int | None = None) -> Grammar:
+def triggered(triggers: Iterable[tuple[str, Grammar]], *, most: int | None = None, least: int = 0) -> Grammar:
     """Free text; wherever it has a trigger's text, the grammar beside it must follow.
 
     Several bodies of one trigger are ``one_of`` them. Special tokens may occur in free text, as without a grammar.
     """
-    return TriggeredText(tuple(triggers), most)
+    assert least == 0 or (most is not None and least <= most)
+    return TriggeredText(tuple(triggers), most, least)
 
 
 def documents(grammar: Grammar) -> Iterable[RegexText | Document | Rules]:

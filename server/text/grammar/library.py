@@ -100,7 +100,8 @@ class _Writer:
             return self._rule(f"({' | '.join([*([free] if free else []), body])})* FREE_TEXT")
         text = f"{free}* FREE_TEXT" if free else "FREE_TEXT"
         item = f"({free}* {body})" if free else body
-        return self._rule(f"{text} | {item}{{1,{grammar.most}}}")
+        bodies_only = f"{item}{{{max(grammar.least, 1)},{grammar.most}}}"
+        return self._rule(bodies_only if grammar.least else f"{text} | {bodies_only}")
 
     def _behind(self, trigger: str, body: str) -> str:
         token = self._token(trigger)
