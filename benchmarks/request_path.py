@@ -29,7 +29,7 @@ import uvicorn
 
 from base_files.names import BASE_MODEL_HELP, EMBEDDED_BASE, base_name
 from benchmarks.parts.bases import HELPDESKS, base_argument
-from server.api.auth.middleware import Access
+from server.api.auth.access import Access
 from server.cli.serve import build, uvicorn_config
 from server.settings import Settings
 

@@ -11,7 +11,7 @@ from server.adapters.adapter_library import AdapterLibrary
 from server.adapters.content.generation_defaults import GenerationDefaults
 from server.adapters.model_names import MayUse
 from server.adapters.operator import AdapterOperator
-from server.api.auth.middleware import Access
+from server.api.auth.access import Access
 from server.api.auth.principal import Principal
 from server.api.tracing import RequestTracer
 from server.engine.async_engine import AsyncEngine

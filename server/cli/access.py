@@ -7,9 +7,9 @@ import re
 import socket
 from collections.abc import Sequence
 
+from server.api.auth.access import Access
 from server.api.auth.key_file import read_key_file
 from server.api.auth.keys import ApiKey, KeyRing, admin_key, single_key
-from server.api.auth.middleware import Access
 from server.api.cors import ANY_ORIGIN
 from server.api.hosts import allowed_hosts, host_name
 from server.errors import SettingsError

@@ -243,7 +243,7 @@ def _local_server(settings: Settings) -> Iterator[str]:
     print("no server is running; starting a temporary one ...", file=sys.stderr)
     import uvicorn  # with torch takes seconds, which a chat with a running server need not wait
 
-    from server.api.auth.middleware import Access
+    from server.api.auth.access import Access
     from server.cli.serve import build, uvicorn_config
 
     with bound_sockets("127.0.0.1", 0) as sockets:

@@ -13,7 +13,7 @@ import signal
 from types import FrameType
 
 from server.adapters.watcher import AdapterWatcher
-from server.api.auth.middleware import Access
+from server.api.auth.access import Access
 from server.cli.access import read_keys
 from server.errors import SettingsError
 from server.settings import Settings

@@ -23,7 +23,7 @@ from transformers import GenerationConfig
 from server.adapters.content.generation_defaults import GenerationDefaults
 from server.adapters.watcher import AdapterWatcher
 from server.api.app import create_app
-from server.api.auth.middleware import Access
+from server.api.auth.access import Access
 from server.api.state import ServerState
 from server.api.tracing import otlp_tracer
 from server.api.vllm_metrics import VllmMetrics

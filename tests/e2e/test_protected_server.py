@@ -137,6 +137,15 @@ def test_no_spelling_of_a_request_gets_past_without_a_key(protected: Protected, 
     assert b"helpdesk" not in answer and b"micro" not in answer
 
 
+def test_a_key_counts_for_its_own_request_only(protected: Protected) -> None:
+    """Of requests on one connection, sent at once."""
+    right = "\r\n".join(["GET /v1/models HTTP/1.1", "Host: localhost", f"Authorization: Bearer {HELPDESK}", "", ""])
+    answer = protected.raw(right.encode() + closing("GET /v1/models HTTP/1.1", "Host: localhost"))
+    first, _, second = answer.partition(b"HTTP/1.1 401")
+    assert status_of(first) == 200 and b"helpdesk" in first
+    assert b"invalid_api_key" in second and b"helpdesk" not in second
+
+
 @pytest.mark.parametrize("host", ["localhost/v1/models?", "evil.example", "localhost@evil.example", "localhost:x"])
 def test_no_host_header_gets_past(protected: Protected, host: str) -> None:
     """A server that rebuilt its URL from the Host header took /health for the path (CVE-2026-48746)."""
@@ -219,12 +228,12 @@ def test_the_chat_command_sends_the_key_over_https(protected: Protected) -> None
     command = [sys.executable, "-m", "server", "chat", "--url", protected.server.url, "--adapter", "helpdesk", "Hello?"]
     environment = {"PYTHONPATH": str(ROOT), "SSL_CERT_FILE": str(CERTIFICATE), "HOME": "/nonexistent"}
 
-    def chat(**more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(command, env=environment | more, capture_output=True, text=True, timeout=60)
+    def chat(*flags: str, **more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *flags], env=environment | more, capture_output=True, text=True, timeout=60)
 
-    right = chat(QUICKCHANGE_API_KEY=HELPDESK)
-    assert (right.returncode, right.stderr) == (0, "")
-    assert right.stdout.strip()
+    for right in (chat(QUICKCHANGE_API_KEY=HELPDESK), chat("--api-key", HELPDESK)):
+        assert (right.returncode, right.stderr) == (0, "")
+        assert right.stdout.strip()
     wrong = chat()
     assert wrong.returncode == 1 and "API key is missing or wrong" in wrong.stderr
 

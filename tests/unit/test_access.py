@@ -12,8 +12,9 @@ from fastapi.routing import APIRoute
 
 from server.api import admin
 from server.api.app import create_app
+from server.api.auth.access import Access
 from server.api.auth.keys import ApiKey, KeyRing, admin_key, digest_of
-from server.api.auth.middleware import Access, credential_of
+from server.api.auth.middleware import credential_of
 from server.api.auth.principal import AccessScope, Principal
 from server.api.auth.routes import PROBES, required_scope
 from tests.fakes import BASE, FakeEngine, ask, server_state

@@ -37,8 +37,8 @@ from server.adapters.content.folder import folder_state
 from server.adapters.content.manifest import AdapterPolicy, Manifest, list_folder, read_manifest
 from server.adapters.reader import AdapterReader, FolderMoved
 from server.api.app import create_app
+from server.api.auth.access import Access
 from server.api.auth.keys import KeyRing, admin_key
-from server.api.auth.middleware import Access
 from server.api.state import ServerState
 from server.engine.async_engine import AsyncEngine
 from server.errors import AdapterRejected, InvalidRequest, ModelNotFound

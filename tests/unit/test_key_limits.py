@@ -11,9 +11,9 @@ import httpx
 import pytest
 
 from server.api.app import create_app
+from server.api.auth.access import Access
 from server.api.auth.key_limits import KeyLimits
 from server.api.auth.keys import ApiKey, KeyRing, digest_of
-from server.api.auth.middleware import Access
 from server.api.auth.principal import AccessScope, Principal
 from server.api.auth.wrong_keys import FREE, MAX_ADDRESSES, MAX_DELAY, WrongKeys
 from server.api.state import ServerState

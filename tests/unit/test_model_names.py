@@ -15,8 +15,8 @@ from server.adapters.model_names import ModelNames
 from server.adapters.names import ModelRef
 from server.adapters.registry import AdapterRegistry
 from server.api.app import create_app
+from server.api.auth.access import Access
 from server.api.auth.keys import ApiKey, KeyRing, digest_of
-from server.api.auth.middleware import Access
 from server.api.auth.principal import AccessScope, Principal
 from server.errors import InvalidRequest, ModelNotFound
 from tests.fakes import FakeEngine, adapter, ask, server_state

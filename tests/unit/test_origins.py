@@ -12,7 +12,7 @@ import pytest
 from fastapi import FastAPI
 
 from server.api.app import create_app
-from server.api.auth.middleware import Access
+from server.api.auth.access import Access
 from server.api.hosts import allowed_hosts, host_name
 from server.api.middleware import MAX_BODY_BYTES
 from server.cli.access import build_access

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from server.api.auth.access import Access
 from server.api.auth.keys import digest_of
-from server.api.auth.middleware import Access
 from server.cli import reload
 from server.cli.access import read_keys
 from server.cli.reload import Reloader

@@ -8,8 +8,8 @@ import pytest
 from fastapi import FastAPI
 
 from server.api.app import ROUTERS, create_app
+from server.api.auth.access import Access
 from server.api.auth.keys import ApiKey, KeyRing, digest_of
-from server.api.auth.middleware import Access
 from server.api.auth.principal import AccessScope, Principal
 from tests.fakes import BASE, FakeEngine, adapter, ask, server_state
 

@@ -18,7 +18,7 @@ from server.adapters.content.manifest import AdapterPolicy
 from server.adapters.content.signature import BaseSignature
 from server.adapters.reader import AdapterReader
 from server.adapters.watcher import AdapterWatcher
-from server.api.auth.middleware import Access
+from server.api.auth.access import Access
 from server.cli import serve
 from server.cli.folders import check_folders
 from server.cli.listening import bound_sockets

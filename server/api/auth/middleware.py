@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.api.auth.key_limits import KeyLimits
+from server.api.auth.access import Access
 from server.api.auth.keys import KeyRing, without_keys
 from server.api.auth.principal import NOBODY, AccessScope, Principal
 from server.api.auth.routes import required_scope
-from server.api.auth.wrong_keys import WrongKeys
 from server.api.errors import reply_to
 from server.errors import (
     AdminOff,
@@ -23,26 +21,6 @@ from server.errors import (
     RateLimitExceeded,
 )
 from server.metrics import Metrics
-
-
-@dataclass
-class Access:
-    """The keys in force and what is counted for them; whether the server listens on loopback only.
-
-    ``hosts`` are the names of the server, None for any; ``origins`` are those whose web pages may use it.
-    """
-
-    keys: KeyRing = field(default_factory=KeyRing)
-    on_loopback: bool = True
-    limits: KeyLimits = field(default_factory=KeyLimits)
-    wrong_keys: WrongKeys = field(default_factory=WrongKeys)
-    hosts: frozenset[str] | None = None
-    origins: frozenset[str] = frozenset()
-
-    def replace_keys(self, keys: KeyRing) -> None:
-        """Requests that are running keep their principals."""
-        self.keys = keys
-        self.limits.forget_idle(frozenset(key.principal.id for key in keys.keys))
 
 
 class AuthMiddleware:
