@@ -10,7 +10,7 @@ from prometheus_client.exposition import choose_encoder
 from starlette.responses import JSONResponse, Response
 from starlette.types import Lifespan
 
-from server.api import admin, chat, completions, models, responses_api
+from server.api import admin, anthropic, chat, completions, models, responses_api
 from server.api.auth.middleware import AuthMiddleware
 from server.api.cors import CorsMiddleware
 from server.api.encoded_bodies import EncodedBodyMiddleware
@@ -21,7 +21,15 @@ from server.api.routing import RouteTable, RoutingMiddleware
 from server.api.state import ServerState, State
 
 operations = APIRouter()
-ROUTERS = (chat.router, completions.router, responses_api.router, models.router, admin.router, operations)
+ROUTERS = (
+    chat.router,
+    completions.router,
+    responses_api.router,
+    anthropic.router,
+    models.router,
+    admin.router,
+    operations,
+)
 
 
 def create_app(state: ServerState, *, lifespan: Lifespan[FastAPI] | None = None) -> FastAPI:

@@ -44,6 +44,15 @@ async def start_chat(body: ChatRequest, http: Request, state: ServerState, stack
         return stack.enter_context(request)
 
 
+async def count_prompt_tokens(body: ChatRequest, http: Request, state: ServerState) -> int:
+    """The length of the prompt that a conversation is rendered to."""
+    async with leased(body, http, state) as (lease, defaults):
+        prompts = await asyncio.to_thread(_render, body, defaults, state.prompts)
+    if lease is not None:
+        lease.release()
+    return len(prompts.ids[0])
+
+
 def _render(body: ChatRequest, defaults: GenerationDefaults, base: PromptRenderer) -> Prompts:
     """In a thread: the conversation by the adapter's or the base's chat template."""
     renderer = base.for_adapter(defaults)

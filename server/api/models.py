@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 
 from adapter_format.sidecar import Sidecar
 from server.adapters.aliases import Alias
 from server.adapters.content.generation_defaults import GenerationDefaults
+from server.adapters.model_names import MayUse
 from server.adapters.registry import Adapter, Entry
 from server.adapters.versions import DIGITS
+from server.api.formats.anthropic import ANTHROPIC_VERSION, anthropic_model, anthropic_models
 from server.api.state import ServerState, State, UsableAdapters
 from server.errors import ModelNotFound, without_paths
 
@@ -20,16 +22,30 @@ router = APIRouter()
 
 
 @router.get("/v1/models")
-async def list_models(state: State, may_use: UsableAdapters) -> dict[str, Any]:
+async def list_models(http: Request, state: State, may_use: UsableAdapters) -> dict[str, Any]:
     """The base, then the adapters by name, then the aliases."""
+    models = served_models(state, may_use)
+    if ANTHROPIC_VERSION in http.headers:
+        return anthropic_models(models)
+    return {"object": "list", "data": models}
+
+
+def served_models(state: ServerState, may_use: MayUse) -> list[dict[str, Any]]:
+    """The models of a key, as objects of OpenAI's API."""
     adapters = [_adapter(entry, state) for entry in state.adapters.registry if may_use(entry.name)]
     aliases = [_alias(alias, state) for alias in state.adapters.names.visible_aliases(may_use)]
-    return {"object": "list", "data": [_base(state), *adapters, *aliases]}
+    return [_base(state), *adapters, *aliases]
 
 
 @router.get("/v1/models/{model:path}")
-async def get_model(model: str, state: State, may_use: UsableAdapters) -> dict[str, Any]:
+async def get_model(model: str, http: Request, state: State, may_use: UsableAdapters) -> dict[str, Any]:
     """One model by any text that a request may give as ``model``; an adapter with all details."""
+    found = await find_model(model, state, may_use)
+    return anthropic_model(found) if ANTHROPIC_VERSION in http.headers else found
+
+
+async def find_model(model: str, state: ServerState, may_use: MayUse) -> dict[str, Any]:
+    """As ``get_model``. Raises ``ModelNotFound``."""
     names = state.adapters.names
     try:
         resolved = names.resolve(model, may_use=may_use)

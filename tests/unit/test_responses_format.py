@@ -3,56 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from types import SimpleNamespace
-from typing import Any, cast
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from openai import OpenAI
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from server.api.active_request import ActiveRequest, ChoiceDelta, Usage
 from server.api.app import create_app
-from server.api.formats.interface import AnswerCollector
 from server.api.formats.responses import ResponsesFormat
 from server.api.protocol.responses import ResponsesRequest
 from server.sequence import FinishReason
-from server.text.answer import AnswerPart, Content, Reasoning, ToolCallPart
+from tests.answer_deltas import deltas, fake_request, streamed, whole
 from tests.fakes import BASE, FakeEngine, Script, adapter, server_state
 from tests.loopback import on_loopback
 
-USAGE = Usage(prompt_tokens=7, completion_tokens=5, cached_tokens=2, reasoning_tokens=1)
-PARTS: Sequence[AnswerPart] = (
-    Reasoning("Hm"),
-    Reasoning("..."),
-    Content("Let me"),
-    Content(" see."),
-    ToolCallPart(0, id="call_a", name="look"),
-    ToolCallPart(0, arguments='{"city":'),
-    ToolCallPart(0, arguments='"Kyiv"}'),
-    ToolCallPart(1, id="call_b", name="look"),
-    ToolCallPart(1, arguments="{}"),
-)
 
-
-def new_format(**body: Any) -> ResponsesFormat:
-    request = SimpleNamespace(body=SimpleNamespace(model=BASE), token_texts=None)
-    asked = ResponsesRequest.model_validate({"model": BASE, "input": "hello", **body})
-    return ResponsesFormat(asked, cast(ActiveRequest, request), "fp_1")
-
-
-def deltas(reason: FinishReason) -> list[ChoiceDelta]:
-    return [*(ChoiceDelta(0, (part,)) for part in PARTS), ChoiceDelta(0, (), reason)]
+def new_format(**fields: Any) -> ResponsesFormat:
+    asked = ResponsesRequest.model_validate({"model": BASE, "input": "hello", **fields})
+    return ResponsesFormat(asked, fake_request(), "fp_1")
 
 
 def stream(reason: FinishReason) -> list[dict[str, Any]]:
-    format = new_format()
-    texts = [*format.opening()]
-    for delta in deltas(reason):
-        texts += format.events(delta)
-    texts += format.closing(USAGE)
-    return [read(text) for text in texts]
+    return [read(text) for text in streamed(new_format(), deltas(reason))]
 
 
 def read(text: str) -> dict[str, Any]:
@@ -62,12 +36,8 @@ def read(text: str) -> dict[str, Any]:
     return event
 
 
-def whole(reason: FinishReason) -> dict[str, Any]:
-    format = new_format()
-    collector = AnswerCollector(0, format)
-    for delta in deltas(reason):
-        collector.add(delta)
-    return format.body([collector.answer()], USAGE)
+def body(reason: FinishReason) -> dict[str, Any]:
+    return whole(new_format(), deltas(reason))
 
 
 def without_ids(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -111,28 +81,27 @@ def test_every_event_is_one_of_openais_and_they_are_numbered() -> None:
 
 @pytest.mark.parametrize("reason", [FinishReason.TOOL_CALLS, FinishReason.LENGTH])
 def test_a_stream_ends_with_the_response_that_is_not_streamed(reason: FinishReason) -> None:
-    last, answer = stream(reason)[-1]["response"], whole(reason)
+    last, answer = stream(reason)[-1]["response"], body(reason)
     Response.model_validate(answer)
     assert without_ids(last["output"]) == without_ids(answer["output"])
     assert {**last, "id": "", "output": []} == {**answer, "id": "", "output": []}
 
 
 def test_an_answer_cut_by_its_length_is_incomplete() -> None:
-    answer = whole(FinishReason.LENGTH)
+    answer = body(FinishReason.LENGTH)
     assert (answer["status"], answer["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
     assert answer["output"][-1]["status"] == "incomplete"
     assert stream(FinishReason.LENGTH)[-1]["type"] == "response.incomplete"
 
 
 def test_an_empty_answer_is_an_empty_message() -> None:
-    format = new_format()
-    texts = [*format.opening(), *format.events(ChoiceDelta(0, (), FinishReason.STOP)), *format.closing(USAGE)]
+    texts = list(streamed(new_format(), deltas(FinishReason.STOP, parts=())))
     (item,) = read(texts[-1])["response"]["output"]
     assert item["content"] == [{"type": "output_text", "text": "", "annotations": [], "logprobs": []}]
 
 
 def test_the_usage_tells_cached_and_reasoning_tokens() -> None:
-    usage = whole(FinishReason.STOP)["usage"]
+    usage = body(FinishReason.STOP)["usage"]
     assert (usage["input_tokens"], usage["input_tokens_details"]["cached_tokens"]) == (7, 2)
     assert (usage["output_tokens"], usage["output_tokens_details"]["reasoning_tokens"]) == (5, 1)
 
