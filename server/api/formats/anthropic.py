@@ -64,6 +64,9 @@ class MessagesFormat:
         yield _event("message_delta", delta=self._end, usage=_usage(usage))
         yield _event("message_stop")
 
+    def empty_delta(self, index: int) -> str:
+        return self.ping
+
     def error(self, reply: Reply) -> Iterator[str]:
         request_id = self._request.log.request_id
         yield sse(anthropic_error(reply.body, status=reply.status, request_id=request_id), event="error")
