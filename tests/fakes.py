@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import httpx
+import numpy as np
 from fastapi import FastAPI
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -29,7 +30,7 @@ from server.api.tracing import RequestTracer
 from server.engine.async_engine import AsyncEngine
 from server.errors import EngineUnavailable, GenerationFailed, QueueFull, TooManySequences
 from server.metrics import Metrics
-from server.sequence import FinishReason, LoRARequest, SampledToken, SamplingParams, StepOutput
+from server.sequence import Doubles, FinishReason, LoRARequest, SampledToken, SamplingParams, StepOutput
 from server.text.prompt import PromptRenderer
 
 SPECIAL = ("<|pad|>", "<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
@@ -117,6 +118,7 @@ class FakeSequence:
     closed: bool = False
     prompt: tuple[SampledToken, ...] = ()
     ends_with_prompt: bool = False
+    embedding: Doubles | None = None
     output_ids: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -140,8 +142,11 @@ class FakeSequence:
         """The results of the prompt, in two chunks, if there are any; then the script's, unless it ends there."""
         if self.prompt:
             yield StepOutput(self.sequence_id, None, prompt=self.prompt[:1])
+        if self.ends_with_prompt and self.script.then in ("stop", "length"):
+            yield StepOutput(
+                self.sequence_id, None, FinishReason.LENGTH, prompt=self.prompt[1:], embedding=self.embedding
+            )
         if self.ends_with_prompt:
-            yield StepOutput(self.sequence_id, None, FinishReason.LENGTH, prompt=self.prompt[1:])
             return
         if self.prompt[1:]:
             yield StepOutput(self.sequence_id, None, prompt=self.prompt[1:])
@@ -211,6 +216,8 @@ class FakeEngine:
         if params.num_prompt_logprobs is not None:
             tokens = [_sampled(token, params.num_prompt_logprobs) for token in [*prompt_ids][1:]]
             sequence.prompt = tuple(token._replace(rank=2) for token in tokens)
+        if params.embedding:
+            sequence.embedding = np.array([len(prompt_ids), *map(float, [*prompt_ids][:3])])
         sequence.ends_with_prompt = not max_tokens
         self.sequences.append(sequence)
         return sequence

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, OrderedDict, deque
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -40,6 +40,18 @@ class LeasedAdapter:
         return self.adapter.label if self.scale == 1 else f"{self.adapter.label}:{self.scale:g}"
 
 
+def joint_defaults(adapters: Sequence[Adapter]) -> GenerationDefaults:
+    """The generation defaults of the first adapter, with the stop strings, end tokens and added tokens of all."""
+    every = [adapter.defaults for adapter in adapters]
+    return replace(
+        every[0],
+        stop=tuple(dict.fromkeys(text for defaults in every for text in defaults.stop)),
+        eos=tuple(dict.fromkeys(token for defaults in every for token in defaults.eos)),
+        end_tokens=tuple(dict.fromkeys(token for defaults in every for token in defaults.end_tokens)),
+        added_tokens=next((defaults.added_tokens for defaults in every if defaults.added_tokens), ()),
+    )
+
+
 @dataclass(eq=False)
 class Lease:
     """Adapters that stay in memory until ``release``."""
@@ -63,15 +75,7 @@ class Lease:
 
     @property
     def defaults(self) -> GenerationDefaults:
-        """The generation defaults of the first adapter, with the stop strings, end tokens and added tokens of all."""
-        every = [leased.adapter.defaults for leased in self.adapters]
-        return replace(
-            every[0],
-            stop=tuple(dict.fromkeys(text for defaults in every for text in defaults.stop)),
-            eos=tuple(dict.fromkeys(token for defaults in every for token in defaults.eos)),
-            end_tokens=tuple(dict.fromkeys(token for defaults in every for token in defaults.end_tokens)),
-            added_tokens=next((defaults.added_tokens for defaults in every if defaults.added_tokens), ()),
-        )
+        return joint_defaults([leased.adapter for leased in self.adapters])
 
     def release(self) -> None:
         """Release the adapters; call it once."""

@@ -14,7 +14,6 @@ from server.api.generation import Prompts, leased, submit
 from server.api.protocol import CompletionRequest
 from server.api.responses import close_unless_streamed, respond
 from server.api.state import ServerState, State
-from server.errors import InvalidRequest
 from server.text.prompt import PromptRenderer
 from server.text.prompt_text import PromptText, prompt_text
 
@@ -39,7 +38,7 @@ async def _respond(body: CompletionRequest, http: Request, state: ServerState, s
 def _tokenize(body: CompletionRequest, defaults: GenerationDefaults, base: PromptRenderer) -> Prompts:
     """In a thread: texts as token ids; token ids as they are."""
     renderer = base.for_adapter(defaults)
-    ids = [_prompt_ids(prompt, renderer) for prompt in body.prompt]
+    ids = [renderer.prompt_ids(prompt) for prompt in body.prompt]
     if not body.echo:
         return Prompts(ids, renderer, "prompt")
     texts = [_echo(prompt, prompt_ids, renderer) for prompt, prompt_ids in zip(body.prompt, ids, strict=True)]
@@ -50,11 +49,3 @@ def _echo(prompt: str | list[int], ids: list[int], renderer: PromptRenderer) -> 
     """The text of a prompt with its special tokens, but for those that the tokenizer puts before a text."""
     num_hidden = renderer.num_added(prompt, ids) if isinstance(prompt, str) else 0
     return prompt_text(ids, renderer.decode_all, num_hidden=num_hidden)
-
-
-def _prompt_ids(prompt: str | list[int], renderer: PromptRenderer) -> list[int]:
-    if isinstance(prompt, str):
-        return renderer.completion(prompt)
-    if max(prompt) >= renderer.vocab_size:
-        raise InvalidRequest(f"Invalid 'prompt': token ids should be below {renderer.vocab_size}.", param="prompt")
-    return prompt

@@ -51,15 +51,22 @@ async def leased(
     """
     check_token_ids(body, state.prompts.vocab_size)
     state.engine.check_capacity(body.num_prompts * body.num_candidates)
-    may_use = adapter_access(http)
-    refs = state.adapters.resolve(body.model, user=body.user, scale=body.lora_scale, may_use=may_use)
-    lease = await state.adapters.lease(refs, may_use) if refs else None
+    lease = await acquire(body.model, http, state, user=body.user, lora_scale=body.lora_scale)
     try:
         yield lease, state.base_defaults if lease is None else overlay(lease.defaults, state.base_defaults)
     except BaseException:
         if lease is not None:
             lease.release()
         raise
+
+
+async def acquire(
+    model: str, http: Request, state: ServerState, *, user: str | None = None, lora_scale: float | None = None
+) -> Lease | None:
+    """A lease of the adapters that ``model`` names, None for the base."""
+    may_use = adapter_access(http)
+    refs = state.adapters.resolve(model, user=user, scale=lora_scale, may_use=may_use)
+    return await state.adapters.lease(refs, may_use) if refs else None
 
 
 def submit(
@@ -87,17 +94,7 @@ def submit(
         stop = ()  # the end of the calls is the end of the answer
     principal: Principal = http.state.principal
     namespace = cache_namespace(principal.id, body.cache_salt)
-    operation = "chat" if prompts.field == "messages" else "text_completion"
-    traceparent = None if state.tracer is None else http.headers.get("traceparent")
-    log = RequestLog(
-        state.metrics,
-        http.state.request_id,
-        http.state.arrived,
-        operation,
-        tracer=state.tracer,
-        traceparent=traceparent,
-        key=principal.label,
-    )
+    log = request_log(http, state, "chat" if prompts.field == "messages" else "text_completion")
     has_logprobs = body.num_logprobs is not None or body.num_prompt_logprobs is not None
     token_texts = prompts.renderer.token_texts if has_logprobs else None
     request = ActiveRequest(body, lease, log, sum(map(len, prompts.ids)), token_texts, prompts.ids, prompts.texts)
@@ -121,6 +118,20 @@ def submit(
                 request.choices.append(Choice(index, sequence, detokenizer, eos_ids, prompts.answers.parser(), record))
         submitted.pop_all()
     return request
+
+
+def request_log(http: Request, state: ServerState, operation: str) -> RequestLog:
+    """Where a request is recorded; ``operation`` is its name in OpenTelemetry's conventions."""
+    principal: Principal = http.state.principal
+    return RequestLog(
+        state.metrics,
+        http.state.request_id,
+        http.state.arrived,
+        operation,
+        tracer=state.tracer,
+        traceparent=None if state.tracer is None else http.headers.get("traceparent"),
+        key=principal.label,
+    )
 
 
 def _detokenizer(

@@ -56,8 +56,8 @@ class EndedRequest:
 class RequestLog:
     """Where a request is recorded. ``arrived`` is a time of ``time.perf_counter``.
 
-    ``operation`` is the name in OpenTelemetry's conventions: ``chat`` or ``text_completion``. ``traceparent`` is the
-    header of W3C's Trace Context, as the client sent it. ``key`` is the label of the API key.
+    ``operation`` is the name in OpenTelemetry's conventions: ``chat``, ``text_completion`` or ``embeddings``.
+    ``traceparent`` is the header of W3C's Trace Context, as the client sent it. ``key`` is the label of the API key.
     """
 
     metrics: Metrics

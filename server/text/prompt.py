@@ -225,6 +225,14 @@ class PromptRenderer:
             raise ValueError(f"the rendered prompt has {len(text)} characters")
         return render(sanitize_control_tokens=True)
 
+    def prompt_ids(self, prompt: str | list[int], *, param: str = "prompt") -> list[int]:
+        """A text as token ids; token ids as they are. ``param`` is the field that has it."""
+        if isinstance(prompt, str):
+            return self.completion(prompt)
+        if max(prompt) >= self.vocab_size:
+            raise InvalidRequest(f"Invalid '{param}': token ids should be below {self.vocab_size}.", param=param)
+        return prompt
+
     def completion(self, text: str) -> list[int]:
         """Prompt ids of a text to continue; of an empty text, the token that begins a text."""
         ids = list(self._tokenizer(text)["input_ids"])

@@ -62,7 +62,7 @@ def sse(payload: Json, *, event: str | None = None) -> str:
     return f"{name}data: {to_json(payload)}\n\n"
 
 
-def to_json(payload: Json) -> str:
+def to_json(payload: Json | list[Any]) -> str:
     """Compact JSON in ASCII: some readers of streams take Unicode's separators for the end of a line."""
     return json.dumps(payload, allow_nan=False, separators=(",", ":"))
 

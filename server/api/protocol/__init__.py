@@ -6,6 +6,15 @@ those of a conversation.
 
 from server.api.protocol.chat import ChatRequest
 from server.api.protocol.completions import CompletionRequest
+from server.api.protocol.embeddings import EmbeddingRequest
 from server.api.protocol.generation import IGNORED, NEUTRAL, GenerationRequest, processed_fields
 
-__all__ = ["IGNORED", "NEUTRAL", "ChatRequest", "CompletionRequest", "GenerationRequest", "processed_fields"]
+__all__ = [
+    "IGNORED",
+    "NEUTRAL",
+    "ChatRequest",
+    "CompletionRequest",
+    "EmbeddingRequest",
+    "GenerationRequest",
+    "processed_fields",
+]

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
 from server.api.protocol.generation import NEUTRAL, GenerationRequest
-from server.api.protocol.model import well_formed
+from server.api.protocol.prompts import Prompt, parse_prompts
 
 MAX_CHOICES = 128
 MAX_CANDIDATES = 20
@@ -22,28 +22,6 @@ def _none_if_false(value: object) -> object:
     return None if value is False else value
 
 
-def _parse_prompt(value: object) -> list[str | list[int]]:
-    """``str``, ``[str]``, ``[int]`` or ``[[int]]`` as a list of prompts."""
-    if isinstance(value, str):
-        return [well_formed(value)]
-    if isinstance(value, list):
-        if not value:
-            raise PydanticCustomError("too_short", "it should have at least one item")
-        if all(isinstance(item, str) for item in value):
-            return [well_formed(item) for item in value]
-        if _are_ids(value):
-            return [value]
-        if all(isinstance(item, list) and item and _are_ids(item) for item in value):
-            return value
-    raise PydanticCustomError(
-        "prompt_type", "it should be a string, an array of strings, an array of token ids, or an array of such arrays"
-    )
-
-
-def _are_ids(items: list[Any]) -> bool:
-    return all(type(item) is int and item >= 0 for item in items)
-
-
 class CompletionRequest(GenerationRequest):
     """``POST /v1/completions``. ``prompt`` is converted to a list of texts or of lists of token ids."""
 
@@ -53,7 +31,7 @@ class CompletionRequest(GenerationRequest):
     }
     ignored = GenerationRequest.ignored | {"parallel_tool_calls"}
 
-    prompt: Annotated[list[str | list[int]], PlainValidator(_parse_prompt)]
+    prompt: Annotated[list[Prompt], PlainValidator(parse_prompts)]
     logprobs: Annotated[int | None, Field(ge=0, le=MAX_COMPLETION_LOGPROBS), BeforeValidator(_none_if_false)] = None
 
     max_tokens: int | None = Field(None, ge=0, lt=2**31)
