@@ -74,7 +74,8 @@ def parse_settings(command: str, arguments: Sequence[str]) -> Settings:
         is_secret = SecretStr in get_args(Settings.model_fields[str(first["loc"][0])].annotation)
         value = "hidden here" if is_secret else repr(first["input"])
         raise SettingsError(
-            f"setting {field} (--{field.replace('_', '-')} or QUICKCHANGE_{field.upper()}) is {value}: {first['msg']}"
+            f"setting {field} (--{field.replace('_', '-')} or QUICKCHANGE_{field.upper()}) is {value}: "
+            f"{first['msg'].removeprefix('Value error, ')}"
         ) from None
     except UnreadableSettings as error:
         raise SettingsError(str(error)) from None

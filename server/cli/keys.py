@@ -7,7 +7,7 @@ import secrets
 import sys
 from collections.abc import Sequence
 
-from server.api.auth.key_file import LABEL, LABEL_RULE, RESERVED_LABELS
+from server.api.auth.key_file import LABEL, LABEL_RULE, MAX_LIMIT, RESERVED_LABELS
 from server.api.auth.keys import digest_of
 from server.api.auth.principal import AccessScope
 
@@ -107,6 +107,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def _whole(text: str) -> int:
     number = int(text)
-    if number < 1:
-        raise ValueError
+    if not 1 <= number <= MAX_LIMIT:
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is not from 1 to {MAX_LIMIT:,}")
     return number

@@ -19,8 +19,15 @@ def check_certificate(settings: Settings) -> None:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password=_no_password)
     except OSError as error:  # of which ssl's errors are
         names = f"{certificate}" if key is None else f"{certificate} and {key}"
-        reason = getattr(error, "reason", None) or error.strerror or "they do not belong together"
-        raise SettingsError(f"--ssl-certfile and --ssl-keyfile: {names} cannot be used ({reason})") from None
+        raise SettingsError(f"--ssl-certfile and --ssl-keyfile: {names} cannot be used: {_reason(error)}") from None
+
+
+def _reason(error: OSError) -> str:
+    if not isinstance(error, ssl.SSLError):
+        return error.strerror or str(error)
+    if error.reason == "KEY_VALUES_MISMATCH":
+        return "the key is not that of the certificate"
+    return "a certificate and its private key in PEM are needed, in one file or two"
 
 
 def _no_password() -> str:

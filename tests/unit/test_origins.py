@@ -25,6 +25,13 @@ from tests.fakes import BASE, FakeEngine, adapter, ask, server_state
 CHAT = "/v1/chat/completions"
 ONE = {"model": BASE, "messages": [{"role": "user", "content": "hello"}]}
 PAGE = "https://app.example.com"
+OTHER_KEY = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgpUGj32pAYc+4EnUA
+um/fVbxdL0QykF86aKHjtkKejn2hRANCAAT/gYEa7N703sZyreJ1NfQfNXb4P0rY
+15xR05eVcJ7TPdDq30lo+ky5Aj2DaqHLIIBX2xv01qgDbPq6RCfhElsK
+-----END PRIVATE KEY-----
+"""
 CERTIFICATE = Path(__file__).parents[1] / "e2e/localhost.pem"
 
 
@@ -213,12 +220,14 @@ def test_a_certificate_that_cannot_be_used_is_refused_before_anything_starts(tmp
     check_certificate(Settings(ssl_certfile=CERTIFICATE))
     check_certificate(Settings(ssl_certfile=CERTIFICATE, ssl_keyfile=CERTIFICATE))
     text = CERTIFICATE.read_text()
+    (tmp_path / "other.pem").write_text(OTHER_KEY)
     (tmp_path / "certificate.pem").write_text(text.partition("-----BEGIN PRIVATE")[0])
     for certificate, key, reason in (
         (None, CERTIFICATE, "needs --ssl-certfile"),
         (tmp_path / "missing.pem", None, "No such file"),
-        (tmp_path / "certificate.pem", None, "cannot be used"),
-        (Path(__file__), None, "cannot be used"),
+        (tmp_path / "certificate.pem", None, "a certificate and its private key in PEM are needed"),
+        (Path(__file__), None, "a certificate and its private key in PEM are needed"),
+        (CERTIFICATE, tmp_path / "other.pem", "the key is not that of the certificate"),
     ):
         with pytest.raises(SettingsError, match=reason):
             check_certificate(Settings(ssl_certfile=certificate, ssl_keyfile=key))
