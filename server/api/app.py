@@ -10,7 +10,7 @@ from prometheus_client.exposition import choose_encoder
 from starlette.responses import JSONResponse, Response
 from starlette.types import Lifespan
 
-from server.api import admin, anthropic, chat, completions, embeddings, models, responses_api
+from server.api import admin, anthropic, chat, completions, embeddings, models, responses_api, tokens
 from server.api.auth.middleware import AuthMiddleware
 from server.api.cors import CorsMiddleware
 from server.api.encoded_bodies import EncodedBodyMiddleware
@@ -26,6 +26,7 @@ ROUTERS = (
     completions.router,
     embeddings.router,
     responses_api.router,
+    tokens.router,
     anthropic.router,
     models.router,
     admin.router,

@@ -12,7 +12,7 @@ from adapter_format.messages import with_system_prompt
 from server.adapters.content.generation_defaults import GenerationDefaults
 from server.api.active_request import ActiveRequest
 from server.api.formats.chat import ChatFormat
-from server.api.generation import Prompts, leased, submit
+from server.api.generation import Prompts, leased, named_defaults, submit
 from server.api.protocol import ChatRequest
 from server.api.responses import close_unless_streamed, respond
 from server.api.state import ServerState, State
@@ -46,11 +46,13 @@ async def start_chat(body: ChatRequest, http: Request, state: ServerState, stack
 
 async def count_prompt_tokens(body: ChatRequest, http: Request, state: ServerState) -> int:
     """The length of the prompt that a conversation is rendered to."""
-    async with leased(body, http, state) as (lease, defaults):
-        prompts = await asyncio.to_thread(_render, body, defaults, state.prompts)
-    if lease is not None:
-        lease.release()
-    return len(prompts.ids[0])
+    return len((await render_prompt(body, http, state)).ids[0])
+
+
+async def render_prompt(body: ChatRequest, http: Request, state: ServerState) -> Prompts:
+    """The prompt that a conversation is rendered to; the adapter's weights are not loaded."""
+    defaults = await named_defaults(body.model, http, state, user=body.user)
+    return await asyncio.to_thread(_render, body, defaults, state.prompts)
 
 
 def _render(body: ChatRequest, defaults: GenerationDefaults, base: PromptRenderer) -> Prompts:

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from fastapi import Request
 
-from server.adapters.adapter_cache import Lease
+from server.adapters.adapter_cache import Lease, joint_defaults
 from server.adapters.content.generation_defaults import GenerationDefaults
 from server.api.active_request import ActiveRequest, Choice, TokenRecord
 from server.api.auth.principal import Principal
@@ -58,6 +58,17 @@ async def leased(
         if lease is not None:
             lease.release()
         raise
+
+
+async def named_defaults(
+    model: str, http: Request, state: ServerState, *, user: str | None = None
+) -> GenerationDefaults:
+    """The generation defaults of the adapters that ``model`` names, which are not loaded, or of the base."""
+    may_use = adapter_access(http)
+    refs = state.adapters.resolve(model, user=user, may_use=may_use)
+    if not refs:
+        return state.base_defaults
+    return overlay(joint_defaults(await state.adapters.find(refs, may_use)), state.base_defaults)
 
 
 async def acquire(

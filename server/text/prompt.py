@@ -233,6 +233,14 @@ class PromptRenderer:
             raise InvalidRequest(f"Invalid '{param}': token ids should be below {self.vocab_size}.", param=param)
         return prompt
 
+    def text_ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """A text as token ids, with the tokens that the tokenizer puts around a text or without."""
+        return list(self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+
+    def token_names(self, ids: Sequence[int]) -> list[str]:
+        """The names of tokens in the vocabulary, in which a space may be another character."""
+        return [str(name) for name in self._tokenizer.convert_ids_to_tokens(list(ids))]
+
     def completion(self, text: str) -> list[int]:
         """Prompt ids of a text to continue; of an empty text, the token that begins a text."""
         ids = list(self._tokenizer(text)["input_ids"])
