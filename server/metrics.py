@@ -162,6 +162,9 @@ class Metrics:
 
     def _make_speculation_metrics(self) -> None:
         self.draft_tokens = self._counter("quickchange_draft_tokens", "Draft tokens proposed by speculation.")
+        self.forced_tokens = self._counter(
+            "quickchange_forced_tokens", "Tokens that a grammar forced, without sampling."
+        )
         self.accepted_draft_tokens = self._counter(
             "quickchange_accepted_draft_tokens", "Draft tokens accepted by verification."
         )

@@ -113,7 +113,7 @@ class Sequence:
     key and cache salt: KV prefixes and n-grams are shared only within it. ``num_computed`` counts the tokens whose keys
     and values are in the slot, ``num_cached`` those that were reused. ``seed`` is the requested or a random one.
     With ``max_tokens`` 0 the sequence ends when its prompt is computed. ``hidden_sum`` [hidden] is the sum of the last
-    hidden states of the computed rows, if the sequence asks for an embedding.
+    hidden states of the computed rows, if the sequence asks for an embedding. ``matcher`` is the state in its grammar.
     """
 
     id: int
@@ -129,10 +129,12 @@ class Sequence:
     slot: int | None = None
     hidden_sum: Doubles | None = None
     seed: int = field(init=False)
+    matcher: TokenMatcher | None = field(init=False)
 
     def __post_init__(self) -> None:
         assert self.prompt_ids and (self.max_tokens > 0 or (self.max_tokens == 0 and self.params.needs_every_row))
         self.seed = secrets.randbits(64) if self.params.seed is None else self.params.seed
+        self.matcher = None if self.params.grammar is None else self.params.grammar.matcher()
 
     @property
     def num_tokens(self) -> int:
@@ -161,8 +163,9 @@ class Sequence:
 class Segment:
     """The rows of one sequence in a batch: positions ``start`` to ``start + length``, in KV slot ``slot``.
 
-    The last rows may be ``drafts``: proposed tokens behind the last known token. With ``every_row`` each row of the
-    prompt has a result: a log probability, or a part of the embedding.
+    The last rows may be ``drafts``: proposed tokens behind the last known token, or, with ``forced``, the only ones
+    that the sequence's grammar allows. With ``every_row`` each row of the prompt has a result: a log probability, or a
+    part of the embedding.
     """
 
     sequence: Sequence
@@ -171,6 +174,7 @@ class Segment:
     length: int
     drafts: tuple[int, ...] = ()
     every_row: bool = False
+    forced: bool = False
 
     @property
     def end(self) -> int:

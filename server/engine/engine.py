@@ -95,8 +95,11 @@ class Engine:
         self.metrics.step_rows.observe(batch.num_rows)
         self.metrics.step_sequences.observe(len(batch.segments))
         self.metrics.step_adapters.observe(len({segment.sequence.adapters for segment in batch.segments}))
-        self.metrics.draft_tokens.inc(sum(len(segment.drafts) for segment in batch.segments))
-        self.metrics.accepted_draft_tokens.inc(len(outputs) - len({output.sequence_id for output in outputs}))
+        self.metrics.draft_tokens.inc(sum(len(segment.drafts) for segment in batch.segments if not segment.forced))
+        num_forced = self.scheduler.num_forced
+        num_extra = len(outputs) - len({output.sequence_id for output in outputs})
+        self.metrics.accepted_draft_tokens.inc(num_extra - num_forced)
+        self.metrics.forced_tokens.inc(num_forced)
         self.update_gauges()
 
     def update_gauges(self) -> None:

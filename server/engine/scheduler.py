@@ -47,6 +47,8 @@ class Scheduler:
         self.max_scored_rows = max_scored_rows
         self.slots = slots or SlotTable(max_num_seqs, max_len=max_model_len)
         assert self.slots.num_slots >= max_num_seqs and self.slots.max_len == max_model_len
+        self.num_forced = 0  # tokens of this step that grammars forced
+        self._max_forced = self.max_num_batched_tokens // max_num_seqs - 1  # so that all sequences have room for a row
         self.speculation: Speculation | None = None
         if max_draft_tokens:
             self.speculation = Speculation(max_drafts=max_draft_tokens, max_model_len=max_model_len)
@@ -115,6 +117,7 @@ class Scheduler:
     def schedule(self) -> Batch:
         """The next step's rows: decoding sequences, then prompt chunks."""
         self._admit()
+        self.num_forced = 0
         budget, scored_budget = self.max_num_batched_tokens, self.max_scored_rows
         segments: list[Segment] = []
         for sequence in sorted(self.running.values(), key=lambda sequence: not sequence.decoding):
@@ -129,8 +132,11 @@ class Scheduler:
                 scored_budget -= length
             if length:
                 assert sequence.slot is not None
-                segments.append(Segment(sequence, sequence.slot, sequence.num_computed, length, every_row=every_row))
-                budget -= length
+                segment = Segment(sequence, sequence.slot, sequence.num_computed, length, every_row=every_row)
+                if sequence.matcher is not None:
+                    segment = self._with_forced(segment, room=budget - length)
+                segments.append(segment)
+                budget -= segment.length
         if self.speculation is not None and budget:
             segments = self.speculation.add_drafts(segments, room=budget)
         ensure(bool(segments), "the batch is empty although sequences are waiting or running")
@@ -200,8 +206,42 @@ class Scheduler:
                 break
             sequence.num_computed += 1
             outputs.append(self._append(sequence, following))
+        forced: list[StepOutput] = []
+        if sequence.matcher is not None and not outputs[-1].last:
+            forced = self._append_forced(sequence)
+        self.num_forced += len(forced) + (len(outputs) - 1 if segment.forced else 0)
+        outputs += forced
         if self.speculation is not None:
-            self.speculation.learn(segment, sum(output.token is not None for output in outputs))
+            num_new = sum(output.token is not None for output in outputs)
+            self.speculation.learn(segment, num_new, num_forced=len(forced))
+        return outputs
+
+    def _with_forced(self, segment: Segment, *, room: int) -> Segment:
+        """The segment, with the tokens that its grammar forces behind the last known token as drafts."""
+        sequence = segment.sequence
+        assert sequence.matcher is not None
+        most = min(
+            room,
+            sequence.max_tokens - len(sequence.output_ids) - 1,
+            self.max_model_len - sequence.num_tokens - 1,
+        )
+        drafts = sequence.matcher.pending[: max(most, 0)]
+        if not segment.samples or not drafts:
+            return segment
+        return replace(segment, length=segment.length + len(drafts), drafts=drafts, forced=True)
+
+    def _append_forced(self, sequence: Sequence) -> list[StepOutput]:
+        """Append what a sequence's grammar forces now. Its rows are computed in the next step, without sampling.
+
+        With log probabilities such tokens are drafts of the next step instead, because each needs its row's logits.
+        """
+        outputs: list[StepOutput] = []
+        if sequence.matcher is None or sequence.params.num_logprobs is not None:
+            return outputs
+        while sequence.matcher.pending and len(outputs) < self._max_forced:
+            outputs.append(self._append(sequence, SampledToken(sequence.matcher.pending[0])))
+            if outputs[-1].last:
+                break
         return outputs
 
     def _append(self, sequence: Sequence, token: SampledToken | None) -> StepOutput:
@@ -209,6 +249,12 @@ class Scheduler:
             return self._fail_not_finite(sequence, "the logits of the next token are NaN or infinite")
         sequence.output_ids.append(token.id)
         reason = self._finish_reason(sequence, token.id)
+        if sequence.matcher is not None and reason is not FinishReason.STOP:
+            if not sequence.matcher.accept(token.id):
+                self._finish(sequence)
+                return StepOutput(sequence.id, None, failed="its grammar cannot be followed within the limits of work")
+            if sequence.matcher.stopped:
+                reason = FinishReason.STOP
         if reason is not None:
             self._finish(sequence)
         return StepOutput(sequence.id, token, reason)

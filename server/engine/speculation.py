@@ -133,23 +133,25 @@ class Speculation:
         # An additional row costs little in a step of few rows, and about as much as a token in one of many.
         least_likely = min(0.75, 0.1 + sum(segment.samples for segment in segments) / 40)
         for place, segment in enumerate(segments):
-            drafts = self._drafts(segment.sequence, room, least_likely) if segment.samples else ()
+            drafts = (
+                self._drafts(segment.sequence, room, least_likely) if segment.samples and not segment.forced else ()
+            )
             if drafts:
                 segments[place] = replace(segment, length=segment.length + len(drafts), drafts=drafts)
                 room -= len(drafts)
         return segments
 
-    def learn(self, segment: Segment, num_new: int) -> None:
-        """Learn from the ``num_new`` tokens of a step, all but one of which were accepted drafts."""
+    def learn(self, segment: Segment, num_new: int, *, num_forced: int = 0) -> None:
+        """Learn from the ``num_new`` tokens of a step: one, the accepted drafts, and those that a grammar forced."""
         sequence = segment.sequence
         track = self._track(sequence)
         first = max(0, sequence.num_tokens - num_new - _LONGEST)
         ids = sequence.ids(first, sequence.num_tokens)
         track.shared.learn(ids, len(ids) - num_new)
-        if segment.drafts:
-            share = (num_new - 1) / len(segment.drafts)
+        if segment.drafts and not segment.forced:
+            share = (num_new - num_forced - 1) / len(segment.drafts)
             track.shared.acceptance_rate += _LEARNING * (share - track.shared.acceptance_rate)
-            track.misses = track.misses + 1 if num_new <= 1 else 0
+            track.misses = track.misses + 1 if num_new - num_forced <= 1 else 0
             track.pause = min(2 ** (track.misses - 1), MAX_PAUSE) if track.misses > 1 else 0
 
     def forget(self, digest: str) -> None:
@@ -171,7 +173,10 @@ class Speculation:
             self._max_model_len - known - 1,
         )
         context = sequence.ids(max(0, known - _LONGEST), known)
-        return track.draft(context, most=most, least_likely=least_likely, stop_ids=sequence.eos_ids)
+        drafts = track.draft(context, most=most, least_likely=least_likely, stop_ids=sequence.eos_ids)
+        if drafts and sequence.matcher is not None:
+            return drafts[: sequence.matcher.num_allowed(drafts)]
+        return drafts
 
     def _track(self, sequence: Sequence) -> _Track:
         track = self._tracks.get(sequence)

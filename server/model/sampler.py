@@ -1,4 +1,4 @@
-"""Logits to tokens: greedy or random selection.
+"""Logits to tokens: greedy or random selection, among the tokens that a sequence's grammar allows.
 
 The random numbers of a token are a function of the sequence's seed and the token's number, so that neither other
 sequences nor drafts change the tokens of a sequence.
@@ -12,6 +12,7 @@ import torch
 
 from server.model.categorical import largest
 from server.model.drawing import draw_tokens
+from server.model.logits.grammar import constrained_rows, with_allowed_tokens
 from server.model.logits.registry import LogitsProcessing
 from server.model.logprobs import add_logprobs, score
 from server.sequence import SampledToken, SampleRow
@@ -41,6 +42,9 @@ class Sampler:
             return []
         raw_logits = logits.float()
         logits = self._processing(raw_logits, draws)
+        constrained = constrained_rows(draws)
+        if constrained:
+            logits = with_allowed_tokens(logits, raw_logits, draws, constrained)
         values, likeliest = largest(logits)
         finite, greedy = values.isfinite().tolist(), likeliest.tolist()  # of a row with NaN the largest is NaN
         chosen: list[int | None] = [
@@ -51,6 +55,9 @@ class Sampler:
             selected = logits if len(rows) == len(draws) else logits[rows]
             for row, token in zip(rows, draw_tokens(selected, [draws[row] for row in rows]), strict=True):
                 chosen[row] = token
+        for row, constraint in constrained.items():
+            if constraint.forced is not None and finite[row]:
+                chosen[row] = constraint.forced
         tokens = _up_to_wrong_draft(chosen, draws)
         asking = [
             row

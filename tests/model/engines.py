@@ -32,13 +32,16 @@ def sample(logits: torch.Tensor, draws: SequenceOf[SampleRow]) -> list[int | Non
 
 
 def step(engine: Engine) -> list[StepOutput]:
-    """One step, after which all that is computed is known, and of each sequence all but the last token is computed."""
+    """One step, after which all that is computed is known, and of each sequence all but the last token is computed.
+
+    Tokens that a grammar forces are computed in the next step.
+    """
     outputs = engine.step()
     engine.record_step(outputs, 0.001)
     engine.scheduler.check_integrity()
     for sequence in engine.scheduler.running.values():
         assert sequence.num_computed < sequence.num_tokens
-        assert not sequence.decoding or sequence.num_uncomputed == 1
+        assert not sequence.decoding or sequence.num_uncomputed == 1 or sequence.matcher is not None
     return outputs
 
 
