@@ -24,7 +24,7 @@ def random_schema(source: random.Random, *, depth: int = 3) -> dict[str, Any]:
 def longest_document(schema: Any) -> int:
     """At least the characters of the longest document of a schema by ``random_schema``, as JSON text."""
     if "anyOf" in schema:
-        return max(longest_document(option) for option in schema["anyOf"])
+        return max([longest_document(option) for option in schema["anyOf"]])
     if "enum" in schema:
         return max(map(_length, schema["enum"]))
     if "const" in schema:
@@ -33,7 +33,7 @@ def longest_document(schema: Any) -> int:
     if kind == "object":
         return 2 + sum(_length(name) + 4 + longest_document(item) for name, item in schema["properties"].items())
     if kind == "array":
-        return 2 + schema["maxItems"] * (2 + longest_document(schema["items"]))
+        return 2 + int(schema["maxItems"]) * (2 + longest_document(schema["items"]))
     if kind == "string":
         return 2 + 6 * _longest_string(schema)
     lengths = {"integer": 8, "number": 40, "boolean": 5, "null": 4}
