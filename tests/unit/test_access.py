@@ -17,7 +17,7 @@ from server.api.auth.keys import ApiKey, KeyRing, admin_key, digest_of
 from server.api.auth.middleware import credential_of
 from server.api.auth.principal import AccessScope, Principal
 from server.api.auth.routes import PROBES, required_scope
-from tests.fakes import BASE, FakeEngine, ask, server_state
+from tests.fakes import BASE, FakeEngine, adapter, ask, server_state
 
 CHAT = "/v1/chat/completions"
 ONE = {"model": BASE, "messages": [{"role": "user", "content": "hello"}]}
@@ -165,3 +165,33 @@ def test_every_route_needs_a_key_but_probes_and_what_changes_adapters_needs_an_a
         scope = required_scope(method, path.replace("{model}", "a/b"), on_loopback=False)
         assert (scope is None) == (path in PROBES), path
         assert (scope is AccessScope.ADMIN) == ((method, path) in changes), path
+
+
+def test_an_adapter_that_a_key_may_not_use_is_unknown_to_every_endpoint() -> None:
+    """Also to an endpoint that is new: the bodies are those of all endpoints, of which each takes one at least."""
+    keys = [
+        ApiKey(digest_of("all"), Principal("key:all", "all", frozenset({AccessScope.INFER}))),
+        ApiKey(digest_of("few"), Principal("key:few", "few", frozenset({AccessScope.INFER}), frozenset({"other"}))),
+    ]
+    state = replace(server_state(FakeEngine(), adapter("poet")), access=Access(KeyRing(keys, is_open=False)))
+    app = create_app(state)
+    messages = {"messages": ONE["messages"]}
+    bodies: list[dict[str, Any]] = [messages, {**messages, "max_tokens": 9}, {"tokens": [1]}, {}]
+    bodies += [{"prompt": "x"}, {"input": "x"}]
+    paths = [
+        path
+        for path, operations in app.openapi()["paths"].items()
+        if "post" in operations and required_scope("POST", path, on_loopback=False) is AccessScope.INFER
+    ]
+    assert {CHAT, "/v1/completions", "/v1/embeddings", "/v1/messages", "/v1/responses"} <= set(paths)
+
+    def answer(path: str, model: str, body: dict[str, Any]) -> httpx.Response:
+        headers = {"authorization": "Bearer few", "x-request-id": "same"}
+        return ask(app, "POST", path, json={"model": model, **body}, headers=headers)
+
+    for path in paths:
+        hidden = [answer(path, "poet", body) for body in bodies]
+        unknown = [answer(path, "nobody", body) for body in bodies]
+        assert {each.status_code for each in hidden} in ({404}, {400, 404}), path
+        assert [each.text.replace("poet", "nobody") for each in hidden] == [each.text for each in unknown], path
+    assert ask(app, "POST", CHAT, json={**ONE, "model": "poet"}, **bearer("all")).status_code == 200
