@@ -195,3 +195,8 @@ def test_an_adapter_that_a_key_may_not_use_is_unknown_to_every_endpoint() -> Non
         assert {each.status_code for each in hidden} in ({404}, {400, 404}), path
         assert [each.text.replace("poet", "nobody") for each in hidden] == [each.text for each in unknown], path
     assert ask(app, "POST", CHAT, json={**ONE, "model": "poet"}, **bearer("all")).status_code == 200
+    reads = [path for path, operations in app.openapi()["paths"].items() if "get" in operations and "{" not in path]
+    assert "/v1/models" in reads
+    for path in ("/", "/v1/models/poet", *reads):
+        assert "poet" not in ask(app, "GET", path, **bearer("few")).text.replace("`poet` does not exist", ""), path
+    assert "poet" in ask(app, "GET", "/v1/models", **bearer("all")).text
