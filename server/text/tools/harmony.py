@@ -46,7 +46,7 @@ class Harmony:
     def read(self, reader: TextReader, writer: PartWriter, tools: Sequence[Tool] = ()) -> Steps[None]:
         while True:
             if not (yield from reader.starts_with(START, CHANNEL, " to=")):
-                yield from reader.until((END, START), writer.content, trim=False)
+                yield from reader.until((END, START, CHANNEL), writer.content, trim=False)
                 yield from reader.skip(END)
                 if not reader.text and reader.ended:
                     return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import keyword
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,14 +45,18 @@ class PythonCalls:
         return f"\n{self.end}"
 
     def text(self, name: str, arguments: Mapping[str, Any]) -> str:
-        pairs = (f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in arguments.items())
+        pairs = []
+        for key, value in arguments.items():
+            before, behind = _around_value(key)
+            pairs.append(f"{before}{json.dumps(value, ensure_ascii=False)}{behind}")
         return f"{name}({', '.join(pairs)})"
 
     def grammar(self, tool: Tool) -> CallGrammar:
-        pairs = {
-            key: concatenate(literal(f"{key}="), json_schema(schema, tool.source, lenient=not tool.strict))
-            for key, schema in tool.argument_schemas().items()
-        }
+        pairs = {}
+        for key, schema in tool.argument_schemas().items():
+            before, behind = _around_value(key)
+            value = json_schema(schema, tool.source, lenient=not tool.strict)
+            pairs[key] = concatenate(literal(before), value, literal(behind))
         needed = [pair for key, pair in pairs.items() if tool.requires(key)]
         optional = [pair for key, pair in pairs.items() if not tool.requires(key)]
         return CallGrammar(f"{tool.name}(", _arguments(needed, optional), ")")
@@ -72,6 +77,13 @@ class PythonCalls:
             for name, arguments in calls:
                 writer.whole_call(name, arguments)
         yield from reader.until((), writer.content)
+
+
+def _around_value(key: str) -> tuple[str, str]:
+    """Text before and behind the value of an argument; its key may be no name of Python's."""
+    if key.isidentifier() and not keyword.iskeyword(key):
+        return f"{key}=", ""
+    return f"**{{{json.dumps(key, ensure_ascii=False)}: ", "}"
 
 
 def _arguments(needed: Sequence[Grammar], optional: Sequence[Grammar]) -> Grammar:
@@ -100,10 +112,11 @@ def parse_calls(text: str) -> list[tuple[str, dict[str, Any]]] | None:
 def _call(node: ast.expr) -> tuple[str, dict[str, Any]]:
     if not isinstance(node, ast.Call) or node.args:
         raise ValueError("no call with named arguments")
-    arguments = {keyword.arg: _literal(keyword.value) for keyword in node.keywords}
-    if None in arguments:
-        raise ValueError("no call with named arguments")
-    return ast.unparse(node.func), {str(key): value for key, value in arguments.items()}
+    arguments: dict[str, Any] = {}
+    for given in node.keywords:
+        value = _literal(given.value)
+        arguments |= value if given.arg is None and isinstance(value, dict) else {str(given.arg): value}
+    return ast.unparse(node.func), arguments
 
 
 def _literal(node: ast.expr) -> Any:
