@@ -137,6 +137,9 @@ class Metrics:
     def _make_engine_metrics(self) -> None:
         self.queued = self._gauge("quickchange_sequences_queued", "Sequences that wait for a KV slot.")
         self.running = self._gauge("quickchange_sequences_running", "Sequences in the batch.")
+        self.paused = self._gauge(
+            "quickchange_sequences_paused", "Sequences that keep their KV slot while those of another key run."
+        )
         self.engine_up = self._gauge("quickchange_engine_up", "1 while the engine thread lives.")
         self.engine_failures = self._counter(
             "quickchange_engine_failures",

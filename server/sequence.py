@@ -114,6 +114,7 @@ class Sequence:
     and values are in the slot, ``num_cached`` those that were reused. ``seed`` is the requested or a random one.
     With ``max_tokens`` 0 the sequence ends when its prompt is computed. ``hidden_sum`` [hidden] is the sum of the last
     hidden states of the computed rows, if the sequence asks for an embedding. ``matcher`` is the state in its grammar.
+    ``owner`` is the client that the sequence counts for: slots are shared fairly among owners.
     """
 
     id: int
@@ -123,6 +124,7 @@ class Sequence:
     adapters: tuple[LoRARequest, ...] = ()
     eos_ids: frozenset[int] = frozenset()
     cache_namespace: bytes = b""
+    owner: str = ""
     output_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_cached: int = 0

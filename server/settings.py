@@ -94,6 +94,13 @@ class Settings(BaseSettings):
     max_queued_seqs: int = Field(
         256, ge=0, description="Maximum number of sequences that wait for a slot; further requests get a 503."
     )
+    max_key_share: float = Field(
+        0.75,
+        gt=0,
+        le=1,
+        description="Maximum share of the running sequences that one API key has while requests of another key wait; "
+        "1 turns it off.",
+    )
     max_lora_rank: int = Field(
         256, ge=1, description="Maximum rank of an adapter; adapters of a larger rank are refused."
     )

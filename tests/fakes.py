@@ -167,6 +167,7 @@ class Submitted:
     adapters: tuple[LoRARequest, ...]
     eos_ids: frozenset[int]
     cache_namespace: bytes
+    owner: str = ""
 
 
 @dataclass(eq=False)
@@ -207,11 +208,14 @@ class FakeEngine:
         adapters: tuple[LoRARequest, ...],
         eos_ids: frozenset[int],
         cache_namespace: bytes = b"",
+        owner: str = "",
     ) -> FakeSequence:
         """As the real one."""
         self.check_capacity(1)
         script = self.scripts[min(len(self.sequences), len(self.scripts) - 1)]
-        self.submitted.append(Submitted(tuple(prompt_ids), params, max_tokens, adapters, eos_ids, cache_namespace))
+        self.submitted.append(
+            Submitted(tuple(prompt_ids), params, max_tokens, adapters, eos_ids, cache_namespace, owner)
+        )
         sequence = FakeSequence(self, script, len(self.sequences), sink, self.num_cached, params.num_logprobs)
         if params.num_prompt_logprobs is not None:
             tokens = [_sampled(token, params.num_prompt_logprobs) for token in [*prompt_ids][1:]]

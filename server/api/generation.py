@@ -121,6 +121,7 @@ def submit(
                     adapters=() if lease is None else lease.uses,
                     eos_ids=eos_ids,
                     cache_namespace=namespace,
+                    owner=http.state.principal.id,
                     sink=request.sink(index),
                 )
                 submitted.callback(sequence.close)

@@ -145,6 +145,7 @@ def build(settings: Settings, access: Access) -> Service:
         max_model_len=base.max_model_len,
         max_prefill_tokens=settings.max_prefill_tokens,
         slots=slots,
+        max_owner_share=settings.max_key_share,
         max_draft_tokens=0 if settings.speculation == "none" else settings.max_draft_tokens,
         max_scored_rows=max_scored_rows(base.vocab_size),
     )
@@ -179,9 +180,9 @@ def build(settings: Settings, access: Access) -> Service:
 
 
 def _slots(settings: Settings, base: Base) -> SlotTable:
-    """KV slots for running sequences and, with prefix caching, ``NUM_CACHES`` more for cached prefixes."""
+    """KV slots for running sequences, and for others: cached prefixes, and sequences that pause for another key's."""
     layout = KVLayout(tuple(base.shapes), base.max_model_len, base.kv_dtype)
-    wanted = settings.max_num_seqs + (NUM_CACHES if settings.prefix_caching else 0)
+    wanted = settings.max_num_seqs + (NUM_CACHES if settings.prefix_caching else -(-settings.max_num_seqs // 2))
     num_slots = num_slots_within(settings.kv_memory, layout, base.model.device, wanted=wanted)
     if num_slots < settings.max_num_seqs:
         logger.warning(

@@ -1,1 +1,1 @@
-"""Floors 1, 4 and 5. Reading order: ``async_engine``, ``engine``, ``scheduler``, ``slots``, ``speculation``."""
+"""Floors 1, 4, 5. Read ``async_engine``, ``engine``, ``scheduler``, ``fair_queue``, ``slots``, ``speculation``."""

@@ -116,13 +116,16 @@ class AsyncEngine:
         adapters: tuple[LoRARequest, ...],
         eos_ids: frozenset[int],
         cache_namespace: bytes = b"",
+        owner: str = "",
     ) -> SubmittedSequence:
         """Queue a sequence whose ``adapters`` are loaded and leased. Raises what ``check_capacity`` raises.
 
         ``sink`` is called in the event loop, and no more after ``close`` of the submitted sequence.
         """
         self.check_capacity(1)
-        sequence = Sequence(next(self._ids), tuple(prompt_ids), max_tokens, params, adapters, eos_ids, cache_namespace)
+        sequence = Sequence(
+            next(self._ids), tuple(prompt_ids), max_tokens, params, adapters, eos_ids, cache_namespace, owner
+        )
         submitted = self._submitted[sequence.id] = SubmittedSequence(sequence, sink, self._close)
         self._inbox.put(partial(self._add, sequence))
         return submitted

@@ -106,6 +106,7 @@ class Engine:
         """Set the gauges of queue, batch and slots."""
         self.metrics.queued.set(len(self.scheduler.waiting))
         self.metrics.running.set(len(self.scheduler.running))
+        self.metrics.paused.set(len(self.scheduler.paused))
         slots = self.scheduler.slots
         self.metrics.kv_slots_used.set(slots.num_used)
         self.metrics.kv_slots_cached.set(slots.num_cached)

@@ -3,16 +3,20 @@
 Continuous batching (Yu et al. 2022, Orca): sequences join and leave at every step. Decoding sequences come first, one
 row each. The rest of the token budget goes to prompt chunks, oldest sequence first; while any sequence decodes, prompt
 rows are limited, so that a long prompt cannot make steps slow. The remaining budget goes to drafts (``speculation``).
+
+Running sequences are shared fairly among owners (``fair_queue``). Where an owner has more than its share and another
+one waits, a sequence of the former pauses: it keeps its slot, with its keys and values, and leaves the batch.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
 
+from server.engine.fair_queue import FairQueue
 from server.engine.slots import SlotTable
 from server.engine.speculation import Speculation
 from server.integrity import ensure
@@ -27,7 +31,7 @@ class Scheduler:
     ``max_prefill_tokens`` limits the prompt rows of a step with decoding sequences. Without ``slots`` there is one slot
     for each of ``max_num_seqs`` sequences, and no prefix reuse. ``max_draft_tokens`` limits the drafts of a sequence in
     a step; 0 turns speculation off. ``max_scored_rows`` limits the rows of a step whose logits are needed for prompt
-    log probabilities.
+    log probabilities. An owner has at most ``max_owner_share`` of the running sequences while another one waits.
     """
 
     def __init__(
@@ -40,8 +44,10 @@ class Scheduler:
         max_draft_tokens: int = 0,
         max_scored_rows: int = DEFAULT_SCORED_ROWS,
         slots: SlotTable | None = None,
+        max_owner_share: float = 0.75,
     ) -> None:
         self.max_num_seqs, self.max_model_len = max_num_seqs, max_model_len
+        self.max_owner_seqs = max(1, int(max_owner_share * max_num_seqs))
         self.max_num_batched_tokens = max(max_num_batched_tokens, max_num_seqs + 1)
         self.max_prefill_tokens = max_prefill_tokens or self.max_num_batched_tokens
         self.max_scored_rows = max_scored_rows
@@ -52,12 +58,18 @@ class Scheduler:
         self.speculation: Speculation | None = None
         if max_draft_tokens:
             self.speculation = Speculation(max_drafts=max_draft_tokens, max_model_len=max_model_len)
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = FairQueue()
         self.running: dict[int, Sequence] = {}
+        self.paused: dict[int, Sequence] = {}
 
     @property
     def idle(self) -> bool:
-        return not self.waiting and not self.running
+        return not self.waiting and not self.running and not self.paused
+
+    @property
+    def holders(self) -> list[Sequence]:
+        """The sequences that hold a slot: running and paused ones."""
+        return [*self.running.values(), *self.paused.values()]
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence, whose prompt must leave room for at least one token if it generates any."""
@@ -66,23 +78,20 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def abort(self, sequence_id: int) -> None:
-        """End a running or waiting sequence; no error if it has ended already."""
-        if (sequence := self.running.get(sequence_id)) is not None:
+        """End a sequence; no error if it has ended already."""
+        sequence = self.running.get(sequence_id) or self.paused.get(sequence_id)
+        if sequence is not None:
             self._finish(sequence)
-            return
-        for sequence in self.waiting:
-            if sequence.id == sequence_id:
-                self.waiting.remove(sequence)
-                self.slots.cancel_wait(sequence_id)
-                return
+        elif self.waiting.remove(sequence_id) is not None:
+            self.slots.cancel_wait(sequence_id)
 
     def fail_batch(self, batch: Batch | None) -> list[int]:
-        """End the sequences of a failed step, or all running ones if it had no batch; returns their ids.
+        """End the sequences of a failed step, or all that hold a slot if it had no batch; returns their ids.
 
         Sequences whose slots the step's KV operations write are included. No slot that the step may have damaged is
         reused.
         """
-        ended = set(self.running)
+        ended = {sequence.id for sequence in self.holders}
         if batch is not None:
             ended = {segment.sequence.id for segment in batch.segments}
             ended |= {sequence.id for sequence in self.slots.holders_of_written_slots(batch.kv_ops)}
@@ -94,18 +103,19 @@ class Scheduler:
 
         Unlike ``abort``, it does not rely on consistent state.
         """
-        for sequence in (*self.running.values(), *self.waiting):
+        for sequence in (*self.holders, *self.waiting):
             if sequence.id in sequence_ids:
                 sequence.slot = None
-        kept = [sequence for sequence in self.running.values() if sequence.id not in sequence_ids]
-        self.running = {sequence.id: sequence for sequence in kept}
-        self.waiting = deque(sequence for sequence in self.waiting if sequence.id not in sequence_ids)
-        self.slots.rebuild(self.running.values())
+        for sequence_id in sequence_ids:
+            self.running.pop(sequence_id, None)
+            self.paused.pop(sequence_id, None)
+            self.waiting.remove(sequence_id)
+        self.slots.rebuild(self.holders)
 
     def repair(self) -> list[int]:
         """Rebuild the slot table after a failed ``check_integrity``; returns the ids of sequences that had to end.
 
-        Running sequences keep their slots. If the check still fails, all of them end.
+        Running and paused sequences keep their slots. If the check still fails, all of them end.
         """
         self.evict(())
         try:
@@ -157,23 +167,71 @@ class Scheduler:
         return outputs
 
     def check_integrity(self) -> None:
-        """Raise ``IntegrityError`` unless the slot table is consistent and its used slots are the running sequences."""
+        """Raise ``IntegrityError`` unless the slot table is consistent and its used slots are those of ``holders``."""
         self.slots.check_integrity()
-        num_used, num_running = self.slots.num_used, len(self.running)
-        ensure(num_used == num_running, f"used slots ({num_used}) differ from running sequences ({num_running})")
-        has_slots = all(sequence.slot is not None for sequence in self.running.values())
+        num_used, num_holders = self.slots.num_used, len(self.holders)
+        ensure(num_used == num_holders, f"used slots ({num_used}) differ from their sequences ({num_holders})")
+        has_slots = all(sequence.slot is not None for sequence in self.holders)
         ensure(has_slots, "a running sequence has no slot")
+        ensure(self.running.keys().isdisjoint(self.paused), "a paused sequence runs")
 
     def _admit(self) -> None:
-        """Admit waiting sequences oldest first; skip one that waits for a prefix."""
-        for sequence in tuple(self.waiting):
-            if len(self.running) >= self.max_num_seqs or not self.slots.can_allocate(sequence):
+        """Start waiting sequences and resume paused ones in fair order; skip one that waits for a prefix."""
+        if not self.waiting and not self.paused:
+            return
+        num_running = Counter(sequence.owner for sequence in self.running.values())
+        skipped: set[int] = set()
+        while (sequence := self._next(num_running, skipped)) is not None:
+            victim = self._victim(sequence.owner, num_running)
+            if victim is None and len(self.running) >= self.max_num_seqs:
                 return
-            if self.slots.waits_for_prefix(sequence):
+            if sequence.slot is None and not self.slots.can_allocate(sequence):
+                break
+            if sequence.slot is None and self.slots.waits_for_prefix(sequence):
+                skipped.add(sequence.id)
                 continue
-            self.running[sequence.id] = sequence  # before ``allocate``, so that its failure ends this sequence too
-            self.waiting.remove(sequence)
+            if victim is not None:
+                self._pause(victim)
+                num_running[victim.owner] -= 1
+            self._run(sequence)
+            num_running[sequence.owner] += 1
+        while self.paused and len(self.running) < self.max_num_seqs:
+            self._run(next(iter(self.paused.values())))
+
+    def _next(self, num_running: Counter[str], skipped: set[int]) -> Sequence | None:
+        """The sequence that runs next; of owners with as many running sequences, a paused one before a waiting one."""
+        waiting = self.waiting.next(num_running, skipped=skipped)
+        paused = min(self.paused.values(), key=lambda sequence: num_running[sequence.owner], default=None)
+        if paused is None or (waiting is not None and num_running[waiting.owner] < num_running[paused.owner]):
+            return waiting
+        return paused
+
+    def _victim(self, owner: str, num_running: Counter[str]) -> Sequence | None:
+        """The sequence that pauses for one of ``owner`` if there is no place: the newest of the owner with the most.
+
+        Only of an owner above its share, or with several sequences where ``owner`` has none.
+        """
+        if len(self.running) < self.max_num_seqs:
+            return None
+        ((largest, number),) = num_running.most_common(1)
+        is_above_share = number > self.max_owner_seqs or (number > 1 and not num_running[owner])
+        if largest == owner or not is_above_share:
+            return None
+        return next(sequence for sequence in reversed(self.running.values()) if sequence.owner == largest)
+
+    def _pause(self, sequence: Sequence) -> None:
+        """Leave a sequence out of the batch; its slot and state stay as they are."""
+        del self.running[sequence.id]
+        self.paused[sequence.id] = sequence
+
+    def _run(self, sequence: Sequence) -> None:
+        """Start a waiting sequence, or resume a paused one."""
+        self.running[sequence.id] = sequence  # before ``allocate``, so that its failure ends this sequence too
+        if sequence.slot is None:
+            self.waiting.start(sequence)
             self.slots.allocate(sequence)
+        else:
+            del self.paused[sequence.id]
 
     def _accept_prompt(
         self, segment: Segment, tokens: list[SampledToken | None], hidden_sums: Mapping[int, Doubles]
@@ -273,4 +331,5 @@ class Scheduler:
 
     def _finish(self, sequence: Sequence) -> None:
         self.running.pop(sequence.id, None)
+        self.paused.pop(sequence.id, None)
         self.slots.free(sequence)
