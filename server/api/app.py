@@ -10,7 +10,18 @@ from prometheus_client.exposition import choose_encoder
 from starlette.responses import JSONResponse, Response
 from starlette.types import Lifespan
 
-from server.api import admin, anthropic, chat, completions, embeddings, models, responses_api, tokens
+from server.api import (
+    admin,
+    anthropic,
+    chat,
+    completions,
+    embeddings,
+    models,
+    ollama,
+    ollama_models,
+    responses_api,
+    tokens,
+)
 from server.api.auth.middleware import AuthMiddleware
 from server.api.cors import CorsMiddleware
 from server.api.encoded_bodies import EncodedBodyMiddleware
@@ -28,6 +39,8 @@ ROUTERS = (
     responses_api.router,
     tokens.router,
     anthropic.router,
+    ollama.router,
+    ollama_models.router,
     models.router,
     admin.router,
     operations,

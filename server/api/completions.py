@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from server.adapters.content.generation_defaults import GenerationDefaults
+from server.api.active_request import ActiveRequest
 from server.api.formats.completions import CompletionFormat
 from server.api.generation import Prompts, leased, submit
 from server.api.protocol import CompletionRequest
@@ -28,11 +29,17 @@ async def create_completion(body: CompletionRequest, http: Request, state: State
 
 
 async def _respond(body: CompletionRequest, http: Request, state: ServerState, stack: ExitStack) -> Response:
+    return await respond(await start_completion(body, http, state, stack), CompletionFormat, state)
+
+
+async def start_completion(
+    body: CompletionRequest, http: Request, state: ServerState, stack: ExitStack
+) -> ActiveRequest:
+    """As ``start_chat``, for prompts without a chat template."""
     async with leased(body, http, state) as (lease, defaults):
         prompts = await asyncio.to_thread(_tokenize, body, defaults, state.prompts)
         request = submit(body, http, state, lease=lease, defaults=defaults, prompts=prompts)
-        stack.enter_context(request)
-    return await respond(request, CompletionFormat, state)
+        return stack.enter_context(request)
 
 
 def _tokenize(body: CompletionRequest, defaults: GenerationDefaults, base: PromptRenderer) -> Prompts:

@@ -1,25 +1,36 @@
-"""A body of another API as a chat request, whose errors are told in the names of that body."""
+"""A body of another API as a chat request or a completion, whose errors are told in the names of that body."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from server.api.protocol import ChatRequest
-from server.api.validation import invalid_request
+from server.api.protocol import ChatRequest, CompletionRequest, GenerationRequest
+from server.api.validation import validation_error
 from server.errors import RequestError
+
+Model = TypeVar("Model", bound=GenerationRequest)
 
 
 def chat_request(fields: Mapping[str, Any]) -> ChatRequest:
     """A chat request of these fields, of which None is absent. Raises ``RequestError``."""
+    return _validated(ChatRequest, fields)
+
+
+def completion_request(fields: Mapping[str, Any]) -> CompletionRequest:
+    """As ``chat_request``."""
+    return _validated(CompletionRequest, fields)
+
+
+def _validated(model: type[Model], fields: Mapping[str, Any]) -> Model:
     try:
-        return ChatRequest.model_validate(fields)
+        return model.model_validate(fields)
     except ValidationError as error:
-        detail = error.errors()[0]
-        raise invalid_request({**detail, "loc": ("body", *detail["loc"])}) from None
+        details = [{**detail, "loc": ("body", *detail["loc"])} for detail in error.errors()]
+        raise validation_error(details, fields) from None
 
 
 @contextmanager
