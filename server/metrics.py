@@ -62,6 +62,9 @@ class Metrics:
             "Requests refused because of a limit of the API key, by its label and the limit.",
             ("key", "limit"),
         )
+        self.ignored_fields = self._counter(
+            "quickchange_ignored_fields", "Fields of requests that had no effect, unknown ones included."
+        )
         self.prompt_tokens = self._counter("quickchange_prompt_tokens", "Prompt tokens of ended requests.", labels)
         self.cached_tokens = self._counter(
             "quickchange_prefix_cached_tokens",

@@ -170,6 +170,11 @@ class Settings(BaseSettings):
         description="Maximum tokens of a completion where neither request nor adapter sets one; cut to what "
         "the context leaves.",
     )
+    strict_fields: bool = Field(
+        False,
+        description="Refuse requests with unknown fields, which otherwise have no effect and are named in the "
+        "header x-quickchange-ignored.",
+    )
     scan_interval: float = Field(
         1.0, gt=0, description="Seconds without a change in an adapter's folder before it is read."
     )

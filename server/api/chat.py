@@ -13,7 +13,9 @@ from server.adapters.content.generation_defaults import GenerationDefaults
 from server.api.active_request import ActiveRequest
 from server.api.formats.chat import ChatFormat
 from server.api.generation import Prompts, leased, named_defaults, submit
+from server.api.ignored_fields import note_ignored_fields
 from server.api.protocol import ChatRequest
+from server.api.protocol.messages import template_messages
 from server.api.responses import close_unless_streamed, respond
 from server.api.state import ServerState, State
 from server.api.tool_use import answer_format, format_of_tools, with_tools
@@ -25,6 +27,7 @@ router = APIRouter()
 @router.post("/v1/chat/completions")
 async def create_chat_completion(body: ChatRequest, http: Request, state: State) -> Response:
     """The assistant's next turn in a conversation."""
+    await note_ignored_fields(body, http, state)
     stack = ExitStack()
     return await close_unless_streamed(_respond(body, http, state, stack), http, stack)
 
@@ -60,7 +63,7 @@ def _render(body: ChatRequest, defaults: GenerationDefaults, base: PromptRendere
     renderer = base.for_adapter(defaults)
     template = defaults.chat_template or renderer.chat_template
     format = format_of_tools(template, defaults.tool_format)
-    messages = [message.model_dump(exclude_none=True) for message in body.messages]
+    messages = template_messages(body.messages)
     shown = with_tools(body, with_system_prompt(messages, defaults.system_prompt), template or "", format)
     ids = renderer.chat(
         shown.messages,

@@ -12,6 +12,7 @@ from server.adapters.content.generation_defaults import GenerationDefaults
 from server.api.active_request import ActiveRequest
 from server.api.formats.completions import CompletionFormat
 from server.api.generation import Prompts, leased, submit
+from server.api.ignored_fields import note_ignored_fields
 from server.api.protocol import CompletionRequest
 from server.api.responses import close_unless_streamed, respond
 from server.api.state import ServerState, State
@@ -24,6 +25,7 @@ router = APIRouter()
 @router.post("/v1/completions")
 async def create_completion(body: CompletionRequest, http: Request, state: State) -> Response:
     """The continuation of one or several texts; choice ``prompt * n + i`` is answer ``i`` to a prompt."""
+    await note_ignored_fields(body, http, state)
     stack = ExitStack()
     return await close_unless_streamed(_respond(body, http, state, stack), http, stack)
 

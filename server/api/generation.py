@@ -263,9 +263,12 @@ def check_token_ids(request: GenerationRequest, vocab_size: int) -> None:
 def completion_length(
     prompt_tokens: int, *, asked: int | None, default: int, limit: int, param: str = "messages"
 ) -> int:
-    """Maximum tokens of a completion. Raises ``ContextLengthExceeded`` if it does not fit behind the prompt."""
+    """Maximum tokens of a completion, cut to the room behind the prompt.
+
+    Raises ``ContextLengthExceeded`` if the prompt leaves room for none.
+    """
     available = limit - prompt_tokens
-    length = max(1, min(default, available)) if asked is None else asked
+    length = min(default if asked is None else asked, max(available, 1))
     if length > available:
         raise ContextLengthExceeded(limit=limit, prompt_tokens=prompt_tokens, completion_tokens=length, param=param)
     return length

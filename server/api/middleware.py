@@ -6,12 +6,14 @@ import logging
 import re
 import time
 import uuid
+from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.errors import http_reply, reply_to
+from server.api.ignored_fields import IGNORED_HEADER, ignored_header
 from server.metrics import Metrics
 
 MAX_BODY_BYTES = 2 * 1024 * 1024
@@ -34,8 +36,9 @@ class RequestMiddleware:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        exchange = _HttpExchange(request_id_of(headers), self._metrics, receive, send, self._max_body_bytes)
-        scope.setdefault("state", {}).update(request_id=exchange.request_id, arrived=time.perf_counter())
+        state = scope.setdefault("state", {})
+        exchange = _HttpExchange(request_id_of(headers), state, self._metrics, receive, send, self._max_body_bytes)
+        state.update(request_id=exchange.request_id, arrived=time.perf_counter())
         status = self._refusal(scope, headers)
         if status is not None:
             await http_reply(status).response(scope)(scope, receive, exchange.send)
@@ -64,9 +67,18 @@ class RequestMiddleware:
 class _HttpExchange:
     """``receive`` and ``send`` of one request."""
 
-    def __init__(self, request_id: str, metrics: Metrics, receive: Receive, send: Send, max_body_bytes: int) -> None:
+    def __init__(
+        self,
+        request_id: str,
+        state: dict[str, Any],
+        metrics: Metrics,
+        receive: Receive,
+        send: Send,
+        max_body_bytes: int,
+    ) -> None:
         self.request_id = request_id
         self.started = False
+        self._state = state
         self._metrics = metrics
         self._receive = receive
         self._send = send
@@ -81,10 +93,13 @@ class _HttpExchange:
         return message
 
     async def send(self, message: Message) -> None:
-        """Add the request id, and count errors."""
+        """Add the request id and the names of ignored fields, and count errors."""
         if message["type"] == "http.response.start":
             self.started = True
-            MutableHeaders(scope=message)["x-request-id"] = self.request_id
+            headers = MutableHeaders(scope=message)
+            headers["x-request-id"] = self.request_id
+            if ignored := ignored_header(self._state):
+                headers[IGNORED_HEADER] = ignored
             if message["status"] >= 400:
                 self._metrics.http_errors.labels(str(message["status"])).inc()
         await self._send(message)

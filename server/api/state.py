@@ -28,6 +28,7 @@ class ServerState:
 
     ``computation`` names the base's weights and how they are computed. ``base_defaults`` come from the base's
     generation config; ``operator`` changes adapters for keys of scope admin.
+    With ``strict_fields``, a request with an unknown field is refused.
     """
 
     created: int
@@ -41,6 +42,7 @@ class ServerState:
     computation: str
     base_defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
     operator: AdapterOperator | None = None
+    strict_fields: bool = False
     tracer: RequestTracer | None = None
     access: Access = field(default_factory=Access)
     sse_ping: PingMode = "comment"

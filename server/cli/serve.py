@@ -171,6 +171,7 @@ def build(settings: Settings, access: Access) -> Service:
         metrics=metrics,
         default_max_tokens=settings.default_max_tokens,
         sse_ping=settings.sse_ping,
+        strict_fields=settings.strict_fields,
         eos_ids=base.eos_ids,
         base_defaults=_base_defaults(base),
         version=_version(),

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from server.api.protocol.messages import Message
+from server.api.protocol.model import Integer
 from server.api.protocol.tools import ToolFields
 
 MAX_CHAT_LOGPROBS = 20
@@ -17,9 +18,9 @@ class ChatRequest(ToolFields):
     """``POST /v1/chat/completions``."""
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
+    max_completion_tokens: Integer | None = Field(None, ge=1, lt=2**31)
     logprobs: bool = False
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_CHAT_LOGPROBS)
+    top_logprobs: Integer | None = Field(None, ge=0, le=MAX_CHAT_LOGPROBS)
 
     @model_validator(mode="after")
     def _top_logprobs_need_logprobs(self) -> Self:

@@ -8,7 +8,9 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import BeforeValidator, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
-from server.api.protocol.generation import NEUTRAL, GenerationRequest
+from server.api.protocol.generation import GenerationRequest
+from server.api.protocol.known_fields import NEUTRAL
+from server.api.protocol.model import Integer
 from server.api.protocol.prompts import Prompt, parse_prompts
 
 MAX_CHOICES = 128
@@ -26,16 +28,15 @@ class CompletionRequest(GenerationRequest):
     """``POST /v1/completions``. ``prompt`` is converted to a list of texts or of lists of token ids."""
 
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        **{name: values for name, values in NEUTRAL.items() if name not in ("best_of", "echo")},
+        **NEUTRAL,
         "top_logprobs": (0,),
     }
-    ignored = GenerationRequest.ignored | {"parallel_tool_calls"}
 
     prompt: Annotated[list[Prompt], PlainValidator(parse_prompts)]
-    logprobs: Annotated[int | None, Field(ge=0, le=MAX_COMPLETION_LOGPROBS), BeforeValidator(_none_if_false)] = None
+    logprobs: Annotated[Integer | None, Field(ge=0, le=MAX_COMPLETION_LOGPROBS), BeforeValidator(_none_if_false)] = None
 
-    max_tokens: int | None = Field(None, ge=0, lt=2**31)
-    best_of: int | None = Field(None, ge=1, le=MAX_CANDIDATES)
+    max_tokens: Integer | None = Field(None, ge=0, lt=2**31)
+    best_of: Integer | None = Field(None, ge=1, le=MAX_CANDIDATES)
     echo: bool = False
 
     @model_validator(mode="after")

@@ -11,7 +11,8 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
-from server.api.protocol.model import RequestModel, Text, is_neutral, well_formed
+from server.api.protocol.known_fields import IGNORED, INSTEAD, NEUTRAL
+from server.api.protocol.model import Integer, RequestModel, Text, well_formed
 from server.errors import UnsupportedParameter
 
 MAX_STOP_LENGTH = 1024
@@ -20,38 +21,6 @@ MAX_TOKEN_IDS = 1024
 MAX_BIAS = 100
 MAX_ANSWERS = 128
 MAX_PROMPT_LOGPROBS = 20
-
-# Accepted with any value: they have no effect on the answer.
-IGNORED = frozenset(
-    {
-        "metadata",
-        "prediction",
-        "prompt_cache_key",
-        "prompt_cache_options",
-        "prompt_cache_retention",
-        "reasoning_effort",
-        "safety_identifier",
-        "verbosity",
-    }
-)
-# Not supported: accepted only with a value that has no effect.
-NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "add_generation_prompt": (True,),
-    "best_of": (1,),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
-    "echo": (False,),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "modalities": (["text"],),
-    "response_format": ({"type": "text"},),
-    "service_tier": ("auto", "default"),
-    "skip_special_tokens": (True,),
-    "store": (False,),
-    "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-}
 
 
 def _as_list(value: object) -> object:
@@ -80,7 +49,7 @@ def _shown(key: object) -> str:
     return repr(key)[:40]
 
 
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenId = Annotated[Integer, Field(ge=0, lt=2**31)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 RepetitionPenalty = Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)]
 Biases = Annotated[tuple[tuple[int, float], ...], PlainValidator(_parse_biases)]
@@ -112,44 +81,32 @@ class GenerationRequest(RequestModel):
     model: Annotated[str, Field(min_length=1), AfterValidator(well_formed)]
     stream: bool = False
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=1, lt=2**31)
+    max_tokens: Integer | None = Field(None, ge=1, lt=2**31)
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
-    top_k: int | None = Field(None, ge=-1, lt=2**31)
+    top_k: Integer | None = Field(None, ge=-1, lt=2**31)
     min_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    seed: Integer | None = Field(None, ge=-(2**63), lt=2**63)
     lora_scale: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
     user: Text | None = None
     cache_salt: Annotated[Text, Field(min_length=1, max_length=MAX_SALT_LENGTH)] | None = None
-    n: int = Field(1, ge=1, le=MAX_ANSWERS)
+    n: Integer = Field(1, ge=1, le=MAX_ANSWERS)
     stop: Annotated[list[StopString], Field(max_length=16), BeforeValidator(_as_list)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_TOKEN_IDS)] | None = None
     frequency_penalty: Annotated[Penalty | None, Processed(neutral=0)] = None
     presence_penalty: Annotated[Penalty | None, Processed(neutral=0)] = None
     repetition_penalty: Annotated[RepetitionPenalty | None, Processed(neutral=1)] = None
     logit_bias: Annotated[Biases | None, Processed(neutral=())] = None
-    min_tokens: Annotated[int | None, Field(ge=0, lt=2**31), Processed(neutral=0)] = None
+    min_tokens: Annotated[Integer | None, Field(ge=0, lt=2**31), Processed(neutral=0)] = None
     ignore_eos: bool = False
     return_token_ids: bool = False
-    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_PROMPT_LOGPROBS)
+    prompt_logprobs: Integer | None = Field(None, ge=0, le=MAX_PROMPT_LOGPROBS)
 
-    @model_validator(mode="before")
     @classmethod
-    def _refuse_unsupported_fields(cls, raw: object) -> object:
-        if isinstance(raw, dict):
-            for field, neutral in cls.neutral.items():
-                value = raw.get(field)
-                if value is not None and not is_neutral(value, neutral):
-                    raise UnsupportedParameter(field)
-        return raw
-
-    @model_validator(mode="after")
-    def _stream_options_need_a_stream(self) -> Self:
-        if self.stream_options is not None and not self.stream:
-            raise PydanticCustomError(
-                "stream_options", "it is only allowed when 'stream' is true", {"field": "stream_options"}
-            )
-        return self
+    def refuse(cls, name: str) -> None:
+        instead = INSTEAD.get(name)
+        hint = "" if instead is None else f": {instead}"
+        raise UnsupportedParameter(name, f"Unsupported parameter: '{name}' is not supported by this server{hint}.")
 
     @model_validator(mode="after")
     def _min_tokens_fit(self) -> Self:

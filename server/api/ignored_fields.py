@@ -1,0 +1,49 @@
+"""Names the fields of a body that had no effect: in a response header, or with ``--strict-fields`` in an error."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from fastapi import Request
+
+from server.api.validation import param_path
+from server.api.protocol.model import Location, RequestModel, fields_without_effect
+from server.api.state import ServerState
+from server.errors import InvalidRequest
+
+IGNORED_HEADER = "x-quickchange-ignored"
+MAX_NAMES = 20
+_NAME = re.compile(r"[A-Za-z0-9_.]{1,100}")
+
+
+async def note_ignored_fields(body: RequestModel, http: Request, state: ServerState) -> None:
+    """Count the fields of the request without effect, and name them in the response.
+
+    Raises ``InvalidRequest`` for an unknown one if the server is strict.
+    """
+    raw = await http.json()  # parsed once: starlette keeps it
+    if state.strict_fields:
+        _refuse_unknown(raw, body)
+    for location in fields_without_effect(raw, body, known=True):
+        note_ignored(location, http, state)
+
+
+def note_ignored(location: Location, http: Request, state: ServerState) -> None:
+    """Count one field without effect, and name it in the response."""
+    state.metrics.ignored_fields.inc()
+    names: dict[str, None] = http.scope["state"].setdefault("ignored_fields", {})
+    name = ".".join(step for step in location if isinstance(step, str))
+    if len(names) < MAX_NAMES and _NAME.fullmatch(name):
+        names[name] = None
+
+
+def ignored_header(request_state: dict[str, Any]) -> str:
+    """The value of the header; empty where every field had an effect."""
+    return ", ".join(request_state.get("ignored_fields", ()))
+
+
+def _refuse_unknown(raw: object, body: RequestModel) -> None:
+    for location in fields_without_effect(raw, body, known=False):
+        param = param_path(("body", *location))
+        raise InvalidRequest(f"Unknown parameter: '{param}'.", param=param, code="unknown_parameter")
