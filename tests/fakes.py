@@ -275,6 +275,7 @@ def server_state(
     *adapters: Adapter,
     base_defaults: GenerationDefaults | None = None,
     tracer: RequestTracer | None = None,
+    strict_fields: bool = False,
 ) -> ServerState:
     """A server over a fake engine."""
     served = library(*adapters)
@@ -289,6 +290,7 @@ def server_state(
         version="0.0.test",
         computation="sha256:base cpu",
         tracer=tracer,
+        strict_fields=strict_fields,
         base_defaults=base_defaults or GenerationDefaults(),
     )
 

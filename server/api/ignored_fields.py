@@ -7,9 +7,9 @@ from typing import Any
 
 from fastapi import Request
 
-from server.api.validation import param_path
 from server.api.protocol.model import Location, RequestModel, fields_without_effect
 from server.api.state import ServerState
+from server.api.validation import param_path
 from server.errors import InvalidRequest
 
 IGNORED_HEADER = "x-quickchange-ignored"

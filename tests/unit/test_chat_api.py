@@ -131,7 +131,7 @@ def test_token_ids_beyond_the_vocabulary_are_refused() -> None:
         (FakeEngine(alive=False), {}, 503),
         (FakeEngine(capacity=2), {"n": 3}, 503),
         (FakeEngine(max_model_len=4), {}, 400),
-        (FakeEngine(), {"messages": [{"role": "tool", "tool_call_id": "1", "content": "x"}], "max_tokens": 999}, 400),
+        (FakeEngine(), {"messages": [{"role": "tool", "tool_call_id": "1", "content": "x" * 999}]}, 400),
         (FakeEngine(), {"model": "nobody"}, 404),
     ],
 )

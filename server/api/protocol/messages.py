@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, model_validator
 from pydantic_core import PydanticCustomError
 
 from server.api.protocol.model import RequestModel, Text, well_formed
@@ -64,8 +64,8 @@ class ToolCall(RequestModel):
 class Message(RequestModel):
     """One turn of a conversation.
 
-    ``refusal`` is content of the assistant's. ``function_call`` and the role ``function`` are the names of ``tool_calls``
-    and ``tool`` before there were several calls in a turn.
+    ``refusal`` is content of the assistant's. ``function_call`` and the role ``function`` are the names of
+    ``tool_calls`` and ``tool`` before there were several calls in a turn.
     """
 
     ignored = frozenset({"annotations", "reasoning_details"})
