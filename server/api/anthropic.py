@@ -15,6 +15,7 @@ from server.api.chat import count_prompt_tokens, start_chat
 from server.api.envelopes import request_id_header
 from server.api.formats.anthropic import MessagesFormat
 from server.api.formats.wire import Json
+from server.api.ignored_fields import note_ignored_fields
 from server.api.protocol import ChatRequest
 from server.api.protocol.anthropic import (
     AnthropicMessage,
@@ -49,6 +50,7 @@ _OWN_NAMES = {
 @router.post("/v1/messages")
 async def create_message(body: MessagesRequest, http: Request, state: State) -> Response:
     """The assistant's next turn in a conversation."""
+    await note_ignored_fields(body, http, state)
     stack = ExitStack()
     response = await close_unless_streamed(_respond(body, http, state, stack), http, stack)
     response.headers.update(request_id_header(http.scope["path"], http.state.request_id))
@@ -58,6 +60,7 @@ async def create_message(body: MessagesRequest, http: Request, state: State) -> 
 @router.post("/v1/messages/count_tokens")
 async def count_tokens(body: AnthropicPrompt, http: Request, state: State) -> dict[str, int]:
     """The length of the prompt that a message would be the answer to."""
+    await note_ignored_fields(body, http, state)
     with in_own_names(_OWN_NAMES):
         return {"input_tokens": await count_prompt_tokens(chat_request(_prompt(body)), http, state)}
 

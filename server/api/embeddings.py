@@ -20,6 +20,7 @@ from starlette.responses import Response
 from server.adapters.adapter_cache import Lease
 from server.api.formats.wire import Json, to_json, to_json_with_encoded_parts
 from server.api.generation import acquire, cache_namespace, request_log
+from server.api.ignored_fields import note_ignored_fields
 from server.api.protocol import EmbeddingRequest
 from server.api.protocol.prompts import Prompt
 from server.api.request_log import EndedChoice, EndedRequest
@@ -43,6 +44,7 @@ router = APIRouter()
 @router.post("/v1/embeddings")
 async def create_embeddings(body: EmbeddingRequest, http: Request, state: State) -> Response:
     """An embedding of each input, in their order."""
+    await note_ignored_fields(body, http, state)
     work = embed(
         body.input,
         body.model,

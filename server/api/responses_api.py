@@ -12,6 +12,7 @@ from starlette.responses import Response
 from server.api.chat import start_chat
 from server.api.formats.responses import ResponsesFormat
 from server.api.formats.wire import Json
+from server.api.ignored_fields import note_ignored_fields
 from server.api.protocol import ChatRequest
 from server.api.protocol.responses import (
     LOGPROBS,
@@ -57,6 +58,7 @@ _SAME_NAMES = (
 @router.post("/v1/responses")
 async def create_response(body: ResponsesRequest, http: Request, state: State) -> Response:
     """A response to a conversation, of which nothing is stored."""
+    await note_ignored_fields(body, http, state)
     stack = ExitStack()
     return await close_unless_streamed(_respond(body, http, state, stack), http, stack)
 

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from server.api.chat import render_prompt
 from server.api.formats.wire import Json, to_json_with_encoded_parts
 from server.api.generation import named_defaults
+from server.api.ignored_fields import note_ignored_fields
 from server.api.protocol.tokens import DetokenizeRequest, TokenizeRequest
 from server.api.state import ServerState, State
 from server.api.translation import chat_request
@@ -26,6 +27,7 @@ router = APIRouter()
 @router.post("/v1/tokenize")
 async def tokenize(body: TokenizeRequest, http: Request, state: State) -> Response:
     """The token ids of a text, or of the prompt that a conversation is rendered to."""
+    await note_ignored_fields(body, http, state)
     if body.messages is None:
         renderer = await _renderer(body.model, http, state)
         ids = await asyncio.to_thread(_text_ids, body, renderer)
@@ -43,6 +45,7 @@ async def tokenize(body: TokenizeRequest, http: Request, state: State) -> Respon
 @router.post("/v1/detokenize")
 async def detokenize(body: DetokenizeRequest, http: Request, state: State) -> Response:
     """The text of token ids, special tokens included."""
+    await note_ignored_fields(body, http, state)
     renderer = await _renderer(body.model, http, state)
     if body.tokens and max(body.tokens) >= renderer.vocab_size:
         raise InvalidRequest(f"Invalid 'tokens': ids should be below {renderer.vocab_size}.", param="tokens")

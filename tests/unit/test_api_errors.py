@@ -93,7 +93,11 @@ def test_a_path_is_written_as_in_javascript() -> None:
             "messages[0].content[0].type",
         ),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "invalid_value", "messages[0].content"),
-        ({"messages": [{"role": "user", "content": "x", "contents": "y"}]}, "unknown_parameter", "messages[0].contents"),
+        (
+            {"messages": [{"role": "user", "content": "x", "contents": "y"}]},
+            "unknown_parameter",
+            "messages[0].contents",
+        ),
         ({"temperature": "0.5"}, "invalid_type", "temperature"),
         ({"temperature": True}, "invalid_type", "temperature"),
         ({"temperature": 2.5}, "decimal_above_max_value", "temperature"),
@@ -106,7 +110,11 @@ def test_a_path_is_written_as_in_javascript() -> None:
         ({"stop": ""}, "string_below_min_length", "stop[0]"),
         ({"stop": ["x"] * 17}, "array_above_max_length", "stop"),
         ({"stream_options": 3}, "invalid_type", "stream_options"),
-        ({"stream": True, "stream_options": {"include_usages": 1}}, "unknown_parameter", "stream_options.include_usages"),
+        (
+            {"stream": True, "stream_options": {"include_usages": 1}},
+            "unknown_parameter",
+            "stream_options.include_usages",
+        ),
         ({"logprobs": 1}, "invalid_type", "logprobs"),
         ({"top_logprobs": 2}, "invalid_value", "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "integer_above_max_value", "top_logprobs"),
@@ -134,7 +142,9 @@ def test_a_bad_field_is_named(change: dict[str, Any], code: str, param: str) -> 
 
 
 def test_the_context_error_has_the_words_clients_look_for() -> None:
-    message = error_of(ask(app(), "POST", CHAT, json={**ONE, "messages": [{"role": "user", "content": "xyz " * 300}]}))["message"]
+    message = error_of(ask(app(), "POST", CHAT, json={**ONE, "messages": [{"role": "user", "content": "xyz " * 300}]}))[
+        "message"
+    ]
     assert "maximum context length is 256 tokens" in message
 
 

@@ -28,9 +28,7 @@ LEVELS: dict[str, type[RequestModel]] = {
     "messages.tool_calls.function": FunctionCall,
     "stream_options": StreamOptions,
 }
-FIELDS = [
-    (level, name) for level, model in LEVELS.items() for name in sorted({*SPECIFIED[level], *known_names(model)})
-]
+FIELDS = [(level, name) for level, model in LEVELS.items() for name in sorted({*SPECIFIED[level], *known_names(model)})]
 
 
 def treatment(level: str, name: str) -> str:

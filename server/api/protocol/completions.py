@@ -31,6 +31,7 @@ class CompletionRequest(GenerationRequest):
         **NEUTRAL,
         "top_logprobs": (0,),
     }
+    ignored = GenerationRequest.ignored | {"parallel_tool_calls"}
 
     prompt: Annotated[list[Prompt], PlainValidator(parse_prompts)]
     logprobs: Annotated[Integer | None, Field(ge=0, le=MAX_COMPLETION_LOGPROBS), BeforeValidator(_none_if_false)] = None
