@@ -62,23 +62,26 @@ class Usage:
 class TokenRecord:
     """The tokens of a choice, for requests that ask for more than its text.
 
-    ``prompt`` are the tokens behind the prompt's first one, with log probabilities; ``logprob`` is the sum of the
-    answer's.
+    ``prompt`` are the tokens behind the prompt's first one, with log probabilities; ``answer`` are all tokens that were
+    sampled, also those that are not in the text: the end token, and those of a stop string.
     """
 
-    ids: list[int] = field(default_factory=list)
     prompt: list[SampledToken] = field(default_factory=list)
-    logprob: float = 0.0
+    answer: list[SampledToken] = field(default_factory=list)
 
     def add(self, output: StepOutput) -> None:
         self.prompt += output.prompt
         if output.token is not None:
-            self.ids.append(output.token.id)
-            self.logprob += output.token.logprob or 0.0
+            self.answer.append(output.token)
+
+    @property
+    def ids(self) -> list[int]:
+        return [token.id for token in self.answer]
 
     @property
     def mean_logprob(self) -> float:
-        return self.logprob / max(1, len(self.ids))
+        """Of the answer, whose tokens have log probabilities."""
+        return sum(token.logprob or 0.0 for token in self.answer) / max(1, len(self.answer))
 
 
 @dataclass(eq=False)

@@ -72,6 +72,25 @@ def test_special_tokens_of_a_prompt_are_part_of_its_text_and_keep_their_place() 
     assert choice["text"][choice["logprobs"]["text_offset"][1] :].startswith("hello")
 
 
+@pytest.mark.parametrize("stop", [[], [" there"]])
+def test_with_echo_each_sampled_token_has_a_log_probability_also_behind_the_text(stop: list[str]) -> None:
+    """lm-eval asks for one token more than it scores, and drops the last entry: also where that is the end token."""
+    ids = [*encode(PROMPT), *encode("hello there"), EOS]
+    scripts = [Script("hello there")]
+    fields: dict[str, Any] = {"echo": True, "logprobs": 0, "stop": stop}
+    (whole,) = complete(app(*scripts)[0], **fields)["choices"]
+    chunks = [chunk["choices"][0] for chunk in stream(app(*scripts)[0], **fields)]
+    expected = [None, *map(logprob_of, ids[1:])]
+    if stop:
+        expected = expected[: len(whole["logprobs"]["token_logprobs"])]
+        assert len(expected) > len(encode(PROMPT + "hello"))
+    assert whole["logprobs"]["token_logprobs"] == expected
+    assert whole["logprobs"]["text_offset"][-1] == len(whole["text"])
+    for name in ("token_logprobs", "text_offset", "tokens"):
+        streamed = [value for each in chunks if each["logprobs"] for value in each["logprobs"][name]]
+        assert streamed == whole["logprobs"][name]
+
+
 def test_max_tokens_0_scores_a_prompt_and_generates_nothing() -> None:
     """What lm-eval asks for is one more: the log probabilities of a context and its continuation."""
     server, engine = app(Script("never"))

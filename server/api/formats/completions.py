@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from server.api.active_request import ActiveRequest, ChoiceDelta, Usage
 from server.api.errors import Reply
@@ -15,11 +16,24 @@ from server.text.answer import Content
 from server.text.detokenizer import TokenStart
 
 
+@dataclass
+class _End:
+    """The end of a choice's text so far, without its prompt."""
+
+    num_characters: int = 0
+    num_tokens: int = 0
+
+    def advance(self, part: Content) -> None:
+        self.num_characters += len(part.text)
+        self.num_tokens += len(part.tokens)
+
+
 class CompletionFormat:
     """Text completions; with log probabilities where the request asks for them.
 
-    With ``echo`` the text of each choice begins with its prompt. Of ``best_of`` candidates those with the highest mean
-    log probability are returned.
+    With ``echo`` the text of each choice begins with its prompt, and its log probabilities are of all tokens of prompt
+    and answer, also of those behind the text, such as the end token: what reads scores counts tokens. Of ``best_of``
+    candidates those with the highest mean log probability are returned.
     """
 
     media_type = "text/event-stream"
@@ -31,6 +45,7 @@ class CompletionFormat:
         self._token_texts = None if request.body.num_logprobs is None else request.token_texts
         self._token_ids = ChunkTokenIds(request) if request.body.return_token_ids else None
         self._to_echo = set(range(len(request.choices))) if request.prompt_texts else set()
+        self._ends = [_End() for _ in request.choices]
 
     def opening(self) -> Iterable[str]:
         """Nothing: the first chunk has text."""
@@ -47,7 +62,9 @@ class CompletionFormat:
                 yield self._event(self._chunk(delta.index, part.text, part.tokens))
             else:
                 tokens = part.tokens
+            self._ends[delta.index].advance(part)
         if delta.finish_reason is not None:
+            tokens = (*tokens, *self._behind_text(delta.index, self._ends[delta.index]))
             yield self._event(self._chunk(delta.index, "", tokens, delta.finish_reason))
 
     def empty_delta(self, index: int) -> str:
@@ -82,7 +99,9 @@ class CompletionFormat:
         text, logprobs = answer.content, answer.logprobs
         if self._to_echo:
             echoed, tokens = self._echo(answer.index)
-            text, logprobs = echoed + text, _joined(self.logprobs(tokens), logprobs)
+            end = _End(len(text), 0 if logprobs is None else len(logprobs["tokens"]))
+            behind = self.logprobs(self._behind_text(answer.index, end))
+            text, logprobs = echoed + text, _joined(self.logprobs(tokens), logprobs, behind)
         return {**_choice(number, text, logprobs, answer.finish_reason), **self._more(answer.index)}
 
     def _more(self, index: int) -> Json:
@@ -108,6 +127,13 @@ class CompletionFormat:
         shown = [token._replace(top_logprobs=token.top_logprobs[:count]) for token in tokens]
         return text, tuple(map(TokenStart, shown, starts))
 
+    def _behind_text(self, index: int, end: _End) -> Tokens:
+        """With ``echo``, the tokens of an answer that are not in its text, which ends there."""
+        if not self._request.prompt_texts or self._token_texts is None:
+            return ()
+        start = len(self._request.prompt_texts[index // self._body.num_candidates].text) + end.num_characters
+        return tuple(TokenStart(token, start) for token in record_of(self._request, index).answer[end.num_tokens :])
+
     def _chunk(self, index: int, text: str, tokens: Tokens, reason: FinishReason | None = None) -> Json:
         choice = _choice(index, text, self.logprobs(tokens) if tokens else None, reason)
         return choice if self._token_ids is None else {**choice, **self._token_ids.of_completion_chunk(index)}
@@ -119,11 +145,12 @@ class CompletionFormat:
         return sse(self._envelope.wrap("text_completion", [choice], **fields))
 
 
-def _joined(first: Json | None, second: Json | None) -> Json | None:
-    """Log probabilities of a prompt and of the answer behind it."""
-    if first is None or second is None:
+def _joined(*parts: Json | None) -> Json | None:
+    """The log probabilities of a prompt, of the answer behind it, and of the tokens behind that; None without any."""
+    known = [part for part in parts if part is not None]
+    if not known:
         return None
-    return {name: [*items, *second[name]] for name, items in first.items()}
+    return {name: [item for part in known for item in part[name]] for name in known[0]}
 
 
 def _choice(index: int, text: str, logprobs: Json | None, reason: FinishReason | None) -> Json:

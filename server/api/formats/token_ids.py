@@ -30,10 +30,10 @@ class ChunkTokenIds:
         return list(self._request.prompt_ids[index // self._request.body.num_candidates])
 
     def of_chunk(self, index: int) -> Json:
-        ids = record_of(self._request, index).ids
+        tokens = record_of(self._request, index).answer
         shown = self._num_shown.get(index, 0)
-        self._num_shown[index] = len(ids)
-        return {"token_ids": ids[shown:]}
+        self._num_shown[index] = len(tokens)
+        return {"token_ids": [token.id for token in tokens[shown:]]}
 
     def of_completion_chunk(self, index: int) -> Json:
         """Completions have the prompt's ids in the choice."""
