@@ -28,6 +28,7 @@ from server.api.encoded_bodies import EncodedBodyMiddleware
 from server.api.errors import install_error_handlers
 from server.api.hosts import HostMiddleware
 from server.api.middleware import MAX_BODY_BYTES, RequestMiddleware
+from server.api.pages import overview, reference
 from server.api.routing import RouteTable, RoutingMiddleware
 from server.api.state import ServerState, State
 
@@ -44,17 +45,20 @@ ROUTERS = (
     models.router,
     admin.router,
     operations,
+    overview.router,
+    reference.router,
 )
 
 
 def create_app(state: ServerState, *, lifespan: Lifespan[FastAPI] | None = None) -> FastAPI:
     """The ASGI application over an engine, which ``lifespan`` may start and stop.
 
-    FastAPI's documentation pages are off, because they load scripts from the internet.
+    FastAPI's documentation pages are off, because they load scripts from the internet; ``pages`` has our own.
     """
     app = FastAPI(
         title="Quickchange",
         version=state.version,
+        openapi_url=None,
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
@@ -62,6 +66,7 @@ def create_app(state: ServerState, *, lifespan: Lifespan[FastAPI] | None = None)
     )
     app.state.server = state
     app.state.routes = RouteTable([route for router in ROUTERS for route in router.routes])
+    app.state.openapi_documents = {}
     install_error_handlers(app)
     app.add_middleware(EncodedBodyMiddleware, max_body_bytes=MAX_BODY_BYTES)
     app.add_middleware(AuthMiddleware, access=state.access, metrics=state.metrics)
