@@ -12,8 +12,8 @@ from fastapi import FastAPI
 from starlette.routing import Route
 
 from server.api.app import ROUTERS, create_app
+from server.api.auth.access import Access
 from server.api.auth.keys import ApiKey, KeyRing, digest_of
-from server.api.auth.middleware import Access
 from server.api.auth.principal import AccessScope, Principal
 from server.api.openapi.document import SUCCESSES
 from tests.fakes import BASE, FakeEngine, adapter, ask, server_state

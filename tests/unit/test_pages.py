@@ -17,8 +17,8 @@ import pytest
 
 from server.adapters.aliases import parse_aliases
 from server.api.app import create_app
+from server.api.auth.access import Access
 from server.api.auth.keys import ApiKey, KeyRing, digest_of
-from server.api.auth.middleware import Access
 from server.api.auth.principal import AccessScope, Principal
 from server.api.pages.overview import MAX_ROWS
 from server.api.pages.reference import MEDIA_TYPES

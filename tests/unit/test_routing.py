@@ -57,7 +57,7 @@ def test_a_405_lists_the_methods_of_its_path(method: str) -> None:
             known = {name for name in ("GET", "POST", "DELETE") if path in paths(name)}
             is_model = path.startswith("/v1/models/")  # also with further slashes in its name
             assert set(allowed) - {"HEAD"} == known | ({"GET"} if is_model else set())
-            assert reply.json()["error"]["code"] == "method_not_allowed"
+            assert f"it has {reply.headers['allow']}." in reply.text
 
 
 def test_get_and_delete_of_a_model_are_both_allowed() -> None:

@@ -188,7 +188,7 @@ class PinnedModel(BaseModel):
     pinned: str | None
 
 
-class AnthropicMessage(BaseModel):
+class AnthropicAnswer(BaseModel):
     """The answer of ``/v1/messages``."""
 
     id: str

@@ -51,7 +51,7 @@ SUCCESSES: Mapping[tuple[str, str], Success] = {
     ("post", "/v1/models/{model}/rollback"): Success(answers.PinnedModel),
     ("post", "/v1/load_lora_adapter"): Success(answers.LoadedAdapter),
     ("post", "/v1/unload_lora_adapter"): Success(answers.LoadedAdapter),
-    ("post", "/v1/messages"): Success(answers.AnthropicMessage, SSE),
+    ("post", "/v1/messages"): Success(answers.AnthropicAnswer, SSE),
     ("post", "/v1/messages/count_tokens"): Success(answers.TokenCount),
     ("post", "/api/chat"): Success(answers.OllamaAnswer, NDJSON),
     ("post", "/api/generate"): Success(answers.OllamaAnswer, NDJSON),
