@@ -34,6 +34,7 @@ def resolved(path: str, beside: Path) -> Path:
 
 def test_the_common_changes_are_there() -> None:
     assert set(CHANGES) == {
+        "A format of tool calls",
         "A logits processor",
         "An endpoint that generates",
         "An endpoint that does not generate",

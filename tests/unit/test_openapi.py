@@ -35,6 +35,7 @@ def document(app: FastAPI) -> dict[str, Any]:
 def test_every_route_is_described_and_nothing_else(document: dict[str, Any]) -> None:
     routed = {(route.path.replace(":path}", "}"), method.lower()) for route in ROUTES for method in route.methods or ()}
     described = {(path, method) for path, methods in document["paths"].items() for method in methods}
+    assert described - {(path, method) for method, path in SUCCESSES} == set()
     assert described == {(path, method) for path, method in routed if method != "head"}
 
 
@@ -80,6 +81,8 @@ BODIES: dict[tuple[str, str], Any] = {
     ("post", "/v1/messages/count_tokens"): HELLO,
     ("post", "/tokenize"): {"model": BASE, "prompt": "hello"},
     ("post", "/detokenize"): {"model": BASE, "tokens": [40, 41]},
+    ("post", "/v1/tokenize"): {"model": BASE, "messages": HELLO["messages"]},
+    ("post", "/v1/detokenize"): {"model": BASE, "tokens": []},
     ("post", "/api/chat"): {**HELLO, "stream": False},
     ("post", "/api/generate"): {"model": BASE, "prompt": "hello", "stream": False},
     ("post", "/api/show"): {"model": BASE},

@@ -123,7 +123,7 @@ class Embedding(BaseModel):
     embedding: list[float] | str
 
 
-class Embeddings(BaseModel):
+class EmbeddingsAnswer(BaseModel):
     """The answer of ``/v1/embeddings``."""
 
     object: Literal["list"]
@@ -207,7 +207,7 @@ class TokenCount(BaseModel):
     input_tokens: int
 
 
-class OllamaAnswer(BaseModel):
+class OllamaTurnAnswer(BaseModel):
     """The answer of ``/api/chat`` and ``/api/generate``; a line each of a stream."""
 
     model: str
@@ -215,20 +215,26 @@ class OllamaAnswer(BaseModel):
     done: bool
 
 
-class OllamaEmbeddings(BaseModel):
+class OllamaVectorsAnswer(BaseModel):
     """The answer of ``/api/embed``."""
 
     model: str
     embeddings: list[list[float]]
 
 
-class OllamaModels(BaseModel):
+class OllamaVectorAnswer(BaseModel):
+    """The answer of ``/api/embeddings``."""
+
+    embedding: list[float]
+
+
+class OllamaModelsAnswer(BaseModel):
     """The answer of ``/api/tags`` and ``/api/ps``."""
 
     models: list[dict[str, Any]]
 
 
-class OllamaModel(BaseModel):
+class OllamaModelAnswer(BaseModel):
     """The answer of ``/api/show``."""
 
     details: dict[str, Any]

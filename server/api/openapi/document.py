@@ -40,9 +40,11 @@ SUCCESSES: Mapping[tuple[str, str], Success] = {
     ("post", "/v1/chat/completions"): Success(answers.ChatCompletion, SSE),
     ("post", "/v1/completions"): Success(answers.Completion, SSE),
     ("post", "/v1/responses"): Success(answers.Response, SSE),
-    ("post", "/v1/embeddings"): Success(answers.Embeddings),
+    ("post", "/v1/embeddings"): Success(answers.EmbeddingsAnswer),
     ("post", "/tokenize"): Success(answers.Tokens),
+    ("post", "/v1/tokenize"): Success(answers.Tokens),
     ("post", "/detokenize"): Success(answers.DetokenizedText),
+    ("post", "/v1/detokenize"): Success(answers.DetokenizedText),
     ("get", "/v1/models"): Success(answers.ServedModels),
     ("get", "/v1/models/{model}"): Success(answers.ServedModel),
     ("delete", "/v1/models/{model}"): Success(answers.DeletedModel),
@@ -53,12 +55,13 @@ SUCCESSES: Mapping[tuple[str, str], Success] = {
     ("post", "/v1/unload_lora_adapter"): Success(answers.LoadedAdapter),
     ("post", "/v1/messages"): Success(answers.AnthropicAnswer, SSE),
     ("post", "/v1/messages/count_tokens"): Success(answers.TokenCount),
-    ("post", "/api/chat"): Success(answers.OllamaAnswer, NDJSON),
-    ("post", "/api/generate"): Success(answers.OllamaAnswer, NDJSON),
-    ("post", "/api/embed"): Success(answers.OllamaEmbeddings),
-    ("post", "/api/show"): Success(answers.OllamaModel),
-    ("get", "/api/tags"): Success(answers.OllamaModels),
-    ("get", "/api/ps"): Success(answers.OllamaModels),
+    ("post", "/api/chat"): Success(answers.OllamaTurnAnswer, NDJSON),
+    ("post", "/api/generate"): Success(answers.OllamaTurnAnswer, NDJSON),
+    ("post", "/api/embed"): Success(answers.OllamaVectorsAnswer),
+    ("post", "/api/show"): Success(answers.OllamaModelAnswer),
+    ("post", "/api/embeddings"): Success(answers.OllamaVectorAnswer),
+    ("get", "/api/tags"): Success(answers.OllamaModelsAnswer),
+    ("get", "/api/ps"): Success(answers.OllamaModelsAnswer),
     ("get", "/api/version"): Success(answers.ServerVersion),
     ("get", "/version"): Success(answers.ServerVersion),
     ("get", "/metrics"): Success(media_types=(TEXT, OPENMETRICS)),
@@ -144,7 +147,7 @@ def openapi_document(app: FastAPI, *, needs_key: bool) -> Json:
 
 def _complete(operation: Json, method: str, path: str) -> None:
     """Add the answers of an operation."""
-    success = SUCCESSES[method, path]
+    success = SUCCESSES.get((method, path), Success(media_types=(JSON,)))
     responses = {"200": _response("The answer.", _content(success))}
     if path in PROBES:
         operation["security"] = []
