@@ -35,9 +35,11 @@ def request_id_header(path: str, request_id: str) -> dict[str, str]:
 
 
 def anthropic_error(body: Json, *, status: int, request_id: str) -> Json:
-    """Anthropic's error: the type follows from the status."""
+    """Anthropic's error: the type follows from the status; ``details`` has OpenAI's code, and the field."""
+    openais = body["error"]
     kind = _ANTHROPIC_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
-    error = {"type": kind, "message": body["error"]["message"]}
+    details = {"error_code": openais["code"], "param": openais["param"]}
+    error = {"type": kind, "message": openais["message"], "details": details}
     return {"type": "error", "error": error, "request_id": request_id}
 
 

@@ -20,6 +20,7 @@ def test_an_error_below_anthropics_path_is_anthropics(content_type: str, status:
     body = response.json()
     assert (response.status_code, response.headers["request-id"]) == (status, "mine")
     assert body["error"].pop("message")
+    assert list(body["error"].pop("details")) == ["error_code", "param"]
     assert body == {"type": "error", "error": {"type": kind}, "request_id": "mine"}
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from server.api.protocol.kinds import as_list_of, kind_of, only
 from server.api.protocol.model import RequestModel, Text
+from server.errors import InvalidRequest
 
 
 class TextBlock(RequestModel):
@@ -126,6 +127,15 @@ class MessagesMetadata(RequestModel):
     user_id: Text | None = None
 
 
+def _refuse_thread(value: object) -> object:
+    """By the code at which Anthropic's tool runner sends the whole conversation instead."""
+    raise InvalidRequest(
+        "Unsupported parameter: 'thread': this server holds no conversation; send all of its messages.",
+        param="thread",
+        code="thread_unsupported_request",
+    )
+
+
 class AnthropicPrompt(RequestModel):
     """``POST /v1/messages/count_tokens``: what becomes the prompt."""
 
@@ -152,6 +162,7 @@ class AnthropicPrompt(RequestModel):
     thinking: ThinkingOptions | None = None
     output_config: OutputOptions | None = None
     output_format: dict[str, Any] | None = None
+    thread: Annotated[None, BeforeValidator(_refuse_thread)] = None
 
 
 class MessagesRequest(AnthropicPrompt):
