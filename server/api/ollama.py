@@ -16,6 +16,7 @@ from server.api.embeddings import Embeddings, embed
 from server.api.formats.ollama import NANOSECONDS, OllamaChatFormat, OllamaGenerateFormat, timestamp
 from server.api.formats.wire import Json
 from server.api.generation import acquire
+from server.api.ignored_fields import note_ignored_fields
 from server.api.protocol import ChatRequest, CompletionRequest
 from server.api.protocol.ollama import (
     OllamaCall,
@@ -48,6 +49,7 @@ _OWN_NAMES = {
 @router.post("/api/chat")
 async def ollama_chat(body: OllamaChatRequest, http: Request, state: State) -> Response:
     """The assistant's next turn in a conversation."""
+    await note_ignored_fields(body, http, state)
     if not body.messages:
         message = {"role": "assistant", "content": ""}
         return await _load(body, {"message": message}, http, state)
@@ -58,6 +60,7 @@ async def ollama_chat(body: OllamaChatRequest, http: Request, state: State) -> R
 @router.post("/api/generate")
 async def ollama_generate(body: OllamaGenerateRequest, http: Request, state: State) -> Response:
     """The answer to a prompt; with ``raw`` its continuation."""
+    await note_ignored_fields(body, http, state)
     if not body.prompt:
         return await _load(body, {"response": ""}, http, state)
     stack = ExitStack()
@@ -189,6 +192,7 @@ def _answered(open_calls: list[tuple[str, str]], tool: str | None) -> str:
 @router.post("/api/embed")
 async def ollama_embed(body: OllamaEmbedRequest, http: Request, state: State) -> Response:
     """An embedding of each input."""
+    await note_ignored_fields(body, http, state)
     start = time.perf_counter()
     inputs = [body.input] if isinstance(body.input, str) else body.input
     found = await _embed(inputs, body.model, http, state, dimensions=body.dimensions, truncate=body.truncate)
@@ -205,6 +209,7 @@ async def ollama_embed(body: OllamaEmbedRequest, http: Request, state: State) ->
 @router.post("/api/embeddings")
 async def ollama_embeddings(body: OllamaEmbeddingsRequest, http: Request, state: State) -> Response:
     """An embedding of one text, in the older form."""
+    await note_ignored_fields(body, http, state)
     found = await _embed([body.prompt], body.model, http, state, param="prompt")
     return JSONResponse({"embedding": (await asyncio.to_thread(_lists, found))[0]})
 

@@ -6,12 +6,13 @@ import hashlib
 import json
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 
 from server.adapters.content.generation_defaults import GenerationDefaults
 from server.api.formats.ollama import timestamp
 from server.api.formats.wire import Json
 from server.api.generation import overlay
+from server.api.ignored_fields import note_ignored_fields
 from server.api.models import find_model, served_models
 from server.api.protocol.ollama import OllamaShowRequest
 from server.api.state import ServerState, State, UsableAdapters
@@ -46,8 +47,9 @@ async def ollama_ps(state: State, may_use: UsableAdapters) -> dict[str, Any]:
 
 
 @router.post("/api/show")
-async def ollama_show(body: OllamaShowRequest, state: State, may_use: UsableAdapters) -> dict[str, Any]:
+async def ollama_show(body: OllamaShowRequest, http: Request, state: State, may_use: UsableAdapters) -> dict[str, Any]:
     """One model: its chat template, parameters and capabilities."""
+    await note_ignored_fields(body, http, state)
     name = body.model or body.name
     if not name:
         raise InvalidRequest("Missing required parameter: 'model'.", param="model", code="missing_required_parameter")

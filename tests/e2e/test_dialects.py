@@ -74,8 +74,9 @@ def test_all_stream_the_answer_of_a_chat(client: OpenAI, claude: Anthropic, loca
 def test_embeddings_are_those_of_openais_api(client: OpenAI, local: ollama.Client) -> None:
     expected = client.embeddings.create(model=MODEL, input=["one", "two"], encoding_format="float").data
     found = local.embed(MODEL, ["one", "two"])
-    assert [pytest.approx(list(vector)) for vector in found.embeddings] == [list(item.embedding) for item in expected]
-    assert local.embeddings(MODEL, "one").embedding == pytest.approx(list(found.embeddings[0]))
+    for vector, item in zip(found.embeddings, expected, strict=True):
+        assert list(vector) == pytest.approx(item.embedding, abs=1e-5)
+    assert local.embeddings(MODEL, "one").embedding == pytest.approx(list(found.embeddings[0]), abs=1e-5)
 
 
 def test_anthropics_tool_runner_calls_a_tool_and_goes_on(claude: Anthropic) -> None:
