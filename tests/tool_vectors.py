@@ -46,6 +46,8 @@ VECTORS: tuple[ToolVector, ...] = (
         '<tool_call>{"name": "get_weather", "arguments": "{\\"city\\": \\"Paris\\"}"}</tool_call>',
         calls(WEATHER),
     ),
+    ToolVector("hermes", '<tool_call>{"name": "now", "arguments": {}}\n</tool_c', calls(("now", {}))),
+    ToolVector("hermes", '<tool_call>{"name": "now", "arguments": {}} or', calls(("now", {}), content="or")),
     ToolVector("hermes", '<tool_call>{"name": "now", "arguments": null}</tool_call>', calls(("now", {}))),
     ToolVector("hermes", "The tag <tool_call> begins a call.", calls(content="The tag <tool_call> begins a call.")),
     ToolVector("hermes", "1 < 2 and <tool", calls(content="1 < 2 and <tool")),

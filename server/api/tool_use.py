@@ -50,7 +50,7 @@ def answer_format(
         return PLAIN
     opened = reasoning is not None and renderer.ends_inside(ids, reasoning.begin, reasoning.end)
     used = format if tools or format is HARMONY else None
-    return AnswerFormat(reasoning, opened, used, tools, body.must_call, body.parallel_tool_calls)
+    return AnswerFormat(reasoning, opened, used, tools, body.must_call, body.several_calls)
 
 
 def _tool(place: int, function: Any) -> Tool:

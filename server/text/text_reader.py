@@ -121,6 +121,13 @@ class TextReader:
         self.take(len(found))
         return found
 
+    def skip_closing(self, text: str) -> Steps[None]:
+        """Consume ``text`` if it begins here, or the part of it with which the answer ends."""
+        if (yield from self.starts_with(text)):
+            self.take(len(text))
+        elif self._ended and text.startswith(self._text):
+            self.take_rest()
+
     def until(self, markers: Sequence[str], emit: Emit, *, trim: bool = True) -> Steps[str]:
         """Emit the text before the first of ``markers``, and return the marker, "" at the end of the text.
 

@@ -20,10 +20,11 @@ _FIELDS = frozenset({"tools", "tool_choice", "parallel_tool_calls"})
 
 @dataclass(frozen=True)
 class ToolChoice:
-    """Whether a tool is called. ``names`` are the tools that may be; None for all."""
+    """Whether a tool is called. ``names`` are the tools that may be, None for all; ``once``: only one call."""
 
     mode: str
     names: tuple[str, ...] | None = None
+    once: bool = False
 
 
 class FunctionDefinition(RequestModel):
@@ -69,7 +70,7 @@ def _parse_choice(value: object) -> ToolChoice:
     if isinstance(value, str) and value in MODES:
         return ToolChoice(value)
     if isinstance(value, dict) and value.get("type") == "function":
-        return ToolChoice("required", (_function_name(value, "function.name"),))
+        return ToolChoice("required", (_function_name(value, "function.name"),), once=True)
     if isinstance(value, dict) and value.get("type") == "allowed_tools":
         return _parse_allowed(value.get("allowed_tools"))
     raise PydanticCustomError(
@@ -135,6 +136,11 @@ class ToolFields(GenerationRequest):
             return []
         allowed = [(place, tool) for place, tool in enumerate(self.tools)]
         return [entry for entry in allowed if choice.names is None or entry[1].function.name in choice.names]
+
+    @property
+    def several_calls(self) -> bool:
+        """Whether an answer may have more than one call; a named function is called once."""
+        return self.parallel_tool_calls and not (self.tool_choice is not None and self.tool_choice.once)
 
     @property
     def must_call(self) -> bool:

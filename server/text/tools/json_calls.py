@@ -95,8 +95,7 @@ class JsonCalls:
                 writer.content(reader.take_rest() if reader.ended else reader.take_through(marker))
                 return True
             reader.commit()
-            if self.end.strip():
-                yield from reader.skip(self.end.strip())
+            yield from reader.skip_closing(self.end.strip())
             yield from _skip_space_before(reader, begins)
         return False
 

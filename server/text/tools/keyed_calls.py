@@ -56,7 +56,7 @@ class KeyedCalls:
                 reader.give_back()
                 writer.content(reader.take_rest() if reader.ended else reader.take_through(self.begin))
             reader.commit()
-            yield from reader.skip(self.end)
+            yield from reader.skip_closing(self.end)
         yield from reader.until((), writer.content)
 
 

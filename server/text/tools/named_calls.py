@@ -105,8 +105,7 @@ class NamedCalls:
         yield from reader.skip_space()
         yield from read_value(reader, writer.arguments)
         yield from reader.skip_space()
-        if self.end:
-            yield from reader.skip(self.end.strip())
+        yield from reader.skip_closing(self.end.strip())
         return True
 
     def _read_name(self, reader: TextReader) -> Steps[str | None]:

@@ -96,9 +96,9 @@ class XmlCalls:
             reader.take_rest()  # the answer was cut inside of an argument
             return True
         writer.arguments(TextPiece("}"))
-        yield from reader.skip("</function>")
+        yield from reader.skip_closing("</function>")
         yield from reader.skip_space()
-        yield from reader.skip(self.end)
+        yield from reader.skip_closing(self.end)
         return True
 
     def _read_arguments(self, reader: TextReader, writer: PartWriter, schemas: Mapping[str, Any]) -> Steps[bool]:
