@@ -2,5 +2,6 @@
 
 ``token_texts`` has the text and bytes of single tokens, ``deadline`` limits the time of a chat template.
 ``answer`` has the parts of an answer. A parser that finds them (``stepped_parser``) is a generator over a
-``text_reader``; ``reasoning`` is such a generator, and ``answer_format`` says what an answer is parsed for.
+``text_reader``; ``reasoning`` and the formats of ``tools/`` are such generators, and ``answer_format`` says what an
+answer is parsed for, and which grammar it follows.
 """
