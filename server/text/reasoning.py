@@ -51,10 +51,6 @@ class ReasoningFormat:
         reader.take_through(end)
         yield from reader.skip_space()
 
-    def is_open(self, prompt_end: str) -> bool:
-        """Whether the end of a prompt's text is inside of reasoning."""
-        return prompt_end.rfind(self.begin) > prompt_end.rfind(self.end)
-
 
 def _leading_space(reader: TextReader, marker: str) -> Steps[int | None]:
     """Length of the white space before ``marker``; None if the text begins otherwise. Nothing is consumed."""

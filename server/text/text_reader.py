@@ -91,13 +91,6 @@ class TextReader:
             yield
         return len(self._text) > length
 
-    def at_least(self, length: int) -> Steps[bool]:
-        """Wait for ``length`` characters; False if the text ends before."""
-        while len(self._text) < length:
-            if not (yield from self.more()):
-                return False
-        return True
-
     def skip_space(self) -> Steps[None]:
         """Consume white space, if any."""
         while True:
@@ -105,14 +98,13 @@ class TextReader:
             if self._text or not (yield from self.more()):
                 return
 
-    def starts_with(self, *texts: str, offset: int = 0) -> Steps[str]:
-        """Which of ``texts`` begins at ``offset``, the first of them that does; "" if none. Nothing is consumed."""
+    def starts_with(self, *texts: str) -> Steps[str]:
+        """Which of ``texts`` begins here, the first of them that does; "" if none. Nothing is consumed."""
         while True:
-            begun = self._text[offset:]
             for text in texts:
-                if begun.startswith(text):
+                if self._text.startswith(text):
                     return text
-            if not any(text.startswith(begun) for text in texts) or not (yield from self.more()):
+            if not any(text.startswith(self._text) for text in texts) or not (yield from self.more()):
                 return ""
 
     def skip(self, *texts: str) -> Steps[str]:

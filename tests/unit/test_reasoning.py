@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import pytest
+from tokenizers import AddedToken, Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from server.text.answer import AnswerParser, Content, Reasoning
 from server.text.detokenizer import TextPiece
+from server.text.prompt import PromptRenderer
 from server.text.reasoning import reasoning_format
 from server.text.stepped_parser import PartWriter, SteppedParser
 from server.text.text_reader import Steps, TextReader
 from tests.answer_parsing import ParsedAnswer, parsed, parts_of
+from tests.fakes import small_tokenizer
 from tests.reasoning_base import TEMPLATE
 
 THINK = reasoning_format(TEMPLATE)
@@ -62,18 +66,36 @@ def test_each_token_of_the_text_comes_once_with_the_part_it_begins() -> None:
     assert reasoning == list(range(9)) and content == list(range(len(text) - 3, len(text)))
 
 
+@pytest.mark.parametrize("marker", ["<think>", "<pad>"])
 @pytest.mark.parametrize(
     ("prompt", "opened"),
     [
-        ("<｜Assistant｜><think>\n", True),
-        ("<|im_start|>assistant\n<think>\n\n</think>\n\n", False),
-        ("<think>\nOld.</think>Answer<think>", True),
-        ("<｜Assistant｜></think>", False),
-        ("<|im_start|>assistant\n", False),
+        ("hello<{}>\n", True),
+        ("hello\n<{}>\n\n</{}>\n\n", False),
+        ("<{}>old</{}>answer<{}>", True),
+        ("hello</{}>", False),
+        ("hello", False),
     ],
 )
-def test_the_prompt_tells_whether_reasoning_is_open(prompt: str, opened: bool) -> None:
-    assert THINK is not None and THINK.is_open(prompt) == opened
+def test_the_prompt_tells_whether_reasoning_is_open(prompt: str, opened: bool, marker: str) -> None:
+    """Where its markers are tokens, and where they are text."""
+    name = marker.strip("<>")
+    renderer = PromptRenderer(with_tokens("<think>", "</think>"))
+    ids = renderer.completion(prompt.replace("{}", name))
+    assert renderer.ends_inside(ids, f"<{name}>", f"</{name}>") == opened
+
+
+def test_only_the_special_tokens_that_a_parser_needs_are_shown() -> None:
+    renderer = PromptRenderer(with_tokens("<think>", "</think>", special=True))
+    ids = renderer.completion("<think>hello</think><|user|> there")
+    assert renderer.decode(ids) == "hello there"
+    assert renderer.decoder(["<think>", "</think>", "nothing"])(ids) == "<think>hello</think> there"
+
+
+def with_tokens(*texts: str, special: bool = False) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer.from_str(small_tokenizer().backend_tokenizer.to_str())
+    tokenizer.add_tokens([AddedToken(text, normalized=False, special=special) for text in texts])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,8 @@ class NamedCalls:
         """Calls at the beginning, one behind the other."""
         begins = [tool.name + self.middle for tool in tools]
         while True:
-            yield from reader.skip_space() if writer.num_calls else _nothing()
+            if writer.num_calls:
+                yield from reader.skip_space()
             begin = yield from reader.starts_with(*begins)
             if not begin:
                 return
@@ -113,7 +114,3 @@ class NamedCalls:
         for end in self.name_ends:
             text = None if text is None else text.partition(end)[0]
         return None if text is None else text.strip()
-
-
-def _nothing() -> Steps[None]:
-    yield from ()
