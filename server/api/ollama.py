@@ -15,7 +15,7 @@ from server.api.completions import start_completion
 from server.api.embeddings import Embeddings, embed
 from server.api.formats.ollama import NANOSECONDS, OllamaChatFormat, OllamaGenerateFormat, timestamp
 from server.api.formats.wire import Json
-from server.api.generation import acquire
+from server.api.generation import acquire, named_defaults
 from server.api.ignored_fields import note_ignored_fields
 from server.api.protocol import ChatRequest, CompletionRequest
 from server.api.protocol.ollama import (
@@ -195,6 +195,9 @@ async def ollama_embed(body: OllamaEmbedRequest, http: Request, state: State) ->
     await note_ignored_fields(body, http, state)
     start = time.perf_counter()
     inputs = [body.input] if isinstance(body.input, str) else body.input
+    if not inputs:  # clients ask so whether a model is there
+        await named_defaults(body.model, http, state)
+        return JSONResponse({"model": body.model, "embeddings": []})
     found = await _embed(inputs, body.model, http, state, dimensions=body.dimensions, truncate=body.truncate)
     answer = {
         "model": body.model,

@@ -33,8 +33,11 @@ class RouteTable:
                     return route.path.replace(":path}", "}")
         return None
 
-    def _matching(self, path: str) -> Iterable[Route]:
-        return (route for route in self._routes if route.path_regex.match(path))
+    def _matching(self, path: str) -> list[Route]:
+        """The routes of a path; of those, the ones that say most of it, as ``/v1/models/x/pin`` is no model's name."""
+        found = [route for route in self._routes if route.path_regex.match(path)]
+        depth = max((route.path.count("/") for route in found), default=0)
+        return [route for route in found if route.path.count("/") == depth]
 
 
 class RoutingMiddleware:

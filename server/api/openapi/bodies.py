@@ -10,17 +10,17 @@ from server.api.protocol.model import RequestModel
 Schema = dict[str, Any]
 
 _TOKEN_IDS: Schema = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
+_PROMPTS: Schema = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "minItems": 1, "items": {"type": "string"}},
+        _TOKEN_IDS,
+        {"type": "array", "minItems": 1, "items": _TOKEN_IDS},
+    ]
+}
 CONVERTED: Mapping[str, Mapping[str, Schema]] = {
-    "CompletionRequest": {
-        "prompt": {
-            "anyOf": [
-                {"type": "string"},
-                {"type": "array", "minItems": 1, "items": {"type": "string"}},
-                _TOKEN_IDS,
-                {"type": "array", "minItems": 1, "items": _TOKEN_IDS},
-            ]
-        },
-    },
+    "CompletionRequest": {"prompt": _PROMPTS},
+    "EmbeddingRequest": {"input": _PROMPTS},
 }
 """Fields that a ``PlainValidator`` reads, by the name of their model."""
 _BIASES: Schema = {
@@ -32,6 +32,9 @@ _BIASES: Schema = {
 _ALSO: Mapping[str, Schema] = {
     "stop": {"type": "string", "minLength": 1, "maxLength": 1024},
     "content": {"type": "string"},
+    "input": {"type": "string"},
+    "system": {"type": "string"},
+    "output": {"type": "string"},
 }
 """Fields that also take a single value instead of an array."""
 
