@@ -5,6 +5,8 @@ QuickchangeError
 │   ├── InvalidRequest
 │   ├── UnsupportedParameter
 │   ├── ContextLengthExceeded
+│   ├── PromptTooLong
+│   ├── BodyTooLarge
 │   ├── TooManySequences
 │   ├── ModelNotFound
 │   ├── InvalidKey
@@ -16,6 +18,7 @@ QuickchangeError
 │   └── AdminOff
 ├── ServiceError                the server cannot serve a correct request now, or failed
 │   ├── QueueFull
+│   ├── ServerOverloaded
 │   ├── AdapterPending
 │   ├── AdapterNotLoaded
 │   ├── EngineUnavailable
@@ -108,6 +111,25 @@ class ContextLengthExceeded(RequestError):
             f"completion). Please reduce the length of the {param} or completion.",
             param=param,
         )
+
+
+class PromptTooLong(RequestError):
+    """A prompt whose text is longer than any that fits into the context; it was not tokenized."""
+
+    def __init__(self, num_bytes: int, *, max_bytes: int, limit: int, param: str) -> None:
+        self.num_bytes, self.max_bytes, self.limit = num_bytes, max_bytes, limit
+        super().__init__(
+            f"This model's maximum context length is {limit} tokens. However, your {param} have {num_bytes} bytes of "
+            f"text, and {limit} tokens have at most {max_bytes}. Please reduce the length of the {param}.",
+            param=param,
+        )
+
+
+class BodyTooLarge(RequestError):
+    """A body with more fields, arrays or levels than any that can be answered; it was not validated."""
+
+    def __init__(self, got: str, limit: str) -> None:
+        super().__init__(f"The request body has {got}, and this server reads at most {limit}: send less at once.")
 
 
 class TooManySequences(RequestError):
@@ -208,6 +230,10 @@ class QueueFull(ServiceError):
     def __init__(self, limit: int) -> None:
         self.limit = limit
         super().__init__(f"The server is busy: {limit} generations are queued already. Try again later.")
+
+
+class ServerOverloaded(ServiceError):
+    """The server has too much to do before a request can be queued."""
 
 
 class AdapterPending(ServiceError):

@@ -16,6 +16,7 @@ from server.api.envelopes import request_id_header
 from server.api.formats.anthropic import MessagesFormat
 from server.api.formats.wire import Json
 from server.api.ignored_fields import note_ignored_fields
+from server.api.limits.bodies import BodyRoute
 from server.api.protocol import ChatRequest
 from server.api.protocol.anthropic import (
     AnthropicMessage,
@@ -32,7 +33,7 @@ from server.api.responses import close_unless_streamed, respond
 from server.api.state import ServerState, State
 from server.api.translation import chat_request, in_own_names
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 _OWN_NAMES = {
     "max_completion_tokens": "max_tokens",

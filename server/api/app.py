@@ -27,6 +27,7 @@ from server.api.cors import CorsMiddleware
 from server.api.encoded_bodies import EncodedBodyMiddleware
 from server.api.errors import install_error_handlers
 from server.api.hosts import HostMiddleware
+from server.api.limits.bodies import BodyReader
 from server.api.middleware import MAX_BODY_BYTES, RequestMiddleware
 from server.api.pages import overview, reference
 from server.api.routing import RouteTable, RoutingMiddleware
@@ -67,6 +68,7 @@ def create_app(state: ServerState, *, lifespan: Lifespan[FastAPI] | None = None)
     app.state.server = state
     app.state.routes = RouteTable([route for router in ROUTERS for route in router.routes])
     app.state.openapi_documents = {}
+    app.state.bodies = BodyReader(state.engine)
     install_error_handlers(app)
     app.add_middleware(EncodedBodyMiddleware, max_body_bytes=MAX_BODY_BYTES)
     app.add_middleware(AuthMiddleware, access=state.access, metrics=state.metrics)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from contextlib import ExitStack
 
 from fastapi import APIRouter, Request
@@ -14,6 +13,7 @@ from server.api.active_request import ActiveRequest
 from server.api.formats.chat import ChatFormat
 from server.api.generation import Prompts, leased, named_defaults, submit
 from server.api.ignored_fields import note_ignored_fields
+from server.api.limits.bodies import BodyRoute
 from server.api.protocol import ChatRequest
 from server.api.protocol.messages import template_messages
 from server.api.responses import close_unless_streamed, respond
@@ -21,7 +21,7 @@ from server.api.state import ServerState, State
 from server.api.tool_use import answer_format, format_of_tools, with_tools
 from server.text.prompt import PromptRenderer
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 
 @router.post("/v1/chat/completions")
@@ -42,7 +42,7 @@ async def start_chat(body: ChatRequest, http: Request, state: ServerState, stack
     Raises every error that can be found before the first token but those of the engine.
     """
     async with leased(body, http, state) as (lease, defaults):
-        prompts = await asyncio.to_thread(_render, body, defaults, state.prompts)
+        prompts = await state.prompt_threads.run(http, _render, body, defaults, state.prompts)
         request = submit(body, http, state, lease=lease, defaults=defaults, prompts=prompts)
         return stack.enter_context(request)
 
@@ -55,7 +55,7 @@ async def count_prompt_tokens(body: ChatRequest, http: Request, state: ServerSta
 async def render_prompt(body: ChatRequest, http: Request, state: ServerState) -> Prompts:
     """The prompt that a conversation is rendered to; the adapter's weights are not loaded."""
     defaults = await named_defaults(body.model, http, state, user=body.user)
-    return await asyncio.to_thread(_render, body, defaults, state.prompts)
+    return await state.prompt_threads.run(http, _render, body, defaults, state.prompts)
 
 
 def _render(body: ChatRequest, defaults: GenerationDefaults, base: PromptRenderer) -> Prompts:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from contextlib import ExitStack
 
 from fastapi import APIRouter, Request
@@ -13,13 +12,14 @@ from server.api.active_request import ActiveRequest
 from server.api.formats.completions import CompletionFormat
 from server.api.generation import Prompts, leased, submit
 from server.api.ignored_fields import note_ignored_fields
+from server.api.limits.bodies import BodyRoute
 from server.api.protocol import CompletionRequest
 from server.api.responses import close_unless_streamed, respond
 from server.api.state import ServerState, State
 from server.text.prompt import PromptRenderer
 from server.text.prompt_text import PromptText, prompt_text
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 
 @router.post("/v1/completions")
@@ -39,7 +39,7 @@ async def start_completion(
 ) -> ActiveRequest:
     """As ``start_chat``, for prompts without a chat template."""
     async with leased(body, http, state) as (lease, defaults):
-        prompts = await asyncio.to_thread(_tokenize, body, defaults, state.prompts)
+        prompts = await state.prompt_threads.run(http, _tokenize, body, defaults, state.prompts)
         request = submit(body, http, state, lease=lease, defaults=defaults, prompts=prompts)
         return stack.enter_context(request)
 

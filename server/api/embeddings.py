@@ -21,6 +21,7 @@ from server.adapters.adapter_cache import Lease
 from server.api.formats.wire import Json, to_json, to_json_with_encoded_parts
 from server.api.generation import acquire, cache_namespace, request_log
 from server.api.ignored_fields import note_ignored_fields
+from server.api.limits.bodies import BodyRoute
 from server.api.protocol import EmbeddingRequest
 from server.api.protocol.prompts import Prompt
 from server.api.request_log import EndedChoice, EndedRequest
@@ -38,7 +39,7 @@ _PARAMS = SamplingParams(temperature=0, embedding=True)
 
 Vector = NDArray[np.float32]
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 
 @router.post("/v1/embeddings")
@@ -93,7 +94,7 @@ async def embed(
         if lease is not None:
             stack.callback(lease.release)
         limit = state.engine.max_model_len
-        ids = await asyncio.to_thread(_tokenize, inputs, _renderer(lease, state), param)
+        ids = await state.prompt_threads.run(http, _tokenize, inputs, _renderer(lease, state), param)
         if truncate_to is not None:
             ids = [each[-(limit if truncate_to < 0 else truncate_to) :] for each in ids]
         _check_lengths(ids, limit, param)

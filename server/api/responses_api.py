@@ -13,6 +13,7 @@ from server.api.chat import start_chat
 from server.api.formats.responses import ResponsesFormat
 from server.api.formats.wire import Json
 from server.api.ignored_fields import note_ignored_fields
+from server.api.limits.bodies import BodyRoute
 from server.api.protocol import ChatRequest
 from server.api.protocol.responses import (
     LOGPROBS,
@@ -27,7 +28,7 @@ from server.api.responses import close_unless_streamed, respond
 from server.api.state import ServerState, State
 from server.api.translation import chat_request, in_own_names
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 _OWN_NAMES = {
     "messages": "input",

@@ -14,13 +14,14 @@ from server.api.chat import render_prompt
 from server.api.formats.wire import Json, to_json_with_encoded_parts
 from server.api.generation import named_defaults
 from server.api.ignored_fields import note_ignored_fields
+from server.api.limits.bodies import BodyRoute
 from server.api.protocol.tokens import DetokenizeRequest, TokenizeRequest
 from server.api.state import ServerState, State
 from server.api.translation import chat_request
 from server.errors import InvalidRequest
 from server.text.prompt import PromptRenderer
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 
 @router.post("/tokenize")
@@ -30,7 +31,7 @@ async def tokenize(body: TokenizeRequest, http: Request, state: State) -> Respon
     await note_ignored_fields(body, http, state)
     if body.messages is None:
         renderer = await _renderer(body.model, http, state)
-        ids = await asyncio.to_thread(_text_ids, body, renderer)
+        ids = await state.prompt_threads.run(http, _text_ids, body, renderer)
     else:
         fields = {"model": body.model or state.base_name, "messages": body.messages, **body.chat_fields}
         prompts = await render_prompt(chat_request(fields), http, state)

@@ -39,7 +39,8 @@ def _bind_all(host: str, port: int, opened: contextlib.ExitStack) -> list[socket
     missing: OSError | None = None
     for family, address in addresses:
         try:
-            bound = opened.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            bound = opened.enter_context(socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP))
+            # With the protocol named, asyncio turns Nagle's algorithm off, which delays the body of an answer by 40 ms.
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6 and len(addresses) > 1:
                 bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)

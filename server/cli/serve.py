@@ -151,7 +151,7 @@ def build(settings: Settings, access: Access) -> Service:
     )
     runner = _runner(base, slots.num_slots, settings.adapter_memory)
     engine = AsyncEngine(Engine(scheduler, runner, Sampler(), metrics), max_queued_seqs=settings.max_queued_seqs)
-    prompts = PromptRenderer(base.tokenizer, vocab_size=base.vocab_size)
+    prompts = PromptRenderer(base.tokenizer, vocab_size=base.vocab_size, max_model_len=base.max_model_len)
     services = build_adapter_services(settings, base, runner, engine, prompts, metrics)
     if settings.metrics_alias == "vllm":
         kv_tokens = slots.max_bytes // slots.bytes_per_token

@@ -21,8 +21,9 @@ from adapter_format.messages import Message, plain_messages
 from server.adapters.content.added_tokens import AddedToken
 from server.adapters.content.generation_defaults import GenerationDefaults
 from server.adapters.content.templates import default_template
-from server.errors import InvalidRequest
+from server.errors import InvalidRequest, PromptTooLong
 from server.text.deadline import DeadlineExceeded, deadline
+from server.text.prompt_bound import max_prompt_bytes
 from server.text.token_texts import TokenTexts
 from server.text.tools.families import HERMES
 from server.text.tools.history import CallForm, find_form, has_calls, with_calls_as_text
@@ -56,8 +57,10 @@ class PromptRenderer:
         *,
         vocab_size: int | None = None,
         hidden_ids: frozenset[int] = frozenset(),
+        max_model_len: int | None = None,
     ) -> None:
         self._tokenizer = tokenizer
+        self._max_model_len = max_model_len
         self.chat_template = default_template(tokenizer.chat_template)
         self.vocab_size = len(tokenizer) if vocab_size is None else vocab_size
         special = [token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special]
@@ -112,7 +115,9 @@ class PromptRenderer:
             else:
                 added.append(token)
         tokenizer = _with_added_tokens(self._tokenizer, added)
-        return PromptRenderer(tokenizer, vocab_size=self.vocab_size, hidden_ids=frozenset(hidden_ids))
+        return PromptRenderer(
+            tokenizer, vocab_size=self.vocab_size, hidden_ids=frozenset(hidden_ids), max_model_len=self._max_model_len
+        )
 
     def check_defaults(self, defaults: GenerationDefaults) -> None:
         """Raises ``ValueError`` if an adapter's end tokens, added tokens or chat template cannot be used."""
@@ -178,6 +183,8 @@ class PromptRenderer:
         if not (template or self._tokenizer.chat_template):
             raise InvalidRequest("The base model has no chat template: use /v1/completions.", param="messages")
         plain = plain_messages(messages, template or self._tokenizer.chat_template)
+        contents = [content for message in plain if isinstance(content := message.get("content"), str)]
+        self._check_length(*contents, param="messages")
         fixed = {"tools": None, **(tools or {}), "add_generation_prompt": True, "return_dict": False}
         arguments = {**(variables or {}), **fixed}
         try:
@@ -228,7 +235,7 @@ class PromptRenderer:
     def prompt_ids(self, prompt: str | list[int], *, param: str = "prompt") -> list[int]:
         """A text as token ids; token ids as they are. ``param`` is the field that has it."""
         if isinstance(prompt, str):
-            return self.completion(prompt)
+            return self.completion(prompt, param=param)
         if max(prompt) >= self.vocab_size:
             raise InvalidRequest(f"Invalid '{param}': token ids should be below {self.vocab_size}.", param=param)
         return prompt
@@ -241,15 +248,33 @@ class PromptRenderer:
         """The names of tokens in the vocabulary, in which a space may be another character."""
         return [str(name) for name in self._tokenizer.convert_ids_to_tokens(list(ids))]
 
-    def completion(self, text: str) -> list[int]:
+    def completion(self, text: str, *, param: str = "prompt") -> list[int]:
         """Prompt ids of a text to continue; of an empty text, the token that begins a text."""
+        self._check_length(text, param=param)
         ids = list(self._tokenizer(text)["input_ids"])
         if ids:
             return ids
         bos_token_id = self._tokenizer.bos_token_id
         if bos_token_id is None:
-            raise InvalidRequest("The prompt is empty, and the base model has no token to begin with.", param="prompt")
+            raise InvalidRequest("The prompt is empty, and the base model has no token to begin with.", param=param)
         return [bos_token_id]
+
+    def _check_length(self, *texts: str, param: str) -> None:
+        """Raises ``PromptTooLong`` if texts are longer than any that fit into the context."""
+        limit = self._max_model_len
+        if limit is None or sum(map(len, texts)) <= limit or self._max_prompt_bytes is None:
+            return
+        num_bytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+        if num_bytes > self._max_prompt_bytes:
+            raise PromptTooLong(num_bytes, max_bytes=self._max_prompt_bytes, limit=limit, param=param)
+
+    @cached_property
+    def _max_prompt_bytes(self) -> int | None:
+        return (
+            None
+            if self._max_model_len is None
+            else max_prompt_bytes(self._tokenizer.backend_tokenizer, self._max_model_len)
+        )
 
     @cached_property
     def token_texts(self) -> TokenTexts:

@@ -1,0 +1,178 @@
+"""Request bodies and their prompts: the large ones wait for each other, and nobody waits for them.
+
+A large body is judged by its size first, then parsed and validated in a thread, one at a time. A body of a few
+kilobytes is parsed in the event loop, which takes less time than handing it over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import json
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, ParamSpec, TypeVar
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+
+from server.api.errors import ClientGone
+from server.api.protocol.model import ValidatedBody
+from server.engine.async_engine import AsyncEngine
+from server.errors import BodyTooLarge, ServerOverloaded
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+LARGE_BODY = 16 * 1024
+"""Bytes from which a body is parsed and validated in a thread."""
+MAX_LARGE_BYTES = 64 * 1024 * 1024
+"""Bytes of large bodies that are read or validated at the same time."""
+BODY_SECONDS = 60.0
+"""Time in which a body must arrive."""
+LONG_PROMPT = 64 * 1024
+"""Bytes of a body whose prompt is a long one."""
+MAX_DEPTH = 64
+_FIELDS_PER_TOKEN = 4
+_MIN_FIELDS = 16_384
+
+
+class BodyReader:
+    """Parses and validates large bodies within limits that follow from the engine's ``max_model_len``.
+
+    A message is at least one token of the prompt, so that a body with many more fields than the context has tokens
+    cannot be answered.
+    """
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+        self._num_bytes = 0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="bodies")
+
+    @property
+    def max_fields(self) -> int:
+        """Most fields, and most objects and arrays, of a large body."""
+        return max(_MIN_FIELDS, _FIELDS_PER_TOKEN * self._engine.max_model_len)
+
+    @contextlib.contextmanager
+    def room_for(self, num_bytes: int) -> Iterator[None]:
+        """Count a body while it is read and validated. Raises ``ServerOverloaded`` if there are too many."""
+        counted = num_bytes if num_bytes > LARGE_BODY else 0
+        if counted and self._num_bytes + counted > MAX_LARGE_BYTES:
+            raise ServerOverloaded("The server is reading too many large requests. Try again in a moment.")
+        self._num_bytes += counted
+        try:
+            yield
+        finally:
+            self._num_bytes -= counted
+
+    async def validate(self, data: bytes, validate: Callable[[Any], Any]) -> Any:
+        """The validated body, in the thread that all large bodies wait for."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._validate, data, validate)
+
+    def _validate(self, data: bytes, validate: Callable[[Any], Any]) -> Any:
+        num_fields = data.count(b'":') - data.count(b'\\":')  # a quote in a string is escaped
+        if num_fields > self.max_fields:
+            raise BodyTooLarge(f"{num_fields} fields", f"{self.max_fields} fields")
+        body = json.loads(data)
+        self._check_structure(body)
+        return ValidatedBody(body, validate(body))
+
+    def _check_structure(self, body: object) -> None:
+        """Raises ``BodyTooLarge`` for too many objects and arrays, or too deep a nesting."""
+        level: list[object] = [body]
+        depth, num_containers = 0, 0
+        while level:
+            num_containers += len(level)
+            if num_containers > self.max_fields:
+                limit = f"{self.max_fields} objects and arrays"
+                raise BodyTooLarge(f"more than {limit}", limit)
+            if depth > MAX_DEPTH:
+                raise BodyTooLarge(f"more than {MAX_DEPTH} levels of nesting", f"{MAX_DEPTH} levels")
+            level = [item for value in level for item in _items(value) if isinstance(item, dict | list)]
+            depth += 1
+
+
+def _items(value: object) -> Iterable[object]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+class PromptThreads:
+    """Four threads for prompts of short bodies, and one for those of long ones."""
+
+    def __init__(self) -> None:
+        self._short = ThreadPoolExecutor(4, thread_name_prefix="prompts")
+        self._long = ThreadPoolExecutor(1, thread_name_prefix="long prompts")
+
+    async def run(self, http: Request, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The result of ``function``, in the thread for the size of the request's body."""
+        is_long = getattr(http.state, "body_bytes", 0) > LONG_PROMPT
+        context = contextvars.copy_context()
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(
+            self._long if is_long else self._short, lambda: context.run(function, *args, **kwargs)
+        )
+
+
+class BodyRoute(APIRoute):
+    """A route whose body is read within limits; FastAPI takes the validated body over as it is."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+        field = self.body_field
+        if field is None:
+            return handle
+
+        def validate(raw: Any) -> Any:
+            value, errors = field.validate(raw, {}, loc=("body",))
+            if errors:
+                raise RequestValidationError(errors)
+            return value
+
+        async def handle_bounded(request: Request) -> Response:
+            reader: BodyReader = request.app.state.bodies
+            with reader.room_for(_announced_bytes(request)):
+                data = await _read(request)
+                request.state.body_bytes = len(data)
+                if len(data) > LARGE_BODY:
+                    request._json = await _parsed(reader, data, validate)
+            return await handle(request)
+
+        return handle_bounded
+
+
+async def _parsed(reader: BodyReader, data: bytes, validate: Callable[[Any], Any]) -> Any:
+    try:
+        return await reader.validate(data, validate)
+    except json.JSONDecodeError as error:
+        detail = {"type": "json_invalid", "loc": ("body", error.pos), "msg": "", "input": {}}
+        raise RequestValidationError([detail | {"ctx": {"error": error.msg}}], body=error.doc) from None
+    except (RecursionError, ValueError) as error:
+        if isinstance(error, RequestValidationError):
+            raise
+        raise HTTPException(400) from None
+
+
+async def _read(request: Request) -> bytes:
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            return await request.body()
+    except TimeoutError:
+        raise HTTPException(408) from None
+    except ClientDisconnect:
+        raise ClientGone from None
+
+
+def _announced_bytes(request: Request) -> int:
+    """The length that the headers announce; without one, a large body is assumed."""
+    length = request.headers.get("content-length", "")
+    if length.isdecimal():
+        return int(length[:20])
+    return LARGE_BODY + 1 if "transfer-encoding" in request.headers else 0

@@ -1,0 +1,156 @@
+"""Large bodies: what is refused before it is validated or tokenized, and that the event loop goes on meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from server.api.app import create_app
+from server.api.limits import bodies
+from server.api.limits.bodies import LARGE_BODY, MAX_DEPTH, BodyReader
+from server.errors import PromptTooLong
+from server.text.prompt import PromptRenderer
+from server.text.prompt_bound import max_prompt_bytes
+from tests.fakes import BASE, FakeEngine, ask, encode, server_state, small_tokenizer
+
+URL = "/v1/chat/completions"
+
+
+def post(body: Any, url: str = URL) -> httpx.Response:
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    app = create_app(server_state(FakeEngine()))
+    return ask(app, "POST", url, content=content, headers={"content-type": "application/json"})
+
+
+def chat(**more: Any) -> dict[str, Any]:
+    return {"model": BASE, "messages": [{"role": "user", "content": "Hi"}], **more}
+
+
+def test_a_body_of_more_messages_than_the_context_has_tokens_is_refused_before_it_is_validated() -> None:
+    since = time.perf_counter()
+    answer = post(chat(messages=[{"role": "user", "content": "a"}] * 50_000))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
+    assert "100002 fields" in answer.json()["error"]["message"]
+    assert time.perf_counter() - since < 2
+
+
+@pytest.mark.parametrize("nested", ["[" * 5_000 + "]" * 5_000, "[" + "[]," * 20_000 + "[]]"])
+def test_too_deep_or_too_many_arrays_are_refused(nested: str) -> None:
+    padding = " " * LARGE_BODY
+    answer = post(f'{{"model": "{BASE}", "messages": {nested}{padding}}}'.encode())
+    assert answer.status_code in (400, 413)
+    assert answer.json()["error"]["code"] in ("request_too_large", "invalid_json")
+
+
+def test_nesting_has_a_limit() -> None:
+    answer = post(
+        chat(metadata={"x": json.loads("[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1)), "p": "x" * LARGE_BODY})
+    )
+    assert answer.status_code == 413 and "levels" in answer.json()["error"]["message"]
+
+
+def test_quotes_in_strings_are_no_fields() -> None:
+    text = json.dumps({f"key{number}": "value" for number in range(3_000)})
+    answer = post(chat(metadata={"document": text, "p": "x" * LARGE_BODY}))
+    assert answer.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("wrong", "param", "code"),
+    [({"temperature": "hot"}, "temperature", "invalid_type"), ({"messages": []}, "messages", "empty_array")],
+)
+def test_a_large_body_has_the_errors_of_a_small_one(wrong: dict[str, Any], param: str, code: str) -> None:
+    small = post(chat(**wrong))
+    large = post(chat(**wrong, metadata={"p": "x" * LARGE_BODY}))
+    assert large.status_code == small.status_code == 400
+    assert large.json() == small.json()
+    assert (large.json()["error"]["param"], large.json()["error"]["code"]) == (param, code)
+
+
+def test_large_text_that_is_no_json_is_told_as_such() -> None:
+    small, large = post(b'{"model": x'), post(b'{"model": "' + b"a" * LARGE_BODY + b'", x')
+    assert large.status_code == small.status_code == 400
+    assert large.json()["error"]["code"] == small.json()["error"]["code"] == "invalid_json"
+
+
+def test_a_prompt_longer_than_the_context_can_be_is_refused_without_tokenizing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt of 2 MB was tokenized for 3 s before its length was known."""
+    tokenizer = small_tokenizer()
+    renderer = PromptRenderer(tokenizer, max_model_len=256)
+    longest = max_prompt_bytes(tokenizer.backend_tokenizer, 256)
+    assert longest is not None
+    monkeypatch.setattr(PromptRenderer, "_rendered", lambda *_: pytest.fail("it was rendered"))
+    with pytest.raises(PromptTooLong, match=f"256 tokens have at most {longest}"):
+        renderer.chat([{"role": "user", "content": "x" * (longest + 1)}])
+    with pytest.raises(PromptTooLong):
+        renderer.completion("x" * (longest + 1))
+
+
+def test_no_text_of_that_many_tokens_is_longer_than_the_bound() -> None:
+    tokenizer = small_tokenizer()
+    longest = max(tokenizer.get_vocab().items(), key=lambda item: len(item[0]))[1]
+    text = str(tokenizer.decode([longest] * 50))
+    bound = max_prompt_bytes(tokenizer.backend_tokenizer, len(encode(text)))
+    assert bound is not None and len(text.encode()) <= bound
+
+
+async def test_large_bodies_are_validated_in_a_thread_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    validate, threads, active = BodyReader._validate, set(), []
+
+    def watched(reader: BodyReader, data: bytes, function: Callable[[Any], Any]) -> Any:
+        threads.add(threading.current_thread())
+        active.append(data)
+        assert len(active) == 1
+        time.sleep(0.01)
+        try:
+            return validate(reader, data, function)
+        finally:
+            active.clear()
+
+    monkeypatch.setattr(BodyReader, "_validate", watched)
+    app = create_app(server_state(FakeEngine()))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        large = chat(metadata={"p": "x" * LARGE_BODY})
+        answers = await asyncio.gather(*(client.post(URL, json=large) for _ in range(5)))
+    assert [answer.status_code for answer in answers] == [200] * 5
+    assert len(threads) == 1 and threading.current_thread() not in threads
+
+
+async def test_a_body_that_does_not_arrive_in_time_is_a_408(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bodies, "BODY_SECONDS", 0.05)
+
+    async def slow() -> Any:
+        yield b'{"model": '
+        await asyncio.sleep(1)
+
+    app = create_app(server_state(FakeEngine()))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        answer = await client.post(URL, content=slow(), headers={"content-type": "application/json"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (408, "request_timeout")
+
+
+async def test_large_bodies_beyond_the_memory_for_them_are_refused_unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bodies, "MAX_LARGE_BYTES", 3 * LARGE_BODY)
+    app = create_app(server_state(FakeEngine()))
+    release = asyncio.Event()
+
+    async def slow() -> Any:
+        yield b" " * 10
+        await release.wait()
+
+    headers = {"content-type": "application/json", "content-length": str(2 * LARGE_BODY)}
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        first = asyncio.create_task(client.post(URL, content=slow(), headers=headers))
+        await asyncio.sleep(0.05)
+        second = await client.post(URL, content=b"x" * 2 * LARGE_BODY, headers=headers)
+        release.set()
+        await first
+        assert (await client.post(URL, json=chat())).status_code == 200
+    assert (second.status_code, second.json()["error"]["code"]) == (503, "server_overloaded")
