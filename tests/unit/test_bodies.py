@@ -33,6 +33,11 @@ def chat(**more: Any) -> dict[str, Any]:
     return {"model": BASE, "messages": [{"role": "user", "content": "Hi"}], **more}
 
 
+def padded(body: dict[str, Any]) -> bytes:
+    """The JSON of a body, with as many spaces behind it that it is a large one."""
+    return json.dumps(body).encode() + b" " * LARGE_BODY
+
+
 def test_a_body_of_more_messages_than_the_context_has_tokens_is_refused_before_it_is_validated() -> None:
     since = time.perf_counter()
     answer = post(chat(messages=[{"role": "user", "content": "a"}] * 50_000))
@@ -57,9 +62,9 @@ def test_nesting_has_a_limit() -> None:
 
 
 def test_quotes_in_strings_are_no_fields() -> None:
-    text = json.dumps({f"key{number}": "value" for number in range(3_000)})
-    answer = post(chat(metadata={"document": text, "p": "x" * LARGE_BODY}))
-    assert answer.status_code == 200
+    text = json.dumps({f"key{number}": "v" for number in range(20_000)})
+    answer = post(chat(messages=[{"role": "user", "content": text}]))
+    assert answer.json()["error"]["code"] == "context_length_exceeded"
 
 
 @pytest.mark.parametrize(
@@ -68,7 +73,7 @@ def test_quotes_in_strings_are_no_fields() -> None:
 )
 def test_a_large_body_has_the_errors_of_a_small_one(wrong: dict[str, Any], param: str, code: str) -> None:
     small = post(chat(**wrong))
-    large = post(chat(**wrong, metadata={"p": "x" * LARGE_BODY}))
+    large = post(padded(chat(**wrong)))
     assert large.status_code == small.status_code == 400
     assert large.json() == small.json()
     assert (large.json()["error"]["param"], large.json()["error"]["code"]) == (param, code)
@@ -117,8 +122,9 @@ async def test_large_bodies_are_validated_in_a_thread_one_at_a_time(monkeypatch:
     monkeypatch.setattr(BodyReader, "_validate", watched)
     app = create_app(server_state(FakeEngine()))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
-        large = chat(metadata={"p": "x" * LARGE_BODY})
-        answers = await asyncio.gather(*(client.post(URL, json=large) for _ in range(5)))
+        headers = {"content-type": "application/json"}
+        content = padded(chat())
+        answers = await asyncio.gather(*(client.post(URL, content=content, headers=headers) for _ in range(5)))
     assert [answer.status_code for answer in answers] == [200] * 5
     assert len(threads) == 1 and threading.current_thread() not in threads
 
@@ -154,3 +160,9 @@ async def test_large_bodies_beyond_the_memory_for_them_are_refused_unread(monkey
         await first
         assert (await client.post(URL, json=chat())).status_code == 200
     assert (second.status_code, second.json()["error"]["code"]) == (503, "server_overloaded")
+
+
+def test_the_fields_of_a_large_body_that_have_no_effect_are_named_too() -> None:
+    answer = post(padded(chat(keep_alive="5m")))
+    assert answer.status_code == 200
+    assert answer.headers["x-quickchange-ignored"] == "keep_alive"
