@@ -161,7 +161,7 @@ def _effort(body: AnthropicPrompt) -> str | None:
     effort = None if body.output_config is None else body.output_config.effort
     if effort is None and body.thinking is not None and body.thinking.type == "enabled":
         return "medium"
-    return "xhigh" if effort == "max" else effort
+    return effort
 
 
 def _response_format(body: AnthropicPrompt) -> Json | None:
