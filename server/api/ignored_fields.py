@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import Request
 
+from server.api.limits.bodies import raw_body
 from server.api.protocol.model import Location, RequestModel, fields_without_effect
 from server.api.state import ServerState
 from server.api.validation import param_path
@@ -22,7 +23,7 @@ async def note_ignored_fields(body: RequestModel, http: Request, state: ServerSt
 
     Raises ``InvalidRequest`` for an unknown one if the server is strict.
     """
-    raw = await http.json()  # parsed once: starlette keeps it
+    raw = await raw_body(http)
     if state.strict_fields:
         _refuse_unknown(raw, body)
     for location in fields_without_effect(raw, body, known=True):

@@ -22,7 +22,6 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from server.api.errors import ClientGone
-from server.api.protocol.model import ValidatedBody
 from server.engine.async_engine import AsyncEngine
 from server.errors import BodyTooLarge, ServerOverloaded
 
@@ -71,17 +70,17 @@ class BodyReader:
         finally:
             self._num_bytes -= counted
 
-    async def validate(self, data: bytes, validate: Callable[[Any], Any]) -> Any:
-        """The validated body, in the thread that all large bodies wait for."""
+    async def validate(self, data: bytes, validate: Callable[[Any], Any]) -> tuple[Any, Any]:
+        """The JSON of a body and what it is validated to, by the thread that all large bodies wait for."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._validate, data, validate)
 
-    def _validate(self, data: bytes, validate: Callable[[Any], Any]) -> Any:
+    def _validate(self, data: bytes, validate: Callable[[Any], Any]) -> tuple[Any, Any]:
         num_fields = data.count(b'":') - data.count(b'\\":')  # a quote in a string is escaped
         if num_fields > self.max_fields:
             raise BodyTooLarge(f"{num_fields} fields", f"{self.max_fields} fields")
         body = json.loads(data)
         self._check_structure(body)
-        return ValidatedBody(body, validate(body))
+        return body, validate(body)
 
     def _check_structure(self, body: object) -> None:
         """Raises ``BodyTooLarge`` for too many objects and arrays, or too deep a nesting."""
@@ -122,7 +121,7 @@ class PromptThreads:
 
 
 class BodyRoute(APIRoute):
-    """A route whose body is read within limits; FastAPI takes the validated body over as it is."""
+    """A route whose body is read within limits. FastAPI takes an instance of the body's model over as it is."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -142,13 +141,20 @@ class BodyRoute(APIRoute):
                 data = await _read(request)
                 request.state.body_bytes = len(data)
                 if len(data) > LARGE_BODY:
-                    request._json = await _parsed(reader, data, validate)
+                    request.state.raw_body, request._json = await _parsed(reader, data, validate)
             return await handle(request)
 
         return handle_bounded
 
 
-async def _parsed(reader: BodyReader, data: bytes, validate: Callable[[Any], Any]) -> Any:
+async def raw_body(request: Request) -> Any:
+    """The JSON of the body of a request to a ``BodyRoute``."""
+    if hasattr(request.state, "raw_body"):
+        return request.state.raw_body
+    return await request.json()
+
+
+async def _parsed(reader: BodyReader, data: bytes, validate: Callable[[Any], Any]) -> tuple[Any, Any]:
     try:
         return await reader.validate(data, validate)
     except json.JSONDecodeError as error:

@@ -39,14 +39,6 @@ Text = Annotated[str, AfterValidator(well_formed)]
 Integer = Annotated[int, BeforeValidator(_whole_number)]
 
 
-class ValidatedBody(dict[str, Any]):
-    """The JSON of a large body, which was validated in a thread; ``model`` is the result."""
-
-    def __init__(self, raw: Mapping[str, Any], model: object) -> None:
-        super().__init__(raw)
-        self.model = model
-
-
 class RequestModel(BaseModel):
     """An object of a request. ``null`` means absent, and JSON types are not converted.
 
@@ -62,8 +54,6 @@ class RequestModel(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _keep_fields_with_effect(cls, raw: object) -> object:
-        if isinstance(raw, ValidatedBody) and isinstance(raw.model, cls):
-            return raw.model
         if not isinstance(raw, dict):
             raise PydanticCustomError("object_type", "it should be a JSON object")
         if len(raw) > MAX_FIELDS:
