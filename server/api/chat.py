@@ -12,7 +12,7 @@ from server.adapters.content.generation_defaults import GenerationDefaults
 from server.api.active_request import ActiveRequest
 from server.api.formats.chat import ChatFormat
 from server.api.generation import Prompts, leased, named_defaults, submit
-from server.api.ignored_fields import note_ignored_fields
+from server.api.ignored_fields import note_ignored, note_ignored_fields
 from server.api.limits.bodies import BodyRoute
 from server.api.protocol import ChatRequest
 from server.api.protocol.messages import template_messages
@@ -20,6 +20,7 @@ from server.api.responses import close_unless_streamed, respond
 from server.api.state import ServerState, State
 from server.api.tool_use import answer_format, format_of_tools, with_tools
 from server.text.prompt import PromptRenderer
+from server.text.template_variables import requested_variables
 
 router = APIRouter(route_class=BodyRoute)
 
@@ -43,6 +44,8 @@ async def start_chat(body: ChatRequest, http: Request, state: ServerState, stack
     """
     async with leased(body, http, state) as (lease, defaults):
         prompts = await state.prompt_threads.run(http, _render, body, defaults, state.prompts)
+        for name in prompts.unused_fields:
+            note_ignored((name,), http, state)
         request = submit(body, http, state, lease=lease, defaults=defaults, prompts=prompts)
         return stack.enter_context(request)
 
@@ -65,11 +68,17 @@ def _render(body: ChatRequest, defaults: GenerationDefaults, base: PromptRendere
     format = format_of_tools(template, defaults.tool_format)
     messages = template_messages(body.messages)
     shown = with_tools(body, with_system_prompt(messages, defaults.system_prompt), template or "", format)
+    variables = requested_variables(
+        template or "", body.chat_template_kwargs, thinking=body.enable_thinking, effort=body.reasoning_effort
+    )
     ids = renderer.chat(
         shown.messages,
         template=defaults.chat_template,
-        variables=defaults.chat_template_kwargs,
+        variables={**(defaults.chat_template_kwargs or {}), **variables.values},
+        continue_final_message=body.continue_final_message,
+        add_generation_prompt=body.opens_answer,
         tools=shown.variables,
         tool_format=format,
     )
-    return Prompts([ids], renderer, "messages", answer_format(body, ids, renderer, template, format))
+    answers = answer_format(body, ids, renderer, template, format)
+    return Prompts([ids], renderer, "messages", answers, unused_fields=variables.unused_fields)

@@ -32,6 +32,7 @@ class Prompts:
     """Token ids of each prompt, the renderer with the tokenizer, and the field of the body that has the prompts.
 
     ``answers`` is what the answers to them look like. ``texts`` are those of the prompts where the answers repeat them.
+    ``unused_fields`` are fields of the request for which the chat template has no variable.
     """
 
     ids: list[list[int]]
@@ -39,6 +40,7 @@ class Prompts:
     field: str
     answers: AnswerFormat = PLAIN
     texts: Sequence[PromptText] = ()
+    unused_fields: tuple[str, ...] = ()
 
 
 @asynccontextmanager

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import asdict, replace
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from typing import Any
 
 from jinja2 import Environment, TemplateError
@@ -22,14 +21,12 @@ from server.adapters.content.added_tokens import AddedToken
 from server.adapters.content.generation_defaults import GenerationDefaults
 from server.adapters.content.templates import default_template
 from server.errors import InvalidRequest, PromptTooLong
-from server.text.deadline import DeadlineExceeded, deadline
+from server.text.chat_prompt import ChatPrompts
 from server.text.prompt_bound import max_prompt_bytes
+from server.text.template_process import TemplateLimitExceeded
 from server.text.token_texts import TokenTexts
 from server.text.tools.families import HERMES
-from server.text.tools.history import CallForm, find_form, has_calls, with_calls_as_text
 from server.text.tools.tool import ToolFormat
-
-_log = logging.getLogger("quickchange.prompt")
 
 _Key = tuple[tuple[AddedToken, ...], bool]
 
@@ -40,8 +37,6 @@ _MARKER_TOKENS = 64
 """Tokens at the end of a prompt in which a marker of several tokens is looked for."""
 _ADDED_TOKENS = '"added_tokens":'
 _MAX_TEMPLATE_MESSAGE = 300
-_MAX_TEMPLATE_SECONDS = 2.0
-_MAX_TEMPLATE_CHARS = 4 * 1024 * 1024
 
 
 class PromptRenderer:
@@ -67,7 +62,7 @@ class PromptRenderer:
         self._hidden_ids = hidden_ids  # hidden in answers although the tokenizer does not know them as special
         self._special_ids = frozenset([*tokenizer.all_special_ids, *special, *hidden_ids])
         self._adapters: OrderedDict[_Key, PromptRenderer] = OrderedDict()
-        self._call_form = lru_cache(MAX_TOKENIZERS)(self._find_call_form)
+        self._chats = ChatPrompts(tokenizer)
         self._lock = threading.Lock()
         self._build_lock = threading.Lock()
         tokenizer("x")  # a tokenizer drops truncation and padding of its file at its first call: here, in one thread
@@ -171,66 +166,36 @@ class PromptRenderer:
         variables: Mapping[str, Any] | None = None,
         tools: Mapping[str, Any] | None = None,
         tool_format: ToolFormat = HERMES,
+        continue_final_message: bool = False,
+        add_generation_prompt: bool = True,
     ) -> list[int]:
-        """Prompt ids of a conversation with the generation prompt, by the base's template or by ``template``.
+        """Prompt ids of a conversation, by the base's template or by ``template``.
 
         ``variables`` are names and values for the template, ``tools`` those in which it takes tools. Earlier calls are
         written in ``tool_format`` for a template that does not take them. Text of a message or variable that looks
         like a special token stays text: only the template writes special tokens.
         Raises ``InvalidRequest`` with the template's message if the template refuses the conversation.
         """
-        template = None if template == self.chat_template else template  # the base's template needs no deadline
-        if not (template or self._tokenizer.chat_template):
+        used = template or default_template(self._tokenizer.chat_template)
+        if not used:
             raise InvalidRequest("The base model has no chat template: use /v1/completions.", param="messages")
-        plain = plain_messages(messages, template or self._tokenizer.chat_template)
+        values = {**(variables or {}), **(tools or {}), "add_generation_prompt": add_generation_prompt}
+        plain = plain_messages(messages, used)
         contents = [content for message in plain if isinstance(content := message.get("content"), str)]
         self._check_length(*contents, param="messages")
-        fixed = {"tools": None, **(tools or {}), "add_generation_prompt": True, "return_dict": False}
-        arguments = {**(variables or {}), **fixed}
         try:
-            ids = self._rendered(plain, template, arguments, tool_format)
-        except DeadlineExceeded:
-            raise InvalidRequest("The chat template takes too long with these messages.", param="messages") from None
-        except Exception as error:  # a template is a program: any exception is possible
+            ids = self._chats.ids(plain, used, values, tool_format, continues=continue_final_message)
+        except TemplateLimitExceeded:
+            raise InvalidRequest(
+                "The chat template takes too long or too much memory with these messages.", param="messages"
+            ) from None
+        except Exception as error:  # a template is a program, and its text anything
             raise InvalidRequest(
                 f"The chat template refuses these messages: {_short_message(error)}", param="messages"
             ) from error
         if not ids:
             raise InvalidRequest("The chat template renders these messages to an empty prompt.", param="messages")
-        return list(ids)
-
-    def _rendered(
-        self, plain: list[dict[str, Any]], template: str | None, arguments: Mapping[str, Any], format: ToolFormat
-    ) -> Any:
-        """Prompt ids. Earlier calls are in the form that the template takes, or else text."""
-        if not has_calls(plain):
-            return self._render(plain, template, arguments)
-        form = self._call_form(template)
-        if form is not None:
-            try:
-                return self._render(form.applied(plain), template, arguments)
-            except Exception:  # noqa: BLE001 - a template is a program: any exception is possible
-                _log.debug("the chat template refuses calls that it takes otherwise")
-        return self._render(with_calls_as_text(plain, format), template, arguments)
-
-    def _find_call_form(self, template: str | None) -> CallForm | None:
-        render = partial(self._tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
-        with deadline(_MAX_TEMPLATE_SECONDS):
-            return find_form(lambda messages: str(render(messages, chat_template=template)))
-
-    def _render(self, plain: list[dict[str, Any]], template: str | None, arguments: Mapping[str, Any]) -> Any:
-        if template is None:
-            return self._tokenizer.apply_chat_template(plain, sanitize_control_tokens=True, **arguments)
-        with deadline(_MAX_TEMPLATE_SECONDS):
-            return self._render_adapter_template(plain, template, arguments)
-
-    def _render_adapter_template(self, plain: list[dict[str, Any]], template: str, arguments: Mapping[str, Any]) -> Any:
-        """Prompt ids by a template that is not the base's; the length of its text is limited before tokenization."""
-        render = partial(self._tokenizer.apply_chat_template, plain, chat_template=template, **arguments)
-        text = render(tokenize=False)
-        if len(text) > _MAX_TEMPLATE_CHARS:
-            raise ValueError(f"the rendered prompt has {len(text)} characters")
-        return render(sanitize_control_tokens=True)
+        return ids
 
     def prompt_ids(self, prompt: str | list[int], *, param: str = "prompt") -> list[int]:
         """A text as token ids; token ids as they are. ``param`` is the field that has it."""

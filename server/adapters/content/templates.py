@@ -26,6 +26,9 @@ class _Marks(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+TEMPLATE_EXTENSIONS = (_Marks, loopcontrols)
+
+
 def default_template(template: Any) -> str | None:
     """A tokenizer's chat template: its only one, or of several named ones the default."""
     if isinstance(template, dict):
@@ -54,14 +57,18 @@ def is_same(template: str, base: str | None) -> bool:
         return False
 
 
+def template_environment() -> Environment:
+    """Parses templates under transformers' settings, without generation marks."""
+    return Environment(trim_blocks=True, lstrip_blocks=True, extensions=TEMPLATE_EXTENSIONS)
+
+
 def _without_space(template: str) -> str:
     return _SPACE.sub("", _MARK.sub("", template))
 
 
 def _parse(template: str) -> nodes.Template:
     """The syntax tree under transformers' settings, without generation marks and trailing white space."""
-    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Marks, loopcontrols])
-    tree = environment.parse(template.rstrip())
+    tree = template_environment().parse(template.rstrip())
     _join(tree)
     last = tree.body[-1] if tree.body else None
     if isinstance(last, nodes.Output) and isinstance(last.nodes[-1], nodes.TemplateData):

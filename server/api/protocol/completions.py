@@ -29,9 +29,12 @@ class CompletionRequest(GenerationRequest):
 
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         **NEUTRAL,
+        "add_generation_prompt": (True,),
+        "chat_template_kwargs": ({},),
+        "continue_final_message": (False,),
         "top_logprobs": (0,),
     }
-    ignored = GenerationRequest.ignored | {"parallel_tool_calls"}
+    ignored = GenerationRequest.ignored | {"enable_thinking", "parallel_tool_calls", "reasoning_effort"}
 
     prompt: Annotated[list[Prompt], PlainValidator(parse_prompts)]
     logprobs: Annotated[Integer | None, Field(ge=0, le=MAX_COMPLETION_LOGPROBS), BeforeValidator(_none_if_false)] = None

@@ -101,8 +101,8 @@ def fields_without_effect(raw: object, model: RequestModel, *, known: bool) -> I
     if not isinstance(raw, dict):
         return
     for name, value in raw.items():
-        unknown = name not in known_names(type(model))
-        if value is not None and (unknown or (known and name in model.ignored)):
+        is_ignored = name in model.ignored and name not in type(model).model_fields
+        if value is not None and (name not in known_names(type(model)) or (known and is_ignored)):
             yield (name,)
     for name in type(model).model_fields:
         for place, item, parsed in _nested(name, raw.get(name), getattr(model, name)):
