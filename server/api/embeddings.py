@@ -98,8 +98,7 @@ async def embed(
         if truncate_to is not None:
             ids = [each[-(limit if truncate_to < 0 else truncate_to) :] for each in ids]
         _check_lengths(ids, limit, param)
-        namespace = cache_namespace(http.state.principal.id, None)
-        run = _EmbeddingRun(state, lease, namespace, ids, dimensions)
+        run = _EmbeddingRun(state, lease, http.state.principal.id, ids, dimensions)
         stack.callback(lambda: run.write_log(http))
         vectors = await run.vectors()
         return Embeddings(vectors, sum(map(len, ids)), None if lease is None else lease.label)
@@ -138,11 +137,12 @@ class _EmbeddingRun:
         self,
         state: ServerState,
         lease: Lease | None,
-        namespace: bytes,
+        owner: str,
         ids: Sequence[Sequence[int]],
         dimensions: int | None,
     ) -> None:
-        self._state, self._lease, self._namespace = state, lease, namespace
+        self._state, self._lease, self._owner = state, lease, owner
+        self._namespace = cache_namespace(owner, None)
         self._ids, self._dimensions = ids, dimensions
         self._waiting = deque(range(len(ids)))
         self._num_running = 0
@@ -205,6 +205,7 @@ class _EmbeddingRun:
             adapters=() if self._lease is None else self._lease.uses,
             eos_ids=frozenset(),
             cache_namespace=self._namespace,
+            owner=self._owner,
             sink=sink,
         )
         self._num_running += 1

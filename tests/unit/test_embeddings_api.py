@@ -102,6 +102,7 @@ def test_an_adapter_embeds_with_its_weights_and_is_released() -> None:
     response = ask(create_app(state), "POST", PATH, json={"model": "poet", "input": "hello"})
     assert response.headers["x-quickchange-adapter"] == "poet@poet-version"
     assert engine.submitted[0].adapters == (LoRARequest("poet-weights"),)
+    assert engine.submitted[0].owner == "anonymous"
     assert (engine.submitted[0].max_tokens, engine.submitted[0].params.embedding) == (0, True)
     assert state.adapters.cache.num_leases("poet-weights") == 0 and engine.num_open == 0
     assert state.metrics.requests.labels("poet", "embedding")._value.get() == 1
