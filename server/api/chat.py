@@ -20,7 +20,7 @@ from server.api.responses import close_unless_streamed, respond
 from server.api.state import ServerState, State
 from server.api.tool_use import answer_format, format_of_tools, with_tools
 from server.text.prompt import PromptRenderer
-from server.text.template_variables import requested_variables
+from server.text.template_variables import TemplateVariables, requested_variables
 
 router = APIRouter(route_class=BodyRoute)
 
@@ -68,9 +68,7 @@ def _render(body: ChatRequest, defaults: GenerationDefaults, base: PromptRendere
     format = format_of_tools(template, defaults.tool_format)
     messages = template_messages(body.messages)
     shown = with_tools(body, with_system_prompt(messages, defaults.system_prompt), template or "", format)
-    variables = requested_variables(
-        template or "", body.chat_template_kwargs, thinking=body.enable_thinking, effort=body.reasoning_effort
-    )
+    variables = _variables(body, template or "")
     ids = renderer.chat(
         shown.messages,
         template=defaults.chat_template,
@@ -82,3 +80,12 @@ def _render(body: ChatRequest, defaults: GenerationDefaults, base: PromptRendere
     )
     answers = answer_format(body, ids, renderer, template, format)
     return Prompts([ids], renderer, "messages", answers, unused_fields=variables.unused_fields)
+
+
+def _variables(body: ChatRequest, template: str) -> TemplateVariables:
+    """The variables of the template that the request sets, most often none."""
+    if not (body.chat_template_kwargs or body.enable_thinking is not None or body.reasoning_effort):
+        return TemplateVariables({})
+    return requested_variables(
+        template, body.chat_template_kwargs, thinking=body.enable_thinking, effort=body.reasoning_effort
+    )

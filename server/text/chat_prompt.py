@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from server.text.message_forms import shows, with_names_as_text, with_reasoning_as_text
 from server.text.reasoning import reasoning_format
 from server.text.template_process import TemplateRefusal, template_processes
-from server.text.tools.history import CallForm, find_form, has_calls, with_calls_as_text
+from server.text.tools.history import CallForm, find_form, with_calls_as_text
 from server.text.tools.tool import ToolFormat
 
 _log = logging.getLogger("quickchange.prompt")
@@ -45,7 +45,7 @@ class ChatPrompts:
         Raises ``TemplateRefusal``, ``TemplateLimitExceeded``.
         """
         shown = self._shown(messages, template)
-        if not has_calls(shown):
+        if not _has_calls(shown):
             return self._ids(shown, template, variables, continues=continues)
         form = self._call_form(template)
         if form is not None:
@@ -84,6 +84,11 @@ class ChatPrompts:
         chat = [_for_template(message) for message in messages]
         values = {"tools": None, "documents": None, **self._tokenizer.special_tokens_map, **variables}
         return template_processes().render(template, {**values, "messages": chat})
+
+
+def _has_calls(messages: Messages) -> bool:
+    """Whether messages have calls or results."""
+    return any(message.get("tool_calls") or message["role"] in ("tool", "function") for message in messages)
 
 
 def _for_template(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -176,7 +176,8 @@ class PromptRenderer:
         like a special token stays text: only the template writes special tokens.
         Raises ``InvalidRequest`` with the template's message if the template refuses the conversation.
         """
-        used = template or default_template(self._tokenizer.chat_template)
+        current = self._tokenizer.chat_template
+        used = template or (current if isinstance(current, str) else self.chat_template)
         if not used:
             raise InvalidRequest("The base model has no chat template: use /v1/completions.", param="messages")
         values = {**(variables or {}), **(tools or {}), "add_generation_prompt": add_generation_prompt}

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import atexit
+import json
 import os
+import struct
 import subprocess
 import sys
 import threading
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
-
-from server.text.template_worker import read_message, write_message
+from typing import IO, Any
 
 MAX_PROCESSES = 2
 MAX_CPU_SECONDS = 2.0
 MAX_WAIT_SECONDS = 30.0
 """For a process on a machine that is busy; its CPU time has a limit of its own."""
 MAX_MESSAGE_CHARS = 300
+_LENGTH = struct.Struct("<Q")
 _ENVIRONMENT = ("LANG", "LD_LIBRARY_PATH", "PATH", "TZ")
 
 
@@ -105,6 +106,23 @@ def _ask(process: subprocess.Popen[bytes], job: Mapping[str, Any]) -> Any:
         return None
     finally:
         watchdog.cancel()
+
+
+def read_message(stream: IO[bytes]) -> Any:
+    """The next message; None at the end of the stream."""
+    head = stream.read(_LENGTH.size)
+    if len(head) < _LENGTH.size:
+        return None
+    length = _LENGTH.unpack(head)[0]
+    body = stream.read(length)
+    return json.loads(body) if len(body) == length else None
+
+
+def write_message(stream: IO[bytes], message: Any) -> None:
+    """Write a message and flush."""
+    body = json.dumps(message).encode()
+    stream.write(_LENGTH.pack(len(body)) + body)
+    stream.flush()
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

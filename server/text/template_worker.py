@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 import resource
 import signal
-import struct
 import sys
 from datetime import datetime
 from functools import lru_cache
-from typing import IO, Any
+from typing import Any
 
 from jinja2 import Template, TemplateError
 from jinja2.exceptions import SecurityError
@@ -21,12 +20,12 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from server.adapters.content.templates import TEMPLATE_EXTENSIONS
+from server.text.template_process import read_message, write_message
 
 MAX_BYTES = 512 * 1024 * 1024
 """Address space of the process, of which Python itself takes about 30 MB."""
 MAX_CHARS = 4 * 1024 * 1024
 """Maximum length of a rendered prompt."""
-_LENGTH = struct.Struct("<Q")
 
 
 class _Dict:
@@ -83,23 +82,6 @@ def _compiled(template: str) -> Template:
         raise_exception=_raise_exception, strftime_now=_strftime_now, dict=_Dict(), namespace=_TemplateNamespace
     )
     return environment.from_string(template)
-
-
-def read_message(stream: IO[bytes]) -> Any:
-    """The next message; None at the end of the stream."""
-    head = stream.read(_LENGTH.size)
-    if len(head) < _LENGTH.size:
-        return None
-    length = _LENGTH.unpack(head)[0]
-    body = stream.read(length)
-    return json.loads(body) if len(body) == length else None
-
-
-def write_message(stream: IO[bytes], message: Any) -> None:
-    """Write a message and flush."""
-    body = json.dumps(message).encode()
-    stream.write(_LENGTH.pack(len(body)) + body)
-    stream.flush()
 
 
 def _result(job: dict[str, Any]) -> dict[str, Any]:

@@ -88,6 +88,8 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 INSTEAD: Mapping[str, str] = {
     "chat_template": "the chat template is the adapter's or the base's",
     "format": "use 'response_format'",
+    "function_call": "use 'tool_choice'",
+    "functions": "use 'tools'",
     "max_new_tokens": "use 'max_tokens'",
     "max_output_tokens": "use 'max_tokens'",
     "n_predict": "use 'max_tokens'",

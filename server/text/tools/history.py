@@ -37,11 +37,6 @@ class CallForm(NamedTuple):
 FORMS = tuple(CallForm(content, as_text) for as_text in (False, True) for content in (None, ""))
 
 
-def has_calls(messages: Messages) -> bool:
-    """Whether messages have calls or results."""
-    return any(message.get("tool_calls") or message["role"] in ("tool", "function") for message in messages)
-
-
 def find_form(render: Callable[[list[dict[str, Any]]], str]) -> CallForm | None:
     """The form in which a template shows a call and its result; None if it shows them in none. Never raises."""
     for form in FORMS:
