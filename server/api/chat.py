@@ -18,6 +18,7 @@ from server.api.protocol import ChatRequest
 from server.api.protocol.messages import template_messages
 from server.api.responses import close_unless_streamed, respond
 from server.api.state import ServerState, State
+from server.api.structured import with_grammar
 from server.api.tool_use import answer_format, format_of_tools, with_tools
 from server.text.prompt import PromptRenderer
 from server.text.template_variables import TemplateVariables, requested_variables
@@ -46,6 +47,8 @@ async def start_chat(body: ChatRequest, http: Request, state: ServerState, stack
         prompts = await state.prompt_threads.run(http, _render, body, defaults, state.prompts)
         for name in prompts.unused_fields:
             note_ignored((name,), http, state)
+        if body.is_constrained or prompts.answers.tool_format is not None:
+            prompts = await with_grammar(body, prompts, state.grammars)
         request = submit(body, http, state, lease=lease, defaults=defaults, prompts=prompts)
         return stack.enter_context(request)
 

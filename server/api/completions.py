@@ -16,6 +16,7 @@ from server.api.limits.bodies import BodyRoute
 from server.api.protocol import CompletionRequest
 from server.api.responses import close_unless_streamed, respond
 from server.api.state import ServerState, State
+from server.api.structured import with_grammar
 from server.text.prompt import PromptRenderer
 from server.text.prompt_text import PromptText, prompt_text
 
@@ -40,6 +41,8 @@ async def start_completion(
     """As ``start_chat``, for prompts without a chat template."""
     async with leased(body, http, state) as (lease, defaults):
         prompts = await state.prompt_threads.run(http, _tokenize, body, defaults, state.prompts)
+        if body.is_constrained:
+            prompts = await with_grammar(body, prompts, state.grammars)
         request = submit(body, http, state, lease=lease, defaults=defaults, prompts=prompts)
         return stack.enter_context(request)
 

@@ -21,6 +21,7 @@ from server.errors import ContextLengthExceeded, InvalidRequest
 from server.sequence import SamplingParams
 from server.text.answer_format import PLAIN, AnswerFormat
 from server.text.detokenizer import Detokenizer
+from server.text.grammar.compiler import CompiledGrammar
 from server.text.prompt import PromptRenderer
 from server.text.prompt_text import PromptText
 
@@ -33,6 +34,7 @@ class Prompts:
 
     ``answers`` is what the answers to them look like. ``texts`` are those of the prompts where the answers repeat them.
     ``unused_fields`` are fields of the request for which the chat template has no variable.
+    The answers follow ``grammar``.
     """
 
     ids: list[list[int]]
@@ -41,6 +43,7 @@ class Prompts:
     answers: AnswerFormat = PLAIN
     texts: Sequence[PromptText] = ()
     unused_fields: tuple[str, ...] = ()
+    grammar: CompiledGrammar | None = None
 
 
 @asynccontextmanager
@@ -118,7 +121,9 @@ def submit(
                 index = len(request.choices)
                 sequence = state.engine.submit(
                     prompt_ids,
-                    params=sampling_params(body, defaults, index=number, max_tokens=max_tokens),
+                    params=replace(
+                        sampling_params(body, defaults, index=number, max_tokens=max_tokens), grammar=prompts.grammar
+                    ),
                     max_tokens=max_tokens,
                     adapters=() if lease is None else lease.uses,
                     eos_ids=eos_ids,

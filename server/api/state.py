@@ -17,6 +17,7 @@ from server.api.limits.bodies import PromptThreads
 from server.api.tracing import RequestTracer
 from server.engine.async_engine import AsyncEngine
 from server.metrics import Metrics
+from server.text.grammar.compiler import GrammarCompiler
 from server.text.prompt import PromptRenderer
 
 PingMode = Literal["comment", "delta", "off"]
@@ -48,6 +49,7 @@ class ServerState:
     access: Access = field(default_factory=Access)
     sse_ping: PingMode = "comment"
     prompt_threads: PromptThreads = field(default_factory=PromptThreads)
+    grammars: GrammarCompiler = field(default_factory=GrammarCompiler)
 
     @property
     def base_name(self) -> str:

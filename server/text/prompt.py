@@ -22,6 +22,7 @@ from server.adapters.content.generation_defaults import GenerationDefaults
 from server.adapters.content.templates import default_template
 from server.errors import InvalidRequest, PromptTooLong
 from server.text.chat_prompt import ChatPrompts
+from server.text.grammar.tokenizer import GrammarTokenizer
 from server.text.prompt_bound import max_prompt_bytes
 from server.text.template_process import TemplateLimitExceeded
 from server.text.token_texts import TokenTexts
@@ -249,6 +250,17 @@ class PromptRenderer:
             name_of=lambda token_id: str(self._tokenizer.convert_ids_to_tokens(token_id)),
             special_ids=self._special_ids,
             context_ids=self._tokenizer("a", add_special_tokens=False)["input_ids"],
+        )
+
+    @cached_property
+    def grammar_tokenizer(self) -> GrammarTokenizer:
+        """The tokenizer for grammars; the first use takes as long as loading it, and is not for the event loop."""
+        eos_id = self._tokenizer.eos_token_id
+        return GrammarTokenizer(
+            self._tokenizer.backend_tokenizer.to_str(),
+            vocab_size=self.vocab_size,
+            special_ids=self._special_ids,
+            eos_id=min(self._special_ids, default=self.vocab_size - 1) if eos_id is None else eos_id,
         )
 
     def ends_inside(self, ids: Sequence[int], begin: str, end: str) -> bool:

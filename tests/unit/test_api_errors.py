@@ -127,7 +127,7 @@ def test_a_path_is_written_as_in_javascript() -> None:
         ({"stop_token_ids": [-1]}, "integer_below_min_value", "stop_token_ids[0]"),
         ({"stop_token_ids": [10**6]}, "invalid_value", "stop_token_ids"),
         ({"functions": [{"name": "f"}]}, "unsupported_parameter", "functions"),
-        ({"response_format": {"type": "json_object"}}, "unsupported_parameter", "response_format"),
+        ({"response_format": {"type": "xml"}}, "invalid_value", "response_format.type"),
         ({"temprature": 1}, "unknown_parameter", "temprature"),
         ({"model": 3}, "invalid_type", "model"),
         ({"messages": [{"role": "user", "content": "xyz " * 300}]}, "context_length_exceeded", "messages"),

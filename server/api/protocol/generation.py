@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from server.api.protocol.known_fields import IGNORED, INSTEAD, NEUTRAL
 from server.api.protocol.model import Integer, RequestModel, Text, well_formed
+from server.api.protocol.structured import CONSTRAINTS, ConstrainedRequest
 from server.errors import UnsupportedParameter
 
 MAX_STOP_LENGTH = 1024
@@ -72,7 +73,7 @@ class StreamOptions(RequestModel):
     continuous_usage_stats: bool = False
 
 
-class GenerationRequest(RequestModel):
+class GenerationRequest(ConstrainedRequest):
     """The fields that chat and completions share."""
 
     ignored = IGNORED
@@ -121,6 +122,11 @@ class GenerationRequest(RequestModel):
             message = "it is only allowed when 'stream' is false"
             raise PydanticCustomError("prompt_logprobs", message, {"field": "prompt_logprobs"})
         return self
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether a field may constrain the answers."""
+        return not self.model_fields_set.isdisjoint(CONSTRAINTS)
 
     @property
     def processors(self) -> tuple[tuple[str, Any], ...]:

@@ -64,7 +64,7 @@ class RequestModel(BaseModel):
                 _check_spelling(cls, name)
             elif value is None:
                 continue
-            elif name in cls.model_fields:
+            elif name in field_names(cls):
                 kept[name] = value
             elif not is_neutral(value, cls.neutral.get(name, (value,))):
                 cls.refuse(name)
@@ -83,9 +83,15 @@ def _check_spelling(model: type[RequestModel], name: str) -> None:
 
 
 @cache
+def field_names(model: type[RequestModel]) -> Mapping[str, str]:
+    """The names in JSON of the fields that a model honours, and those of its attributes."""
+    return {field.alias or name: name for name, field in model.model_fields.items()}
+
+
+@cache
 def known_names(model: type[RequestModel]) -> frozenset[str]:
     """The fields that a model honours, ignores or refuses."""
-    return frozenset([*model.model_fields, *model.ignored, *model.neutral])
+    return frozenset([*field_names(model), *model.ignored, *model.neutral])
 
 
 @cache
@@ -104,8 +110,8 @@ def fields_without_effect(raw: object, model: RequestModel, *, known: bool) -> I
         is_ignored = name in model.ignored and name not in type(model).model_fields
         if value is not None and (name not in known_names(type(model)) or (known and is_ignored)):
             yield (name,)
-    for name in type(model).model_fields:
-        for place, item, parsed in _nested(name, raw.get(name), getattr(model, name)):
+    for name, attribute in field_names(type(model)).items():
+        for place, item, parsed in _nested(name, raw.get(name), getattr(model, attribute)):
             for location in fields_without_effect(item, parsed, known=known):
                 yield (*place, *location)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from llguidance import LLMatcher, LLParserLimits
@@ -18,6 +19,7 @@ from server.text.grammar.tokenizer import GrammarTokenizer
 
 MAX_GRAMMAR_BYTES = 512 * 1024
 """Most bytes of a composed grammar."""
+NUM_THREADS = 2
 MAX_CACHE_BYTES = 64 * 1024 * 1024
 MAX_FORCED_TOKENS = 8192
 """Most tokens that a grammar may force at its start: more are an endless document."""
@@ -41,13 +43,17 @@ class CompiledGrammar:
 
 
 class GrammarCompiler:
-    """Compiled grammars, the most recently used ones, of at most ``max_bytes`` in all. Safe to use from any thread."""
+    """Compiled grammars, the most recently used ones, of at most ``max_bytes`` in all. Safe to use from any thread.
+
+    ``pool`` are the threads that compile, so that neither requests nor the engine wait for it.
+    """
 
     def __init__(self, *, max_bytes: int = MAX_CACHE_BYTES) -> None:
         self._max_bytes = max_bytes
         self._compiled: OrderedDict[tuple[int, Grammar], tuple[GrammarTokenizer, CompiledGrammar]] = OrderedDict()
         self._num_bytes = 0
         self._lock = threading.Lock()
+        self.pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="grammar")
 
     @property
     def num_bytes(self) -> int:
