@@ -29,6 +29,7 @@ from server.api.tracing import otlp_tracer
 from server.api.vllm_metrics import VllmMetrics
 from server.cli.adapter_services import build_adapter_services
 from server.cli.folders import user_cache
+from server.cli.http_protocol import ContractH11Protocol
 from server.cli.reload import Reloader
 from server.engine.async_engine import AsyncEngine
 from server.engine.engine import Engine
@@ -264,7 +265,7 @@ def uvicorn_config(service: Service) -> uvicorn.Config:
         timeout_keep_alive=75,
         timeout_graceful_shutdown=max(1, int(service.settings.shutdown_timeout)),
         server_header=False,
-        http="h11",
+        http=ContractH11Protocol,
         ws="none",
         proxy_headers=False,
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,

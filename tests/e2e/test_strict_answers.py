@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -106,3 +108,16 @@ def test_errors_have_a_code_and_the_path_of_the_field(
     assert body["code"] == code
     assert body["param"].startswith(param)
     assert caught.value.request_id
+
+
+@pytest.mark.parametrize("request_bytes", [b"NONSENSE\r\n\r\n", b"GET / HTTP/1.1\r\nno header\r\n\r\n"])
+def test_what_is_not_http_gets_an_error_with_a_request_id(server: ServerProcess, request_bytes: bytes) -> None:
+    host, _, port = server.url.removeprefix("http://").rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(request_bytes)
+        reply = b""
+        while chunk := connection.recv(65536):
+            reply += chunk
+    head, _, body = reply.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ") and b"x-request-id: " in head
+    assert json.loads(body)["error"].keys() == {"message", "type", "param", "code"}

@@ -39,6 +39,10 @@ _ALSO: Mapping[str, Schema] = {
 """Fields that also take a single value instead of an array."""
 
 
+_OPTIONAL: Mapping[str, str] = {"InputMessage": "type"}
+"""Fields that a validator fills in before they are required, by the name of their model."""
+
+
 def make_true(schemas: dict[str, Schema]) -> None:
     """Correct the schemas of request bodies in place."""
     for model in {model.__name__: model for model in _subclasses(RequestModel)}.values():
@@ -48,6 +52,8 @@ def make_true(schemas: dict[str, Schema]) -> None:
 
 def _make_true(model: type[RequestModel], schema: Schema) -> None:
     properties: dict[str, Schema] = schema.setdefault("properties", {})
+    if model.__name__ in _OPTIONAL:
+        schema["required"] = [name for name in schema["required"] if name != _OPTIONAL[model.__name__]]
     converted = CONVERTED.get(model.__name__, {})
     for name, field in list(properties.items()):
         if name == "logit_bias":
