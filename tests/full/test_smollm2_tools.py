@@ -21,7 +21,7 @@ WEATHER = {
     "required": ["city"],
 }
 QUESTION = user("What is the weather in Paris?")
-NUM_SCHEMAS = 40
+NUM_SCHEMAS = 25
 
 
 @pytest.fixture(scope="module")
