@@ -10,7 +10,7 @@ import ollama
 import pytest
 from anthropic import Anthropic, beta_tool
 from openai import OpenAI
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from tests.serving import ServerProcess, running_server
 
@@ -25,6 +25,8 @@ PARAMETERS: dict[str, Any] = {
 
 
 class City(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
     continent: Literal["Africa", "Asia", "Europe"]
     capital: bool
 
@@ -72,7 +74,12 @@ def test_a_function_is_called_and_its_output_answered(client: OpenAI) -> None:
     tool: Any = {"type": "function", "name": "get_weather", "parameters": PARAMETERS, "strict": True}
     asked: list[Any] = [{"role": "user", "content": WEATHER}]
     with client.responses.stream(
-        model=MODEL, input=asked, tools=[tool], tool_choice="required", max_output_tokens=200
+        model=MODEL,
+        input=asked,
+        tools=[tool],
+        tool_choice="required",
+        parallel_tool_calls=False,
+        max_output_tokens=200,
     ) as events:
         events.until_done()
         response = events.get_final_response()

@@ -61,6 +61,19 @@ def test_calls_and_results_are_turns_of_a_chat() -> None:
     assert found[4]["content"] == [text("Well?")]
 
 
+def test_a_last_turn_of_the_assistant_is_the_beginning_of_the_answer() -> None:
+    turns = [*HELLO["messages"], {"role": "assistant", "content": "Dear"}]
+    chat = to_chat(MessagesRequest.model_validate({**HELLO, "messages": turns}))
+    assert (chat.continue_final_message, chat.opens_answer) == (True, False)
+    assert not to_chat(MessagesRequest.model_validate(HELLO)).continue_final_message
+
+
+@pytest.mark.parametrize(("thinking", "effort"), [("enabled", "medium"), ("disabled", "none"), ("adaptive", None)])
+def test_thinking_is_the_effort_of_a_chat(thinking: str, effort: str | None) -> None:
+    body = {**HELLO, "thinking": {"type": thinking, "budget_tokens": 1024}}
+    assert to_chat(MessagesRequest.model_validate(body)).reasoning_effort == effort
+
+
 def test_sampling_parameters_are_those_of_a_chat() -> None:
     body = {**HELLO, "stop_sequences": ["!"], "temperature": 0.5, "top_k": 3, "top_p": 0.9}
     chat = to_chat(MessagesRequest.model_validate({**body, "metadata": {"user_id": "u"}}))
