@@ -11,6 +11,7 @@ import random
 import tomllib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from server.adapters.names import parse_model
@@ -37,7 +38,7 @@ class Alias:
     name: str
     targets: tuple[Target, ...]
 
-    @property
+    @cached_property
     def adapters(self) -> frozenset[str]:
         """The names in all of its targets."""
         return frozenset(ref.name for target in self.targets for ref in parse_model(target.model))

@@ -145,6 +145,30 @@ def test_an_adapter_comes_before_an_alias_of_its_name_and_the_base_before_both()
     assert made.visible_aliases(lambda name: True) == []
 
 
+def test_an_alias_of_an_adapters_name_means_nothing_also_to_a_key_that_may_not_use_the_adapter() -> None:
+    """Its description in ``/v1/models`` was the hidden adapter's."""
+    made = names("a", "b", aliases='a = "b"\n')
+    assert made.resolve("a", may_use={"b"}.__contains__).refs == (ModelRef("a"),)  # refused where it is used
+    assert made.visible_aliases({"b"}.__contains__) == []
+
+
+@pytest.mark.parametrize(
+    "text", ["客服/中文 1:0.5", "客服/中文 1@ab12:0.5", "客服/中文 1+helpdesk", "helpdesk+客服/中文 1"]
+)
+def test_a_hidden_alias_is_refused_in_the_words_of_a_missing_one(text: str) -> None:
+    """A name that no adapter can have told that it is an alias."""
+    allowed = {"tolstoy"}.__contains__
+
+    def refusal(made: ModelNames) -> str:
+        try:
+            refs = made.resolve(text, may_use=allowed).refs
+        except (ModelNotFound, InvalidRequest) as error:
+            return repr(error)
+        return f"not checked: {refs}"
+
+    assert refusal(names()) == refusal(names(aliases=""))
+
+
 def test_what_a_key_may_not_use_does_not_exist_for_it() -> None:
     allowed = {"helpdesk", "tolstoy", "case"}
     for hidden in ("secret-canary", "SECRET-CANARY"):
