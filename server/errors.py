@@ -12,6 +12,7 @@ QuickchangeError
 │   ├── InvalidKey
 │   ├── InsufficientPermissions
 │   ├── RateLimitExceeded
+│   ├── QueueShareFull
 │   ├── ConcurrencyLimitExceeded
 │   ├── TooManyWrongKeys
 │   ├── HostNotAllowed
@@ -195,6 +196,14 @@ class ConcurrencyLimitExceeded(RequestError):
         super().__init__(f"This API key may have {limit} requests running, and has them. Wait for one to end.")
 
 
+class QueueShareFull(RequestError):
+    """A key has its share of the running and queued sequences, while there is room for other keys."""
+
+    def __init__(self, limit: int, *, retry_after: float) -> None:
+        self.limit, self.retry_after = limit, retry_after
+        super().__init__(f"This API key has {limit} generations running or queued, its share. Try again later.")
+
+
 class TooManyWrongKeys(RequestError):
     """Too many wrong API keys came from one address; a right one is not affected."""
 
@@ -227,8 +236,8 @@ class ServiceError(QuickchangeError):
 class QueueFull(ServiceError):
     """The queue has its maximum of sequences."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    def __init__(self, limit: int, *, retry_after: float = 1.0) -> None:
+        self.limit, self.retry_after = limit, retry_after
         super().__init__(f"The server is busy: {limit} generations are queued already. Try again later.")
 
 

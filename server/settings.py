@@ -98,8 +98,8 @@ class Settings(BaseSettings):
         0.75,
         gt=0,
         le=1,
-        description="Maximum share of the running sequences that one API key has while requests of another key wait; "
-        "1 turns it off.",
+        description="Maximum share that one API key has of the queue, and of the running sequences while requests of "
+        "another key wait; 1 turns it off.",
     )
     max_lora_rank: int = Field(
         256, ge=1, description="Maximum rank of an adapter; adapters of a larger rank are refused."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +28,7 @@ from server.adapters.reader import AdapterReader
 from server.adapters.registry import Adapter, AdapterRegistry
 from server.api.state import ServerState
 from server.api.tracing import RequestTracer
-from server.engine.async_engine import AsyncEngine
+from server.engine.async_engine import AsyncEngine, Reservation
 from server.errors import EngineUnavailable, GenerationFailed, QueueFull, TooManySequences
 from server.metrics import Metrics
 from server.sequence import Doubles, FinishReason, LoRARequest, SampledToken, SamplingParams, StepOutput
@@ -188,6 +189,12 @@ class FakeEngine:
     def num_open(self) -> int:
         """Streams nobody closed."""
         return sum(not sequence.closed for sequence in self.sequences)
+
+    @contextlib.contextmanager
+    def reserve(self, num_sequences: int, *, owner: str | None = None) -> Iterator[Reservation]:
+        """As the real one."""
+        self.check_capacity(num_sequences)
+        yield Reservation(owner, num_sequences)
 
     def check_capacity(self, num_sequences: int) -> None:
         """As the real one."""

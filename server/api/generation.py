@@ -13,7 +13,7 @@ from fastapi import Request
 from server.adapters.adapter_cache import Lease, joint_defaults
 from server.adapters.content.generation_defaults import GenerationDefaults
 from server.api.active_request import ActiveRequest, Choice, TokenRecord
-from server.api.auth.principal import Principal
+from server.api.auth.principal import WITHOUT_KEYS, Principal
 from server.api.protocol import GenerationRequest
 from server.api.request_log import RequestLog
 from server.api.state import ServerState, adapter_access
@@ -52,17 +52,20 @@ async def leased(
 ) -> AsyncIterator[tuple[Lease | None, GenerationDefaults]]:
     """A lease of the adapters that ``model`` names, None for the base, and the generation defaults.
 
-    The lease is released here only if the block raises. Raises every error that can be found before rendering.
+    Room in the queue is reserved until the block ends, which submits. The lease is released here only if the block
+    raises. Raises every error that can be found before rendering.
     """
     check_token_ids(body, state.prompts.vocab_size)
-    state.engine.check_capacity(body.num_prompts * body.num_candidates)
-    lease = await acquire(body.model, http, state, user=body.user, lora_scale=body.lora_scale)
-    try:
-        yield lease, state.base_defaults if lease is None else overlay(lease.defaults, state.base_defaults)
-    except BaseException:
-        if lease is not None:
-            lease.release()
-        raise
+    owner = None if http.state.principal is WITHOUT_KEYS else http.state.principal.id
+    with state.engine.reserve(body.num_prompts * body.num_candidates, owner=owner) as reservation:
+        http.state.reservation = reservation
+        lease = await acquire(body.model, http, state, user=body.user, lora_scale=body.lora_scale)
+        try:
+            yield lease, state.base_defaults if lease is None else overlay(lease.defaults, state.base_defaults)
+        except BaseException:
+            if lease is not None:
+                lease.release()
+            raise
 
 
 async def named_defaults(
@@ -119,6 +122,7 @@ def submit(
         for place, (prompt_ids, max_tokens) in enumerate(zip(prompts.ids, lengths, strict=True)):
             for number in range(body.num_candidates):
                 index = len(request.choices)
+                http.state.reservation.use()
                 sequence = state.engine.submit(
                     prompt_ids,
                     params=replace(

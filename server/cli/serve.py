@@ -151,7 +151,11 @@ def build(settings: Settings, access: Access) -> Service:
         max_scored_rows=max_scored_rows(base.vocab_size),
     )
     runner = _runner(base, slots.num_slots, settings.adapter_memory)
-    engine = AsyncEngine(Engine(scheduler, runner, Sampler(), metrics), max_queued_seqs=settings.max_queued_seqs)
+    engine = AsyncEngine(
+        Engine(scheduler, runner, Sampler(), metrics),
+        max_queued_seqs=settings.max_queued_seqs,
+        max_owner_share=settings.max_key_share,
+    )
     prompts = PromptRenderer(base.tokenizer, vocab_size=base.vocab_size, max_model_len=base.max_model_len)
     services = build_adapter_services(settings, base, runner, engine, prompts, metrics)
     if settings.metrics_alias == "vllm":

@@ -13,12 +13,13 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 from server.engine.engine import Engine
-from server.errors import EngineUnavailable, GenerationFailed, QueueFull, TooManySequences
+from server.errors import EngineUnavailable, GenerationFailed, QueueFull, QueueShareFull, TooManySequences
 from server.lora.weights import LoRAWeights
 from server.sequence import LoRARequest, SamplingParams, Sequence, StepOutput
 
@@ -26,6 +27,7 @@ logger = logging.getLogger("quickchange.engine")
 
 MAX_FAILED_STEPS = 3
 """Consecutive failed steps that end the engine thread."""
+_NUM_ENDS = 64
 _FAILURES = {
     "step": "a step failed; its sequences were ended with an error",
     "command": "a command failed; other sequences and adapters are not affected",
@@ -61,11 +63,29 @@ class SubmittedSequence:
         self._close(self.sequence.id)
 
 
-class AsyncEngine:
-    """Runs an ``Engine`` in a thread of its own for the event loop that called ``start``."""
+@dataclass(eq=False)
+class Reservation:
+    """Room in the queue for ``num_sequences`` of an owner that are still to be submitted."""
 
-    def __init__(self, engine: Engine, *, max_queued_seqs: int) -> None:
+    owner: str | None
+    num_sequences: int
+
+    def use(self) -> None:
+        """Give up the room for one sequence, which is submitted next."""
+        self.num_sequences -= 1
+
+
+class AsyncEngine:
+    """Runs an ``Engine`` in a thread of its own for the event loop that called ``start``.
+
+    An owner has at most ``max_owner_share`` of the sequences that may run or wait.
+    """
+
+    def __init__(self, engine: Engine, *, max_queued_seqs: int, max_owner_share: float = 1.0) -> None:
         self._engine = engine
+        self._max_owner_share = max_owner_share
+        self._reservations: set[Reservation] = set()
+        self._ends: deque[float] = deque(maxlen=_NUM_ENDS)  # times of the last ends of sequences
         self._max_unfinished = max_queued_seqs + engine.scheduler.max_num_seqs
         self._max_queued_seqs = max_queued_seqs
         self._inbox: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()  # None ends the thread
@@ -94,17 +114,45 @@ class AsyncEngine:
         self._alive = True
         self._engine.metrics.engine_up.set(1)
 
-    def check_capacity(self, num_sequences: int) -> None:
+    @contextlib.contextmanager
+    def reserve(self, num_sequences: int, *, owner: str | None = None) -> Iterator[Reservation]:
+        """Keep room for sequences while their prompts are rendered. Raises what ``check_capacity`` raises."""
+        self.check_capacity(num_sequences, owner=owner)
+        reservation = Reservation(owner, num_sequences)
+        self._reservations.add(reservation)
+        try:
+            yield reservation
+        finally:
+            self._reservations.discard(reservation)
+
+    def check_capacity(self, num_sequences: int, *, owner: str | None = None) -> None:
         """Raises an error if this number of sequences would be refused.
 
-        ``TooManySequences`` if they would always be, ``QueueFull`` if they are now; ``EngineUnavailable``.
+        ``TooManySequences`` if they would always be, ``QueueFull`` if they are now, ``QueueShareFull`` if those of
+        ``owner`` are now; ``EngineUnavailable``.
         """
         if num_sequences > self._max_unfinished:
             raise TooManySequences(num_sequences, self._max_unfinished)
         if not self._alive:
             raise EngineUnavailable("The engine is not running.")
-        if len(self._submitted) + num_sequences > self._max_unfinished:
-            raise QueueFull(self._max_queued_seqs)
+        reserved = sum(reservation.num_sequences for reservation in self._reservations)
+        if len(self._submitted) + reserved + num_sequences > self._max_unfinished:
+            raise QueueFull(self._max_queued_seqs, retry_after=self._queue_seconds())
+        max_owned = max(1, int(self._max_owner_share * self._max_unfinished))
+        if owner is not None and self._num_owned(owner) + num_sequences > max_owned:
+            raise QueueShareFull(max_owned, retry_after=self._queue_seconds())
+
+    def _num_owned(self, owner: str) -> int:
+        """Sequences of an owner, submitted or reserved."""
+        submitted = sum(submitted.sequence.owner == owner for submitted in self._submitted.values())
+        return submitted + sum(each.num_sequences for each in self._reservations if each.owner == owner)
+
+    def _queue_seconds(self) -> float:
+        """How long the queue takes at the rate at which the last sequences ended."""
+        num_queued = len(self._submitted) - self._engine.scheduler.max_num_seqs
+        if len(self._ends) < 2 or num_queued <= 0:
+            return 1.0
+        return num_queued * (time.perf_counter() - self._ends[0]) / len(self._ends)
 
     def submit(
         self,
@@ -171,6 +219,7 @@ class AsyncEngine:
                 logger.exception("sequence %d aborted: delivering its output failed", output.sequence_id)
                 self._close(output.sequence_id)
             if output.last:
+                self._ends.append(time.perf_counter())
                 self._submitted.pop(output.sequence_id, None)
 
     def _end_all(self, error: Exception) -> None:

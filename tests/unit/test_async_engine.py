@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterable
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from server.engine.async_engine import MAX_FAILED_STEPS, AsyncEngine, SubmittedSequence
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
-from server.errors import EngineUnavailable, GenerationFailed, QueueFull
+from server.errors import EngineUnavailable, GenerationFailed, QueueFull, QueueShareFull
 from server.lora.weights import LoRAWeights
 from server.metrics import Metrics
 from server.model.sampler import Sampler
@@ -262,3 +263,35 @@ async def test_a_seed_gives_the_same_tokens_alone_and_beside_others(engine: Asyn
     both = await asyncio.gather(tokens(sampled(8)), tokens(sampled(7)))
     assert both[1] == alone
     assert both[0] != alone
+
+
+async def test_a_key_with_its_share_of_the_queue_is_refused_while_others_have_room(runner: ScriptedRunner) -> None:
+    """One client filled the queue, and everybody got a 503."""
+    scheduler = Scheduler(max_num_seqs=2, max_num_batched_tokens=8, max_model_len=100)
+    engine = AsyncEngine(Engine(scheduler, runner, Sampler(), Metrics()), max_queued_seqs=6, max_owner_share=0.5)
+    engine.start()
+    try:
+        with engine.reserve(4, owner="a"):
+            with pytest.raises(QueueShareFull) as refused:
+                engine.check_capacity(1, owner="a")
+            assert refused.value.limit == 4
+            engine.check_capacity(4, owner="b")
+            with pytest.raises(QueueFull):
+                engine.check_capacity(5)
+        engine.check_capacity(4, owner="a")
+    finally:
+        await engine.stop(1.0)
+
+
+async def test_the_time_to_retry_follows_the_rate_at_which_sequences_end(
+    engine: AsyncEngine, runner: ScriptedRunner
+) -> None:
+    runner.gate.clear()
+    for _ in range(4):
+        submit(engine)
+    now = time.perf_counter()
+    engine._ends.clear()
+    engine._ends.extend([now - 30, now - 20, now - 10])
+    with pytest.raises(QueueFull) as refused:
+        engine.check_capacity(1)
+    assert refused.value.retry_after == pytest.approx(2 * 30 / 3, rel=0.1)
