@@ -140,16 +140,7 @@ def build(settings: Settings, access: Access) -> Service:
     _log_base(base, time.perf_counter() - since)
     metrics = _metrics(base)
     slots = _slots(settings, base)
-    scheduler = Scheduler(
-        max_num_seqs=min(settings.max_num_seqs, slots.num_slots),
-        max_num_batched_tokens=settings.max_num_batched_tokens,
-        max_model_len=base.max_model_len,
-        max_prefill_tokens=settings.max_prefill_tokens,
-        slots=slots,
-        max_owner_share=settings.max_key_share,
-        max_draft_tokens=0 if settings.speculation == "none" else settings.max_draft_tokens,
-        max_scored_rows=max_scored_rows(base.vocab_size),
-    )
+    scheduler = _scheduler(settings, base, slots)
     runner = _runner(base, slots.num_slots, settings.adapter_memory)
     engine = AsyncEngine(
         Engine(scheduler, runner, Sampler(), metrics),
@@ -183,6 +174,19 @@ def build(settings: Settings, access: Access) -> Service:
         computation=_computation(base),
     )
     return Service(state, engine, services.watcher, settings)
+
+
+def _scheduler(settings: Settings, base: Base, slots: SlotTable) -> Scheduler:
+    return Scheduler(
+        max_num_seqs=min(settings.max_num_seqs, slots.num_slots),
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_model_len=base.max_model_len,
+        max_prefill_tokens=settings.max_prefill_tokens,
+        slots=slots,
+        max_owner_share=settings.max_key_share,
+        max_draft_tokens=0 if settings.speculation == "none" else settings.max_draft_tokens,
+        max_scored_rows=max_scored_rows(base.vocab_size),
+    )
 
 
 def _slots(settings: Settings, base: Base) -> SlotTable:
