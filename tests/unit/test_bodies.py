@@ -16,6 +16,7 @@ from server.api.app import create_app
 from server.api.limits import bodies
 from server.api.limits.bodies import LARGE_BODY, MAX_DEPTH, BodyReader
 from server.errors import PromptTooLong
+from server.text.chat_prompt import ChatPrompts
 from server.text.prompt import PromptRenderer
 from server.text.prompt_bound import max_prompt_bytes
 from tests.fakes import BASE, FakeEngine, ask, encode, server_state, small_tokenizer
@@ -91,7 +92,7 @@ def test_a_prompt_longer_than_the_context_can_be_is_refused_without_tokenizing(m
     renderer = PromptRenderer(tokenizer, max_model_len=256)
     longest = max_prompt_bytes(tokenizer.backend_tokenizer, 256)
     assert longest is not None
-    monkeypatch.setattr(PromptRenderer, "_rendered", lambda *_: pytest.fail("it was rendered"))
+    monkeypatch.setattr(ChatPrompts, "ids", lambda *_, **__: pytest.fail("it was rendered"))
     with pytest.raises(PromptTooLong, match=f"256 tokens have at most {longest}"):
         renderer.chat([{"role": "user", "content": "x" * (longest + 1)}])
     with pytest.raises(PromptTooLong):
