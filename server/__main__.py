@@ -84,6 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (StartError, BaseFilesError) as error:
         print(f"quickchange: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130  # as a shell has it for SIGINT
 
 
 if __name__ == "__main__":

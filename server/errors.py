@@ -265,6 +265,13 @@ class EngineUnavailable(ServiceError):
     """The engine is stopping or has stopped."""
 
 
+class ShuttingDown(ServiceError):
+    """The server ends: new requests are refused, and running ones end at the end of the time they had."""
+
+    def __init__(self) -> None:
+        super().__init__("The server is shutting down. Send the request again.")
+
+
 class GenerationFailed(ServiceError):
     """One generation failed; others are not affected."""
 

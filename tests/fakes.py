@@ -178,6 +178,7 @@ class FakeEngine:
     scripts: list[Script] = field(default_factory=lambda: [Script()])
     alive: bool = True
     max_model_len: int = 256
+    step_seconds: float = 0.0
     capacity: int = 64
     num_cached: int = 0
     submitted: list[Submitted] = field(default_factory=list)

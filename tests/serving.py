@@ -96,6 +96,17 @@ def running_server(
     *flags: str, cwd: Path = ROOT, port: int = 0, start_timeout: float = 120.0
 ) -> Iterator[ServerProcess]:
     """Start a server and wait until it listens; at the end it must stop by SIGTERM with status 0."""
+    with started_server(*flags, cwd=cwd, port=port, start_timeout=start_timeout) as server:
+        yield server
+    status = server.process.returncode
+    assert status == 0, f"the server ended with status {status}:\n" + "\n".join(server.log[-20:])
+
+
+@contextlib.contextmanager
+def started_server(
+    *flags: str, cwd: Path = ROOT, port: int = 0, start_timeout: float = 120.0
+) -> Iterator[ServerProcess]:
+    """Start a server and wait until it listens; stop it by SIGTERM at the end, unless it has ended."""
     command = [sys.executable, "-m", "server", "serve", "--port", str(port), *flags]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("QUICKCHANGE_")}
     environment |= {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
@@ -115,9 +126,8 @@ def running_server(
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
-        status = process.wait(60)
+        process.wait(60)
         thread.join(5)
-    assert status == 0, f"the server ended with status {status}:\n" + "\n".join(server.log[-20:])
 
 
 def _read_log(server: ServerProcess) -> None:

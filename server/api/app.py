@@ -1,13 +1,11 @@
-"""The application: routes, error handlers, middleware, and the endpoints for operators.
+"""The application: routes, error handlers and middleware.
 
 An endpoint is a module with a ``router``, which ``create_app`` includes.
 """
 
 from __future__ import annotations
 
-from fastapi import APIRouter, FastAPI, Request
-from prometheus_client.exposition import choose_encoder
-from starlette.responses import JSONResponse, Response
+from fastapi import FastAPI
 from starlette.types import Lifespan
 
 from server.api import (
@@ -19,6 +17,7 @@ from server.api import (
     models,
     ollama,
     ollama_models,
+    operations,
     responses_api,
     tokens,
 )
@@ -27,13 +26,13 @@ from server.api.cors import CorsMiddleware
 from server.api.encoded_bodies import EncodedBodyMiddleware
 from server.api.errors import install_error_handlers
 from server.api.hosts import HostMiddleware
+from server.api.lifecycle import DrainMiddleware
 from server.api.limits.bodies import BodyReader
 from server.api.middleware import MAX_BODY_BYTES, RequestMiddleware
 from server.api.pages import overview, reference
 from server.api.routing import RouteTable, RoutingMiddleware
-from server.api.state import ServerState, State
+from server.api.state import ServerState
 
-operations = APIRouter()
 ROUTERS = (
     chat.router,
     completions.router,
@@ -45,7 +44,7 @@ ROUTERS = (
     ollama_models.router,
     models.router,
     admin.router,
-    operations,
+    operations.router,
     overview.router,
     reference.router,
 )
@@ -72,6 +71,7 @@ def create_app(state: ServerState, *, lifespan: Lifespan[FastAPI] | None = None)
     install_error_handlers(app)
     app.add_middleware(EncodedBodyMiddleware, max_body_bytes=MAX_BODY_BYTES)
     app.add_middleware(AuthMiddleware, access=state.access, metrics=state.metrics)
+    app.add_middleware(DrainMiddleware, lifecycle=state.lifecycle)
     app.add_middleware(RoutingMiddleware)
     app.add_middleware(HostMiddleware, hosts=state.access.hosts)
     app.add_middleware(RequestMiddleware, metrics=state.metrics)
@@ -79,24 +79,3 @@ def create_app(state: ServerState, *, lifespan: Lifespan[FastAPI] | None = None)
     for router in ROUTERS:
         app.include_router(router)
     return app
-
-
-@operations.get("/health")
-async def health(state: State) -> Response:
-    """200 while the engine is alive, else 503."""
-    if state.engine.alive:
-        return JSONResponse({"status": "ok"})
-    return JSONResponse({"status": "engine stopped"}, status_code=503)
-
-
-@operations.get("/metrics")
-async def metrics(http: Request, state: State) -> Response:
-    """Prometheus' text format, or OpenMetrics if the client accepts it."""
-    encode, content_type = choose_encoder(http.headers.get("accept", ""))
-    return Response(encode(state.metrics.registry), headers={"content-type": content_type})
-
-
-@operations.get("/version")
-async def version(state: State) -> dict[str, str]:
-    """The server's version."""
-    return {"version": state.version}

@@ -17,6 +17,7 @@ from server.api.errors import ClientGone, reply_to
 from server.api.formats.interface import AnswerCollector, ResponseFormat, WholeAnswer
 from server.api.formats.wire import fingerprint, to_json_with_encoded_parts
 from server.api.state import PingMode, ServerState
+from server.errors import QuickchangeError
 
 PING_SECONDS = 15.0
 
@@ -130,6 +131,11 @@ async def _events(request: ActiveRequest, format: ResponseFormat, ping: PingMode
             yield event
     except Exception as error:  # noqa: BLE001 - the 200 has been sent: only an error event can tell the client
         request.mark_failed()
-        _log.exception("request_id=%s failed in mid-stream", request.log.request_id)
+        _log.warning(
+            "request_id=%s failed in mid-stream: %s",
+            request.log.request_id,
+            error,
+            exc_info=None if isinstance(error, QuickchangeError) else error,
+        )
         for event in format.error(reply_to(error, request_id=request.log.request_id)):
             yield event

@@ -13,6 +13,7 @@ from server.adapters.model_names import MayUse
 from server.adapters.operator import AdapterOperator
 from server.api.auth.access import Access
 from server.api.auth.principal import Principal
+from server.api.lifecycle import Lifecycle
 from server.api.limits.bodies import PromptThreads
 from server.api.tracing import RequestTracer
 from server.engine.async_engine import AsyncEngine
@@ -46,6 +47,7 @@ class ServerState:
     operator: AdapterOperator | None = None
     strict_fields: bool = False
     tracer: RequestTracer | None = None
+    lifecycle: Lifecycle = field(default_factory=Lifecycle)
     access: Access = field(default_factory=Access)
     sse_ping: PingMode = "comment"
     prompt_threads: PromptThreads = field(default_factory=PromptThreads)

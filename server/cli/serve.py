@@ -6,14 +6,12 @@ import asyncio
 import contextlib
 import gc
 import logging
-import signal
 import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from types import FrameType
 
 import torch
 import uvicorn
@@ -30,6 +28,7 @@ from server.api.vllm_metrics import VllmMetrics
 from server.cli.adapter_services import build_adapter_services
 from server.cli.folders import user_cache
 from server.cli.http_protocol import ContractH11Protocol
+from server.cli.http_server import HttpServer
 from server.cli.reload import Reloader
 from server.engine.async_engine import AsyncEngine
 from server.engine.engine import Engine
@@ -86,12 +85,13 @@ class Service:
                 self.reloader.start(self.watcher)
             tasks.append(asyncio.create_task(self.watcher.run()))
             tasks.append(asyncio.create_task(self.state.adapters.sync.hash_all()))
+            self.state.lifecycle.started = True
             yield
         finally:
             for task in tasks:
                 task.cancel()
             try:
-                await self.engine.stop(self.settings.shutdown_timeout)
+                await self.engine.stop(0)  # the requests have ended
             finally:
                 self.state.adapters.reader.close()
                 if self.state.tracer is not None:
@@ -233,9 +233,12 @@ def run_server(settings: Settings, sockets: Sequence[socket.socket], access: Acc
     is_tls = settings.ssl_certfile is not None
     urls = [url_of(each, is_tls=is_tls) for each in sockets]
     logger.info("serving on %s (OpenAI API under /v1)", " and ".join(urls))
-    server = uvicorn.Server(uvicorn_config(service))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _ignore_signal)
+    server = HttpServer(
+        uvicorn_config(service),
+        lifecycle=service.state.lifecycle,
+        engine=service.engine,
+        drain_seconds=settings.shutdown_timeout,
+    )
     try:
         server.run(sockets=list(sockets))
     except SystemExit:  # uvicorn exits so when the lifespan fails
@@ -244,7 +247,7 @@ def run_server(settings: Settings, sockets: Sequence[socket.socket], access: Acc
     error = service.start_error
     if error is not None:
         raise error if isinstance(error, StartError) else StartFailed(error) from error
-    return 0 if server.started else 1
+    return server.exit_status if server.started else 1
 
 
 def url_of(bound: socket.socket, *, is_tls: bool) -> str:
@@ -252,10 +255,6 @@ def url_of(bound: socket.socket, *, is_tls: bool) -> str:
     host, port = bound.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     return f"{'https' if is_tls else 'http'}://{shown}:{port}"
-
-
-def _ignore_signal(number: int, frame: FrameType | None) -> None:
-    """uvicorn raises the signal that stopped it again at its end; the exit status of a regular stop must be 0."""
 
 
 def uvicorn_config(service: Service) -> uvicorn.Config:
@@ -271,7 +270,7 @@ def uvicorn_config(service: Service) -> uvicorn.Config:
         access_log=False,
         log_config=None,
         timeout_keep_alive=75,
-        timeout_graceful_shutdown=max(1, int(service.settings.shutdown_timeout)),
+        timeout_graceful_shutdown=1,  # ``HttpServer`` has waited for the requests
         server_header=False,
         http=ContractH11Protocol,
         ws="none",

@@ -96,11 +96,18 @@ class AsyncEngine:
         self._alive = False
         self._failed_steps = 0
         self._accounting_failed = False
+        self._step_since: float | None = None
 
     @property
     def alive(self) -> bool:
         """Whether sequences are accepted and computed."""
         return self._alive
+
+    @property
+    def step_seconds(self) -> float:
+        """Seconds since the current step began; 0 between steps."""
+        since = self._step_since
+        return 0.0 if since is None else time.perf_counter() - since
 
     @property
     def max_model_len(self) -> int:
@@ -203,6 +210,13 @@ class AsyncEngine:
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join, 60)
 
+    def fail_all(self, error: Exception) -> None:
+        """In the event loop: end every sequence with an error, and accept no more."""
+        self._alive = False
+        for sequence_id, submitted in list(self._submitted.items()):
+            submitted.sink(error)
+            self._close(sequence_id)
+
     def _close(self, sequence_id: int) -> None:
         if self._submitted.pop(sequence_id, None) is not None:
             self._inbox.put(partial(self._abort, sequence_id))
@@ -240,8 +254,9 @@ class AsyncEngine:
         reason = EngineUnavailable("The engine was stopped.")
         try:
             while self._take_commands():
-                since = time.perf_counter()
+                since = self._step_since = time.perf_counter()
                 outputs = self._step()
+                self._step_since = None
                 self._send(outputs)
                 self._account(self._engine.record_step, outputs, time.perf_counter() - since)
         except BaseException as error:

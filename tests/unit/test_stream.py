@@ -85,11 +85,11 @@ def test_a_stream_of_completions_has_text_and_no_roles() -> None:
 
 
 def test_what_fails_after_the_first_token_is_an_event_and_the_end() -> None:
-    *_, last = stream(FakeEngine([Script("hello", then="fail")]))
-    assert last["error"]["code"] == "generation_failed"
+    *_, last, done = stream(FakeEngine([Script("hello", then="fail")]))
+    assert (last["error"]["code"], done) == ("generation_failed", "[DONE]")
     assert "secret" not in json.dumps(last)
-    *_, last = stream(FakeEngine([Script("hello", then="die")]))
-    assert last["error"]["code"] == "engine_unavailable"
+    *_, last, done = stream(FakeEngine([Script("hello", then="die")]))
+    assert (last["error"]["code"], done) == ("engine_unavailable", "[DONE]")
 
 
 def test_no_character_and_no_stop_string_is_cut() -> None:

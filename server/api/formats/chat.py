@@ -59,7 +59,7 @@ class ChatFormat:
         yield DONE
 
     def error(self, reply: Reply) -> Iterable[str]:
-        return [sse(reply.body)]
+        return [sse(reply.body), DONE]
 
     def logprobs(self, tokens: Tokens) -> Json | None:
         return None if self._token_texts is None else chat_logprobs(tokens, self._token_texts)
