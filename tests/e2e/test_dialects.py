@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import ollama
 import pytest
 from anthropic import Anthropic, beta_tool
 from openai import OpenAI
+from pydantic import BaseModel, ConfigDict
 
 from tests.serving import ServerProcess
 
@@ -20,6 +22,13 @@ SCHEMA: dict[str, Any] = {
     "required": ["city"],
     "additionalProperties": False,
 }
+
+
+class Rating(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    mood: Literal["good", "bad"]
+    urgent: bool
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +80,27 @@ def test_all_stream_the_answer_of_a_chat(client: OpenAI, claude: Anthropic, loca
     assert "".join(line.response or "" for line in lines) == expected
 
 
+def test_each_client_parses_an_answer_by_a_schema(client: OpenAI, claude: Anthropic, local: ollama.Client) -> None:
+    response = client.responses.parse(model=MODEL, input=QUESTION, text_format=Rating, max_output_tokens=60)
+    assert isinstance(response.output_parsed, Rating)
+    messages: Any = [{"role": "user", "content": QUESTION}]
+    message = claude.messages.parse(model=MODEL, max_tokens=60, messages=messages, output_format=Rating)
+    assert isinstance(message.parsed_output, Rating)
+    answer = local.chat(MODEL, messages, format=Rating.model_json_schema(), options={"num_predict": 60})
+    Rating.model_validate_json(answer.message.content or "")
+
+
+def test_a_function_is_called_by_its_parameters(client: OpenAI) -> None:
+    tool: Any = {"type": "function", "name": "look", "parameters": SCHEMA, "strict": True}
+    choice: Any = {"type": "function", "name": "look"}
+    with client.responses.stream(
+        model=MODEL, input=QUESTION, tools=[tool], tool_choice=choice, parallel_tool_calls=False, max_output_tokens=200
+    ) as events:
+        events.until_done()
+        (call,) = events.get_final_response().output
+    assert call.type == "function_call" and list(json.loads(call.arguments)) == ["city"]
+
+
 def test_embeddings_are_those_of_openais_api(client: OpenAI, local: ollama.Client) -> None:
     expected = client.embeddings.create(model=MODEL, input=["one", "two"], encoding_format="float").data
     found = local.embed(MODEL, ["one", "two"])
@@ -83,17 +113,18 @@ def test_anthropics_tool_runner_calls_a_tool_and_goes_on(claude: Anthropic) -> N
     called = []
 
     @beta_tool
-    def get_weather(city: str) -> str:
+    def get_weather(city: Literal["Kyiv", "Rome"]) -> str:
         """The weather in a city."""
         called.append(city)
         return "sunny"
 
     runner = claude.beta.messages.tool_runner(
         model=MODEL,
-        max_tokens=60,
+        max_tokens=200,
         max_iterations=2,
         tools=[get_weather],
         tool_choice={"type": "any"},
         messages=[{"role": "user", "content": "Weather in Kyiv?"}],
     )
-    assert next(iter(runner)).role == "assistant"
+    assert [message.stop_reason for message in runner] == ["tool_use", "tool_use"]
+    assert called
