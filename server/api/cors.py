@@ -12,7 +12,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.middleware import request_id_of
+from server.api.request_ids import request_id_of
 
 ANY_ORIGIN = "*"
 _METHODS = "GET, HEAD, POST, DELETE"

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
-import uuid
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -14,12 +12,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.errors import http_reply, reply_to
 from server.api.ignored_fields import IGNORED_HEADER, ignored_header
+from server.api.request_ids import request_id_of
 from server.metrics import Metrics
 
 MAX_BODY_BYTES = 2 * 1024 * 1024
 
 _log = logging.getLogger("quickchange.api")
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 class RequestMiddleware:
@@ -103,9 +101,3 @@ class _HttpExchange:
             if message["status"] >= 400:
                 self._metrics.http_errors.labels(str(message["status"])).inc()
         await self._send(message)
-
-
-def request_id_of(headers: Headers) -> str:
-    """The client's ``x-request-id`` if it is plain, else a new one."""
-    given = headers.get("x-request-id", "")
-    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex

@@ -11,12 +11,15 @@ import logging
 import os
 import signal
 from types import FrameType
+from typing import TYPE_CHECKING
 
-from server.adapters.watcher import AdapterWatcher
 from server.api.auth.access import Access
 from server.cli.access import read_keys
 from server.errors import SettingsError
 from server.settings import Settings
+
+if TYPE_CHECKING:  # it imports torch, during which a signal must not end the process
+    from server.adapters.watcher import AdapterWatcher
 
 logger = logging.getLogger("quickchange")
 
@@ -29,11 +32,15 @@ class Reloader:
         self._watcher: AdapterWatcher | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._in_order = asyncio.Lock()
+        self._is_early = False
         self._stops_with_terminal = False
 
     def start(self, watcher: AdapterWatcher) -> None:
-        """Reload on the running event loop; a signal before has no effect, as everything is just being read."""
+        """Reload on the running event loop, at once if a signal came while the base was loaded."""
         self._watcher, self._loop = watcher, asyncio.get_running_loop()
+        if self._is_early:
+            self._start()
 
     def listen(self) -> None:
         """From the main thread."""
@@ -43,7 +50,9 @@ class Reloader:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._stops_with_terminal and not has_terminal():
             signal.raise_signal(signal.SIGTERM)
-        elif self._loop is not None and not self._loop.is_closed():
+        elif self._loop is None:
+            self._is_early = True
+        elif not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._start)
 
     def _start(self) -> None:
@@ -52,6 +61,10 @@ class Reloader:
         task.add_done_callback(self._tasks.discard)
 
     async def reload(self) -> None:
+        async with self._in_order:
+            await self._reload()
+
+    async def _reload(self) -> None:
         try:
             keys = await asyncio.to_thread(read_keys, self._settings)
         except SettingsError as error:

@@ -224,10 +224,10 @@ def _runner(base: Base, num_slots: int, adapter_memory: int) -> ModelRunner:
         ) from error
 
 
-def run_server(settings: Settings, sockets: Sequence[socket.socket], access: Access) -> int:
+def run_server(
+    settings: Settings, sockets: Sequence[socket.socket], access: Access, reloader: Reloader | None = None
+) -> int:
     """Serve on bound sockets until a signal stops the server. Raises ``StartError``."""
-    reloader = Reloader(settings, access)
-    reloader.listen()
     service = build(settings, access)
     service.reloader = reloader
     is_tls = settings.ssl_certfile is not None

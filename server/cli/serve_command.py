@@ -10,6 +10,7 @@ from server.cli.allocation import keep_freed_memory
 from server.cli.command_line import parse_settings
 from server.cli.folders import check_folders
 from server.cli.listening import bound_sockets
+from server.cli.reload import Reloader
 from server.cli.tls import check_certificate
 
 
@@ -21,7 +22,9 @@ def main(arguments: Sequence[str]) -> int:
     check_certificate(settings)
     with bound_sockets(settings.host, settings.port) as sockets:
         access = build_access(settings, sockets)
+        reloader = Reloader(settings, access)
+        reloader.listen()
         keep_freed_memory()
         from server.cli.serve import run_server  # imports torch, which takes seconds
 
-        return run_server(settings, sockets, access)
+        return run_server(settings, sockets, access, reloader)

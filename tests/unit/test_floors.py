@@ -291,6 +291,13 @@ def test_the_lowest_floors_load_without_torch() -> None:
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
 
 
+def test_a_start_is_checked_before_torch_is_imported() -> None:
+    """A refused start took 4 s, and a SIGHUP in this time ended the process."""
+    program = "import sys, server.cli.serve_command; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout.strip(), done.stderr) == ("False False", "")
+
+
 def test_whatever_is_imported_is_a_declared_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 from collections.abc import Iterator
@@ -59,6 +60,24 @@ async def test_aliases_are_read_again(tmp_path: Path) -> None:
     (harness.first / "aliases.toml").write_text('support = "helpdesk"\n')
     await reloader.reload()
     assert list(harness.adapters.names.aliases) == ["support"]
+
+
+async def test_a_signal_while_the_base_is_loaded_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The keys were read before the base, so a file that changed meanwhile was not read until the next signal."""
+    path = tmp_path / "keys.toml"
+    write(path, "")
+    settings = Settings(api_keys=path)
+    access = Access(read_keys(settings))
+    monkeypatch.setattr(reload, "has_terminal", lambda: False)
+    reloader = Reloader(settings, access)
+    reloader.listen()
+    write(path, f'[a]\nsha256 = "{digest_of(KEY).hex()}"')
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert access.keys.find(KEY.encode()) is None
+    reloader.start(AdapterHarness(tmp_path).watcher)
+    async with asyncio.timeout(10):
+        while access.keys.find(KEY.encode()) is None:
+            await asyncio.sleep(0.01)
 
 
 @pytest.mark.parametrize(
