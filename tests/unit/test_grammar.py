@@ -213,3 +213,23 @@ def test_matchers_of_one_grammar_do_not_affect_each_other() -> None:
     assert second.accept(encode("b")[0])
     assert not first.failed
     assert not second.failed
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        rules("start: r0\n" + "".join(f"r{n}: r{n + 1}\n" for n in range(4000)) + 'r4000: "a"', SOURCE),
+        json_schema({"type": "integer", "multipleOf": 1_000_003}, SOURCE),
+        json_schema({"allOf": [{"type": "string", "pattern": f"a{{{n}}}b*"} for n in range(40)]}, SOURCE),
+    ],
+)
+def test_a_grammar_that_would_crash_or_exhaust_the_server_is_refused(grammar: Grammar) -> None:
+    """The first overflows the library's stack, the others need seconds, hundreds of megabytes, or forever."""
+    with pytest.raises(InvalidRequest, match="it needs too much time or memory to compile"):
+        started(grammar)
+    assert follows(json_schema(PERSON, SOURCE), '{"name": "Ada", "age": 36}')
+
+
+def test_an_object_of_a_thousand_optional_properties_can_be_followed() -> None:
+    schema = {"type": "object", "properties": {f"p{number}": {"type": "integer"} for number in range(1000)}}
+    assert follows(json_schema(schema, SOURCE), '{"p7": 1, "p999": 2}')

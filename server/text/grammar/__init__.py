@@ -1,7 +1,8 @@
 """Floor 1: grammars that an answer must follow, by llguidance. No torch.
 
 Read ``grammar`` (values and their composition), ``schema`` (what a JSON schema may hold), ``compiler`` (limits, cache,
-worker thread) and ``matcher`` (the state of one sequence). A grammar is built from the functions of ``grammar``::
+worker threads), ``trial`` (a process in which grammars are tried) and ``matcher`` (the state of one sequence).
+A grammar is built from the functions of ``grammar``::
 
     person = json_schema({"type": "object", ...}, Source("response_format", "response_format 'person'"))
     call = concatenate(literal('<tool_call>\\n{"name": "find", "arguments": '), person, literal("}\\n</tool_call>"))

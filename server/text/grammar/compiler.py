@@ -7,15 +7,17 @@ from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from llguidance import LLMatcher, LLParserLimits
+from llguidance import LLMatcher
 
 from server.text.deadline import DeadlineExceeded, deadline
 from server.text.grammar.grammar import Grammar, Rules, documents, kind_of
 from server.text.grammar.library import library_grammar
+from server.text.grammar.limits import parser_limits
 from server.text.grammar.matcher import GrammarMatcher
 from server.text.grammar.refusals import reason_of
 from server.text.grammar.schema import Source, refusal
 from server.text.grammar.tokenizer import GrammarTokenizer
+from server.text.grammar.trial import grammar_trial
 
 MAX_GRAMMAR_BYTES = 512 * 1024
 """Most bytes of a composed grammar."""
@@ -24,8 +26,7 @@ MAX_CACHE_BYTES = 64 * 1024 * 1024
 MAX_FORCED_TOKENS = 8192
 """Most tokens that a grammar may force at its start: more are an endless document."""
 _MAX_CONVERSION_SECONDS = 1.0
-_LIMITS = LLParserLimits(verbose_errors=False)
-_BYTES_PER_CHARACTER, _BYTES_PER_GRAMMAR = 100, 200_000
+_BYTES_PER_GRAMMAR = 100_000
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,10 @@ def _build(grammar: Grammar, tokenizer: GrammarTokenizer) -> CompiledGrammar | s
         return "it is not a valid grammar"
     if len(text) > MAX_GRAMMAR_BYTES:
         return f"it has more than {MAX_GRAMMAR_BYTES} bytes together with the others"
-    matcher = LLMatcher(tokenizer.library, text, log_level=0, limits=_LIMITS)
+    num_bytes = grammar_trial().num_bytes(text, tokenizer)
+    if num_bytes is None or num_bytes > MAX_CACHE_BYTES:
+        return "it needs too much time or memory to compile"
+    matcher = LLMatcher(tokenizer.library, text, log_level=0, limits=parser_limits())
     if not matcher.is_error():
         matcher.compute_bitmask()
     if matcher.is_error():
@@ -117,4 +121,4 @@ def _build(grammar: Grammar, tokenizer: GrammarTokenizer) -> CompiledGrammar | s
     start = GrammarMatcher(matcher, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
     if len(start.pending) > MAX_FORCED_TOKENS:
         return "its document would have no end"
-    return CompiledGrammar(start, _BYTES_PER_GRAMMAR + _BYTES_PER_CHARACTER * len(text))
+    return CompiledGrammar(start, num_bytes + len(text) + _BYTES_PER_GRAMMAR)
