@@ -20,7 +20,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from server.adapters.content.templates import TEMPLATE_EXTENSIONS
-from server.text.template_process import read_message, write_message
+from server.text.worker_process import read_message, write_message
 
 MAX_BYTES = 512 * 1024 * 1024
 """Address space of the process, of which Python itself takes about 30 MB."""

@@ -14,7 +14,7 @@ from typing import Any
 from llguidance import LLMatcher, LLTokenizer
 
 from server.text.grammar.limits import parser_limits
-from server.text.template_process import read_message, write_message
+from server.text.worker_process import read_message, write_message
 
 MAX_CPU_SECONDS = 2
 MAX_ADDRESS_BYTES = 1024**3

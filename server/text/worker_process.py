@@ -1,0 +1,75 @@
+"""Processes that take jobs from the server, one after another, as JSON through pipes."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import IO, Any
+
+_LENGTH = struct.Struct("<Q")
+_ENVIRONMENT = ("LANG", "LD_LIBRARY_PATH", "PATH", "TZ")
+
+
+def start_worker(module: str) -> subprocess.Popen[bytes]:
+    """Start ``python -m module``, with little of the server's environment."""
+    root = str(Path(__file__).resolve().parents[2])
+    environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, sys.path)])
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", module],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+        start_new_session=True,  # a terminal's Ctrl-C is for the server
+    )
+
+
+def ask_worker(process: subprocess.Popen[bytes], job: Any, *, max_seconds: float) -> Any:
+    """The result of a job; None if the process ended, or was ended after ``max_seconds``."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    watchdog = threading.Timer(max_seconds, process.kill)
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        write_message(process.stdin, job)
+        return read_message(process.stdout)
+    except (OSError, ValueError):  # the process ended while it read or wrote
+        return None
+    finally:
+        watchdog.cancel()
+
+
+def end_worker(process: subprocess.Popen[bytes]) -> None:
+    """End the process and close its pipes."""
+    process.kill()
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            try:
+                stream.close()
+            except OSError:  # what was not written yet
+                continue
+    process.wait()
+
+
+def read_message(stream: IO[bytes]) -> Any:
+    """The next message; None at the end of the stream."""
+    head = stream.read(_LENGTH.size)
+    if len(head) < _LENGTH.size:
+        return None
+    length = _LENGTH.unpack(head)[0]
+    body = stream.read(length)
+    return json.loads(body) if len(body) == length else None
+
+
+def write_message(stream: IO[bytes], message: Any) -> None:
+    """Write a message and flush."""
+    body = json.dumps(message).encode()
+    stream.write(_LENGTH.pack(len(body)) + body)
+    stream.flush()
