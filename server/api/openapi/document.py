@@ -174,7 +174,7 @@ def _content(success: Success) -> Json:
         return {media_type: {"schema": {"type": "string"}} for media_type in success.media_types}
     content: Json = {JSON: {"schema": {"$ref": f"#/components/schemas/{success.model.__name__}"}}}
     if success.stream is not None:
-        content[success.stream] = {"schema": {"type": "string"}}
+        content[success.stream] = {"schema": {}}  # tools read events as text or as objects
     return content
 
 
