@@ -46,6 +46,7 @@ class _DecompressedBody:
         self._receive = receive
         self._encoding = encoding
         self._max_bytes, self._num_bytes = max_bytes, 0
+        self._has_data = False
         self._decompressor = zlib.decompressobj(_WINDOW_BITS[encoding])
         self._is_last = False
 
@@ -59,12 +60,13 @@ class _DecompressedBody:
             data, self._is_last = message.get("body", b""), not message.get("more_body", False)
         elif not data:
             return await self._receive()
+        self._has_data = self._has_data or bool(data)
         body = self._decompress(data)
         self._num_bytes += len(body)
         if self._num_bytes > self._max_bytes:
             raise HTTPException(413)
         has_more = bool(self._decompressor.unconsumed_tail) or not self._is_last
-        if not has_more and self._num_bytes and not self._decompressor.eof:
+        if not has_more and self._has_data and not self._decompressor.eof:
             raise self._invalid("it ends early")
         return {"type": "http.request", "body": body, "more_body": has_more}
 

@@ -6,6 +6,7 @@ are not repeated, but for numbers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -189,6 +190,8 @@ def _what_it_is(detail: Detail) -> str:
     value = detail.get("input")
     if detail["type"] in ("too_short", "too_long", "string_too_short", "string_too_long"):
         return f"it has {len(value)}" if isinstance(value, str | list | dict) else f"it is {_kind(value)}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "it is not"
     if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _MAX_SHOWN_NUMBER:
         return f"it is {value}"
     return "it is another" if detail["type"] in ("literal_error", "enum") else f"it is {_kind(value)}"

@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _whole(text: str) -> int:
-    number = int(text)
+    number = int(text) if text.isdecimal() and len(text) < 20 else 0
     if not 1 <= number <= MAX_LIMIT:
-        raise argparse.ArgumentTypeError(f"{text!r:.40} is not from 1 to {MAX_LIMIT:,}")
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is no whole number from 1 to {MAX_LIMIT:,}")
     return number

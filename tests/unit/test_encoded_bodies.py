@@ -71,6 +71,7 @@ def test_a_bomb_is_refused_at_the_limit() -> None:
     [
         (ONE, "damaged, or not compressed"),
         (gzip.compress(ONE)[:-20], "it ends early"),
+        (gzip.compress(ONE)[:5], "it ends early"),
         (gzip.compress(ONE)[:20] + b"\xff" * 40, "cannot be decompressed"),
         (gzip.compress(ONE) + b"more", "there is more behind its end"),
         (gzip.compress(ONE) + gzip.compress(ONE), "there is more behind its end"),

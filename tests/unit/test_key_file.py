@@ -159,6 +159,13 @@ def test_an_existing_key_gets_an_entry_and_is_not_printed(
     assert DIGEST in printed.out and KEY not in printed.out + printed.err
 
 
+@pytest.mark.parametrize("number", ["many", "0", "1000001", "-1", "9" * 5000])
+def test_a_limit_that_is_no_number_of_requests_is_explained(number: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["keys", "new", "a", f"--max-concurrent={number}"])
+    assert f"{number!r:.40} is no whole number from 1 to 1,000,000" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

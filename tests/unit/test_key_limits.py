@@ -145,6 +145,15 @@ def test_addresses_of_one_ipv6_network_count_together() -> None:
     assert wrong.delay("2001:db8:0:1::1") == 0
 
 
+def test_ipv4_clients_of_a_server_on_both_families_do_not_count_together() -> None:
+    """On ``--host ::`` their addresses are of one IPv6 network."""
+    wrong = WrongKeys(Clock())
+    delays = [wrong.delay("::ffff:10.0.0.1") for _ in range(FREE + 1)]
+    assert delays[-1] == 1
+    assert wrong.delay("::ffff:10.0.0.2") == 0
+    assert wrong.delay("10.0.0.1") == 2
+
+
 def test_the_table_of_addresses_is_bounded() -> None:
     wrong = WrongKeys(Clock())
     for number in range(2 * MAX_ADDRESSES):

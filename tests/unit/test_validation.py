@@ -52,6 +52,7 @@ def details(body: object) -> list[ErrorDetails]:
         ({"number": 2.5}, "number", "it should be less than 2.0, and it is 2.5."),
         ({"number": -1}, "number", "it should be at least 0.0, and it is -1."),
         ({"number": 10**400}, "number", "it should be a number, and it is a very large integer."),
+        ({"number": float("inf")}, "number", "it should be less than 2.0, and it is not."),
         ({"number": True}, "number", "it should be a number, and it is true or false."),
         ({"names": []}, "names", "it should have at least 1 item, and it has 0."),
         ({"names": ["long"]}, "names[0]", "it should have at most 3 characters, and it has 4."),

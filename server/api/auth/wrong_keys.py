@@ -45,4 +45,6 @@ def _network(address: str) -> str:
         return address
     if parsed.version == 4:
         return address
+    if parsed.ipv4_mapped is not None:  # of a client that uses IPv4, where the server listens on "::"
+        return str(parsed.ipv4_mapped)
     return str(ipaddress.ip_network((int(parsed), _IPV6_NETWORK_BITS), strict=False))
