@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zlib
 
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -25,8 +24,7 @@ class EncodedBodyMiddleware:
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        encoding = Headers(scope=scope).get("content-encoding", "identity") if scope["type"] == "http" else "identity"
-        encoding = encoding.strip().lower()
+        encoding = _encoding_of(scope)
         if encoding in ("identity", ""):
             await self._app(scope, receive, send)
         elif encoding in _WINDOW_BITS:
@@ -37,6 +35,12 @@ class EncodedBodyMiddleware:
         else:
             reply = http_reply(415, {"accept-encoding": ACCEPTED}, f"A compressed body must be {ACCEPTED}.")
             await reply.response(scope)(scope, receive, send)
+
+
+def _encoding_of(scope: Scope) -> str:
+    """``identity`` where the header is absent. It is looked up in every request, so without an object for it."""
+    names = (value for name, value in scope.get("headers", ()) if name == b"content-encoding")
+    return next(names, b"identity").decode("latin-1").strip().lower()
 
 
 class _DecompressedBody:

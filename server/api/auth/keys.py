@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from server.api.auth.principal import WITHOUT_KEYS, AccessScope, Principal
 
@@ -62,4 +62,5 @@ def without_keys(credential: bytes | None) -> Principal:
     """The anonymous principal; whatever key a client sends separates its cached prefixes from others'."""
     if credential is None:
         return WITHOUT_KEYS
-    return replace(WITHOUT_KEYS, id=f"{WITHOUT_KEYS.id}-{hashlib.sha256(credential).hexdigest()}")
+    owner = f"{WITHOUT_KEYS.id}-{hashlib.sha256(credential).hexdigest()}"
+    return Principal(owner, WITHOUT_KEYS.label, WITHOUT_KEYS.scopes)

@@ -117,8 +117,9 @@ def credential_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
     """
     values: dict[bytes, list[bytes]] = {b"authorization": [], b"x-api-key": []}
     for name, value in headers:
-        if name.lower() in values:
-            values[name.lower()].append(value.strip())
+        found = values.get(name.lower())
+        if found is not None:
+            found.append(value.strip())
     authorization, api_key = values.values()
     if len(authorization) > 1 or len(api_key) > 1:
         return b"\n".join([b"", *authorization, *api_key])
