@@ -106,7 +106,7 @@ def invalid_request(detail: Detail, body: object = None, *, wanted: Sequence[str
     if param is None:
         kind = _kind(detail.get("input"))
         return InvalidRequest(f"The request body must be a JSON object, and it is {kind}.", code="invalid_json")
-    code = _code(detail["type"], context)
+    code = _code(_type_of(detail), context)
     match code:
         case "missing_required_parameter":
             message = f"Missing required parameter: '{param}'."
@@ -183,7 +183,13 @@ def _wanted(detail: Detail) -> str:
     length = context.get("min_length", context.get("max_length"))
     context["items"] = "item" if length == 1 else "items"
     context["characters"] = "character" if length == 1 else "characters"
-    return _WANTED.get(detail["type"], "have another value").format(**context)
+    return _WANTED.get(_type_of(detail), "have another value").format(**context)
+
+
+def _type_of(detail: Detail) -> str:
+    """pydantic counts items also of a string that a validator of ours has seen before."""
+    is_text = detail["type"] in ("too_short", "too_long") and isinstance(detail.get("input"), str)
+    return f"string_{detail['type']}" if is_text else str(detail["type"])
 
 
 def _what_it_is(detail: Detail) -> str:

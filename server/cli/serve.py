@@ -17,6 +17,7 @@ import torch
 import uvicorn
 from fastapi import FastAPI
 from transformers import GenerationConfig
+from transformers.utils import logging as transformers_logging
 
 from server.adapters.content.generation_defaults import GenerationDefaults
 from server.adapters.watcher import AdapterWatcher
@@ -228,6 +229,8 @@ def run_server(
     settings: Settings, sockets: Sequence[socket.socket], access: Access, reloader: Reloader | None = None
 ) -> int:
     """Serve on bound sockets until a signal stops the server. Raises ``StartError``."""
+    transformers_logging.disable_default_handler()  # its lines are of the server's format, such as JSON
+    transformers_logging.enable_propagation()
     service = build(settings, access)
     service.reloader = reloader
     is_tls = settings.ssl_certfile is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.utils import logging as transformers_logging
 
 from server.adapters.content.manifest import AdapterPolicy
 from server.adapters.content.signature import BaseSignature
@@ -71,6 +73,8 @@ def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Parts]:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     threads = torch.get_num_threads()
     yield made
+    transformers_logging.enable_default_handler()
+    transformers_logging.disable_propagation()
     torch.set_num_threads(threads)
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -94,6 +98,17 @@ def test_a_start_that_fails_half_way_leaves_no_thread_and_says_why(parts: Parts,
     assert not parts.engine.alive
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(address, timeout=5)
+
+
+def test_lines_of_transformers_are_logged_as_the_servers_own(parts: Parts) -> None:
+    """Its handler wrote them as text between the lines of JSON."""
+    parts.break_(parts.watcher, "start")
+    with bound_sockets("127.0.0.1", 0) as sockets, pytest.raises(StartFailed):
+        run_server(Settings(), sockets, Access())
+    library = logging.getLogger("transformers")
+    assert not any(type(handler) is logging.StreamHandler for handler in library.handlers)
+    assert library.propagate
+    assert parts.threads() == set()
 
 
 def test_a_known_reason_is_told_as_it_is(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:

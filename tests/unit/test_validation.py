@@ -83,6 +83,14 @@ def post(content: bytes | str, **headers: str) -> httpx.Response:
     return ask(application, "POST", CHAT, content=content, headers={"content-type": "application/json", **headers})
 
 
+def test_the_length_of_a_string_is_told_in_characters() -> None:
+    """Where a validator of ours comes before the limit, pydantic counts items."""
+    format = {"type": "json_schema", "json_schema": {"name": "n" * 65, "schema": {}}}
+    error = post(json.dumps({"model": BASE, "messages": [], "response_format": format})).json()["error"]
+    assert error["code"] == "string_above_max_length"
+    assert "it should have at most 64 characters, and it has 65" in error["message"]
+
+
 @pytest.mark.parametrize(
     ("text", "place", "reason"),
     [
