@@ -40,6 +40,7 @@ for (const [api, model] of Object.entries(models)) {
     schema.safeParse((await generateObject({ ...settings, model, schema, prompt: "An apple." })).object).success);
   await run(`${api} object stream`, async () => {
     const result = streamObject({ ...settings, model, schema, prompt: "An apple." });
+    for await (const part of result.partialObjectStream) if (part === undefined) return false;
     return schema.safeParse(await result.object).success;
   });
   await run(`${api} tool`, async () => {
@@ -52,6 +53,7 @@ for (const [api, model] of Object.entries(models)) {
     const result = streamText({
       ...settings, model, tools: { multiply }, toolChoice: { type: "tool", toolName: "multiply" }, prompt: "2 times 3?",
     });
+    await result.consumeStream();
     return (await result.toolResults).length === (await result.toolCalls).length && (await result.toolCalls).length;
   });
 }

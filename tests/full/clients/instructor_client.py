@@ -10,7 +10,13 @@ from openai import OpenAI
 from pydantic import BaseModel, Field
 
 URL, MODEL = sys.argv[1:]
-QUESTION = [{"role": "user", "content": "What is the weather in Rome and in Paris?"}]
+QUESTION = [
+    {"role": "user", "content": "What is the weather in Paris?"},
+    {"role": "assistant", "content": '{"city": "Paris", "degrees": 7}'},
+    {"role": "user", "content": "What is the weather in Rome?"},
+    {"role": "assistant", "content": '{"city": "Rome", "degrees": 21}'},
+    {"role": "user", "content": "And tomorrow?"},
+]
 SETTINGS = {"model": MODEL, "max_tokens": 200, "temperature": 0, "seed": 1, "max_retries": 0}
 
 
@@ -39,6 +45,6 @@ def run(mode: str, response_model: object) -> str:
         return f"{type(error).__name__}: {error}"
 
 
-report = {mode: run(mode, Weather) for mode in ("TOOLS", "TOOLS_STRICT", "JSON", "JSON_SCHEMA", "MD_JSON")}
+report = {mode: run(mode, Weather) for mode in ("TOOLS", "TOOLS_STRICT", "JSON", "JSON_SCHEMA")}
 report["PARALLEL_TOOLS"] = run("PARALLEL_TOOLS", Iterable[Weather | Capital])
 print(json.dumps(report))

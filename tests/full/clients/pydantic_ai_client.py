@@ -14,7 +14,9 @@ from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
 URL, MODEL = sys.argv[1:]
-QUESTION = "A ticket: the printer on floor 3 is on fire. How urgent is it, and which room?"
+QUESTION = """Ticket: a lamp on floor 1 is broken. Answer: {"urgency": "low", "floor": 1}
+Ticket: water runs on floor 2. Answer: {"urgency": "high", "floor": 2}
+Ticket: the printer on floor 3 is on fire. Answer:"""
 
 
 class Ticket(BaseModel):
