@@ -135,10 +135,12 @@ def test_parallel_calls_are_several_and_one_where_they_are_off(client: OpenAI) -
     tools = [tool(name, {"type": "object", "properties": {"n": {"enum": [1, 2]}}}) for name in ("first", "second")]
     fields: dict[str, Any] = {"tools": tools, "logit_bias": {str(ids["<tool_call>"]): 100}, "max_tokens": 900}
     for mode in ("required", "auto"):
-        choice = ask(client, **fields, tool_choice=mode)
+        choice = ask(client, **fields, tool_choice=mode, parallel_tool_calls=True)
         assert len(made(choice)) == 16 and choice.finish_reason == "tool_calls"
         assert len({call.id for call in choice.message.tool_calls}) == 16
         assert len(made(ask(client, **fields, tool_choice=mode, parallel_tool_calls=False))) == 1
+    assert len(made(ask(client, **fields, tool_choice="required"))) == 1, "the default where a call has to be"
+    assert len(made(ask(client, **fields, tool_choice="auto"))) == 16
 
 
 def test_a_schema_that_cannot_be_followed_is_refused_by_its_place(client: OpenAI) -> None:

@@ -109,7 +109,7 @@ class ToolFields(GenerationRequest):
         Field(default_factory=list)
     )
     tool_choice: Annotated[ToolChoice | None, PlainValidator(_parse_choice)] = None
-    parallel_tool_calls: bool = True
+    parallel_tool_calls: bool | None = None
 
     @model_validator(mode="after")
     def _tools_are_there(self) -> Self:
@@ -139,8 +139,13 @@ class ToolFields(GenerationRequest):
 
     @property
     def several_calls(self) -> bool:
-        """Whether an answer may have more than one call; a named function is called once."""
-        return self.parallel_tool_calls and not (self.tool_choice is not None and self.tool_choice.once)
+        """Whether an answer may have more than one call; a named function is called once.
+
+        By default an answer that has to be a call is one call: small models that may go on seldom stop.
+        """
+        if self.tool_choice is not None and self.tool_choice.once:
+            return False
+        return not self.must_call if self.parallel_tool_calls is None else self.parallel_tool_calls
 
     @property
     def must_call(self) -> bool:

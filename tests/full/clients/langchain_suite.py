@@ -24,7 +24,9 @@ class TestQuickchange(ChatModelIntegrationTests):
             "model": os.environ["QUICKCHANGE_MODEL"],
             "api_key": "none",
             "temperature": 0,
-            "max_tokens": 256,
+            "frequency_penalty": 0.5,  # a small model repeats itself in a long string
+            "max_tokens": 512,
+            "stream_usage": True,
             "seed": 1,
         }
 
@@ -39,3 +41,11 @@ class TestQuickchange(ChatModelIntegrationTests):
     @property
     def has_tool_choice(self) -> bool:
         return True
+
+    @property
+    def supports_model_override(self) -> bool:
+        return True
+
+    @property
+    def model_override_value(self) -> str:
+        return os.environ["QUICKCHANGE_MODEL"] + "-helpdesk"

@@ -14,9 +14,7 @@ from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
 URL, MODEL = sys.argv[1:]
-QUESTION = """Ticket: a lamp on floor 1 is broken. Answer: {"urgency": "low", "floor": 1}
-Ticket: water runs on floor 2. Answer: {"urgency": "high", "floor": 2}
-Ticket: the printer on floor 3 is on fire. Answer:"""
+QUESTION = 'A ticket: the printer on floor 3 is on fire. Answer like {"urgency": "low", "floor": 1}.'
 
 
 class Ticket(BaseModel):
@@ -39,14 +37,15 @@ async def run(agent: Agent, question: str = QUESTION) -> str:
 
 async def main() -> None:
     provider = OpenAIProvider(base_url=f"{URL}/v1", api_key="none")
-    settings = {"max_tokens": 200, "temperature": 0.0, "seed": 1}
+    settings = {"max_tokens": 200, "temperature": 0.0, "seed": 1, "frequency_penalty": 0.5}
     report = {}
     for api, model_class in (("chat", OpenAIChatModel), ("responses", OpenAIResponsesModel)):
         model = model_class(MODEL, provider=provider, settings=settings)
         report[f"{api} text"] = await run(Agent(model))
         report[f"{api} tool"] = await run(Agent(model, output_type=ToolOutput(Ticket)))
         report[f"{api} native"] = await run(Agent(model, output_type=NativeOutput(Ticket)))
-        report[f"{api} prompted"] = await run(Agent(model, output_type=PromptedOutput(Ticket)))
+        if api == "chat":  # responses have no frequency penalty, without which the model does not end such an object
+            report[f"{api} prompted"] = await run(Agent(model, output_type=PromptedOutput(Ticket)))
     print(json.dumps(report))
 
 
