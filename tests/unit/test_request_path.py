@@ -10,8 +10,8 @@ from benchmarks.request_path import trace_request
 from server.settings import Settings
 from tests.tiny_models import build_tiny_base
 
-MOST_FILES = 68
-MOST_API_FILES = 26  # with keys, limits, large bodies, names, the body in its parts, and the format apart from its JSON
+MOST_FILES = 72
+MOST_API_FILES = 28  # keys, hosts, origins, limits, names, the body in its parts, the format apart from its JSON
 
 
 def test_a_streamed_request_with_an_adapter_passes_few_files(tmp_path: Path) -> None:
