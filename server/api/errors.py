@@ -195,7 +195,7 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     headers, message = dict(error.headers or {}), None
     if error.status_code == 405:
         headers["Allow"] = ", ".join(routes.methods(path))
-        message = f"This path has no method {request.method}; it has {headers['Allow']}."
+        message = f"This path has no method {request.method:.20}; it has {headers['Allow']}."
     meant = routes.meant_by(path) if error.status_code == 404 else None
     if meant is not None:
         message = f"Unknown request URL. Did you mean {meant}? A client's base URL ends in /v1, once."

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.errors import http_reply, reply_to
+from server.api.errors import Reply, http_reply, reply_to
 from server.api.ignored_fields import IGNORED_HEADER, ignored_header
 from server.api.request_ids import request_id_of
+from server.errors import InvalidRequest
 from server.metrics import Metrics
 
 MAX_BODY_BYTES = 2 * 1024 * 1024
@@ -37,9 +39,9 @@ class RequestMiddleware:
         state = scope.setdefault("state", {})
         exchange = _HttpExchange(request_id_of(headers), state, self._metrics, receive, send, self._max_body_bytes)
         state.update(request_id=exchange.request_id, arrived=time.perf_counter())
-        status = self._refusal(scope, headers)
-        if status is not None:
-            await http_reply(status).response(scope)(scope, receive, exchange.send)
+        refusal = self._refusal(scope, headers)
+        if refusal is not None:
+            await refusal.response(scope)(scope, receive, exchange.send)
             return
         try:
             await self._app(scope, exchange.receive, exchange.send)
@@ -50,16 +52,23 @@ class RequestMiddleware:
             reply = reply_to(error, request_id=exchange.request_id)
             await reply.response(scope)(scope, receive, exchange.send)
 
-    def _refusal(self, scope: Scope, headers: Headers) -> int | None:
-        """The HTTP status if the request is refused by its headers alone."""
-        length = headers.get("content-length", "0")
-        if length.isdecimal() and int(length[:20]) > self._max_body_bytes:
-            return 413
-        media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
-        has_body = headers.get("content-length", "") not in ("", "0") or "transfer-encoding" in headers
-        if scope["method"] == "POST" and has_body and media_type != "application/json":
-            return 415
+    def _refusal(self, scope: Scope, headers: Headers) -> Reply | None:
+        """The reply if the request is refused by its headers alone."""
+        length = headers.get("content-length")
+        is_chunked = "transfer-encoding" in headers
+        if length is not None and is_chunked:  # a proxy may have seen another end of it (RFC 9112, 6.3)
+            both = InvalidRequest("Send 'Content-Length' or 'Transfer-Encoding', not both.", code="invalid_framing")
+            return replace(reply_to(both, request_id=scope["state"]["request_id"]), headers={"connection": "close"})
+        if length is not None and length.isdecimal() and int(length[:20]) > self._max_body_bytes:
+            return http_reply(413)
+        has_body = is_chunked or length not in (None, "", "0")
+        if scope["method"] == "POST" and has_body and not _is_json(headers):
+            return http_reply(415)
         return None
+
+
+def _is_json(headers: Headers) -> bool:
+    return headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json"
 
 
 class _HttpExchange:

@@ -187,6 +187,15 @@ def test_a_body_too_large_is_refused_whether_its_length_is_announced_or_not(anno
     assert (response.status_code, error_of(response)["code"]) == (413, "request_too_large")
 
 
+def test_a_request_with_two_lengths_is_refused_and_its_connection_closed() -> None:
+    """A proxy that believes the other length would send what follows as another client's request."""
+    headers = {"content-type": "application/json", "content-length": "2", "transfer-encoding": "chunked"}
+    app = create_app(server_state(FakeEngine()))
+    response = ask(app, "POST", "/v1/chat/completions", content=b"{}", headers=headers)
+    assert (response.status_code, error_of(response)["code"]) == (400, "invalid_framing")
+    assert response.headers["connection"] == "close"
+
+
 def test_a_bug_is_a_500_with_the_request_id() -> None:
     engine = FakeEngine()
     engine.max_model_len = "nonsense"  # type: ignore[assignment]
