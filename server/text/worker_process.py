@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import struct
@@ -13,6 +14,47 @@ from typing import IO, Any
 
 _LENGTH = struct.Struct("<Q")
 _ENVIRONMENT = ("LANG", "LD_LIBRARY_PATH", "PATH", "TZ")
+
+
+class WorkerPool:
+    """Up to ``max_processes`` processes of a module, started when they are needed and again after one has ended.
+
+    Safe to use from any thread. A job may take ``max_seconds``.
+    """
+
+    def __init__(self, module: str, *, max_processes: int, max_seconds: float) -> None:
+        self._module, self._max_seconds = module, max_seconds
+        self._free: list[subprocess.Popen[bytes]] = []
+        self._lock = threading.Lock()
+        self._slots = threading.Semaphore(max_processes)
+        atexit.register(self.close)
+
+    def ask(self, job: Any, *, last: str | None = None) -> Any:
+        """The result of a job; None if the process ended. A result with the key ``last`` ends its process."""
+        with self._slots:
+            process = self._take()
+            result = ask_worker(process, job, max_seconds=self._max_seconds)
+            if result is None or last in result:
+                end_worker(process)
+            else:
+                with self._lock:
+                    self._free.append(process)
+            return result
+
+    def _take(self) -> subprocess.Popen[bytes]:
+        with self._lock:
+            while self._free:
+                process = self._free.pop()
+                if process.poll() is None:
+                    return process
+                end_worker(process)
+        return start_worker(self._module)
+
+    def close(self) -> None:
+        """End the processes that are free."""
+        with self._lock:
+            while self._free:
+                end_worker(self._free.pop())
 
 
 def start_worker(module: str) -> subprocess.Popen[bytes]:

@@ -206,6 +206,17 @@ def test_compiled_grammars_are_kept_within_a_limit_of_bytes() -> None:
     assert compiler.compile(schemas[0], tokenizer()) is not compiled[0]
 
 
+def test_a_refused_grammar_is_refused_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = GrammarCompiler()
+    messages = []
+    for _ in range(2):
+        with pytest.raises(InvalidRequest) as refused:
+            compiler.compile(json_schema({"$ref": "#"}, SOURCE), tokenizer())
+        messages.append((str(refused.value), refused.value.param, refused.value.code))
+        monkeypatch.setattr("server.text.grammar.compiler.grammar_trial", None)
+    assert messages[0] == messages[1]
+
+
 def test_matchers_of_one_grammar_do_not_affect_each_other() -> None:
     compiled = GrammarCompiler().compile(choice(["aa", "bb"], SOURCE), tokenizer())
     first, second = compiled.matcher(), compiled.matcher()

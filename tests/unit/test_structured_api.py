@@ -15,7 +15,7 @@ from server.api.generation import Prompts
 from server.api.protocol import ChatRequest, CompletionRequest
 from server.api.structured import with_grammar
 from server.errors import InvalidRequest, ServerOverloaded
-from server.text.grammar.compiler import GrammarCompiler
+from server.text.grammar.compiler import NUM_THREADS, GrammarCompiler
 from server.text.grammar.grammar import choice, json_object, json_schema, regex, rules
 from server.text.grammar.schema import FORMATS, KEYWORDS, REFUSED_FORMATS, REFUSED_KEYWORDS, Source
 from server.text.prompt import PromptRenderer
@@ -148,7 +148,9 @@ async def test_behind_slow_schemas_a_request_is_told_to_try_again(monkeypatch: p
     release = threading.Event()
     compiler, asked = GrammarCompiler(), prompts()
     monkeypatch.setattr(compiler, "compile", lambda grammar, tokenizer: release.wait(20))
-    requests = [asyncio.create_task(with_grammar(chat(guided_json=SCHEMA), asked, compiler)) for _ in range(3)]
+    requests = [
+        asyncio.create_task(with_grammar(chat(guided_json=SCHEMA), asked, compiler)) for _ in range(NUM_THREADS + 1)
+    ]
     results = await asyncio.gather(*requests, return_exceptions=True)
     release.set()
-    assert [type(result) for result in results] == [InvalidRequest, InvalidRequest, ServerOverloaded]
+    assert [type(result) for result in results] == [*[InvalidRequest] * NUM_THREADS, ServerOverloaded]

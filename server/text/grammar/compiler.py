@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 
 from llguidance import LLMatcher
 
+from server.errors import InvalidRequest
 from server.text.deadline import DeadlineExceeded, deadline
 from server.text.grammar.grammar import Grammar, Rules, documents, kind_of
 from server.text.grammar.library import library_grammar
@@ -21,12 +23,15 @@ from server.text.grammar.trial import grammar_trial
 
 MAX_GRAMMAR_BYTES = 512 * 1024
 """Most bytes of a composed grammar."""
-NUM_THREADS = 2
+NUM_THREADS = 4
 MAX_CACHE_BYTES = 64 * 1024 * 1024
+MAX_REFUSED = 256
+"""Refused grammars whose refusal is kept."""
 MAX_FORCED_TOKENS = 8192
 """Most tokens that a grammar may force at its start: more are an endless document."""
 _MAX_CONVERSION_SECONDS = 1.0
 _BYTES_PER_GRAMMAR = 100_000
+_TOO_COSTLY = "it needs too much time or memory to compile"
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,7 @@ class GrammarCompiler:
     def __init__(self, *, max_bytes: int = MAX_CACHE_BYTES) -> None:
         self._max_bytes = max_bytes
         self._compiled: OrderedDict[tuple[int, Grammar], tuple[GrammarTokenizer, CompiledGrammar]] = OrderedDict()
+        self._refused: OrderedDict[bytes, tuple[str, str | None, str | None]] = OrderedDict()
         self._num_bytes = 0
         self._lock = threading.Lock()
         self.pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="grammar")
@@ -66,9 +72,29 @@ class GrammarCompiler:
         key = (id(tokenizer), grammar)
         found = self._find(key, tokenizer)
         if found is None:
-            found = _compile(grammar, tokenizer)
+            digest = hashlib.sha256(repr(grammar).encode()).digest()
+            self._raise_refused(digest)
+            try:
+                found = _compile(grammar, tokenizer)
+            except InvalidRequest as error:
+                self._keep_refused(digest, error)
+                raise
             self._keep(key, tokenizer, found)
         return found
+
+    def _raise_refused(self, digest: bytes) -> None:
+        """Refuse a grammar at once that was refused before, so that repeating it costs nothing."""
+        with self._lock:
+            refused = self._refused.get(digest)
+        if refused is not None:
+            message, param, code = refused
+            raise InvalidRequest(message, param=param, code=code)
+
+    def _keep_refused(self, digest: bytes, error: InvalidRequest) -> None:
+        with self._lock:
+            self._refused[digest] = (str(error), error.param, error.code)
+            if len(self._refused) > MAX_REFUSED:
+                self._refused.popitem(last=False)
 
     def _find(self, key: tuple[int, Grammar], tokenizer: GrammarTokenizer) -> CompiledGrammar | None:
         with self._lock:
@@ -93,7 +119,8 @@ def _compile(grammar: Grammar, tokenizer: GrammarTokenizer) -> CompiledGrammar:
     if isinstance(built, CompiledGrammar):
         return built
     parts = list(documents(grammar))
-    for part in parts if len(parts) > 1 else ():
+    is_searched = len(parts) > 1 and built != _TOO_COSTLY
+    for part in parts if is_searched else ():
         alone = _build(part, tokenizer)
         if not isinstance(alone, CompiledGrammar):
             raise refusal(part.source, kind_of(part), alone)
@@ -112,7 +139,7 @@ def _build(grammar: Grammar, tokenizer: GrammarTokenizer) -> CompiledGrammar | s
         return f"it has more than {MAX_GRAMMAR_BYTES} bytes together with the others"
     num_bytes = grammar_trial().num_bytes(text, tokenizer)
     if num_bytes is None or num_bytes > MAX_CACHE_BYTES:
-        return "it needs too much time or memory to compile"
+        return _TOO_COSTLY
     matcher = LLMatcher(tokenizer.library, text, log_level=0, limits=parser_limits())
     if not matcher.is_error():
         matcher.compute_bitmask()

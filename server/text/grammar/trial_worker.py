@@ -16,7 +16,7 @@ from llguidance import LLMatcher, LLTokenizer
 from server.text.grammar.limits import parser_limits
 from server.text.worker_process import read_message, write_message
 
-MAX_CPU_SECONDS = 2
+MAX_CPU_SECONDS = 1
 MAX_ADDRESS_BYTES = 1024**3
 STACK_BYTES = 4 * 1024 * 1024
 """Of the thread that builds: half of what the server's threads have."""
