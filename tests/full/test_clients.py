@@ -78,17 +78,7 @@ def failures(report: dict[str, str]) -> dict[str, str]:
 
 def test_langchains_own_tests_of_a_chat_model_pass(frameworks: str, chat_server: ServerProcess, tmp_path: Path) -> None:
     results = tmp_path / "results.xml"
-    command = [
-        frameworks,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:benchmark",
-        f"--junitxml={results}",
-    ]
+    command = [frameworks, "-m", "pytest", "-q", *ASYNCIO, f"--junitxml={results}"]
     variables = {**os.environ, "QUICKCHANGE_URL": chat_server.url, "QUICKCHANGE_MODEL": MODEL, "LANGSMITH_TRACING": ""}
     suite = shutil.copy(CLIENTS / "langchain_suite.py", tmp_path / "test_langchain.py")
     done = subprocess.run(
