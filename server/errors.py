@@ -19,6 +19,7 @@ QuickchangeError
 │   └── AdminOff
 ├── ServiceError                the server cannot serve a correct request now, or failed
 │   ├── QueueFull
+│   ├── QueueTimeout
 │   ├── ServerOverloaded
 │   ├── AdapterPending
 │   ├── AdapterNotLoaded
@@ -243,6 +244,14 @@ class QueueFull(ServiceError):
 
 class ServerOverloaded(ServiceError):
     """The server has too much to do before a request can be queued."""
+
+
+class QueueTimeout(ServiceError):
+    """A sequence that waited too long for a slot."""
+
+    def __init__(self, seconds: float, *, retry_after: float) -> None:
+        self.seconds, self.retry_after = seconds, retry_after
+        super().__init__(f"The request waited {seconds:g} s in the queue. Try again later.")
 
 
 class AdapterPending(ServiceError):

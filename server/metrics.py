@@ -65,6 +65,9 @@ class Metrics:
         self.ignored_fields = self._counter(
             "quickchange_ignored_fields", "Fields of requests that had no effect, unknown ones included."
         )
+        self.client_retries = self._counter(
+            "quickchange_client_retries", "Requests that OpenAI's clients sent again, by their own count."
+        )
         self.prompt_tokens = self._counter("quickchange_prompt_tokens", "Prompt tokens of ended requests.", labels)
         self.cached_tokens = self._counter(
             "quickchange_prefix_cached_tokens",

@@ -94,6 +94,9 @@ class Settings(BaseSettings):
     max_queued_seqs: int = Field(
         256, ge=0, description="Maximum number of sequences that wait for a slot; further requests get a 503."
     )
+    queue_timeout: float = Field(
+        600.0, gt=0, description="Seconds that a sequence may wait for a slot; then its request gets a 503."
+    )
     max_key_share: float = Field(
         0.75,
         gt=0,

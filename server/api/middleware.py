@@ -39,6 +39,8 @@ class RequestMiddleware:
         state = scope.setdefault("state", {})
         exchange = _HttpExchange(request_id_of(headers), state, self._metrics, receive, send, self._max_body_bytes)
         state.update(request_id=exchange.request_id, arrived=time.perf_counter())
+        if headers.get("x-stainless-retry-count", "0") != "0":
+            self._metrics.client_retries.inc()
         refusal = self._refusal(scope, headers)
         if refusal is not None:
             await refusal.response(scope)(scope, receive, exchange.send)

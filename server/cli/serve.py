@@ -28,7 +28,7 @@ from server.api.tracing import otlp_tracer
 from server.api.vllm_metrics import VllmMetrics
 from server.cli.adapter_services import build_adapter_services
 from server.cli.folders import user_cache
-from server.cli.http_protocol import ContractH11Protocol
+from server.cli.http_protocol import BACKLOG, ContractH11Protocol
 from server.cli.http_server import HttpServer
 from server.cli.reload import Reloader
 from server.engine.async_engine import AsyncEngine
@@ -147,6 +147,7 @@ def build(settings: Settings, access: Access) -> Service:
         Engine(scheduler, runner, Sampler(), metrics),
         max_queued_seqs=settings.max_queued_seqs,
         max_owner_share=settings.max_key_share,
+        queue_timeout=settings.queue_timeout,
     )
     prompts = PromptRenderer(base.tokenizer, vocab_size=base.vocab_size, max_model_len=base.max_model_len)
     services = build_adapter_services(settings, base, runner, engine, prompts, metrics)
@@ -273,6 +274,7 @@ def uvicorn_config(service: Service) -> uvicorn.Config:
         access_log=False,
         log_config=None,
         timeout_keep_alive=75,
+        backlog=BACKLOG,
         timeout_graceful_shutdown=1,  # ``HttpServer`` has waited for the requests
         server_header=False,
         http=ContractH11Protocol,

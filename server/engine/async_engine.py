@@ -15,11 +15,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from server.engine.engine import Engine
-from server.errors import EngineUnavailable, GenerationFailed, QueueFull, QueueShareFull, TooManySequences
+from server.errors import EngineUnavailable, GenerationFailed, QueueFull, QueueShareFull, QueueTimeout, TooManySequences
 from server.lora.weights import LoRAWeights
 from server.sequence import LoRARequest, SamplingParams, Sequence, StepOutput
 
@@ -28,6 +28,8 @@ logger = logging.getLogger("quickchange.engine")
 MAX_FAILED_STEPS = 3
 """Consecutive failed steps that end the engine thread."""
 _NUM_ENDS = 64
+EXPIRY_SECONDS = 1.0
+"""Time between looks for sequences that have waited too long."""
 _FAILURES = {
     "step": "a step failed; its sequences were ended with an error",
     "command": "a command failed; other sequences and adapters are not affected",
@@ -47,6 +49,12 @@ class SubmittedSequence:
     sequence: Sequence
     sink: Sink
     _close: Callable[[int], None]
+    since: float = field(default_factory=time.perf_counter)
+
+    @property
+    def is_queued(self) -> bool:
+        """Whether it has waited for a slot until now."""
+        return self.sequence.slot is None and not self.sequence.num_computed
 
     @property
     def num_cached(self) -> int:
@@ -78,12 +86,17 @@ class Reservation:
 class AsyncEngine:
     """Runs an ``Engine`` in a thread of its own for the event loop that called ``start``.
 
-    An owner has at most ``max_owner_share`` of the sequences that may run or wait.
+    An owner has at most ``max_owner_share`` of the sequences that may run or wait. A sequence waits for a slot for
+    ``queue_timeout`` seconds at most.
     """
 
-    def __init__(self, engine: Engine, *, max_queued_seqs: int, max_owner_share: float = 1.0) -> None:
+    def __init__(
+        self, engine: Engine, *, max_queued_seqs: int, max_owner_share: float = 1.0, queue_timeout: float = 600.0
+    ) -> None:
         self._engine = engine
         self._max_owner_share = max_owner_share
+        self._queue_timeout = queue_timeout
+        self._expiry: asyncio.TimerHandle | None = None
         self._reservations: set[Reservation] = set()
         self._ends: deque[float] = deque(maxlen=_NUM_ENDS)  # times of the last ends of sequences
         self._max_unfinished = max_queued_seqs + engine.scheduler.max_num_seqs
@@ -183,7 +196,20 @@ class AsyncEngine:
         )
         submitted = self._submitted[sequence.id] = SubmittedSequence(sequence, sink, self._close)
         self._inbox.put(partial(self._add, sequence))
+        if self._expiry is None:
+            self._expiry = self._loop.call_later(EXPIRY_SECONDS, self._expire)
         return submitted
+
+    def _expire(self) -> None:
+        """End sequences that have waited too long for a slot; runs while there are sequences."""
+        self._expiry = None
+        oldest = time.perf_counter() - self._queue_timeout
+        for submitted in list(self._submitted.values()):
+            if submitted.since < oldest and submitted.is_queued:
+                submitted.sink(QueueTimeout(self._queue_timeout, retry_after=self._queue_seconds()))
+                submitted.close()
+        if self._submitted:
+            self._expiry = self._loop.call_later(EXPIRY_SECONDS, self._expire)
 
     async def load_adapter(self, digest: str, weights: LoRAWeights) -> int:
         """Load prepared weights into the bank between two steps; returns their bytes there."""

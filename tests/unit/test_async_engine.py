@@ -10,10 +10,11 @@ from collections.abc import AsyncIterator, Callable, Iterable
 import pytest
 import torch
 
+from server.engine import async_engine
 from server.engine.async_engine import MAX_FAILED_STEPS, AsyncEngine, SubmittedSequence
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
-from server.errors import EngineUnavailable, GenerationFailed, QueueFull, QueueShareFull
+from server.errors import EngineUnavailable, GenerationFailed, QueueFull, QueueShareFull, QueueTimeout
 from server.lora.weights import LoRAWeights
 from server.metrics import Metrics
 from server.model.sampler import Sampler
@@ -295,3 +296,24 @@ async def test_the_time_to_retry_follows_the_rate_at_which_sequences_end(
     with pytest.raises(QueueFull) as refused:
         engine.check_capacity(1)
     assert refused.value.retry_after == pytest.approx(2 * 30 / 3, rel=0.1)
+
+
+async def test_a_sequence_that_waits_too_long_for_a_slot_gets_an_error(
+    runner: ScriptedRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(async_engine, "EXPIRY_SECONDS", 0.02)
+    scheduler = Scheduler(max_num_seqs=1, max_num_batched_tokens=8, max_model_len=100)
+    engine = AsyncEngine(Engine(scheduler, runner, Sampler(), Metrics()), max_queued_seqs=6, queue_timeout=0.1)
+    engine.start()
+    try:
+        runner.gate.clear()
+        running = submit(engine)
+        await until(lambda: bool(scheduler.running))
+        waiting = submit(engine)
+        with pytest.raises(QueueTimeout):
+            await tokens(waiting)
+        runner.gate.set()
+        assert len(await tokens(running)) == 8
+    finally:
+        runner.gate.set()
+        await engine.stop(1.0)

@@ -171,7 +171,7 @@ async def _read(request: Request) -> bytes:
         async with asyncio.timeout(BODY_SECONDS):
             return await request.body()
     except TimeoutError:
-        raise HTTPException(408) from None
+        raise HTTPException(408, headers={"connection": "close"}) from None
     except ClientDisconnect:
         raise ClientGone from None
 
