@@ -197,6 +197,24 @@ class ConcurrencyLimitExceeded(RequestError):
         super().__init__(f"This API key may have {limit} requests running, and has them. Wait for one to end.")
 
 
+class AdapterBusy(RequestError):
+    """An adapter, or the maximum number of adapters, is being loaded or unloaded."""
+
+    def __init__(self, name: str) -> None:
+        self.retry_after = 1.0
+        super().__init__(f"The adapter '{name}' is being loaded or unloaded, or many others are. Try again later.")
+
+
+class VersionMoved(RequestError):
+    """The content of a folder, or the version that is served, is not the expected one."""
+
+    def __init__(self, name: str, *, found: str) -> None:
+        super().__init__(
+            f"The adapter '{name}' has another version than the expected one, {found[:12]}. Nothing was changed.",
+            param="expected_digest",
+        )
+
+
 class QueueShareFull(RequestError):
     """A key has its share of the running and queued sequences, while there is room for other keys."""
 

@@ -7,6 +7,8 @@ import os
 import shutil
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from server.adapters.adapter_library import AdapterLibrary
@@ -14,10 +16,14 @@ from server.adapters.names import is_name
 from server.adapters.registry import Adapter
 from server.adapters.versions import Pin, VersionStore
 from server.adapters.watcher import AdapterWatcher
-from server.errors import AdapterRejected, InvalidRequest
+from server.errors import AdapterBusy, AdapterRejected, InvalidRequest, VersionMoved
 
 SETTLE_TIMEOUT = 10.0
 """Seconds to wait for a folder that is being changed while it is loaded."""
+
+
+MAX_OPERATIONS = 4
+"""Loads and unloads at the same time; each may read a whole folder."""
 
 
 class AdapterOperator:
@@ -25,13 +31,19 @@ class AdapterOperator:
 
     def __init__(self, adapters: AdapterLibrary, watcher: AdapterWatcher, store: VersionStore | None) -> None:
         self._adapters, self._watcher, self._store = adapters, watcher, store
+        self._busy: set[str] = set()
 
-    async def load(self, name: str, path: str, *, in_place: bool) -> Adapter:
+    async def load(self, name: str, path: str, *, in_place: bool, expected: str | None = None) -> Adapter:
         """Serve a folder inside the adapter folders under a name, and load it.
 
-        Raises ``InvalidRequest`` for a path outside them, or a name that is in use without ``in_place``;
-        ``AdapterRejected`` for a folder that cannot be served.
+        ``expected`` are the first digits of the version's digest. Raises ``InvalidRequest`` for a path outside them, or
+        a name that is in use without ``in_place``; ``AdapterRejected`` for a folder that cannot be served;
+        ``VersionMoved``, and serves what it served before, for another version; ``AdapterBusy``.
         """
+        with self._busy_with(name):
+            return await self._load(name, path, in_place=in_place, expected=expected)
+
+    async def _load(self, name: str, path: str, *, in_place: bool, expected: str | None) -> Adapter:
         if not is_name(name):
             raise InvalidRequest(f"Invalid 'lora_name': {name!r:.80} is no model name.", param="lora_name")
         folder = await asyncio.to_thread(self._resolve, path)
@@ -39,20 +51,53 @@ class AdapterOperator:
             raise InvalidRequest(
                 f"The adapter '{name}' is loaded already: set 'load_inplace' to replace it.", param="lora_name"
             )
+        before = self._adapters.registry.find(name)
         await self._watcher.mount(name, folder)
         await self._wait_until_read(name, folder)
         if (refusal := self._adapters.sync.refusals.get(name)) is not None:
             if name not in self._adapters.registry:
                 await self._watcher.hide(name)
             raise AdapterRejected(name, refusal[1])
+        if expected is not None:
+            await self._check_version(name, expected, before=None if before is None else before.listing.path)
         lease = await self._adapters.acquire(name)
         lease.release()
         return lease.adapters[0].adapter
 
-    async def unload(self, name: str) -> None:
-        """Stop serving a name until its folder changes or it is loaded again. Raises ``ModelNotFound``."""
-        self._adapters.registry.get(name)
-        await self._watcher.hide(name)
+    async def _check_version(self, name: str, expected: str, *, before: Path | None) -> None:
+        """Serve the folder from before, if any, and raise ``VersionMoved`` if the new one has another version."""
+        found = (await self._adapters.served(name)).version_digest
+        if found.startswith(expected):
+            return
+        if before is None:
+            await self._watcher.hide(name)
+        else:
+            await self._watcher.mount(name, before)
+            await self._wait_until_read(name, before)
+        raise VersionMoved(name, found=found)
+
+    async def unload(self, name: str, *, expected: str | None = None) -> None:
+        """Stop serving a name until its folder changes or it is loaded again.
+
+        Raises ``ModelNotFound``; ``VersionMoved`` if the served version is not the expected one; ``AdapterBusy``.
+        """
+        with self._busy_with(name):
+            self._adapters.registry.get(name)
+            if expected is not None:
+                found = (await self._adapters.served(name)).version_digest
+                if not found.startswith(expected):
+                    raise VersionMoved(name, found=found)
+            await self._watcher.hide(name)
+
+    @contextmanager
+    def _busy_with(self, name: str) -> Iterator[None]:
+        if name in self._busy or len(self._busy) >= MAX_OPERATIONS:
+            raise AdapterBusy(name)
+        self._busy.add(name)
+        try:
+            yield
+        finally:
+            self._busy.discard(name)
 
     async def delete(self, name: str) -> None:
         """Delete an adapter: folder, kept versions and pin. Raises ``ModelNotFound`` or ``InvalidRequest``."""

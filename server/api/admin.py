@@ -30,22 +30,28 @@ async def _operator(request: Request, state: State) -> AdapterOperator:
 Operator = Annotated[AdapterOperator, Depends(_operator)]
 
 
+ExpectedDigest = Annotated[str | None, Field(pattern=r"^[0-9a-f]{4,64}$")]
+"""The first digits of a version's digest."""
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
 class LoadRequest(_Body):
-    """vLLM's body; ``lora_path`` is inside the adapter folder."""
+    """vLLM's body; ``lora_path`` is inside the adapter folder. With ``expected_digest`` only this version is loaded."""
 
     lora_name: str = Field(min_length=1, max_length=128)
     lora_path: str = Field(min_length=1, max_length=4096)
     load_inplace: bool = False
+    expected_digest: ExpectedDigest = None
 
 
 class UnloadRequest(_Body):
-    """vLLM's body."""
+    """vLLM's body; with ``expected_digest`` only this version is unloaded."""
 
     lora_name: str = Field(min_length=1, max_length=128)
+    expected_digest: ExpectedDigest = None
 
 
 class PinRequest(_Body):
@@ -57,14 +63,16 @@ class PinRequest(_Body):
 @router.post("/v1/load_lora_adapter")
 async def load_lora_adapter(operator: Operator, body: LoadRequest) -> dict[str, Any]:
     """Load a folder and serve it under a name."""
-    adapter = await operator.load(body.lora_name, body.lora_path, in_place=body.load_inplace)
+    adapter = await operator.load(
+        body.lora_name, body.lora_path, in_place=body.load_inplace, expected=body.expected_digest
+    )
     return {"message": f"The adapter '{body.lora_name}' is loaded.", "adapter": adapter.label}
 
 
 @router.post("/v1/unload_lora_adapter")
 async def unload_lora_adapter(operator: Operator, body: UnloadRequest) -> dict[str, Any]:
     """Stop serving a name; its running requests finish."""
-    await operator.unload(body.lora_name)
+    await operator.unload(body.lora_name, expected=body.expected_digest)
     return {"message": f"The adapter '{body.lora_name}' is unloaded."}
 
 

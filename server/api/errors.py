@@ -22,6 +22,7 @@ from server.api.envelopes import error_in_form_of, request_id_header
 from server.api.routing import RouteTable
 from server.api.validation import validation_error
 from server.errors import (
+    AdapterBusy,
     AdapterNotLoaded,
     AdapterPending,
     AdapterRejected,
@@ -51,6 +52,7 @@ from server.errors import (
     TooManySequences,
     TooManyWrongKeys,
     UnsupportedParameter,
+    VersionMoved,
 )
 
 _log = logging.getLogger("quickchange.api")
@@ -85,6 +87,8 @@ ERROR_REPLIES: Mapping[type[QuickchangeError], ErrorReply] = {
     ModelNotFound: ErrorReply(404, _CLIENT, "model_not_found"),
     InvalidKey: ErrorReply(401, _CLIENT, "invalid_api_key"),
     InsufficientPermissions: ErrorReply(403, _CLIENT, "insufficient_permissions"),
+    AdapterBusy: ErrorReply(429, _LIMITED, "adapter_busy"),
+    VersionMoved: ErrorReply(409, _CLIENT, "version_conflict"),
     RateLimitExceeded: ErrorReply(429, _LIMITED, "rate_limit_exceeded"),
     ConcurrencyLimitExceeded: ErrorReply(429, _LIMITED, "rate_limit_exceeded"),
     QueueShareFull: ErrorReply(429, _LIMITED, "rate_limit_exceeded"),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from pathlib import Path
 
 import pytest
 
 from server.adapters.versions import Pin
-from server.errors import AdapterRejected, InvalidRequest, ModelNotFound
+from server.errors import AdapterBusy, AdapterRejected, InvalidRequest, ModelNotFound, VersionMoved
 from tests.adapter_folders import CONFIG, AdapterHarness, make, write
 
 
@@ -32,6 +33,36 @@ async def test_load_refuses_a_name_that_is_taken_unless_in_place(harness: Adapte
     with pytest.raises(InvalidRequest, match="load_inplace"):
         await harness.operator.load("a", "archive/other", in_place=False)
     assert (await harness.operator.load("a", "archive/other", in_place=True)).version_digest != before
+
+
+async def test_load_and_unload_of_another_version_than_the_expected_change_nothing(harness: AdapterHarness) -> None:
+    make(harness.first, "a")
+    make(harness.first / "archive", "other", lora_alpha=16)
+    current = (await harness.operator.load("a", "a", in_place=True)).version_digest
+    with pytest.raises(VersionMoved, match="Nothing was changed"):
+        await harness.operator.load("a", "archive/other", in_place=True, expected=current[:12])
+    with pytest.raises(VersionMoved):
+        await harness.operator.load("b", "archive/other", in_place=False, expected=current[:12])
+    with pytest.raises(VersionMoved):
+        await harness.operator.unload("a", expected="0" * 12)
+    await harness.watcher.scan()
+    assert harness.names == ["a"]
+    assert (await harness.use("a")) == f"a@{current[:12]}"
+    assert (await harness.operator.load("a", "a", in_place=True, expected=current[:4])).version_digest == current
+    await harness.operator.unload("a", expected=current)
+    assert harness.names == []
+
+
+async def test_a_load_that_meets_another_of_the_same_adapter_is_refused(harness: AdapterHarness) -> None:
+    make(harness.first, "a")
+    first, second = await asyncio.gather(
+        harness.operator.load("a", "a", in_place=True),
+        harness.operator.load("a", "a", in_place=True),
+        return_exceptions=True,
+    )
+    assert isinstance(second, AdapterBusy)
+    assert not isinstance(first, BaseException)
+    await harness.operator.load("a", "a", in_place=True)
 
 
 @pytest.mark.parametrize(
