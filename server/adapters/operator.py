@@ -51,7 +51,8 @@ class AdapterOperator:
             raise InvalidRequest(
                 f"The adapter '{name}' is loaded already: set 'load_inplace' to replace it.", param="lora_name"
             )
-        before = self._adapters.registry.find(name)
+        entry = self._adapters.registry.find(name)
+        before = None if entry is None else entry.listing.path  # the entry changes with the folder
         await self._watcher.mount(name, folder)
         await self._wait_until_read(name, folder)
         if (refusal := self._adapters.sync.refusals.get(name)) is not None:
@@ -59,7 +60,7 @@ class AdapterOperator:
                 await self._watcher.hide(name)
             raise AdapterRejected(name, refusal[1])
         if expected is not None:
-            await self._check_version(name, expected, before=None if before is None else before.listing.path)
+            await self._check_version(name, expected, before=before)
         lease = await self._adapters.acquire(name)
         lease.release()
         return lease.adapters[0].adapter
