@@ -58,8 +58,7 @@ async def create_embeddings(body: EmbeddingRequest, http: Request, state: State)
     )
     embeddings = await cancel_on_disconnect(work, http.receive)
     content = await asyncio.to_thread(_to_json, embeddings, body)
-    headers = {} if embeddings.adapter is None else {"x-quickchange-adapter": embeddings.adapter}
-    return Response(content, headers=headers, media_type="application/json")
+    return Response(content, headers=embeddings.headers, media_type="application/json")
 
 
 @dataclass(frozen=True)
@@ -69,6 +68,11 @@ class Embeddings:
     vectors: list[Vector]
     num_tokens: int
     adapter: str | None
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Which adapter the vectors are of."""
+        return {} if self.adapter is None else {"x-quickchange-adapter": self.adapter}
 
 
 async def embed(

@@ -17,6 +17,7 @@ from server.api.formats.ollama import NANOSECONDS, OllamaChatFormat, OllamaGener
 from server.api.formats.wire import Json
 from server.api.generation import acquire, named_defaults
 from server.api.ignored_fields import note_ignored_fields
+from server.api.limits.bodies import BodyRoute
 from server.api.protocol import ChatRequest, CompletionRequest
 from server.api.protocol.ollama import (
     OllamaCall,
@@ -31,7 +32,7 @@ from server.api.responses import cancel_on_disconnect, close_unless_streamed, re
 from server.api.state import ServerState, State
 from server.api.translation import chat_request, completion_request, in_own_names
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 _UNLIMITED = 2**31 - 1
 _OPTIONS = ("temperature", "top_k", "top_p", "min_p", "stop", "presence_penalty", "frequency_penalty")
@@ -206,7 +207,7 @@ async def ollama_embed(body: OllamaEmbedRequest, http: Request, state: State) ->
         "load_duration": 0,
         "prompt_eval_count": found.num_tokens,
     }
-    return JSONResponse(answer)
+    return JSONResponse(answer, headers=found.headers)
 
 
 @router.post("/api/embeddings")
@@ -214,7 +215,8 @@ async def ollama_embeddings(body: OllamaEmbeddingsRequest, http: Request, state:
     """An embedding of one text, in the older form."""
     await note_ignored_fields(body, http, state)
     found = await _embed([body.prompt], body.model, http, state, param="prompt")
-    return JSONResponse({"embedding": (await asyncio.to_thread(_lists, found))[0]})
+    answer = {"embedding": (await asyncio.to_thread(_lists, found))[0]}
+    return JSONResponse(answer, headers=found.headers)
 
 
 async def _embed(

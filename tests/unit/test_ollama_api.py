@@ -185,3 +185,20 @@ def test_errors_are_the_clients_class(client: ollama.Client, engine: FakeEngine)
     engine.scripts = [Script("hello", then="fail")]
     with pytest.raises(ollama.ResponseError, match="failed"):
         list(client.chat(BASE, HELLO["messages"], stream=True))
+
+
+@pytest.mark.parametrize(
+    ("path", "text"), [("/api/embed", {"input": "hello"}), ("/api/embeddings", {"prompt": "hello"})]
+)
+def test_embeddings_name_the_version_of_their_adapter(path: str, text: dict[str, str]) -> None:
+    """They did not, unlike every other answer."""
+    state = server_state(FakeEngine(), adapter("poet"))
+    headers = ask(create_app(state), "POST", path, json={"model": "poet", **text}).headers
+    assert headers["x-quickchange-adapter"].partition("@")[0] == "poet"
+
+
+def test_a_body_of_too_many_fields_is_refused_before_it_is_validated() -> None:
+    """The limits of bodies did not hold for Ollama's endpoints."""
+    body = {"model": BASE, "messages": [{"role": "user", "content": "a"}] * 20_000}
+    answer = ask(create_app(server_state(FakeEngine())), "POST", "/api/chat", json=body)
+    assert answer.status_code == 413 and "fields" in answer.json()["error"]
