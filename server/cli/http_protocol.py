@@ -21,6 +21,8 @@ from server.api.errors import error_body
 _log = logging.getLogger("quickchange.api")
 HEADER_SECONDS = 20.0
 """Time from a connection, or from the first byte of a further request, to the end of the request's headers."""
+WRITE_SECONDS = 120.0
+"""Time in which a client that leaves an answer unread must read some of it."""
 MOST_CONNECTIONS = 4096
 BACKLOG = 256
 """Connections that are accepted at once, before the first of them is judged."""
@@ -66,9 +68,13 @@ _refused = _RefusedConnections()
 
 
 class ContractH11Protocol(H11Protocol):
-    """HTTP/1.1 by h11. A connection is closed unless the headers of a request arrive in ``HEADER_SECONDS``."""
+    """HTTP/1.1 by h11. A connection is closed unless the headers of a request arrive in ``HEADER_SECONDS``.
+
+    It is cut if the client does not read for ``WRITE_SECONDS`` what it has asked for, which ends its generation.
+    """
 
     _headers_timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's
         super().connection_made(transport)
@@ -88,8 +94,19 @@ class ContractH11Protocol(H11Protocol):
         elif self._headers_timer is None:
             self._await_headers()
 
+    def pause_writing(self) -> None:
+        """The transport's buffer is full."""
+        super().pause_writing()
+        self._write_timer = self.loop.call_later(WRITE_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """The transport's buffer is nearly empty."""
+        self._cancel_write_timer()
+        super().resume_writing()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._cancel_headers_timer()
+        self._cancel_write_timer()
         super().connection_lost(exc)
 
     @property
@@ -105,6 +122,11 @@ class ContractH11Protocol(H11Protocol):
         if self._headers_timer is not None:
             self._headers_timer.cancel()
             self._headers_timer = None
+
+    def _cancel_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
 
     def send_400_response(self, msg: str) -> None:
         """Reply to a request that cannot be parsed, and close the connection; ``msg`` is uvicorn's and not shown."""

@@ -11,11 +11,12 @@ from collections.abc import AsyncIterator
 
 import pytest
 import uvicorn
+from fastapi import FastAPI
 
 from server.api.app import create_app
 from server.cli import http_protocol
 from server.cli.http_protocol import ContractH11Protocol
-from tests.fakes import FakeEngine, server_state
+from tests.fakes import BASE, FakeEngine, Script, server_state
 
 pytestmark = pytest.mark.usefixtures("short_times")
 
@@ -34,7 +35,13 @@ class _Server(uvicorn.Server):
 
 @pytest.fixture
 async def port() -> AsyncIterator[int]:
-    app = create_app(server_state(FakeEngine()))
+    async with serving(create_app(server_state(FakeEngine()))) as port:
+        yield port
+
+
+@contextlib.asynccontextmanager
+async def serving(app: FastAPI) -> AsyncIterator[int]:
+    """An app on a port of the loopback interface."""
     config = uvicorn.Config(app, http=ContractH11Protocol, ws="none", lifespan="off", log_config=None)
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
@@ -115,6 +122,25 @@ async def test_connections_above_the_limit_get_a_503_and_one_log_line(
     writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
     assert b"200" in await reader.readline()
     writer.close()
+
+
+async def test_a_client_that_does_not_read_is_cut_off_and_ends_its_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its request was kept until the client ended, with its lease and all of the answer."""
+    monkeypatch.setattr(http_protocol, "WRITE_SECONDS", 0.2)
+    engine = FakeEngine([Script("x" * 20_000, then="hang")])
+    body = {"model": BASE, "messages": [{"role": "user", "content": "hello"}], "stream": True, "max_tokens": 30_000}
+    async with serving(create_app(server_state(engine))) as port:
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", port))
+            content = json.dumps(body).encode()
+            head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            client.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+            async with asyncio.timeout(10):
+                while not engine.num_hanging:
+                    await asyncio.sleep(0.01)
+                while engine.num_open:
+                    await asyncio.sleep(0.01)
 
 
 def test_there_are_fewer_connections_than_open_files_allow() -> None:
