@@ -14,13 +14,15 @@ _STILL_SERVED = PROBES | {"/metrics", "/version"}
 class Lifecycle:
     """``started``: the adapters are read; ``draining``: running requests end, new ones are refused.
 
-    ``num_requests`` are requests without an answer or in the middle of it; probes do not count.
+    ``num_requests`` are requests without an answer or in the middle of it, ``num_begun`` all that ever came; probes do
+    not count.
     """
 
     def __init__(self) -> None:
         self.started = False
         self.draining = False
         self.num_requests = 0
+        self.num_begun = 0
 
 
 class DrainMiddleware:
@@ -40,6 +42,7 @@ class DrainMiddleware:
             await reply.response(scope)(scope, receive, send)
             return
         self._lifecycle.num_requests += 1
+        self._lifecycle.num_begun += 1
         try:
             await self._app(scope, receive, send)
         finally:

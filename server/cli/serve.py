@@ -28,6 +28,7 @@ from server.api.tracing import otlp_tracer
 from server.api.vllm_metrics import VllmMetrics
 from server.cli.adapter_services import build_adapter_services
 from server.cli.folders import user_cache
+from server.cli.freed_memory import return_freed_memory
 from server.cli.http_protocol import BACKLOG, ContractH11Protocol
 from server.cli.http_server import HttpServer
 from server.cli.reload import Reloader
@@ -41,6 +42,7 @@ from server.model.device import available_threads
 from server.model.kv_cache import KVLayout, num_slots_within
 from server.model.loader import Base, load_base
 from server.model.logprobs import max_scored_rows
+from server.model.mapped_files import trim
 from server.model.runner import ModelRunner
 from server.model.sampler import Sampler
 from server.settings import Settings
@@ -86,6 +88,7 @@ class Service:
                 self.reloader.start(self.watcher)
             tasks.append(asyncio.create_task(self.watcher.run()))
             tasks.append(asyncio.create_task(self.state.adapters.sync.hash_all()))
+            tasks.append(asyncio.create_task(return_freed_memory(self.state.lifecycle, trim)))
             self.state.lifecycle.started = True
             yield
         finally:
