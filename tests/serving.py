@@ -36,15 +36,23 @@ class Usage:
 
 @dataclass
 class ServerProcess:
-    """A running server: where it listens, and what it has logged so far."""
+    """A running server: where it listens, what it has logged so far, and the key that opens its metrics."""
 
     url: str
     process: subprocess.Popen[str]
     log: list[str] = field(default_factory=list)
+    key: str | None = None
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {} if self.key is None else {"authorization": f"Bearer {self.key}"}
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(f"{self.url}{path}", headers=self.headers)
 
     def metric(self, name: str, **labels: str) -> float:
         """The sum of a metric's samples that carry these labels."""
-        text = httpx.get(f"{self.url}/metrics").text
+        text = self.get("/metrics").text
         total = 0.0
         for line in text.splitlines():
             sample, _, value = line.rpartition(" ")
@@ -56,11 +64,11 @@ class ServerProcess:
 
     def models(self) -> list[str]:
         """The names in the model list."""
-        return [model["id"] for model in httpx.get(f"{self.url}/v1/models").json()["data"]]
+        return [model["id"] for model in self.get("/v1/models").json()["data"]]
 
     def series(self) -> set[str]:
         """The names and labels of all samples."""
-        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
+        lines = self.get("/metrics").text.splitlines()
         return {line.rpartition(" ")[0] for line in lines if not line.startswith("#")}
 
     def usage(self) -> Usage:
