@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 BASE = "base"
 COMPOSITION = "_composition"
 """Adapter label of requests with several adapters; no adapter can have this name."""
-FINISH_REASONS = ("stop", "length", "tool_calls", "cancelled", "failed")
+FINISH_REASONS = ("stop", "length", "tool_calls", "embedding", "cancelled", "failed")
 ENGINE_FAILURES = ("step", "command", "accounting", "integrity")
 
 _REQUEST_SECONDS = (*(0.01 * 2**doublings for doublings in range(15)), 655.36)

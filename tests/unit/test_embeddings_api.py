@@ -130,3 +130,14 @@ def test_a_failure_ends_all_sequences_and_releases_the_adapter(engine: FakeEngin
     response = ask(create_app(state), "POST", PATH, json={"model": "poet", "input": ["a", "b", "c"]})
     assert response.status_code == status and set(response.json()["error"]) == {"message", "type", "param", "code"}
     assert engine.num_open == 0 and state.adapters.cache.num_leases("poet-weights") == 0
+
+
+def test_a_deleted_adapter_leaves_no_series_of_its_embeddings() -> None:
+    """The count of its embeddings stayed for as long as the server ran."""
+    state = server_state(FakeEngine(), adapter("poet"))
+    ask(create_app(state), "POST", PATH, json={"model": "poet", "input": "hello"})
+    samples = [sample for metric in state.metrics.registry.collect() for sample in metric.samples]
+    assert any(sample.labels.get("finish_reason") == "embedding" for sample in samples)
+    state.metrics.forget_adapter("poet")
+    samples = [sample for metric in state.metrics.registry.collect() for sample in metric.samples]
+    assert not [sample for sample in samples if sample.labels.get("adapter") == "poet"]
