@@ -23,6 +23,7 @@ from server.integrity import ensure
 from server.sequence import Batch, Doubles, FinishReason, SampledToken, Segment, Sequence, StepOutput
 
 DEFAULT_SCORED_ROWS = 128
+_GRAMMAR_LIMIT = "its grammar cannot be followed within the limits of work"
 
 
 class Scheduler:
@@ -304,18 +305,20 @@ class Scheduler:
 
     def _append(self, sequence: Sequence, token: SampledToken | None) -> StepOutput:
         if token is None:
-            return self._fail_not_finite(sequence, "the logits of the next token are NaN or infinite")
+            is_limited = sequence.matcher is not None and sequence.matcher.failed
+            reason = _GRAMMAR_LIMIT if is_limited else "the logits of the next token are NaN or infinite"
+            return self._fail_not_finite(sequence, reason)
         sequence.output_ids.append(token.id)
-        reason = self._finish_reason(sequence, token.id)
-        if sequence.matcher is not None and reason is not FinishReason.STOP:
+        end = self._finish_reason(sequence, token.id)
+        if sequence.matcher is not None and end is not FinishReason.STOP:
             if not sequence.matcher.accept(token.id):
                 self._finish(sequence)
-                return StepOutput(sequence.id, None, failed="its grammar cannot be followed within the limits of work")
+                return StepOutput(sequence.id, None, failed=_GRAMMAR_LIMIT)
             if sequence.matcher.stopped:
-                reason = FinishReason.STOP
-        if reason is not None:
+                end = FinishReason.STOP
+        if end is not None:
             self._finish(sequence)
-        return StepOutput(sequence.id, token, reason)
+        return StepOutput(sequence.id, token, end)
 
     def _fail_not_finite(self, sequence: Sequence, reason: str) -> StepOutput:
         sequence.num_computed = 0  # its keys and values may be NaN as well: nothing of the slot is reused

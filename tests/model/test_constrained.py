@@ -12,6 +12,7 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
+from llguidance import LLMatcher, LLParserLimits
 
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
@@ -21,6 +22,8 @@ from server.sequence import FinishReason, SampleRow, SamplingParams, StepOutput
 from server.sequence import Sequence as EngineSequence
 from server.text.grammar.compiler import CompiledGrammar, GrammarCompiler
 from server.text.grammar.grammar import Grammar, choice, concatenate, json_schema, literal, regex, rules, triggered
+from server.text.grammar.library import library_grammar
+from server.text.grammar.matcher import GrammarMatcher
 from server.text.grammar.schema import Source
 from server.text.grammar.tokenizer import GrammarTokenizer
 from tests.fakes import EOS, SPECIAL, encode, small_tokenizer
@@ -251,6 +254,35 @@ def test_a_limit_of_work_ends_that_sequence_alone() -> None:
     assert outputs[1][-1].failed is not None
     assert "grammar" in outputs[1][-1].failed
     assert ids(outputs[2]) == ids(alone)
+
+
+def test_a_limit_of_work_that_a_mask_reaches_ends_no_text_as_if_it_were_complete() -> None:
+    """llguidance then allows the end token alone: half a document ended by ``stop``."""
+    limits = LLParserLimits(max_lexer_states=50, verbose_errors=False)
+    grammar = library_grammar(regex("(a|b)*c[ab]{60}(foo|[a-z]+[0-9]+)*", SOURCE), tokenizer().special_tokens, EOS)
+
+    class _Limited:
+        def matcher(self) -> GrammarMatcher:
+            matcher = LLMatcher(tokenizer().library, grammar, log_level=0, limits=limits)
+            special_ids = frozenset(tokenizer().special_tokens.values())
+            return GrammarMatcher(matcher, vocab_size=WIDTH, eos_id=EOS, special_ids=special_ids)
+
+    params = SamplingParams(temperature=1, seed=1, grammar=_Limited())
+    asked = EngineSequence(1, tuple(encode("x")), 200, params, eos_ids=frozenset({EOS}))
+    last = run(make(habits(0)), asked)[1][-1]
+    assert last.failed is not None
+    assert "limits of work" in last.failed
+
+
+def test_a_special_token_that_ends_answers_cannot_end_a_text_before_it_is_complete() -> None:
+    """Bases have several such tokens; free text may hold those that are not the tokenizer's."""
+    other_end = encode("<|tool|>")[0]
+    grammar = compiled(triggered([("ab", literal("c"))], least=1, most=1))
+    wants_end = lambda sequence, history: torch.nn.functional.one_hot(torch.tensor(other_end), WIDTH).float()  # noqa: E731
+    asked = ask(1, grammar, eos_ids=frozenset({EOS, other_end}), max_tokens=9)
+    outputs = run(make(wants_end), asked)[1]
+    assert other_end not in ids(outputs)
+    assert (len(ids(outputs)), outputs[-1].finish_reason) == (9, FinishReason.LENGTH)
 
 
 def test_rows_without_a_grammar_keep_their_bits() -> None:

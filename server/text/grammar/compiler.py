@@ -145,7 +145,12 @@ def _build(grammar: Grammar, tokenizer: GrammarTokenizer) -> CompiledGrammar | s
         matcher.compute_bitmask()
     if matcher.is_error():
         return reason_of(matcher.get_error(), with_place=isinstance(grammar, Rules) and "::=" not in grammar.text)
-    start = GrammarMatcher(matcher, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
+    start = GrammarMatcher(
+        matcher,
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+        special_ids=frozenset(tokenizer.special_tokens.values()),
+    )
     if len(start.pending) > MAX_FORCED_TOKENS:
         return "its document would have no end"
     return CompiledGrammar(start, num_bytes + len(text) + _BYTES_PER_GRAMMAR)

@@ -19,10 +19,16 @@ class GrammarMatcher:
     """
 
     def __init__(
-        self, matcher: LLMatcher, *, vocab_size: int, eos_id: int, pending: tuple[int, ...] | None = None
+        self,
+        matcher: LLMatcher,
+        *,
+        vocab_size: int,
+        eos_id: int,
+        special_ids: Set[int],
+        pending: tuple[int, ...] | None = None,
     ) -> None:
         self._matcher = matcher
-        self._vocab_size, self._eos_id = vocab_size, eos_id
+        self._vocab_size, self._eos_id, self._special_ids = vocab_size, eos_id, special_ids
         self.pending = self._forced() if pending is None else pending
 
     @property
@@ -36,7 +42,11 @@ class GrammarMatcher:
     def copy(self) -> GrammarMatcher:
         """An independent matcher in the same state."""
         return GrammarMatcher(
-            self._matcher.deep_copy(), vocab_size=self._vocab_size, eos_id=self._eos_id, pending=self.pending
+            self._matcher.deep_copy(),
+            vocab_size=self._vocab_size,
+            eos_id=self._eos_id,
+            special_ids=self._special_ids,
+            pending=self.pending,
         )
 
     def accept(self, token: int) -> bool:
@@ -56,8 +66,8 @@ class GrammarMatcher:
 
         None behind a draft that ends the answer or that the grammar does not allow.
         """
+        rows: list[ConstrainedRow | None] = [self._row(end_ids)]
         state = self.copy() if drafts else self
-        rows: list[ConstrainedRow | None] = [state._row(end_ids)]
         for draft in drafts:
             if rows[-1] is None or draft in end_ids or state.stopped or not state.accept(draft):
                 rows.append(None)
@@ -68,12 +78,14 @@ class GrammarMatcher:
     def _row(self, end_ids: Set[int]) -> ConstrainedRow:
         if self.pending:
             return ConstrainedRow(self.pending[0], None)
-        if self.failed:
-            return ConstrainedRow(None, np.zeros(self._vocab_size, dtype=np.bool_))
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        if self.failed:  # perhaps only now; the bits are then those of the end token
+            return ConstrainedRow(None, np.zeros(self._vocab_size, dtype=np.bool_))
         allowed = np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_)
         if self._matcher.is_accepting():
             self._allow_ends(allowed, end_ids)
+        else:
+            self._forbid_ends(allowed, end_ids)
         return ConstrainedRow(None, allowed)
 
     def _allow_ends(self, allowed: NDArray[np.bool_], end_ids: Set[int]) -> None:
@@ -83,6 +95,13 @@ class GrammarMatcher:
         allowed[ends] = True
         if not allowed.any():
             allowed[self._eos_id] = True
+
+    def _forbid_ends(self, allowed: NDArray[np.bool_], end_ids: Set[int]) -> None:
+        """Forbid the special tokens that end the sequence, which free text may hold, unless nothing else may follow."""
+        others = allowed.copy()
+        others[[token for token in end_ids if token in self._special_ids]] = False
+        if others.any():
+            allowed[:] = others
 
     def _forced(self) -> tuple[int, ...]:
         return tuple(self._matcher.compute_ff_tokens())
