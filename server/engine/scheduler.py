@@ -32,7 +32,8 @@ class Scheduler:
     ``max_prefill_tokens`` limits the prompt rows of a step with decoding sequences. Without ``slots`` there is one slot
     for each of ``max_num_seqs`` sequences, and no prefix reuse. ``max_draft_tokens`` limits the drafts of a sequence in
     a step; 0 turns speculation off. ``max_scored_rows`` limits the rows of a step whose logits are needed for prompt
-    log probabilities. An owner has at most ``max_owner_share`` of the running sequences while another one waits.
+    log probabilities or for tokens that a grammar forces. An owner has at most ``max_owner_share`` of the running
+    sequences while another one waits.
     """
 
     def __init__(
@@ -145,7 +146,8 @@ class Scheduler:
                 assert sequence.slot is not None
                 segment = Segment(sequence, sequence.slot, sequence.num_computed, length, every_row=every_row)
                 if sequence.matcher is not None:
-                    segment = self._with_forced(segment, room=budget - length)
+                    segment = self._with_forced(segment, room=min(budget - length, scored_budget))
+                    scored_budget -= len(segment.drafts)
                 segments.append(segment)
                 budget -= segment.length
         if self.speculation is not None and budget:
