@@ -43,10 +43,12 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(entry, default=str)
 
 
-def configure_logging(format: str = "text") -> None:
-    """Write log records to standard error in this format: ``text`` or ``json``."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter() if format == "json" else logging.Formatter(TEXT_FORMAT))
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(logging.INFO)
+def configure_logging() -> None:
+    """Write log records as text to standard error, unless the program that runs this has handlers of its own."""
+    logging.basicConfig(level=logging.INFO, format=TEXT_FORMAT, stream=sys.stderr)
+
+
+def log_as_json() -> None:
+    """Write log records as JSON from now on."""
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(JsonFormatter())

@@ -12,7 +12,7 @@ from pydantic import SecretStr, ValidationError
 from pydantic_settings import SettingsError as UnreadableSettings
 
 from server.errors import SettingsError
-from server.logs import configure_logging
+from server.logs import log_as_json
 from server.settings import Settings
 
 SETTINGS_TOO = "Every setting of `quickchange serve` is accepted too; `quickchange serve --help` lists them."
@@ -80,7 +80,7 @@ def parse_settings(command: str, arguments: Sequence[str]) -> Settings:
     except UnreadableSettings as error:
         raise SettingsError(str(error)) from None
     if settings.log_format == "json":
-        configure_logging("json")
+        log_as_json()
     logging.getLogger().setLevel(settings.log_level.upper())
     for name in ("httpx", "httpcore", "uvicorn.error", "transformers", "huggingface_hub", "filelock", "watchfiles"):
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))
