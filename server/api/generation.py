@@ -122,7 +122,7 @@ def submit(
         for place, (prompt_ids, max_tokens) in enumerate(zip(prompts.ids, lengths, strict=True)):
             for number in range(body.num_candidates):
                 index = len(request.choices)
-                http.state.reservation.use()
+                http.state.reservation.num_sequences -= 1
                 sequence = state.engine.submit(
                     prompt_ids,
                     params=replace(

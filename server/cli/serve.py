@@ -146,12 +146,7 @@ def build(settings: Settings, access: Access) -> Service:
     slots = _slots(settings, base)
     scheduler = _scheduler(settings, base, slots)
     runner = _runner(base, slots.num_slots, settings.adapter_memory)
-    engine = AsyncEngine(
-        Engine(scheduler, runner, Sampler(), metrics),
-        max_queued_seqs=settings.max_queued_seqs,
-        max_owner_share=settings.max_key_share,
-        queue_timeout=settings.queue_timeout,
-    )
+    engine = _engine(settings, scheduler, runner, metrics)
     prompts = PromptRenderer(base.tokenizer, vocab_size=base.vocab_size, max_model_len=base.max_model_len)
     services = build_adapter_services(settings, base, runner, engine, prompts, metrics)
     if settings.metrics_alias == "vllm":
@@ -179,6 +174,26 @@ def build(settings: Settings, access: Access) -> Service:
         computation=_computation(base),
     )
     return Service(state, engine, services.watcher, settings)
+
+
+def _engine(settings: Settings, scheduler: Scheduler, runner: ModelRunner, metrics: Metrics) -> AsyncEngine:
+    """The engine. Without work it keeps the cached prefixes of one full batch, and no freed memory."""
+
+    def release_memory() -> None:
+        runner.apply(scheduler.slots.release_cached(keep=scheduler.max_num_seqs))
+        engine.update_gauges()
+        gc.collect()
+        trim()
+
+    engine = Engine(scheduler, runner, Sampler(), metrics)
+
+    return AsyncEngine(
+        engine,
+        max_queued_seqs=settings.max_queued_seqs,
+        max_owner_share=settings.max_key_share,
+        queue_timeout=settings.queue_timeout,
+        on_rest=release_memory,
+    )
 
 
 def _scheduler(settings: Settings, base: Base, slots: SlotTable) -> Scheduler:

@@ -215,6 +215,13 @@ class SlotTable:
         self._account(slot)
         sequence.slot = None
 
+    def release_cached(self, *, keep: int) -> tuple[KVOperation, ...]:
+        """Empty all idle slots but the ``keep`` most recently used; returns the KV operations to apply at once."""
+        cached = sorted((slot for slot in self._slots if slot.idle and slot.num_touched), key=lambda slot: slot.used_at)
+        for slot in cached[: max(0, len(cached) - keep)]:
+            self._empty(slot)
+        return self.begin_step(())
+
     def holders_of_written_slots(self, kv_ops: Iterable[KVOperation]) -> list[Sequence]:
         """The sequences whose slots these KV operations write."""
         numbers = {kv_op.target if isinstance(kv_op, CopyPrefix) else kv_op.slot for kv_op in kv_ops}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ from server.model.kv_cache import AttentionMetadata, KVCache, LayerShape, slots_
 from server.model.loader import Base
 from server.model.patches import ModelPatches
 from server.quantization.int8_modules import Int8Linear, linears_with_deltas
-from server.sequence import Batch, Segment
+from server.sequence import Batch, KVOperation, Segment
 
 if TYPE_CHECKING:
     from server.model.layer_graphs import GraphRunner
@@ -98,6 +98,11 @@ class ModelRunner:
     def num_copied_bytes(self) -> int:
         """Bytes of adapters beside their own tensors: copies for batched products, and tables."""
         return self.bank.backend.num_bytes
+
+    def apply(self, kv_ops: Iterable[KVOperation]) -> None:
+        """Apply KV operations between two steps."""
+        for kv_op in kv_ops:
+            self.attention_backend.cache.apply(kv_op)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> tuple[torch.Tensor, Batch]:

@@ -317,3 +317,22 @@ async def test_a_sequence_that_waits_too_long_for_a_slot_gets_an_error(
     finally:
         runner.gate.set()
         await engine.stop(1.0)
+
+
+async def test_memory_is_released_once_there_has_been_no_work_for_a_while(
+    runner: ScriptedRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(async_engine, "REST_SECONDS", 0.05)
+    rests: list[int] = []
+    scheduler = Scheduler(max_num_seqs=1, max_num_batched_tokens=8, max_model_len=100)
+    inner = Engine(scheduler, runner, Sampler(), Metrics())
+    engine = AsyncEngine(inner, max_queued_seqs=6, on_rest=lambda: rests.append(runner.num_steps))
+    engine.start()
+    try:
+        await until(lambda: rests == [0])
+        await asyncio.sleep(0.2)
+        assert rests == [0], "once, until there was work"
+        await tokens(submit(engine))
+        await until(lambda: rests == [0, 8])
+    finally:
+        await engine.stop(1.0)

@@ -10,7 +10,7 @@ import pytest
 from server.engine.fair_queue import _MAX_LAST_STARTS, FairQueue
 from server.engine.scheduler import Scheduler
 from server.engine.slots import SlotTable
-from server.sequence import LoRARequest, SampledToken, SamplingParams, Sequence
+from server.sequence import LoRARequest, ReleaseTail, SampledToken, SamplingParams, Sequence
 
 GREEDY = SamplingParams(temperature=0)
 LENGTH = 64
@@ -210,3 +210,24 @@ def test_owners_are_forgotten_when_they_are_many() -> None:
         queue.append(sequence)
         queue.start(sequence)
     assert len(queue._last_starts) <= _MAX_LAST_STARTS + 4
+
+
+def test_without_work_the_least_recently_used_prefixes_are_emptied_first() -> None:
+    """The memory of a burst stayed for good."""
+    table = SlotTable(4, max_len=LENGTH, reuses=True)
+    scheduler = Scheduler(max_num_seqs=2, max_num_batched_tokens=64, max_model_len=LENGTH, slots=table)
+    for number in range(4):
+        prompt = tuple(range(100 * number, 100 * number + 20))
+        scheduler.add(Sequence(number, prompt, 1, GREEDY))
+        while not scheduler.idle:
+            step(scheduler)
+    assert table.num_cached == 4
+    kv_ops = table.release_cached(keep=1)
+    assert [(kv_op.slot, kv_op.length) for kv_op in kv_ops if isinstance(kv_op, ReleaseTail)] == [
+        (0, 0),
+        (1, 0),
+        (2, 0),
+    ]
+    assert table.num_cached == 1
+    table.check_integrity()
+    assert table.release_cached(keep=1) == ()

@@ -37,6 +37,8 @@ BODY_SECONDS = 60.0
 LONG_PROMPT = 64 * 1024
 """Bytes of a body whose prompt is a long one."""
 MAX_DEPTH = 64
+_MOST_VALIDATED = 2
+"""Large bodies between validation and the end of rendering: objects take ten times the memory of their JSON."""
 _FIELDS_PER_TOKEN = 4
 _MIN_FIELDS = 16_384
 
@@ -52,6 +54,7 @@ class BodyReader:
         self._engine = engine
         self._num_bytes = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="bodies")
+        self.turns = asyncio.Semaphore(_MOST_VALIDATED)
 
     @property
     def max_fields(self) -> int:
@@ -111,13 +114,17 @@ class PromptThreads:
         self._long = ThreadPoolExecutor(1, thread_name_prefix="long prompts")
 
     async def run(self, http: Request, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """The result of ``function``, in the thread for the size of the request's body."""
+        """The result of ``function``, in the thread for the size of the request's body; it ends a large body's turn."""
         is_long = getattr(http.state, "body_bytes", 0) > LONG_PROMPT
         context = contextvars.copy_context()
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(
-            self._long if is_long else self._short, lambda: context.run(function, *args, **kwargs)
-        )
+        try:
+            return await loop.run_in_executor(
+                self._long if is_long else self._short, lambda: context.run(function, *args, **kwargs)
+            )
+        finally:
+            if hasattr(http.state, "large_body"):
+                await http.state.large_body.aclose()
 
 
 class BodyRoute(APIRoute):
@@ -137,12 +144,16 @@ class BodyRoute(APIRoute):
 
         async def handle_bounded(request: Request) -> Response:
             reader: BodyReader = request.app.state.bodies
-            with reader.room_for(_announced_bytes(request)):
-                data = await _read(request)
-                request.state.body_bytes = len(data)
-                if len(data) > LARGE_BODY:
-                    request.state.raw_body, request._json = await _parsed(reader, data, validate)
-            return await handle(request)
+            async with contextlib.AsyncExitStack() as stack:
+                with reader.room_for(_announced_bytes(request)):
+                    data = await _read(request)
+                    request.state.body_bytes = len(data)
+                    if len(data) > LARGE_BODY:
+                        await stack.enter_async_context(reader.turns)
+                        request.state.large_body = stack
+                        request.state.raw_body, request._json = await _parsed(reader, data, validate)
+                        request._body = b"{}"  # only its JSON is used from here on
+                return await handle(request)
 
         return handle_bounded
 
