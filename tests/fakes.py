@@ -194,11 +194,11 @@ class FakeEngine:
     @contextlib.contextmanager
     def reserve(self, num_sequences: int, *, owner: str | None = None) -> Iterator[Reservation]:
         """As the real one."""
-        self.check_capacity(num_sequences)
+        self.check_capacity(num_sequences, owner=owner)
         yield Reservation(owner, num_sequences)
 
-    def check_capacity(self, num_sequences: int) -> None:
-        """As the real one."""
+    def check_capacity(self, num_sequences: int, *, owner: str | None = None) -> None:
+        """As the real one, without shares of owners."""
         if num_sequences > self.max_unfinished:
             raise TooManySequences(num_sequences, self.max_unfinished)
         if not self.alive:

@@ -19,7 +19,7 @@ from starlette.responses import Response
 
 from server.adapters.adapter_cache import Lease
 from server.api.formats.wire import Json, to_json, to_json_with_encoded_parts
-from server.api.generation import acquire, cache_namespace, request_log
+from server.api.generation import acquire, cache_namespace, queue_owner, request_log
 from server.api.ignored_fields import note_ignored_fields
 from server.api.limits.bodies import BodyRoute
 from server.api.protocol import EmbeddingRequest
@@ -27,7 +27,7 @@ from server.api.protocol.prompts import Prompt
 from server.api.request_log import EndedChoice, EndedRequest
 from server.api.responses import cancel_on_disconnect
 from server.api.state import ServerState, State
-from server.errors import ContextLengthExceeded, InvalidRequest, QueueFull
+from server.errors import ContextLengthExceeded, InvalidRequest, QueueFull, QueueShareFull
 from server.metrics import BASE
 from server.sequence import Doubles, SamplingParams, StepOutput
 from server.text.prompt import PromptRenderer
@@ -92,7 +92,7 @@ async def embed(
     ``dimensions`` keeps the first ones, scaled to length 1 again. ``truncate_to`` keeps the last tokens of each input,
     -1 as many as fit. Raises the errors of a lease, ``ContextLengthExceeded``, ``InvalidRequest``, and the engine's.
     """
-    state.engine.check_capacity(1)
+    state.engine.check_capacity(1, owner=queue_owner(http))
     with ExitStack() as stack:
         lease = await acquire(model, http, state, user=user, lora_scale=lora_scale)
         if lease is not None:
@@ -102,8 +102,8 @@ async def embed(
         if truncate_to is not None:
             ids = [each[-(limit if truncate_to < 0 else truncate_to) :] for each in ids]
         _check_lengths(ids, limit, param)
-        run = _EmbeddingRun(state, lease, http.state.principal.id, ids, dimensions)
-        stack.callback(lambda: run.write_log(http))
+        run = _EmbeddingRun(state, lease, http, ids, dimensions)
+        stack.callback(run.write_log)
         vectors = await run.vectors()
         return Embeddings(vectors, sum(map(len, ids)), None if lease is None else lease.label)
 
@@ -141,12 +141,13 @@ class _EmbeddingRun:
         self,
         state: ServerState,
         lease: Lease | None,
-        owner: str,
+        http: Request,
         ids: Sequence[Sequence[int]],
         dimensions: int | None,
     ) -> None:
-        self._state, self._lease, self._owner = state, lease, owner
-        self._namespace = cache_namespace(owner, None)
+        self._state, self._lease, self._http = state, lease, http
+        self._owner = http.state.principal.id
+        self._namespace = cache_namespace(self._owner, None)
         self._ids, self._dimensions = ids, dimensions
         self._waiting = deque(range(len(ids)))
         self._num_running = 0
@@ -163,7 +164,7 @@ class _EmbeddingRun:
             await asyncio.gather(*workers, return_exceptions=True)
         return [self._found[place] for place in range(len(self._ids))]
 
-    def write_log(self, http: Request) -> None:
+    def write_log(self) -> None:
         """Metrics, the log line and the span; the whole request is one choice without tokens."""
         lease = self._lease
         finish = "embedding" if len(self._found) == len(self._ids) else "failed"
@@ -175,15 +176,15 @@ class _EmbeddingRun:
             cached_tokens=0,
             completion_tokens=0,
         )
-        request_log(http, self._state, "embeddings").write(ended)
+        request_log(self._http, self._state, "embeddings").write(ended)
 
     async def _work(self) -> None:
-        """One input after another. Where the queue is full, the sequences that run already go on alone."""
+        """One input after another. Where there is no room, the sequences that run already go on alone."""
         while self._waiting:
             place = self._waiting.popleft()
             try:
                 hidden_mean = await self._run(self._ids[place])
-            except QueueFull:
+            except (QueueFull, QueueShareFull):
                 if not self._num_running:
                     raise
                 self._waiting.append(place)
@@ -202,6 +203,7 @@ class _EmbeddingRun:
                 assert output.embedding is not None
                 done.set_result(output.embedding)
 
+        self._state.engine.check_capacity(1, owner=queue_owner(self._http))
         sequence = self._state.engine.submit(
             ids,
             params=_PARAMS,

@@ -56,8 +56,8 @@ async def leased(
     raises. Raises every error that can be found before rendering.
     """
     check_token_ids(body, state.prompts.vocab_size)
-    owner = None if http.state.principal is WITHOUT_KEYS else http.state.principal.id
-    with state.engine.reserve(body.num_prompts * body.num_candidates, owner=owner) as reservation:
+    num_sequences = body.num_prompts * body.num_candidates
+    with state.engine.reserve(num_sequences, owner=queue_owner(http)) as reservation:
         http.state.reservation = reservation
         lease = await acquire(body.model, http, state, user=body.user, lora_scale=body.lora_scale)
         try:
@@ -66,6 +66,12 @@ async def leased(
             if lease is not None:
                 lease.release()
             raise
+
+
+def queue_owner(http: Request) -> str | None:
+    """Whose share of the queue a request takes; None for all of it, without keys."""
+    principal: Principal = http.state.principal
+    return None if principal is WITHOUT_KEYS else principal.id
 
 
 async def named_defaults(

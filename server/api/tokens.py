@@ -38,7 +38,7 @@ async def tokenize(body: TokenizeRequest, http: Request, state: State) -> Respon
         renderer, ids = prompts.renderer, prompts.ids[0]
     answer: Json = {"count": len(ids), "max_model_len": state.engine.max_model_len, "tokens": ids}
     if body.return_token_strs:
-        answer["token_strs"] = renderer.token_names(ids)
+        answer["token_strs"] = await asyncio.to_thread(renderer.token_names, ids)
     return await _respond(answer)
 
 

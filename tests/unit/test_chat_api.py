@@ -147,8 +147,13 @@ def test_on_every_way_out_leases_and_sequences_are_given_back(
 
 def test_a_submission_that_fails_half_way_leaves_nothing_behind() -> None:
     """The queue may fill between the check and the last of several sequences."""
-    engine = FakeEngine(capacity=2)
-    engine.check_capacity = lambda num_sequences: None if num_sequences > 1 else FakeEngine.check_capacity(engine, 1)  # type: ignore[method-assign]
+
+    class Filling(FakeEngine):
+        def check_capacity(self, num_sequences: int, *, owner: str | None = None) -> None:
+            if num_sequences == 1:
+                super().check_capacity(1)
+
+    engine = Filling(capacity=2)
     state = server_state(engine, adapter("poet"))
     response = ask(create_app(state), "POST", CHAT, json={**ONE, "model": "poet", "n": 3})
     assert response.status_code == 503

@@ -17,7 +17,7 @@ from server.api.auth.keys import ApiKey, KeyRing, digest_of
 from server.api.auth.principal import AccessScope, Principal
 from server.api.auth.wrong_keys import FREE, MAX_ADDRESSES, MAX_DELAY, WrongKeys
 from server.api.state import ServerState
-from server.errors import ConcurrencyLimitExceeded, RateLimitExceeded, TooManyWrongKeys
+from server.errors import ConcurrencyLimitExceeded, QueueShareFull, RateLimitExceeded, TooManyWrongKeys
 from tests.fakes import BASE, FakeEngine, Script, ask, server_state
 
 KEY = "a-key-with-limits"
@@ -173,3 +173,22 @@ def test_a_right_key_is_answered_at_once_while_wrong_ones_from_its_address_wait(
     since = time.perf_counter()
     assert ask(app, "GET", "/v1/models", headers=wrong).status_code == 401
     assert time.perf_counter() - since >= 0.99
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("/v1/chat/completions", ONE), ("/v1/embeddings", {"model": BASE, "input": ["a", "b"]})],
+)
+def test_a_key_with_its_share_of_the_queue_gets_a_429(path: str, body: dict[str, Any]) -> None:
+    """Embeddings were not counted: one key could fill the queue with them."""
+
+    class FullShare(FakeEngine):
+        def check_capacity(self, num_sequences: int, *, owner: str | None = None) -> None:
+            if owner is not None:
+                raise QueueShareFull(4, retry_after=3)
+
+    app = create_app(state_with(access_for(principal()), FullShare()))
+    response = ask(app, "POST", path, json=body, headers=BEARER)
+    assert (response.status_code, response.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+    assert response.headers["retry-after"] == "3"
+    assert ask(create_app(server_state(FullShare())), "POST", path, json=body).status_code == 200, "without keys"
