@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -69,8 +71,9 @@ def _render(body: ChatRequest, defaults: GenerationDefaults, base: PromptRendere
     renderer = base.for_adapter(defaults)
     template = defaults.chat_template or renderer.chat_template
     format = format_of_tools(template, defaults.tool_format)
-    messages = template_messages(body.messages)
-    shown = with_tools(body, with_system_prompt(messages, defaults.system_prompt), template or "", format)
+    messages: Sequence[Mapping[str, Any]] = template_messages(body.messages)
+    messages = with_system_prompt(messages, defaults.system_prompt)
+    shown = with_tools(body, messages, template or "", format, renderer)
     variables = _variables(body, template or "")
     ids = renderer.chat(
         shown.messages,

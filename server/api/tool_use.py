@@ -29,14 +29,18 @@ def format_of_tools(template: str | None, named: str | None) -> ToolFormat:
     return FORMATS[named] if named is not None else tool_format(template)
 
 
-def with_tools(body: ChatRequest, messages: Messages, template: str, format: ToolFormat) -> ToolPrompt:
+def with_tools(
+    body: ChatRequest, messages: Messages, template: str, format: ToolFormat, renderer: PromptRenderer
+) -> ToolPrompt:
     """What a template is given. ``none`` shows no tools to the model, so that it does not call any."""
     tools = [tool.as_json() for tool in body.tools] if body.callable_tools else []
     if not tools:
         return ToolPrompt(messages, {})
     names = tool_variables(template)
     if not names:
-        return ToolPrompt(with_described_tools(messages, tools, template, format), {})
+        takes_system_turn = renderer.takes_system_turn(template)
+        described = with_described_tools(messages, tools, template, format, takes_system_turn=takes_system_turn)
+        return ToolPrompt(described, {})
     return ToolPrompt(messages, dict.fromkeys(names, tools))
 
 

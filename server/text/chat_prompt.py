@@ -34,7 +34,7 @@ class ChatPrompts:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._call_form = lru_cache(MAX_TEMPLATES)(self._find_call_form)
-        self._shows = lru_cache(2 * MAX_TEMPLATES)(self._find_shown)
+        self._shows = lru_cache(3 * MAX_TEMPLATES)(self._find_shown)
 
     def ids(
         self, messages: Messages, template: str, variables: Mapping[str, Any], format: ToolFormat, *, continues: bool
@@ -67,6 +67,10 @@ class ChatPrompts:
     def _find_call_form(self, template: str) -> CallForm | None:
         return find_form(partial(self._text, template=template, variables={"add_generation_prompt": True}))
 
+    def takes_system_turn(self, template: str) -> bool:
+        """Whether a template shows a system turn; some refuse it."""
+        return self._shows(template, "system")
+
     def _find_shown(self, template: str, key: str) -> bool:
         return shows(key, partial(self._text, template=template, variables={"add_generation_prompt": False}))
 
@@ -92,8 +96,12 @@ def _has_calls(messages: Messages) -> bool:
 
 
 def _for_template(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message without keys that are null; GPT-OSS' template reads reasoning under the name ``thinking``."""
-    present = {key: value for key, value in message.items() if value is not None}
+    """A message without keys that are null; GPT-OSS' template reads reasoning under the name ``thinking``.
+
+    A turn with calls may have null as its content, in a form of ``tools/history.py``.
+    """
+    may_be_null = {"content"} if message.get("tool_calls") else set()
+    present = {key: value for key, value in message.items() if value is not None or key in may_be_null}
     if "reasoning_content" in present:
         present.setdefault("thinking", present["reasoning_content"])
     return present

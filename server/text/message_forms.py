@@ -15,8 +15,10 @@ _NAMED_ROLES = ("system", "developer", "user", "assistant")
 
 
 def shows(key: str, render: Callable[[list[dict[str, Any]]], str]) -> bool:
-    """Whether a template shows this key of a message, tried with one. Never raises."""
-    if key == "name":
+    """Whether a template shows this key of a message, or a turn of ``system``, tried with one. Never raises."""
+    if key == "system":
+        messages = [{"role": "system", "content": _PROBE}, {"role": "user", "content": "Hello"}]
+    elif key == "name":
         messages = [{"role": "user", "content": "Hello", "name": _PROBE}]
     else:
         messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi", key: _PROBE}]

@@ -199,6 +199,10 @@ class PromptRenderer:
             raise InvalidRequest("The chat template renders these messages to an empty prompt.", param="messages")
         return ids
 
+    def takes_system_turn(self, template: str) -> bool:
+        """Whether a chat template shows a system turn; some refuse it."""
+        return self._chats.takes_system_turn(template)
+
     def prompt_ids(self, prompt: str | list[int], *, param: str = "prompt") -> list[int]:
         """A text as token ids; token ids as they are. ``param`` is the field that has it."""
         if isinstance(prompt, str):

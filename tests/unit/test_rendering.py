@@ -206,3 +206,17 @@ def test_a_template_is_rendered_after_another_ended_the_process() -> None:
     with pytest.raises(TemplateLimitExceeded):
         template_processes().render(BOMBS["addition"], {"messages": [1]})
     assert template_processes().render("a{{ x }}", {"x": "東"}) == "a東"
+
+
+def test_a_template_that_refuses_a_system_turn_is_shown_tools() -> None:
+    """Gemma 2's: every request with tools was a 400."""
+    refusing = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + TURNS
+    )
+    for template, begin in ((refusing, "user=You can call"), (TURNS, "system=You can call")):
+        engine = FakeEngine(max_model_len=2000)
+        app = create_app(server_state(engine, adapter("poet", chat_template=template)))
+        body = {"model": "poet", "messages": [USER], "tools": [{"type": "function", "function": {"name": "now"}}]}
+        assert ask(app, "POST", CHAT, json=body).status_code == 200
+        prompt = text_of(engine.submitted[0].prompt_ids)
+        assert prompt.startswith(begin) and prompt.endswith("hello;") and '"now"' in prompt

@@ -32,6 +32,11 @@ TEXTS = (
     "{% for c in m['tool_calls'] or [] %}({{ c['function']['name'] + ' ' + c['function']['arguments'] }}){% endfor %}"
     "{% endfor %}"
 )
+NULL_CONTENT = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' and m['content'] is none %}"
+    "{% for c in m['tool_calls'] %}({{ c['function']['name'] + ' ' + c['function']['arguments'] }}){% endfor %}"
+    "{% else %}[{{ m['role'] }}]{{ m['content'] }}{% endif %}{% endfor %}"
+)
 
 
 def rendered(template: str, messages: list[dict[str, Any]]) -> str:
@@ -46,6 +51,7 @@ def rendered(template: str, messages: list[dict[str, Any]]) -> str:
     [
         (OBJECTS, "[user]Weather?[assistant](get_weather [('city', 'Paris')])[tool]sunny"),
         (TEXTS, '[user]Weather?[assistant](get_weather {"city": "Paris"})[tool]sunny'),
+        (NULL_CONTENT, '[user]Weather?(get_weather {"city": "Paris"})[tool]sunny'),
         (
             PLAIN_TEMPLATE,
             '[user]Weather?|[assistant]<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n'
@@ -106,6 +112,19 @@ def test_tools_are_described_in_the_system_turn_of_a_template_without_them() -> 
     assert json.dumps(TOOLS[0]["function"]) in system["content"]
     assert '<tool_call>\n{"name": "NAME", "arguments": {"ARGUMENT": "VALUE"}}\n</tool_call>' in system["content"]
     assert with_described_tools(messages[1:], TOOLS, PLAIN_TEMPLATE, HERMES)[0]["role"] == "system"
+
+
+def test_tools_are_described_in_the_users_turn_of_a_template_that_refuses_a_system_turn() -> None:
+    """Gemma 2's: every request with tools was refused."""
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+        {"role": "assistant", "content": "Yes?"},
+    ]
+    first, second = with_described_tools(messages, TOOLS, PLAIN_TEMPLATE, HERMES, takes_system_turn=False)
+    assert (first["role"], second) == ("user", messages[1])
+    assert json.dumps(TOOLS[0]["function"]) in first["content"] and first["content"].endswith("\n\nHi")
+    before = with_described_tools(messages[1:], TOOLS, PLAIN_TEMPLATE, HERMES, takes_system_turn=False)[0]
+    assert before["role"] == "user" and before["content"].startswith("You can call functions.")
 
 
 def test_phis_template_gets_the_tools_with_the_system_turn() -> None:

@@ -1,8 +1,8 @@
 """Earlier calls and their results in a prompt, in the form in which a chat template takes them.
 
-Templates differ: arguments are an object or JSON text, content that is absent is read as text, or both are dropped in
-silence. So a template is tried once with a call, and what it makes of that tells the form. A template that has no form
-gets calls and results as text.
+Templates differ: arguments are an object or JSON text, content that is absent is read as text, or has to be null, or
+both are dropped in silence. So a template is tried once with a call, and what it makes of that tells the form. A
+template that has no form gets calls and results as text.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _NAME, _VALUE, _RESULT = "probed_function", "probed value", "probed result"
 
 
 class CallForm(NamedTuple):
-    """How a template takes a turn with calls; ``content`` is put where there is none."""
+    """How a template takes a turn with calls; ``no_content`` is the message's content where it has none."""
 
-    content: str | None
+    no_content: Mapping[str, str | None]
     arguments_as_text: bool
 
     def applied(self, messages: Messages) -> list[dict[str, Any]]:
@@ -31,10 +31,13 @@ class CallForm(NamedTuple):
 
     def _applied(self, message: Mapping[str, Any]) -> dict[str, Any]:
         calls = [_with_text(call) if self.arguments_as_text else call for call in message["tool_calls"]]
-        return {**message, "content": message.get("content") or self.content, "tool_calls": calls}
+        others = {key: value for key, value in message.items() if key != "content"}
+        content = {"content": message["content"]} if message.get("content") else self.no_content
+        return {**others, **content, "tool_calls": calls}
 
 
-FORMS = tuple(CallForm(content, as_text) for as_text in (False, True) for content in (None, ""))
+_NO_CONTENTS: Sequence[Mapping[str, str | None]] = ({}, {"content": ""}, {"content": None})
+FORMS = tuple(CallForm(no_content, as_text) for as_text in (False, True) for no_content in _NO_CONTENTS)
 
 
 def find_form(render: Callable[[list[dict[str, Any]]], str]) -> CallForm | None:

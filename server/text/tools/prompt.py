@@ -1,4 +1,4 @@
-"""Tools in a prompt: handed to the chat template, or described in a system turn for a template without them."""
+"""Tools in a prompt: handed to the chat template, or described in a turn for a template without them."""
 
 from __future__ import annotations
 
@@ -31,15 +31,24 @@ def tool_variables(template: str) -> frozenset[str]:
 
 
 def with_described_tools(
-    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], template: str, format: ToolFormat
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]],
+    template: str,
+    format: ToolFormat,
+    *,
+    takes_system_turn: bool = True,
 ) -> list[Mapping[str, Any]]:
-    """Messages whose system turn describes the tools, for a template that has no variable for them."""
+    """Messages whose system turn describes the tools, for a template that has no variable for them.
+
+    A template that takes no system turn has the description in the first user turn.
+    """
     functions = [tool["function"] for tool in tools]
     if "message['tools']" in template:  # Phi's: the system turn has them as JSON
         return _with_system(messages, "", tools=json.dumps(functions, ensure_ascii=False))
     lines = "\n".join(json.dumps(function, ensure_ascii=False) for function in functions)
     call = format.opening + format.text("NAME", {"ARGUMENT": "VALUE"}) + format.closing
-    return _with_system(messages, _TEXT.format(tools=lines, call=call))
+    text = _TEXT.format(tools=lines, call=call)
+    return _with_system(messages, text) if takes_system_turn else _with_user(messages, text)
 
 
 def _with_system(messages: Sequence[Mapping[str, Any]], text: str, **more: Any) -> list[Mapping[str, Any]]:
@@ -49,6 +58,14 @@ def _with_system(messages: Sequence[Mapping[str, Any]], text: str, **more: Any) 
     first, *others = messages
     content = "\n\n".join(part for part in (_content_text(first), text) if part)
     return [{**first, "content": content, **more}, *others]
+
+
+def _with_user(messages: Sequence[Mapping[str, Any]], text: str) -> list[Mapping[str, Any]]:
+    """Messages with ``text`` at the beginning of the first turn, if it is the user's, or else in one before it."""
+    if not messages or messages[0]["role"] != "user":
+        return [{"role": "user", "content": text}, *messages]
+    first, *others = messages
+    return [{**first, "content": f"{text}\n\n{_content_text(first)}"}, *others]
 
 
 def _content_text(message: Mapping[str, Any]) -> str:
