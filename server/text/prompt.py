@@ -191,6 +191,8 @@ class PromptRenderer:
             raise InvalidRequest(
                 "The chat template takes too long or too much memory with these messages.", param="messages"
             ) from None
+        except (OSError, MemoryError):  # no process for the template: the messages are not to blame
+            raise
         except Exception as error:  # a template is a program, and its text anything
             raise InvalidRequest(
                 f"The chat template refuses these messages: {_short_message(error)}", param="messages"

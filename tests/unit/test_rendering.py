@@ -220,3 +220,14 @@ def test_a_template_that_refuses_a_system_turn_is_shown_tools() -> None:
         assert ask(app, "POST", CHAT, json=body).status_code == 200
         prompt = text_of(engine.submitted[0].prompt_ids)
         assert prompt.startswith(begin) and prompt.endswith("hello;") and '"now"' in prompt
+
+
+def test_a_process_that_cannot_be_started_is_a_failure_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was a 400 that said the template refuses the messages."""
+
+    def fail(*arguments: object, **more: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(template_processes()._pool, "ask", fail)
+    with pytest.raises(OSError, match="Too many open files"):
+        rendered(PLAIN, USER)
