@@ -172,11 +172,11 @@ class AsyncEngine:
         return submitted + sum(each.num_sequences for each in self._reservations if each.owner == owner)
 
     def _queue_seconds(self) -> float:
-        """How long the queue takes at the rate at which the last sequences ended."""
-        num_queued = len(self._submitted) - self._engine.scheduler.max_num_seqs
-        if len(self._ends) < 2 or num_queued <= 0:
-            return 1.0
-        return num_queued * (time.perf_counter() - self._ends[0]) / len(self._ends)
+        """How long the queue takes at the rate at which sequences end, or if those that run ended now."""
+        num_running = self._engine.scheduler.max_num_seqs
+        since = self._ends or [submitted.since for submitted in self._submitted.values()][:1] or [time.perf_counter()]
+        num_queued = max(0, len(self._submitted) - num_running)
+        return num_queued * (time.perf_counter() - since[0]) / (len(self._ends) or num_running)
 
     def submit(
         self,
@@ -198,6 +198,8 @@ class AsyncEngine:
         sequence = Sequence(
             next(self._ids), tuple(prompt_ids), max_tokens, params, adapters, eos_ids, cache_namespace, owner
         )
+        if not self._submitted:
+            self._ends.clear()  # the rate of an earlier load
         submitted = self._submitted[sequence.id] = SubmittedSequence(sequence, sink, self._close)
         self._inbox.put(partial(self._add, sequence))
         if self._expiry is None:

@@ -296,6 +296,11 @@ async def test_the_time_to_retry_follows_the_rate_at_which_sequences_end(
     with pytest.raises(QueueFull) as refused:
         engine.check_capacity(1)
     assert refused.value.retry_after == pytest.approx(2 * 30 / 3, rel=0.1)
+    engine._ends.clear()
+    next(iter(engine._submitted.values())).since = now - 8
+    with pytest.raises(QueueFull) as refused:
+        engine.check_capacity(1)
+    assert refused.value.retry_after == pytest.approx(2 * 8 / 2, rel=0.1), "none has ended yet"
 
 
 async def test_a_sequence_that_waits_too_long_for_a_slot_gets_an_error(
