@@ -29,8 +29,7 @@ MAX_FAILED_STEPS = 3
 """Consecutive failed steps that end the engine thread."""
 _NUM_ENDS = 64
 REST_SECONDS = 30.0
-EXPIRY_SECONDS = 1.0
-"""Time between looks for sequences that have waited too long."""
+EXPIRY_SECONDS = 1.0  # between looks for sequences that have waited too long
 _FAILURES = {
     "step": "a step failed; its sequences were ended with an error",
     "command": "a command failed; other sequences and adapters are not affected",
@@ -168,15 +167,15 @@ class AsyncEngine:
 
     def _num_owned(self, owner: str) -> int:
         """Sequences of an owner, submitted or reserved."""
-        submitted = sum(submitted.sequence.owner == owner for submitted in self._submitted.values())
-        return submitted + sum(each.num_sequences for each in self._reservations if each.owner == owner)
+        reserved = sum(each.num_sequences for each in self._reservations if each.owner == owner)
+        return reserved + sum(each.sequence.owner == owner for each in self._submitted.values())
 
     def _queue_seconds(self) -> float:
         """How long the queue takes at the rate at which sequences end, or if those that run ended now."""
         num_running = self._engine.scheduler.max_num_seqs
         since = self._ends or [submitted.since for submitted in self._submitted.values()][:1] or [time.perf_counter()]
-        num_queued = max(0, len(self._submitted) - num_running)
-        return num_queued * (time.perf_counter() - since[0]) / (len(self._ends) or num_running)
+        seconds = (time.perf_counter() - since[0]) / (len(self._ends) or num_running)
+        return seconds * max(0, len(self._submitted) - num_running)
 
     def submit(
         self,
@@ -198,8 +197,8 @@ class AsyncEngine:
         sequence = Sequence(
             next(self._ids), tuple(prompt_ids), max_tokens, params, adapters, eos_ids, cache_namespace, owner
         )
-        if not self._submitted:
-            self._ends.clear()  # the rate of an earlier load
+        if not self._submitted:  # another load, at another rate
+            self._ends.clear()
         submitted = self._submitted[sequence.id] = SubmittedSequence(sequence, sink, self._close)
         self._inbox.put(partial(self._add, sequence))
         if self._expiry is None:
