@@ -64,6 +64,8 @@ class AnswerFormat:
         if reasoning is None:
             return answer
         free = not self.required and content is None
+        if free and reasoning is HARMONY_REASONING:
+            return answer
         return behind_reasoning(answer, reasoning, opened=self.reasoning_open, free=free)
 
     def _behind_reasoning(self, content: Grammar | None) -> Grammar | None:

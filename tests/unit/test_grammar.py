@@ -113,6 +113,16 @@ def test_with_a_limit_the_answer_ends_after_that_many_bodies() -> None:
     assert not follows(grammar, "text [CALL]{1} more")
 
 
+def test_the_beginning_of_free_text_may_be_forbidden() -> None:
+    """Also where it is a special token."""
+    for begin in ("<think>", "<|tool|>"):
+        grammar = triggered([("[CALL]", literal("{1}"))], most=1, not_begin=begin)
+        for text in ("", "<thi", "x", f"x {begin} y", "[CALL]{1}", f"x {begin}[CALL]{{1}}", "<|user|>[CALL]{1}"):
+            assert follows(grammar, text), text
+        for text in (begin, f" \n{begin}", f"{begin} x[CALL]{{1}}", "<|user|>[CALL]{x}"):
+            assert not follows(grammar, text), text
+
+
 def test_text_of_a_request_that_looks_like_a_special_token_stays_text() -> None:
     """llguidance would force the special token, which the grammar then refuses: the sequence failed."""
     grammar = json_schema({"const": "a<|end|>b"}, SOURCE)

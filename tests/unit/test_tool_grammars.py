@@ -23,7 +23,7 @@ from server.text.grammar.matcher import GrammarMatcher
 from server.text.grammar.schema import Source
 from server.text.grammar.tokenizer import GrammarTokenizer
 from server.text.prompt import PromptRenderer
-from server.text.reasoning import reasoning_format
+from server.text.reasoning import ReasoningFormat, reasoning_format
 from server.text.tools.composition import pattern_without
 from server.text.tools.families import FORMATS
 from server.text.tools.tool import Tool
@@ -157,6 +157,23 @@ def test_reasoning_may_stand_before_required_calls(name: str) -> None:
     closed = AnswerFormat(THINK, False, FORMATS[name], TOOLS, required=True)
     answer = walk(closed, 2, begin="<think>They ask.</think>")
     assert answer.calls and (answer.reasoning, answer.content) == ("They ask.", "")
+
+
+@pytest.mark.parametrize("reasoning", [THINK, ReasoningFormat("other", "(thought)", "(/thought)")])
+@pytest.mark.parametrize("name", ["hermes", "qwen3_coder", "mistral"])
+def test_a_trigger_inside_of_reasoning_begins_no_call(name: str, reasoning: ReasoningFormat) -> None:
+    """A thought that mentions the text of a call had to go on as a call, which nobody saw: the answer was empty.
+
+    The markers of reasoning are special tokens of micro in the first case, and text in the second.
+    """
+    format = FORMATS[name]
+    answers = AnswerFormat(reasoning, False, format, TOOLS)
+    thought = f" \n{reasoning.begin}I could use {format.trigger} or not.{reasoning.end}"
+    for begin in (f"{thought}\n\nHi {format.trigger}", f"Hi {format.trigger}"):
+        answer = walk(answers, 1, begin=begin)
+        assert answer.calls and answer.content == "Hi"
+        assert answer.reasoning == ("" if begin.startswith("Hi") else f"I could use {format.trigger} or not.")
+    assert walk(answers, 1, begin=f"{thought}\n\nHello!").content.startswith("Hello!")
 
 
 def test_content_with_a_grammar_of_its_own_may_come_in_the_place_of_calls() -> None:

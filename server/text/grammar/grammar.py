@@ -85,11 +85,13 @@ class TriggeredText:
     """Free text in which the body of a trigger must follow its text, from ``least`` to ``most`` times.
 
     A trigger that is a special token is that token. With ``most``, the answer ends after that many bodies.
+    The text does not begin with ``not_begin``, nor with white space and that.
     """
 
     triggers: tuple[tuple[str, Grammar], ...]
     most: int | None
     least: int = 0
+    not_begin: str = ""
 
 
 Grammar = (
@@ -156,13 +158,17 @@ def repeat(item: Grammar, *, separator: Grammar | None = None, least: int = 1, m
     return Repetition(item, literal("") if separator is None else separator, least, most)
 
 
-def triggered(triggers: Iterable[tuple[str, Grammar]], *, most: int | None = None, least: int = 0) -> Grammar:
+def triggered(
+    triggers: Iterable[tuple[str, Grammar]], *, most: int | None = None, least: int = 0, not_begin: str = ""
+) -> Grammar:
     """Free text; wherever it has a trigger's text, the grammar beside it must follow.
 
     Several bodies of one trigger are ``one_of`` them. Special tokens may occur in free text, as without a grammar.
+    The text does not begin with ``not_begin``; that takes ``most`` 1.
     """
     assert least == 0 or (most is not None and least <= most)
-    return TriggeredText(tuple(triggers), most, least)
+    assert not not_begin or (most, least) == (1, 0)
+    return TriggeredText(tuple(triggers), most, least, not_begin)
 
 
 def documents(grammar: Grammar) -> Iterable[RegexText | Document | Rules]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +42,7 @@ class _Writer:
     special_tokens: Mapping[str, int]
     eos_id: int
     lines: list[str] = field(default_factory=list)
+    documents: dict[Document, str] = field(default_factory=dict)
     grammars: list[dict[str, Any]] = field(default_factory=list)
 
     def expression(self, grammar: Grammar) -> str:
@@ -53,7 +54,9 @@ class _Writer:
         if isinstance(grammar, RegexText):
             return f"/{regex_to_lark(grammar.regex)}/" if grammar.regex else '""'
         if isinstance(grammar, Document):
-            return self._document(grammar)
+            if grammar not in self.documents:
+                self.documents[grammar] = self._document(grammar)
+            return self.documents[grammar]
         if isinstance(grammar, Rules):
             return self._named({"lark_grammar": _as_lark(grammar.text)})
         if isinstance(grammar, Concatenation):
@@ -91,11 +94,15 @@ class _Writer:
         """Free text, and the bodies behind triggers: behind text by a lazy lexeme, which ends at the trigger."""
         if _FREE_TEXT not in self.lines:
             self.lines.append(_FREE_TEXT)
-        bodies = [self._behind(trigger, self.expression(body)) for trigger, body in grammar.triggers]
+        bodies = [(trigger, self.expression(body)) for trigger, body in grammar.triggers]
         triggers = {self.special_tokens[trigger] for trigger, _ in grammar.triggers if trigger in self.special_tokens}
         others = sorted(set(self.special_tokens.values()) - triggers - {self.eos_id})
-        free = self._rule(f"FREE_TEXT <[{','.join(map(str, others))}]>") if others else None
-        body = self._rule(" | ".join(bodies))
+        free = self._free("FREE_TEXT", others)
+        body = self._bodies("FREE_TEXT", bodies)
+        if grammar.not_begin:
+            first = self._first_text(grammar.not_begin)
+            behind_token = f" | {self._first_token(first, others, grammar.not_begin)} {free}* (FREE_TEXT | {body})"
+            return self._rule(f"{first} | {self._bodies(first, bodies)}{behind_token if others else ''}")
         if grammar.most is None:
             return self._rule(f"({' | '.join([*([free] if free else []), body])})* FREE_TEXT")
         text = f"{free}* FREE_TEXT" if free else "FREE_TEXT"
@@ -103,12 +110,38 @@ class _Writer:
         bodies_only = f"{item}{{{max(grammar.least, 1)},{grammar.most}}}"
         return self._rule(bodies_only if grammar.least else f"{text} | {bodies_only}")
 
-    def _behind(self, trigger: str, body: str) -> str:
+    def _first_text(self, not_begin: str) -> str:
+        """Free text that does not begin with ``not_begin``: any, if that is a special token."""
+        if not_begin in self.special_tokens:
+            return "FREE_TEXT"
+        name = f"FIRST_TEXT_{len(self.lines)}"
+        self.lines.append(rf"{name}: FREE_TEXT & ~/[ \t\r\n]*{regex_to_lark(re.escape(not_begin))}(.|\n)*/")
+        return name
+
+    def _first_token(self, first: str, others: Sequence[int], not_begin: str) -> str:
+        """The ``first`` text and a special token, which is not ``not_begin`` behind white space."""
+        number = self.special_tokens.get(not_begin)
+        allowed = self._free(first, [other for other in others if other != number])
+        if number is None:
+            return str(allowed)
+        name = f"TEXT_{len(self.lines)}"
+        self.lines.append(rf"{name}: FREE_TEXT & ~/[ \t\r\n]*/")
+        return self._rule(" | ".join(filter(None, [allowed, f"{name} <[{number}]>"])))
+
+    def _free(self, text: str, others: Sequence[int]) -> str | None:
+        """``text`` and one of the special tokens ``others``; None if there are none."""
+        return self._rule(f"{text} <[{','.join(map(str, others))}]>") if others else None
+
+    def _bodies(self, text: str, bodies: Sequence[tuple[str, str]]) -> str:
+        """``text``, a trigger and its body."""
+        return self._rule(" | ".join(self._behind(text, trigger, body) for trigger, body in bodies))
+
+    def _behind(self, text: str, trigger: str, body: str) -> str:
         token = self._token(trigger)
         if token is not None:
-            return self._rule(f"FREE_TEXT {token} {body}")
+            return self._rule(f"{text} {token} {body}")
         name = f"trigger_{len(self.lines)}"
-        self.lines.append(f"{name}[lazy]: FREE_TEXT {json.dumps(trigger, ensure_ascii=False)}")
+        self.lines.append(f"{name}[lazy]: {text} {json.dumps(trigger, ensure_ascii=False)}")
         return self._rule(f"{name} {body}")
 
     def _rule(self, expression: str) -> str:

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
-from server.text.grammar.grammar import Grammar, concatenate, literal, one_of, regex, repeat, triggered
+from server.text.grammar.grammar import (
+    Grammar,
+    TriggeredText,
+    concatenate,
+    literal,
+    one_of,
+    regex,
+    repeat,
+    triggered,
+)
 from server.text.grammar.schema import Source
 from server.text.reasoning import ReasoningFormat
 from server.text.tools.tool import Tool, ToolFormat
@@ -32,13 +43,22 @@ def possible_calls(format: ToolFormat, tools: Sequence[Tool], *, parallel: bool)
 def behind_reasoning(answer: Grammar, reasoning: ReasoningFormat, *, opened: bool, free: bool) -> Grammar:
     """``answer`` behind reasoning, which may be left out unless the prompt has ``opened`` it.
 
-    ``free``: the answer begins with any text, so that reasoning is a part of it, and may be all of it.
+    ``free``: the answer begins with any text, and reasoning may be all of it. Text of reasoning triggers nothing.
     """
-    if free and not opened:
-        return answer
     behind = answer if free else concatenate(literal(reasoning.behind), answer)
     thought = triggered([(reasoning.end, behind)], least=0 if free else 1, most=1)
-    return thought if opened else one_of([concatenate(literal(reasoning.begin), thought), answer])
+    if opened:
+        return thought
+    if free and isinstance(answer, TriggeredText):
+        without = replace(answer, not_begin=reasoning.begin)
+        return one_of([concatenate(_behind_space(reasoning.begin), thought), without])
+    return answer if free else one_of([concatenate(literal(reasoning.begin), thought), answer])
+
+
+def _behind_space(text: str) -> Grammar:
+    """A special token behind white space, or ``text`` with it, which a lexer needs as one pattern."""
+    space = r"[ \t\r\n]*"
+    return one_of([concatenate(regex(space, _SOURCE), literal(text)), regex(space + re.escape(text), _SOURCE)])
 
 
 def _calls(format: ToolFormat, tools: Sequence[Tool], *, parallel: bool, behind: str) -> Grammar:
