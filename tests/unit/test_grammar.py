@@ -25,6 +25,7 @@ from server.text.grammar.grammar import (
 from server.text.grammar.matcher import GrammarMatcher
 from server.text.grammar.schema import Source
 from server.text.grammar.tokenizer import GrammarTokenizer
+from server.text.grammar.trial import grammar_trial
 from tests.fakes import EOS, SPECIAL, encode, small_tokenizer
 
 SOURCE = Source("response_format", "response_format 'person'")
@@ -225,6 +226,20 @@ def test_a_refused_grammar_is_refused_again_at_once(monkeypatch: pytest.MonkeyPa
         messages.append((str(refused.value), refused.value.param, refused.value.code))
         monkeypatch.setattr("server.text.grammar.compiler.grammar_trial", None)
     assert messages[0] == messages[1]
+
+
+def test_a_refusal_is_forgotten_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A grammar that a busy machine had no time for was refused for as long as the server ran."""
+    compiler = GrammarCompiler()
+    with monkeypatch.context() as busy:
+        busy.setattr(grammar_trial()._pool, "ask", lambda job: None)
+        for _ in range(2):
+            with pytest.raises(InvalidRequest, match="too much time"):
+                compiler.compile(json_schema(PERSON, SOURCE), tokenizer())
+    with pytest.raises(InvalidRequest, match="too much time"):
+        compiler.compile(json_schema(PERSON, SOURCE), tokenizer())
+    monkeypatch.setattr("server.text.grammar.compiler.REFUSED_SECONDS", 0.0)
+    assert compiler.compile(json_schema(PERSON, SOURCE), tokenizer()).num_bytes
 
 
 def test_matchers_of_one_grammar_do_not_affect_each_other() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import time
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from server.errors import InvalidRequest
 from server.sequence import SampledToken
 from server.text.answer_format import AnswerFormat
 from server.text.detokenizer import Detokenizer
@@ -157,6 +159,19 @@ def test_reasoning_may_stand_before_required_calls(name: str) -> None:
     closed = AnswerFormat(THINK, False, FORMATS[name], TOOLS, required=True)
     answer = walk(closed, 2, begin="<think>They ask.</think>")
     assert answer.calls and (answer.reasoning, answer.content) == ("They ask.", "")
+
+
+@pytest.mark.parametrize("name", ["qwen3_coder", "olmo3"])
+def test_definitions_that_each_argument_would_repeat_are_limited(name: str) -> None:
+    """Ten thousand arguments with definitions of as many values took minutes, in which nothing else ran."""
+    definition = {"enum": [f"value {number}" for number in range(3000)]}
+    for num_arguments in (900, 10_000):
+        properties = {f"a{number}": {"$ref": "#/$defs/x"} for number in range(num_arguments)}
+        tool = Tool("f", SOURCE, "", {"type": "object", "properties": properties, "$defs": {"x": definition}})
+        started = time.process_time()
+        with pytest.raises(InvalidRequest, match=r"too large|more than"):
+            AnswerFormat(tool_format=FORMATS[name], tools=(tool,), required=True).grammar()
+        assert time.process_time() - started < 1
 
 
 @pytest.mark.parametrize("reasoning", [THINK, ReasoningFormat("other", "(thought)", "(/thought)")])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
+import time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,22 +16,23 @@ from server.errors import InvalidRequest
 from server.text.deadline import DeadlineExceeded, deadline
 from server.text.grammar.grammar import Grammar, Rules, documents, kind_of
 from server.text.grammar.library import library_grammar
-from server.text.grammar.limits import parser_limits
+from server.text.grammar.limits import MAX_GRAMMAR_BYTES, parser_limits
 from server.text.grammar.matcher import GrammarMatcher
 from server.text.grammar.refusals import reason_of
 from server.text.grammar.schema import Source, refusal
 from server.text.grammar.tokenizer import GrammarTokenizer
 from server.text.grammar.trial import grammar_trial
 
-MAX_GRAMMAR_BYTES = 512 * 1024
-"""Most bytes of a composed grammar."""
 NUM_THREADS = 4
 MAX_CACHE_BYTES = 64 * 1024 * 1024
 MAX_REFUSED = 256
 """Refused grammars whose refusal is kept."""
+REFUSED_SECONDS = 60.0
+"""How long a refusal is kept: a busy machine may refuse what a quiet one would not."""
 MAX_FORCED_TOKENS = 8192
 """Most tokens that a grammar may force at its start: more are an endless document."""
 _MAX_CONVERSION_SECONDS = 1.0
+_MAX_SEARCH_SECONDS = 3.0
 _BYTES_PER_GRAMMAR = 100_000
 _TOO_COSTLY = "it needs too much time or memory to compile"
 
@@ -57,7 +60,7 @@ class GrammarCompiler:
     def __init__(self, *, max_bytes: int = MAX_CACHE_BYTES) -> None:
         self._max_bytes = max_bytes
         self._compiled: OrderedDict[tuple[int, Grammar], tuple[GrammarTokenizer, CompiledGrammar]] = OrderedDict()
-        self._refused: OrderedDict[bytes, tuple[str, str | None, str | None]] = OrderedDict()
+        self._refused: OrderedDict[tuple[int, bytes], tuple[float, InvalidRequest]] = OrderedDict()
         self._num_bytes = 0
         self._lock = threading.Lock()
         self.pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="grammar")
@@ -72,7 +75,7 @@ class GrammarCompiler:
         key = (id(tokenizer), grammar)
         found = self._find(key, tokenizer)
         if found is None:
-            digest = hashlib.sha256(repr(grammar).encode()).digest()
+            digest = (id(tokenizer), hashlib.sha256(repr(grammar).encode()).digest())
             self._raise_refused(digest)
             try:
                 found = _compile(grammar, tokenizer)
@@ -82,17 +85,18 @@ class GrammarCompiler:
             self._keep(key, tokenizer, found)
         return found
 
-    def _raise_refused(self, digest: bytes) -> None:
+    def _raise_refused(self, digest: tuple[int, bytes]) -> None:
         """Refuse a grammar at once that was refused before, so that repeating it costs nothing."""
         with self._lock:
-            refused = self._refused.get(digest)
-        if refused is not None:
-            message, param, code = refused
-            raise InvalidRequest(message, param=param, code=code)
+            since, error = self._refused.get(digest, (-math.inf, None))
+        if error is not None and time.monotonic() - since < REFUSED_SECONDS:
+            raise InvalidRequest(str(error), param=error.param, code=error.code)
 
-    def _keep_refused(self, digest: bytes, error: InvalidRequest) -> None:
+    def _keep_refused(self, digest: tuple[int, bytes], error: InvalidRequest) -> None:
+        kept = InvalidRequest(str(error), param=error.param, code=error.code)  # without a traceback and its variables
         with self._lock:
-            self._refused[digest] = (str(error), error.param, error.code)
+            self._refused[digest] = (time.monotonic(), kept)
+            self._refused.move_to_end(digest)
             if len(self._refused) > MAX_REFUSED:
                 self._refused.popitem(last=False)
 
@@ -120,7 +124,10 @@ def _compile(grammar: Grammar, tokenizer: GrammarTokenizer) -> CompiledGrammar:
         return built
     parts = list(documents(grammar))
     is_searched = len(parts) > 1 and built != _TOO_COSTLY
+    until = time.monotonic() + _MAX_SEARCH_SECONDS
     for part in parts if is_searched else ():
+        if time.monotonic() > until:
+            break
         alone = _build(part, tokenizer)
         if not isinstance(alone, CompiledGrammar):
             raise refusal(part.source, kind_of(part), alone)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from llguidance import LLParserLimits
 
+MAX_GRAMMAR_BYTES = 512 * 1024
+"""Most bytes of a composed grammar."""
+
 
 def parser_limits() -> LLParserLimits:
     """Those of llguidance, with longer rows for objects of a thousand optional properties, and fewer lexer states.

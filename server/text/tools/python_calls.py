@@ -52,6 +52,7 @@ class PythonCalls:
         return f"{name}({', '.join(pairs)})"
 
     def grammar(self, tool: Tool) -> CallGrammar:
+        tool.check_arguments()
         pairs = {}
         for key, schema in tool.argument_schemas().items():
             before, behind = _around_value(key)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from server.text.grammar.grammar import Grammar, json_schema
-from server.text.grammar.schema import Source, checked_schema
+from server.text.grammar.limits import MAX_GRAMMAR_BYTES
+from server.text.grammar.schema import Source, checked_schema, refusal
 from server.text.stepped_parser import PartWriter
 from server.text.text_reader import Steps, TextReader
 
 _SCHEMAS = {"additionalProperties", "anyOf", "items", "oneOf", "prefixItems"}
-_SCHEMAS_BY_NAME = {"$defs", "definitions", "patternProperties", "properties"}
+_DEFINITIONS = ("$defs", "definitions")
+_SCHEMAS_BY_NAME = {*_DEFINITIONS, "patternProperties", "properties"}
 MAX_FAILED_CALLS = 8
 """Texts that look like the beginning of a call and are none, before the rest of an answer is taken as text."""
 
@@ -36,10 +39,17 @@ class Tool:
         checked = checked_schema(self.parameters, self.source, lenient=lenient)
         return json_schema(closed({"type": "object", **checked}), self.source, lenient=lenient)
 
+    def check_arguments(self) -> None:
+        """Raises ``InvalidRequest`` for a schema that is too large, with all definitions for each argument."""
+        checked = checked_schema(self.parameters, self.source, lenient=not self.strict)
+        definitions = json.dumps({key: checked[key] for key in _DEFINITIONS if key in checked})
+        if len(definitions) * len(checked.get("properties", ())) > MAX_GRAMMAR_BYTES:
+            raise refusal(self.source, "schema", "it is too large, with its definitions for each argument")
+
     def argument_schemas(self) -> dict[str, Any]:
         """The schema of each argument, with the definitions that its references name."""
         properties = self.parameters.get("properties")
-        named = {key: self.parameters[key] for key in ("$defs", "definitions") if key in self.parameters}
+        named = {key: self.parameters[key] for key in _DEFINITIONS if key in self.parameters}
         if not isinstance(properties, Mapping):
             return {}
         return {key: {**named, **value} if isinstance(value, Mapping) else value for key, value in properties.items()}

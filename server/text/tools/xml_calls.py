@@ -48,6 +48,7 @@ class XmlCalls:
         return f"<parameter={key}>{self.line_break}{text}{self.line_break}</parameter>\n"
 
     def grammar(self, tool: Tool) -> CallGrammar:
+        tool.check_arguments()
         elements = []
         for key, schema in tool.argument_schemas().items():
             element = self._element_grammar(tool, key, schema)
