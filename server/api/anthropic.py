@@ -16,7 +16,7 @@ from server.api.envelopes import request_id_header
 from server.api.formats.anthropic import MessagesFormat
 from server.api.formats.wire import Json
 from server.api.ignored_fields import note_ignored_fields
-from server.api.limits.bodies import BodyRoute
+from server.api.limits.bodies import BodyRoute, by_size
 from server.api.protocol import ChatRequest
 from server.api.protocol.anthropic import (
     AnthropicMessage,
@@ -63,12 +63,13 @@ async def count_tokens(body: AnthropicPrompt, http: Request, state: State) -> di
     """The length of the prompt that a message would be the answer to."""
     await note_ignored_fields(body, http, state)
     with in_own_names(_OWN_NAMES):
-        return {"input_tokens": await count_prompt_tokens(chat_request(_prompt(body)), http, state)}
+        chat = await by_size(http, _prompt_to_chat, body)
+        return {"input_tokens": await count_prompt_tokens(chat, http, state)}
 
 
 async def _respond(body: MessagesRequest, http: Request, state: ServerState, stack: ExitStack) -> Response:
     with in_own_names(_OWN_NAMES):
-        request = await start_chat(to_chat(body), http, state, stack)
+        request = await start_chat(await by_size(http, to_chat, body), http, state, stack)
     return await respond(request, partial(MessagesFormat, body), state)
 
 
@@ -86,6 +87,10 @@ def to_chat(body: MessagesRequest) -> ChatRequest:
             "user": None if body.metadata is None else body.metadata.user_id,
         }
     )
+
+
+def _prompt_to_chat(body: AnthropicPrompt) -> ChatRequest:
+    return chat_request(_prompt(body))
 
 
 def _prompt(body: AnthropicPrompt) -> Json:

@@ -14,7 +14,7 @@ from server.adapters.content.generation_defaults import GenerationDefaults
 from server.api.active_request import ActiveRequest
 from server.api.formats.chat import ChatFormat
 from server.api.generation import Prompts, leased, named_defaults, submit
-from server.api.ignored_fields import note_ignored, note_ignored_fields
+from server.api.ignored_fields import IgnoredFields, note_ignored, note_ignored_fields
 from server.api.limits.bodies import BodyRoute
 from server.api.protocol import ChatRequest
 from server.api.protocol.messages import template_messages
@@ -47,8 +47,7 @@ async def start_chat(body: ChatRequest, http: Request, state: ServerState, stack
     """
     async with leased(body, http, state) as (lease, defaults):
         prompts = await state.prompt_threads.run(http, _render, body, defaults, state.prompts)
-        for name in prompts.unused_fields:
-            note_ignored((name,), http, state)
+        note_ignored(IgnoredFields.of((name,) for name in prompts.unused_fields), http, state)
         if body.is_constrained or prompts.answers.tool_format is not None:
             prompts = await with_grammar(body, prompts, state.grammars)
         request = submit(body, http, state, lease=lease, defaults=defaults, prompts=prompts)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import time
+from collections import deque
 from contextlib import ExitStack
 
 from fastapi import APIRouter, Request
@@ -17,7 +19,7 @@ from server.api.formats.ollama import NANOSECONDS, OllamaChatFormat, OllamaGener
 from server.api.formats.wire import Json
 from server.api.generation import acquire, named_defaults
 from server.api.ignored_fields import note_ignored_fields
-from server.api.limits.bodies import BodyRoute
+from server.api.limits.bodies import BodyRoute, by_size
 from server.api.protocol import ChatRequest, CompletionRequest
 from server.api.protocol.ollama import (
     OllamaCall,
@@ -70,16 +72,16 @@ async def ollama_generate(body: OllamaGenerateRequest, http: Request, state: Sta
 
 async def _chat(body: OllamaChatRequest, http: Request, state: ServerState, stack: ExitStack) -> Response:
     with in_own_names(_OWN_NAMES):
-        request = await start_chat(chat_of(body), http, state, stack)
+        request = await start_chat(await by_size(http, chat_of, body), http, state, stack)
     return await respond(request, OllamaChatFormat, state)
 
 
 async def _generate(body: OllamaGenerateRequest, http: Request, state: ServerState, stack: ExitStack) -> Response:
     with in_own_names(_OWN_NAMES):
         if body.raw:
-            request = await start_completion(completion_of(body), http, state, stack)
+            request = await start_completion(await by_size(http, completion_of, body), http, state, stack)
         else:
-            request = await start_chat(chat_of_prompt(body), http, state, stack)
+            request = await start_chat(await by_size(http, chat_of_prompt, body), http, state, stack)
     return await respond(request, OllamaGenerateFormat, state)
 
 
@@ -157,16 +159,17 @@ def _response_format(format: str | Json | None) -> Json | None:
 def _messages(turns: list[OllamaMessage]) -> list[Json]:
     """Turns as a chat's messages. Ollama's calls have no ids: a result belongs to the first open call of its tool."""
     messages: list[Json] = []
-    open_calls: list[tuple[str, str]] = []  # ids and names
+    open_calls = _OpenCalls()
     for turn in turns:
         message: Json = {"role": turn.role, "content": turn.content}
         if turn.thinking:
             message["reasoning_content"] = turn.thinking
         if turn.role == "tool":
-            message["tool_call_id"] = turn.tool_call_id or _answered(open_calls, turn.tool_name or turn.name)
+            message["tool_call_id"] = turn.tool_call_id or open_calls.answer(turn.tool_name or turn.name)
         if turn.tool_calls:
             calls = [_call(call, f"call_{len(messages)}_{place}") for place, call in enumerate(turn.tool_calls)]
-            open_calls += [(call["id"], call["function"]["name"]) for call in calls]
+            for call in calls:
+                open_calls.add(call["id"], call["function"]["name"])
             message["tool_calls"] = calls
         messages.append(message)
     return messages
@@ -181,13 +184,29 @@ def _call(call: OllamaCall, call_id: str) -> Json:
     }
 
 
-def _answered(open_calls: list[tuple[str, str]], tool: str | None) -> str:
-    """The id of the call that a result belongs to, which is then no longer open."""
-    for place, (call_id, name) in enumerate(open_calls):
-        if tool in (None, name):
-            del open_calls[place]
-            return call_id
-    return "call_unknown"
+class _OpenCalls:
+    """Calls that have no result yet, in their order; each step takes the same time for any number of them."""
+
+    def __init__(self) -> None:
+        self._calls: deque[tuple[int, str]] = deque()  # numbers and ids, also of calls that have a result by now
+        self._calls_of_tool: dict[str, deque[tuple[int, str]]] = {}
+        self._answered: set[int] = set()
+        self._numbers = itertools.count()
+
+    def add(self, call_id: str, tool: str) -> None:
+        call = (next(self._numbers), call_id)
+        self._calls.append(call)
+        self._calls_of_tool.setdefault(tool, deque()).append(call)
+
+    def answer(self, tool: str | None) -> str:
+        """The id of the call that a result belongs to, which is then no longer open."""
+        calls = self._calls if tool is None else self._calls_of_tool.get(tool, deque())
+        while calls:
+            number, call_id = calls.popleft()
+            if number not in self._answered:
+                self._answered.add(number)
+                return call_id
+        return "call_unknown"
 
 
 @router.post("/api/embed")

@@ -13,7 +13,7 @@ from server.api.chat import start_chat
 from server.api.formats.responses import ResponsesFormat
 from server.api.formats.wire import Json
 from server.api.ignored_fields import note_ignored_fields
-from server.api.limits.bodies import BodyRoute
+from server.api.limits.bodies import BodyRoute, by_size
 from server.api.protocol import ChatRequest
 from server.api.protocol.responses import (
     LOGPROBS,
@@ -66,7 +66,7 @@ async def create_response(body: ResponsesRequest, http: Request, state: State) -
 
 async def _respond(body: ResponsesRequest, http: Request, state: ServerState, stack: ExitStack) -> Response:
     with in_own_names(_OWN_NAMES):
-        request = await start_chat(to_chat(body), http, state, stack)
+        request = await start_chat(await by_size(http, to_chat, body), http, state, stack)
     return await respond(request, partial(ResponsesFormat, body), state)
 
 

@@ -14,7 +14,7 @@ from server.api.chat import render_prompt
 from server.api.formats.wire import Json, to_json_with_encoded_parts
 from server.api.generation import named_defaults
 from server.api.ignored_fields import note_ignored_fields
-from server.api.limits.bodies import BodyRoute
+from server.api.limits.bodies import BodyRoute, by_size
 from server.api.protocol.tokens import DetokenizeRequest, TokenizeRequest
 from server.api.state import ServerState, State
 from server.api.translation import chat_request
@@ -34,7 +34,7 @@ async def tokenize(body: TokenizeRequest, http: Request, state: State) -> Respon
         ids = await state.prompt_threads.run(http, _text_ids, body, renderer)
     else:
         fields = {"model": body.model or state.base_name, "messages": body.messages, **body.chat_fields}
-        prompts = await render_prompt(chat_request(fields), http, state)
+        prompts = await render_prompt(await by_size(http, chat_request, fields), http, state)
         renderer, ids = prompts.renderer, prompts.ids[0]
     answer: Json = {"count": len(ids), "max_model_len": state.engine.max_model_len, "tokens": ids}
     if body.return_token_strs:

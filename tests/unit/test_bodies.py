@@ -12,9 +12,11 @@ from typing import Any
 import httpx
 import pytest
 
+from server.api import ignored_fields, translation
 from server.api.app import create_app
 from server.api.limits import bodies
 from server.api.limits.bodies import LARGE_BODY, MAX_DEPTH, BodyReader
+from server.api.protocol.model import fields_without_effect
 from server.errors import PromptTooLong
 from server.text.chat_prompt import ChatPrompts
 from server.text.prompt import PromptRenderer
@@ -167,3 +169,35 @@ def test_the_fields_of_a_large_body_that_have_no_effect_are_named_too() -> None:
     answer = post(padded(chat(keep_alive="5m")))
     assert answer.status_code == 200
     assert answer.headers["x-quickchange-ignored"] == "keep_alive"
+
+
+@pytest.mark.parametrize(
+    ("url", "body"),
+    [
+        ("/v1/responses", {"model": BASE, "input": "Hi"}),
+        ("/v1/messages", chat(max_tokens=1)),
+        ("/v1/messages/count_tokens", chat()),
+        ("/api/chat", chat(stream=False)),
+        ("/api/generate", {"model": BASE, "prompt": "Hi", "stream": False}),
+        ("/api/generate", {"model": BASE, "prompt": "Hi", "stream": False, "raw": True}),
+        ("/tokenize", chat()),
+    ],
+)
+def test_a_large_body_is_translated_and_looked_through_in_the_thread_of_large_bodies(
+    url: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The event loop stood still for seconds: the body of another API was translated and validated there."""
+    threads: dict[str, str] = {}
+
+    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **more: Any) -> Any:
+            threads[function.__name__] = threading.current_thread().name
+            return function(*args, **more)
+
+        return call
+
+    monkeypatch.setattr(translation, "_validated", watched(translation._validated))
+    monkeypatch.setattr(ignored_fields, "fields_without_effect", watched(fields_without_effect))
+    assert post(padded(body), url).status_code == 200
+    assert len(threads) == 2
+    assert all(name.startswith("bodies") for name in threads.values())

@@ -74,8 +74,12 @@ class BodyReader:
             self._num_bytes -= counted
 
     async def validate(self, data: bytes, validate: Callable[[Any], Any]) -> tuple[Any, Any]:
-        """The JSON of a body and what it is validated to, by the thread that all large bodies wait for."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._validate, data, validate)
+        """The JSON of a body and what it is validated to."""
+        return await self.run(self._validate, data, validate)
+
+    async def run(self, function: Callable[..., T], *args: Any) -> T:
+        """The result of ``function``, by the thread that all large bodies wait for."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
 
     def _validate(self, data: bytes, validate: Callable[[Any], Any]) -> tuple[Any, Any]:
         num_fields = data.count(b'":') - data.count(b'\\":')  # a quote in a string is escaped
@@ -163,6 +167,14 @@ async def raw_body(request: Request) -> Any:
     if hasattr(request.state, "raw_body"):
         return request.state.raw_body
     return await request.json()
+
+
+async def by_size(request: Request, function: Callable[..., T], *args: Any) -> T:
+    """The result of work on the body of a request: in the thread of large bodies if it is one, else at once."""
+    if getattr(request.state, "body_bytes", 0) <= LARGE_BODY:
+        return function(*args)
+    reader: BodyReader = request.app.state.bodies
+    return await reader.run(function, *args)
 
 
 async def _parsed(reader: BodyReader, data: bytes, validate: Callable[[Any], Any]) -> tuple[Any, Any]:
