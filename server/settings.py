@@ -218,6 +218,13 @@ class Settings(BaseSettings):
             raise ValueError("a key must consist of printable ASCII characters, as it is sent in a header")
         return value
 
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _web_address(cls, value: str | None) -> str | None:
+        if value is not None and not re.match(r"https?://[^/\s]", value, re.IGNORECASE):
+            raise ValueError("write the collector's URL, such as http://localhost:4318")
+        return value
+
     @field_validator("allow_origin", "allowed_host", mode="before")
     @classmethod
     def _names(cls, value: object) -> object:

@@ -173,3 +173,14 @@ def test_roots_are_folders_in_one_text(
 def test_roots_that_are_no_list_are_refused_with_the_way_out(text: str) -> None:
     with pytest.raises(SettingsError, match=r"adapter_roots .*write folders separated by ':', or a JSON list"):
         parse_settings("serve", [f"--adapter-roots={text}"])
+
+
+@pytest.mark.parametrize("text", ["foo", "localhost:4318", "", "http://", "grpc://localhost:4317"])
+def test_a_collector_that_is_no_url_is_refused_at_start(text: str) -> None:
+    with pytest.raises(SettingsError, match=r"--otlp-endpoint .*write the collector's URL, such as"):
+        parse_settings("serve", ["--otlp-endpoint", text])
+
+
+@pytest.mark.parametrize("text", ["http://localhost:4318", "https://[::1]:4318/otlp"])
+def test_the_url_of_a_collector_is_taken_as_it_is(text: str) -> None:
+    assert parse_settings("serve", ["--otlp-endpoint", text]).otlp_endpoint == text
