@@ -104,7 +104,8 @@ def invalid_request(detail: Detail, body: object = None, *, wanted: Sequence[str
     context = detail.get("ctx", {})
     param = _joined(_path(detail, body))
     if param is None:
-        kind = _kind(detail.get("input"))
+        value = detail.get("input")
+        kind = "empty or null" if value is None else _kind(value)
         return InvalidRequest(f"The request body must be a JSON object, and it is {kind}.", code="invalid_json")
     code = _code(_type_of(detail), context)
     match code:

@@ -155,6 +155,11 @@ def test_what_is_not_a_json_object_is_refused(body: bytes) -> None:
     assert error_of(response)["code"] == "invalid_json"
 
 
+def test_an_empty_body_is_called_empty() -> None:
+    response = ask(app(), "POST", CHAT, content=b"", headers={"content-type": "application/json"})
+    assert error_of(response)["message"] == "The request body must be a JSON object, and it is empty or null."
+
+
 def test_nothing_of_the_body_is_repeated() -> None:
     secret = "my-secret-prompt"
     for change in ({"messages": secret}, {"temperature": secret}, {"messages": [{"role": secret, "content": secret}]}):
