@@ -24,6 +24,7 @@ from server.text.detokenizer import Detokenizer
 from server.text.grammar.compiler import CompiledGrammar
 from server.text.prompt import PromptRenderer
 from server.text.prompt_text import PromptText
+from server.text.token_texts import TokenTexts
 
 Number = TypeVar("Number", int, float)
 
@@ -120,8 +121,7 @@ def submit(
     principal: Principal = http.state.principal
     namespace = cache_namespace(principal.id, body.cache_salt)
     log = request_log(http, state, "chat" if prompts.field == "messages" else "text_completion")
-    has_logprobs = body.num_logprobs is not None or body.num_prompt_logprobs is not None
-    token_texts = prompts.renderer.token_texts if has_logprobs else None
+    token_texts = _token_texts(body, prompts)
     request = ActiveRequest(body, lease, log, sum(map(len, prompts.ids)), token_texts, prompts.ids, prompts.texts)
     decode = prompts.renderer.decoder(prompts.answers.markers)
     with ExitStack() as submitted:
@@ -149,6 +149,17 @@ def submit(
     return request
 
 
+def _token_texts(body: GenerationRequest, prompts: Prompts) -> TokenTexts | None:
+    """The texts of tokens, where log probabilities are asked for."""
+    if body.num_logprobs is None and body.num_prompt_logprobs is None:
+        return None
+    texts = prompts.renderer.token_texts
+    if not body.continues_text or prompts.texts:  # where prompts are repeated, they have the first token
+        return texts
+    are_texts = (any(not texts.is_special(token_id) for token_id in ids) for ids in prompts.ids)
+    return texts.continued() if all(are_texts) else texts
+
+
 def request_log(http: Request, state: ServerState, operation: str) -> RequestLog:
     """Where a request is recorded; ``operation`` is its name in OpenTelemetry's conventions."""
     principal: Principal = http.state.principal
@@ -170,12 +181,10 @@ def _detokenizer(
     decode: Callable[[Sequence[int]], str],
     stop: tuple[str, ...],
 ) -> Detokenizer:
-    """That of an answer to prompt ``place``, which continues the prompt's text if the answer repeats it."""
-    min_tokens = body.min_tokens or 0
-    if not prompts.texts:
-        return Detokenizer(decode, stop, min_tokens=min_tokens)
-    start = len(prompts.texts[place].text)
-    return Detokenizer(decode, stop, min_tokens=min_tokens, context_ids=prompts.ids[place], start=start)
+    """That of an answer to prompt ``place``."""
+    start = len(prompts.texts[place].text) if prompts.texts else 0
+    context_ids = prompts.ids[place] if body.continues_text else ()
+    return Detokenizer(decode, stop, min_tokens=body.min_tokens or 0, context_ids=context_ids, start=start)
 
 
 def _needs_record(body: GenerationRequest, max_tokens: int) -> bool:

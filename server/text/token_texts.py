@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Sequence, Set
 from functools import lru_cache
@@ -48,10 +49,17 @@ class TokenTexts:
         self._context_ids = context_ids
         self._context_text = decode(context_ids)
         self._cached = lru_cache(MAX_TOKEN_TEXTS)(self._compute)
+        self._is_continued = False
+
+    def continued(self) -> TokenTexts:
+        """The same for answers that continue a text, whose first token loses no leading space."""
+        continued = copy.copy(self)
+        continued._is_continued = True
+        return continued
 
     def get(self, token_id: int, *, first: bool) -> TokenText:
         """The text of a token; ``first`` if only special tokens are before it, where some lose a leading space."""
-        return self._cached(token_id, first)
+        return self._cached(token_id, first and not self._is_continued)
 
     def is_special(self, token_id: int) -> bool:
         """Whether a token has no text in an answer."""

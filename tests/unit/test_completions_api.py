@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from fastapi import FastAPI
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from transformers import PreTrainedTokenizerFast
 
 from server.api.app import create_app
+from server.text.prompt import PromptRenderer
 from tests.fakes import BASE, EOS, FakeEngine, Script, adapter, ask, encode, events, server_state, small_tokenizer
+from tests.unit.test_detokenizer import ids_of, sentencepiece_like
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 MESSAGES = [{"role": "user", "content": "hello"}]
@@ -62,6 +66,39 @@ def test_echo_repeats_the_prompt_with_its_log_probabilities_before_the_answer(pr
     for name, start in zip(logprobs["tokens"], starts, strict=True):
         assert name.startswith("bytes:") or choice["text"][start:].startswith(name)
     assert starts[len(encode(PROMPT))] == len(PROMPT)
+
+
+def sentencepiece_app(*pieces: str) -> FastAPI:
+    """A server whose answers are these pieces, with a tokenizer whose decoder drops the space before a text."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=sentencepiece_like(), bos_token="<s>")
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    ids = ids_of(tokenizer.backend_tokenizer, *pieces)
+    state = server_state(FakeEngine([Script(ids=ids, then="length")]))
+    return create_app(replace(state, prompts=PromptRenderer(tokenizer)))
+
+
+@pytest.mark.parametrize("echo", [False, True])
+def test_a_space_at_the_beginning_of_an_answer_is_part_of_it(echo: bool) -> None:
+    """It was lost with tokenizers such as Llama 2's, unless the answer repeated its prompt."""
+    server = sentencepiece_app("▁there", "▁hello")
+    (choice,) = complete(server, prompt="hello", logprobs=0, echo=echo)["choices"]
+    assert choice["text"] == "hello" * echo + " there hello"
+    assert "".join(choice["logprobs"]["tokens"]) == choice["text"]
+    (choice,) = complete(server, prompt="", logprobs=0, echo=echo)["choices"]
+    assert choice["text"] == "there hello", "at the beginning of a text there is no space"
+    assert "".join(choice["logprobs"]["tokens"]) in (choice["text"], "<s>" + choice["text"])
+
+
+def test_a_space_is_part_of_an_answer_that_continues_a_message_and_not_of_another() -> None:
+    server = sentencepiece_app("▁there", "▁hello")
+    turns = [*MESSAGES, {"role": "assistant", "content": "hello"}]
+    for more, text in (({}, "there hello"), ({"continue_final_message": True}, " there hello")):
+        reply = ask(server, "POST", CHAT, json={"model": BASE, "messages": turns, "logprobs": True, **more})
+        assert reply.status_code == 200, reply.text
+        (choice,) = ChatCompletion.model_validate(reply.json()).choices
+        assert choice.message.content == text
+        assert choice.logprobs is not None and choice.logprobs.content is not None
+        assert "".join(token.token for token in choice.logprobs.content) == text
 
 
 def test_special_tokens_of_a_prompt_are_part_of_its_text_and_keep_their_place() -> None:

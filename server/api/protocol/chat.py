@@ -60,6 +60,11 @@ class ChatRequest(ToolFields):
         """Whether the prompt ends with the beginning of an answer."""
         return not self.continue_final_message and self.add_generation_prompt is not False
 
+    @property
+    def continues_text(self) -> bool:
+        """Whether the answer continues the last message."""
+        return self.continue_final_message
+
     @model_validator(mode="after")
     def _continues_the_assistant(self) -> Self:
         last = self.messages[-1]

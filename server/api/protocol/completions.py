@@ -82,5 +82,9 @@ class CompletionRequest(GenerationRequest):
         return self.n if self.best_of is None else self.best_of
 
     @property
+    def continues_text(self) -> bool:
+        return True
+
+    @property
     def default_length(self) -> int | None:
         return DEFAULT_LENGTH

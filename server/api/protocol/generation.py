@@ -164,6 +164,11 @@ class GenerationRequest(ConstrainedRequest):
         return self.max_tokens
 
     @property
+    def continues_text(self) -> bool:
+        """Whether an answer continues the text of its prompt, so that a space at its beginning is part of it."""
+        return False
+
+    @property
     def default_length(self) -> int | None:
         """The maximum of tokens of an answer where neither request nor adapter sets one; None: the server's."""
         return None
