@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from server.api.active_request import ActiveRequest, ChoiceDelta, Usage
 from server.api.formats.interface import AnswerCollector, ResponseFormat
-from server.sequence import FinishReason
+from server.sequence import FinishReason, SamplingParams
 from server.text.answer import AnswerPart, Content, Reasoning, ToolCallPart
 from tests.fakes import BASE
 
@@ -27,10 +27,10 @@ PARTS: Sequence[AnswerPart] = (
 )
 
 
-def fake_request() -> ActiveRequest:
+def fake_request(params: SamplingParams | None = None) -> ActiveRequest:
     """What a format asks of its request."""
     now = time.perf_counter()
-    choice = SimpleNamespace(first_token_at=now - 0.2, last_token_at=now - 0.1)
+    choice = SimpleNamespace(first_token_at=now - 0.2, last_token_at=now - 0.1, params=params or SamplingParams())
     log = SimpleNamespace(request_id="r", arrived=now - 0.3)
     request = SimpleNamespace(
         body=SimpleNamespace(model=BASE), token_texts=None, log=log, usage=USAGE, choices=[choice]

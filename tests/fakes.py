@@ -26,7 +26,7 @@ from server.adapters.content.peft_config import LoRAConfig
 from server.adapters.content.plan import AdapterPlan
 from server.adapters.reader import AdapterReader
 from server.adapters.registry import Adapter, AdapterRegistry
-from server.api.state import ServerState
+from server.api.state import BaseSize, ServerState
 from server.api.tracing import RequestTracer
 from server.engine.async_engine import AsyncEngine, Reservation
 from server.errors import EngineUnavailable, GenerationFailed, QueueFull, TooManySequences
@@ -297,6 +297,7 @@ def server_state(
         eos_ids=frozenset({EOS}),
         version="0.0.test",
         computation="sha256:base cpu",
+        base_size=BaseSize(11_000_000, 44_000_000, "float32"),
         tracer=tracer,
         strict_fields=strict_fields,
         base_defaults=base_defaults or GenerationDefaults(),

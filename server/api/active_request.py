@@ -14,7 +14,7 @@ from server.api.protocol import GenerationRequest
 from server.api.request_log import EndedChoice, EndedRequest, RequestLog
 from server.engine.async_engine import SubmittedSequence
 from server.metrics import BASE
-from server.sequence import FinishReason, SampledToken, StepOutput
+from server.sequence import FinishReason, SampledToken, SamplingParams, StepOutput
 from server.text.answer import AnswerParser, AnswerPart, Reasoning, ToolCallPart
 from server.text.detokenizer import Detokenizer, TextPiece
 from server.text.prompt_text import PromptText
@@ -86,10 +86,11 @@ class TokenRecord:
 
 @dataclass(eq=False)
 class Choice:
-    """One answer: its sequence, detokenizer and parser, token count and times (``time.perf_counter``)."""
+    """One answer: its sequence and sampling, detokenizer and parser, token count and times (``time.perf_counter``)."""
 
     index: int
     sequence: SubmittedSequence
+    params: SamplingParams
     detokenizer: Detokenizer
     eos_ids: frozenset[int]
     parser: AnswerParser

@@ -129,11 +129,11 @@ def submit(
             for number in range(body.num_candidates):
                 index = len(request.choices)
                 http.state.reservation.num_sequences -= 1
+                params = sampling_params(body, defaults, index=number, max_tokens=max_tokens)
+                params = replace(params, grammar=prompts.grammar)
                 sequence = state.engine.submit(
                     prompt_ids,
-                    params=replace(
-                        sampling_params(body, defaults, index=number, max_tokens=max_tokens), grammar=prompts.grammar
-                    ),
+                    params=params,
                     max_tokens=max_tokens,
                     adapters=() if lease is None else lease.uses,
                     eos_ids=eos_ids,
@@ -144,7 +144,8 @@ def submit(
                 submitted.callback(sequence.close)
                 detokenizer = _detokenizer(body, prompts, place, decode, stop)
                 record = TokenRecord() if _needs_record(body, max_tokens) else None
-                request.choices.append(Choice(index, sequence, detokenizer, eos_ids, prompts.answers.parser(), record))
+                parser = prompts.answers.parser()
+                request.choices.append(Choice(index, sequence, params, detokenizer, eos_ids, parser, record))
         submitted.pop_all()
     return request
 

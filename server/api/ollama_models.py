@@ -23,6 +23,7 @@ router = APIRouter()
 
 OLLAMA_VERSION = "0.12.6"
 """The version of Ollama's API that this server answers as; some clients refuse an older one."""
+_NUMBER_FORMATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "INT8"}
 _NEVER = "9999-12-31T00:00:00Z"
 
 
@@ -61,12 +62,12 @@ def _is_loaded(model: Json, state: ServerState) -> bool:
 
 
 def _listed(model: Json, state: ServerState) -> Json:
-    entry = state.adapters.registry.find(model["id"])
+    entry = state.adapters.registry.find(model["id"]) or state.adapters.registry.find(model["root"])
     return {
         "name": model["id"],
         "model": model["id"],
         "modified_at": timestamp(model["created"]),
-        "size": 0 if entry is None else entry.listing.plan.num_bytes,
+        "size": state.base_size.num_bytes if entry is None else entry.listing.plan.num_bytes,
         "digest": model.get("digest") or hashlib.sha256(f"{state.computation}:{model['id']}".encode()).hexdigest(),
         "details": _details(model, state),
     }
@@ -79,8 +80,8 @@ def _details(model: Json, state: ServerState) -> Json:
         "format": "safetensors",
         "family": family,
         "families": [family],
-        "parameter_size": "",
-        "quantization_level": "",
+        "parameter_size": f"{state.base_size.num_parameters / 1e6:.1f}M",
+        "quantization_level": _NUMBER_FORMATS[state.base_size.number_format],
     }
 
 
@@ -98,6 +99,7 @@ def _shown(model: Json, state: ServerState) -> Json:
         "model_info": {
             "general.architecture": "quickchange",
             "general.basename": state.base_name,
+            "general.parameter_count": state.base_size.num_parameters,
             "quickchange.context_length": state.engine.max_model_len,
         },
         "capabilities": capabilities,

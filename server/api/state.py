@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from fastapi import Depends, Request
 
@@ -25,6 +25,14 @@ PingMode = Literal["comment", "delta", "off"]
 """What a stream sends while there is no output."""
 
 
+class BaseSize(NamedTuple):
+    """The size of the base's weights in memory, and the number format of its linear layers."""
+
+    num_parameters: int
+    num_bytes: int
+    number_format: str
+
+
 @dataclass(frozen=True)
 class ServerState:
     """The parts of a running server.
@@ -43,6 +51,7 @@ class ServerState:
     eos_ids: frozenset[int]
     version: str
     computation: str
+    base_size: BaseSize
     base_defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
     operator: AdapterOperator | None = None
     strict_fields: bool = False

@@ -23,7 +23,7 @@ from server.adapters.content.generation_defaults import GenerationDefaults
 from server.adapters.watcher import AdapterWatcher
 from server.api.app import create_app
 from server.api.auth.access import Access
-from server.api.state import ServerState
+from server.api.state import BaseSize, ServerState
 from server.api.tracing import otlp_tracer
 from server.api.vllm_metrics import VllmMetrics
 from server.cli.adapter_services import build_adapter_services
@@ -172,6 +172,7 @@ def build(settings: Settings, access: Access) -> Service:
         base_defaults=_base_defaults(base),
         version=_version(),
         computation=_computation(base),
+        base_size=BaseSize(base.num_parameters, base.num_bytes, base.number_format),
     )
     return Service(state, engine, services.watcher, settings)
 
@@ -318,13 +319,12 @@ def _metrics(base: Base) -> Metrics:
 
 
 def _log_base(base: Base, seconds: float) -> None:
-    quantized, dtype = base.quantized, str(base.model.dtype).removeprefix("torch.")
-    parameters = [parameter.numel() for parameter in base.model.parameters()]
+    quantized = base.quantized
     logger.info(
         "base %s: %.1fM parameters, %s, device %s, context of %d tokens, loaded in %.1f s",
         base.signature.name,
-        (sum(parameters) if quantized is None else quantized.num_parameters) / 1e6,
-        dtype if quantized is None else "int8",
+        base.num_parameters / 1e6,
+        base.number_format,
         base.model.device,
         base.max_model_len,
         seconds,
@@ -338,7 +338,7 @@ def _log_base(base: Base, seconds: float) -> None:
             f", {quantized.num_experts} experts" if quantized.num_experts else "",
             quantized.num_bytes / 1e6,
             quantized.num_outliers,
-            dtype,
+            str(base.model.dtype).removeprefix("torch."),
             sum(quantized.unquantized.values()) / 1e6,
             _largest_unquantized(quantized.unquantized),
         )

@@ -79,6 +79,24 @@ class Base:
         """Rows of the embedding: token ids are below this."""
         return self.signature.vocab_size
 
+    @property
+    def number_format(self) -> str:
+        """That of its linear layers: int8, or the name of a floating-point type."""
+        return str(self.model.dtype).removeprefix("torch.") if self.quantized is None else "int8"
+
+    @property
+    def num_parameters(self) -> int:
+        if self.quantized is not None:
+            return self.quantized.num_parameters
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of its weights in memory."""
+        if self.quantized is not None:
+            return self.quantized.num_bytes + sum(self.quantized.unquantized.values())
+        return sum(parameter.nbytes for parameter in self.model.parameters())
+
     def close(self) -> None:
         """Free the keys and values and undo all patches; no step can be computed any more.
 

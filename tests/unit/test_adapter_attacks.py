@@ -39,7 +39,7 @@ from server.adapters.reader import AdapterReader, FolderMoved
 from server.api.app import create_app
 from server.api.auth.access import Access
 from server.api.auth.keys import KeyRing, admin_key
-from server.api.state import ServerState
+from server.api.state import BaseSize, ServerState
 from server.engine.async_engine import AsyncEngine
 from server.errors import AdapterRejected, InvalidRequest, ModelNotFound
 from server.text import template_process
@@ -126,6 +126,7 @@ def state_of(harness: AdapterHarness, engine: FakeEngine | None = None) -> Serve
         default_max_tokens=64,
         eos_ids=frozenset({EOS}),
         computation="sha256:base cpu",
+        base_size=BaseSize(11_000_000, 44_000_000, "float32"),
         version="0.0.test",
         operator=harness.operator,
         access=Access(KeyRing((admin_key(KEY),))),

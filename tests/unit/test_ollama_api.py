@@ -182,6 +182,9 @@ def test_log_probabilities_are_as_the_client_wants_them(client: ollama.Client) -
 def test_models_are_as_the_client_wants_them(client: ollama.Client, url: str) -> None:
     assert [model.model for model in client.list().models] == [BASE, "poet"]
     assert all(len(model.digest or "") == 64 for model in client.list().models)
+    details = client.list().models[0].details
+    assert details is not None and (details.parameter_size, details.quantization_level) == ("11.0M", "F32")
+    assert client.list().models[0].size == 44_000_000
     shown = client.show("poet")
     assert shown.capabilities == ["completion", "tools"]
     assert (shown.modelinfo or {})["quickchange.context_length"] == 256

@@ -136,6 +136,20 @@ def test_only_whole_numbers_are_integers(value: object) -> None:
     assert send(max_tokens=value).status_code == 400
 
 
+@pytest.mark.parametrize(
+    ("url", "fields"),
+    [
+        ("/v1/responses", {"input": "Hi", "max_output_tokens": 16.0}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 16.0}),
+        ("/api/generate", {"prompt": "Hi", "stream": False, "options": {"num_predict": 16.0}}),
+        ("/v1/embeddings", {"input": "Hi", "dimensions": 2.0}),
+    ],
+)
+def test_whole_numbers_are_integers_in_every_api(url: str, fields: dict[str, Any]) -> None:
+    reply = ask(create_app(server_state(FakeEngine())), "POST", url, json={"model": BASE, **fields})
+    assert reply.status_code == 200, reply.text
+
+
 def rendered(*messages: dict[str, Any]) -> list[dict[str, Any]]:
     """What templates get of these messages."""
     return template_messages(ChatRequest.model_validate({"model": "m", "messages": list(messages)}).messages)

@@ -14,15 +14,16 @@ from pydantic import TypeAdapter
 from server.api.app import create_app
 from server.api.formats.responses import ResponsesFormat
 from server.api.protocol.responses import ResponsesRequest
-from server.sequence import FinishReason
+from server.sequence import FinishReason, SamplingParams
 from tests.answer_deltas import deltas, fake_request, streamed, whole
-from tests.fakes import BASE, FakeEngine, Script, adapter, server_state
+from tests.fakes import BASE, FakeEngine, Script, adapter, ask, server_state
 from tests.loopback import on_loopback
 
 
 def new_format(**fields: Any) -> ResponsesFormat:
     asked = ResponsesRequest.model_validate({"model": BASE, "input": "hello", **fields})
-    return ResponsesFormat(asked, fake_request(), "fp_1")
+    params = SamplingParams(temperature=fields.get("temperature", 0.25))
+    return ResponsesFormat(asked, fake_request(params), "fp_1")
 
 
 def stream(reason: FinishReason) -> list[dict[str, Any]]:
@@ -131,6 +132,16 @@ def client(engine: FakeEngine) -> Iterator[OpenAI]:
 def test_whole_responses_are_as_the_client_wants_them(client: OpenAI) -> None:
     response = client.responses.create(model="poet", input="hello")
     assert (response.output_text, response.status) == ("日本 hello 🎉", "completed")
+
+
+def test_a_response_tells_the_numbers_that_it_was_sampled_by(client: OpenAI) -> None:
+    """They were null where the request had none; clients whose schemas want numbers refused the response."""
+    for asked, told in ((None, 1.0), (0.5, 0.5)):
+        response: Any = client.responses.create(model=BASE, input="hello", temperature=asked, top_p=asked)
+        assert (response.temperature, response.top_p) == (told, told)
+        assert (response.presence_penalty, response.frequency_penalty) == (0, 0)
+    cold = create_app(server_state(FakeEngine(), adapter("cold", temperature=0.25)))
+    assert ask(cold, "POST", "/v1/responses", json={"model": "cold", "input": "hello"}).json()["temperature"] == 0.25
 
 
 def test_streams_are_as_the_client_wants_them(client: OpenAI) -> None:

@@ -18,7 +18,7 @@ from server.api.formats.interface import Tokens, WholeAnswer
 from server.api.formats.wire import PING, Json, sse
 from server.api.logprobs import chat_logprobs
 from server.api.protocol.responses import ResponsesRequest
-from server.sequence import FinishReason
+from server.sequence import FinishReason, SamplingParams
 from server.text.answer import AnswerPart, Content, ToolCallPart
 
 # Kinds of items that have content, and the type of its only part, which also names the events of its text.
@@ -64,7 +64,7 @@ class ResponsesFormat:
             "object": "response",
             "created_at": int(time.time()),
             "model": request.body.model,
-            **_settings(body),
+            **_settings(body, request.choices[0].params),
             "system_fingerprint": fingerprint,
         }
         self._token_texts = request.token_texts
@@ -186,24 +186,29 @@ class ResponsesFormat:
         }
 
 
-def _settings(body: ResponsesRequest) -> Json:
-    """The fields of the request that a response repeats."""
+def _settings(body: ResponsesRequest, params: SamplingParams) -> Json:
+    """The fields of the request that a response repeats, and what they are where the request has none."""
     return {
         "background": False,
+        "frequency_penalty": body.frequency_penalty or 0,
         "instructions": body.instructions,
         "max_output_tokens": body.max_output_tokens,
+        "max_tool_calls": None,
         "metadata": body.metadata or {},
         "parallel_tool_calls": body.parallel_tool_calls is not False,
+        "presence_penalty": body.presence_penalty or 0,
         "previous_response_id": None,
+        "prompt_cache_key": None,
         "reasoning": {"effort": None if body.reasoning is None else body.reasoning.effort, "summary": None},
+        "safety_identifier": None,
         "service_tier": "default",
         "store": False,
-        "temperature": body.temperature,
+        "temperature": params.temperature,
         "text": {"format": {"type": "text"} if body.text is None else body.text.format or {"type": "text"}},
         "tool_choice": body.tool_choice or "auto",
         "tools": [tool.model_dump() for tool in body.tools],
         "top_logprobs": body.top_logprobs or 0,
-        "top_p": body.top_p,
+        "top_p": params.top_p,
         "truncation": "disabled",
         "user": body.user,
     }

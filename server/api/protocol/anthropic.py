@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from server.api.protocol.kinds import as_list_of, kind_of, only
-from server.api.protocol.model import RequestModel, Text
+from server.api.protocol.model import Integer, RequestModel, Text
 from server.errors import InvalidRequest
 
 
@@ -168,10 +168,10 @@ class AnthropicPrompt(RequestModel):
 class MessagesRequest(AnthropicPrompt):
     """``POST /v1/messages``."""
 
-    max_tokens: int
+    max_tokens: Integer
     stream: bool = False
     stop_sequences: list[Text] = Field(default_factory=list)
     temperature: float | None = None
-    top_k: int | None = None
+    top_k: Integer | None = None
     top_p: float | None = None
     metadata: MessagesMetadata | None = None

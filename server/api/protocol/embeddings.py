@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
-from server.api.protocol.model import RequestModel, Text, well_formed
+from server.api.protocol.model import Integer, RequestModel, Text, well_formed
 from server.api.protocol.prompts import Prompt, parse_prompts
 
 MAX_INPUTS = 2048
@@ -19,8 +19,8 @@ class EmbeddingRequest(RequestModel):
     model: Annotated[str, Field(min_length=1), AfterValidator(well_formed)]
     input: Annotated[list[Prompt], PlainValidator(parse_prompts)]
     encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = Field(None, ge=1, lt=2**31)
-    truncate_prompt_tokens: int | None = Field(None, ge=-1, lt=2**31)
+    dimensions: Integer | None = Field(None, ge=1, lt=2**31)
+    truncate_prompt_tokens: Integer | None = Field(None, ge=-1, lt=2**31)
     lora_scale: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
     user: Text | None = None
 

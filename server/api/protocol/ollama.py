@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from server.api.protocol.model import RequestModel, Text
+from server.api.protocol.model import Integer, RequestModel, Text
 
 
 class OllamaOptions(RequestModel):
@@ -42,12 +42,12 @@ class OllamaOptions(RequestModel):
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {"mirostat": (0,), "tfs_z": (1,), "typical_p": (1,)}
 
     temperature: float | None = None
-    top_k: int | None = None
+    top_k: Integer | None = None
     top_p: float | None = None
     min_p: float | None = None
-    seed: int | None = None
+    seed: Integer | None = None
     stop: Text | list[Text] | None = None
-    num_predict: int | None = None
+    num_predict: Integer | None = None
     repeat_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
@@ -96,7 +96,7 @@ class OllamaRequest(RequestModel):
     options: OllamaOptions = Field(default_factory=OllamaOptions)
     think: bool | Text | None = None
     logprobs: bool = False
-    top_logprobs: int | None = None
+    top_logprobs: Integer | None = None
 
 
 def _function_tool(value: object) -> object:
@@ -137,7 +137,7 @@ class OllamaEmbedRequest(RequestModel):
     model: Text
     input: Text | list[Text]
     truncate: bool = True
-    dimensions: int | None = Field(None, ge=1, lt=2**31)
+    dimensions: Integer | None = Field(None, ge=1, lt=2**31)
 
 
 class OllamaEmbeddingsRequest(RequestModel):

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from server.api.protocol.kinds import as_list_of, kind_of, only
-from server.api.protocol.model import RequestModel, Text
+from server.api.protocol.model import Integer, RequestModel, Text
 
 LOGPROBS = "message.output_text.logprobs"
 
@@ -148,7 +148,7 @@ class ResponsesRequest(RequestModel):
     instructions: Text | None = None
     stream: bool = False
     stream_options: ResponsesStreamOptions | None = None
-    max_output_tokens: int | None = None
+    max_output_tokens: Integer | None = None
     temperature: float | None = None
     top_p: float | None = None
     tools: list[Annotated[ResponsesTool, only("function")]] = Field(default_factory=list)
@@ -157,12 +157,12 @@ class ResponsesRequest(RequestModel):
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
     include: list[Text] = Field(default_factory=list)
-    top_logprobs: int | None = None
+    top_logprobs: Integer | None = None
     metadata: dict[str, Any] | None = None
     user: Text | None = None
-    top_k: int | None = None
+    top_k: Integer | None = None
     min_p: float | None = None
-    seed: int | None = None
+    seed: Integer | None = None
     stop: Text | list[Text] | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
