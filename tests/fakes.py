@@ -297,7 +297,7 @@ def server_state(
         eos_ids=frozenset({EOS}),
         version="0.0.test",
         computation="sha256:base cpu",
-        base_size=BaseSize(11_000_000, 44_000_000, "float32"),
+        base_size=BaseSize(11_000_000, 44_000_000, hidden_size=4, number_format="float32"),
         tracer=tracer,
         strict_fields=strict_fields,
         base_defaults=base_defaults or GenerationDefaults(),

@@ -92,6 +92,7 @@ async def embed(
     ``dimensions`` keeps the first ones, scaled to length 1 again. ``truncate_to`` keeps the last tokens of each input,
     -1 as many as fit. Raises the errors of a lease, ``ContextLengthExceeded``, ``InvalidRequest``, and the engine's.
     """
+    _check_dimensions(dimensions, state.base_size.hidden_size)
     state.engine.check_capacity(1, owner=queue_owner(http))
     with ExitStack() as stack:
         lease = await acquire(model, http, state, user=user, lora_scale=lora_scale)
@@ -126,6 +127,15 @@ def _tokenize(inputs: Sequence[Prompt], renderer: PromptRenderer, param: str) ->
                 code="array_above_max_length",
             )
     return ids
+
+
+def _check_dimensions(dimensions: int | None, most: int) -> None:
+    if dimensions is not None and dimensions > most:
+        raise InvalidRequest(
+            f"Invalid 'dimensions': embeddings of this model have {most}.",
+            param="dimensions",
+            code="integer_above_max_value",
+        )
 
 
 def _check_lengths(ids: Sequence[Sequence[int]], limit: int, param: str) -> None:
@@ -224,12 +234,6 @@ class _EmbeddingRun:
 
 def unit_vector(hidden_mean: Doubles, dimensions: int | None) -> Vector:
     """The first ``dimensions`` numbers, scaled to length 1."""
-    if dimensions is not None and dimensions > len(hidden_mean):
-        raise InvalidRequest(
-            f"Invalid 'dimensions': embeddings of this model have {len(hidden_mean)}.",
-            param="dimensions",
-            code="integer_above_max_value",
-        )
     kept = hidden_mean[:dimensions]
     length = float(np.linalg.norm(kept))
     return (kept / length if length else kept).astype(np.float32)

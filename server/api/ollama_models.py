@@ -101,6 +101,7 @@ def _shown(model: Json, state: ServerState) -> Json:
             "general.basename": state.base_name,
             "general.parameter_count": state.base_size.num_parameters,
             "quickchange.context_length": state.engine.max_model_len,
+            "quickchange.embedding_length": state.base_size.hidden_size,
         },
         "capabilities": capabilities,
         "modified_at": timestamp(model["created"]),

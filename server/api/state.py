@@ -26,10 +26,11 @@ PingMode = Literal["comment", "delta", "off"]
 
 
 class BaseSize(NamedTuple):
-    """The size of the base's weights in memory, and the number format of its linear layers."""
+    """The size of the base's weights in memory and of its hidden states, and the number format of its linear layers."""
 
     num_parameters: int
     num_bytes: int
+    hidden_size: int
     number_format: str
 
 

@@ -172,7 +172,7 @@ def build(settings: Settings, access: Access) -> Service:
         base_defaults=_base_defaults(base),
         version=_version(),
         computation=_computation(base),
-        base_size=BaseSize(base.num_parameters, base.num_bytes, base.number_format),
+        base_size=BaseSize(base.num_parameters, base.num_bytes, base.hidden_size, base.number_format),
     )
     return Service(state, engine, services.watcher, settings)
 

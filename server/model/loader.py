@@ -91,6 +91,10 @@ class Base:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     @property
+    def hidden_size(self) -> int:
+        return int(self.model.config.get_text_config().hidden_size)
+
+    @property
     def num_bytes(self) -> int:
         """The size of its weights in memory."""
         if self.quantized is not None:

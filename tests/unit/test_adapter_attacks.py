@@ -126,7 +126,7 @@ def state_of(harness: AdapterHarness, engine: FakeEngine | None = None) -> Serve
         default_max_tokens=64,
         eos_ids=frozenset({EOS}),
         computation="sha256:base cpu",
-        base_size=BaseSize(11_000_000, 44_000_000, "float32"),
+        base_size=BaseSize(11_000_000, 44_000_000, hidden_size=4, number_format="float32"),
         version="0.0.test",
         operator=harness.operator,
         access=Access(KeyRing((admin_key(KEY),))),

@@ -84,7 +84,7 @@ def test_what_cannot_be_embedded_is_refused_by_name(
     engine = FakeEngine()
     error = post(engine, **fields).json()["error"]
     assert (error["param"], error["code"]) == (param, code), error
-    assert engine.num_open == 0
+    assert engine.num_open == 0 and not engine.submitted, "nothing is computed before"
 
 
 def test_a_text_that_fills_the_context_is_embedded_and_a_longer_one_may_be_truncated_to_its_end() -> None:

@@ -80,12 +80,15 @@ _STATUSES = {
     401: "The key is missing or wrong.",
     403: "The key may not do this, or the host name is not one of the server's.",
     404: "There is no such model, or the key may not use it.",
+    408: "The body did not arrive in time.",
+    409: "The adapter has another version than `expected_digest`.",
     413: "The body is too large.",
     415: "The body is not JSON.",
     429: "The key's limit is reached; `Retry-After` says when to come back.",
     500: "The server failed; the message has the id for its log.",
     503: "The server is busy, draining or stopped; `Retry-After` says when to come back.",
 }
+_WITH_EXPECTED_DIGEST = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 _ERRORS: Mapping[str, Json] = {
     "Error": {
         "type": "object",
@@ -163,7 +166,9 @@ def _error_statuses(method: str, path: str, *, has_body: bool) -> list[int]:
         return [403, 429, 500]
     statuses = [401, 403, 429, 500, 503]
     if has_body:
-        statuses += [400, 404, 413, 415]
+        statuses += [400, 404, 408, 413, 415]
+    if path in _WITH_EXPECTED_DIGEST:
+        statuses.append(409)
     if "{" in path:
         statuses += [400, 404]
     return sorted(set(statuses))
