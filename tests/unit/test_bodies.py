@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import threading
 import time
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -163,6 +165,41 @@ async def test_large_bodies_beyond_the_memory_for_them_are_refused_unread(monkey
         await first
         assert (await client.post(URL, json=chat())).status_code == 200
     assert (second.status_code, second.json()["error"]["code"]) == (503, "server_overloaded")
+
+
+@pytest.mark.parametrize("encoding", [{}, {"content-encoding": "gzip"}])
+async def test_bodies_of_unannounced_length_count_as_they_arrive(
+    encoding: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bodies in chunks counted as small ones, and compressed bodies did not count."""
+    monkeypatch.setattr(bodies, "MAX_LARGE_BYTES", 4 * LARGE_BODY)
+    app = create_app(server_state(FakeEngine()))
+    half = json.dumps(chat()).encode() + b" " * LARGE_BODY
+    compressor = zlib.compressobj(wbits=16 + zlib.MAX_WBITS)
+    release, arrived = asyncio.Event(), asyncio.Event()
+
+    def packed(data: bytes) -> bytes:
+        return compressor.compress(data) + compressor.flush(zlib.Z_SYNC_FLUSH) if encoding else data
+
+    async def slow() -> Any:
+        yield packed(half + b" " * LARGE_BODY)
+        arrived.set()
+        await release.wait()
+        yield compressor.flush() if encoding else b" "
+
+    def other(size: int) -> Any:
+        content = half + b" " * (size - len(half))
+        return client.post(URL, content=gzip.compress(content) if encoding else content, headers=headers)
+
+    headers = {"content-type": "application/json", **encoding}
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        first = asyncio.create_task(client.post(URL, content=slow(), headers=headers))
+        await arrived.wait()
+        refused = await other(2 * LARGE_BODY)
+        release.set()
+        assert (await first).status_code == 200
+        assert (await other(2 * LARGE_BODY)).status_code == 200
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "server_overloaded")
 
 
 def test_the_fields_of_a_large_body_that_have_no_effect_are_named_too() -> None:

@@ -27,6 +27,8 @@ from server.errors import BodyTooLarge, ServerOverloaded
 
 P = ParamSpec("P")
 T = TypeVar("T")
+CountBytes = Callable[[int], None]
+"""Told the size of a body so far; raises ``ServerOverloaded`` if there are too many bytes of large bodies."""
 
 LARGE_BODY = 16 * 1024
 """Bytes from which a body is parsed and validated in a thread."""
@@ -62,14 +64,22 @@ class BodyReader:
         return max(_MIN_FIELDS, _FIELDS_PER_TOKEN * self._engine.max_model_len)
 
     @contextlib.contextmanager
-    def room_for(self, num_bytes: int) -> Iterator[None]:
-        """Count a body while it is read and validated. Raises ``ServerOverloaded`` if there are too many."""
-        counted = num_bytes if num_bytes > LARGE_BODY else 0
-        if counted and self._num_bytes + counted > MAX_LARGE_BYTES:
-            raise ServerOverloaded("The server is reading too many large requests. Try again in a moment.")
-        self._num_bytes += counted
+    def room(self) -> Iterator[CountBytes]:
+        """Room for a body while it is read and validated, as the size that it is known to have grows."""
+        counted = 0
+
+        def count(num_bytes: int) -> None:
+            nonlocal counted
+            more = num_bytes - counted
+            if num_bytes <= LARGE_BODY or more <= 0:
+                return
+            if self._num_bytes + more > MAX_LARGE_BYTES:
+                raise ServerOverloaded("The server is reading too many large requests. Try again in a moment.")
+            self._num_bytes += more
+            counted = num_bytes
+
         try:
-            yield
+            yield count
         finally:
             self._num_bytes -= counted
 
@@ -149,8 +159,8 @@ class BodyRoute(APIRoute):
         async def handle_bounded(request: Request) -> Response:
             reader: BodyReader = request.app.state.bodies
             async with contextlib.AsyncExitStack() as stack:
-                with reader.room_for(_announced_bytes(request)):
-                    data = await _read(request)
+                with reader.room() as count:
+                    data = await _read(request, count)
                     request.state.body_bytes = len(data)
                     if len(data) > LARGE_BODY:
                         await stack.enter_async_context(reader.turns)
@@ -189,19 +199,20 @@ async def _parsed(reader: BodyReader, data: bytes, validate: Callable[[Any], Any
         raise HTTPException(400) from None
 
 
-async def _read(request: Request) -> bytes:
+async def _read(request: Request, count: CountBytes) -> bytes:
+    """The body, of which only some requests announce the length: not those in chunks or compressed."""
+    length = request.headers.get("content-length", "")
+    if length.isdecimal():
+        count(int(length[:20]))
+    data = bytearray()
     try:
         async with asyncio.timeout(BODY_SECONDS):
-            return await request.body()
+            async for chunk in request.stream():
+                data += chunk
+                count(len(data))
     except TimeoutError:
         raise HTTPException(408, headers={"connection": "close"}) from None
     except ClientDisconnect:
         raise ClientGone from None
-
-
-def _announced_bytes(request: Request) -> int:
-    """The length that the headers announce; without one, a large body is assumed."""
-    length = request.headers.get("content-length", "")
-    if length.isdecimal():
-        return int(length[:20])
-    return LARGE_BODY + 1 if "transfer-encoding" in request.headers else 0
+    request._body = bytes(data)
+    return request._body
