@@ -88,7 +88,7 @@ class OllamaMessage(RequestModel):
 class OllamaRequest(RequestModel):
     """What chat and generate share. ``stream`` is on unless it is false."""
 
-    ignored = frozenset({"keep_alive"})
+    ignored = frozenset({"keep_alive", "shift", "truncate"})
 
     model: Text
     stream: bool = True
@@ -106,8 +106,6 @@ def _function_tool(value: object) -> object:
 class OllamaChatRequest(OllamaRequest):
     """``POST /api/chat``. Without messages it loads the model."""
 
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {"truncate": (False, True), "shift": (False, True)}
-
     messages: list[OllamaMessage] = Field(default_factory=list)
     tools: list[Annotated[dict[str, Any], BeforeValidator(_function_tool)]] = Field(default_factory=list)
 
@@ -120,8 +118,6 @@ class OllamaGenerateRequest(OllamaRequest):
         "images": ([],),
         "suffix": ("",),
         "template": ("",),
-        "truncate": (False, True),
-        "shift": (False, True),
     }
 
     prompt: Text = ""
