@@ -88,7 +88,9 @@ class Service:
                 self.reloader.start(self.watcher)
             tasks.append(asyncio.create_task(self.watcher.run()))
             tasks.append(asyncio.create_task(self.state.adapters.sync.hash_all()))
-            tasks.append(asyncio.create_task(return_freed_memory(self.state.lifecycle, trim)))
+            tasks.append(
+                asyncio.create_task(return_freed_memory(self.state.lifecycle, self.engine.release_cached, trim))
+            )
             self.state.lifecycle.started = True
             yield
         finally:
@@ -178,22 +180,11 @@ def build(settings: Settings, access: Access) -> Service:
 
 
 def _engine(settings: Settings, scheduler: Scheduler, runner: ModelRunner, metrics: Metrics) -> AsyncEngine:
-    """The engine. Without work it keeps the cached prefixes of one full batch, and no freed memory."""
-
-    def release_memory() -> None:
-        runner.apply(scheduler.slots.release_cached(keep=scheduler.max_num_seqs))
-        engine.update_gauges()
-        gc.collect()
-        trim()
-
-    engine = Engine(scheduler, runner, Sampler(), metrics)
-
     return AsyncEngine(
-        engine,
+        Engine(scheduler, runner, Sampler(), metrics),
         max_queued_seqs=settings.max_queued_seqs,
         max_owner_share=settings.max_key_share,
         queue_timeout=settings.queue_timeout,
-        on_rest=release_memory,
     )
 
 

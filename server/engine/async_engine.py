@@ -28,7 +28,6 @@ logger = logging.getLogger("quickchange.engine")
 MAX_FAILED_STEPS = 3
 """Consecutive failed steps that end the engine thread."""
 _NUM_ENDS = 64
-REST_SECONDS = 30.0
 EXPIRY_SECONDS = 1.0  # between looks for sequences that have waited too long
 _FAILURES = {
     "step": "a step failed; its sequences were ended with an error",
@@ -83,7 +82,7 @@ class AsyncEngine:
     """Runs an ``Engine`` in a thread of its own for the event loop that called ``start``.
 
     An owner has at most ``max_owner_share`` of the sequences that may run or wait. A sequence waits for a slot for
-    ``queue_timeout`` seconds at most. ``on_rest`` is called in the thread when there has been no work for a while.
+    ``queue_timeout`` seconds at most.
     """
 
     def __init__(
@@ -93,12 +92,10 @@ class AsyncEngine:
         max_queued_seqs: int,
         max_owner_share: float = 1.0,
         queue_timeout: float = 600.0,
-        on_rest: Callable[[], None] | None = None,
     ) -> None:
         self._engine = engine
         self._max_owner_share = max_owner_share
         self._queue_timeout = queue_timeout
-        self._on_rest = on_rest
         self._expiry: asyncio.TimerHandle | None = None
         self._reservations: set[Reservation] = set()
         self._ends: deque[float] = deque(maxlen=_NUM_ENDS)  # times of the last ends of sequences
@@ -226,6 +223,10 @@ class AsyncEngine:
         self._inbox.put(partial(self._load, digest, weights, loaded))
         return await loaded
 
+    def release_cached(self) -> None:
+        """Empty the cached prefixes between two steps, but for those of one full batch."""
+        self._inbox.put(partial(self._attempt, "command", self._engine.release_cached))
+
     def unload_adapter(self, digest: str) -> None:
         """Free an adapter's weights between two steps; no sequence may use it."""
         self._inbox.put(partial(self._attempt, "command", self._engine.remove_adapter, digest))
@@ -328,20 +329,11 @@ class AsyncEngine:
         while self._engine.idle or not self._inbox.empty():
             if self._engine.idle and self._inbox.empty():
                 self._on_idle()
-            command = self._next_command()
+            command = self._inbox.get()
             if command is None:
                 return False
             command()
         return True
-
-    def _next_command(self) -> Callable[[], object] | None:
-        """Wait for the next command. After ``REST_SECONDS`` without one ``on_rest`` is called."""
-        if self._on_rest is not None and self._engine.idle:
-            try:
-                return self._inbox.get(timeout=REST_SECONDS)
-            except queue.Empty:
-                self._attempt("command", self._on_rest)
-        return self._inbox.get()
 
     def _on_idle(self) -> None:
         """Check the integrity of sequences and slots, repair them if the check fails, and update the gauges."""

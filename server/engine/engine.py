@@ -11,7 +11,7 @@ from server.engine.scheduler import Scheduler
 from server.lora.weights import LoRAWeights
 from server.metrics import Metrics
 from server.model.sampler import Sampler
-from server.sequence import Batch, Sequence, StepOutput
+from server.sequence import Batch, KVOperation, Sequence, StepOutput
 
 
 class Runner(Protocol):
@@ -22,6 +22,10 @@ class Runner(Protocol):
 
         The returned batch may have its segments in another order, and has the sums of hidden states that are asked for.
         """
+        ...
+
+    def apply(self, kv_ops: Iterable[KVOperation]) -> None:
+        """Apply KV operations between two steps."""
         ...
 
     @property
@@ -65,6 +69,12 @@ class Engine:
         self.runner.remove_adapter(digest)
         if self.scheduler.speculation is not None:
             self.scheduler.speculation.forget(digest)
+
+    def release_cached(self) -> None:
+        """Empty the least recently used cached prefixes, so that those of one full batch stay."""
+        slots = self.scheduler.slots
+        self.runner.apply(slots.release_cached(keep=self.scheduler.max_num_seqs))
+        self.update_gauges()
 
     def evict(self, sequence_id: int, reason: str) -> list[StepOutput]:
         """End a sequence after ``add`` or ``abort`` of it failed, whatever state that left."""

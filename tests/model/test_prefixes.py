@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from server.engine.slots import Prefix, SlotTable
 from server.lora.weights import LoRAWeights
 from server.metrics import Metrics
 from server.model.sampler import Sampler
-from server.sequence import Batch, CopyPrefix, LoRARequest, ReleaseTail, SamplingParams, Sequence
+from server.sequence import Batch, CopyPrefix, KVOperation, LoRARequest, ReleaseTail, SamplingParams, Sequence
 from tests.model.engines import finish, tracked
 
 VOCAB, PAGE, LENGTH = 50, 8, 200
@@ -84,6 +85,9 @@ class Memory:
             self.written[kv_op.slot] = min(self.written[kv_op.slot], kv_op.length)
 
     num_copied_bytes = 0
+
+    def apply(self, kv_ops: Iterable[KVOperation]) -> None:
+        """Not needed here."""
 
     def add_adapter(self, digest: str, weights: LoRAWeights) -> int:
         """Not needed here."""

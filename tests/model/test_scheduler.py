@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from server.engine.slots import SlotTable
 from server.lora.weights import LoRAWeights
 from server.metrics import Metrics
 from server.model.sampler import Sampler
-from server.sequence import Batch, FinishReason, LoRARequest, SampledToken, SamplingParams, Sequence
+from server.sequence import Batch, FinishReason, KVOperation, LoRARequest, SampledToken, SamplingParams, Sequence
 from tests.model.engines import finish, token_ids, tracked
 
 VOCAB = 50
@@ -51,6 +52,9 @@ class ScriptedRunner:
         return logits, batch
 
     num_copied_bytes = 0
+
+    def apply(self, kv_ops: Iterable[KVOperation]) -> None:
+        """Not needed here."""
 
     def add_adapter(self, digest: str, weights: LoRAWeights) -> int:
         """Not needed here."""

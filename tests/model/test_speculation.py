@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from server.engine.speculation import MAX_DRAFT_ROWS, MAX_PAUSE, MAX_TABLES, NGr
 from server.lora.weights import LoRAWeights
 from server.metrics import Metrics
 from server.model.sampler import Sampler
-from server.sequence import Batch, FinishReason, LoRARequest, SamplingParams, Segment, Sequence
+from server.sequence import Batch, FinishReason, KVOperation, LoRARequest, SamplingParams, Segment, Sequence
 from tests.model.engines import finish, step, token_ids, tracked
 from tests.tables import wide
 
@@ -56,6 +56,9 @@ class ScriptedRunner:
         return torch.stack(logits) if logits else torch.empty(0, VOCAB), batch
 
     num_copied_bytes = 0
+
+    def apply(self, kv_ops: Iterable[KVOperation]) -> None:
+        """Not needed here."""
 
     def add_adapter(self, digest: str, weights: LoRAWeights) -> int:
         """Not needed here."""

@@ -14,11 +14,12 @@ from server.engine import async_engine
 from server.engine.async_engine import MAX_FAILED_STEPS, AsyncEngine, SubmittedSequence
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
+from server.engine.slots import SlotTable
 from server.errors import EngineUnavailable, GenerationFailed, QueueFull, QueueShareFull, QueueTimeout
 from server.lora.weights import LoRAWeights
 from server.metrics import Metrics
 from server.model.sampler import Sampler
-from server.sequence import Batch, FinishReason, SampledToken, SamplingParams, StepOutput
+from server.sequence import Batch, FinishReason, KVOperation, SampledToken, SamplingParams, StepOutput
 from tests.model.engines import token_ids
 
 EOS = 9
@@ -35,6 +36,7 @@ class ScriptedRunner:
         self.num_steps = 0
         self.adapters: set[str] = set()
         self.not_finite = False
+        self.applied: list[KVOperation] = []
 
     def run(self, batch: Batch) -> tuple[torch.Tensor, Batch]:
         self.gate.wait(10)
@@ -47,6 +49,9 @@ class ScriptedRunner:
         return logits * float("nan") if self.not_finite else logits, batch
 
     num_copied_bytes = 0
+
+    def apply(self, kv_ops: Iterable[KVOperation]) -> None:
+        self.applied += kv_ops
 
     def add_adapter(self, digest: str, weights: LoRAWeights) -> int:
         if digest == "bad":
@@ -324,20 +329,18 @@ async def test_a_sequence_that_waits_too_long_for_a_slot_gets_an_error(
         await engine.stop(1.0)
 
 
-async def test_memory_is_released_once_there_has_been_no_work_for_a_while(
-    runner: ScriptedRunner, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(async_engine, "REST_SECONDS", 0.05)
-    rests: list[int] = []
-    scheduler = Scheduler(max_num_seqs=1, max_num_batched_tokens=8, max_model_len=100)
-    inner = Engine(scheduler, runner, Sampler(), Metrics())
-    engine = AsyncEngine(inner, max_queued_seqs=6, on_rest=lambda: rests.append(runner.num_steps))
+async def test_cached_prefixes_beyond_a_full_batch_are_released_in_the_thread(runner: ScriptedRunner) -> None:
+    slots = SlotTable(4, max_len=100, reuses=True)
+    scheduler = Scheduler(max_num_seqs=1, max_num_batched_tokens=8, max_model_len=100, slots=slots)
+    engine = AsyncEngine(Engine(scheduler, runner, Sampler(), Metrics()), max_queued_seqs=6)
     engine.start()
     try:
-        await until(lambda: rests == [0])
-        await asyncio.sleep(0.2)
-        assert rests == [0], "once, until there was work"
-        await tokens(submit(engine))
-        await until(lambda: rests == [0, 8])
+        for first in (1, 2, 3):
+            await tokens(submit(engine, prompt=[first] * 40))
+        assert slots.num_cached == 3
+        engine.release_cached()
+        await until(lambda: slots.num_cached == 1)
+        assert len(runner.applied) == 2
+        assert len(await tokens(submit(engine))) == 8
     finally:
         await engine.stop(1.0)
