@@ -245,7 +245,10 @@ class AdminOff(RequestError):
     """Changing adapters over HTTP is off."""
 
     def __init__(self) -> None:
-        super().__init__("Changing adapters over HTTP is off: start the server with QUICKCHANGE_ADMIN_KEY set.")
+        super().__init__(
+            "Changing adapters over HTTP is off: start the server with QUICKCHANGE_ADMIN_KEY set, or with a key of scope "
+            "'admin' in --api-keys."
+        )
 
 
 class ServiceError(QuickchangeError):

@@ -33,7 +33,7 @@ class EncodedBodyMiddleware:
             body = _DecompressedBody(receive, encoding, self._max_body_bytes)
             await self._app({**scope, "headers": headers}, body.receive, send)
         else:
-            reply = http_reply(415, {"accept-encoding": ACCEPTED}, f"A compressed body must be {ACCEPTED}.")
+            reply = http_reply(415, {"accept-encoding": ACCEPTED}, "A compressed body must be gzip or deflate.")
             await reply.response(scope)(scope, receive, send)
 
 

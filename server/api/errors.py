@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.types import Scope
 
-from server.api.envelopes import error_in_form_of, request_id_header
+from server.api.envelopes import OLLAMA_PATH, error_in_form_of, request_id_header
 from server.api.routing import RouteTable
 from server.api.validation import validation_error
 from server.errors import (
@@ -205,6 +205,8 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     meant = routes.meant_by(path) if error.status_code == 404 else None
     if meant is not None:
         message = f"Unknown request URL. Did you mean {meant}? A client's base URL ends in /v1, once."
+    elif error.status_code == 404 and path.startswith(OLLAMA_PATH):
+        message = "Unknown request URL: of Ollama's API there are chat, generate, embed, tags, show, ps and version."
     return http_reply(error.status_code, headers, message).response(request.scope)
 
 

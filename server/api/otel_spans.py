@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 
-from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from opentelemetry.trace import SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from server.api.tracing import PROVIDER
 from server.metrics import BASE
 
+_log = logging.getLogger("quickchange")
 _SECOND = 1_000_000_000
 
 
@@ -68,3 +71,24 @@ class OtelTracer:
 
     def close(self) -> None:
         self._provider.shutdown()
+
+
+class OutageExporter(SpanExporter):
+    """An exporter that logs one line when spans cannot be sent, and one when they can again."""
+
+    def __init__(self, exporter: SpanExporter, endpoint: str) -> None:
+        self._exporter, self._endpoint = exporter, endpoint
+        self._fails = False
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        result = self._exporter.export(spans)
+        fails = result is not SpanExportResult.SUCCESS
+        if fails and not self._fails:
+            _log.warning("trace spans cannot be sent to %s and are dropped; requests are not affected", self._endpoint)
+        if self._fails and not fails:
+            _log.info("trace spans are sent to %s again", self._endpoint)
+        self._fails = fails
+        return result
+
+    def shutdown(self) -> None:
+        self._exporter.shutdown()

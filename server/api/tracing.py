@@ -6,6 +6,7 @@ numbers, never the content of messages or answers. Needs the extra ``otel``.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -50,7 +51,7 @@ def otlp_tracer(endpoint: str, *, base: str, version: str) -> RequestTracer:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-        from server.api.otel_spans import OtelTracer
+        from server.api.otel_spans import OtelTracer, OutageExporter
     except ImportError as error:
         raise SettingsError(
             f"--otlp-endpoint needs OpenTelemetry, which is not installed ({error.name}): "
@@ -59,5 +60,6 @@ def otlp_tracer(endpoint: str, *, base: str, version: str) -> RequestTracer:
     resource = Resource.create({"service.name": PROVIDER, "service.version": version, "gen_ai.base_model": base})
     provider = TracerProvider(resource=resource)
     exporter = OTLPSpanExporter(endpoint=endpoint.rstrip("/") + "/v1/traces", timeout=EXPORT_SECONDS)
-    provider.add_span_processor(BatchSpanProcessor(exporter))
+    provider.add_span_processor(BatchSpanProcessor(OutageExporter(exporter, endpoint)))
+    logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # several lines for each batch that is not taken
     return OtelTracer(provider, base=base, version=version)

@@ -200,6 +200,8 @@ def _raise_for_error(response: httpx.Response) -> None:
         message = str(response.json()["error"]["message"])
     except (ValueError, LookupError, TypeError):
         message = f"HTTP {response.status_code}"
+    if response.status_code == 401:
+        message += " The chat takes it from QUICKCHANGE_API_KEY."
     raise ChatError(message)
 
 

@@ -72,7 +72,7 @@ def parse_settings(command: str, arguments: Sequence[str]) -> Settings:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         is_secret = SecretStr in get_args(Settings.model_fields[str(first["loc"][0])].annotation)
-        value = "hidden here" if is_secret else repr(first["input"])
+        value = "not shown, as it is a secret" if is_secret else repr(first["input"])
         raise SettingsError(
             f"setting {field} (--{field.replace('_', '-')} or QUICKCHANGE_{field.upper()}) is {value}: "
             f"{first['msg'].removeprefix('Value error, ')}"

@@ -70,16 +70,15 @@ class HttpServer(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drain, then stop listening and end the application."""
         self._lifecycle.draining = True
-        if self._lifecycle.num_requests:
-            logger.info(
-                "stopping: %d requests are running and get %.0f s; a second signal ends them now",
-                self._lifecycle.num_requests,
-                self._drain_seconds,
-            )
+        logger.info(
+            "stopping; running requests: %d, with %.0f s to end; a second signal ends them at once",
+            self._lifecycle.num_requests,
+            self._drain_seconds,
+        )
         await self._wait_until_idle(self._drain_seconds)
         num_cut = self._lifecycle.num_requests
         if num_cut:
-            logger.warning("%d running requests are ended with an error", num_cut)
+            logger.warning("running requests ended with an error: %d", num_cut)
             self.exit_status = CUT_STATUS
             self._engine.fail_all(ShuttingDown())
             with contextlib.suppress(TimeoutError):

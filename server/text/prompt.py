@@ -66,6 +66,8 @@ class PromptRenderer:
         self._chats = ChatPrompts(tokenizer)
         self._lock = threading.Lock()
         self._build_lock = threading.Lock()
+        # transformers warns of "indexing errors" at a long text; the length is checked where a sequence is submitted.
+        tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         tokenizer("x")  # a tokenizer drops truncation and padding of its file at its first call: here, in one thread
 
     def for_adapter(self, defaults: GenerationDefaults) -> PromptRenderer:

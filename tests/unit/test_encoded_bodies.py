@@ -91,4 +91,4 @@ def test_a_damaged_body_says_so(data: bytes, reason: str) -> None:
 def test_an_encoding_that_is_not_read_is_named(encoding: str) -> None:
     reply = post(ONE, encoding)
     assert (reply.status_code, reply.headers["accept-encoding"]) == (415, "gzip, deflate")
-    assert reply.json()["error"]["message"] == "A compressed body must be gzip, deflate."
+    assert reply.json()["error"]["message"] == "A compressed body must be gzip or deflate."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from queue import Queue
 from typing import Any
@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
 from server.api.app import create_app
-from server.api.otel_spans import OtelTracer
+from server.api.otel_spans import OtelTracer, OutageExporter
 from server.api.tracing import otlp_tracer
 from tests.fakes import BASE, FakeEngine, Script, adapter, ask, server_state
 
@@ -119,3 +119,23 @@ def test_spans_reach_a_collector_by_otlp(collector: tuple[str, Queue[ExportTrace
     assert (names["service.name"], names["service.version"]) == ("quickchange", "1.2.3")
     (scope,) = resource.scope_spans
     assert [span.name for span in scope.spans] == [f"chat {BASE}"]
+
+
+def test_a_collector_that_is_gone_is_one_line_and_its_return_another(caplog: pytest.LogCaptureFixture) -> None:
+    class Exporter(InMemorySpanExporter):
+        """Takes spans while ``works``."""
+
+        works = False
+
+        def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+            return SpanExportResult.SUCCESS if self.works else SpanExportResult.FAILURE
+
+    inner = Exporter()
+    exporter = OutageExporter(inner, "http://collector:4318")
+    with caplog.at_level("INFO", logger="quickchange"):
+        for works in (False, False, True, True):
+            inner.works = works
+            exporter.export([])
+    lost, back = [record.getMessage() for record in caplog.records]
+    assert "cannot be sent to http://collector:4318" in lost
+    assert "again" in back

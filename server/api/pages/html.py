@@ -16,7 +16,8 @@ h1 { font-size: 1.6rem; margin: .5rem 0; }
 h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
 table { border-collapse: collapse; display: block; overflow-x: auto; }
 th, td { border-bottom: 1px solid #8886; padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top; }
-td:first-child { overflow-wrap: anywhere; }
+td { overflow-wrap: break-word; }
+@media (max-width: 30rem) { td:nth-child(2), th:nth-child(2) { display: none; } }
 pre { background: #8882; border-radius: .4rem; overflow-x: auto; padding: .7rem; }
 code { font: .875em ui-monospace, monospace; }
 nav a { margin-right: 1rem; display: inline-block; padding: .2rem 0; }
