@@ -246,8 +246,8 @@ class AdminOff(RequestError):
 
     def __init__(self) -> None:
         super().__init__(
-            "Changing adapters over HTTP is off: start the server with QUICKCHANGE_ADMIN_KEY set, or with a key of scope "
-            "'admin' in --api-keys."
+            "Changing adapters over HTTP is off: start the server with QUICKCHANGE_ADMIN_KEY set, or with a key of "
+            "scope 'admin' in --api-keys."
         )
 
 
