@@ -27,7 +27,7 @@ from benchmarks.parts.figures import median
 from benchmarks.parts.pairs import alternate
 from benchmarks.parts.random_adapters import write_adapters
 from benchmarks.parts.raw_client import closed_loop, http_request
-from server.model.device import available_threads
+from cpu_kernels.cores import find_cores
 from tests.serving import ServerProcess, running_server
 
 
@@ -78,10 +78,10 @@ class OverHttp:
         client, server, since = time.process_time(), self._server.usage().cpu_seconds, time.perf_counter()
         self.num_tokens = asyncio.run(closed_loop(self._url, requests, self._options.clients))
         seconds = time.perf_counter() - since
-        cores = seconds * available_threads()
+        cpus = seconds * find_cores().num_cpus
         client_seconds = time.process_time() - client
         server_seconds = self._server.usage().cpu_seconds - server
-        self.shares.append((client_seconds / cores, server_seconds / cores))
+        self.shares.append((client_seconds / cpus, server_seconds / cpus))
         return self.num_tokens / seconds
 
 
@@ -130,7 +130,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         pairs = alternate(sides, (over_http, direct), num_pairs=options.pairs, unit="output tokens/s")
     print(pairs.as_table())
     shares = [median([share[side] for share in over_http.shares]) for side in (0, 1)]
-    print(f"\nCPU time over HTTP, share of all {available_threads()} cores: ", end="")
+    print(f"\nCPU time over HTTP, share of all {find_cores().num_cpus} CPUs: ", end="")
     print(f"client {100 * shares[0]:.1f} %, server {100 * shares[1]:.1f} %")
     print(f"output tokens in a round: {over_http.num_tokens} over HTTP, {direct.num_tokens} in process")
     return pairs.as_json() | {"client_cpu_share": shares[0], "server_cpu_share": shares[1]}

@@ -36,9 +36,9 @@ from benchmarks.parts.perplexity import (
     compare,
     own_texts,
 )
+from cpu_kernels.cores import default_threads
 from cpu_kernels.int8_weights import QMAX_16BIT_SAFE
 from cpu_kernels.kernels import Kernels
-from server.model.device import available_threads
 from server.model.loader import Base, load_base
 from server.text.repetition import LOOP_LENGTH, MAX_PERIOD, is_loop
 
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=40, help=f"windows of {LENGTH} tokens of each text, at most")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print the answers to the first N questions")
     options = parser.parse_args()
-    torch.set_num_threads(available_threads())
+    torch.set_num_threads(default_threads())
     floats, int8 = (
         Reader(_load(options.base, quantization), num_slots=len(QUESTIONS)) for quantization in ("none", "int8")
     )

@@ -22,7 +22,7 @@ import torch
 
 from base_files.names import BASE_MODEL_HELP
 from benchmarks.parts.bases import base_argument
-from server.model.device import available_threads
+from cpu_kernels.cores import default_threads
 from server.model.loader import Base, load_base
 
 MEGABYTE = 1e6
@@ -109,7 +109,7 @@ def main() -> None:
             flags = ["--weights", weights, *(["--json"] if options.json else [])]
             subprocess.run([sys.executable, "-m", "benchmarks.int8_memory", options.base, *flags], check=True)
         return
-    torch.set_num_threads(available_threads())
+    torch.set_num_threads(default_threads())
     found = measure(options.base, options.weights[0])
     if options.json:
         print(json.dumps(asdict(found)))

@@ -18,11 +18,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from cpu_kernels.cores import default_threads
 from server.lora.bank import LoRABank
 from server.lora.batched import BatchedTorchLoRA
 from server.lora.delta import LoRADelta
 from server.lora.weights import FusedA, LoRAWeights
-from server.model.device import available_threads
 from server.sequence import Batch, LoRARequest, SamplingParams, Segment, Sequence
 
 CASES = {"1x1": [1], "8x1": [8], "8x8": [1] * 8, "16x8": [2] * 8, "32x8": [4] * 8, "32x32": [1] * 32}
@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=15)
     options = parser.parse_args()
     torch.manual_seed(0)
-    torch.set_num_threads(available_threads())
+    torch.set_num_threads(default_threads())
     rng, rate, found = random.Random(0), bytes_per_ms(), {}
     uneven = {f"uneven {counts}": counts for counts in ([rng.choice((1, 1, 2, 3, 6)) for _ in range(8)] for _ in "12")}
     cases = {**CASES, **uneven, "uneven [1, 1, 1, 1, 128]": [1, 1, 1, 1, 128]}

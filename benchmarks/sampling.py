@@ -24,8 +24,8 @@ from base_files.names import BASE_MODEL_HELP
 from benchmarks.parts.bases import base_argument
 from benchmarks.parts.engines import Ask, InProcessEngine, in_process_engine
 from benchmarks.parts.figures import median, table
+from cpu_kernels.cores import default_threads
 from server.cli.allocation import keep_freed_memory
-from server.model.device import available_threads
 from server.model.sampler import Sampler
 from server.sequence import SampledToken, SampleRow, SamplingParams, Sequence
 
@@ -122,7 +122,7 @@ def measure(step: Step, rounds: int) -> dict[str, tuple[float, float]]:
 def main() -> None:
     options = parse()
     keep_freed_memory()
-    torch.set_num_threads(available_threads())
+    torch.set_num_threads(default_threads())
     if options.base is None:
         step = on_random_logits(options.rows, options.vocab, options.spread)
     else:

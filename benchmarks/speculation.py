@@ -24,11 +24,11 @@ import torch
 
 from base_files.names import BASE_MODEL_HELP, EMBEDDED_BASE
 from benchmarks.parts.bases import HELPDESKS, base_argument
+from cpu_kernels.cores import default_threads
 from server.adapters.content.manifest import AdapterPolicy, read_manifest
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
 from server.metrics import Metrics
-from server.model.device import available_threads
 from server.model.loader import Base, load_base
 from server.model.runner import ModelRunner
 from server.model.sampler import Sampler
@@ -150,7 +150,7 @@ def main() -> None:
         if options.base not in HELPDESKS:
             parser.error(f"--adapter: {options.base} has none in adapters/; name one, or --text base or random")
         options.adapter = Path("adapters", HELPDESKS[options.base])
-    torch.set_num_threads(available_threads())
+    torch.set_num_threads(default_threads())
     bench, prompts = build(options)
     bench.pair(prompts[: 2 * options.at_once], options.drafts)
     pairs = [bench.pair(prompts, options.drafts) for _ in range(options.pairs)]

@@ -19,8 +19,8 @@ from base_files.names import BASE_MODEL_HELP
 from benchmarks.parts.bases import base_argument
 from benchmarks.parts.engines import GREEDY, Ask, InProcessEngine, in_process_engine
 from benchmarks.parts.pairs import Round, alternate
+from cpu_kernels.cores import default_threads
 from server.cli.allocation import keep_freed_memory
-from server.model.device import available_threads
 from server.text.grammar.compiler import GrammarCompiler
 from server.text.grammar.grammar import json_schema
 from server.text.grammar.schema import Source
@@ -68,7 +68,7 @@ def side(engine: InProcessEngine, ask: Ask, rows: int) -> Round:
 def main() -> None:
     options = parse()
     keep_freed_memory()
-    torch.set_num_threads(available_threads())
+    torch.set_num_threads(default_threads())
     engine = in_process_engine(
         options.base, dtype=options.dtype, quantization=options.quantization, max_num_seqs=options.rows, max_len=1024
     )

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from base_files.errors import BaseFilesError
+from cpu_kernels.spinning import limit_spinning
 from server.errors import StartError
 from server.logs import configure_logging
 
@@ -79,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"quickchange: there is no command {name!r}\n{USAGE}", file=sys.stderr, end="")
         return 2
     configure_logging()
+    limit_spinning()
     try:
         return COMMANDS[name](given)
     except (StartError, BaseFilesError) as error:

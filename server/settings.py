@@ -59,7 +59,9 @@ class Settings(BaseSettings):
         "memory than bfloat16, for a small loss of accuracy.",
     )
     threads: int | None = Field(
-        None, ge=1, description="Threads for matrix products. Default: the cores this process may use."
+        None,
+        ge=1,
+        description="Threads for matrix products. Default: the performance cores that it may use, within its quota.",
     )
     max_model_len: int | None = Field(
         None,

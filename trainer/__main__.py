@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from cpu_kernels.spinning import limit_spinning
 from trainer.config import TrainerSettings, load_recipe
 from trainer.errors import InputError, TrainerError
 
@@ -63,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, command in COMMANDS.items():
         command.add_arguments(subparsers.add_parser(name, help=command.help, description=command.help))
     options = parser.parse_args(argv)
+    limit_spinning()
     try:
         with _sigterm_as_interrupt():
             COMMANDS[options.command].run(options)

@@ -160,7 +160,7 @@ class TrainConfig(_RecipePart):
         description="bfloat16 is autocast over float32 weights; auto takes it where the CPU multiplies it natively.",
     )
     threads: int | None = Field(
-        default=None, ge=1, description="Threads for matrix products; without it, torch's choice."
+        default=None, ge=1, description="Threads for matrix products; without it, one for each performance core."
     )
     system_prompt: Text | None = Field(
         default=None,

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from adapter_format.sidecar import BaseReference, Sidecar, TrainingMetrics, TrainingRecord
+from cpu_kernels.cores import find_cores
 from trainer.base import TrainingBase, load_base
 from trainer.card import Sample
 from trainer.config import TrainConfig
@@ -31,8 +32,7 @@ def train_and_publish(config: TrainConfig, target: Path) -> Sidecar:
     if target.exists() and not (target / "adapter_config.json").is_file():
         raise RecipeError(f"{target}: exists and is not an adapter folder, so it is not replaced; choose another --out")
     _quiet_libraries()
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    _set_threads(config.threads)
     base = load_base(config.base_model)
     _check_length(config, base)
     dataset = load_dataset(config, base.tokenizer)
@@ -50,6 +50,12 @@ def train_and_publish(config: TrainConfig, target: Path) -> Sidecar:
         probe=probe_batch(dataset.training),
     )
     return sidecar
+
+
+def _set_threads(threads: int | None) -> None:
+    cores = find_cores()
+    torch.set_num_threads(threads or cores.default_threads)
+    print(f"threads: {torch.get_num_threads()}{' as set' if threads else ''}; this process may use {cores}", flush=True)
 
 
 def _quiet_libraries() -> None:

@@ -13,13 +13,13 @@ from peft import PeftModel
 
 from base_files.locate import find_base
 from base_files.stock_model import stock_model
+from cpu_kernels.cores import default_threads
 from server.adapters.content.manifest import AdapterPolicy, read_manifest
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
 from server.engine.slots import SlotTable
 from server.lora.weights import LoRAWeights
 from server.metrics import Metrics
-from server.model.device import available_threads
 from server.model.kv_cache import KVLayout
 from server.model.loader import Base, load_base
 from server.model.runner import ModelRunner
@@ -136,7 +136,7 @@ def in_process_engine(
     """The engine as the server builds it, but for prefixes: who asks the same again would only measure their reuse.
 
     Raises what ``load_base`` and ``read_manifest`` raise."""
-    torch.set_num_threads(available_threads())
+    torch.set_num_threads(default_threads())
     base = load_base(
         base_model, name="base", device=device, dtype=dtype, max_model_len=max_len, quantization=quantization
     )
@@ -162,7 +162,7 @@ class Stock:
     """transformers' own ``generate`` on the base: batches of requests of one length, all of which end together."""
 
     def __init__(self, base_model: str, *, device: torch.device, dtype: str) -> None:
-        torch.set_num_threads(available_threads())
+        torch.set_num_threads(default_threads())
         loaded = stock_model(find_base(base_model), getattr(torch, dtype))
         self._model = torch.nn.Module.to(loaded, device=device)
         self._device = device
@@ -179,7 +179,7 @@ class Peft:
     """PEFT's own model: one request after another with ``set_adapter``, or batches with ``adapter_names``."""
 
     def __init__(self, base_model: str, adapters: SequenceOf[Path], *, dtype: str, mixed: bool) -> None:
-        torch.set_num_threads(available_threads())
+        torch.set_num_threads(default_threads())
         loaded = stock_model(find_base(base_model), getattr(torch, dtype))
         self._model = PeftModel.from_pretrained(loaded, adapters[0], adapter_name="0")
         for number, path in enumerate(adapters[1:], start=1):

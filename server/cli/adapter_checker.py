@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from cpu_kernels.cores import default_threads
 from server.adapters.content.diagnostics import DiagnosticReport, diagnose
 from server.adapters.content.manifest import AdapterPolicy
 from server.cli.folders import policy_of
 from server.errors import AdapterRejected
 from server.lora.weights import LoRAWeights
-from server.model.device import available_threads
 from server.model.loader import Base, load_base
 from server.settings import Settings
 from server.text.prompt import PromptRenderer
@@ -32,7 +32,7 @@ class AdapterChecker:
     @classmethod
     def load(cls, settings: Settings, *, dtype: str = "float32") -> AdapterChecker:
         """Load the settings' base on the CPU. Raises ``StartError``."""
-        torch.set_num_threads(settings.threads or available_threads())
+        torch.set_num_threads(settings.threads or default_threads())
         base = load_base(
             settings.base_model,
             name=settings.base_name,

@@ -19,6 +19,7 @@ from fastapi import FastAPI
 from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
+from cpu_kernels.cores import find_cores
 from server.adapters.content.generation_defaults import GenerationDefaults
 from server.adapters.watcher import AdapterWatcher
 from server.api.app import create_app
@@ -38,7 +39,6 @@ from server.engine.scheduler import Scheduler
 from server.engine.slots import SlotTable
 from server.errors import SettingsError, StartError, StartFailed, first
 from server.metrics import Metrics
-from server.model.device import available_threads
 from server.model.kv_cache import KVLayout, num_slots_within
 from server.model.loader import Base, load_base
 from server.model.logprobs import max_scored_rows
@@ -131,7 +131,7 @@ class Service:
 def build(settings: Settings, access: Access) -> Service:
     """Load the base and build all parts of the server. Raises ``StartError``."""
     since = time.perf_counter()
-    torch.set_num_threads(settings.threads or available_threads())
+    _set_threads(settings.threads)
     sys.setswitchinterval(SWITCH_INTERVAL)
     base = load_base(
         settings.base_model,
@@ -307,6 +307,12 @@ def _metrics(base: Base) -> Metrics:
         }
     )
     return metrics
+
+
+def _set_threads(threads: int | None) -> None:
+    cores = find_cores()
+    torch.set_num_threads(threads or cores.default_threads)
+    logger.info("threads: %d%s; this process may use %s", torch.get_num_threads(), " as set" if threads else "", cores)
 
 
 def _log_base(base: Base, seconds: float) -> None:

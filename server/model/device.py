@@ -1,9 +1,6 @@
-"""Choices by the machine: device, dtype, threads."""
+"""Choices by the machine: device and dtype."""
 
 from __future__ import annotations
-
-import os
-from pathlib import Path
 
 import torch
 
@@ -68,13 +65,3 @@ def choose_kv_dtype(dtype: torch.dtype) -> torch.dtype:
 def _multiplies_bfloat16() -> bool:
     capabilities = torch_capabilities()
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-
-
-def available_threads() -> int:
-    """Cores this process may use: its affinity, limited by a container's quota (cgroup v2)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
-        return max(1, min(cores, round(int(quota) / int(period)))) if quota != "max" else cores
-    except (OSError, ValueError):
-        return cores

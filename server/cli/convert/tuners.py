@@ -22,10 +22,10 @@ from adapter_format.files import COMPANION_FILES, CONFIG_FILE, SOURCE_FILE, WEIG
 from base_files.errors import BaseFilesError
 from base_files.source import BaseSource
 from base_files.stock_model import stock_model
+from cpu_kernels.cores import default_threads
 from server.adapters.content.peft_config import parse_peft_config
 from server.cli.convert.source import copy_files
 from server.cli.folders import NotPublished
-from server.model.device import available_threads
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -56,7 +56,7 @@ def convert(
     An integer ``rank`` is meant so, a fraction is the energy to keep; with ``merging`` a gain is what merging adds.
     Raises ``NotPublished``.
     """
-    torch.set_num_threads(threads or available_threads())
+    torch.set_num_threads(threads or default_threads())
     base = stock_model(base_source)
     vocabulary = base.config.get_text_config().vocab_size
     prompts = torch.randint(vocabulary, (4, 32), generator=torch.Generator().manual_seed(0))
