@@ -25,7 +25,7 @@ DEFAULT = "default"
 _BUSY = "while True: pass"
 
 
-class Side:
+class SpinningServer:
     """The server of one setting, and the milliseconds of a step in each round, alone and beside busy processes."""
 
     def __init__(self, server: ServerProcess, options: argparse.Namespace) -> None:
@@ -73,7 +73,7 @@ def busy_processes(count: int) -> Iterator[None]:
             process.wait()
 
 
-def measure(options: argparse.Namespace) -> dict[str, Side]:
+def measure(options: argparse.Namespace) -> dict[str, SpinningServer]:
     flags = ["--base-model", options.base, "--quantization", options.quantization, "--no-demo-adapters"]
     flags += ["--max-num-seqs", str(options.clients), "--max-model-len", "512", "--speculation", "none"]
     flags += ["--no-prefix-caching", *options.flags]
@@ -81,7 +81,7 @@ def measure(options: argparse.Namespace) -> dict[str, Side]:
         sides = {}
         for setting in options.spins:
             with spinning(setting):
-                sides[setting] = Side(stack.enter_context(running_server(*flags)), options)
+                sides[setting] = SpinningServer(stack.enter_context(running_server(*flags)), options)
             for _ in range(3):
                 sides[setting].step()  # records layer graphs
         for busy in (0, options.busy):
@@ -94,7 +94,7 @@ def measure(options: argparse.Namespace) -> dict[str, Side]:
     return sides
 
 
-def _rows(sides: dict[str, Side]) -> Iterator[Sequence[object]]:
+def _rows(sides: dict[str, SpinningServer]) -> Iterator[Sequence[object]]:
     reference = next(iter(sides.values())).alone
     for setting, side in sides.items():
         cost = median([alone / other for alone, other in zip(side.alone, reference, strict=True)])
