@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
@@ -201,7 +202,31 @@ def probes(port: int, times: list[float]) -> Iterator[None]:
 
 
 @contextmanager
-def soaked_server(root: Path) -> Iterator[ServerProcess]:
+def trace_collector(bodies: list[bytes]) -> Iterator[str]:
+    """The URL of an OpenTelemetry collector that only keeps what it is sent."""
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            bodies.append(self.rfile.read(int(self.headers["content-length"])))
+            self.send_response(200)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Say nothing."""
+
+    with HTTPServer(("127.0.0.1", 0), Collector) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@contextmanager
+def soaked_server(root: Path, collector: str) -> Iterator[ServerProcess]:
     keys, folder = root / "keys.toml", root / "adapters"
     entries = (f'[client{number}]\nsha256 = "{digest_of(key).hex()}"\n' for number, key in enumerate(KEYS))
     keys.write_text("".join(entries).replace("[client0]", '[client0]\nscopes = ["admin"]'))
@@ -213,6 +238,7 @@ def soaked_server(root: Path) -> Iterator[ServerProcess]:
     with running_server(
         "--adapters-dir", str(folder), "--no-demo-adapters", "--api-keys", str(keys), "--scan-interval", "0.2",
         "--state-dir", str(root / "state"), "--keep-versions", "2", "--log-level", "debug",
+        "--otlp-endpoint", collector,
     ) as server:  # fmt: skip
         server.key = KEYS[0]
         yield server
@@ -231,7 +257,8 @@ def check_rest(server: ServerProcess) -> None:
 def test_nothing_is_lost_leaked_or_wrong_under_load(tmp_path: Path) -> None:
     found = Findings()
     times: list[float] = []
-    with soaked_server(tmp_path) as server:
+    traces: list[bytes] = []
+    with trace_collector(traces) as collector, soaked_server(tmp_path, collector) as server:
         port = int(server.url.rpartition(":")[2])
         golden = asyncio.run(golden_answers(port))
         assert len(set(map(str, golden.values()))) > len(golden) / 2, "contents that answer the same prove nothing"
@@ -249,9 +276,11 @@ def test_nothing_is_lost_leaked_or_wrong_under_load(tmp_path: Path) -> None:
         print(f"\n{dict(sorted(found.counts.items()))}\nprobes: {len(times)}, p99 {1000 * p99:.0f} ms, "
               f"longest {1000 * max(times):.0f} ms\nbefore: {before}\nfull: {full}\nafter: {after}")  # fmt: skip
         leaks = [line for line in (*server.log, *metrics.splitlines()) if CANARY in line]
+        leaks += [str(body) for body in traces if CANARY.encode() in body]
         tracebacks = [line for line in server.log if "Traceback" in line or " ERROR " in line]
         new = {each for each in server.series() - series if "http_errors" not in each}
     assert not found.wrong, "\n".join(sorted(found.wrong)[:50])
+    assert b"gen_ai.usage.output_tokens" in b"".join(traces)
     assert not leaks, leaks[:5]
     assert not tracebacks, tracebacks[:5]
     assert found.counts["200"] > 10 * 60 * MINUTES
