@@ -15,10 +15,18 @@ import httpx
 import pytest
 import yaml
 
+from server.api.auth.keys import digest_of
 from tests.serving import ROOT, ServerProcess, running_server
 
 PROMETHEUS = ROOT / "deploy" / "prometheus"
 DASHBOARD = ROOT / "deploy" / "grafana" / "dashboards" / "quickchange.json"
+
+SCRAPE_KEY, CLIENT_KEY, LIMITED_KEY = (f"{name}-0123456789abcdef" for name in ("scrape", "client", "limited"))
+KEYS = (
+    ("prometheus", SCRAPE_KEY, 'scopes = ["metrics"]'),
+    ("client", CLIENT_KEY, ""),
+    ("limited", LIMITED_KEY, "requests_per_minute = 1"),
+)
 
 Tool = Callable[[str], str]
 
@@ -47,10 +55,19 @@ def test_promtool_finds_nothing_to_say_about_the_metrics(tool: Tool, server: Ser
 
 
 def test_prometheus_scrapes_a_server_and_every_query_of_the_dashboard_has_an_answer(tool: Tool, tmp_path: Path) -> None:
+    keys = tmp_path / "keys.toml"
+    keys.write_text("".join(f'[{label}]\nsha256 = "{digest_of(key).hex()}"\n{more}\n' for label, key, more in KEYS))
+    keys.chmod(0o600)
+    flags = "--adapter-memory", "9000000", "--api-keys", str(keys)  # room for two: adapters are loaded meanwhile
     with (
-        running_server("--adapter-memory", "9000000") as server,  # room for two, so that adapters are loaded meanwhile
+        running_server(*flags) as server,
         running_prometheus(tool("prometheus"), tmp_path, server.url.removeprefix("http://")) as url,
     ):
+        server.key = CLIENT_KEY
+        hello = {"model": "micro", "prompt": "Hello!", "max_tokens": 2}
+        limited = {"authorization": f"Bearer {LIMITED_KEY}"}
+        asked = [httpx.post(f"{server.url}/v1/completions", json=hello, headers=limited).status_code for _ in range(2)]
+        assert asked == [200, 429]
         wait_for(lambda: values(url, 'up{job="quickchange"}') == ["1"], "up == 1")
         use(server)
         for query in dashboard_queries():
@@ -64,7 +81,7 @@ def use(server: ServerProcess) -> None:
     """Requests of each kind, so that each metric has seen something: every model, and one that is not there."""
     for model in [*server.models(), "nobody"]:
         body = {"model": model, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 8}
-        answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=server.headers, timeout=60)
         assert answer.status_code == (404 if model == "nobody" else 200)
 
 
@@ -81,6 +98,8 @@ def running_prometheus(program: str, folder: Path, target: str) -> Iterator[str]
     config: dict[str, Any] = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
     config["scrape_configs"][0]["static_configs"] = [{"targets": [target]}]
+    config["scrape_configs"][0]["authorization"] = {"credentials_file": "key"}
+    (folder / "key").write_text(SCRAPE_KEY)
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     (folder / "alerts.yml").write_text((PROMETHEUS / "alerts.yml").read_text())
     address = f"127.0.0.1:{free_port()}"
