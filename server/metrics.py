@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
@@ -10,6 +11,8 @@ BASE = "base"
 COMPOSITION = "_composition"
 """Adapter label of requests with several adapters; no adapter can have this name."""
 FINISH_REASONS = ("stop", "length", "tool_calls", "embedding", "cancelled", "failed")
+TOKEN_KINDS = ("prompt", "completion")
+KEY_LIMITS = ("requests_per_minute", "max_concurrent")
 ENGINE_FAILURES = ("step", "command", "accounting", "integrity")
 
 _REQUEST_SECONDS = (*(0.01 * 2**doublings for doublings in range(15)), 655.36)
@@ -32,6 +35,7 @@ class Metrics:
         self.build_info = Info("quickchange_build", "Version of the server.", registry=self.registry)
         self.base_model_info = Info("quickchange_base_model", "The base model in memory.", registry=self.registry)
         self._known: set[str] = set()
+        self._keys: frozenset[str] = frozenset()
         self._versions: dict[str, str] = {}
         self._make_request_metrics()
         self._make_kv_metrics()
@@ -200,6 +204,22 @@ class Metrics:
         if version is not None and adapter in self._known:
             self._versions[adapter] = version
             self.adapter_version.labels(adapter, version).set(1)
+
+    def set_keys(self, keys: Collection[str]) -> None:
+        """Create the series of API keys, by their labels, at zero, and remove those of keys that are gone."""
+        for key in self._keys.difference(keys):
+            self.key_requests.remove(key)
+            for kind in TOKEN_KINDS:
+                self.key_tokens.remove(key, kind)
+            for limit in KEY_LIMITS:
+                self.key_refusals.remove(key, limit)
+        for key in keys:
+            self.key_requests.labels(key)
+            for kind in TOKEN_KINDS:
+                self.key_tokens.labels(key, kind)
+            for limit in KEY_LIMITS:
+                self.key_refusals.labels(key, limit)
+        self._keys = frozenset(keys)
 
     def know_adapter(self, adapter: str) -> None:
         """Create the series of an adapter at zero, so that rates are right from its first request."""

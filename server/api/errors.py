@@ -56,6 +56,7 @@ from server.errors import (
 )
 
 _log = logging.getLogger("quickchange.api")
+_OVERLOADS = (QueueFull, QueueTimeout, ServerOverloaded)
 _CLIENT, _SERVER, _BUSY = "invalid_request_error", "server_error", "service_unavailable_error"
 _LIMITED = "rate_limit_error"
 _MAX_RETRY_AFTER = 60  # seconds: OpenAI's clients do not wait longer
@@ -180,7 +181,9 @@ def install_error_handlers(app: FastAPI) -> None:
 async def _on_known_error(request: Request, error: Exception) -> Response:
     reply = reply_to(error, request_id=request.state.request_id)
     if reply.status >= INTERNAL.status:
-        _log.error("request_id=%s %s: %s", request.state.request_id, type(error).__name__, error)
+        # a full queue is no fault, and under load it would be a line for each request
+        level = logging.DEBUG if isinstance(error, _OVERLOADS) else logging.ERROR
+        _log.log(level, "request_id=%s %s: %s", request.state.request_id, type(error).__name__, error)
     return reply.response(request.scope)
 
 

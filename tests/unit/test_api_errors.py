@@ -222,3 +222,19 @@ def test_refusals_are_counted_by_status() -> None:
         ask(application, "POST", CHAT, json=body)
     counts = {status: state.metrics.http_errors.labels(status)._value.get() for status in ("400", "404", "500")}
     assert counts == {"400": 1, "404": 1, "500": 1}
+
+
+@pytest.mark.parametrize(("error", "levels"), [(QueueFull(3), set()), (EngineUnavailable("stopped"), {"ERROR"})])
+def test_a_full_queue_is_no_error_of_the_log_and_a_stopped_engine_is(
+    error: QuickchangeError, levels: set[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Under load the log had a line at ERROR for each request that was refused."""
+
+    class Failing(FakeEngine):
+        def submit(self, *arguments: Any, **named: Any) -> Any:
+            raise error
+
+    with caplog.at_level("INFO", logger="quickchange.api"):
+        answer = ask(app(Failing()), "POST", CHAT, json=ONE)
+    assert answer.status_code == 503
+    assert {record.levelname for record in caplog.records if type(error).__name__ in record.getMessage()} == levels

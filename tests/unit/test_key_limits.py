@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
 import pytest
+from prometheus_client import generate_latest
 
 from server.api.app import create_app
 from server.api.auth.access import Access
 from server.api.auth.key_limits import KeyLimits
-from server.api.auth.keys import ApiKey, KeyRing, digest_of
+from server.api.auth.keys import ApiKey, KeyRing, digest_of, single_key
 from server.api.auth.principal import AccessScope, Principal
 from server.api.auth.wrong_keys import FREE, MAX_ADDRESSES, MAX_DELAY, WrongKeys
 from server.api.state import ServerState
@@ -107,6 +109,7 @@ def test_over_the_rate_a_request_is_a_429_that_says_when() -> None:
     assert samples == {
         ("quickchange_key_requests_total", "a"): 2,
         ("quickchange_key_refusals_total", "a", "requests_per_minute"): 1,
+        ("quickchange_key_refusals_total", "a", "max_concurrent"): 0,
     }
 
 
@@ -192,3 +195,18 @@ def test_a_key_with_its_share_of_the_queue_gets_a_429(path: str, body: dict[str,
     assert (response.status_code, response.json()["error"]["code"]) == (429, "rate_limit_exceeded")
     assert response.headers["retry-after"] == "3"
     assert ask(create_app(server_state(FullShare())), "POST", path, json=body).status_code == 200, "without keys"
+
+
+def test_keys_have_their_series_from_the_start_and_removed_ones_have_none() -> None:
+    """A rate was wrong from a key's first request, and the series of a removed key stayed."""
+    access = access_for(principal(requests_per_minute=2))
+    state = state_with(access)
+    ask(create_app(state), "GET", "/health")
+
+    def labels() -> set[str]:
+        text = generate_latest(state.metrics.registry).decode()
+        return set(re.findall(r'^quickchange_key_\w+_total{key="(\w+)"', text, re.MULTILINE))
+
+    assert labels() == {principal().label}
+    access.replace_keys(KeyRing((single_key("another-key-of-a-client"),), is_open=False))
+    assert labels() == {"api_key"}

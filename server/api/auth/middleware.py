@@ -30,6 +30,8 @@ class AuthMiddleware:
         self._app = app
         self._access = access
         self._metrics = metrics
+        access.on_new_keys = self._show_keys
+        self._show_keys(access.keys)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -69,6 +71,9 @@ class AuthMiddleware:
             await self._app(scope, receive, send)
         finally:
             limits.end(principal)
+
+    def _show_keys(self, keys: KeyRing) -> None:
+        self._metrics.set_keys({key.principal.label for key in keys.keys})
 
     async def _slowed(self, error: InvalidKey, credential: bytes | None, scope: Scope) -> QuickchangeError:
         """The error to answer with, after the delay for a wrong key. A request without a key does not wait."""
