@@ -11,10 +11,10 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from opentelemetry.trace import SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from server.api.tracing import PROVIDER
 from server.metrics import BASE
 
 _log = logging.getLogger("quickchange")
+PROVIDER = "quickchange"
 _SECOND = 1_000_000_000
 
 

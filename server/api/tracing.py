@@ -12,7 +12,6 @@ from typing import Protocol
 
 from server.errors import SettingsError
 
-PROVIDER = "quickchange"
 EXPORT_SECONDS = 3
 """Seconds for one export; at its end the server waits no longer for a collector that is not there."""
 
@@ -51,7 +50,7 @@ def otlp_tracer(endpoint: str, *, base: str, version: str) -> RequestTracer:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-        from server.api.otel_spans import OtelTracer, OutageExporter
+        from server.api.otel_spans import PROVIDER, OtelTracer, OutageExporter
     except ImportError as error:
         raise SettingsError(
             f"--otlp-endpoint needs OpenTelemetry, which is not installed ({error.name}): "
