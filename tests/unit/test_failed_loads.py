@@ -71,11 +71,14 @@ async def test_a_pinned_adapter_that_cannot_be_loaded_is_logged_and_loaded_later
 ) -> None:
     harness.failures = 1
     harness.adapters.set_pins({"a": Pin(resident=True)})
-    await asyncio.sleep(0.1)
-    assert any("loading the pinned adapter a failed" in record.message for record in caplog.records)
+    async with asyncio.timeout(10):
+        while not any("loading the pinned adapter a failed" in record.message for record in caplog.records):
+            await asyncio.sleep(0.01)
+    assert harness.loaded == []
     harness.adapters.preload()
-    await asyncio.sleep(0.05)
-    assert harness.loaded == ["a"]
+    async with asyncio.timeout(10):
+        while harness.loaded != ["a"]:
+            await asyncio.sleep(0.01)
 
 
 async def test_room_that_was_made_for_a_load_that_failed_is_reported(harness: Failing) -> None:
