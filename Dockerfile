@@ -8,7 +8,7 @@ FROM python:3.11-slim AS build
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 WORKDIR /src
 RUN python -m venv /opt/venv
-COPY pyproject.toml constraints.txt ./
+COPY pyproject.toml constraints.txt hatch_build.py ./
 COPY deploy/install-torch deploy/install-torch
 RUN deploy/install-torch /opt/venv/bin/python
 COPY LICENSE README.md ./
@@ -19,6 +19,7 @@ COPY base_files base_files
 COPY cpu_kernels cpu_kernels
 COPY trainer trainer
 COPY server server
+# The slim image has no C compiler: the build hook brings one, which stays in this stage.
 RUN /opt/venv/bin/pip install --no-cache-dir --disable-pip-version-check -c constraints.txt .
 
 FROM python:3.11-slim

@@ -12,16 +12,17 @@ from numba import njit
 from cpu_kernels.intrinsics import (
     barrier,
     dots,
+    exponential,
     floats,
     halves,
     integers,
     longs,
     num_threads,
     thread_number,
+    to_bfloat16,
     weighted_sum,
 )
 from cpu_kernels.native_kernel import Launcher, NativeKernel
-from cpu_kernels.native_ops import exponential, to_bfloat16
 
 _FIELDS = "q k v keys values out scores scores_size slots positions singles num_singles rows kv_heads group dim"
 _FIELDS += " value_dim q_row q_head k_row k_head v_row v_head key_slot key_head value_slot value_head"

@@ -7,8 +7,9 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
-from numba import config
+from numba import config, njit
 from numba.core import types
 from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
@@ -113,15 +114,6 @@ def void_intrinsic(num_arguments: int, generate: Callable[..., None]) -> Any:
         14: lambda _typing, _a, _b, _c, _d, _e, _f, _g, _h, _i, _j, _k, _l, _m, _n: (signature, code),
     }
     return intrinsic(typings[num_arguments])
-
-
-def _call(builder: Any, code: Any, record: Any) -> None:
-    kind = ir.FunctionType(ir.VoidType(), [_I64])
-    builder.call(builder.inttoptr(code, kind.as_pointer()), [record])
-
-
-call = void_intrinsic(2, _call)
-"""``f(code, record)``: call a kernel's code with the address of its record."""
 
 
 def loop(builder: Any, count: Any, begin: list[Any], body: Callable[[Any, list[Any]], list[Any]]) -> list[Any]:
@@ -318,3 +310,33 @@ def weighted_sum(num_vectors: int, num_rows: int = LANES) -> Any:
             builder.store(total, vectors.at(builder.add(out, offset)), align=4)
 
     return void_intrinsic(4, generate)
+
+
+_LOG2E = np.float32(1.4426950408889634)
+_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
+_SMALLEST, _LARGEST = np.float32(-88.0), np.float32(89.0)
+"""Arguments beyond these give 0 and infinity: exponents with all bits clear, and all set."""
+_C2, _C3, _C4, _C5, _C6 = (np.float32(1 / math.factorial(n)) for n in (2, 3, 4, 5, 6))
+_QUIET_NAN, _INFINITY = np.int32(0x7FC0), np.int32(0x7F800000)
+
+
+@njit(error_model="numpy", fastmath={"contract"})  # explicit: the default is the flags of the first caller
+def exponential(x: Any) -> Any:
+    """e to the x in float32, to three units in the last place; LLVM vectorizes it in loops.
+
+    0 below -87.6, infinity above 88.3. Range reduction by ln 2 in two parts, then the Taylor polynomial of degree 6.
+    """
+    x = min(max(x, _SMALLEST), _LARGEST)
+    n = np.floor(x * _LOG2E + np.float32(0.5))
+    r = x - n * _LN2_HIGH - n * _LN2_LOW
+    power = np.float32(1.0) + r * (np.float32(1.0) + r * (_C2 + r * (_C3 + r * (_C4 + r * (_C5 + r * _C6)))))
+    return power * float_of((np.int32(n) + 127) << 23)
+
+
+@njit(error_model="numpy")
+def to_bfloat16(number: Any) -> Any:
+    """Round to nearest, ties to even; the upper 16 bits of the float32."""
+    bits = bits_of(number)
+    if (bits & 0x7FFFFFFF) > _INFINITY:
+        return _QUIET_NAN
+    return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16

@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from cpu_kernels.c_kernel import CKernel
 from cpu_kernels.int8_weights import QMAX, QMAX_16BIT_SAFE, Int8Rows, Outliers
+from cpu_kernels.layer_graph import GRAPH_KERNELS
+from cpu_kernels.library import library
 from cpu_kernels.linear import (
     FbgemmLinear,
     NativeLinear,
@@ -20,6 +23,7 @@ from cpu_kernels.linear import (
     quieten_deprecations,
 )
 from cpu_kernels.native_kernel import Launcher, NativeKernel, available
+from cpu_kernels.native_ops import NativeOps
 from cpu_kernels.torch_ops import TorchOps
 
 if TYPE_CHECKING:
@@ -49,8 +53,9 @@ class Kernels:
     """The operations of ONE model, each native or torch's. No caller needs to know which.
 
     Tensors are float32 on the CPU unless a docstring names another type; no operation checks shapes. ``linear`` is the
-    name of the int8 linear (``choose_linear``), None for a base in floats. With ``native`` a thread compiles the native
-    kernels, those of attention for keys and values of ``kv_dtype``; ``ready`` waits for it.
+    name of the int8 linear (``choose_linear``), None for a base in floats. ``native`` operations are kernels in C, and
+    with ``jit`` also kernels that Numba compiles in a thread, those of attention for keys and values of ``kv_dtype``;
+    ``ready`` waits for it.
 
     Before ``ready`` has returned only ``linear`` and ``qmax`` may be used.
     """
@@ -82,16 +87,24 @@ class Kernels:
     """Whether a decoder layer may be recorded as a layer graph: its linears, attention, deltas and norms are native."""
 
     def __init__(
-        self, *, linear: str | None = None, native: bool = False, kv_dtype: torch.dtype = torch.float32
+        self,
+        *,
+        linear: str | None = None,
+        native: bool = False,
+        jit: bool = True,
+        kv_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.launch = Launcher()
         self.linear_name = linear
         self._kv_dtype = kv_dtype
-        self._compiled: dict[NativeKernel, bool] = {}
-        self._native = native and available()
+        self._compiled: dict[NativeKernel | CKernel, bool] = {}
+        self._native = native and library() is not None
+        self._jit = native and jit and available()
         self._use_torch()
-        self._compiling: threading.Thread | None = None
         if self._native:
+            self._use_c()
+        self._compiling: threading.Thread | None = None
+        if self._jit:
             self._compiling = threading.Thread(target=self._compile, name="compile")
             self._compiling.start()
 
@@ -120,7 +133,7 @@ class Kernels:
 
         None where there is no native kernel for it; torch's attention is then used.
         """
-        if not self._native:
+        if not self._jit:
             return None
         from cpu_kernels.decode_attention import DecodeAttention
 
@@ -131,7 +144,7 @@ class Kernels:
 
     def prompt_attention(self, kv_dtype: torch.dtype) -> PromptAttention | None:
         """Attention of many rows of one sequence on a KV cache of this format; None where there is no native kernel."""
-        if not self._native:
+        if not self._jit:
             return None
         from cpu_kernels.prompt_attention import PromptAttention
 
@@ -148,8 +161,8 @@ class Kernels:
         if self._compiling is not None:
             self._compiling.join()
             self._compiling = None
-        if self._native and dtype != torch.float32:
-            self._native = False
+        if dtype != torch.float32:
+            self._native = self._jit = False
             self._use_torch()
         return self
 
@@ -160,29 +173,29 @@ class Kernels:
         self.add_deltas = None
         self.records_layers = False
 
-    def _use_native(self) -> None:
-        from cpu_kernels.layer_graph import GRAPH_KERNELS
-        from cpu_kernels.lora_deltas import ADD_DELTAS, AddDeltas
-        from cpu_kernels.native_ops import NativeOps
-
+    def _use_c(self) -> None:
         ops = NativeOps(self.launch)
-        compiled = {name: self._compiles(name, kernel) for name, kernel in NativeOps.KERNELS.items()}
-        if compiled["rms_norm"]:
+        found = {name for name, kernel in NativeOps.KERNELS.items() if self._compiles(name, kernel)}
+        if "rms_norm" in found:
             self.rms_norm = ops.rms_norm
-        if compiled["rotary_embedding"]:
+        if "rotary_embedding" in found:
             self.rotary_embedding = ops.rotary_embedding
-        if compiled["add_"]:
+        if "add_" in found:
             self.add_ = ops.add_
-        if compiled["silu_and_mul"]:
+        if "silu_and_mul" in found:
             self.silu_and_mul = ops.silu_and_mul
-        if compiled["gelu_and_mul"]:
+        if "gelu_and_mul" in found:
             self.gelu_and_mul = ops.gelu_and_mul
+
+    def _use_jit(self) -> None:
+        from cpu_kernels.lora_deltas import ADD_DELTAS, AddDeltas
+
         if self._compiles("LoRA deltas", ADD_DELTAS):
             self.add_deltas = AddDeltas(self.launch)
         self.records_layers = (
             self.linear_name is not None
             and self.linear_name not in _TORCH_LINEARS
-            and all(compiled.values())
+            and all(self._compiles(name, kernel) for name, kernel in NativeOps.KERNELS.items())
             and self.add_deltas is not None
             and self.decode_attention(self._kv_dtype) is not None
             and self._compiles("layer graphs", *GRAPH_KERNELS)
@@ -191,16 +204,14 @@ class Kernels:
     def _compile(self) -> None:
         """Compile all kernels that the model may use except its linears, which ``choose_linear`` compiles."""
         try:
-            self._use_native()
+            self._use_jit()
             self.prompt_attention(self._kv_dtype)
         except Exception:  # from an import: _compiles logs compilation errors
-            self._native = False
-            self._use_torch()
-            logger.warning(
-                "native kernels cannot be imported: every operation except linears uses torch", exc_info=True
-            )
+            self._jit = self.records_layers = False
+            self.add_deltas = None
+            logger.warning("kernels by Numba cannot be imported: attention and LoRA deltas use torch", exc_info=True)
 
-    def _compiles(self, operation: str, *kernels: NativeKernel) -> bool:
+    def _compiles(self, operation: str, *kernels: NativeKernel | CKernel) -> bool:
         """Whether all of these compile; each is compiled once."""
         for kernel in kernels:
             if kernel not in self._compiled:
@@ -212,10 +223,10 @@ def choose_kernels(*, int8: bool, kv_dtype: torch.dtype) -> Kernels:
     """The kernels of a base on the CPU. ``linear_name`` is None where no int8 linear runs on this CPU.
 
     An int8 base uses every native operation that compiles on this CPU, whichever int8 linear it has. A base in floats
-    uses torch's operations: compiling takes about ten seconds at each start, and changes the last bits of its logits.
+    uses those in C: compiling the others takes about ten seconds at each start.
     """
     if not int8:
-        return Kernels()
+        return Kernels(native=True, jit=False)
     linear = choose_linear()
     return Kernels(linear=linear, native=linear is not None, kv_dtype=kv_dtype)
 
@@ -254,7 +265,7 @@ def _measured_qmax(linear: str) -> int:
     return QMAX if torch.allclose(sums, torch.tensor(float(num_inputs))) else QMAX_16BIT_SAFE
 
 
-def _compiles(operation: str, kernel: NativeKernel) -> bool:
+def _compiles(operation: str, kernel: NativeKernel | CKernel) -> bool:
     """Whether a native kernel compiles for this CPU; a failure is logged."""
     try:
         kernel.compile()

@@ -15,8 +15,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cpu_kernels.blocks import padded
-from cpu_kernels.intrinsics import barrier, call, longs, thread_number
-from cpu_kernels.native_kernel import Call, Launcher, NativeKernel
+from cpu_kernels.c_kernel import CKernel
+from cpu_kernels.native_kernel import Call, Launcher
 from cpu_kernels.native_ops import NativeOps
 
 _aten = torch.ops.aten
@@ -111,9 +111,9 @@ def _alike(x: Any, other: Any) -> bool:
 class LayerGraph:
     """A list of calls of native kernels.
 
-    ``records`` are the records of all calls, int64, contiguous; ``table`` int64 [calls, 2] has each call's code and
-    record address. ``places`` int64 [n, 3] are the fields that point into an input: address of the field, number of the
-    input, offset in bytes. The result counts as the last input.
+    ``records`` are the records of all calls, int64, contiguous; ``table`` int64 [calls, 3] has each call's code, record
+    address and whether it is a C kernel. ``places`` int64 [n, 3] are the fields that point into an input: address of
+    the field, number of the input, offset in bytes. The result counts as the last input.
     """
 
     def __init__(
@@ -143,9 +143,9 @@ class LayerGraph:
             raise NotRecordable("its result is not a new contiguous tensor")
         numbers: list[int] = []
         starts = []
-        for _, record in recorder.calls:
+        for call in recorder.calls:
             starts.append(len(numbers))
-            numbers += (ctypes.c_int64 * (ctypes.sizeof(record) // 8)).from_buffer_copy(record)
+            numbers += memoryview(call.record).cast("q")
         ends = [*starts[1:], len(numbers)]
         new_result = new_tensors.pop(result.data_ptr())
         if new_result.tensor.nbytes != result.nbytes or result.dtype != torch.float32:
@@ -166,7 +166,10 @@ class LayerGraph:
                 numbers[field] = arena.address + arena_offsets[begin] + offset
         records = (ctypes.c_int64 * len(numbers))(*numbers)
         address = ctypes.addressof(records)
-        table = [[code, address + 8 * start] for (code, _), start in zip(recorder.calls, starts, strict=True)]
+        table = [
+            [call.code, address + 8 * start, call.takes_team]
+            for call, start in zip(recorder.calls, starts, strict=True)
+        ]
         places = [
             (address + 8 * field, number, offset)
             for number, fields in enumerate(input_pointers)
@@ -221,18 +224,6 @@ class Arena:
         return {tensor.begin: offset for tensor, offset in placed}
 
 
-def _replay(a: Any) -> None:
-    if thread_number() == 0:
-        for number in range(a.num_places):
-            place = longs(a.places + 24 * number)
-            longs(place[0])[0] = longs(a.inputs)[place[1]] + place[2]
-    barrier()
-    for number in range(a.count):
-        entry = longs(a.table + 16 * number)
-        call(entry[0], entry[1])
-        barrier()
-
-
-REPLAY = NativeKernel(_replay, "table count places num_places inputs")
+REPLAY = CKernel("replay", "calls num_calls fields num_fields inputs")
 GRAPH_KERNELS = (REPLAY, *NativeOps.GRAPH_KERNELS)
 """The kernels that recording and replay need, besides those that the layer calls."""

@@ -26,10 +26,10 @@ from cpu_kernels.intrinsics import (
     prefetch_lines,
     scratch,
     thread_number,
+    to_bfloat16,
     void_intrinsic,
 )
 from cpu_kernels.lora_deltas import ADAPTER_ENTRY_SIZE, TASK_HEADER_SIZE, TASK_SIZE
-from cpu_kernels.native_ops import to_bfloat16
 from cpu_kernels.tiles import B_TILES, LOW_TILE, tile_function
 
 LISTED_TASK_SIZE = 6

@@ -63,6 +63,11 @@ class Settings(BaseSettings):
         ge=1,
         description="Threads for matrix products. Default: the performance cores that it may use, within its quota.",
     )
+    cpu: Literal["generic", "avx2", "avxvnni", "avx512vnni", "amx", "dotprod", "i8mm"] | None = Field(
+        None,
+        description="Instruction set to keep to, where the CPU has it: that of the C kernels and of torch. The trainer "
+        "reads it too. Default: the best that the CPU has.",
+    )
     max_model_len: int | None = Field(
         None,
         ge=2,

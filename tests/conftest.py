@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from cpu_kernels.tiers import VARIABLE, TierRefused, use_tier
 from tests.instruction_sets import Selection
 
 # Read when huggingface_hub is first imported, so before any fixture: a test that would download fails at once.
@@ -15,6 +16,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Read when torch is first imported. Threads that wait for each other spin by default, and where another process has
 # their core, two small threads are a hundred times slower than one.
 os.environ["OMP_WAIT_POLICY"] = "passive"
+# Also before torch: make test CPU=avx2 keeps every process of the run to this instruction set.
+try:
+    use_tier(os.environ.get(VARIABLE))
+except TierRefused as refused:
+    raise pytest.UsageError(str(refused)) from None
 
 _TOLD = pytest.StashKey[str | None]()
 """The line on instruction sets; with pytest-xdist it comes from a worker, as only those collect tests."""
@@ -55,5 +61,5 @@ def pytest_testnodedown(node: Any) -> None:
 @pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in os.environ:
-        if name.startswith("QUICKCHANGE_") and name != "QUICKCHANGE_TEST_DATA":
+        if name.startswith("QUICKCHANGE_") and name not in ("QUICKCHANGE_TEST_DATA", VARIABLE):
             monkeypatch.delenv(name)

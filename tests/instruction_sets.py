@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 import pytest
+
+from cpu_kernels.tiers import OTHER_LIBRARIES, VARIABLE, available_tiers
 
 PRODUCTS = ("AVX-VNNI", "AVX512-VNNI", "AMX")
 """Instruction sets with a native int8 linear, as ``native_linears`` names them."""
@@ -35,12 +35,9 @@ def on_this_cpu() -> frozenset[str]:
     return frozenset([*native_linears(), *([NUMBA] if available() else [])])
 
 
-def variables_of(cpu: str) -> dict[str, str]:
-    """What ``make test CPU=...`` sets in the environment."""
-    makefile = (Path(__file__).parents[1] / "Makefile").read_text(encoding="utf-8")
-    found = re.search(rf"^CPU_{cpu} := (.+)$", makefile, re.MULTILINE)
-    assert found is not None
-    return dict(pair.split("=", 1) for pair in found[1].split())
+def variables_of(tier: str) -> dict[str, str]:
+    """The environment of a process that keeps to a tier, as ``make test CPU=...`` does."""
+    return {VARIABLE: tier, **OTHER_LIBRARIES[tier]}
 
 
 class _Marked(Protocol):
@@ -70,7 +67,7 @@ class Selection(Generic[_Test]):
         import torch
 
         order = [name for name in (NUMBA, *PRODUCTS) if name in self._named]
-        tested = [f"torch's {torch.backends.cpu.get_cpu_capability()}"]
+        tested = [f"torch's {torch.backends.cpu.get_cpu_capability()}", f"C kernels' {', '.join(available_tiers())}"]
         tested += [name for name in order if name in on_this_cpu()]
         missing = [name for name in order if name not in on_this_cpu()]
         line = f"instruction sets tested: {', '.join(tested)}"

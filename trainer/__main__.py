@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cpu_kernels.spinning import limit_spinning
+from cpu_kernels.tiers import TierRefused, use_tier
 from trainer.config import TrainerSettings, load_recipe
 from trainer.errors import InputError, TrainerError
 
@@ -37,11 +38,16 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="override a value of the recipe: lora.r=4",
     )
+    parser.add_argument("--cpu", metavar="NAME", help="the instruction set to keep to, such as avx2")
     parser.add_argument("--out", type=Path, help="the folder to publish; without it, NAME in the adapter folder")
 
 
 def _train(options: argparse.Namespace) -> None:
     settings = TrainerSettings()
+    try:
+        use_tier(options.cpu or settings.cpu)
+    except TierRefused as error:
+        raise InputError(str(error)) from None
     config = load_recipe(options.recipe, options.overrides, base_model=settings.base_model)
     target: Path = options.out or settings.adapters_dir / config.name
     from trainer.run import train_and_publish  # imports torch, which takes seconds; a bad recipe fails before

@@ -31,6 +31,7 @@ class TrainerSettings(BaseSettings):
 
     base_model: str = Field(default=EMBEDDED_BASE, min_length=1, description=f"The frozen base: {BASE_MODEL_HELP}.")
     adapters_dir: Path = Field(default=Path("adapters"), description="The folder whose sub-folders are adapters.")
+    cpu: str | None = Field(default=None, description="The instruction set to keep to; by default the CPU's best.")
 
 
 class _RecipePart(BaseModel):

@@ -11,6 +11,7 @@ from typing import get_args
 from pydantic import SecretStr, ValidationError
 from pydantic_settings import SettingsError as UnreadableSettings
 
+from cpu_kernels.tiers import TierRefused, use_tier
 from server.errors import SettingsError
 from server.logs import log_as_json
 from server.settings import Settings
@@ -78,6 +79,10 @@ def parse_settings(command: str, arguments: Sequence[str]) -> Settings:
             f"{first['msg'].removeprefix('Value error, ')}"
         ) from None
     except UnreadableSettings as error:
+        raise SettingsError(str(error)) from None
+    try:
+        use_tier(settings.cpu)
+    except TierRefused as error:
         raise SettingsError(str(error)) from None
     if settings.log_format == "json":
         log_as_json()

@@ -84,10 +84,12 @@ def test_a_base_in_integers_is_native_but_for_linears_that_this_cpu_lacks(monkey
     assert not chosen.records_layers, "a call of torch cannot be replayed"
 
 
-def test_a_base_in_floats_keeps_torchs_operations() -> None:
-    """Compiling takes ten seconds at each start, and would change last bits."""
-    chosen = choose_kernels(int8=False, kv_dtype=torch.float32).ready()
-    assert chosen.linear_name is None and natively(chosen) == set() and not chosen.records_layers
+def test_a_base_in_floats_uses_kernels_in_c_and_waits_for_no_compiler() -> None:
+    chosen = choose_kernels(int8=False, kv_dtype=torch.float32)
+    assert natively(chosen) == {*NativeOps.KERNELS}
+    chosen.ready()
+    assert chosen.linear_name is None and natively(chosen) == {*NativeOps.KERNELS} and not chosen.records_layers
+    assert natively(chosen.ready(torch.bfloat16)) == set()
 
 
 def test_a_linear_says_what_it_can_do() -> None:

@@ -1,24 +1,19 @@
-"""Native kernels: linears in integers to the bit, operations between them, and machines that have none."""
+"""Native kernels: linears in integers to the bit, and machines that have none."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from numba import jit, njit
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from cpu_kernels import kernels, native_kernel
 from cpu_kernels.int8_weights import QMAX, Int8Rows, Outliers
 from cpu_kernels.kernels import Kernels, choose_linear
 from cpu_kernels.linear import ZERO, GatedCall, PackedLinear, choose_torch_linear, quantize_rows
 from cpu_kernels.native_kernel import Launcher
-from cpu_kernels.native_ops import NativeOps, exponential
+from cpu_kernels.native_ops import NativeNorm, NativeOps
 from cpu_kernels.torch_ops import TorchNorm
 from tests.instruction_sets import NUMBA, each_product, needs
 
@@ -167,140 +162,31 @@ def test_the_weight_is_read_off_exactly(make: Kernels) -> None:
         assert torch.equal(apart[:, 1:-1], rows.in_floats()[:, 1:-1])
 
 
-@pytest.mark.parametrize("dim", DIMS)
-def test_rms_norms_are_the_formulas_and_a_row_is_the_same_in_any_batch(threads: int, dim: int) -> None:
-    gain, x, eps = 1.0 + random(dim, seed=1), activations(600, dim), 1e-6
-    norm, exact = OPS.rms_norm(gain, eps), x.double()
-    exact = exact * (exact.pow(2).mean(-1, keepdim=True) + eps).rsqrt() * gain
-    alone = torch.cat([norm(row[None]) for row in x])
-    torch.testing.assert_close(alone, exact.float(), rtol=1e-6, atol=0.0)
-    for num_rows in (2, 3, 7, 18, 19, 64, 257, 341, 600):
-        for first in {0, 600 - num_rows}:
-            at = slice(first, first + num_rows)
-            assert torch.equal(norm(x[None, at])[0], alone[at]), (num_rows, first)
-    heads = x.view(2, 300, dim).transpose(0, 1)
-    assert torch.equal(norm(heads).transpose(0, 1).reshape(600, dim), alone)
-    x[5, 0] = torch.nan
-    spoiled = norm(x)
-    assert bool(spoiled[5].isnan().all()) and torch.equal(spoiled[6:], alone[6:])
-
-
-def exponential_of(x: torch.Tensor) -> torch.Tensor:
-    y = np.empty(len(x), dtype=np.float32)
-    _exponentials(x.numpy(), y)
-    return torch.from_numpy(y)
-
-
-@njit(error_model="numpy")
-def _exponentials(x: Any, y: Any) -> None:
-    for i in range(len(x)):
-        y[i] = exponential(x[i])
-
-
-def test_exponentials_are_exact_to_three_units_in_the_last_place() -> None:
-    x = torch.linspace(-87.0, 88.0, 1_000_001)
-    exact = x.double().exp()
-    assert float(((exponential_of(x).double() - exact) / exact).abs().max()) < 3 * 2.0**-23
-    near = torch.linspace(-1e-3, 1e-3, 10_001)
-    assert float((exponential_of(near).double() - near.double().exp()).abs().max()) < 2.0**-23
-    assert float(exponential_of(torch.zeros(1))) == 1.0
-
-
-def test_exponentials_are_the_same_whoever_calls_first() -> None:
-    """Numba compiled them with the liberties of their first caller: after attention's, gates were less exact."""
-    again = jit(**exponential.targetoptions)(exponential.py_func)
-
-    @njit(error_model="numpy", fastmath={"reassoc", "nsz", "contract"})
-    def exponentials(x: Any, y: Any) -> None:
-        for i in range(len(x)):
-            y[i] = again(x[i])
-
-    x, y = torch.linspace(-87.0, 88.0, 100_001), np.empty(100_001, dtype=np.float32)
-    exponentials(x.numpy(), y)
-    assert torch.equal(torch.from_numpy(y), exponential_of(x))
-
-
-def test_exponentials_end_in_zero_and_infinity_and_keep_nan() -> None:
-    """A gate of -1e38 came out as -0.6, as the largest power was 1.7e38."""
-    y = exponential_of(torch.tensor([-88.0, -1e4, -3e38, -torch.inf, 89.0, 1e4, 3e38, torch.inf, torch.nan]))
-    assert not y[:4].any() and bool(y[4:8].isposinf().all()) and bool(y[8].isnan())
-
-
-@pytest.mark.parametrize("dim", [2, 16, 64, 80, 128])
-@pytest.mark.parametrize("num_rows", [1, 2, 33, 130])
-def test_rotations_are_the_stock_codes_to_the_bit(threads: int, num_rows: int, dim: int) -> None:
-    """Of queries and keys that are parts of one product, or lie in one piece."""
-    joint = random(1, num_rows, 6 * dim)
-    q, k = (part.view(1, num_rows, -1, dim).transpose(1, 2) for part in joint.split([4 * dim, 2 * dim], -1))
-    angles = random(1, num_rows, dim, seed=1)
-    cos, sin = angles.cos(), angles.sin()
-    expected: tuple[torch.Tensor, torch.Tensor] = apply_rotary_pos_emb(q, k, cos, sin)
-    for views in ((q, k), (q.contiguous(), k.contiguous()), (q, k.contiguous())):
-        for found, stock in zip(OPS.rotary_embedding(*views, cos, sin), expected, strict=True):
-            assert found.shape == stock.shape and torch.equal(found, stock)
-
-
-@pytest.mark.parametrize("dim", DIMS)
-def test_gated_units_are_the_stock_codes(threads: int, dim: int) -> None:
-    """Gates and others are parts of one product, or lie in one piece."""
-    joint = 5.0 * random(1, 300, 2 * dim)
-    gate, up = joint.split(dim, -1)
-    alone = torch.cat([OPS.silu_and_mul(gate[:, row : row + 1], up[:, row : row + 1]) for row in range(300)], 1)
-    stock = F.silu(gate.double()) * up.double()
-    torch.testing.assert_close(alone.double(), stock, rtol=5e-6, atol=1e-12)
-    for num_rows in (2, 3, 5, 18, 64, 300):
-        assert torch.equal(OPS.silu_and_mul(gate[:, :num_rows], up[:, :num_rows]), alone[:, :num_rows])
-    assert torch.equal(OPS.silu_and_mul(gate.contiguous(), up.contiguous()), alone)
-
-
-@pytest.mark.parametrize("dim", DIMS)
-def test_units_gated_by_gelu_are_the_stock_codes(threads: int, dim: int) -> None:
-    gate, up = (5.0 * random(1, 300, 2 * dim)).split(dim, -1)
-    alone = torch.cat([OPS.gelu_and_mul(gate[:, n : n + 1], up[:, n : n + 1]) for n in range(300)], 1)
-    stock = F.gelu(gate.double(), approximate="tanh") * up.double()
-    torch.testing.assert_close(alone.double(), stock, rtol=5e-6, atol=1e-9)
-    assert torch.equal(OPS.gelu_and_mul(gate, up), alone)
-
-
-def test_gates_at_the_ends_of_float32_are_open_or_shut() -> None:
-    gates = torch.tensor([100.0, -100.0, 1e4, -1e4, 3e38, -3e38, torch.inf, -torch.inf, torch.nan, 0.0])
-    for up in (1.0, -1e30, 0.0, torch.nan):
-        gate, other = gates.repeat(3)[None, None], torch.full((1, 1, 30), up)
-        found, stock = OPS.silu_and_mul(gate, other), F.silu(gate) * other
-        torch.testing.assert_close(found, stock, rtol=1e-6, atol=1e-11, equal_nan=True)
-        by_gelu = OPS.gelu_and_mul(gate, other)
-        stock = (F.gelu(gate.double(), approximate="tanh") * other.double()).float()
-        torch.testing.assert_close(by_gelu, stock, rtol=1e-6, atol=1e-11, equal_nan=True)
-
-
-def test_a_row_of_nan_gates_keeps_to_itself() -> None:
-    gate, up = random(1, 40, 48), random(1, 40, 48, seed=1)
-    clean = OPS.silu_and_mul(gate, up)
-    gate[0, 7] = torch.nan
-    found = OPS.silu_and_mul(gate, up)
-    assert bool(found[0, 7].isnan().all())
-    others = torch.arange(40) != 7
-    assert torch.equal(found[0, others], clean[0, others])
-
-
-def test_without_an_openmp_library_torchs_operations_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_an_openmp_library_kernels_in_c_run_on_threads_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native_kernel, "_SYMBOLS", ("no_such_function",))
     assert native_kernel.openmp.__wrapped__() is None
     monkeypatch.setattr(native_kernel, "openmp", lambda: None)
     assert not native_kernel.available.__wrapped__()
-    assert_torch_does_the_work(monkeypatch)
+    chosen = kernels_without_numba(monkeypatch)
+    gate, up = random(40, 1000), random(40, 1000, seed=1)
+    assert torch.equal(chosen.silu_and_mul(gate, up), OPS.silu_and_mul(gate, up))
 
 
-def test_without_numba_torchs_operations_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_numba_torchs_operations_stand_in_for_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "numba", None)
     assert not native_kernel.available.__wrapped__()
-    assert_torch_does_the_work(monkeypatch)
+    assert isinstance(kernels_without_numba(monkeypatch).rms_norm(torch.ones(4), 1e-5), NativeNorm)
 
 
-def assert_torch_does_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_library_of_kernels_torchs_operations_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    assert isinstance(Kernels(native=True, jit=False).rms_norm(torch.ones(4), 1e-5), TorchNorm)
+
+
+def kernels_without_numba(monkeypatch: pytest.MonkeyPatch) -> Kernels:
     monkeypatch.setattr(kernels, "available", native_kernel.available.__wrapped__)
     torchs = choose_torch_linear()
     assert torchs is not None and choose_linear() == torchs.name
     chosen = Kernels(linear=torchs.name, native=True).ready()
     assert chosen.add_deltas is None and chosen.decode_attention(torch.float32) is None
-    assert isinstance(chosen.rms_norm(torch.ones(4), 1e-5), TorchNorm)
+    return chosen

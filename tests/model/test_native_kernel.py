@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,15 @@ import pytest
 import torch
 
 from cpu_kernels import kernels, native_kernel
+from cpu_kernels.c_kernel import CKernel
 from cpu_kernels.decode_attention import DecodeAttention
 from cpu_kernels.gemm import FIELDS
 from cpu_kernels.kernels import Kernels
+from cpu_kernels.library import library
 from cpu_kernels.linear import choose_torch_linear
 from cpu_kernels.native_kernel import Launcher, NativeKernel
 from cpu_kernels.native_ops import NativeOps
+from cpu_kernels.tiers import available_tiers
 from server.model.loader import Base, load_base
 from tests.instruction_sets import NUMBA, PRODUCTS, needs
 
@@ -31,10 +36,54 @@ def double(a: Any) -> None:
 @pytest.mark.parametrize("values", [(), (1,), (1, 2, 3), (1, 2, 3, 0.5, 0)])
 def test_another_number_of_arguments_than_a_kernel_has_is_an_error(values: tuple[float, ...]) -> None:
     """What was left out was 0, which as an address ended the process."""
-    launch, kernel = Launcher(), NativeKernel(double, "first second third", "factor")
+    launch = Launcher()
+    by_numba = NativeKernel(double, "first second third", "factor")
     with pytest.raises(TypeError, match=f"double takes 4 arguments after threads, got {len(values)}"):
-        launch(kernel, 1, *values)
-    launch(kernel, 1, 1, 2, 3, 0.5)
+        launch(by_numba, 1, *values)
+    launch(by_numba, 1, 1, 2, 3, 0.5)
+    scale = CKernel("scale", "x y size", "factor")
+    for run in (partial(launch, scale, 1), partial(launch.alone, scale)):
+        with pytest.raises(TypeError, match=f"scale takes 4 arguments after threads, got {len(values)}"):
+            run(*values)
+        run(0, 0, 0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "floats", "problem"),
+    [
+        (
+            "scale",
+            "x size y",
+            "factor",
+            "field 1 of 'scale' is float \\* y in the library, and .'size'",
+        ),
+        ("scale", "x y size factor", "", "field 3 of 'scale' is double factor in the library"),
+        ("scale", "x y size", "", "field 3 of 'scale' is double factor in the library, and None here"),
+        ("scale", "x y size", "factor other", "'scale' has 4 fields in the library, 5 here"),
+        ("scal", "x y size", "factor", "has no 'scal'"),
+    ],
+)
+def test_a_record_of_other_fields_than_the_librarys_is_refused(
+    name: str, fields: str, floats: str, problem: str
+) -> None:
+    with pytest.raises(RuntimeError, match=problem):
+        CKernel(name, fields, floats).compile()
+
+
+def test_a_kernel_runs_as_the_tier_of_its_launcher_unless_it_has_its_own() -> None:
+    kernel, found = CKernel("add", "x other y size"), library()
+    assert found is not None
+    for tier in ("generic", available_tiers()[0]):
+        entry = found.kernels["add"].code_for(tier)
+        assert entry is not None and entry[1] == kernel.code(tier) == kernel.for_tier(tier).code("avx2")
+
+
+def test_team_calls_run_on_as_many_threads_as_they_are_given() -> None:
+    launch = Launcher()
+    for threads in (1, 2, 3, 7):
+        x, y = torch.randn(40_000), torch.zeros(40_000)
+        launch(CKernel("add", "x other y size"), threads, x.data_ptr(), x.data_ptr(), y.data_ptr(), len(x))
+        assert torch.equal(y, 2 * x)
 
 
 def test_kernels_run_on_torchs_threads_whatever_library_was_loaded_before(
@@ -63,16 +112,19 @@ def path_of(library: ctypes.CDLL | None) -> Path:
     raise AssertionError("the function is in no file")
 
 
-def break_compilation(monkeypatch: pytest.MonkeyPatch, *broken: NativeKernel) -> None:
+def break_compilation(monkeypatch: pytest.MonkeyPatch, *broken: NativeKernel | CKernel) -> None:
     """Let these fail, and all of them where none is named."""
-    stock = NativeKernel.compile
+    for kind in (NativeKernel, CKernel):
+        monkeypatch.setattr(kind, "compile", failing(kind.compile, broken))
 
-    def compile_or_fail(kernel: NativeKernel) -> None:
+
+def failing(stock: Callable[[Any], None], broken: Sequence[Any]) -> Callable[[Any], None]:
+    def compile_or_fail(kernel: Any) -> None:
         if not broken or kernel in broken:
             raise RuntimeError("LLVM does not know this CPU")
         stock(kernel)
 
-    monkeypatch.setattr(NativeKernel, "compile", compile_or_fail)
+    return compile_or_fail
 
 
 def load_int8() -> Base:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 
 import pytest
 
+from cpu_kernels.tiers import VARIABLE
 from tests import instruction_sets
-from tests.instruction_sets import NUMBA, Selection, needs, variables_of
+from tests.instruction_sets import NUMBA, Selection, needs
 from tests.serving import ROOT
 
 
@@ -71,23 +74,38 @@ def returns_of(node: ast.AST) -> Iterator[int]:
             yield from returns_of(child)
 
 
-@pytest.mark.parametrize("cpu", ["avx2", "avx512"])
-def test_make_runs_pytest_as_on_another_cpu(cpu: str) -> None:
-    done = make(cpu)
-    assert done.returncode == 0
-    (line,) = (line.split("/pytest")[0] for line in done.stdout.splitlines() if "/pytest " in line)
-    words: Mapping[str, str] = dict(word.split("=", 1) for word in line.split()[:-1])
-    assert words == variables_of(cpu) and words["ATEN_CPU_CAPABILITY"] == cpu
+def test_make_runs_pytest_as_on_another_cpu() -> None:
+    assert variables_of_make("generic") == {VARIABLE: "generic"}
+    assert variables_of_make("avx2") == {VARIABLE: "avx2"}
+    without_vnni = variables_of_make("avx512")
+    assert without_vnni[VARIABLE] == "avx2" and without_vnni["ATEN_CPU_CAPABILITY"] == "avx512"
 
 
-def test_make_refuses_a_cpu_that_it_does_not_know() -> None:
-    done = make("z80")
-    assert done.returncode != 0 and "CPU is 'z80': avx2, avx512, or nothing" in done.stderr
+def test_every_library_keeps_to_the_tier_of_a_run() -> None:
+    """A test's process, which ``tests/conftest.py`` sets up before it loads torch."""
+    program = "import tests.conftest, torch; print(torch.backends.cpu.get_cpu_capability())"
+    environment = {name: value for name, value in os.environ.items() if name != "ATEN_CPU_CAPABILITY"}
+    done = run_python(program, environment | {VARIABLE: "generic"})
+    assert (done.returncode, done.stdout.strip()) == (0, "DEFAULT"), done.stderr
 
 
-def make(cpu: str) -> subprocess.CompletedProcess[str]:
+def test_a_run_on_a_cpu_that_this_is_not_is_refused_by_name() -> None:
+    done = run_python("import tests.conftest", os.environ | {VARIABLE: "z80"})
+    assert done.returncode != 0
+    assert "cpu is 'z80', which this machine does not have: choose " in done.stderr and "generic" in done.stderr
+
+
+def run_python(program: str, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+
+
+def variables_of_make(cpu: str) -> Mapping[str, str]:
+    """What ``make test CPU=...`` puts before pytest."""
     tool = shutil.which("make")
     assert tool is not None
-    return subprocess.run(
-        [tool, "-n", "test", f"CPU={cpu}", "PYTHON=python3"], cwd=ROOT, capture_output=True, text=True
-    )
+    command = [tool, "-n", "test", f"CPU={cpu}", "PYTHON=python3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (line,) = (line.split("/pytest")[0] for line in done.stdout.splitlines() if "/pytest " in line)
+    return dict(word.split("=", 1) for word in line.split()[:-1])

@@ -44,7 +44,6 @@ def test_the_users_choice_of_a_policy_or_a_time_stands(name: str) -> None:
     assert environment == {name: "active"}
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP library, which shows its settings, is Linux's")
 @pytest.mark.parametrize("program", [SERVER, TRAINER], ids=["server", "trainer"])
 def test_torchs_openmp_library_reads_the_setting_of_a_command(program: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name not in CHOSEN_BY}

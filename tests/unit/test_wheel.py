@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from cpu_kernels.build import SOURCES, sources_digest, this_machine
+
 ROOT = Path(__file__).parents[2]
 MAX_BYTES = 40_000_000
 PACKAGES = {"server", "trainer", "adapter_format", "base_files", "cpu_kernels", "micro_base"}
@@ -53,6 +55,32 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_has_the_kernels_for_this_machine_and_their_sources(wheel: Path) -> None:
+    names, target = names_in(wheel), this_machine()
+    assert target is not None
+    (library,) = [name for name in names if name.startswith("cpu_kernels/lib/")]
+    assert library.startswith(f"cpu_kernels/lib/kernels-{target.name}-{sources_digest()}-")
+    assert {Path(name).name for name in names if name.endswith((".c", ".h"))} == {
+        path.name for path in SOURCES.iterdir() if path.suffix in (".c", ".h")
+    }
+    assert wheel.name.startswith("quickchange-") and "-py3-none-" in wheel.name and "-any" not in wheel.name
+
+
+def test_the_library_of_a_wheel_is_found_where_it_was_installed(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path, [name for name in archive.namelist() if name.startswith("cpu_kernels/")])
+    program = "from cpu_kernels.library import library; found = library(); print(found.path, *found.kernels)"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and done.stdout.startswith(str(tmp_path / "cpu_kernels" / "lib")), done.stderr
+    assert "rms_norm" in done.stdout.split()
 
 
 def names_in(wheel: Path) -> list[str]:
@@ -115,4 +143,6 @@ def test_the_source_distribution_has_what_a_checkout_needs_to_build_and_to_test(
     needed = PACKAGES | {"adapters", "benchmarks", "tests", "docs", "deploy"}
     assert {name.split("/")[0] for name in names if "/" in name} - {".ci"} == needed
     assert {"Makefile", "constraints.txt", "pyproject.toml", "trainer/micro/pretrain.py"} <= set(names)
+    assert {"hatch_build.py", "cpu_kernels/csrc/kernels.c", "deploy/wheels.py"} <= set(names)
+    assert [name for name in names if name.startswith("cpu_kernels/lib/")] == []
     assert [name for name in names if "__pycache__" in name or name.endswith(".pyc")] == []
