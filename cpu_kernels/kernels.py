@@ -24,6 +24,7 @@ from cpu_kernels.linear import (
 )
 from cpu_kernels.native_kernel import Launcher, NativeKernel, available
 from cpu_kernels.native_ops import NativeOps
+from cpu_kernels.self_test import agrees
 from cpu_kernels.torch_ops import TorchOps
 
 if TYPE_CHECKING:
@@ -175,7 +176,7 @@ class Kernels:
 
     def _use_c(self) -> None:
         ops = NativeOps(self.launch)
-        found = {name for name, kernel in NativeOps.KERNELS.items() if self._compiles(name, kernel)}
+        found = {name for name, kernel in NativeOps.KERNELS.items() if self._compiles(name, kernel) and agrees(name)}
         if "rms_norm" in found:
             self.rms_norm = ops.rms_norm
         if "rotary_embedding" in found:
@@ -195,7 +196,7 @@ class Kernels:
         self.records_layers = (
             self.linear_name is not None
             and self.linear_name not in _TORCH_LINEARS
-            and all(self._compiles(name, kernel) for name, kernel in NativeOps.KERNELS.items())
+            and all(self._compiles(name, kernel) and agrees(name) for name, kernel in NativeOps.KERNELS.items())
             and self.add_deltas is not None
             and self.decode_attention(self._kv_dtype) is not None
             and self._compiles("layer graphs", *GRAPH_KERNELS)

@@ -90,6 +90,16 @@ def refused_tiers() -> Sequence[str]:
     return tuple(tier for tier in offered_tiers() if tier not in machine_tiers())
 
 
+def describe_tier() -> str:
+    """The tier in use, and why it is not a higher one where something keeps it down."""
+    text = tier()
+    if os.environ.get(VARIABLE):
+        text += f", as set (the CPU has {machine_tiers()[0]})" if text != machine_tiers()[0] else ", as set"
+    if refused_tiers():
+        text += f"; the CPU has {', '.join(refused_tiers())}, and the system does not let this process use it"
+    return text
+
+
 @cache
 def available_tiers() -> Sequence[str]:
     """The tiers that this process may use, the highest first: the machine's, or the chosen one and those below it.

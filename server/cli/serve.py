@@ -20,6 +20,7 @@ from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from cpu_kernels.cores import find_cores
+from cpu_kernels.tiers import describe_tier
 from server.adapters.content.generation_defaults import GenerationDefaults
 from server.adapters.watcher import AdapterWatcher
 from server.api.app import create_app
@@ -313,6 +314,7 @@ def _set_threads(threads: int | None) -> None:
     cores = find_cores()
     torch.set_num_threads(threads or cores.default_threads)
     logger.info("threads: %d%s; this process may use %s", torch.get_num_threads(), " as set" if threads else "", cores)
+    logger.info("instruction set: %s", describe_tier())
 
 
 def _log_base(base: Base, seconds: float) -> None:

@@ -82,6 +82,8 @@ def test_where_the_system_refuses_amx_the_next_tier_is_used(monkeypatch: pytest.
     machine(monkeypatch, f"{VNNI} amx_tile amx_int8 amx_bf16", may_use_tiles=False)
     assert available_tiers()[0] == "avx512vnni"
     assert tiers.refused_tiers() == ("amx",)
+    told = "avx512vnni; the CPU has amx, and the system does not let this process use it"
+    assert tiers.describe_tier() == told
 
 
 def test_a_choice_keeps_the_tier_and_those_below_it_and_torch_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,6 +95,7 @@ def test_a_choice_keeps_the_tier_and_those_below_it_and_torch_too(monkeypatch: p
     assert list(available_tiers()) == ["avxvnni", "avx2", "generic"]
     assert (os.environ[VARIABLE], os.environ["ATEN_CPU_CAPABILITY"]) == ("avxvnni", "avx2")
     assert os.environ["ONEDNN_MAX_CPU_ISA"] == "SSE41", "what a user has set stays"
+    assert tiers.describe_tier() == "avxvnni, as set (the CPU has avx512vnni)"
 
 
 @pytest.mark.parametrize("wrong", ["amx", "i8mm", "z80"])
