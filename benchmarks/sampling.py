@@ -25,6 +25,7 @@ from benchmarks.parts.bases import base_argument
 from benchmarks.parts.engines import Ask, InProcessEngine, in_process_engine
 from benchmarks.parts.figures import median, table
 from cpu_kernels.cores import default_threads
+from cpu_kernels.kernels import Kernels
 from server.cli.allocation import keep_freed_memory
 from server.model.sampler import Sampler
 from server.sequence import SampledToken, SampleRow, SamplingParams, Sequence
@@ -74,7 +75,7 @@ class Stopwatch(Sampler):
 def on_random_logits(rows: int, vocab: int, spread: float) -> Step:
     """Choosing from logits that stay the same; the step is no more than that."""
     logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(0)) * spread
-    sampler, numbers = Stopwatch(), itertools.count()
+    sampler, numbers = Stopwatch(Kernels(native=True).ready().softmax_rows), itertools.count()
 
     def step(params: SamplingParams) -> tuple[float, float]:
         number = next(numbers)
@@ -87,7 +88,7 @@ def on_random_logits(rows: int, vocab: int, spread: float) -> Step:
 def in_engine(engine: InProcessEngine, rows: int, num_steps: int) -> Step:
     """Choosing within the engine's steps; the same sequences go on decoding whatever the setting."""
     rng, size = random.Random(0), engine.base.vocab_size
-    sampler = engine.engine.sampler = Stopwatch()
+    sampler = engine.engine.sampler = Stopwatch(engine.base.kernels.softmax_rows)
     for _ in range(rows):
         prompt = tuple(rng.randrange(size // 16, size - 256) for _ in range(CONTEXT))
         engine.add(Ask(prompt, CONTEXT + num_steps))

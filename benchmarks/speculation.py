@@ -70,7 +70,7 @@ class SpeculationBench:
         scheduler = Scheduler(
             max_num_seqs=self.at_once, max_num_batched_tokens=512, max_model_len=CONTEXT, max_draft_tokens=drafts
         )
-        return Side(Engine(scheduler, self.runner, Sampler(), Metrics()))
+        return Side(Engine(scheduler, self.runner, Sampler(self.base.kernels.softmax_rows), Metrics()))
 
     def pair(self, prompts: list[list[int]], drafts: int) -> tuple[Side, Side]:
         """Every prompt on both sides, ``at_once`` at a time, in turns who is first."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -22,15 +22,16 @@ from cpu_kernels.linear import (
     choose_torch_linear,
     quieten_deprecations,
 )
+from cpu_kernels.lora_deltas import ADD_DELTAS, AddDeltas
 from cpu_kernels.native_kernel import Launcher, NativeKernel, available
 from cpu_kernels.native_ops import NativeOps
 from cpu_kernels.self_test import agrees
+from cpu_kernels.softmax import SOFTMAX_BLOCKS, SoftmaxRows
 from cpu_kernels.torch_ops import TorchOps
 
 if TYPE_CHECKING:
     from cpu_kernels.decode_attention import DecodeAttention
     from cpu_kernels.gemm import GemmKernel
-    from cpu_kernels.lora_deltas import AddDeltas
     from cpu_kernels.prompt_attention import PromptAttention
 
 logger = logging.getLogger("quickchange.model")
@@ -83,6 +84,9 @@ class Kernels:
 
     add_deltas: AddDeltas | None
     """Adds the LoRA deltas of any mixture of adapters to a linear's rows; None where torch computes them."""
+
+    softmax_rows: Callable[[torch.Tensor, torch.Tensor, Sequence[float]], SoftmaxRows] | None
+    """``f(logits, largest, temperatures)``: the weights of rows of logits; None where torch computes them."""
 
     records_layers: bool
     """Whether a decoder layer may be recorded as a layer graph: its linears, attention, deltas and norms are native."""
@@ -172,6 +176,7 @@ class Kernels:
         self.rms_norm, self.rotary_embedding, self.add_ = ops.rms_norm, ops.rotary_embedding, ops.add_
         self.silu_and_mul, self.gelu_and_mul = ops.silu_and_mul, ops.gelu_and_mul
         self.add_deltas = None
+        self.softmax_rows = None
         self.records_layers = False
 
     def _use_c(self) -> None:
@@ -187,12 +192,12 @@ class Kernels:
             self.silu_and_mul = ops.silu_and_mul
         if "gelu_and_mul" in found:
             self.gelu_and_mul = ops.gelu_and_mul
-
-    def _use_jit(self) -> None:
-        from cpu_kernels.lora_deltas import ADD_DELTAS, AddDeltas
-
         if self._compiles("LoRA deltas", ADD_DELTAS):
             self.add_deltas = AddDeltas(self.launch)
+        if self._compiles("softmax", SOFTMAX_BLOCKS):
+            self.softmax_rows = partial(SoftmaxRows, self.launch)
+
+    def _use_jit(self) -> None:
         self.records_layers = (
             self.linear_name is not None
             and self.linear_name not in _TORCH_LINEARS
@@ -209,8 +214,7 @@ class Kernels:
             self.prompt_attention(self._kv_dtype)
         except Exception:  # from an import: _compiles logs compilation errors
             self._jit = self.records_layers = False
-            self.add_deltas = None
-            logger.warning("kernels by Numba cannot be imported: attention and LoRA deltas use torch", exc_info=True)
+            logger.warning("kernels by Numba cannot be imported: attention uses torch", exc_info=True)
 
     def _compiles(self, operation: str, *kernels: NativeKernel | CKernel) -> bool:
         """Whether all of these compile; each is compiled once."""

@@ -29,17 +29,12 @@ from cpu_kernels.intrinsics import (
     to_bfloat16,
     void_intrinsic,
 )
-from cpu_kernels.lora_deltas import ADAPTER_ENTRY_SIZE, TASK_HEADER_SIZE, TASK_SIZE
+from cpu_kernels.lora_deltas import ADAPTER_ENTRY_SIZE, LISTED_TASK_SIZE, TASK_HEADER_SIZE, TASK_SIZE, TILE
 from cpu_kernels.tiles import B_TILES, LOW_TILE, tile_function
 
-LISTED_TASK_SIZE = 6
-"""Numbers of a task in the list of a linear: first row, end, the addresses that its tiles of x @ A would have for row 0
-and B for output 0, bytes of B for sixteen outputs, steps of 32 ranks."""
 LINEAR_ENTRY_SIZE = 3
 """Numbers of a linear in ``linears``, int64: the address of the address of its adapter table, and its first group of
 sixteen outputs and their end."""
-TILE = 1024
-"""Bytes of a tile: 16 rows of 64 bytes."""
 _SLAB = 8
 """Steps of 32 inputs that are converted to tiles before they are multiplied."""
 _PREFETCH_GROUPS = 8

@@ -153,7 +153,8 @@ def in_process_engine(
         max_model_len=max_len,
         slots=slots,
     )
-    made = InProcessEngine(base, Engine(scheduler, runner, Sampler(), Metrics()), runner, weights)
+    engine = Engine(scheduler, runner, Sampler(base.kernels.softmax_rows), Metrics())
+    made = InProcessEngine(base, engine, runner, weights)
     made.hold(len(adapters))
     return made
 

@@ -3,9 +3,11 @@
 #include "elementwise.h"
 #include "gate.h"
 #include "kernel.h"
+#include "lora.h"
 #include "norm.h"
 #include "replay.h"
 #include "rotary.h"
+#include "softmax.h"
 
 #define EXPORTED __attribute__((visibility("default")))
 
@@ -24,7 +26,9 @@
     KERNEL(scale, SCALE_FIELDS) \
     KERNEL(rms_norm, RMS_NORM_FIELDS) \
     KERNEL(rotary, ROTARY_FIELDS) \
-    KERNEL(gate, GATE_FIELDS)
+    KERNEL(gate, GATE_FIELDS) \
+    KERNEL(add_deltas, ADD_DELTAS_FIELDS) \
+    KERNEL(softmax_blocks, SOFTMAX_BLOCKS_FIELDS)
 
 #define DECLARE(name, fields) DECLARED(name)
 VECTOR_KERNELS(DECLARE)

@@ -95,22 +95,48 @@ INLINE floats multiply_add(floats x, floats y, floats z)
 /* the sum of all lanes: half of them onto the other half, 8, 4, 2, 1 */
 INLINE float sum_of(floats x)
 {
-    float lanes[LANES];
-    store(lanes, x);
-    for (int half = LANES / 2; half; half /= 2)
+    for (int half = PARTS / 2; half; half /= 2)
         for (int i = 0; i < half; i++)
-            lanes[i] += lanes[half + i];
-    return lanes[0];
+            x.p[i] += x.p[half + i];
+#if WIDTH == 16
+    const __m256 eight = _mm512_castps512_ps256(x.p[0]) + _mm512_extractf32x8_ps(x.p[0], 1);
+#elif WIDTH == 8
+    const __m256 eight = x.p[0];
+#endif
+#if WIDTH > 4
+    const __m128 four = _mm256_castps256_ps128(eight) + _mm256_extractf128_ps(eight, 1);
+#else
+    const float_part four = x.p[0];
+#endif
+    return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+INLINE float_part larger_part(float_part x, float_part y)
+{
+#if defined(__x86_64__)
+    return OF_REGISTER(max_ps)(x, y);
+#else
+    return vmaxq_f32(x, y);
+#endif
 }
 
 INLINE float largest_of(floats x)
 {
-    float lanes[LANES];
-    store(lanes, x);
-    for (int half = LANES / 2; half; half /= 2)
+    for (int half = PARTS / 2; half; half /= 2)
         for (int i = 0; i < half; i++)
-            lanes[i] = lanes[i] > lanes[half + i] ? lanes[i] : lanes[half + i];
-    return lanes[0];
+            x.p[i] = larger_part(x.p[i], x.p[half + i]);
+#if WIDTH == 16
+    const __m256 eight = _mm256_max_ps(_mm512_castps512_ps256(x.p[0]), _mm512_extractf32x8_ps(x.p[0], 1));
+#elif WIDTH == 8
+    const __m256 eight = x.p[0];
+#endif
+#if WIDTH > 4
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+#else
+    const float_part four = x.p[0];
+#endif
+    const float even = four[0] > four[2] ? four[0] : four[2], odd = four[1] > four[3] ? four[1] : four[3];
+    return even > odd ? even : odd;
 }
 
 /* the first count numbers, rest in the other lanes: nothing behind them is read */

@@ -149,7 +149,7 @@ def build(settings: Settings, access: Access) -> Service:
     slots = _slots(settings, base)
     scheduler = _scheduler(settings, base, slots)
     runner = _runner(base, slots.num_slots, settings.adapter_memory)
-    engine = _engine(settings, scheduler, runner, metrics)
+    engine = _engine(settings, Engine(scheduler, runner, Sampler(base.kernels.softmax_rows), metrics))
     prompts = PromptRenderer(base.tokenizer, vocab_size=base.vocab_size, max_model_len=base.max_model_len)
     services = build_adapter_services(settings, base, runner, engine, prompts, metrics)
     if settings.metrics_alias == "vllm":
@@ -180,9 +180,9 @@ def build(settings: Settings, access: Access) -> Service:
     return Service(state, engine, services.watcher, settings)
 
 
-def _engine(settings: Settings, scheduler: Scheduler, runner: ModelRunner, metrics: Metrics) -> AsyncEngine:
+def _engine(settings: Settings, engine: Engine) -> AsyncEngine:
     return AsyncEngine(
-        Engine(scheduler, runner, Sampler(), metrics),
+        engine,
         max_queued_seqs=settings.max_queued_seqs,
         max_owner_share=settings.max_key_share,
         queue_timeout=settings.queue_timeout,

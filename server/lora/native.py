@@ -12,8 +12,7 @@ import torch
 from cpu_kernels.blocks import BF16_STEP, HALF_BLOCK, PANEL_ROWS, padded
 from cpu_kernels.kernels import Kernels
 from cpu_kernels.linear import Deltas
-from cpu_kernels.lora_deltas import ADAPTER_ENTRY_SIZE, TASK_HEADER_SIZE, TASK_SIZE
-from cpu_kernels.lora_tiles import LISTED_TASK_SIZE, TILE
+from cpu_kernels.lora_deltas import ADAPTER_ENTRY_SIZE, LISTED_TASK_SIZE, TASK_HEADER_SIZE, TASK_SIZE, TILE
 from server.integrity import ensure
 from server.lora.backend import AdapterRun, BatchAdapters
 from server.lora.delta import LoRADelta

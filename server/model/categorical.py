@@ -13,15 +13,16 @@ double precision.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from cpu_kernels.softmax import BLOCK
+
 Doubles = NDArray[np.float64]
 TokenIds = NDArray[np.int64]
-BLOCK = 256
-"""Tokens in a block; the last one of a row may be shorter."""
 _BLOCK_STREAM = 0x5851F42D4C957F2D
 """Added to a token's stream: the stream by which its block is drawn."""
 _BITS = 2**64 - 1
@@ -29,8 +30,71 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
+class RowWeights(Protocol):
+    """The weights of rows [rows, width], none negative, of which most are needed by block only."""
+
+    num_rows: int
+    width: int
+
+    def largest(self) -> torch.Tensor:
+        """The largest weight of each row [rows]."""
+
+    def set_floors(self, floors: Sequence[float]) -> None:
+        """From now on a weight that is not greater than the floor of its row is zero."""
+
+    def block_sums(self) -> torch.Tensor:
+        """The sum of each block [rows, blocks]."""
+
+    def block_sums_above(self, rows: Sequence[int], floors: Sequence[float], num_blocks: int) -> torch.Tensor:
+        """The sums of the first blocks of these rows, of weights greater than ``floors``: [rows, num_blocks]."""
+
+    def block_weights(self, blocks: torch.Tensor) -> torch.Tensor:
+        """The weights of one block of each row, blocks int64 [rows]: [rows, BLOCK], zeros behind the end of a row."""
+
+    def row_weights(self, row: int) -> torch.Tensor:
+        """All weights of a row [width]."""
+
+
+class StoredWeights:
+    """Weights in a tensor [rows, width], of any device."""
+
+    def __init__(self, weights: torch.Tensor) -> None:
+        self._weights = weights
+        self.num_rows, self.width = weights.shape
+
+    @classmethod
+    def softmax(cls, logits: torch.Tensor, largest: torch.Tensor, temperatures: Sequence[float]) -> StoredWeights:
+        """The softmax of rows of logits, each divided by its temperature; torch finds the largest itself."""
+        if any(temperature != 1.0 for temperature in temperatures):
+            logits = logits / torch.tensor(temperatures, dtype=logits.dtype, device=logits.device)[:, None]
+        return cls(logits.softmax(-1))
+
+    def largest(self) -> torch.Tensor:
+        return self._weights.amax(-1)
+
+    def set_floors(self, floors: Sequence[float]) -> None:
+        for row, floor in zip(self._weights, floors, strict=True):
+            if floor > 0.0:
+                torch.threshold_(row, floor, 0.0)
+
+    def block_sums(self) -> torch.Tensor:
+        return block_sums(self._weights)
+
+    def block_sums_above(self, rows: Sequence[int], floors: Sequence[float], num_blocks: int) -> torch.Tensor:
+        part = self._weights[:, : num_blocks * BLOCK]
+        return block_sums(weights_above([part[row] for row in rows], floors))
+
+    def block_weights(self, blocks: torch.Tensor) -> torch.Tensor:
+        indices = blocks.to(self._weights.device)[:, None] * BLOCK + torch.arange(BLOCK, device=self._weights.device)
+        found = self._weights.gather(1, indices.clamp(max=self.width - 1))
+        return found.masked_fill_(indices >= self.width, 0.0)
+
+    def row_weights(self, row: int) -> torch.Tensor:
+        return self._weights[row]
+
+
 def pick(
-    weights: torch.Tensor, sums: Doubles, streams: Sequence[int], ids: TokenIds | None = None
+    weights: RowWeights, sums: Doubles, streams: Sequence[int], ids: TokenIds | None = None
 ) -> tuple[list[int], Doubles]:
     """An index of nonzero weight drawn from each row of weights [rows, width], by the row's random stream.
 
@@ -38,13 +102,12 @@ def pick(
     indices if they differ from these. Returns the indices, and their weights [rows].
     """
     rows = np.arange(len(sums))
-    width = weights.shape[1]
     block_streams = [(token_stream + _BLOCK_STREAM) % 2**64 for token_stream in streams]
     block = (sums / exponentials(block_streams, np.arange(sums.shape[1]))).argmax(1)
 
-    indices = block[:, None] * BLOCK + np.arange(min(BLOCK, width))
-    clamped = np.minimum(indices, width - 1)
-    inside = np.where(indices < width, on_host(weights.gather(1, torch.from_numpy(clamped).to(weights.device))), 0.0)
+    indices = block[:, None] * BLOCK + np.arange(min(BLOCK, weights.width))
+    inside = on_host(weights.block_weights(torch.from_numpy(block)))[:, : indices.shape[1]]
+    clamped = np.minimum(indices, weights.width - 1)
     tokens = clamped if ids is None else np.take_along_axis(ids, clamped, 1)
     within = (inside / exponentials(streams, tokens)).argmax(1)
     return indices[rows, within].tolist(), inside[rows, within]

@@ -24,14 +24,17 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 
 import numpy as np
 import torch
 
+from cpu_kernels.softmax import BLOCK
 from server.model.categorical import (
-    BLOCK,
     Doubles,
+    RowWeights,
+    StoredWeights,
     TokenIds,
     block_indices,
     block_maxima,
@@ -48,59 +51,73 @@ _PART = 4
 """Top-p first sums 1 / _PART of the blocks: that is enough for most indices of the set."""
 
 
-def draw_tokens(logits: torch.Tensor, draws: SequenceOf[SampleRow]) -> list[int]:
-    """A token for each row of logits [len(draws), vocab], whose largest is finite; minus infinity is never drawn."""
+Softmax = Callable[[torch.Tensor, torch.Tensor, SequenceOf[float]], RowWeights]
+"""``f(logits, largest, temperatures)``: the weights of rows of logits, each in proportion to exp(logit / temperature).
+
+The logits are [rows, width], ``largest`` [rows] the largest of each row.
+"""
+
+
+def draw_tokens(
+    logits: torch.Tensor, largest: torch.Tensor, draws: SequenceOf[SampleRow], softmax: Softmax = StoredWeights.softmax
+) -> list[int]:
+    """A token for each row of logits [len(draws), vocab]; minus infinity is never drawn.
+
+    ``largest`` [len(draws)] are the largest logits, finite.
+    """
     vocab_size = logits.shape[1]
     rows_by_width: dict[int, list[int]] = defaultdict(list)
     for row, draw in enumerate(draws):
         rows_by_width[draw.sequence.params.top_k or vocab_size].append(row)
     tokens = [0] * len(draws)
     for width, rows in rows_by_width.items():
-        selected = logits if len(rows) == len(draws) else logits[rows]
+        selected, most = (logits, largest) if len(rows) == len(draws) else (logits[rows], largest[rows])
         chosen = [draws[row] for row in rows]
-        drawn = _draw(selected, chosen) if width >= vocab_size else _draw_of_top_k(selected, chosen, width)
+        if width >= vocab_size:
+            drawn = _draw(selected, most, chosen, softmax)
+        else:
+            drawn = _draw_of_top_k(selected, most, chosen, width, softmax)
         for row, token in zip(rows, drawn, strict=True):
             tokens[row] = token
     return tokens
 
 
-def _draw_of_top_k(logits: torch.Tensor, draws: SequenceOf[SampleRow], top_k: int) -> list[int]:
+def _draw_of_top_k(
+    logits: torch.Tensor, largest: torch.Tensor, draws: SequenceOf[SampleRow], top_k: int, softmax: Softmax
+) -> list[int]:
     ids = likeliest(logits, top_k)  # [rows, top_k]
     tokens = ids.cpu().numpy()
-    indices = _draw(logits.gather(1, ids), draws, tokens)
+    indices = _draw(logits.gather(1, ids), largest, draws, softmax, tokens)
     return [int(row[index]) for row, index in zip(tokens, indices, strict=True)]
 
 
-def _draw(logits: torch.Tensor, draws: SequenceOf[SampleRow], ids: TokenIds | None = None) -> list[int]:
+def _draw(
+    logits: torch.Tensor,
+    largest: torch.Tensor,
+    draws: SequenceOf[SampleRow],
+    softmax: Softmax,
+    ids: TokenIds | None = None,
+) -> list[int]:
     """An index of each row of logits [len(draws), width], by every filter but top-k; ``ids``: the indices' tokens."""
     params = [draw.sequence.params for draw in draws]
-    weights = _softmax(logits, params)
-    sums = on_host(block_sums(weights))
+    weights = softmax(logits, largest, [row.temperature for row in params])
+    sums = on_host(weights.block_sums())
     sums_before_min_p = sums
     if any(row.min_p > 0.0 for row in params):
         _apply_min_p(weights, params)
-        sums = on_host(block_sums(weights))
+        sums = on_host(weights.block_sums())
     indices, own = pick(weights, sums, [stream(draw.sequence.seed, draw.number) for draw in draws], ids)
     if any(row.top_p < 1.0 for row in params):
         redraw_outside(indices, own, weights, sums_before_min_p, draws, ids)
     return indices
 
 
-def _softmax(logits: torch.Tensor, params: SequenceOf[SamplingParams]) -> torch.Tensor:
-    temperatures = [row.temperature for row in params]
-    if any(temperature != 1.0 for temperature in temperatures):
-        logits = logits / torch.tensor(temperatures, dtype=logits.dtype, device=logits.device)[:, None]
-    return logits.softmax(-1)
-
-
-def _apply_min_p(weights: torch.Tensor, params: SequenceOf[SamplingParams]) -> None:
-    """Set weights [rows, width] less than ``min_p`` of their row's largest to zero, in place."""
-    shares = torch.tensor([row.min_p for row in params], dtype=weights.dtype, device=weights.device)
-    least = (shares * weights.amax(-1)).cpu()
-    floors = torch.nextafter(least, torch.zeros_like(least)).tolist()
-    for row, floor in zip(weights, floors, strict=True):
-        if floor > 0.0:
-            torch.threshold_(row, floor, 0.0)
+def _apply_min_p(weights: RowWeights, params: SequenceOf[SamplingParams]) -> None:
+    """Set weights less than ``min_p`` of their row's largest to zero."""
+    most = weights.largest()
+    shares = torch.tensor([row.min_p for row in params], dtype=most.dtype, device=most.device)
+    least = (shares * most).cpu()
+    weights.set_floors(torch.nextafter(least, torch.zeros_like(least)).tolist())
 
 
 def likeliest(logits: torch.Tensor, count: int) -> torch.Tensor:
@@ -132,7 +149,7 @@ def _largest_indices(values: torch.Tensor, count: int) -> torch.Tensor:
 def redraw_outside(
     drawn: list[int],
     own: Doubles,
-    weights: torch.Tensor,
+    weights: RowWeights,
     sums: Doubles,
     draws: SequenceOf[SampleRow],
     ids: TokenIds | None = None,
@@ -150,13 +167,12 @@ def redraw_outside(
     for num_blocks in sorted({sums.shape[1] // _PART, sums.shape[1]} - {0}):
         if not rows:
             return
-        part = weights[:, : num_blocks * BLOCK]
-        as_likely = weights_above([part[row] for row in rows], [float(just_less[row]) for row in rows])
-        less_likely = totals(sums[rows, :num_blocks]) - totals(on_host(block_sums(as_likely)))
+        as_likely = weights.block_sums_above(rows, [float(just_less[row]) for row in rows], num_blocks)
+        less_likely = totals(sums[rows, :num_blocks]) - totals(on_host(as_likely))
         rows = [row for row, rest in zip(rows, less_likely, strict=True) if own[row] + rest <= outside[row]]
     for row in rows:
         tokens = None if ids is None else ids[row : row + 1]
-        drawn[row] = _draw_inside(weights[row], float(mass[row]), drawn[row], draws[row], tokens)
+        drawn[row] = _draw_inside(weights.row_weights(row), float(mass[row]), drawn[row], draws[row], tokens)
 
 
 def _draw_inside(weights: torch.Tensor, mass: float, index: int, draw: SampleRow, ids: TokenIds | None) -> int:
@@ -176,7 +192,7 @@ def _draw_inside(weights: torch.Tensor, mass: float, index: int, draw: SampleRow
                 break
             candidates[0, inside] = weight
             sums = on_host(block_sums(candidates))
-        (index,), own = pick(candidates, sums, [stream(draw.sequence.seed, draw.number, attempt)], ids)
+        (index,), own = pick(StoredWeights(candidates), sums, [stream(draw.sequence.seed, draw.number, attempt)], ids)
         if ends_here or _is_surely_inside(weights, mass, float(own[0])):
             break
     return index

@@ -10,8 +10,8 @@ from collections.abc import Sequence as SequenceOf
 
 import torch
 
-from server.model.categorical import largest
-from server.model.drawing import draw_tokens
+from server.model.categorical import StoredWeights, largest
+from server.model.drawing import Softmax, draw_tokens
 from server.model.logits.grammar import constrained_rows, with_allowed_tokens
 from server.model.logits.registry import LogitsProcessing
 from server.model.logprobs import add_logprobs, score
@@ -19,10 +19,14 @@ from server.sequence import SampledToken, SampleRow
 
 
 class Sampler:
-    """Chooses tokens, and keeps the logits processors of sequences."""
+    """Chooses tokens, and keeps the logits processors of sequences.
 
-    def __init__(self) -> None:
+    ``softmax`` computes the weights that tokens are drawn by, None by torch's operations.
+    """
+
+    def __init__(self, softmax: Softmax | None = None) -> None:
         self._processing = LogitsProcessing()
+        self._softmax = softmax or StoredWeights.softmax
 
     def sample(self, logits: torch.Tensor, draws: SequenceOf[SampleRow]) -> list[SampledToken | None]:
         """A token for each row of ``logits`` [len(draws), vocab].
@@ -53,7 +57,9 @@ class Sampler:
         rows = [row for row, draw in enumerate(draws) if finite[row] and not draw.sequence.params.greedy]
         if rows:
             selected = logits if len(rows) == len(draws) else logits[rows]
-            for row, token in zip(rows, draw_tokens(selected, [draws[row] for row in rows]), strict=True):
+            most = values if len(rows) == len(draws) else values[rows]
+            drawn = draw_tokens(selected, most, [draws[row] for row in rows], self._softmax)
+            for row, token in zip(rows, drawn, strict=True):
                 chosen[row] = token
         for row, constraint in constrained.items():
             if constraint.forced is not None and finite[row]:

@@ -61,11 +61,16 @@ def natively(chosen: Kernels, kv_dtype: torch.dtype = torch.float32) -> set[str]
     names = {
         name for name in NativeOps.KERNELS if isinstance(getattr(getattr(chosen, name), "__self__", None), NativeOps)
     }
-    others = {"add_deltas": chosen.add_deltas, "decode_attention": chosen.decode_attention(kv_dtype)}
+    others = {
+        "add_deltas": chosen.add_deltas,
+        "softmax_rows": chosen.softmax_rows,
+        "decode_attention": chosen.decode_attention(kv_dtype),
+    }
     return names | {name for name, operation in others.items() if operation is not None}
 
 
-EVERYTHING = {*NativeOps.KERNELS, "add_deltas", "decode_attention"}
+IN_C = {*NativeOps.KERNELS, "add_deltas", "softmax_rows"}
+EVERYTHING = {*IN_C, "decode_attention"}
 
 
 def test_operations_are_native_where_they_are_asked_for() -> None:
@@ -86,9 +91,9 @@ def test_a_base_in_integers_is_native_but_for_linears_that_this_cpu_lacks(monkey
 
 def test_a_base_in_floats_uses_kernels_in_c_and_waits_for_no_compiler() -> None:
     chosen = choose_kernels(int8=False, kv_dtype=torch.float32)
-    assert natively(chosen) == {*NativeOps.KERNELS}
+    assert natively(chosen) == IN_C
     chosen.ready()
-    assert chosen.linear_name is None and natively(chosen) == {*NativeOps.KERNELS} and not chosen.records_layers
+    assert chosen.linear_name is None and natively(chosen) == IN_C and not chosen.records_layers
     assert natively(chosen.ready(torch.bfloat16)) == set()
 
 

@@ -22,7 +22,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from server.model.categorical import block_sums, exponentials, on_host, stream
+from server.model.categorical import StoredWeights, block_sums, exponentials, on_host, stream
 from server.model.drawing import redraw_outside
 from server.sequence import SampleRow, SamplingParams, Sequence
 from tests.model.engines import sample
@@ -106,7 +106,7 @@ def in_top_p(weights: list[float], top_p: float) -> list[int]:
     places = list(range(len(weights)))
     draws = [SampleRow(sequence(place, top_p=top_p, seed=place), 0) for place in places]
     table = torch.tensor(weights).expand(len(weights), -1)
-    redraw_outside(places, np.array(weights), table, on_host(block_sums(table)), draws)
+    redraw_outside(places, np.array(weights), StoredWeights(table), on_host(block_sums(table)), draws)
     kept = [place for place, drawn in enumerate(places) if place == drawn]
     assert set(places) <= set(kept)
     return kept
