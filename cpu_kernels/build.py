@@ -175,7 +175,7 @@ def _content_digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
-def _compilations(target: Platform) -> Iterator[tuple[Path, str | None]]:
+def compilations(target: Platform) -> Iterator[tuple[Path, str | None]]:
     """Each source and the tier that it is compiled for; None for code that is the same on every tier."""
     for source in sorted(SOURCES.glob("*.c")):
         named = re.search(r"_([a-z0-9]+)\Z", source.stem)
@@ -203,7 +203,7 @@ def _compile(command: Sequence[str], scratch: Path, target: Platform) -> Path:
         return made
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        objects = list(pool.map(compile_one, _compilations(target)))
+        objects = list(pool.map(compile_one, compilations(target)))
     library = scratch / f"library{target.suffix}"
     problem = _run(command, [*_link_flags(target), *objects, "-o", library], str(scratch))
     if problem is not None:

@@ -27,7 +27,7 @@ def agrees(operation: str) -> bool:
 
     A warning names it where not. A millisecond, once in a process.
     """
-    case = _CASES[operation]
+    case = CASES[operation]
     try:
         found, expected = case(NativeOps(Launcher())), case(TorchOps())
         if all(torch.allclose(got, want, rtol=1e-4, atol=1e-5) for got, want in zip(found, expected, strict=True)):
@@ -78,7 +78,7 @@ def _gelu_and_mul(ops: Ops) -> Sequence[torch.Tensor]:
     return (ops.gelu_and_mul(4 * numbers(_ROWS, _DIM), numbers(_ROWS, _DIM, phase=1.0)),)
 
 
-_CASES: Mapping[str, Callable[[Ops], Sequence[torch.Tensor]]] = {
+CASES: Mapping[str, Callable[[Ops], Sequence[torch.Tensor]]] = {
     "rms_norm": _rms_norm,
     "rotary_embedding": _rotary_embedding,
     "add_": _add,

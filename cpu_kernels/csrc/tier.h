@@ -6,7 +6,9 @@
 #ifndef TIER_H
 #define TIER_H
 
-#if defined(__clang__)
+#if defined(TIERS_EMULATED) /* a test, on any CPU */
+#define BEGIN_TARGET(features)
+#elif defined(__clang__)
 #define BEGIN_TARGET_(text) _Pragma(#text)
 #define BEGIN_TARGET(features) \
     BEGIN_TARGET_(clang attribute push(__attribute__((target(features))), apply_to = function))

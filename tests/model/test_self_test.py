@@ -24,7 +24,7 @@ def _tried_anew() -> Iterator[None]:
 
 def test_every_operation_in_c_has_a_case_and_agrees_with_torch(caplog: pytest.LogCaptureFixture) -> None:
     assert {name: agrees(name) for name in NativeOps.KERNELS} == dict.fromkeys(NativeOps.KERNELS, True)
-    assert set(self_test._CASES) == set(NativeOps.KERNELS) and caplog.records == []
+    assert set(self_test.CASES) == set(NativeOps.KERNELS) and caplog.records == []
 
 
 def test_an_operation_that_is_wrong_here_is_torchs_and_the_log_names_it_once(
