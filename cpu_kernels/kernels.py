@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from cpu_kernels.attention import Attention
 from cpu_kernels.c_kernel import CKernel
 from cpu_kernels.int8_weights import QMAX, QMAX_16BIT_SAFE, Int8Rows, Outliers
 from cpu_kernels.layer_graph import GRAPH_KERNELS
@@ -30,7 +31,6 @@ from cpu_kernels.softmax import SOFTMAX_BLOCKS, SoftmaxRows
 from cpu_kernels.torch_ops import TorchOps
 
 if TYPE_CHECKING:
-    from cpu_kernels.decode_attention import DecodeAttention
     from cpu_kernels.gemm import GemmKernel
     from cpu_kernels.prompt_attention import PromptAttention
 
@@ -56,8 +56,8 @@ class Kernels:
 
     Tensors are float32 on the CPU unless a docstring names another type; no operation checks shapes. ``linear`` is the
     name of the int8 linear (``choose_linear``), None for a base in floats. ``native`` operations are kernels in C, and
-    with ``jit`` also kernels that Numba compiles in a thread, those of attention for keys and values of ``kv_dtype``;
-    ``ready`` waits for it.
+    with ``jit`` also kernels that Numba compiles in a thread, that of AMX's attention for keys and values of
+    ``kv_dtype``; ``ready`` waits for it.
 
     Before ``ready`` has returned only ``linear`` and ``qmax`` may be used.
     """
@@ -103,7 +103,8 @@ class Kernels:
         self.linear_name = linear
         self._kv_dtype = kv_dtype
         self._compiled: dict[NativeKernel | CKernel, bool] = {}
-        self._native = native and library() is not None
+        self._has_library = native and library() is not None
+        self._native = self._has_library
         self._jit = native and jit and available()
         self._use_torch()
         if self._native:
@@ -133,22 +134,18 @@ class Kernels:
             return _TORCH_LINEARS[self.linear_name](rows, bias, outliers)
         return NativeLinear(self.launch, _gemm(self.linear_name), rows, bias, outliers)
 
-    def decode_attention(self, kv_dtype: torch.dtype) -> DecodeAttention | None:
-        """Attention of single rows, which also writes keys and values into a KV cache of this format.
+    def attention(self, kv_dtype: torch.dtype) -> Attention | None:
+        """Attention of any rows, which also writes keys and values into a KV cache of this format.
 
         None where there is no native kernel for it; torch's attention is then used.
         """
-        if not self._jit:
+        has_kernel = self._has_library and kv_dtype in Attention.DTYPES
+        if not has_kernel or not self._compiles("attention", Attention.KERNEL):
             return None
-        from cpu_kernels.decode_attention import DecodeAttention
-
-        kernel = DecodeAttention.kernel_for(kv_dtype)
-        if kernel is None or not self._compiles("decode attention", kernel):
-            return None
-        return DecodeAttention(self.launch, kernel)
+        return Attention(self.launch)
 
     def prompt_attention(self, kv_dtype: torch.dtype) -> PromptAttention | None:
-        """Attention of many rows of one sequence on a KV cache of this format; None where there is no native kernel."""
+        """Attention of many rows of one sequence by AMX on a KV cache of this format; None where there is none."""
         if not self._jit:
             return None
         from cpu_kernels.prompt_attention import PromptAttention
@@ -161,7 +158,7 @@ class Kernels:
     def ready(self, dtype: torch.dtype = torch.float32) -> Kernels:
         """Wait for the compiler. Operations that failed to compile stay torch's; the log names them.
 
-        ``dtype`` is the model's activation type; native operations are for float32 only.
+        ``dtype`` is the model's activation type; native operations but for attention are for float32 only.
         """
         if self._compiling is not None:
             self._compiling.join()
@@ -203,7 +200,7 @@ class Kernels:
             and self.linear_name not in _TORCH_LINEARS
             and all(self._compiles(name, kernel) and agrees(name) for name, kernel in NativeOps.KERNELS.items())
             and self.add_deltas is not None
-            and self.decode_attention(self._kv_dtype) is not None
+            and self.attention(self._kv_dtype) is not None
             and self._compiles("layer graphs", *GRAPH_KERNELS)
         )
 
@@ -214,7 +211,7 @@ class Kernels:
             self.prompt_attention(self._kv_dtype)
         except Exception:  # from an import: _compiles logs compilation errors
             self._jit = self.records_layers = False
-            logger.warning("kernels by Numba cannot be imported: attention uses torch", exc_info=True)
+            logger.warning("kernels by Numba cannot be imported: layers are not recorded", exc_info=True)
 
     def _compiles(self, operation: str, *kernels: NativeKernel | CKernel) -> bool:
         """Whether all of these compile; each is compiled once."""

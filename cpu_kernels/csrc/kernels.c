@@ -1,5 +1,6 @@
 /* The table of all kernels, and the tiers that this CPU can run. */
 
+#include "attention.h"
 #include "elementwise.h"
 #include "gate.h"
 #include "kernel.h"
@@ -28,7 +29,8 @@
     KERNEL(rotary, ROTARY_FIELDS) \
     KERNEL(gate, GATE_FIELDS) \
     KERNEL(add_deltas, ADD_DELTAS_FIELDS) \
-    KERNEL(softmax_blocks, SOFTMAX_BLOCKS_FIELDS)
+    KERNEL(softmax_blocks, SOFTMAX_BLOCKS_FIELDS) \
+    KERNEL(attention, ATTENTION_FIELDS)
 
 #define DECLARE(name, fields) DECLARED(name)
 VECTOR_KERNELS(DECLARE)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from cpu_kernels.decode_attention import scores_size
 from cpu_kernels.kernels import Kernels
 from cpu_kernels.layer_graph import Arena, GraphRecorder, LayerGraph, NotRecordable, TooLarge
 from server.lora.bank import LoRABank
@@ -26,8 +25,8 @@ _ARENA_BYTES = 64 << 20
 _RECORD_AT_OCCURRENCE = 2
 """The occurrence of a kind of step that is recorded; earlier ones run in Python."""
 
-Key = tuple[int, int, int]
-"""Number of rows, size of a score buffer, and number of threads, each of which has a score buffer."""
+Key = tuple[int, int]
+"""Number of rows, and number of threads, each of which has scratch memory."""
 
 
 class GraphRunner:
@@ -85,8 +84,7 @@ class GraphRunner:
             self._generation = self._bank.generation
             self._graphs.clear()
             self._seen.clear()
-        longest = max(segment.end for segment in metadata.segments)
-        key = num_rows, scores_size(longest), torch.get_num_threads()
+        key = num_rows, torch.get_num_threads()
         if key not in self._too_large:
             self._key = key
             self._seen[key] += 1

@@ -159,7 +159,7 @@ def load_base(
         model,
         tokenizer,
         attention,
-        partial(cpu_attention, kernels=kernels, windows=probe.windows, plain=probe.plain) if on_cpu else backend,
+        partial(cpu_attention, kernels=kernels) if on_cpu else backend,
         probe.shapes,
         replace(_with_tokenizer(signature, tokenizer, source.path), setting=base_model, samples=BaseSamples(source)),
         length,

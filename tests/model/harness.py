@@ -177,7 +177,7 @@ def host(
     if native:
         fuse_ops(model, kernels, patches)
     if backend is None:
-        backend = partial(cpu_attention, kernels=kernels, windows=probe.windows, plain=probe.plain)
+        backend = partial(cpu_attention, kernels=kernels)
     attention = loader._install_attention(model, patches)
     probe.close()
     num_slots = max_num_seqs if kv_memory is None else max_num_seqs + NUM_CACHES

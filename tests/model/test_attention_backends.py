@@ -14,7 +14,6 @@ from server.model.attention.cpu import NativeAttention, TorchAttention, cpu_atte
 from server.model.attention.interface import AttentionBackend, AttentionParams, attention_segments
 from server.model.kv_cache import AttentionMetadata, AttentionSegment, KVCache, LayerShape
 from server.sequence import Batch, SamplingParams, Segment, Sequence
-from tests.instruction_sets import NUMBA, needs
 
 CPU = torch.device("cpu")
 SHAPE = LayerShape(num_kv_heads=2, key_dim=32, value_dim=16)
@@ -35,21 +34,14 @@ PARAMS = {
 Backend = Callable[[KVCache], AttentionBackend]
 
 
-def native(*, plain: bool) -> Backend:
-    """The kernels are compiled by the test that needs them first."""
-
-    def make(cache: KVCache) -> AttentionBackend:
-        kernels = Kernels(native=True, kv_dtype=cache.layout.dtype).ready()
-        return cpu_attention(cache, kernels=kernels, windows={None, 8}, plain=plain)
-
-    return make
+def native(cache: KVCache) -> AttentionBackend:
+    return cpu_attention(cache, kernels=Kernels(native=True, kv_dtype=cache.layout.dtype).ready())
 
 
 BACKENDS = [
     pytest.param(TorchAttention, id="torch"),
     pytest.param(BatchedAttention, id="batched"),
-    pytest.param(native(plain=True), marks=needs(NUMBA), id="native"),
-    pytest.param(native(plain=False), marks=needs(NUMBA), id="native, for a model with soft caps"),
+    pytest.param(native, id="native"),
 ]
 
 
@@ -132,22 +124,16 @@ def test_keys_and_values_are_kept_in_the_caches_format_and_results_are_in_that_o
         assert 0 < float((found - expected).norm() / expected.norm()) < 0.02
 
 
-@needs(NUMBA)
 def test_a_number_format_without_a_kernel_is_torchs() -> None:
-    make = native(plain=True)
-    assert isinstance(make(cache_of(torch.bfloat16)), NativeAttention)
-    assert isinstance(make(cache_of(torch.float16)), TorchAttention)
+    assert isinstance(native(cache_of(torch.bfloat16)), NativeAttention)
+    assert isinstance(native(cache_of(torch.float16)), TorchAttention)
 
 
-@needs(NUMBA)
 def test_recorded_layers_are_told_every_tensor_that_a_step_has_anew() -> None:
-    """Rows and their first keys, once for each window that layers have."""
-    backend = native(plain=True)(cache_of())
+    backend = native(cache_of())
     backend.begin(metadata_of(STEPS[3]))
-    slots, positions, *rows = backend.step_tensors()
-    assert slots.tolist() == [0, 1, 2] and positions.tolist() == [42, 10, 36]
-    firsts = sorted((each.tolist() for each in rows), reverse=True)
-    assert firsts == [[[0, 35], [1, 3], [2, 29]], [[0, 0], [1, 0], [2, 0]]]
+    slots, positions, spans = backend.step_tensors()
+    assert slots.tolist() == [0, 1, 2] and positions.tolist() == [42, 10, 36] and spans.tolist() == [[0, 3]]
 
 
 def segment(length: int, drafts: tuple[int, ...] = ()) -> Segment:

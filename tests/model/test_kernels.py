@@ -57,28 +57,27 @@ def test_rotary_embeddings_and_gated_units_are_the_same_by_torch_and_natively(na
 
 
 def natively(chosen: Kernels, kv_dtype: torch.dtype = torch.float32) -> set[str]:
-    """Names of the operations that are not torch's, but for linears and the attention of prompts."""
+    """Names of the operations that are not torch's, but for linears and AMX's attention of prompts."""
     names = {
         name for name in NativeOps.KERNELS if isinstance(getattr(getattr(chosen, name), "__self__", None), NativeOps)
     }
     others = {
         "add_deltas": chosen.add_deltas,
         "softmax_rows": chosen.softmax_rows,
-        "decode_attention": chosen.decode_attention(kv_dtype),
+        "attention": chosen.attention(kv_dtype),
     }
     return names | {name for name, operation in others.items() if operation is not None}
 
 
-IN_C = {*NativeOps.KERNELS, "add_deltas", "softmax_rows"}
-EVERYTHING = {*IN_C, "decode_attention"}
+EVERYTHING = {*NativeOps.KERNELS, "add_deltas", "softmax_rows", "attention"}
 
 
 def test_operations_are_native_where_they_are_asked_for() -> None:
     chosen = Kernels(native=True, kv_dtype=torch.bfloat16).ready()
     assert natively(chosen, torch.bfloat16) == EVERYTHING
-    assert chosen.decode_attention(torch.float32) is not None and chosen.decode_attention(torch.float16) is None
+    assert chosen.attention(torch.float32) is not None and chosen.attention(torch.float16) is None
     assert natively(Kernels().ready()) == set()
-    assert natively(Kernels(native=True).ready(torch.bfloat16)) == set(), "they compute in float32"
+    assert natively(Kernels(native=True).ready(torch.bfloat16)) == {"attention"}, "the others compute in float32"
 
 
 def test_a_base_in_integers_is_native_but_for_linears_that_this_cpu_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,10 +90,10 @@ def test_a_base_in_integers_is_native_but_for_linears_that_this_cpu_lacks(monkey
 
 def test_a_base_in_floats_uses_kernels_in_c_and_waits_for_no_compiler() -> None:
     chosen = choose_kernels(int8=False, kv_dtype=torch.float32)
-    assert natively(chosen) == IN_C
+    assert natively(chosen) == EVERYTHING
     chosen.ready()
-    assert chosen.linear_name is None and natively(chosen) == IN_C and not chosen.records_layers
-    assert natively(chosen.ready(torch.bfloat16)) == set()
+    assert chosen.linear_name is None and natively(chosen) == EVERYTHING and not chosen.records_layers
+    assert natively(chosen.ready(torch.bfloat16)) == {"attention"}
 
 
 def test_a_linear_says_what_it_can_do() -> None:

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from cpu_kernels import kernels, native_kernel
+from cpu_kernels.attention import Attention
 from cpu_kernels.c_kernel import CKernel
-from cpu_kernels.decode_attention import DecodeAttention
 from cpu_kernels.gemm import FIELDS
 from cpu_kernels.kernels import Kernels
 from cpu_kernels.library import library
@@ -151,19 +151,17 @@ def test_an_operation_that_cannot_be_compiled_is_torchs_and_the_log_names_it(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """All others were torch's then, too."""
-    norm, attention = NativeOps.KERNELS["rms_norm"], DecodeAttention.kernel_for(torch.float32)
-    half = DecodeAttention.kernel_for(torch.bfloat16)
-    assert attention is not None and half is not None
-    break_compilation(monkeypatch, norm, attention, half)
+    norm = NativeOps.KERNELS["rms_norm"]
+    break_compilation(monkeypatch, norm, Attention.KERNEL)
     base = load_int8()
     chosen = base.kernels
     assert base.quantized is not None and base.quantized.kernel in PRODUCTS
-    assert chosen.decode_attention(base.kv_dtype) is None and chosen.add_deltas is not None
+    assert chosen.attention(base.kv_dtype) is None and chosen.add_deltas is not None
     assert not chosen.records_layers
     x, gain = torch.randn(3, 16), torch.rand(16)
     torch.testing.assert_close(chosen.rms_norm(gain, 1e-5)(x), torch.rms_norm(x, (16,), gain, 1e-5))
     failed = {message.partition(" could not")[0] for message in caplog.messages if "could not be compiled" in message}
-    assert failed == {f"the native kernel for {name}" for name in ("rms_norm", "decode attention")}
+    assert failed == {f"the native kernel for {name}" for name in ("rms_norm", "attention")}
 
 
 def test_where_nothing_can_be_compiled_all_is_torchs(
@@ -175,7 +173,7 @@ def test_where_nothing_can_be_compiled_all_is_torchs(
         assert not caplog.records
         break_compilation(monkeypatch)
         chosen = Kernels(native=True).ready()
-    assert chosen.add_deltas is None and chosen.decode_attention(torch.float32) is None
+    assert chosen.add_deltas is None and chosen.attention(torch.float32) is None
     assert "the native kernel for LoRA deltas could not be compiled (RuntimeError" in caplog.text
     x = torch.randn(3, 16)
     assert chosen.silu_and_mul(x, x).shape == x.shape

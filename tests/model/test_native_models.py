@@ -7,7 +7,6 @@ from functools import partial
 import pytest
 import torch
 
-from cpu_kernels.decode_attention import DecodeAttention
 from cpu_kernels.kernels import choose_linear
 from server.model.attention.cpu import NativeAttention, TorchAttention, cpu_attention
 from server.model.fused_ops import GatedMLP
@@ -46,15 +45,15 @@ def test_logits_are_those_of_torch_and_rows_are_the_same_alone(family: str, quan
             assert torch.equal(answer.logits, one.logits)
 
 
-def test_a_runner_has_the_attention_kernel_of_the_dtype_in_which_it_keeps_keys() -> None:
-    """It may be another than the base was made for; with the wrong one all answers were noise."""
+def test_a_runner_has_native_attention_where_there_is_a_kernel_for_the_dtype_in_which_it_keeps_keys() -> None:
+    """It may be another than the base was made for."""
     hosted = host(build("llama"), linear=choose_linear(), native=True)
     attention, shapes, kernels = hosted.runner.attention, hosted._cache.layout.shapes, hosted.kernels
-    backend = partial(cpu_attention, kernels=kernels, windows={None}, plain=True)
+    backend = partial(cpu_attention, kernels=kernels)
     for dtype in (torch.float32, torch.bfloat16):
         ModelRunner(hosted.model, attention, shapes, backend, num_slots=2, max_len=64, kv_dtype=dtype, kernels=kernels)
         assert isinstance(attention.backend, NativeAttention)
-        assert attention.backend._decode._kernel is DecodeAttention.kernel_for(dtype) is not None
+        assert attention.backend.cache.layout.dtype == dtype
     ModelRunner(
         hosted.model, attention, shapes, backend, num_slots=2, max_len=64, kv_dtype=torch.float16, kernels=kernels
     )

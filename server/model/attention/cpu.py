@@ -1,11 +1,10 @@
-"""Attention on a CPU: by torch, one segment after another, or by native kernels.
+"""Attention on a CPU: by native kernels, or by torch, one segment after another.
 
 On a CPU a call is cheap and padding costs memory reads, so that segments are not batched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,11 +15,8 @@ from server.model.attention.sdpa import attend_chunk, attend_rows, chunk_mask, f
 from server.model.kv_cache import AttentionMetadata, AttentionSegment, KVCache
 
 if TYPE_CHECKING:
-    from cpu_kernels.decode_attention import DecodeAttention
+    from cpu_kernels.attention import Attention
     from cpu_kernels.prompt_attention import PromptAttention
-
-_FEW_ROWS = 32
-"""Most rows of a prompt that the decode kernel computes as fast as the prompt kernel."""
 
 
 class TorchAttention(AttentionBackend):
@@ -58,77 +54,70 @@ class TorchAttention(AttentionBackend):
 
 
 class NativeAttention(AttentionBackend):
-    """One kernel writes keys and values and computes single rows, another one prompt chunks.
+    """One native kernel writes keys and values and attends; on AMX another one attends with prompt chunks.
 
-    Torch computes layers with soft caps or sinks, unsupported head sizes, and prompt chunks if the CPU has no kernel
-    for them. ``windows`` are the windows of the model's layers; ``plain``: none has a soft cap or sinks.
+    That one has no soft caps and sinks.
     """
 
     is_recordable = True
+    max_single_rows = 32
+    """The kernel joins adjacent rows of a sequence itself; up to so many rows it is as fast as AMX."""
 
-    def __init__(
-        self,
-        cache: KVCache,
-        decode: DecodeAttention,
-        prompt: PromptAttention | None,
-        *,
-        windows: Iterable[int | None],
-        plain: bool,
-    ) -> None:
+    def __init__(self, cache: KVCache, attention: Attention, prompt: PromptAttention | None) -> None:
         super().__init__(cache)
-        self.max_single_rows = _FEW_ROWS if plain else 1
-        self._decode, self._prompt, self._torch = decode, prompt, TorchAttention(cache)
-        self._windows = tuple(windows)
+        self._attention, self._prompt = attention, prompt
 
     def begin(self, metadata: AttentionMetadata) -> None:
         super().begin(metadata)
-        self._torch.begin(metadata)
         self._chunks = [segment for segment in metadata.segments if segment.length > 1]
-        self._single_rows: dict[int | None, tuple[torch.Tensor, int]] = {}
+        self._all_rows = torch.tensor([[0, len(metadata.slots)]])
+        self._single_rows: torch.Tensor | None = None
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: AttentionParams
     ) -> torch.Tensor:
-        if not params.plain or not self._decode.can_attend(query, key, value):
-            return self._torch.attend(layer, query, key, value, params)
-        rows, num_keys = self._plan_single_rows(params.window)
-        slots, positions = self.metadata.slots, self.metadata.positions
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        attended = self._decode(query, key, value, keys, values, slots, positions, rows, num_keys, params.scale)
-        for segment in self._chunks:
-            self._attend_chunk(layer, segment, query[:, :, segment.rows], params, attended[segment.rows])
-        return attended[None]
+        prompt = self._prompt
+        if prompt is not None and not (params.plain and prompt.can_attend(query, keys, values)):
+            prompt = None
+        spans = self._all_rows if prompt is None or not self._chunks else self._spans_of_single_rows()
+        attended = self._attention(
+            query,
+            key,
+            value,
+            keys,
+            values,
+            self.metadata.slots,
+            self.metadata.positions,
+            spans,
+            scale=params.scale,
+            window=params.window,
+            softcap=params.softcap,
+            sinks=params.sinks,
+        )
+        if prompt is not None:
+            for segment in self._chunks:
+                chunk_keys, chunk_values = self.cache.read(layer, segment, params.window)
+                out = attended[segment.rows]
+                prompt(query[0, :, segment.rows], chunk_keys[0], chunk_values[0], out, params.window, params.scale)
+        return attended[None].to(query.dtype)
 
     def step_tensors(self) -> list[torch.Tensor]:
-        return [*super().step_tensors(), *(self._plan_single_rows(window)[0] for window in self._windows)]
+        return [*super().step_tensors(), self._all_rows]
 
-    def _attend_chunk(
-        self, layer: int, segment: AttentionSegment, query: torch.Tensor, params: AttentionParams, out: torch.Tensor
-    ) -> None:
-        kernel = self._prompt
-        keys, values = self.cache.read(layer, segment, params.window)
-        if kernel is not None and kernel.can_attend(query, keys, values):
-            kernel(query[0], keys[0], values[0], out, params.window, params.scale)
-        else:
-            out.copy_(self._torch.attend_chunk(layer, segment, query.to(self.cache.layout.dtype), params))
-
-    def _plan_single_rows(self, window: int | None) -> tuple[torch.Tensor, int]:
-        """Segments of one row: row and first key, int64 [n, 2], and the largest number of keys."""
-        if window not in self._single_rows:
-            rows, num_keys = [], 0
-            for segment in self.metadata.segments:
-                if segment.length == 1:
-                    first = segment.first_key(window)
-                    rows.append((segment.row, first))
-                    num_keys = max(num_keys, segment.end - first)
-            self._single_rows[window] = torch.tensor(rows, dtype=torch.long).view(-1, 2), num_keys
-        return self._single_rows[window]
+    def _spans_of_single_rows(self) -> torch.Tensor:
+        """Rows between chunks: the first, and the one behind the last, int64 [n, 2]."""
+        if self._single_rows is None:
+            begins = [0, *(segment.row + segment.length for segment in self._chunks)]
+            ends = [*(segment.row for segment in self._chunks), len(self.metadata.slots)]
+            spans = [span for span in zip(begins, ends, strict=True) if span[0] < span[1]]
+            self._single_rows = torch.tensor(spans, dtype=torch.long).view(-1, 2)
+        return self._single_rows
 
 
-def cpu_attention(cache: KVCache, *, kernels: Kernels, windows: Iterable[int | None], plain: bool) -> AttentionBackend:
+def cpu_attention(cache: KVCache, *, kernels: Kernels) -> AttentionBackend:
     """Native kernels, or torch if there are none for the dtype of the cache."""
-    decode = kernels.decode_attention(cache.layout.dtype)
-    if decode is None:
+    attention = kernels.attention(cache.layout.dtype)
+    if attention is None:
         return TorchAttention(cache)
-    prompt = kernels.prompt_attention(cache.layout.dtype)
-    return NativeAttention(cache, decode, prompt, windows=windows, plain=plain)
+    return NativeAttention(cache, attention, kernels.prompt_attention(cache.layout.dtype))

@@ -12,16 +12,13 @@ from server.model.kv_cache import AttentionMetadata, LayerShape
 class ProbingAttention(FlatAttention):
     """The attention function of a model without a KV cache; ``begin`` takes the sequences of a forward pass.
 
-    It counts calls, and records the shape of each layer's keys and values, all windows, and whether every layer is
-    ``plain``: without soft caps and sinks.
+    It counts calls, and records the shape of each layer's keys and values.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._metadata: AttentionMetadata | None = None
         self._shapes: dict[int, LayerShape] = {}
-        self.windows: set[int | None] = set()
-        self.plain = True
         self.num_calls = 0
 
     @property
@@ -48,8 +45,6 @@ class ProbingAttention(FlatAttention):
         assert self._metadata is not None, "no pass was begun"
         self.num_calls += 1
         self._shapes[layer] = LayerShape(key.shape[1], key.shape[-1], value.shape[-1])
-        self.windows.add(params.window)
-        self.plain &= params.plain
         parts = []  # [length, heads, value_dim] each
         for segment in self._metadata.segments:
             queries, keys, values = (tensor[:, :, segment.rows] for tensor in (query, key, value))
