@@ -283,7 +283,7 @@ def test_a_step_that_fails_while_it_is_recorded_leaves_nothing(llama: Hosted, mo
 def test_a_step_of_another_runner_on_the_same_base_is_not_replayed(llama: Hosted) -> None:
     """Its layers would be those of the runner that came last, whose step was another."""
     first, shapes = llama.runner, llama.runner.attention_backend.cache.layout.shapes
-    backend = partial(cpu_attention, kernels=llama.kernels, windows={None}, plain=True)
+    backend = partial(cpu_attention, kernels=llama.kernels)
     run(llama, batch_of(*PLAIN), times=3)
     llama.runner = ModelRunner(
         llama.model,
