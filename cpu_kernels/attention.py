@@ -103,4 +103,5 @@ def _state_size(value_dim: int) -> int:
 def _scratch_size(heads: int, group: int, dim: int, value_dim: int) -> int:
     """Numbers that a thread needs for panels of ``heads`` query heads times rows: ``memory_of`` of ``attention.c``."""
     packed = _KEYS * (dim + padded(value_dim, _LANES))
-    return padded(heads * dim, _LANES) + packed + max(_SHARED, group) * _KEYS + 2 * heads * _state_size(value_dim)
+    scores = min(heads, max(_SHARED, group)) * _KEYS
+    return padded(heads * dim, _LANES) + packed + scores + 2 * heads * _state_size(value_dim)

@@ -45,7 +45,7 @@ static inline struct sizes sizes_of(const struct attention_record *a)
 static struct memory memory_of(const struct attention_record *a, int64_t thread)
 {
     const struct sizes sizes = sizes_of(a);
-    const int64_t heads = a->panel * a->group, shared = most(SHARED, a->group);
+    const int64_t heads = a->panel * a->group, shared = least(heads, most(SHARED, a->group));
     struct memory m;
     m.queries = a->scratch + LANES + thread * a->scratch_size;
     m.keys = m.queries + whole_vectors(heads * a->dim);
