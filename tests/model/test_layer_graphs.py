@@ -320,12 +320,12 @@ def test_numbers_that_are_none_are_the_same_too(llama: Hosted) -> None:
 def test_a_step_too_large_for_the_arena_goes_through_python_and_others_do_not(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(layer_graphs, "_ARENA_BYTES", 24 << 10)
+    monkeypatch.setattr(layer_graphs, "_ARENA_BYTES", 32 << 10)
     caplog.set_level(logging.INFO, "quickchange.model")
     llama = hosted_as("llama")
     long = batch_of((0, 260, ()), (1, 5, ()), drafts=10)
     assert [replayed(llama, long) for _ in range(4)] == [0, 0, 0, 0]
-    assert "layer graphs disabled for 22 rows: layer 0: it needs more than 24576 bytes" in caplog.text
+    assert "layer graphs disabled for 22 rows: layer 0: it needs more than 32768 bytes" in caplog.text
     assert len(caplog.records) == 1
     assert [replayed(llama, batch_of((0, 5, ()))) for _ in range(3)] == [0, 0, 3]
 
