@@ -123,7 +123,7 @@ def test_a_library_with_another_table_is_refused_with_a_warning(
         Library(build.build())
     (sources / "kernels.c").write_text(TABLE.replace("SIZE", "8").replace("avxvnni", "avx10"))
     assert library.library() is None and library.library() is None
-    (record,) = caplog.records
+    (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert record.levelno == logging.WARNING and "PyTorch's slower operations" in record.getMessage()
     assert "avx10" in record.getMessage()
 
